@@ -1,0 +1,3 @@
+"""VESPO reinforcement learning on Megatron-Core, SGLang and Ray."""
+
+__version__ = "0.1.0"

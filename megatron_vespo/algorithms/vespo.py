@@ -1,0 +1,123 @@
+"""VESPO (arXiv 2602.10693): a soft weight on the full importance weight of a response.
+
+Shape suffixes: T packed tokens of a micro-batch, S its sequences.
+
+    log W  = sum over the response of  log pi(y_t | x, y_<t) - log mu(y_t | x, y_<t)
+    phi(W) = W^c1 exp(c2 (1 - W)),          log phi = c1 log W + c2 (1 - W),  phi(1) = 1
+    loss   = - phi(W) A log pi,             phi detached: a coefficient, not a path for gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RatioDenominator = Literal["recomputed", "rollout", "decoupled"]
+
+# exp(20) is 4.9e8: with c2 > 0 phi is exactly 0 there already, with c2 = 0 it stays finite in fp32.
+MAX_LOG_W = 20.0
+# Finite, so that c1 = 0 times log W is 0 and not NaN; exp(-10,000 c1) is exactly 0 for any c1 in use.
+MIN_LOG_W = -1.0e4
+
+
+@dataclass(frozen=True)
+class GammaKernel:
+    """Exponents of phi by the sign of the advantage, (c1, c2); the paper's values."""
+
+    positive: tuple[float, float] = (2.0, 3.0)
+    negative: tuple[float, float] = (3.0, 2.0)
+
+    def log_phi(self, log_w_S: Tensor, advantages_S: Tensor) -> Tensor:
+        """log phi(W), [S] float32. A = 0 counts as positive; it has no effect on the loss."""
+        log_w_S = log_w_S.float().clamp(MIN_LOG_W, MAX_LOG_W)
+        positive_S = advantages_S >= 0
+        c1_S = torch.where(positive_S, self.positive[0], self.negative[0])
+        c2_S = torch.where(positive_S, self.positive[1], self.negative[1])
+        return c1_S * log_w_S + c2_S * (1.0 - log_w_S.exp())
+
+    def phi(self, log_w_S: Tensor, advantages_S: Tensor) -> Tensor:
+        """phi(W), [S] float32, exponentiated last."""
+        return self.log_phi(log_w_S, advantages_S).exp()
+
+
+def segment_sum(values_T: Tensor, sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
+    """Sum `values_T` per sequence, [S] float32; accumulated in float64, as 32k-token sums in fp32 drift."""
+    sums_S = torch.zeros(num_sequences, dtype=torch.float64, device=values_T.device)
+    return sums_S.index_add_(0, sequence_ids_T, values_T.double()).float()
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """log W and its two parts, each [S] float32 without gradient: log W = staleness + mismatch.
+
+    `mismatch_S` is the part of engine noise that enters W: all of it for `rollout`, the truncated one for
+    `decoupled`, none for `recomputed`. `engine_gap_S` is log(pi_old / mu) in full, whatever the denominator;
+    NaN where pi_old is not known.
+    """
+
+    log_w_S: Tensor
+    mismatch_S: Tensor
+    engine_gap_S: Tensor
+
+
+def sequence_log_ratio(
+    log_probs_T: Tensor,
+    behavior_log_probs_T: Tensor,
+    old_log_probs_T: Tensor | None,
+    loss_mask_T: Tensor,
+    sequence_ids_T: Tensor,
+    num_sequences: int,
+    denominator: RatioDenominator,
+    mismatch_truncation: float,
+) -> LogRatio:
+    """Full, not length-normalised, log importance weight of every sequence.
+
+    recomputed: log W = log(pi / pi_old)
+    rollout:    log W = log(pi / mu)
+    decoupled:  log W = log(pi / pi_old) + min(log(pi_old / mu), log(mismatch_truncation))
+
+    `log_probs_T`, `behavior_log_probs_T` (mu) and `old_log_probs_T` (pi_old) are float32 [T]; entries where
+    `loss_mask_T` is 0 are ignored whatever they hold. `rollout` does not need pi_old.
+    """
+
+    def masked_sum(values_T: Tensor) -> Tensor:
+        # where, not a product: masked entries may be NaN
+        return segment_sum(torch.where(loss_mask_T > 0, values_T, 0.0), sequence_ids_T, num_sequences)
+
+    log_probs_T = log_probs_T.detach()
+    if old_log_probs_T is None:
+        assert denominator == "rollout", f"denominator {denominator} needs old_log_probs"
+        log_w_S = masked_sum(log_probs_T - behavior_log_probs_T)
+        unknown_S = torch.full_like(log_w_S, torch.nan)
+        return LogRatio(log_w_S, unknown_S, unknown_S)
+    staleness_S = masked_sum(log_probs_T - old_log_probs_T)
+    engine_gap_S = masked_sum(old_log_probs_T - behavior_log_probs_T)
+    if denominator == "recomputed":
+        mismatch_S = torch.zeros_like(engine_gap_S)
+    elif denominator == "decoupled":
+        mismatch_S = engine_gap_S.clamp(max=float(torch.tensor(mismatch_truncation).log()))
+    else:
+        mismatch_S = engine_gap_S
+    return LogRatio(staleness_S + mismatch_S, mismatch_S, engine_gap_S)
+
+
+def vespo_loss(
+    log_probs_T: Tensor,
+    log_w_S: Tensor,
+    advantages_S: Tensor,
+    loss_mask_T: Tensor,
+    sequence_ids_T: Tensor,
+    kernel: GammaKernel,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of - phi(W) A log pi, and phi [S].
+
+    A sum, not a mean: the caller divides by the token count of the whole optimizer step, so that the loss does
+    not depend on how the samples were cut into micro-batches.
+    """
+    phi_S = kernel.phi(log_w_S.detach(), advantages_S)
+    coefficient_T = (phi_S * advantages_S)[sequence_ids_T]
+    loss_T = torch.where(loss_mask_T > 0, -coefficient_T * log_probs_T, 0.0)
+    return loss_T.sum(), phi_S

@@ -1,0 +1,1 @@
+"""Ray: where trainer ranks and engines run, and how the controller talks to them."""

@@ -1,0 +1,71 @@
+"""Ray itself, and one placement group that holds every trainer rank and every engine."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+START_TIMEOUT_S = 120.0
+# Batches of samples pass through it; Ray's default of 30% of memory is too much beside a trainer and an engine.
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bundle i < trainer_ranks is trainer rank i, the rest are the engines. `loopback`: all on one machine."""
+
+    group: PlacementGroup
+    gpus_per_rank: int
+    gpus_per_engine: int
+    loopback: bool
+
+    def options(self, bundle: int, num_gpus: int) -> dict:
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        return {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+
+
+def start_ray(args: Namespace) -> None:
+    """Join `--ray-address`, or start a Ray of our own on this machine."""
+    if args.ray_address:
+        ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR")
+        return
+    # bundles of one CPU are only Ray's bookkeeping: two cores may carry more processes
+    needed = args.trainer_ranks + args.rollout_engines
+    ray.init(
+        num_cpus=max(needed, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+    )
+
+
+def place(args: Namespace, engine_size: int) -> Placement:
+    """Reserve a bundle for every rank and engine; ValueError when the cluster is too small."""
+    with_gpus = ray.cluster_resources().get("GPU", 0) > 0 or torch.cuda.is_available()
+    per_rank, per_engine = (1, engine_size) if with_gpus else (0, 0)
+    bundles = [{"CPU": 1, "GPU": per_rank}] * args.trainer_ranks + [{"CPU": 1, "GPU": per_engine}] * args.rollout_engines
+    bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+        remove_placement_group(group)
+        raise ValueError(
+            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} of {engine_size} ranks "
+            f"found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
+        ) from None
+    loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return Placement(group, per_rank, per_engine, loopback)
+
+
+def host_address(loopback: bool) -> str:
+    """Address of this node as the other processes of the run reach it."""
+    return "127.0.0.1" if loopback else ray.util.get_node_ip_address()

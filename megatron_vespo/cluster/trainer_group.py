@@ -1,0 +1,76 @@
+"""All Megatron ranks as one object."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from megatron_vespo.cluster.calls import gather
+from megatron_vespo.cluster.logs import log_tail
+from megatron_vespo.cluster.placement import Placement
+from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.types import TrainingSample
+
+
+class TrainerGroup:
+    """Each method runs on every rank and returns rank 0's answer. `watch` is asked every second while waiting."""
+
+    def __init__(self, args: Namespace, placement: Placement, log_dir: Path, watch: Callable[[], None]):
+        self._args, self._log_dir, self._watch = args, log_dir, watch
+        remote = ray.remote(TrainerWorker)
+        self._workers = [
+            remote.options(**placement.options(rank, placement.gpus_per_rank)).remote(
+                args, rank, log_dir, placement.loopback
+            )
+            for rank in range(args.trainer_ranks)
+        ]
+
+    def start(self) -> dict | None:
+        """Bring Megatron up; returns the rollout state of the checkpoint that was resumed, if any."""
+        timeout = self._args.worker_start_timeout
+        [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
+        return self._call("start", host, port, timeout_s=timeout)
+
+    def connect_engines(self, urls: list[str], engine_size: int) -> None:
+        self._call("connect_engines", urls, engine_size, timeout_s=self._args.weight_sync_timeout)
+
+    def sync_weights(self, version: int) -> None:
+        """Every engine serves the current weights as `version` afterwards, checked."""
+        self._call("sync_weights", version, timeout_s=self._args.weight_sync_timeout)
+
+    def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
+        """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""
+        self._call("prepare", ray.put(mini_batches), timeout_s=self._args.train_timeout)
+
+    def train_step(self, index: int) -> dict[str, Any]:
+        """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
+        return self._call("train_step", index, timeout_s=self._args.train_timeout)
+
+    def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
+        return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)
+
+    def save(self, rollout_state: dict) -> None:
+        self._call("save", rollout_state, timeout_s=self._args.train_timeout)
+
+    def export_hf(self, target: Path) -> None:
+        self._call("export_hf", target, timeout_s=self._args.train_timeout)
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        refs = [getattr(worker, method).remote(*arguments) for worker in self._workers]
+        return self._gather(refs, method, timeout_s)[0]
+
+    def _gather(self, refs: list, what: str, timeout_s: float) -> list:
+        names = [f"trainer rank {rank}" for rank in range(len(refs))]
+        return gather(refs, names, what, timeout_s, self._explain, self._watch)
+
+    def _explain(self, rank: int) -> str:
+        return log_tail(self._log_dir / f"trainer-{rank}.log")

@@ -1,0 +1,128 @@
+"""One Megatron rank as a Ray actor: policy, weight sync and export behind a few blocking calls."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_vespo.cluster.logs import redirect_output
+from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.rollout.engine import find_free_port
+from megatron_vespo.types import TrainingSample
+
+
+class TrainerWorker:
+    """All methods are collectives: the group calls them on every rank. Results are the same on all of them."""
+
+    def __init__(self, args: Namespace, rank: int, log_dir: Path, loopback: bool):
+        redirect_output(log_dir / f"trainer-{rank}.log")
+        self._args, self.rank = args, rank
+        self._host = host_address(loopback)
+        self._prepared: list = []
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Host and a free port for torch.distributed; asked of rank 0."""
+        return self._host, find_free_port(self._host)
+
+    def start(self, master_address: str, master_port: int) -> dict | None:
+        """Bring Megatron up and load the weights; returns the rollout state of the checkpoint that was resumed."""
+        from megatron_vespo.trainer.initialize import initialize
+        from megatron_vespo.trainer.policy import MegatronPolicy
+
+        # Ray shows this process its own GPU only, so the local rank is always 0
+        self._args = initialize(self._args, self.rank, 0, master_address, master_port)
+        self.policy = MegatronPolicy(self._args)
+        groups = self.policy.groups
+        self._is_sender = groups.tp.rank() == 0 and groups.dp.rank() == 0
+        return self.policy.rollout_state
+
+    def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
+        """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
+        self._prepared = [self.policy.pack(samples) for samples in mini_batches]
+        if self._args.ratio_denominator != "rollout":
+            for mini_batch in self._prepared:
+                self.policy.compute_old_log_probs(mini_batch)
+
+    def train_step(self, index: int) -> dict:
+        """One optimizer step; the fields of StepResult."""
+        return vars(self.policy.train_step(self._prepared[index]))
+
+    def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
+        return self.policy.log_probs(samples)
+
+    def connect_engines(self, urls: list[str], engine_size: int) -> None:
+        """Join the broadcast groups with the engines, stage after stage: one global order cannot deadlock."""
+        from megatron_vespo.trainer.initialize import device
+        from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
+
+        groups = self.policy.groups
+        if self._is_sender:
+            self._control = EngineControl(urls, self._args.weight_sync_timeout)
+        for stage in range(groups.pp.size()):
+            if self._is_sender and groups.pp.rank() == stage:
+                self._sender = BucketSender(self._control, engine_size, stage, self._host, device())
+            dist.barrier()
+
+    def sync_weights(self, version: int) -> None:
+        """Make every engine serve the current weights as policy `version`."""
+        from megatron_vespo.weight_sync.buckets import buckets
+
+        groups = self.policy.groups
+        last_stage = groups.pp.size() - 1
+        if self.rank == 0:
+            self._control.begin()
+        dist.barrier()
+        for stage in range(groups.pp.size()):
+            if groups.pp.rank() == stage:
+                held = None  # the last bucket of the last stage carries the version, so look one ahead
+                for bucket in buckets(self.policy.named_hf_weights(), self._args.weight_sync_bucket_mb * 2**20):
+                    if held is not None and self._is_sender:
+                        self._sender.send(held, None)
+                    held = bucket
+                if self._is_sender:
+                    self._sender.send(held, version if stage == last_stage else None)
+            dist.barrier()
+        if self.rank == 0:
+            self._control.finish(version)
+        dist.barrier()
+
+    def save(self, rollout_state: dict) -> None:
+        self.policy.save(rollout_state)
+
+    def export_hf(self, target: Path) -> None:
+        """Write the policy as an HF folder at `target`; it appears there only when complete."""
+        from megatron_vespo.conversion.hf_checkpoint import finish_checkpoint, write_shards
+        from megatron_vespo.weight_sync.buckets import buckets
+
+        groups = self.policy.groups
+        staging = target.with_name(target.name + ".incomplete")
+        if self.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        dist.barrier()
+        size = 0
+
+        def counted():
+            nonlocal size
+            for name, tensor in self.policy.named_hf_weights():
+                size += tensor.nbytes
+                yield name, tensor
+
+        stream = buckets(counted(), self._args.weight_sync_bucket_mb * 2**20)
+        weight_map: dict[str, str] = {}
+        if self._is_sender:
+            weight_map = write_shards(stream, staging, f"model-stage{groups.pp.rank()}")
+        else:
+            for _ in stream:  # the gathers are collectives
+                pass
+            size = 0
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (weight_map, size))
+        if self.rank == 0:
+            merged = {name: file for part, _ in parts for name, file in part.items()}
+            finish_checkpoint(self._args.hf_checkpoint, staging, target, merged, sum(s for _, s in parts))
+        dist.barrier()

@@ -1,0 +1,203 @@
+"""The loop: generate, reward, train, sync. Everything it talks to is handed in."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.algorithms.advantages import group_advantages
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.observability.metrics import MetricsWriter
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.evaluate import Evaluation, evaluate
+from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
+from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
+
+
+@dataclass
+class RunState:
+    """What a checkpoint must bring back beside weights and optimizer; `iteration` is the policy version too."""
+
+    iteration: int = 0  # optimizer steps done
+    consumed_prompts: int = 0
+    train_seconds: float = 0.0
+    heldout_before: float | None = None
+    heldout_after: float | None = None
+    max_logprob_difference: float = 0.0
+
+
+@dataclass
+class Controller:
+    """One run. `train` is the whole story; the rest are its words."""
+
+    args: Namespace
+    trainer: TrainerGroup
+    collector: Collector
+    rewards: RewardPool
+    cursor: PromptCursor
+    heldout: list[Prompt]
+    tokenizer: Any
+    sampling: SamplingParams
+    display: RunDisplay
+    metrics: MetricsWriter
+    state: RunState = field(default_factory=RunState)
+
+    def train(self) -> RunState:
+        started = time.monotonic() - self.state.train_seconds
+        self.sync_weights()
+        if self.heldout and self.state.heldout_before is None:
+            self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
+            self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
+        while self.state.iteration < self.args.train_iters:
+            groups = self.generate()
+            metrics = self.score(groups)
+            samples = self.training_samples(groups)
+            metrics |= self.update(samples)
+            self.sync_weights()
+            metrics |= self.maybe_evaluate()
+            self.state.train_seconds = time.monotonic() - started
+            self.maybe_save()
+            self.report(metrics)
+        return self.state
+
+    def sync_weights(self) -> None:
+        with self.display.phase("sync"):
+            self.trainer.sync_weights(self.state.iteration)
+
+    def generate(self) -> list[list[Completion]]:
+        prompts = self.cursor.take(self.args.rollout_batch_size)
+        with self.display.phase("generate"):
+            groups = self.collector.collect(
+                prompts, self.sampling, num_completions=self.args.num_completions, seed=self._seed("rollout")
+            )
+        for completion in (c for group in groups for c in group):
+            versions = set(completion.policy_versions.tolist())
+            if versions != {self.state.iteration}:
+                raise RuntimeError(
+                    f"prompt {completion.prompt.prompt_id} was answered by policy versions {sorted(versions)}, "
+                    f"the current one is {self.state.iteration}"
+                )
+        self.state.consumed_prompts = self.cursor.consumed
+        return groups
+
+    def score(self, groups: list[list[Completion]]) -> dict[str, float]:
+        with self.display.phase("reward"):
+            completions = [completion for group in groups for completion in group]
+            results = self._reward(completions)
+        errors = [result for result in results if result.status != "ok"]
+        if errors:
+            self.display.message(f"{len(errors)} rewards failed, the first one: {errors[0].status} {errors[0].detail}")
+        return rollout_metrics(groups) | {"reward/error_count": float(len(errors))}
+
+    def training_samples(self, groups: list[list[Completion]]) -> list[TrainingSample]:
+        rewards = np.array([[completion.reward for completion in group] for group in groups])
+        advantages = group_advantages(rewards, self.args.advantage_std)
+        return [
+            to_training_sample(completion, float(advantages[g, i]), group_id=g)
+            for g, group in enumerate(groups)
+            for i, completion in enumerate(group)
+        ]
+
+    def update(self, samples: list[TrainingSample]) -> dict[str, float]:
+        """N optimizer steps; whole groups stay together in a mini-batch."""
+        size = len(samples) // self.args.mini_batches
+        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        with self.display.phase("log-probs"):
+            self.trainer.prepare(mini_batches)
+        steps = []
+        with self.display.phase("train"):
+            for index, mini_batch in enumerate(mini_batches):
+                steps.append(self.trainer.train_step(index))
+                steps[-1]["lag"] = np.concatenate([self.state.iteration - s.policy_versions for s in mini_batch]).mean()
+                self.state.iteration += 1
+        # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
+        comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
+        self._check_logprobs(float(np.concatenate([step["engine_difference"] for step in comparable]).max()))
+        advantages = np.array([sample.advantage for sample in samples], np.float32)
+        return step_metrics(steps, advantages) | {"check/max_logprob_difference": self.last_logprob_difference}
+
+    def maybe_evaluate(self) -> dict[str, float]:
+        rollouts_done = self.state.iteration // self.args.mini_batches
+        last = self.state.iteration == self.args.train_iters
+        if not self.heldout or (rollouts_done % self.args.heldout_interval and not last):
+            return {}
+        evaluation = self.evaluate()
+        self.state.heldout_after = evaluation.accuracy
+        if last:
+            # the weights that were served last are checked as well
+            samples = [to_training_sample(completion, 0.0, group_id=0) for completion in evaluation.completions]
+            with self.display.phase("log-probs"):
+                ours = self.trainer.log_probs(samples)
+            pairs = zip(ours, samples, strict=True)
+            self._check_logprobs(float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs)))
+        return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
+
+    def evaluate(self) -> Evaluation:
+        def score(completions: list[Completion]) -> list[float]:
+            return [result.value for result in self._reward(completions)]
+
+        with self.display.phase("evaluate"):
+            return evaluate(self.collector, self.heldout, self.sampling, score, self._seed("evaluate"))
+
+    def maybe_save(self) -> None:
+        if self.args.save is None:
+            return
+        before = self.state.iteration - self.args.mini_batches
+        due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
+        if due or self.state.iteration == self.args.train_iters:
+            with self.display.phase("save"):
+                self.trainer.save(asdict(self.state))
+
+    def report(self, metrics: dict[str, float]) -> None:
+        seconds = self.display.phase_seconds()
+        metrics |= {f"time/{name}": value for name, value in seconds.items()}
+        for phase, what in (("generate", "rollout"), ("train", "train")):
+            metrics[f"{what}/tokens_per_second"] = metrics[f"{what}/tokens"] / max(seconds[phase], 1e-9)
+        metrics["policy/version"] = float(self.state.iteration)
+        self.metrics.write(self.state.iteration, metrics)
+        self.display.update(self.state.iteration, metrics)
+
+    def _reward(self, completions: list[Completion]) -> list[RewardResult]:
+        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        items = [
+            RewardItem(text, c.prompt.answer, c.prompt.metadata, ended=c.finish_reason == "stop")
+            for text, c in zip(texts, completions, strict=True)
+        ]
+        results = self.rewards.score(items)
+        for completion, result in zip(completions, results, strict=True):
+            completion.reward = result.value
+        return results
+
+    def _check_logprobs(self, difference: float) -> None:
+        self.last_logprob_difference = difference
+        self.state.max_logprob_difference = max(self.state.max_logprob_difference, difference)
+        bound = self.args.max_logprob_difference
+        if bound is not None and not difference <= bound:
+            raise RuntimeError(
+                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, more than "
+                f"--max-logprob-difference {bound:g}: their weights or numerics are not the same"
+            )
+
+    def _seed(self, purpose: str) -> int:
+        """A new stream every rollout batch; held-out prompts always draw the same one."""
+        return self.args.seed if purpose == "evaluate" else self.args.seed + 1 + self.state.iteration
+
+
+def to_training_sample(completion: Completion, advantage: float, group_id: int) -> TrainingSample:
+    return TrainingSample(
+        token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
+        prompt_length=len(completion.prompt.token_ids),
+        behavior_log_probs=completion.log_probs,
+        policy_versions=completion.policy_versions,
+        advantage=advantage,
+        reward=completion.reward,
+        temperature=completion.temperature,
+        group_id=group_id,
+    )

@@ -1,0 +1,55 @@
+"""JSON over HTTP to a rollout engine's control endpoints, with one way to fail."""
+
+from __future__ import annotations
+
+import requests
+
+BODY_CHARACTERS = 300  # how much of a refused reply an error quotes
+
+
+class EngineRequestError(RuntimeError):
+    """A control call that an engine refused, or that never reached it."""
+
+    def __init__(self, url: str, path: str, status: int | None, body: str):
+        answered = f"answered {status}" if status is not None else "did not answer"
+        super().__init__(f"engine {url}: {path} {answered}: {body[:BODY_CHARACTERS]}")
+        self.url, self.path, self.status = url, path, status
+
+
+def auth_headers(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def post_json(url: str, path: str, payload: dict, timeout_s: float, api_key: str | None = None) -> dict:
+    """POST `payload` to `url + path`; the JSON reply, or an empty dict when the reply is empty or plain text.
+
+    Raises EngineRequestError unless the status is 200 and the reply does not say `"success": false`.
+    """
+    return _call("POST", url, path, payload, timeout_s, api_key)
+
+
+def get_json(url: str, path: str, timeout_s: float, api_key: str | None = None) -> dict:
+    """GET `url + path`; reply and errors as for `post_json`."""
+    return _call("GET", url, path, None, timeout_s, api_key)
+
+
+def _call(
+    method: str, url: str, path: str, payload: dict | None, timeout_s: float, api_key: str | None
+) -> dict:
+    try:
+        reply = requests.request(
+            method, url + path, json=payload, timeout=timeout_s, headers=auth_headers(api_key)
+        )
+    except requests.Timeout as error:
+        raise EngineRequestError(url, path, None, f"nothing within {timeout_s:g} s") from error
+    except requests.RequestException as error:
+        raise EngineRequestError(url, path, None, str(error)) from error
+    if reply.status_code != 200:
+        raise EngineRequestError(url, path, reply.status_code, reply.text)
+    if "json" not in reply.headers.get("Content-Type", "") or not reply.content:
+        return {}  # /flush_cache and /health answer in plain text or not at all
+    body = reply.json()
+    # Control calls may report a refusal with status 200.
+    if isinstance(body, dict) and body.get("success") is False:
+        raise EngineRequestError(url, path, reply.status_code, reply.text)
+    return body

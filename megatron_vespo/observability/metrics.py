@@ -1,0 +1,100 @@
+"""Metrics on disk: one JSON line a step and the same scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+# JSON has no word for these three; they are written as strings and read back as floats.
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """`value` as valid JSON at full float precision; NaN and infinities become the strings of NON_FINITE."""
+    return json.dumps(_spell_non_finite(value), indent=indent, allow_nan=False)
+
+
+def _spell_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return {key: _spell_non_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell_non_finite(entry) for entry in value]
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the content of `path`: a kill meanwhile leaves the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, oldest first: "step" (int), "time" (unix seconds) and the metrics.
+
+    A last line that a killed run left half-written is skipped; any other bad line is a ValueError.
+    """
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a JSON record ({error})") from error
+        records.append({name: NON_FINITE.get(value, value) for name, value in record.items()})
+    return records
+
+
+class MetricsWriter:
+    """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
+
+    `resume_step` is the last step that the run keeps: points of later steps are dropped, in both places.
+    None starts afresh; a metrics.jsonl already there is then kept as metrics.previous.jsonl.
+    """
+
+    def __init__(self, directory: Path, resume_step: int | None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            if resume_step is None:
+                path.replace(directory / "metrics.previous.jsonl")
+            else:
+                kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+                write_atomically(path, "".join(dump_json(record) + "\n" for record in kept))
+        self._lines = path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(directory / "tensorboard"))
+        # TensorBoard forgets the points of earlier event files from this step on.
+        first_step = 0 if resume_step is None else resume_step + 1
+        start = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Records `metrics` for `step`; both files are flushed, so that a killed run has lost nothing."""
+        assert not {"step", "time"} & metrics.keys(), "step and time are the record's own keys"
+        now = time.time()
+        values = {name: float(value) for name, value in metrics.items()}
+        self._lines.write(dump_json({"step": step, "time": now, **values}) + "\n")
+        self._lines.flush()
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()

@@ -1,0 +1,213 @@
+"""What is left of a run for people: the picture of its curves and a summary of one screen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vespo.observability.metrics import dump_json, write_atomically
+from megatron_vespo.observability.progress import PHASE_COLUMNS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEGEND_COLUMNS = 4  # fit above a panel
+LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; the line in the picture
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
+)  # fmt: skip
+GREY = "#999999"
+PHASE_COLORS = dict(zip(PHASE_COLUMNS, (BLUE, PURPLE, SKY, ORANGE, GREEN, YELLOW, RED), strict=True))
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+}
+
+
+def _series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that have a finite `name`."""
+    seen = [record for record in metrics if math.isfinite(record.get(name, math.nan))]
+    return [record["step"] for record in seen], [record[name] for record in seen]
+
+
+def _line(axes: Axes, metrics: list[dict], name: str, label: str | None, color: str, **style: Any) -> None:
+    steps, values = _series(metrics, name)
+    if steps:
+        marker = "o" if len(steps) == 1 else ""  # a lone point has no line to be seen by
+        axes.plot(steps, values, label=label, color=color, **{"marker": marker, **style})
+
+
+def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Accuracy")
+    _line(axes, metrics, "reward/mean", "training reward", ORANGE, linewidth=1.2)
+    _line(axes, metrics, "heldout/accuracy", "held-out accuracy", BLUE, marker="o", markersize=5)
+    steps, values = _series(metrics, "heldout/accuracy")
+    for index, offset in ((0, -15), (-1, 8)) if len(steps) > 1 else ():
+        axes.annotate(
+            f"{values[index]:.0%}", (steps[index], values[index]), (0, offset), textcoords="offset points",
+            ha="center", color=BLUE, weight="bold",
+        )  # fmt: skip
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1]))
+
+
+def _plot_length(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Response length (tokens)")
+    _line(axes, metrics, "response/length_mean", None, BLUE)
+    axes.set_ylim(bottom=0)
+
+
+def _plot_log_w(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Sequence log W")
+    names = ("vespo/log_w_mean", "vespo/log_w_std")
+    both = [record for record in metrics if all(math.isfinite(record.get(name, math.nan)) for name in names)]
+    if both:
+        low = [record[names[0]] - record[names[1]] for record in both]
+        high = [record[names[0]] + record[names[1]] for record in both]
+        steps = [record["step"] for record in both]
+        axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± std")
+    _line(axes, metrics, "vespo/log_w_mean", "mean", BLUE)
+    axes.axhline(0.0, color=GREY, linewidth=0.8)
+
+
+def _plot_phi(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("VESPO weight φ")
+    _line(axes, metrics, "vespo/phi_mean_positive", "advantage > 0", GREEN)
+    _line(axes, metrics, "vespo/phi_mean_negative", "advantage < 0", RED)
+    _line(axes, metrics, "vespo/ess", "ESS", GREY, linestyle="--")
+
+
+def _plot_logprob_difference(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Log-prob difference")
+    axes.set_yscale("log")
+    # An exact match, 0, has no place on a log scale.
+    seen = [record for record in metrics if record.get("check/max_logprob_difference", 0.0) > 0.0]
+    _line(axes, seen, "check/max_logprob_difference", "engine vs trainer, max", BLUE)
+    label = f"tolerance {LOGPROB_TOLERANCE:g}"
+    axes.axhline(LOGPROB_TOLERANCE, color=RED, linestyle="--", linewidth=1.2, label=label)
+
+
+def _plot_phases(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Seconds a step")
+    axes.grid(axis="x", visible=False)
+    names = {name for record in metrics for name in record if name.startswith("time/")}
+    present = {name.removeprefix("time/") for name in names}
+    steps = [record["step"] for record in metrics]
+    width = 0.85 * min((b - a for a, b in zip(steps, steps[1:], strict=False) if b > a), default=1)
+    bottom = [0.0] * len(metrics)
+    for phase in [*PHASE_COLUMNS, *sorted(present - PHASE_COLUMNS.keys())]:
+        if phase in present:
+            seconds = [record.get(f"time/{phase}", 0.0) for record in metrics]
+            axes.bar(steps, seconds, width, bottom, label=phase, color=PHASE_COLORS.get(phase, GREY))
+            bottom = [below + above for below, above in zip(bottom, seconds, strict=True)]
+
+
+def _place_legend(axes: Axes) -> None:
+    """Puts the legend between title and axes, where it can hide no curve."""
+    num_entries = len(axes.get_legend_handles_labels()[0])
+    if num_entries:
+        num_rows = math.ceil(num_entries / LEGEND_COLUMNS)
+        legend = axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=math.ceil(num_entries / num_rows),
+            borderpad=0.2, handlelength=1.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.2,
+        )  # fmt: skip
+        legend.set_in_layout(False)  # a wide one would narrow the whole column; the title keeps its room
+        axes.set_title(axes.get_title(loc="left"), pad=6 + 15 * num_rows)
+
+
+PANELS = (_plot_accuracy, _plot_length, _plot_log_w, _plot_phi, _plot_logprob_difference, _plot_phases)
+
+
+def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
+    """Draws the curves of a run, records as read_metrics gives them, into the PNG `path`, 1920 x 1120."""
+    # matplotlib takes a second to import and nothing else here needs it. No pyplot: it keeps global state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12, 7), dpi=160, layout="constrained")
+        figure.suptitle(title, fontsize=14, weight="bold")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        panels = figure.subplots(2, 3, sharex=True)
+        for axes, draw in zip(panels.flat, PANELS, strict=True):
+            draw(axes, metrics)
+            axes.set_xlabel("step")
+            axes.tick_params(labelbottom=True)
+            _place_legend(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))  # all panels share it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a success probability: `share` of `num_trials` succeeded."""
+    z = 1.959963984540054  # the normal distribution's 97.5% quantile
+    center = share + z * z / (2 * num_trials)
+    margin = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2))
+    scale = 1 + z * z / num_trials
+    return (center - margin) / scale, (center + margin) / scale
+
+
+def write_summary(path: Path, summary: dict) -> None:
+    """Writes `summary` as JSON, atomically; keys that format_summary does not know are kept too."""
+    write_atomically(path, dump_json(summary, indent=2) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {second:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _accuracy(share: float, num_prompts: int | None) -> str:
+    if not num_prompts:
+        return f"{share:6.1%}"
+    low, high = wilson_interval(share, num_prompts)
+    return f"{share:6.1%}   95% interval {low:.1%} to {high:.1%} ({num_prompts} prompts)"
+
+
+def format_summary(summary: dict) -> str:
+    """One screen of aligned text about a run; what `summary` lacks is left out.
+
+    Known keys: heldout_accuracy_before, heldout_accuracy_after (shares), heldout_prompts, steps,
+    train_seconds, setup_seconds, max_logprob_difference, exported_max_logprob_difference,
+    layout (name -> size) and paths (label -> path).
+    """
+    lines: list[tuple[str, str]] = []
+    for when in ("before", "after"):
+        if (share := summary.get(f"heldout_accuracy_{when}")) is not None:
+            lines.append((f"held-out accuracy {when}", _accuracy(share, summary.get("heldout_prompts"))))
+    if (steps := summary.get("steps")) is not None:
+        lines.append(("steps", str(steps)))
+    if (seconds := summary.get("train_seconds")) is not None:
+        a_step = f" ({seconds / steps:.2f} s a step)" if steps else ""
+        lines.append(("training", _duration(seconds) + a_step))
+    if (seconds := summary.get("setup_seconds")) is not None:
+        lines.append(("set-up", _duration(seconds)))
+    if layout := summary.get("layout"):
+        sizes = [f"{name.replace('_', ' ')} {size}" for name, size in layout.items()]
+        lines.append(("layout", ", ".join(sizes)))
+    if (difference := summary.get("max_logprob_difference")) is not None:
+        lines.append(("max log-prob difference", f"{difference:.1e} (engine and trainer)"))
+    if (difference := summary.get("exported_max_logprob_difference")) is not None:
+        lines.append(("the same after export", f"{difference:.1e} (exported checkpoint and trainer)"))
+    lines += summary.get("paths", {}).items()
+    width = max((len(label) for label, _ in lines), default=0)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)

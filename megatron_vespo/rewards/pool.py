@@ -1,0 +1,255 @@
+"""Reward functions in killable worker processes, with a deadline for every response.
+
+A grader that hangs cannot be interrupted from within (sympy and regular expressions stay in C). So each
+worker is a process that reports result by result: if it is late or dies, only the response it was on is lost.
+
+Workers start as fresh interpreters. Forking a parent that holds threads, gRPC or CUDA is unsafe, and
+multiprocessing's spawn and forkserver import the parent's main program again, torch and all, in every worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe, wait
+from typing import Literal
+
+from megatron_vespo.rewards.worker import RewardFunction
+
+_START_DEADLINE_S = 120.0  # importing the function's module, sympy or more, on a loaded machine
+_STOP_DEADLINE_S = 10.0
+_MAX_CHUNK = 32
+_WORKER_COMMAND = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[2])
+from megatron_vespo.rewards.worker import worker_main
+worker_main(int(sys.argv[1]))
+"""
+
+
+@dataclass(frozen=True)
+class RewardItem:
+    """One response to score."""
+
+    response: str
+    answer: str
+    metadata: dict
+    ended: bool  # False when the length limit cut the response: it earns 0.0 whatever it says
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """One score. `value` is 0.0 unless status is "ok"; detail says what went wrong."""
+
+    value: float
+    status: Literal["ok", "timeout", "error"]
+    detail: str
+
+
+def load_reward_function(import_path: str) -> RewardFunction:
+    """The reward function named "math" (built in) or "package.module:function".
+
+    A custom function is called as function(response, answer, metadata) and returns a finite number.
+
+    Raises:
+        ValueError: the module or the function is not there, or it is not callable.
+    """
+    target = "megatron_vespo.rewards.math:math_reward" if import_path == "math" else import_path
+    module_name, _, name = target.partition(":")
+    if not (module_name and name):
+        raise ValueError(f'reward function {import_path!r}: write "math" or "package.module:function"')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"reward function {import_path!r}: cannot import {module_name} ({error}); is it on PYTHONPATH?"
+        ) from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise ValueError(f"reward function {import_path!r}: {module_name} has no {name!r}")
+    if not callable(function):
+        raise ValueError(f"reward function {import_path!r}: is a {type(function).__name__}, not a function")
+    return function
+
+
+class RewardPool:
+    """`num_workers` processes that score responses with one function, `timeout_s` seconds for each response.
+
+    Raises:
+        ValueError: the function cannot be imported by name in another process (a lambda, or one of __main__).
+    """
+
+    def __init__(self, function: RewardFunction, num_workers: int, timeout_s: float) -> None:
+        assert num_workers >= 1 and timeout_s > 0, (num_workers, timeout_s)
+        self._setup = _pickle_setup(function, timeout_s)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._workers = [_Worker(self._setup) for _ in range(num_workers)]
+        self.close = weakref.finalize(self, _stop_all, self._workers)  # at interpreter exit at the latest
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """Score items, results in their order. Several threads may call it; one batch runs at a time.
+
+        Raises:
+            RuntimeError: the pool is closed, or a worker cannot start.
+        """
+        if not self.close.alive:
+            raise RuntimeError("the reward pool is closed")
+        with self._lock:
+            return _Batch(items, self._workers, self._setup, self._timeout_s).run()
+
+
+class _Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, setup: bytes) -> None:
+        self.connection, child = Pipe()
+        with child:
+            arguments = [str(child.fileno()), json.dumps(_absolute_sys_path())]
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER_COMMAND, *arguments],
+                pass_fds=(child.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # killed as a group, with whatever a custom function started
+            )
+        self.connection.send_bytes(setup)
+        self.started = False
+        self.assigned: deque[int] = deque()  # indices of the items sent and not yet answered, in order
+        self.deadline = time.monotonic() + _START_DEADLINE_S
+
+    @property
+    def is_awaited(self) -> bool:
+        return bool(self.assigned) or not self.started
+
+    def kill(self) -> None:
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=_STOP_DEADLINE_S)
+
+    def exit_status(self) -> int | None:
+        """Exit status of a process whose connection is at its end; None when it lives on without one."""
+        try:
+            return self.process.wait(timeout=_STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class _Batch:
+    """One call of RewardPool.score: deals items out to workers and replaces those that hang or die."""
+
+    def __init__(
+        self, items: Sequence[RewardItem], workers: list[_Worker], setup: bytes, timeout_s: float
+    ) -> None:
+        self.items = items
+        self.workers = workers
+        self.setup = setup
+        self.timeout_s = timeout_s
+        self.results = [RewardResult(0.0, "ok", "the response did not end")] * len(items)
+        self.queue = deque(index for index, item in enumerate(items) if item.ended)
+        # Small enough that the last chunks finish together, large enough that pipes do not dominate.
+        self.chunk = max(1, min(_MAX_CHUNK, len(self.queue) // (4 * len(workers))))
+
+    def run(self) -> list[RewardResult]:
+        try:
+            while self.queue or any(worker.assigned for worker in self.workers):
+                for slot, worker in enumerate(self.workers):
+                    if self.queue and not worker.is_awaited:
+                        self.assign(slot)
+                self.collect()
+        finally:
+            # After an exception a worker may still be busy: its answers must not reach the next batch.
+            for slot, worker in enumerate(self.workers):
+                if worker.assigned:
+                    self.replace(slot)
+        return self.results
+
+    def assign(self, slot: int) -> None:
+        worker = self.workers[slot]
+        indices = [self.queue.popleft() for _ in range(min(self.chunk, len(self.queue)))]
+        items = [self.items[index] for index in indices]
+        try:
+            worker.connection.send([(item.response, item.answer, item.metadata) for item in items])
+        except ConnectionError:  # it died while idle, for instance of the machine's out-of-memory killer
+            self.queue.extendleft(reversed(indices))
+            self.replace(slot)
+            return
+        worker.assigned.extend(indices)
+        worker.deadline = time.monotonic() + self.timeout_s
+
+    def collect(self) -> None:
+        """Wait for the next answers or the next deadline, whichever comes first."""
+        awaited = [worker for worker in self.workers if worker.is_awaited]
+        if not awaited:
+            return
+        next_deadline = min(worker.deadline for worker in awaited)
+        ready = wait([worker.connection for worker in awaited], max(0.0, next_deadline - time.monotonic()))
+        now = time.monotonic()
+        for slot, worker in enumerate(self.workers):
+            if worker.connection in ready:
+                self.receive(slot)
+            elif worker.is_awaited and now >= worker.deadline and not worker.connection.poll():
+                self.lose(slot, "timeout", f"no reward within {self.timeout_s:g} s")
+
+    def receive(self, slot: int) -> None:
+        worker = self.workers[slot]
+        try:
+            message = worker.connection.recv()
+        except (EOFError, ConnectionError):
+            exit_status = worker.exit_status()
+            if exit_status == -signal.SIGALRM:
+                self.lose(slot, "timeout", f"no reward within {self.timeout_s:g} s")
+            else:
+                self.lose(slot, "error", f"the reward function ended its process, exit status {exit_status}")
+            return
+        if worker.started:
+            self.results[worker.assigned.popleft()] = RewardResult(*message)
+            worker.deadline = time.monotonic() + self.timeout_s
+        elif message is None:
+            worker.started = True
+        else:
+            raise RuntimeError(f"a reward worker cannot load the reward function: {message}")
+
+    def lose(self, slot: int, status: Literal["timeout", "error"], detail: str) -> None:
+        """Charge the item in flight, give the others back to the queue, and replace the worker."""
+        worker = self.workers[slot]
+        if not worker.started:
+            why = detail if status == "error" else f"not ready after {_START_DEADLINE_S:g} s"
+            raise RuntimeError(f"a reward worker did not start: {why}")
+        self.results[worker.assigned.popleft()] = RewardResult(0.0, status, detail)
+        self.queue.extendleft(reversed(worker.assigned))
+        self.replace(slot)
+
+    def replace(self, slot: int) -> None:
+        self.workers[slot].kill()
+        self.workers[slot] = _Worker(self.setup)
+
+
+def _pickle_setup(function: RewardFunction, timeout_s: float) -> bytes:
+    if getattr(function, "__module__", None) == "__main__":
+        raise ValueError("the reward function is defined in the main program: move it to a module of its own")
+    try:
+        return pickle.dumps((function, timeout_s))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(f"the reward function must be defined at the top of a module: {error}") from error
+
+
+def _absolute_sys_path() -> list[str]:
+    return [os.path.abspath(path) for path in sys.path]  # "" means the current folder
+
+
+def _stop_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.kill()

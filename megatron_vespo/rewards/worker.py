@@ -1,0 +1,54 @@
+"""The inside of a reward worker process: stdlib only, beside what the reward function itself imports."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+RewardFunction = Callable[[str, str, dict], float]
+
+_ORPHAN_GRACE_S = 2.0
+
+
+def worker_main(fd: int) -> None:
+    """What a worker process runs: load the function, answer every item of every chunk."""
+    os.set_inheritable(fd, False)
+    # Were the parent killed, a hung worker would never see its pipe end: the kernel's alarm ends it instead.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    connection = Connection(fd)
+    try:
+        function, timeout_s = pickle.loads(connection.recv_bytes())
+    except Exception as error:  # importing a custom module may raise anything; the parent reports it
+        connection.send(_describe(error))
+        return
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(None)
+        while True:
+            for response, answer, metadata in connection.recv():
+                connection.send(_call(function, response, answer, metadata, timeout_s + _ORPHAN_GRACE_S))
+
+
+def _call(function: RewardFunction, response: str, answer: str, metadata: dict, alarm_s: float) -> tuple:
+    """The fields of a RewardResult."""
+    signal.setitimer(signal.ITIMER_REAL, alarm_s)
+    try:
+        reward = function(response, answer, metadata)
+        if not isinstance(reward, numbers.Real):
+            return 0.0, "error", f"the reward function returned a {type(reward).__name__}, not a number"
+        if not math.isfinite(reward):
+            return 0.0, "error", f"the reward function returned {reward}"
+        return float(reward), "ok", ""
+    except Exception as error:  # a custom function may raise anything, and one item must not end the run
+        return 0.0, "error", _describe(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _describe(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,174 @@
+"""Token ids in, a checked Completion out: one engine's /generate.
+
+Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import aiohttp
+import numpy as np
+
+from megatron_vespo.http import EngineRequestError, auth_headers
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8
+LOG_PROB_ROUNDING = 1e-5  # a soft-max that rounds up to just above 1 gives a log-prob just above 0
+
+
+class GenerateReplyError(RuntimeError):
+    """A reply that cannot be trained on; the message names the request and the prompt."""
+
+
+class EngineClient:
+    """Draws completions from the engine at `url`; usable inside `session`'s event loop only.
+
+    `num_layers` and `topk` are the L and K of the model's routed experts, None for a dense model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        num_layers: int | None,
+        topk: int | None,
+        api_key: str | None = None,
+    ):
+        self.url = url
+        self._session = session
+        self._num_layers, self._topk = num_layers, topk
+        self._headers = auth_headers(api_key)
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, seed: int | None) -> Completion:
+        """One sampled completion. `seed` takes effect when the engine runs --enable-deterministic-inference.
+
+        Raises EngineRequestError when the engine refuses, GenerateReplyError for an unusable reply, and lets
+        aiohttp.ClientError and TimeoutError (the session's deadline) through.
+        """
+        payload = generate_payload(prompt, sampling, seed, routed_experts=self._topk is not None)
+        async with self._session.post(
+            self.url + "/generate", json=payload, headers=self._headers
+        ) as response:
+            if response.status != 200:
+                body = f"prompt {prompt.prompt_id}: {await response.text()}"
+                raise EngineRequestError(self.url, "/generate", response.status, body)
+            reply = await response.json()
+        return parse_generate_reply(reply, prompt, sampling.temperature, self._num_layers, self._topk)
+
+
+def generate_payload(
+    prompt: Prompt, sampling: SamplingParams, seed: int | None, routed_experts: bool
+) -> dict:
+    """The body of one /generate request.
+
+    Truncated sampling stays off whatever the model's generation_config says: its log-probs would not be those
+    of the distribution that was sampled.
+    """
+    sampling_params = {
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+    }
+    if seed is not None:
+        sampling_params["sampling_seed"] = seed
+    return {
+        "input_ids": prompt.token_ids,
+        "sampling_params": sampling_params,
+        "return_logprob": True,
+        "return_routed_experts": routed_experts,
+    }
+
+
+def parse_generate_reply(
+    reply: dict, prompt: Prompt, temperature: float, num_layers: int | None, topk: int | None
+) -> Completion:
+    """Check one /generate reply and make it a Completion; raises GenerateReplyError.
+
+    SGLang's log-probs are those after temperature. `num_layers` and `topk` are None for a dense model.
+    """
+    try:
+        meta = reply["meta_info"]
+        token_ids = list(reply["output_ids"])
+        scored = meta["output_token_logprobs"]
+        spans = meta["weight_versions"]
+        finish = meta["finish_reason"]
+        experts = meta["routed_experts"] if topk is not None else None
+    except (KeyError, TypeError) as error:
+        raise GenerateReplyError(f"prompt {prompt.prompt_id}: the reply has no {error}") from error
+    where = f"request {meta.get('id')} (prompt {prompt.prompt_id})"
+    if finish["type"] not in ("stop", "length", "abort"):
+        raise GenerateReplyError(f"{where}: unknown finish reason {finish}")
+    # SGLang ends such a request as "stop", after writing a stop token over what it sampled.
+    if finish.get("matched") == "NaN happened":
+        raise GenerateReplyError(f"{where}: the engine sampled a token outside the vocabulary (NaN logits)")
+    if not token_ids:
+        raise GenerateReplyError(f"{where}: no tokens, finish reason {finish}")
+    if [entry[1] for entry in scored] != token_ids:
+        raise GenerateReplyError(
+            f"{where}: {len(token_ids)} output ids do not match {len(scored)} scored tokens"
+        )
+    routed_experts = None
+    if experts is not None:
+        num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
+        routed_experts = _routed_experts(experts, (num_entering, num_layers, topk), where)
+    return Completion(
+        prompt=prompt,
+        token_ids=token_ids,
+        log_probs=_log_probs([entry[0] for entry in scored], where),
+        policy_versions=_policy_versions(spans, len(token_ids), where),
+        routed_experts=routed_experts,
+        finish_reason=finish["type"],
+        temperature=temperature,
+    )
+
+
+def _log_probs(values: list[float | None], where: str) -> np.ndarray:
+    """[C] float32. JSON has no NaN or infinity: SGLang writes null."""
+    log_probs = np.array(values, dtype=np.float32)
+    bad = np.flatnonzero(~(np.isfinite(log_probs) & (log_probs <= LOG_PROB_ROUNDING)))
+    if len(bad):
+        raise GenerateReplyError(
+            f"{where}: log-prob {values[bad[0]]} of completion token {bad[0]} "
+            f"({len(bad)} bad of {len(values)})"
+        )
+    return log_probs
+
+
+def _policy_versions(spans: list[dict], length: int, where: str) -> np.ndarray:
+    """[C] int64 from [{"version": "3", "start": 0, "end": C}, ...], which must cover every token once."""
+    bounds = [0, *(span["end"] for span in spans)]
+    if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != length:
+        raise GenerateReplyError(
+            f"{where}: weight versions {spans} do not cover the {length} completion tokens"
+        )
+    versions = np.empty(length, dtype=np.int64)
+    for span in spans:
+        if not str(span["version"]).isdecimal():
+            raise GenerateReplyError(
+                f"{where}: weight version {span['version']!r} is not one of ours, a number"
+            )
+        versions[span["start"] : span["end"]] = int(span["version"])
+    return versions
+
+
+def _routed_experts(encoded: str, shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """[P + C - 1, L, K] uint8 from base64 int32."""
+    try:
+        experts = np.frombuffer(base64.b64decode(encoded), dtype=np.int32)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise GenerateReplyError(f"{where}: routed experts are not base64 int32 ({error})") from error
+    if experts.size != np.prod(shape):
+        raise GenerateReplyError(
+            f"{where}: {experts.size} routed experts, "
+            f"expected {shape[0]} tokens x {shape[1]} layers x {shape[2]}"
+        )
+    if experts.min() < 0 or experts.max() > MAX_EXPERT_ID:
+        raise GenerateReplyError(
+            f"{where}: routed experts {experts.min()}..{experts.max()} are not within 0..{MAX_EXPERT_ID}"
+        )
+    return experts.astype(np.uint8).reshape(shape)

@@ -1,0 +1,209 @@
+"""One SGLang server as a child process group: start, check, stop, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_vespo.http import EngineRequestError, get_json
+
+LOG_TAIL_LINES = 15
+HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
+PORT_RANGE = range(
+    30000, 31000
+)  # below Linux's ephemeral range (32768), which outgoing connections draw from
+# SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
+# start together could draw the same one. Distinct HTTP ports make these distinct.
+RENDEZVOUS_PORT_OFFSET = 1000
+FAILED_PLUGIN = re.compile(r"Failed to (?:load plugin|execute general plugin:?) (\S+)")
+
+
+class EngineError(RuntimeError):
+    """An engine that could not start, died, or would not stop."""
+
+
+class SGLangEngine:
+    """An SGLang server on this machine, in a session of its own.
+
+    `server_args` are SGLang's own flags (see `server_arguments`), without model path, host and ports.
+    The server's output is appended to `log_path`. The server dies with the process that started it.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        host: str,
+        port: int,
+        server_args: list[str],
+        log_path: Path,
+        start_timeout_s: float,
+    ):
+        self.model_path = model_path
+        self.host = host
+        self.port = port
+        self.server_args = server_args
+        self.log_path = Path(log_path)
+        self.start_timeout_s = start_timeout_s
+        self._process: subprocess.Popen | None = None
+        self._log_start = 0  # bytes of earlier starts in the same file
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Leader of the server's process group."""
+        assert self._process is not None, "engine not started"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Launch the server and wait until it is healthy; raises EngineError, leaving nothing running."""
+        assert self._process is None, "engine already started"
+        rendezvous_port = self.port + RENDEZVOUS_PORT_OFFSET
+        require_free_port(self.host, self.port, "the rollout engine")
+        require_free_port(
+            self.host, rendezvous_port, f"the rollout engine on port {self.port} (its rendezvous)"
+        )
+        command = [sys.executable, "-m", "megatron_vespo.rollout.server_process", str(os.getpid())]
+        command += ["--model-path", self.model_path, "--host", self.host, "--port", str(self.port)]
+        command += ["--nccl-port", str(rendezvous_port), *self.server_args]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop(timeout_s=0)
+            raise
+
+    def check(self) -> None:
+        """Raise EngineError, with the end of the log, when the server is not running."""
+        if self._process is None:
+            raise EngineError(f"engine {self.url} is not running")
+        status = self._process.poll()
+        if status is not None:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            raise EngineError(f"engine {self.url} died ({how}); {self._log_tail()}")
+
+    def stop(self, timeout_s: float) -> None:
+        """End the whole process group: SIGTERM, up to `timeout_s` seconds of grace, then SIGKILL."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if timeout_s > 0 and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                pass  # SGLang drains running requests first; SIGKILL below does not wait for them
+        deadline = time.monotonic() + 30
+        while members := group_members(process.pid):
+            if time.monotonic() > deadline:
+                raise EngineError(f"engine {self.url}: processes {members} survive SIGKILL")
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                break
+            process.poll()
+            time.sleep(0.05)
+        process.wait(30)
+
+    def __enter__(self) -> SGLangEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop(timeout_s=0)
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        api_key = flag_value(self.server_args, "--api-key")
+        while True:
+            self._check_plugins()
+            self.check()
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise EngineError(
+                    f"engine {self.url} is not healthy {self.start_timeout_s:g} s after its start; "
+                    + self._log_tail()
+                )
+            try:
+                get_json(self.url, "/health", min(HEALTH_TIMEOUT_S, remaining), api_key)
+                break
+            except EngineRequestError:
+                time.sleep(0.25)  # still starting
+        self._check_plugins()
+
+    def _check_plugins(self) -> None:
+        """SGLang only logs a plugin that fails, and then runs without what the plugin was to change."""
+        failed = sorted({match.group(1) for match in FAILED_PLUGIN.finditer(self._log())})
+        if failed:
+            raise EngineError(
+                f"engine {self.url}: SGLang plugin {', '.join(failed)} failed; see {self.log_path}"
+            )
+
+    def _log(self) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def _log_tail(self) -> str:
+        lines = [line for line in self._log().splitlines() if line.strip()]
+        return "\n".join([f"the end of {self.log_path}:", *lines[-LOG_TAIL_LINES:]])
+
+
+def require_free_port(host: str, port: int, owner: str) -> None:
+    """Raise EngineError when nothing can listen on `host:port`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise EngineError(
+                f"{owner} cannot listen on {host}:{port} ({error}); choose another port with --rollout-port"
+            ) from error
+
+
+def find_free_port(host: str) -> int:
+    """A port that an engine can use now, its rendezvous port too; random, so that neighbours differ."""
+    for port in random.SystemRandom().sample(PORT_RANGE, len(PORT_RANGE)):
+        try:
+            require_free_port(host, port, "probe")
+            require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, "probe")
+        except EngineError:
+            continue
+        return port
+    raise EngineError(f"no free port on {host} in {PORT_RANGE.start}..{PORT_RANGE.stop - 1}")
+
+
+def flag_value(argv: list[str], flag: str) -> str | None:
+    """The value after `flag` in a list of command-line arguments."""
+    return argv[argv.index(flag) + 1] if flag in argv else None
+
+
+def group_members(process_group: int) -> list[int]:
+    """Ids of the group's processes that still run (an unreaped zombie does not)."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue  # it ended while we looked
+        if int(group) == process_group and state != "Z":
+            members.append(int(stat.parent.name))
+    return members

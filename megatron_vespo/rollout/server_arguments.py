@@ -1,0 +1,148 @@
+"""SGLang's command line: our part, and the users' `--sglang-*` flags, checked before anything starts."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+
+PREFIX = "--sglang-"
+# Flags whose value the run depends on or has decided elsewhere. Spellings: all of SGLang's aliases.
+OWNED = {
+    "--model-path",
+    "--model",
+    "--host",
+    "--port",
+    "--nccl-port",
+    "--skip-tokenizer-init",
+    "--enable-return-routed-experts",
+    "--weight-version",
+    "--config",
+}
+ARITY_NONE, ARITY_ONE, ARITY_MANY = "none", "one", "many"
+
+
+def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split `argv` into SGLang's flags, prefix removed, and the rest, both in their order.
+
+    Example: ["--lr", "1", "--sglang-tp-size=2", "--sglang-disable-radix-cache"]
+             -> (["--tp-size", "2", "--disable-radix-cache"], ["--lr", "1"])
+    Raises ValueError for a flag that SGLang does not have, that we set ourselves, or whose value is missing.
+    """
+    flags: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if not token.startswith(PREFIX):
+            rest.append(token)
+            continue
+        given, equals, value = token.partition("=")
+        name = "--" + given.removeprefix(PREFIX)
+        arity = _checked_arity(given, name)
+        values = [value] if equals else []
+        while not equals and position < len(argv) and not argv[position].startswith("--"):
+            if arity == ARITY_NONE or (arity == ARITY_ONE and values):
+                break
+            values.append(argv[position])
+            position += 1
+        if arity == ARITY_NONE and values:
+            raise ValueError(f"{given}: SGLang's {name} takes no value, but got {value!r}")
+        if arity != ARITY_NONE and not values:
+            raise ValueError(f"{given}: SGLang's {name} needs a value")
+        flags += [name, *values]
+    return flags, rest
+
+
+def server_arguments(
+    sglang_flags: list[str], *, device: str, is_moe: bool, dtype: str, seed: int, weight_version: int = 0
+) -> list[str]:
+    """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
+
+    `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
+    """
+    owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
+    if is_moe:
+        owned.append("--enable-return-routed-experts")
+    defaults = {
+        "--device": [device],
+        "--dtype": [dtype],
+        "--random-seed": [str(seed)],
+        "--log-level": ["warning"],
+    }
+    if device == "cpu":
+        defaults |= {
+            "--attention-backend": ["torch_native"],
+            "--max-running-requests": ["256"],
+            "--max-total-tokens": ["32768"],  # left alone, the KV cache takes most of the machine's memory
+            "--sleep-on-idle": [],  # an idle scheduler spins on a core that the trainer needs
+        }
+    arguments = [
+        part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
+    ]
+    return owned + arguments + sglang_flags
+
+
+def _checked_arity(given: str, name: str) -> str:
+    known = known_flags()
+    if name in OWNED:
+        raise ValueError(f"{given}: megatron_vespo sets SGLang's {name} itself; remove the flag")
+    if name not in known:
+        nearest = difflib.get_close_matches(name, sorted(known.keys() - OWNED), n=1)
+        hint = f"; did you mean {PREFIX}{nearest[0].removeprefix('--')}?" if nearest else ""
+        raise ValueError(f"{given}: SGLang {version('sglang')} has no flag {name}{hint}")
+    return known[name]
+
+
+@functools.cache
+def known_flags() -> dict[str, str]:
+    """Every flag of the installed SGLang with its arity, read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{PREFIX}* flags need the sglang package, which is not installed")
+    srt = Path(spec.submodule_search_locations[0]) / "srt"
+    flags: dict[str, str] = {}
+    for path in sorted((srt / "arg_groups" / "fields").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                flags.update(_field_flags(node.target.id, node.annotation))
+    for node in ast.walk(ast.parse((srt / "server_args.py").read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            action = ast.unparse(_keyword(node, "action") or ast.Constant(None))
+            takes_none = "StoreTrue" in action or "store_true" in action
+            flags |= {arg.value: ARITY_NONE if takes_none else ARITY_ONE for arg in node.args}
+    assert "--attention-backend" in flags and "--tp-size" in flags, (
+        f"SGLang's flags are not under {srt} any more"
+    )
+    return flags
+
+
+def _field_flags(field: str, annotation: ast.expr) -> dict[str, str]:
+    """Flags of one `name: A[type, help or Arg(...)]` declaration."""
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A"):
+        return {}
+    assert isinstance(annotation.slice, ast.Tuple)
+    kind = ast.unparse(annotation.slice.elts[0])
+    calls = [meta for meta in annotation.slice.elts[1:] if isinstance(meta, ast.Call)]
+    options = {keyword.arg: keyword.value for call in calls for keyword in call.keywords}
+    if "no_cli" in options:
+        return {}
+    name = ast.literal_eval(options["cli_name"]) if "cli_name" in options else "--" + field.replace("_", "-")
+    names = [name, *(ast.literal_eval(options["aliases"]) if "aliases" in options else [])]
+    action = ast.unparse(options["action"]) if "action" in options else ""
+    if action.endswith("BooleanOptionalAction"):
+        return {
+            spelling: ARITY_NONE for name in names for spelling in (name, "--no-" + name.removeprefix("--"))
+        }
+    is_list = kind.lower().startswith(("list[", "optional[list[")) and "type_parser" not in options
+    if is_list or action or "nargs" in options:
+        return dict.fromkeys(names, ARITY_MANY)
+    return dict.fromkeys(names, ARITY_NONE if kind in ("bool", "Optional[bool]") else ARITY_ONE)
+
+
+def _keyword(call: ast.Call, name: str) -> ast.expr | None:
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)

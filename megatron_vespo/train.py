@@ -1,0 +1,162 @@
+"""`megatron-vespo train`: builds everything, runs the controller, leaves nothing running."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+from transformers import AutoTokenizer
+
+from megatron_vespo.arguments import parse_args
+from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.controller import Controller, RunState
+from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
+from megatron_vespo.observability.metrics import MetricsWriter, read_metrics
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
+from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.types import SamplingParams
+
+
+def main(argv: list[str]) -> None:
+    """Raises ValueError for a user's mistake, with one line that says what would be right."""
+    started = time.monotonic()
+    args = parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
+    prompts = _prompts(args, args.prompt_data, tokenizer)
+    heldout = _prompts(args, args.heldout_data, tokenizer).prompts[: args.heldout_prompts] if args.heldout_data else []
+    reward = load_reward_function(args.reward_function)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as stack:
+        display = stack.enter_context(RunDisplay(f"VESPO: {args.hf_checkpoint}", args.train_iters))
+        if prompts.num_overlong:
+            display.message(f"{prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} skipped")
+        controller = _start(args, stack, display, tokenizer, prompts, heldout, reward)
+        display.phase_seconds()  # start-up phases end here
+        setup_seconds = args.setup_seconds + time.monotonic() - started
+        state = controller.train()
+        if args.hf_export:
+            with display.phase("export"):
+                controller.trainer.export_hf((args.output_dir / "hf").resolve())
+    _report(args, state, len(heldout), setup_seconds)
+
+
+def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_key=args.prompt_key,
+        answer_key=args.answer_key,
+        answer_pattern=args.answer_pattern,
+        apply_chat_template=args.apply_chat_template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        overlong=args.overlong_prompts,
+    )
+
+
+def _start(args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, prompts, heldout, reward) -> Controller:
+    """Engines and trainer come up side by side; whatever fails, `stack` ends what had started."""
+    log_dir = (args.output_dir / "logs").resolve()
+    rewards = RewardPool(reward, args.reward_workers, args.reward_timeout)
+    stack.callback(rewards.close)
+    with display.phase("start Ray"):
+        stack.callback(ray.shutdown)
+        start_ray(args)
+        engine_size = _engine_size(args.sglang_flags)
+        placement = place(args, engine_size)
+    engines = EngineGroup(args, placement, _server_arguments(args), log_dir)
+    stack.callback(engines.stop)
+    trainer = TrainerGroup(args, placement, log_dir, watch=engines.check)
+    stack.callback(trainer.stop)
+    with display.phase("start Megatron"):
+        stored = trainer.start()
+    with display.phase("start SGLang"):
+        urls = engines.wait_until_ready()
+    with display.phase("connect"):
+        trainer.connect_engines(urls, engine_size)
+    state = RunState(**stored) if stored else RunState()
+    metrics = MetricsWriter(args.output_dir, state.iteration if stored else None)
+    stack.callback(metrics.close)
+    if stored:
+        display.message(f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed")
+    return Controller(
+        args=args,
+        trainer=trainer,
+        collector=Collector(
+            urls,
+            num_layers=args.num_layers,
+            topk=args.moe_router_topk,
+            request_timeout_s=args.generate_timeout,
+            check=engines.check,
+        ),
+        rewards=rewards,
+        cursor=PromptCursor(prompts.prompts, args.seed, state.consumed_prompts),
+        heldout=heldout,
+        tokenizer=tokenizer,
+        sampling=SamplingParams(args.rollout_temperature, args.max_completion_tokens, (tokenizer.eos_token_id,)),
+        display=display,
+        metrics=metrics,
+        state=state,
+    )
+
+
+def _server_arguments(args: Namespace) -> list[str]:
+    return server_arguments(
+        args.sglang_flags,
+        device="cuda" if args.distributed_backend == "nccl" else "cpu",
+        is_moe=True,
+        dtype="bfloat16" if args.bf16 else "float32",
+        seed=args.seed,
+    )
+
+
+def _engine_size(sglang_flags: list[str]) -> int:
+    """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
+    for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
+        if name in sglang_flags:
+            return int(sglang_flags[sglang_flags.index(name) + 1])
+    return 1
+
+
+def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: float) -> None:
+    picture = args.output_dir / "curves.png"
+    plot_curves(read_metrics(args.output_dir / "metrics.jsonl"), picture, f"VESPO, N = {args.mini_batches}")
+    paths = {
+        "metrics": args.output_dir / "metrics.jsonl",
+        "TensorBoard": args.output_dir / "tensorboard",
+        "picture": picture,
+        "logs": args.output_dir / "logs",
+    }
+    if args.save:
+        paths["checkpoint"] = Path(args.save)
+    if args.hf_export:
+        paths["HF export"] = args.output_dir / "hf"
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    summary = {
+        "heldout_accuracy_before": state.heldout_before,
+        "heldout_accuracy_after": state.heldout_after,
+        "heldout_prompts": num_heldout,
+        "train_seconds": state.train_seconds,
+        "setup_seconds": setup_seconds,
+        "steps": state.iteration,
+        "max_logprob_difference": state.max_logprob_difference,
+        "layout": {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "expert": args.expert_model_parallel_size,
+            "data": args.trainer_ranks // (tensor * pipeline),
+            "trainer_ranks": args.trainer_ranks,
+            "engines": args.rollout_engines,
+        },
+        "paths": {label: str(path) for label, path in paths.items()},
+    }
+    write_summary(args.output_dir / "summary.json", summary)
+    print(format_summary(summary))

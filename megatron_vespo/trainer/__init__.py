@@ -1,0 +1,5 @@
+"""The policy on Megatron-Core. Importing anything here loads the machine's runtime plugins before Megatron."""
+
+from megatron_vespo.runtime import load_runtime_plugins
+
+load_runtime_plugins()

@@ -1,0 +1,48 @@
+"""Builds the GPT model of one pipeline stage from Megatron's arguments."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron_vespo.trainer.attention import PackedSDPAttention
+
+
+def model_config(args: Namespace) -> TransformerConfig:
+    """Megatron's configuration; micro-batches are packs of varying length."""
+    config = core_transformer_config_from_args(args)
+    config.variable_seq_lengths = True
+    return config
+
+
+def model_provider(args: Namespace, config: TransformerConfig):
+    """The function that Megatron's get_model calls once a pipeline (or virtual pipeline) stage."""
+
+    def provide(pre_process: bool, post_process: bool, vp_stage: int | None = None, pg_collection=None, **_) -> GPTModel:
+        use_te = args.transformer_impl == "transformer_engine"
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=use_te, normalization=args.normalization, vp_stage=vp_stage
+        )
+        if not use_te:
+            for layer in spec.layer_specs:
+                layer.submodules.self_attention.submodules.core_attention = PackedSDPAttention
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    return provide

@@ -1,0 +1,102 @@
+"""HF-named weights of a Megatron model: in from a checkpoint, out as full tensors, both by the conversion table."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
+from megatron_vespo.conversion.mappings import Direct
+from megatron_vespo.conversion.qwen3_moe import ModelShape, is_expert, mapping_for
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
+
+
+def model_shape(args: Namespace) -> ModelShape:
+    return ModelShape(
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        head_dim=args.kv_channels,
+        vocab_size=args.vocab_size,
+        padded_vocab_size=args.padded_vocab_size,
+    )
+
+
+def global_parameters(model: GPTModel, groups: ProcessGroupCollection) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters under names with global layer and expert numbers, in the model's order (the same on every rank)."""
+    experts_before = groups.ep.rank() * (model.config.num_moe_experts or 0) // groups.ep.size()
+    for name, parameter in model.named_parameters():
+        match = _LAYER.match(name)
+        if match:
+            layer_number = model.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{layer_number}.{name[match.end() :]}"
+        if is_expert(name):
+            name = _shift_expert(name, experts_before)
+        yield name, parameter
+
+
+def _shift_expert(name: str, offset: int) -> str:
+    return _LOCAL_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + offset}", name)
+
+
+def load_hf_weights(model: GPTModel, folder: Path, shape: ModelShape, groups: ProcessGroupCollection) -> None:
+    """Fill every parameter of this rank's stage, reading only the tensors that it needs.
+
+    ValueError naming the tensor for a missing one or one of the wrong shape.
+    """
+    with HFCheckpointReader(folder) as reader, torch.no_grad():
+        for name, parameter in global_parameters(model, groups):
+            mapping = mapping_for(name, shape)
+            group = groups.expt_tp if is_expert(name) else groups.tp
+            shards = mapping.shard([reader.get(hf_name) for hf_name in mapping.hf_names], group.size())
+            shard = shards[group.rank()]
+            if shard.shape != parameter.shape:
+                raise ValueError(
+                    f"--hf-checkpoint {folder}: {' + '.join(mapping.hf_names)} gives a shard of {tuple(shard.shape)} "
+                    f"for {name}, which is {tuple(parameter.shape)}"
+                )
+            parameter.copy_(shard)
+
+
+def iterate_hf_weights(
+    model: GPTModel, shape: ModelShape, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, Tensor]]:
+    """Full HF-named tensors of this pipeline stage, gathered over tensor and expert parallelism.
+
+    A collective: all tensor- and expert-parallel ranks of the stage iterate together and all get every tensor.
+    """
+    experts_here = (model.config.num_moe_experts or 0) // groups.ep.size()
+    first_expert = groups.ep.rank() * experts_here
+    for name, parameter in global_parameters(model, groups):
+        mapping = mapping_for(name, shape)
+        group = groups.expt_tp if is_expert(name) else groups.tp
+        replicated = isinstance(mapping, Direct) and mapping.dim is None
+        local = parameter.detach()
+        merged = mapping.merge([local] if replicated else _all_gather(local, group))
+        if not is_expert(name):
+            yield from merged.items()
+            continue
+        # rank r of the group holds the same local expert of its own range: one gather a tensor, ep.size() experts
+        gathered = {hf_name: _all_gather(tensor, groups.ep) for hf_name, tensor in merged.items()}
+        for rank in range(groups.ep.size()):
+            names = mapping_for(_shift_expert(name, rank * experts_here - first_expert), shape).hf_names
+            for theirs, tensors in zip(names, gathered.values(), strict=True):
+                yield theirs, tensors[rank]
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [tensor]
+    tensor = tensor.contiguous()
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered

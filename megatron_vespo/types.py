@@ -1,0 +1,84 @@
+"""The data that travels between rollout, rewards and trainer. Layer 0: numpy and stdlib only.
+
+One sample's life:
+
+    Prompt --engine--> Completion --reward--> Completion.reward --advantages--> TrainingSample
+
+Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the prompt file, tokenised once.
+
+    Example:
+        Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?", metadata={})
+    """
+
+    prompt_id: int  # row number in the file, from 0: stable across epochs and resumes
+    token_ids: list[int]  # [P], chat template applied
+    answer: str  # reference answer, as the reward function wants it
+    text: str  # the user's message before the chat template, for people to read
+    metadata: dict = field(default_factory=dict)  # the row's other columns, for custom rewards
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Log-probs, the engine's and the trainer's, are those after `temperature`."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass
+class Completion:
+    """One sampled response, as the engine made it; `reward` is filled in later.
+
+    Example, two tokens made by policy version 3 of a 4-layer model with top-2 experts:
+        Completion(prompt=..., token_ids=[11, 1], log_probs=float32[2], policy_versions=int64[2] of 3,
+                   routed_experts=uint8[P + 1, 4, 2], finish_reason="stop", temperature=1.0)
+    """
+
+    prompt: Prompt
+    token_ids: list[int]  # [C], the stop token included when there is one
+    log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
+    policy_versions: np.ndarray  # [C] int64, the version of the weights that made each token
+    routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None for dense models; last token never enters
+    finish_reason: str  # "stop", "length" or "abort"
+    temperature: float
+    reward: float | None = None
+
+
+@dataclass
+class TrainingSample:
+    """One sequence to train on. Trained tokens are the completion's, positions [P, P + C).
+
+    Example:
+        TrainingSample(token_ids=int64[P + C], prompt_length=P, behavior_log_probs=float32[C],
+                       policy_versions=int64[C], advantage=-0.25, reward=0.0, temperature=1.0, group_id=7)
+    """
+
+    token_ids: np.ndarray  # [P + C] int64
+    prompt_length: int
+    behavior_log_probs: np.ndarray  # [C] float32, mu: what the engine said when it sampled
+    policy_versions: np.ndarray  # [C] int64
+    advantage: float
+    reward: float
+    temperature: float
+    group_id: int  # samples of one prompt in one rollout batch share it
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length

@@ -1,0 +1,81 @@
+"""Checks of flags that need no model and no process: what, where, what would be right."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+
+def check_flags(args: Namespace) -> None:
+    """Our own flags, before anything heavy is imported."""
+    for flag in ("hf_checkpoint", "prompt_data", "output_dir"):
+        if getattr(args, flag) is None:
+            raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
+    positive = (
+        "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens rollout_engines "
+        "trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval weight_sync_bucket_mb "
+        "rollout_temperature engine_start_timeout generate_timeout train_timeout weight_sync_timeout "
+        "worker_start_timeout mismatch_truncation heldout_prompts"
+    ).split()
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    if not args.hf_checkpoint.is_dir():
+        raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
+    if args.num_completions < 2:
+        raise ValueError("--num-completions 1: a group needs at least 2, its mean is the baseline")
+    if args.rollout_batch_size % args.mini_batches:
+        raise ValueError(
+            f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --mini-batches "
+            f"{args.mini_batches} equal parts"
+        )
+    for name in ("vespo_positive", "vespo_negative"):
+        if min(getattr(args, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: exponents must not be negative")
+    longest = args.max_prompt_tokens + args.max_completion_tokens
+    if longest > args.max_tokens_per_gpu:
+        raise ValueError(
+            f"--max-tokens-per-gpu {args.max_tokens_per_gpu} is less than the longest sequence, --max-prompt-tokens "
+            f"{args.max_prompt_tokens} + --max-completion-tokens {args.max_completion_tokens} = {longest}"
+        )
+
+
+def check_layout(args: Namespace) -> None:
+    """Does the layout divide the ranks and the model? Megatron says so too, but not in these words."""
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    if args.train_iters is None or args.train_iters <= 0:
+        raise ValueError("--train-iters (optimizer steps) is required and must be positive")
+    if args.lr is None:
+        raise ValueError("--lr is required")
+    if args.train_iters % args.mini_batches:
+        raise ValueError(
+            f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches {args.mini_batches}"
+        )
+    if args.context_parallel_size > 1:
+        raise ValueError(f"--context-parallel-size {args.context_parallel_size}: only 1 is supported so far")
+    if args.max_position_embeddings < args.seq_length:
+        raise ValueError(
+            f"--max-prompt-tokens + --max-completion-tokens = {args.seq_length}, but the model has "
+            f"{args.max_position_embeddings} positions (max_position_embeddings in its config)"
+        )
+    divisions = [
+        ("--trainer-ranks", args.trainer_ranks, "--tensor-model-parallel-size x --pipeline-model-parallel-size",
+         tensor * pipeline),
+        ("--trainer-ranks", args.trainer_ranks, "expert tensor x expert x pipeline parallel size",
+         expert_tensor * expert * pipeline),
+        ("attention heads", args.num_attention_heads, "--tensor-model-parallel-size", tensor),
+        ("key-value heads", args.num_query_groups, "--tensor-model-parallel-size", tensor),
+        ("experts", args.num_experts, "--expert-model-parallel-size", expert),
+        ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
+    ]  # fmt: skip
+    if args.decoder_first_pipeline_num_layers is None and args.pipeline_model_parallel_layout is None:
+        divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
+    for what, number, flag, divisor in divisions:
+        if number % divisor:
+            raise ValueError(f"{flag} is {divisor}, which does not divide {what} {number}")
+    data_parallel = args.trainer_ranks // (tensor * pipeline)
+    if args.global_batch_size % data_parallel:
+        raise ValueError(
+            f"a mini-batch of {args.global_batch_size} completions cannot be shared by {data_parallel} data-parallel "
+            "ranks equally: change --rollout-batch-size, --num-completions or --mini-batches"
+        )

@@ -1,0 +1,50 @@
+"""Package metadata of megatron_vespo. The exact environment of CPU machines: patches/cpu/requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "megatron_vespo/__init__.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
+README = ROOT / "README.md"
+
+# Pinned where results or patches depend on the version. torch is not: it comes with the CUDA image, and
+# sglang pins it.
+INSTALL_REQUIRES = [
+    "aiohttp",
+    "math-verify==0.9.0",
+    "matplotlib",
+    "megatron-core==0.19.2",
+    "numpy",
+    "pebble==5.2.3",
+    "psutil",  # megatron-core needs it to save a checkpoint and does not say so
+    "pyarrow",
+    "ray[default]==2.60.0",
+    "requests",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "torch",
+    "transformers==5.19.0",
+]
+
+# NVIDIA Apex is not here: PyPI's `apex` is another project. Build it from github.com/NVIDIA/apex if you want
+# its kernels; Megatron-Core uses Transformer Engine's where it finds them.
+GPU_REQUIRES = ["nvidia-modelopt==0.47.0", "sglang==0.5.23", "transformer-engine[pytorch]"]
+DEV_REQUIRES = ["hypothesis", "pytest", "pytest-timeout", "ruff"]
+
+setup(
+    name="megatron_vespo",
+    version=VERSION,
+    description="VESPO reinforcement learning of Qwen3-MoE on Megatron-Core, SGLang and Ray",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES},
+    entry_points={"console_scripts": ["megatron-vespo = megatron_vespo.cli:main"]},
+)

@@ -1,0 +1,247 @@
+"""SGLang against HF transformers, and engines that fail, die or lose their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HOST, NUM_LAYERS, TOPK, VOCAB_SIZE, tiny_engine
+
+from megatron_vespo.http import EngineRequestError, get_json, post_json
+from megatron_vespo.rollout.collector import CollectError, Collector
+from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port, group_members
+from megatron_vespo.types import SamplingParams
+
+STOP_TOKEN = 1
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    from transformers import Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def collector_of(engine: SGLangEngine, timeout_s: float = 60.0) -> Collector:
+    return Collector(
+        [engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=timeout_s, check=engine.check
+    )
+
+
+def sampling(max_new_tokens: int, temperature: float = 1.0, stop=(STOP_TOKEN,)) -> SamplingParams:
+    return SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stop)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_completions_against_transformers(engine, reference, prompts, temperature):
+    """Log-probs are those after temperature; routed experts those of every token that entered the model."""
+    progress = []
+    groups = collector_of(engine).collect(
+        prompts,
+        sampling(24, temperature),
+        num_completions=4,
+        seed=0,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    assert progress == [(done, 20) for done in range(1, 21)]
+    assert [[completion.prompt.prompt_id for completion in group] for group in groups] == [
+        [i] * 4 for i in range(5)
+    ]
+    for completion in (completion for group in groups for completion in group):
+        tokens = completion.prompt.token_ids + completion.token_ids
+        with torch.no_grad():
+            output = reference(torch.tensor([tokens]), output_router_logits=True)
+        first = len(completion.prompt.token_ids) - 1
+        log_probs = torch.log_softmax(output.logits[0, first:-1] / temperature, -1)
+        expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+        assert np.abs(completion.log_probs - expected).max() <= 1e-4
+        for layer in range(NUM_LAYERS):
+            chosen = output.router_logits[layer].view(len(tokens), -1).topk(TOPK).indices[:-1]
+            assert np.array_equal(np.sort(completion.routed_experts[:, layer]), np.sort(chosen.numpy()))
+        ended = completion.token_ids[-1] == STOP_TOKEN
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert len(completion.token_ids) == 24 or ended
+    if temperature != 1.0:
+        untempered = torch.log_softmax(output.logits[0, first:-1], -1)
+        untempered = untempered.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+        assert np.abs(completion.log_probs - untempered).max() > 1e-2  # the comparison can tell
+
+
+def test_custom_stop_token(engine, prompts):
+    everything = tuple(range(VOCAB_SIZE))
+    [[completion]] = collector_of(engine).collect(
+        prompts[:1], sampling(24, stop=everything), num_completions=1, seed=0
+    )
+    assert (len(completion.token_ids), completion.finish_reason) == (1, "stop")
+
+
+def test_policy_versions_across_an_update(engine, prompts):
+    collector = collector_of(engine)
+    [[before]] = collector.collect(prompts[:1], sampling(4), num_completions=1, seed=0)
+    assert set(before.policy_versions) == {0}
+    one_done = threading.Event()  # the other fifteen are under way
+    result: list = []
+
+    def collect() -> None:
+        result.extend(
+            collector.collect(
+                prompts[2:4],
+                sampling(900),
+                num_completions=8,
+                seed=0,
+                on_progress=lambda done, total: one_done.set(),
+            )
+        )
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    assert one_done.wait(60)
+    post_json(engine.url, "/update_weight_version", {"new_version": "5"}, timeout_s=30)
+    thread.join(120)
+    completions = [completion for group in result for completion in group]
+    assert len(completions) == 16
+    assert all((np.diff(completion.policy_versions) >= 0).all() for completion in completions)
+    assert any(set(completion.policy_versions) == {0, 5} for completion in completions)
+    post_json(engine.url, "/update_weight_version", {"new_version": "0"}, timeout_s=30)
+
+
+def test_refused_requests_are_named(engine, prompts):
+    with pytest.raises(
+        EngineRequestError, match=r"^engine http://\S+: /generate answered 400: prompt 4: .*1024"
+    ):
+        collector_of(engine).collect(prompts[4:], sampling(5000), num_completions=1, seed=0)
+    with pytest.raises(EngineRequestError, match=r"^engine http://\S+: /nowhere answered 404: "):
+        post_json(engine.url, "/nowhere", {}, timeout_s=30)
+    with pytest.raises(
+        EngineRequestError, match=r"^engine http://\S+: /update_weights_from_disk answered 400: "
+    ):
+        post_json(engine.url, "/update_weights_from_disk", {"model_path": "/nowhere"}, timeout_s=60)
+    assert get_json(engine.url, "/model_info", timeout_s=30)["weight_version"] == "0"
+
+
+def test_deadline_names_the_engine(engine, prompts):
+    collector = collector_of(engine, timeout_s=0.05)
+    began = time.monotonic()
+    with pytest.raises(
+        CollectError, match=rf"^engine {engine.url}: no completion of prompt 2 within 0.05 s$"
+    ):
+        collector.collect(prompts[2:3], sampling(900), num_completions=100, seed=0)
+    assert time.monotonic() - began < 10
+
+
+def test_busy_port(tiny_model, tmp_path):
+    with socket.socket() as holder:
+        holder.bind((HOST, find_free_port(HOST)))
+        holder.listen()
+        port = holder.getsockname()[1]
+        engine = SGLangEngine(str(tiny_model), HOST, port, [], tmp_path / "log", 10.0)
+        with pytest.raises(
+            EngineError,
+            match=rf"cannot listen on {HOST}:{port} \(.*in use\); choose another port with --rollout-port",
+        ):
+            engine.start()
+
+
+def test_start_failure_shows_the_end_of_the_log(tmp_path):
+    engine = tiny_engine(tmp_path / "missing", tmp_path / "log")
+    with pytest.raises(EngineError) as failure:
+        engine.start()
+    lines = str(failure.value).splitlines()
+    assert lines[0] == f"engine {engine.url} died (exit status 1); the end of {tmp_path / 'log'}:"
+    assert 1 < len(lines) <= 16 and str(tmp_path / "missing") in str(failure.value)
+
+
+def test_start_deadline(tiny_model, tmp_path):
+    engine = tiny_engine(tiny_model, tmp_path / "log")
+    engine.start_timeout_s = 1.0
+    with pytest.raises(
+        EngineError, match=rf"^engine {engine.url} is not healthy 1 s after its start; the end"
+    ):
+        engine.start()
+
+
+def test_failed_plugin_is_an_error(tiny_model, tmp_path, monkeypatch):
+    """SGLang itself only logs it."""
+    metadata = tmp_path / "broken_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken = no_such_module:activate\n")
+    search = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search))
+    engine = tiny_engine(tiny_model, tmp_path / "log")
+    with pytest.raises(EngineError, match=rf"^engine {engine.url}: SGLang plugin broken failed; see .*log$"):
+        engine.start()
+
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_engine
+from megatron_vespo.runtime import load_runtime_plugins
+load_runtime_plugins()
+tiny_engine(Path(sys.argv[2]), Path(sys.argv[3])).start()
+"""
+
+
+def server_group(parent_pid: int) -> int | None:
+    """The process group of the only child of `parent_pid` that leads one."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(parent) == parent_pid and group == stat.parent.name:
+            return int(group)
+    return None
+
+
+def wait_for(condition, timeout_s: float, what: str):
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {timeout_s:g} s"
+        time.sleep(0.2)
+    return value
+
+
+def test_killed_parent_leaves_nothing(tiny_model, tmp_path):
+    """SIGKILL while SGLang's own children are starting, when they do not yet watch their parent."""
+    here = str(Path(__file__).parent)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, here, str(tiny_model), str(tmp_path / "log")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        group = wait_for(lambda: server_group(parent.pid), 60, "server process")
+        wait_for(lambda: len(group_members(group)) >= 4, 200, "scheduler and detokenizer")
+    finally:
+        parent.kill()
+        parent.wait(30)
+    wait_for(lambda: not group_members(group), 20, "end of the server's processes")
+
+
+def test_death_while_collecting(tiny_model, tmp_path, prompts):
+    """A killed scheduler: SGLang's front end lives on for seconds, and the requests' deadline is far away."""
+    with tiny_engine(tiny_model, tmp_path / "log") as engine:
+        group = engine.pid
+        [scheduler] = [
+            pid for pid in group_members(group) if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        threading.Timer(1.0, os.kill, (scheduler, signal.SIGKILL)).start()
+        began = time.monotonic()
+        with pytest.raises(
+            EngineError, match=rf"^engine {engine.url} died \(signal SIGKILL\); the end of {tmp_path}/log:"
+        ) as failure:
+            collector_of(engine).collect(prompts, sampling(900), num_completions=200, seed=0)
+        assert time.monotonic() - began < 30
+        assert f"(pid={scheduler}) crashed" in str(failure.value)
+    assert group_members(group) == []

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the tests: bash tests/run.sh [--slow] [arguments for pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection=(-m "not slow")
+arguments=()
+paths=()
+for argument in "$@"; do
+    if [[ $argument == --slow ]]; then
+        selection=()
+    elif [[ -e ${argument%%::*} ]]; then
+        paths+=("$argument")
+    else
+        arguments+=("$argument")
+    fi
+done
+if ((${#paths[@]} == 0)); then
+    for folder in tests/{unit,distributed,integration,gpu}; do
+        if [[ -d $folder ]]; then paths+=("$folder"); fi
+    done
+fi
+
+bash patches/cpu/setup_env.sh
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"

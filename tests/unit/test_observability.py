@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_vespo.observability import progress
+from megatron_vespo.observability.metrics import MetricsWriter, read_metrics, write_atomically
+from megatron_vespo.observability.progress import HEADER_INTERVAL, ROWS, RunDisplay, clock, sparkline
+from megatron_vespo.observability.report import (
+    PANELS,
+    format_summary,
+    plot_curves,
+    wilson_interval,
+    write_summary,
+)
+
+STEP_METRICS = {
+    "reward/mean": 0.5,
+    "heldout/accuracy": 0.9375,
+    "response/length_mean": 21.25,
+    "vespo/log_w_mean": -0.0123,
+    "vespo/log_w_std": 0.0456,
+    "vespo/phi_mean": 0.98,
+    "vespo/phi_mean_positive": 0.991,
+    "vespo/phi_mean_negative": 0.962,
+    "vespo/ess": 0.875,
+    "vespo/dead_share": 0.125,
+    "policy/lag_mean": 1.5,
+    "train/tokens_per_second": 1234.4,
+    "rollout/tokens_per_second": 987.0,
+    "check/max_logprob_difference": 3.14e-6,
+    "time/generate": 3.14,
+    "time/train": 12.0,
+}
+
+
+# Metrics on disk
+
+
+def write_steps(directory, resume_step, steps, offset=0.0):
+    writer = MetricsWriter(directory, resume_step)
+    for step in steps:
+        writer.write(step, {"reward/mean": step + offset})
+    writer.close()
+
+
+def rewards(directory):
+    return [(r["step"], r["reward/mean"]) for r in read_metrics(directory / "metrics.jsonl")]
+
+
+def tensorboard_points(directory):
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("reward/mean")]
+
+
+def test_metrics_keep_every_bit_and_stay_valid_json(tmp_path):
+    metrics = {"a": 0.1 + 0.2, "b": 5e-324, "c": math.nan, "d": math.inf, "e": -math.inf, "policy/version": 3}
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(7, metrics)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # flushed before close
+    writer.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    raw = json.loads(line, parse_constant=refuse)
+    assert (raw["c"], raw["d"], raw["e"]) == ("NaN", "Infinity", "-Infinity")
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(record) == ["step", "time", *metrics]
+    assert record["step"] == 7 and record["time"] > 1.7e9
+    assert (record["a"], record["b"], record["policy/version"]) == (0.1 + 0.2, 5e-324, 3.0)
+    assert math.isnan(record["c"]) and record["d"] == math.inf and record["e"] == -math.inf
+
+
+def test_metrics_may_not_shadow_the_records_own_keys(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    with pytest.raises(AssertionError, match="step and time are the record's own keys"):
+        writer.write(1, {"time": 3.0})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 5, "rew', b"\0\0\0\0", b'{"step": 2, "reward/mean": "\xc3'])
+def test_resume_drops_later_steps_and_a_torn_last_line(tmp_path, torn):
+    write_steps(tmp_path, None, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(torn)
+    write_steps(tmp_path, 2, [3, 4, 5], offset=0.5)
+    expected = [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5), (5, 5.5)]
+    assert rewards(tmp_path) == expected
+    assert tensorboard_points(tmp_path) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_resume_keeps_a_whole_last_line_that_lacks_its_newline(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.5, "reward/mean": 1.0}')
+    write_steps(tmp_path, 1, [2])
+    assert rewards(tmp_path) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_fresh_start_sets_the_old_curve_aside(tmp_path):
+    write_steps(tmp_path, None, [1, 2])
+    write_steps(tmp_path, None, [1], offset=0.5)
+    assert rewards(tmp_path) == tensorboard_points(tmp_path) == [(1, 1.5)]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.previous.jsonl")] == [1, 2]
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON record"):
+        read_metrics(path)
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+# The display
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands still until the test moves it: now[0] is the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    return now
+
+
+def test_sparkline():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([-1.0, math.nan, 1.0, math.inf]) == "▁ █ "
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([math.nan]) == " "
+    assert sparkline([]) == ""
+
+
+def test_clock():
+    assert [clock(seconds) for seconds in (0.9, 61, 90000)] == ["0:00:00", "0:01:01", "25:00:00"]
+
+
+def test_plain_mode_text(now):
+    stream = io.StringIO()
+    with RunDisplay("tiny", 100, stream) as display:
+        now[0] += 2
+        with display.phase("start engines"):
+            now[0] += 60
+        display.message("1 engine is [ready]")
+        with display.phase("generate"):
+            now[0] += 3
+        display.update(8, STEP_METRICS)
+        now[0] += 10
+        display.update(10, {"reward/mean": math.nan, "not/shown": 1.0})
+    assert stream.getvalue().splitlines() == [
+        "tiny: 100 steps",
+        "[0:00:02] start engines ...",
+        "1 engine is [ready]",
+        "   step    left  reward held-out  length     logW      std    phi   phi+   phi-    ESS   dead   lag"
+        " trained/s sampled/s  maxdiff   gen   rew  logp train  sync  save  eval",
+        "  8/100       -   0.500    93.8%    21.2  -0.0123   0.0456  0.980  0.991  0.962  0.875  12.5%  1.50"
+        "     1,234       987  3.1e-06   3.1     -     -  12.0     -     -     -",
+        " 10/100 0:07:30     nan        -       -        -        -      -      -      -      -      -     -"
+        "         -         -        -     -     -     -     -     -     -     -",
+    ]
+
+
+def test_plain_mode_repeats_the_header(now):
+    stream = io.StringIO()
+    with RunDisplay("tiny", 50, stream) as display:
+        for step in range(1, 2 * HEADER_INTERVAL + 2):
+            display.update(step, STEP_METRICS)
+    lines = stream.getvalue().splitlines()[1:]
+    headers = [index for index, line in enumerate(lines) if line.split()[0] == "step"]
+    assert headers == [0, HEADER_INTERVAL + 1, 2 * HEADER_INTERVAL + 2]
+    assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_a_log_file_gets_no_control_characters_even_where_colour_is_forced(monkeypatch, now):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with RunDisplay("tiny", 10, stream) as display, display.phase("start engines"):
+        display.update(1, STEP_METRICS)
+        display.message("done")
+    assert all(character.isprintable() or character == "\n" for character in stream.getvalue())
+    assert stream.getvalue().isascii()
+
+
+def test_phases_are_measured_exclusively_and_reset(now):
+    display = RunDisplay("tiny", 10, io.StringIO())
+    with display.phase("generate"):
+        now[0] += 3
+        with display.phase("reward"):
+            now[0] += 1
+        now[0] += 0.5
+    now[0] += 100  # in no phase
+    with pytest.raises(RuntimeError), display.phase("train"):
+        now[0] += 2
+        raise RuntimeError
+    with display.phase("generate"):
+        now[0] += 0.25
+        assert display.phase_seconds() == {"generate": 3.75, "reward": 1.0, "train": 2.0}
+        now[0] += 4
+    assert display.phase_seconds() == {"generate": 4.0}
+    assert display.phase_seconds() == {}
+
+
+def rendered_lines(display, width=100):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    console.print(display)
+    return console.file.getvalue().splitlines()
+
+
+def test_live_panel(now):
+    display = RunDisplay("tiny run", 100, Terminal())
+    display.update(8, STEP_METRICS | {"vespo/ess": 0.5, "vespo/log_w_mean": 0.5})
+    now[0] += 10
+    display.update(10, {name: value for name, value in STEP_METRICS.items() if name != "heldout/accuracy"})
+    with display.phase("generate"):
+        now[0] += 3.1
+        lines = rendered_lines(display)
+    text = "\n".join(lines)
+    assert "tiny run" in lines[0]
+    assert "step 10/100" in lines[1] and "0:00:13 passed, 0:07:26 left" in lines[1]  # 450 s less 3.1
+    for expected in (
+        r"held-out accuracy                   93.8%  ▁  ",  # the newest there is
+        r"log W                    -0.0123 ± 0.0456  █▁",
+        r"effective sample size               0.875  ▁█",
+        r"max log-prob difference           3.1e-06",
+        r"tokens/s trained                    1,234",
+        r"truncated                               -",
+        "▶ generate       3.1",
+        "  train         12.0",
+        "  save             -",
+    ):
+        assert expected in text
+    assert "▶ generate 3.1 s" in lines[-2]
+    assert all(row.label in text for row in ROWS)
+    assert {len(line) for line in lines} == {100}
+    assert len(lines) <= 24
+    assert "▶" not in "\n".join(rendered_lines(display))  # the phase is over
+
+
+def test_live_panel_fits_a_narrow_terminal(now):
+    display = RunDisplay("tiny run", 100, Terminal())
+    for step in range(50):
+        display.update(step, STEP_METRICS)
+    lines = rendered_lines(display, width=80)
+    assert {len(line) for line in lines} == {80} and len(lines) <= 24
+    assert any("max log-prob difference           3.1e-06  ▁▁▁▁  " in line for line in lines)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_live_mode_gives_the_terminal_back(monkeypatch, error):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    display = RunDisplay("tiny", 10, stream)
+    with pytest.raises(error), display, display.phase("generate"):
+        display.update(1, STEP_METRICS)
+        display.message("a line of its [own]")
+        raise error
+    hide_cursor, show_cursor = "\x1b[?25l", "\x1b[?25h"
+    assert 0 <= stream.getvalue().rfind(hide_cursor) < stream.getvalue().rfind(show_cursor)
+    assert "a line of its [own]" in stream.getvalue()
+    assert "93.8%" in stream.getvalue()
+    display.stop()  # a second time
+
+
+@pytest.mark.parametrize("terminal, encoding", [("dumb", "utf-8"), ("xterm", "ascii")])
+def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch, terminal, encoding):
+    monkeypatch.setenv("TERM", terminal)
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding=encoding)
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with RunDisplay("tiny", 10, stream) as display:
+        display.message("ready")
+    assert buffer.getvalue() == b"tiny: 10 steps\nready\n"
+
+
+# The report
+
+
+def test_wilson_interval_solves_its_defining_equation():
+    # The ends are the p with |share - p| = z * sqrt(p (1 - p) / n).
+    z = 1.959963984540054
+    for share, n in [(0.33, 200), (0.95, 200), (0.5, 3)]:
+        for p in wilson_interval(share, n):
+            assert abs(share - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), rel=1e-12)
+        low, high = wilson_interval(share, n)
+        assert 0 < low < share < high < 1
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, z * z / (10 + z * z)), abs=1e-15)
+    assert wilson_interval(1.0, 10) == pytest.approx((10 / (10 + z * z), 1.0), abs=1e-15)
+
+
+def png_size(path):
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+
+
+def test_plot_curves_draws_any_run(tmp_path):
+    record = STEP_METRICS | {"time": 0.0, "time/custom": 1.0}
+    run = [{"step": 0, "time": 0.0, "heldout/accuracy": 0.33}]
+    run += [record | {"step": step} for step in range(1, 6)]
+    bad = {"vespo/log_w_mean": math.nan, "reward/mean": math.inf, "check/max_logprob_difference": 0.0}
+    run.append(record | bad | {"step": 6})
+    for name, metrics in (("run", run), ("empty", []), ("one", run[1:2])):
+        plot_curves(metrics, tmp_path / name / "curves.png", "a run")
+        assert png_size(tmp_path / name / "curves.png") == (1920, 1120)
+    assert (tmp_path / "run/curves.png").stat().st_size > (tmp_path / "empty/curves.png").stat().st_size
+
+
+def test_panels_plot_the_values(tmp_path):
+    from matplotlib.figure import Figure
+
+    run = [{"step": 0, "heldout/accuracy": 0.25}]
+    log_w = {"vespo/log_w_mean": -1.0, "vespo/log_w_std": 0.5}
+    run += [{"step": step, "reward/mean": step / 4, **log_w} for step in (1, 2)]
+    seconds = {"time/generate": 2.0, "time/train": 3.0, "time/custom": 1.0}
+    run += [{"step": 4, "heldout/accuracy": 0.75, "reward/mean": math.nan, **seconds}]
+    run += [{"step": 5 + k, "check/max_logprob_difference": diff} for k, diff in enumerate((1e-6, 0.0, 2e-6))]
+    axes = list(Figure().subplots(2, 3).flat)
+    for panel, draw in zip(axes, PANELS, strict=True):
+        draw(panel, run)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert lines == {"training reward": [[1, 0.25], [2, 0.5]], "held-out accuracy": [[0, 0.25], [4, 0.75]]}
+    assert [text.get_text() for text in axes[0].texts] == ["25%", "75%"]
+    band = axes[2].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (-1.5, -0.5)
+    assert axes[4].get_yscale() == "log" and axes[4].lines[-1].get_ydata() == [1e-4, 1e-4]
+    assert axes[4].lines[0].get_xydata().tolist() == [[5, 1e-6], [7, 2e-6]]  # 0 is not on a log scale
+    bars = [(bar.get_y(), bar.get_height()) for bar in axes[5].patches if bar.get_height()]
+    assert bars == [(0.0, 2.0), (2.0, 3.0), (5.0, 1.0)]  # each stands on those before
+
+
+SUMMARY = {
+    "heldout_accuracy_before": 0.33,
+    "heldout_accuracy_after": 0.95,
+    "heldout_prompts": 200,
+    "steps": 100,
+    "train_seconds": 750.2,
+    "setup_seconds": 42.13,
+    "max_logprob_difference": 3.14e-6,
+    "layout": {"tensor": 2, "pipeline": 2, "expert": 2, "data": 1, "trainer_ranks": 4, "engines": 1},
+    "paths": {"metrics": "runs/tiny/metrics.jsonl", "TensorBoard": "runs/tiny/tensorboard"},
+    "seed": math.nan,
+}
+
+
+def test_format_summary():
+    assert format_summary(SUMMARY).splitlines() == [
+        "held-out accuracy before   33.0%   95% interval 26.9% to 39.8% (200 prompts)",
+        "held-out accuracy after    95.0%   95% interval 91.0% to 97.3% (200 prompts)",
+        "steps                     100",
+        "training                  12 min 30 s (7.50 s a step)",
+        "set-up                    42.1 s",
+        "layout                    tensor 2, pipeline 2, expert 2, data 1, trainer ranks 4, engines 1",
+        "max log-prob difference   3.1e-06 (engine and trainer)",
+        "metrics                   runs/tiny/metrics.jsonl",
+        "TensorBoard               runs/tiny/tensorboard",
+    ]
+
+
+def test_format_summary_leaves_out_what_is_missing():
+    assert format_summary({}) == ""
+    summary = {"steps": 0, "train_seconds": 7380.0, "exported_max_logprob_difference": 0.0}
+    assert format_summary(summary).splitlines() == [
+        "steps                  0",
+        "training               2 h 03 min",
+        "the same after export  0.0e+00 (exported checkpoint and trainer)",
+    ]
+    assert format_summary({"heldout_accuracy_after": 0.5}) == "held-out accuracy after   50.0%"
+
+
+def test_write_summary_keeps_unknown_keys(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    write_summary(path, SUMMARY)
+    assert json.loads(path.read_text()) == SUMMARY | {"seed": "NaN"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

@@ -1,0 +1,286 @@
+"""The rollout side without a server: replies, flags, seeds, error messages."""
+
+import base64
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_vespo.rollout.client import GenerateReplyError, generate_payload, parse_generate_reply
+from megatron_vespo.rollout.collector import Collector, completion_seed
+from megatron_vespo.rollout.engine import EngineError, SGLangEngine
+from megatron_vespo.rollout.evaluate import evaluate
+from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
+SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,))
+WHERE = r"^request r1 \(prompt 17\): "
+
+
+def encoded(experts) -> str:
+    return base64.b64encode(np.asarray(experts, dtype=np.int32).tobytes()).decode()
+
+
+def reply(**meta) -> dict:
+    """Two tokens after three, 2 layers, top-1: routed experts of 4 tokens."""
+    return {
+        "output_ids": [11, 1],
+        "meta_info": {
+            "id": "r1",
+            "finish_reason": {"type": "stop", "matched": 1},
+            "output_token_logprobs": [[-0.5, 11, None], [-1.25, 1, None]],
+            "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+            "routed_experts": encoded([[[0], [7]], [[1], [6]], [[2], [5]], [[3], [255]]]),
+            **meta,
+        },
+    }
+
+
+def parse(answer: dict, num_layers=2, topk=1) -> Completion:
+    return parse_generate_reply(answer, PROMPT, 0.7, num_layers, topk)
+
+
+def test_reply_becomes_a_completion():
+    completion = parse(reply())
+    assert completion.prompt is PROMPT
+    assert completion.token_ids == [11, 1]
+    assert completion.log_probs.dtype == np.float32 and completion.log_probs.tolist() == [-0.5, -1.25]
+    assert completion.policy_versions.dtype == np.int64 and completion.policy_versions.tolist() == [3, 3]
+    assert completion.routed_experts.dtype == np.uint8 and completion.routed_experts.shape == (4, 2, 1)
+    assert completion.routed_experts[:, :, 0].tolist() == [[0, 7], [1, 6], [2, 5], [3, 255]]
+    assert (completion.finish_reason, completion.temperature, completion.reward) == ("stop", 0.7, None)
+
+
+def test_dense_model_has_no_routed_experts():
+    assert parse(reply(routed_experts=None), None, None).routed_experts is None
+
+
+def test_versions_of_a_completion_that_saw_an_update():
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+    assert parse(reply(weight_versions=spans)).policy_versions.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [],
+        [{"version": "3", "start": 0, "end": 1}],
+        [{"version": "3", "start": 1, "end": 2}],
+        [{"version": "3", "start": 0, "end": 3}],
+        [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 1, "end": 2}],
+    ],
+)
+def test_versions_must_cover_every_token_once(spans):
+    with pytest.raises(
+        GenerateReplyError, match=WHERE + r"weight versions \[.*\] do not cover the 2 completion tokens$"
+    ):
+        parse(reply(weight_versions=spans))
+
+
+def test_version_must_be_ours():
+    with pytest.raises(
+        GenerateReplyError, match=WHERE + "weight version 'default' is not one of ours, a number$"
+    ):
+        parse(reply(weight_versions=[{"version": "default", "start": 0, "end": 2}]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "None"), (float("nan"), "nan"), (float("-inf"), "-inf"), (float("inf"), "inf"), (0.01, "0.01")],
+)
+def test_bad_log_prob_is_refused_by_name(value, shown):
+    with pytest.raises(
+        GenerateReplyError, match=WHERE + rf"log-prob {shown} of completion token 1 \(1 bad of 2\)$"
+    ):
+        parse(reply(output_token_logprobs=[[-0.5, 11, None], [value, 1, None]]))
+
+
+def test_soft_max_rounding_is_kept_as_it_came():
+    completion = parse(reply(output_token_logprobs=[[1.1920928955078125e-07, 11, None], [0.0, 1, None]]))
+    assert completion.log_probs.tolist() == [1.1920928955078125e-07, 0.0]
+
+
+@pytest.mark.parametrize("scored", [[[-0.5, 11, None]], [[-0.5, 11, None], [-1.0, 2, None]]])
+def test_scored_tokens_must_be_the_output(scored):
+    with pytest.raises(
+        GenerateReplyError, match=WHERE + f"2 output ids do not match {len(scored)} scored tokens$"
+    ):
+        parse(reply(output_token_logprobs=scored))
+
+
+def test_replaced_nan_token_is_refused():
+    with pytest.raises(GenerateReplyError, match=WHERE + "the engine sampled a token outside the vocabulary"):
+        parse(reply(finish_reason={"type": "stop", "matched": "NaN happened"}))
+
+
+def test_unknown_finish_reason_and_empty_completion():
+    with pytest.raises(GenerateReplyError, match=WHERE + "unknown finish reason {'type': 'magic'}$"):
+        parse(reply(finish_reason={"type": "magic"}))
+    empty = reply(finish_reason={"type": "abort"}, output_token_logprobs=[]) | {"output_ids": []}
+    with pytest.raises(GenerateReplyError, match=WHERE + "no tokens, finish reason {'type': 'abort'}$"):
+        parse(empty)
+
+
+@pytest.mark.parametrize("field", ["weight_versions", "routed_experts", "output_token_logprobs"])
+def test_missing_field_is_named(field):
+    answer = reply()
+    del answer["meta_info"][field]
+    with pytest.raises(GenerateReplyError, match=f"^prompt 17: the reply has no '{field}'$"):
+        parse(answer)
+
+
+def test_routed_experts_shape_and_range():
+    with pytest.raises(
+        GenerateReplyError, match=WHERE + "6 routed experts, expected 4 tokens x 2 layers x 1$"
+    ):
+        parse(reply(routed_experts=encoded([0] * 6)))
+    for bad, low, high in ((256, 0, 256), (-1, -1, 0)):
+        with pytest.raises(
+            GenerateReplyError, match=WHERE + rf"routed experts {low}\.\.{high} are not within 0\.\.255$"
+        ):
+            parse(reply(routed_experts=encoded([0] * 7 + [bad])))
+    with pytest.raises(GenerateReplyError, match=WHERE + "routed experts are not base64 int32"):
+        parse(reply(routed_experts="AAA"))
+
+
+def test_payload_samples_the_untruncated_distribution():
+    assert generate_payload(PROMPT, SAMPLING, 5, routed_experts=True) == {
+        "input_ids": [5, 9, 2],
+        "return_logprob": True,
+        "return_routed_experts": True,
+        "sampling_params": {
+            "temperature": 0.7,
+            "max_new_tokens": 8,
+            "stop_token_ids": [1],
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "sampling_seed": 5,
+        },
+    }
+    assert (
+        "sampling_seed"
+        not in generate_payload(PROMPT, SAMPLING, None, routed_experts=False)["sampling_params"]
+    )
+
+
+def test_completion_seeds_differ_and_repeat():
+    seeds = {completion_seed(1, prompt, index) for prompt in range(50) for index in range(20)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**31 for seed in seeds)
+    assert completion_seed(1, 3, 4) == completion_seed(1, 3, 4) != completion_seed(2, 3, 4)
+
+
+# --sglang-* flags
+
+
+def test_flags_are_split_from_ours():
+    argv = "train --lr 1e-5 --sglang-tp-size=2 --sglang-disable-radix-cache --seed 3".split()
+    argv += "--sglang-lora-paths a=x b=y --sglang-random-seed -1 --no-bias".split()
+    flags, rest = parse_sglang_flags(argv)
+    assert flags == "--tp-size 2 --disable-radix-cache --lora-paths a=x b=y --random-seed -1".split()
+    assert rest == "train --lr 1e-5 --seed 3 --no-bias".split()
+
+
+def test_a_flag_takes_only_its_own_values():
+    assert parse_sglang_flags(["--sglang-sleep-on-idle", "rest"]) == (["--sleep-on-idle"], ["rest"])
+    assert parse_sglang_flags(["--sglang-tp-size", "2", "rest"]) == (["--tp-size", "2"], ["rest"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--sglang-atention-backend", "x"],
+            r"^--sglang-atention-backend: SGLang \d\S+ has no flag --atention-backend; "
+            r"did you mean --sglang-attention-backend\?$",
+        ),
+        (["--sglang-zzzzqqqq"], r"^--sglang-zzzzqqqq: SGLang \d\S+ has no flag --zzzzqqqq$"),
+        (
+            ["--sglang-model-path", "x"],
+            r"^--sglang-model-path: megatron_vespo sets SGLang's --model-path itself; remove the flag$",
+        ),
+        (["--sglang-tp-size"], r"^--sglang-tp-size: SGLang's --tp-size needs a value$"),
+        (["--sglang-tp-size", "--lr", "1"], r"^--sglang-tp-size: SGLang's --tp-size needs a value$"),
+        (
+            ["--sglang-sleep-on-idle=1"],
+            r"^--sglang-sleep-on-idle: SGLang's --sleep-on-idle takes no value, but got '1'$",
+        ),
+    ],
+)
+def test_flag_errors(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse_sglang_flags(argv)
+
+
+def test_reading_the_flags_does_not_import_sglang():
+    known_flags.cache_clear()
+    before = {name for name in sys.modules if name.startswith("sglang")}
+    known = known_flags()
+    assert {name for name in sys.modules if name.startswith("sglang")} == before
+    assert len(known) > 400
+    assert (known["--tp-size"], known["--tensor-parallel-size"]) == ("one", "one")
+    assert (known["--disable-radix-cache"], known["--lora-paths"]) == ("none", "many")
+    assert "--disable-cuda-graph" in known  # registered by hand, not from a field
+
+
+def test_server_arguments():
+    arguments = server_arguments(["--tp-size", "2"], device="cuda", is_moe=True, dtype="bfloat16", seed=3)
+    assert " ".join(arguments) == (
+        "--skip-tokenizer-init --weight-version 0 --enable-return-routed-experts --device cuda "
+        "--dtype bfloat16 --random-seed 3 --log-level warning --tp-size 2"
+    )
+    arguments = server_arguments(
+        ["--dtype", "bfloat16"], device="cpu", is_moe=False, dtype="float32", seed=3, weight_version=7
+    )
+    assert " ".join(arguments) == (
+        "--skip-tokenizer-init --weight-version 7 --device cpu --random-seed 3 --log-level warning "
+        "--attention-backend torch_native --max-running-requests 256 --max-total-tokens 32768 "
+        "--sleep-on-idle --dtype bfloat16"
+    )
+
+
+# engine and collector, the parts that need no server
+
+
+def test_engine_that_was_not_started():
+    engine = SGLangEngine("m", "127.0.0.1", 30000, [], Path("log"), 1.0)
+    with pytest.raises(EngineError, match=r"^engine http://127.0.0.1:30000 is not running$"):
+        engine.check()
+    engine.stop(timeout_s=0)
+
+
+def test_collector_needs_an_engine():
+    with pytest.raises(ValueError, match="^a collector needs at least one engine url$"):
+        Collector([], num_layers=None, topk=None, request_timeout_s=1.0)
+
+
+class FixedCollector:
+    """Completions of 2 and 4 tokens, whatever the prompts."""
+
+    def collect(self, prompts, sampling, *, num_completions, seed):
+        assert (num_completions, seed) == (1, 9)
+        lengths = (2, 4)
+        return [
+            [
+                Completion(
+                    prompt,
+                    [1] * length,
+                    np.zeros(length),
+                    np.zeros(length),
+                    None,
+                    "stop",
+                    sampling.temperature,
+                )
+            ]
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+
+
+def test_evaluate():
+    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, lambda completions: [1.0, 0.0], seed=9)
+    assert (result.accuracy, result.num_prompts, result.mean_length) == (0.5, 2, 3.0)
+    assert [completion.reward for completion in result.completions] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="^evaluation needs at least one prompt$"):
+        evaluate(FixedCollector(), [], SAMPLING, lambda completions: [], seed=9)
