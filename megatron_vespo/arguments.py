@@ -1,7 +1,7 @@
-"""Flags: ours in one group a concern, Megatron's as they are, SGLang's behind --sglang-. Validated once, here.
+"""Flags: ours in one group a concern, Megatron's as they are, SGLang's behind --sglang-. Validated once.
 
-`parse_args` returns one Namespace that the driver and every worker share. A mistake is a ValueError with one line:
-which flag, what it was, what would be right.
+`parse_args` returns one Namespace that the driver and every worker share. A mistake is a ValueError with one
+line: which flag, what it was, what would be right.
 """
 
 from __future__ import annotations
@@ -52,13 +52,36 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--hf-checkpoint", type=Path, metavar="DIR", help="HF checkpoint to start from (required)")
     add("--prompt-data", type=Path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
-    add("--heldout-data", type=Path, metavar="FILE", help="prompts to evaluate on; without it nothing is evaluated")
-    add("--prompt-key", default="question", help="column of the prompt: a string or a chat; dots reach into objects")
+    add(
+        "--heldout-data",
+        type=Path,
+        metavar="FILE",
+        help="prompts to evaluate on; without it nothing is evaluated",
+    )
+    add(
+        "--prompt-key",
+        default="question",
+        help="column of the prompt: a string or a chat; dots reach into objects",
+    )
     add("--answer-key", default="answer", help="column of the reference answer; dots reach into objects")
-    add("--answer-pattern", metavar="REGEX", help=r"take the answer from its column by group 1, e.g. '####\s*(.+)'")
-    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the prompt text as it is")
+    add(
+        "--answer-pattern",
+        metavar="REGEX",
+        help=r"take the answer from its column by group 1, e.g. '####\s*(.+)'",
+    )
+    add(
+        "--no-chat-template",
+        dest="apply_chat_template",
+        action="store_false",
+        help="feed the prompt text as it is",
+    )
     add("--max-prompt-tokens", type=int, default=1024)
-    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="longer prompts are skipped and counted")
+    add(
+        "--overlong-prompts",
+        choices=("skip", "error"),
+        default="skip",
+        help="longer prompts are skipped and counted",
+    )
 
 
 def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +92,29 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-completion-tokens", type=int, default=1024)
     add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
     add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
-    add("--rollout-port", type=int, default=0, help="port of the first server, the next ones follow; 0: free ports")
+    add(
+        "--rollout-port",
+        type=int,
+        default=0,
+        help="port of the first server, the next ones follow; 0: free ports",
+    )
     add("--engine-start-timeout", type=float, default=600.0, metavar="SECONDS")
     add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
-    add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion, then it is killed")
-    add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches, and at both ends")
+    add(
+        "--reward-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="for one completion, then it is killed",
+    )
+    add(
+        "--heldout-interval",
+        type=int,
+        default=5,
+        help="evaluate every so many rollout batches, and at both ends",
+    )
     add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
 
 
@@ -93,7 +132,11 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         "times a truncated engine ratio")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
     add("--advantage-std", action="store_true", help="divide advantages by the group's standard deviation")
-    add("--max-logprob-difference", type=float, help="stop when engine and trainer differ by more on any token")
+    add(
+        "--max-logprob-difference",
+        type=float,
+        help="stop when engine and trainer differ by more on any token",
+    )
 
 
 def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +144,10 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
     add("--max-tokens-per-gpu", type=int, default=8192, help="token budget of a packed micro-batch")
-    add("--ray-address", help="join this Ray cluster ('auto' for the running one) instead of starting a local one")
+    add(
+        "--ray-address",
+        help="join this Ray cluster ('auto' for the running one) instead of starting a local one",
+    )
     add("--worker-start-timeout", type=float, default=600.0, metavar="SECONDS")
     add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
@@ -111,9 +157,19 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, picture, summary and HF export (required)")
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="metrics, logs, picture, summary and HF export (required)",
+    )
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
-    add("--setup-seconds", type=float, default=0.0, help="what the set-up before this program took, for the summary")
+    add(
+        "--setup-seconds",
+        type=float,
+        default=0.0,
+        help="what the set-up before this program took, for the summary",
+    )
 
 
 def parse_args(argv: list[str]) -> Namespace:
@@ -125,13 +181,16 @@ def parse_args(argv: list[str]) -> Namespace:
     sglang_flags, argv = parse_sglang_flags(argv)
     derived = _batch_arguments(args) | megatron_arguments(hf_config)
 
-    with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the workers' machines
+    # what is missing here says nothing about the workers' machines
+    with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
         args, explicit = _parse_with_megatron(argv)
     for name, value in derived.items():
         if name in explicit and explicit[name] != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {explicit[name]} contradicts the value {value} that {_source(name)} determines")
+            raise ValueError(
+                f"{flag} {explicit[name]} contradicts the value {value} that {_source(name)} determines"
+            )
         setattr(args, name, value)
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
@@ -237,6 +296,8 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     # Megatron runs MoE with tensor parallelism only when the sequence is cut as well
     if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
         args.sequence_parallel = True
+    # on --load the flags of this command count, so that a run can be made longer
+    args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     args.calculate_per_token_loss = True
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor

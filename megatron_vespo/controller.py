@@ -23,7 +23,7 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSam
 
 @dataclass
 class RunState:
-    """What a checkpoint must bring back beside weights and optimizer; `iteration` is the policy version too."""
+    """What a checkpoint must bring back beside weights and optimizer; `iteration` is the policy version."""
 
     iteration: int = 0  # optimizer steps done
     consumed_prompts: int = 0
@@ -81,8 +81,8 @@ class Controller:
             versions = set(completion.policy_versions.tolist())
             if versions != {self.state.iteration}:
                 raise RuntimeError(
-                    f"prompt {completion.prompt.prompt_id} was answered by policy versions {sorted(versions)}, "
-                    f"the current one is {self.state.iteration}"
+                    f"prompt {completion.prompt.prompt_id} was answered by policy versions "
+                    f"{sorted(versions)}, the current one is {self.state.iteration}"
                 )
         self.state.consumed_prompts = self.cursor.consumed
         return groups
@@ -93,7 +93,9 @@ class Controller:
             results = self._reward(completions)
         errors = [result for result in results if result.status != "ok"]
         if errors:
-            self.display.message(f"{len(errors)} rewards failed, the first one: {errors[0].status} {errors[0].detail}")
+            self.display.message(
+                f"{len(errors)} rewards failed, the first one: {errors[0].status} {errors[0].detail}"
+            )
         return rollout_metrics(groups) | {"reward/error_count": float(len(errors))}
 
     def training_samples(self, groups: list[list[Completion]]) -> list[TrainingSample]:
@@ -115,13 +117,17 @@ class Controller:
         with self.display.phase("train"):
             for index, mini_batch in enumerate(mini_batches):
                 steps.append(self.trainer.train_step(index))
-                steps[-1]["lag"] = np.concatenate([self.state.iteration - s.policy_versions for s in mini_batch]).mean()
+                steps[-1]["lag"] = np.concatenate(
+                    [self.state.iteration - s.policy_versions for s in mini_batch]
+                ).mean()
                 self.state.iteration += 1
         # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
         comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
         self._check_logprobs(float(np.concatenate([step["engine_difference"] for step in comparable]).max()))
         advantages = np.array([sample.advantage for sample in samples], np.float32)
-        return step_metrics(steps, advantages) | {"check/max_logprob_difference": self.last_logprob_difference}
+        return step_metrics(steps, advantages) | {
+            "check/max_logprob_difference": self.last_logprob_difference
+        }
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches
@@ -132,7 +138,9 @@ class Controller:
         self.state.heldout_after = evaluation.accuracy
         if last:
             # the weights that were served last are checked as well
-            samples = [to_training_sample(completion, 0.0, group_id=0) for completion in evaluation.completions]
+            samples = [
+                to_training_sample(completion, 0.0, group_id=0) for completion in evaluation.completions
+            ]
             with self.display.phase("log-probs"):
                 ours = self.trainer.log_probs(samples)
             pairs = zip(ours, samples, strict=True)
@@ -181,8 +189,8 @@ class Controller:
         bound = self.args.max_logprob_difference
         if bound is not None and not difference <= bound:
             raise RuntimeError(
-                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, more than "
-                f"--max-logprob-difference {bound:g}: their weights or numerics are not the same"
+                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, more "
+                f"than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
             )
 
     def _seed(self, purpose: str) -> int:

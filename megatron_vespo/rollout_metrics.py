@@ -25,7 +25,7 @@ def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
 
 
 def step_metrics(steps: list[dict[str, Any]], advantages: np.ndarray) -> dict[str, float]:
-    """Of the optimizer steps of one rollout batch; `advantages` [num_samples] in the order of the mini-batches."""
+    """Of the optimizer steps of one rollout batch; `advantages` [num_samples] as the mini-batches lie."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([step[name] for step in steps])

@@ -1,4 +1,4 @@
-"""The one hook for packages that adapt a machine to Megatron and SGLang (a machine without CUDA, for example)."""
+"""The one hook for packages that adapt a machine to Megatron and SGLang, such as one without CUDA."""
 
 from __future__ import annotations
 

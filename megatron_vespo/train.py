@@ -31,14 +31,20 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
     prompts = _prompts(args, args.prompt_data, tokenizer)
-    heldout = _prompts(args, args.heldout_data, tokenizer).prompts[: args.heldout_prompts] if args.heldout_data else []
+    heldout = (
+        _prompts(args, args.heldout_data, tokenizer).prompts[: args.heldout_prompts]
+        if args.heldout_data
+        else []
+    )
     reward = load_reward_function(args.reward_function)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     with ExitStack() as stack:
         display = stack.enter_context(RunDisplay(f"VESPO: {args.hf_checkpoint}", args.train_iters))
         if prompts.num_overlong:
-            display.message(f"{prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} skipped")
+            display.message(
+                f"{prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} skipped"
+            )
         controller = _start(args, stack, display, tokenizer, prompts, heldout, reward)
         display.phase_seconds()  # start-up phases end here
         setup_seconds = args.setup_seconds + time.monotonic() - started
@@ -62,7 +68,9 @@ def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
     )
 
 
-def _start(args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, prompts, heldout, reward) -> Controller:
+def _start(
+    args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, prompts, heldout, reward
+) -> Controller:
     """Engines and trainer come up side by side; whatever fails, `stack` ends what had started."""
     log_dir = (args.output_dir / "logs").resolve()
     rewards = RewardPool(reward, args.reward_workers, args.reward_timeout)
@@ -86,7 +94,9 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, pr
     metrics = MetricsWriter(args.output_dir, state.iteration if stored else None)
     stack.callback(metrics.close)
     if stored:
-        display.message(f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed")
+        display.message(
+            f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
+        )
     return Controller(
         args=args,
         trainer=trainer,
@@ -101,7 +111,9 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, pr
         cursor=PromptCursor(prompts.prompts, args.seed, state.consumed_prompts),
         heldout=heldout,
         tokenizer=tokenizer,
-        sampling=SamplingParams(args.rollout_temperature, args.max_completion_tokens, (tokenizer.eos_token_id,)),
+        sampling=SamplingParams(
+            args.rollout_temperature, args.max_completion_tokens, (tokenizer.eos_token_id,)
+        ),
         display=display,
         metrics=metrics,
         state=state,

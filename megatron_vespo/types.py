@@ -51,7 +51,7 @@ class Completion:
     token_ids: list[int]  # [C], the stop token included when there is one
     log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
     policy_versions: np.ndarray  # [C] int64, the version of the weights that made each token
-    routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None for dense models; last token never enters
+    routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None if dense; the last token never enters
     finish_reason: str  # "stop", "length" or "abort"
     temperature: float
     reward: float | None = None

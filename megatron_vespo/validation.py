@@ -11,10 +11,10 @@ def check_flags(args: Namespace) -> None:
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
     positive = (
-        "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens rollout_engines "
-        "trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval weight_sync_bucket_mb "
-        "rollout_temperature engine_start_timeout generate_timeout train_timeout weight_sync_timeout "
-        "worker_start_timeout mismatch_truncation heldout_prompts"
+        "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
+        "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
+        "heldout_prompts weight_sync_bucket_mb rollout_temperature mismatch_truncation engine_start_timeout "
+        "generate_timeout train_timeout weight_sync_timeout worker_start_timeout"
     ).split()
     for name in positive:
         if not getattr(args, name) > 0:
@@ -30,12 +30,14 @@ def check_flags(args: Namespace) -> None:
         )
     for name in ("vespo_positive", "vespo_negative"):
         if min(getattr(args, name)) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: exponents must not be negative")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: exponents must not be negative"
+            )
     longest = args.max_prompt_tokens + args.max_completion_tokens
     if longest > args.max_tokens_per_gpu:
         raise ValueError(
-            f"--max-tokens-per-gpu {args.max_tokens_per_gpu} is less than the longest sequence, --max-prompt-tokens "
-            f"{args.max_prompt_tokens} + --max-completion-tokens {args.max_completion_tokens} = {longest}"
+            f"--max-tokens-per-gpu {args.max_tokens_per_gpu} is less than the longest sequence, "
+            f"--max-prompt-tokens {args.max_prompt_tokens} + --max-completion-tokens {args.max_completion_tokens} = {longest}"
         )
 
 
@@ -49,7 +51,8 @@ def check_layout(args: Namespace) -> None:
         raise ValueError("--lr is required")
     if args.train_iters % args.mini_batches:
         raise ValueError(
-            f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches {args.mini_batches}"
+            f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches "
+            f"{args.mini_batches}"
         )
     if args.context_parallel_size > 1:
         raise ValueError(f"--context-parallel-size {args.context_parallel_size}: only 1 is supported so far")
@@ -58,16 +61,20 @@ def check_layout(args: Namespace) -> None:
             f"--max-prompt-tokens + --max-completion-tokens = {args.seq_length}, but the model has "
             f"{args.max_position_embeddings} positions (max_position_embeddings in its config)"
         )
+    dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
     divisions = [
-        ("--trainer-ranks", args.trainer_ranks, "--tensor-model-parallel-size x --pipeline-model-parallel-size",
-         tensor * pipeline),
-        ("--trainer-ranks", args.trainer_ranks, "expert tensor x expert x pipeline parallel size",
-         expert_tensor * expert * pipeline),
+        ("--trainer-ranks", args.trainer_ranks, dense, tensor * pipeline),
+        (
+            "--trainer-ranks",
+            args.trainer_ranks,
+            "expert tensor x expert x pipeline parallel size",
+            expert_tensor * expert * pipeline,
+        ),
         ("attention heads", args.num_attention_heads, "--tensor-model-parallel-size", tensor),
         ("key-value heads", args.num_query_groups, "--tensor-model-parallel-size", tensor),
         ("experts", args.num_experts, "--expert-model-parallel-size", expert),
         ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
-    ]  # fmt: skip
+    ]
     if args.decoder_first_pipeline_num_layers is None and args.pipeline_model_parallel_layout is None:
         divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
     for what, number, flag, divisor in divisions:
@@ -76,6 +83,6 @@ def check_layout(args: Namespace) -> None:
     data_parallel = args.trainer_ranks // (tensor * pipeline)
     if args.global_batch_size % data_parallel:
         raise ValueError(
-            f"a mini-batch of {args.global_batch_size} completions cannot be shared by {data_parallel} data-parallel "
-            "ranks equally: change --rollout-batch-size, --num-completions or --mini-batches"
+            f"a mini-batch of {args.global_batch_size} completions cannot be shared by {data_parallel} "
+            "data-parallel ranks equally: change --rollout-batch-size, --num-completions or --mini-batches"
         )

@@ -22,11 +22,11 @@ layout=(
 )
 # The paper's N is 8 at full size; lr and batch fit a 0.5 M parameter model.
 algorithm=(
-    --train-iters 100
+    --train-iters 80
     --mini-batches 4
     --rollout-batch-size 32
     --num-completions 16
-    --lr 2e-4
+    --lr 1e-4
     --clip-grad 1.0
 )
 lengths=(

@@ -15,7 +15,7 @@ def group_advantages(rewards: np.ndarray, normalize_by_std: bool) -> np.ndarray:
     # a mean of equal numbers can differ from them by rounding
     same = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
     advantages = np.where(same, 0.0, advantages)
-    if normalize_by_std:
-        std = rewards.std(axis=1, ddof=1, keepdims=True) if rewards.shape[1] > 1 else np.zeros((len(rewards), 1))
+    if normalize_by_std and rewards.shape[1] > 1:
+        std = rewards.std(axis=1, ddof=1, keepdims=True)
         advantages = np.where(same, 0.0, advantages / np.where(same, 1.0, std))
     return advantages

@@ -8,7 +8,7 @@ DEAD_PHI = 0.01  # below this a sequence no longer teaches anything
 
 
 def weight_diagnostics(log_w: np.ndarray, phi: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-    """Metrics of one or more mini-batches; all inputs [num_samples]. Means by sign are left out where a sign is absent.
+    """Metrics of one or more mini-batches; all inputs [num_samples]. An absent sign has no mean.
 
     `vespo/ess` is Kish's effective sample size of phi as a share of the samples, (sum phi)^2 / (n sum phi^2).
     """

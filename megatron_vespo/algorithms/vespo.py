@@ -114,8 +114,8 @@ def vespo_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of - phi(W) A log pi, and phi [S].
 
-    A sum, not a mean: the caller divides by the token count of the whole optimizer step, so that the loss does
-    not depend on how the samples were cut into micro-batches.
+    A sum, not a mean: the caller divides by the token count of the whole optimizer step, so that the loss
+    does not depend on how the samples were cut into micro-batches.
     """
     phi_S = kernel.phi(log_w_S.detach(), advantages_S)
     coefficient_T = (phi_S * advantages_S)[sequence_ids_T]

@@ -24,8 +24,8 @@ def gather(
 ) -> list:
     """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
 
-    `names[i]` is who answers ref i, `explain(i)` adds what is known about it, `watch` is called every second and may
-    raise. A ValueError is passed on as it is: it is the user's mistake.
+    `names[i]` is who answers ref i, `explain(i)` adds what is known about it, `watch` is called every second
+    and may raise. A ValueError is passed on as it is: it is the user's mistake.
     """
     deadline = time.monotonic() + timeout_s
     pending = {ref: i for i, ref in enumerate(refs)}

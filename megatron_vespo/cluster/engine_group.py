@@ -13,7 +13,7 @@ from megatron_vespo.cluster.placement import Placement, host_address
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port
 
 CHECK_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0  # for the actor; the server itself holds nothing worth a grace period
 
 
 class EngineWorker:
@@ -28,7 +28,9 @@ class EngineWorker:
 
     def start(self) -> str:
         """Blocks until the server is healthy; returns its url."""
-        port = self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
+        port = (
+            self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
+        )
         self._engine = SGLangEngine(
             str(self._args.hf_checkpoint.resolve()), self._host, port, self._server_args, self._log_path,
             self._args.engine_start_timeout,
@@ -45,7 +47,7 @@ class EngineWorker:
 
     def stop(self) -> None:
         if self._engine is not None:
-            self._engine.stop(STOP_TIMEOUT_S)
+            self._engine.stop(timeout_s=0)
 
 
 class EngineGroup:
@@ -56,9 +58,9 @@ class EngineGroup:
         self._log_dir = log_dir
         remote = ray.remote(EngineWorker)
         self._workers = [
-            remote.options(**placement.options(args.trainer_ranks + number, placement.gpus_per_engine)).remote(
-                args, number, server_args, log_dir, placement.loopback
-            )
+            remote.options(
+                **placement.options(args.trainer_ranks + number, placement.gpus_per_engine)
+            ).remote(args, number, server_args, log_dir, placement.loopback)
             for number in range(args.rollout_engines)
         ]
         self._starting = [worker.start.remote() for worker in self._workers]
@@ -75,10 +77,10 @@ class EngineGroup:
             self._gather([worker.check.remote() for worker in self._workers], "check", CHECK_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Politely first; the actors' end takes a server along that does not listen."""
+        """Kills the servers; an actor that does not answer takes its server along when it is killed itself."""
         stopping = [worker.stop.remote() for worker in self._workers]
         try:
-            self._gather(stopping, "stop", STOP_TIMEOUT_S + 3.0)
+            self._gather(stopping, "stop", STOP_TIMEOUT_S)
         except (WorkerError, ValueError):
             pass
         for worker in self._workers:

@@ -12,13 +12,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 START_TIMEOUT_S = 120.0
-# Batches of samples pass through it; Ray's default of 30% of memory is too much beside a trainer and an engine.
+# Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Bundle i < trainer_ranks is trainer rank i, the rest are the engines. `loopback`: all on one machine."""
+    """Bundle i < trainer_ranks is trainer rank i, the others are engines. `loopback`: all on one machine."""
 
     group: PlacementGroup
     gpus_per_rank: int
@@ -50,7 +50,8 @@ def place(args: Namespace, engine_size: int) -> Placement:
     """Reserve a bundle for every rank and engine; ValueError when the cluster is too small."""
     with_gpus = ray.cluster_resources().get("GPU", 0) > 0 or torch.cuda.is_available()
     per_rank, per_engine = (1, engine_size) if with_gpus else (0, 0)
-    bundles = [{"CPU": 1, "GPU": per_rank}] * args.trainer_ranks + [{"CPU": 1, "GPU": per_engine}] * args.rollout_engines
+    bundles = [{"CPU": 1, "GPU": per_rank}] * args.trainer_ranks
+    bundles += [{"CPU": 1, "GPU": per_engine}] * args.rollout_engines
     bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
     group = placement_group(bundles, strategy="PACK")
     try:
@@ -59,8 +60,8 @@ def place(args: Namespace, engine_size: int) -> Placement:
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         remove_placement_group(group)
         raise ValueError(
-            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} of {engine_size} ranks "
-            f"found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
+            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} of {engine_size} "
+            f"ranks found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
         ) from None
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return Placement(group, per_rank, per_engine, loopback)

@@ -18,7 +18,7 @@ from megatron_vespo.types import TrainingSample
 
 
 class TrainerGroup:
-    """Each method runs on every rank and returns rank 0's answer. `watch` is asked every second while waiting."""
+    """Each method runs on every rank and returns rank 0's answer. `watch` is called every second."""
 
     def __init__(self, args: Namespace, placement: Placement, log_dir: Path, watch: Callable[[], None]):
         self._args, self._log_dir, self._watch = args, log_dir, watch

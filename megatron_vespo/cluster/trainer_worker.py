@@ -16,7 +16,7 @@ from megatron_vespo.types import TrainingSample
 
 
 class TrainerWorker:
-    """All methods are collectives: the group calls them on every rank. Results are the same on all of them."""
+    """All methods are collectives: the group calls them on every rank. Results are the same on all."""
 
     def __init__(self, args: Namespace, rank: int, log_dir: Path, loopback: bool):
         redirect_output(log_dir / f"trainer-{rank}.log")
@@ -29,7 +29,7 @@ class TrainerWorker:
         return self._host, find_free_port(self._host)
 
     def start(self, master_address: str, master_port: int) -> dict | None:
-        """Bring Megatron up and load the weights; returns the rollout state of the checkpoint that was resumed."""
+        """Bring Megatron up and load the weights; returns the rollout state of a resumed checkpoint."""
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.policy import MegatronPolicy
 
@@ -79,7 +79,9 @@ class TrainerWorker:
         for stage in range(groups.pp.size()):
             if groups.pp.rank() == stage:
                 held = None  # the last bucket of the last stage carries the version, so look one ahead
-                for bucket in buckets(self.policy.named_hf_weights(), self._args.weight_sync_bucket_mb * 2**20):
+                for bucket in buckets(
+                    self.policy.named_hf_weights(), self._args.weight_sync_bucket_mb * 2**20
+                ):
                     if held is not None and self._is_sender:
                         self._sender.send(held, None)
                     held = bucket

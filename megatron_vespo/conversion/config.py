@@ -10,10 +10,12 @@ from megatron_vespo.conversion import qwen3_moe
 
 
 def read_hf_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of an HF checkpoint folder of a supported architecture; ValueError with one clear line otherwise."""
+    """config.json of an HF checkpoint folder of a supported architecture; ValueError otherwise."""
     path = checkpoint / "config.json"
     if not path.is_file():
-        raise ValueError(f"--hf-checkpoint {checkpoint}: no config.json there; it must be an HF checkpoint folder")
+        raise ValueError(
+            f"--hf-checkpoint {checkpoint}: no config.json there; it must be an HF checkpoint folder"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

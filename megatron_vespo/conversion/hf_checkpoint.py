@@ -18,7 +18,7 @@ _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
 class HFCheckpointReader:
-    """Random access to the tensors of a folder; files are opened when first needed. Use as a context manager."""
+    """Random access to the tensors of a folder; files are opened when first needed. A context manager."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -37,7 +37,7 @@ class HFCheckpointReader:
         return set(self._files)
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on CPU, in its stored dtype; ValueError naming the file when it is not there or broken."""
+        """One tensor, on CPU, in its stored dtype; ValueError naming the file if it is missing or broken."""
         if name not in self._files:
             raise ValueError(f"--hf-checkpoint {self.folder}: tensor {name} is missing")
         path = self._files[name]
@@ -68,7 +68,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str) -> dict[str, str]:
-    """Write each bucket of tensors as one file `prefix-00000.safetensors`, ...; returns {tensor name: file name}."""
+    """Write each bucket as one file `prefix-00000.safetensors`, ...; returns {tensor name: file name}."""
     weight_map: dict[str, str] = {}
     for number, bucket in enumerate(tensors):
         file_name = f"{prefix}-{number:05d}.safetensors"
@@ -77,8 +77,10 @@ def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str
     return weight_map
 
 
-def finish_checkpoint(source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int) -> None:
-    """Add index, configuration and tokenizer (from `source`) to the shards in `staging`, then rename it to `target`."""
+def finish_checkpoint(
+    source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int
+) -> None:
+    """Add index, configuration and tokenizer (of `source`) to the shards in `staging`, then rename it `target`."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             if path.name != INDEX_NAME:

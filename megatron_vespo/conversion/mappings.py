@@ -51,7 +51,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class QKV:
-    """Megatron interleaves by query group: rows are [q of group 0, k 0, v 0, q of group 1, ...]; shards cut groups."""
+    """Megatron interleaves query groups, [q of group 0, k 0, v 0, q of group 1, ...]; shards cut between them."""
 
     hf_names: tuple[str, str, str]  # q [heads * head_dim, hidden], k and v [groups * head_dim, hidden]
     num_query_groups: int

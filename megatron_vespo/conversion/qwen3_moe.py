@@ -1,7 +1,7 @@
 """Qwen3MoeForCausalLM: the table of parameter names and the Megatron arguments its config stands for.
 
-Names on the left are Megatron's, with global layer and expert numbers; both the local and the Transformer-Engine
-layer specs are covered (they differ in where the norms and the experts live).
+Names on the left are Megatron's, with global layer and expert numbers; both the local and the
+Transformer-Engine layer specs are covered (they differ in where the norms and the experts live).
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def _layer(rest: str) -> str:
     return rf"decoder\.layers\.(?P<layer>\d+)\.{rest}"
 
 
+def _expert(linear: str) -> str:
+    local = rf"local_experts\.(?P<expert>\d+)\.{linear}\.weight"
+    return _layer(rf"mlp\.experts\.({local}|{linear}\.weight(?P<expert_te>\d+))")
+
+
 # Megatron name (full match) -> mapping; {layer} and {expert} in the HF names come from the match
 _TABLE: list[tuple[str, Callable[[str, ModelShape], Mapping]]] = [
     (r"embedding\.word_embeddings\.weight", lambda h, s: _vocabulary("model.embed_tokens.weight", s)),
@@ -40,19 +45,25 @@ _TABLE: list[tuple[str, Callable[[str, ModelShape], Mapping]]] = [
         lambda h, s: Direct((h + "input_layernorm.weight",), None),
     ),
     (_layer(r"self_attention\.linear_qkv\.weight"), lambda h, s: _qkv(h + "self_attn.", s)),
-    (_layer(r"self_attention\.q_layernorm\.weight"), lambda h, s: Direct((h + "self_attn.q_norm.weight",), None)),
-    (_layer(r"self_attention\.k_layernorm\.weight"), lambda h, s: Direct((h + "self_attn.k_norm.weight",), None)),
-    (_layer(r"self_attention\.linear_proj\.weight"), lambda h, s: Direct((h + "self_attn.o_proj.weight",), 1)),
-    (_layer(r"pre_mlp_layernorm\.weight"), lambda h, s: Direct((h + "post_attention_layernorm.weight",), None)),
+    (
+        _layer(r"self_attention\.q_layernorm\.weight"),
+        lambda h, s: Direct((h + "self_attn.q_norm.weight",), None),
+    ),
+    (
+        _layer(r"self_attention\.k_layernorm\.weight"),
+        lambda h, s: Direct((h + "self_attn.k_norm.weight",), None),
+    ),
+    (
+        _layer(r"self_attention\.linear_proj\.weight"),
+        lambda h, s: Direct((h + "self_attn.o_proj.weight",), 1),
+    ),
+    (
+        _layer(r"pre_mlp_layernorm\.weight"),
+        lambda h, s: Direct((h + "post_attention_layernorm.weight",), None),
+    ),
     (_layer(r"mlp\.router\.weight"), lambda h, s: Direct((h + "mlp.gate.weight",), None)),
-    (
-        _layer(r"mlp\.experts\.(local_experts\.(?P<expert>\d+)\.linear_fc1\.weight|linear_fc1\.weight(?P<expert_te>\d+))"),
-        lambda h, s: GatedMLP((h + "gate_proj.weight", h + "up_proj.weight")),
-    ),
-    (
-        _layer(r"mlp\.experts\.(local_experts\.(?P<expert>\d+)\.linear_fc2\.weight|linear_fc2\.weight(?P<expert_te>\d+))"),
-        lambda h, s: Direct((h + "down_proj.weight",), 1),
-    ),
+    (_expert("linear_fc1"), lambda h, s: GatedMLP((h + "gate_proj.weight", h + "up_proj.weight"))),
+    (_expert("linear_fc2"), lambda h, s: Direct((h + "down_proj.weight",), 1)),
 ]
 _COMPILED = [(re.compile(pattern), build) for pattern, build in _TABLE]
 

@@ -45,7 +45,7 @@ class MicroBatch:
 def build_micro_batch(
     samples: Sequence[TrainingSample], indices: Sequence[int], pad_to_multiple_of: int, device: torch.device
 ) -> MicroBatch:
-    """Pack `samples[i] for i in indices`; the total length is padded to a multiple (sequence parallelism cuts it)."""
+    """Pack `samples[i] for i in indices`; the length is padded to a multiple, for sequence parallelism."""
     chosen = [samples[i] for i in indices]
     lengths = [s.num_tokens for s in chosen]
     total = sum(lengths)

@@ -11,9 +11,9 @@ def pack_sequences(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> l
     """Assign sequences to `num_ranks` ranks x some number of bins, no bin over `max_tokens`.
 
     Returns `bins[rank][micro_batch]` = indices into `lengths`. Every rank gets the same number of micro-batches
-    (expert all-to-all and gradient reduction span the ranks), the smallest that works; no bin is empty; the result
-    depends on the arguments only. Raises ValueError for a sequence longer than the budget or fewer sequences than
-    ranks.
+    (expert all-to-all and gradient reduction span the ranks); no bin is empty; the result depends on the
+    arguments only. Always works for a number of sequences that the ranks divide. ValueError for a sequence
+    longer than the budget, or too few sequences to fill all bins.
     """
     if len(lengths) < num_ranks:
         raise ValueError(f"{len(lengths)} sequences cannot feed {num_ranks} data-parallel ranks")
@@ -24,11 +24,15 @@ def pack_sequences(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> l
             "raise the budget or shorten the completions"
         )
     bins_per_rank = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
-    while True:
+    while bins_per_rank * num_ranks <= len(lengths):
         bins = _fill(lengths, bins_per_rank * num_ranks, max_tokens)
         if bins is not None:
             return [bins[rank::num_ranks] for rank in range(num_ranks)]
         bins_per_rank += 1
+    raise ValueError(
+        f"{len(lengths)} sequences are too few to fill {bins_per_rank} micro-batches of {max_tokens} tokens on each "
+        f"of {num_ranks} data-parallel ranks: use a multiple of the ranks"
+    )
 
 
 def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int) -> list[list[int]] | None:

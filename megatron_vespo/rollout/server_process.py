@@ -2,32 +2,45 @@
 
     python -m megatron_vespo.rollout.server_process PARENT_PID SGLANG_ARGUMENTS...
 
-PR_SET_PDEATHSIG would tie it to the starting *thread*, which in an actor may end long before its process;
-so a thread here watches the parent's process id instead. SGLang's own children die with this process.
+Whatever ends first, the starting process or this one, and however it ends, a guard in a session of its own kills the
+whole group. PR_SET_PDEATHSIG would not do: it reaches only this process, not SGLang's children, and it fires when the
+starting *thread* ends, which in an actor may be long before its process.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import select
 import signal
 import sys
-import threading
-import time
-
-POLL_INTERVAL_S = 0.5
 
 
-def _die_with(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(POLL_INTERVAL_S)
-    os.killpg(0, signal.SIGKILL)
+def _start_guard(parent_pid: int) -> None:
+    """Fork it now, before SGLang's threads exist; it holds no file of ours open but the log."""
+    server_pid = os.getpid()
+    watched = [os.pidfd_open(server_pid), os.pidfd_open(parent_pid)]
+    if os.fork() == 0:
+        os.setsid()
+        poll = select.poll()
+        for descriptor in watched:
+            poll.register(descriptor, select.POLLIN)  # readable when the process has ended
+        poll.poll()
+        try:
+            os.killpg(server_pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all gone already
+        os._exit(0)
+    for descriptor in watched:
+        os.close(descriptor)
 
 
 def main() -> None:
     assert os.getpgrp() == os.getpid(), "the server must lead its own process group"
     parent_pid = int(sys.argv.pop(1))
-    threading.Thread(target=_die_with, args=(parent_pid,), daemon=True).start()
+    _start_guard(parent_pid)
+    if os.getppid() != parent_pid:
+        sys.exit(f"process {parent_pid}, which wanted this server, has ended")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

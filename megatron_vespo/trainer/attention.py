@@ -13,8 +13,9 @@ from torch import Tensor
 class PackedSDPAttention(MegatronModule):
     """Causal attention inside each packed sequence by torch's scaled_dot_product_attention.
 
-    The pack is laid out as a padded batch [S, heads, longest, head_dim]: padding sits behind the tokens, where
-    causality already hides it, so no mask is built and the cost is S * longest^2 instead of (sum of lengths)^2.
+    The pack is laid out as a padded batch [S, heads, longest, head_dim]: padding sits behind the tokens,
+    where causality already hides it, so no mask is built and the cost is S * longest^2 instead of
+    (sum of lengths)^2.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_unused):
@@ -32,7 +33,9 @@ class PackedSDPAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, heads * head_dim]."""
-        assert packed_seq_params is not None and attention_bias is None, "this policy only runs packed sequences"
+        assert packed_seq_params is not None and attention_bias is None, (
+            "this policy only runs packed sequences"
+        )
         cu_seqlens = packed_seq_params.cu_seqlens_q.long()
         lengths = cu_seqlens.diff()
         longest = packed_seq_params.max_seqlen_q
@@ -46,9 +49,16 @@ class PackedSDPAttention(MegatronModule):
             return batch.view(len(lengths), longest, *tensor.shape[1:]).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            padded(query),
+            padded(key),
+            padded(value),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return context.transpose(1, 2).flatten(0, 1).index_select(0, slot_T).flatten(1)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         return {}  # no parameters

@@ -19,7 +19,9 @@ def save(args: Namespace, iteration: int, model, optimizer, scheduler, rollout_s
     args.rollout_state = rollout_state
     args.iteration = iteration
     assert get_args() is args, "Megatron saves its global arguments"
-    checkpointing.save_checkpoint(iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0)
+    checkpointing.save_checkpoint(
+        iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0
+    )
 
 
 def rollout_state(args: Namespace) -> dict:

@@ -12,8 +12,10 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 
-def initialize(args: Namespace, rank: int, local_rank: int, master_address: str, master_port: int) -> Namespace:
-    """Returns this rank's own copy of the arguments; torch.distributed and the model-parallel groups are up after it."""
+def initialize(
+    args: Namespace, rank: int, local_rank: int, master_address: str, master_port: int
+) -> Namespace:
+    """This rank's own copy of the arguments; torch.distributed and the model-parallel groups are up."""
     args = copy.deepcopy(args)
     args.rank, args.local_rank = rank, local_rank
     os.environ.update(
@@ -35,4 +37,8 @@ def process_groups() -> ProcessGroupCollection:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -8,11 +8,13 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 
-def vocab_parallel_log_probs(logits: Tensor, labels_T: Tensor, temperature_T: Tensor, vocab_size: int) -> Tensor:
+def vocab_parallel_log_probs(
+    logits: Tensor, labels_T: Tensor, temperature_T: Tensor, vocab_size: int
+) -> Tensor:
     """log softmax(logits / temperature)[label], float32 [T], the same on every tensor-parallel rank.
 
-    `logits` is this rank's slice [1, T, V]. Columns from `vocab_size` on are Megatron's padding: no engine knows
-    them, so they get no probability here either.
+    `logits` is this rank's slice [1, T, V]. Columns from `vocab_size` on are Megatron's padding: no engine
+    knows them, so they get no probability here either.
     """
     scaled = logits.float() / temperature_T[None, :, None]
     num_real = max(0, vocab_size - get_tensor_model_parallel_rank() * scaled.shape[-1])

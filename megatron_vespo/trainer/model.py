@@ -22,7 +22,9 @@ def model_config(args: Namespace) -> TransformerConfig:
 def model_provider(args: Namespace, config: TransformerConfig):
     """The function that Megatron's get_model calls once a pipeline (or virtual pipeline) stage."""
 
-    def provide(pre_process: bool, post_process: bool, vp_stage: int | None = None, pg_collection=None, **_) -> GPTModel:
+    def provide(
+        pre_process: bool, post_process: bool, vp_stage: int | None = None, pg_collection=None, **_
+    ) -> GPTModel:
         use_te = args.transformer_impl == "transformer_engine"
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=use_te, normalization=args.normalization, vp_stage=vp_stage

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
-from megatron.training.training import force_param_sync, setup_model_and_optimizer
 from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training.training import force_param_sync, setup_model_and_optimizer
 from torch import Tensor
 
 from megatron_vespo.algorithms.vespo import RatioDenominator, sequence_log_ratio
@@ -48,7 +48,7 @@ class StepResult:
     log_w: np.ndarray
     phi: np.ndarray
     engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
-    engine_difference: np.ndarray  # largest |log pi_old - log mu| of a token; of log pi where pi_old was not computed
+    engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
     padding_share: float
     imbalance: float
 
@@ -77,7 +77,7 @@ class MegatronPolicy:
         self._connect_schedule()
 
     def _connect_schedule(self) -> None:
-        """The hooks by which Megatron's schedule reaches gradient reduction, as Megatron's own training loop does."""
+        """The hooks by which Megatron's schedule reaches gradient reduction, as in Megatron's own loop."""
         config = get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
@@ -121,13 +121,20 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
-            raise RuntimeError(f"optimizer step {self.iteration + 1} found a non-finite gradient (norm {grad_norm})")
+            raise RuntimeError(
+                f"optimizer step {self.iteration + 1} found a non-finite gradient (norm {grad_norm})"
+            )
         self.scheduler.step(increment=self.args.global_batch_size)
         self.iteration += 1
 
-        columns = self._gather_per_sample(mini_batch, outputs, ("log_w", "phi", "engine_gap", "engine_difference"))
+        columns = self._gather_per_sample(
+            mini_batch, outputs, ("log_w", "phi", "engine_gap", "engine_difference")
+        )
         totals = self._sum_over_ranks(
-            [sum(o["loss_sum"].item() for o in outputs), sum(m.num_loss_tokens for m in mini_batch.micro_batches)]
+            [
+                sum(o["loss_sum"].item() for o in outputs),
+                sum(m.num_loss_tokens for m in mini_batch.micro_batches),
+            ]
             if outputs
             else [0.0, 0.0]
         )
@@ -143,7 +150,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
-        """log pi of every completion token, float32 [C] a sample, at the temperature it was sampled with; same on all ranks."""
+        """log pi of every completion token at its sampling temperature, float32 [C] each; same on all ranks."""
         longest = max(sample.completion_length for sample in samples)
         table = torch.zeros(len(samples), longest, device=device())
         mini_batch = self.pack(samples)
@@ -157,20 +164,30 @@ class MegatronPolicy:
         return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]
 
     @torch.no_grad()
-    def sequence_log_ratio(self, samples: Sequence[TrainingSample], denominator: RatioDenominator) -> np.ndarray:
+    def sequence_log_ratio(
+        self, samples: Sequence[TrainingSample], denominator: RatioDenominator
+    ) -> np.ndarray:
         """log W of every sample under the current weights, float32 [num_samples], identical on every rank.
 
-        Only `rollout` can be asked of samples alone; pi_old of the others lives in a MiniBatch during training.
+        Only `rollout` can be asked of samples alone; pi_old of the others lives in a MiniBatch.
         """
         if denominator != "rollout":
-            raise ValueError(f"denominator {denominator!r} needs the policy that the mini-batch started from: use train_step")
+            raise ValueError(
+                f"denominator {denominator!r} needs the policy the mini-batch started from: use train_step"
+            )
         mini_batch = self.pack(samples)
 
         def loss(micro_batch: MicroBatch, log_probs_T: Tensor):
             ratio = sequence_log_ratio(
-                log_probs_T, micro_batch.behavior_log_probs_T, None, micro_batch.loss_mask_T,
-                micro_batch.sequence_ids_T, micro_batch.num_sequences, denominator, self.args.mismatch_truncation,
-            )  # fmt: skip
+                log_probs_T,
+                micro_batch.behavior_log_probs_T,
+                None,
+                micro_batch.loss_mask_T,
+                micro_batch.sequence_ids_T,
+                micro_batch.num_sequences,
+                denominator,
+                self.args.mismatch_truncation,
+            )
             return log_probs_T.new_zeros(()), torch.tensor(1, dtype=torch.int), {"log_w": ratio.log_w_S}
 
         outputs = self._run(mini_batch, loss, forward_only=True)
@@ -184,7 +201,7 @@ class MegatronPolicy:
             yield from iterate_hf_weights(chunk, self.shape, self.groups)
 
     def save(self, rollout_state: dict) -> None:
-        """Write weights, optimizer, schedule, RNG and `rollout_state` as one torch_dist checkpoint under `args.save`."""
+        """Write weights, optimizer, schedule, RNG and `rollout_state`, a torch_dist checkpoint, to `args.save`."""
         checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool) -> list[dict[str, Tensor]]:
@@ -192,7 +209,9 @@ class MegatronPolicy:
             chunk.eval() if forward_only else chunk.train()
         return run_schedule(self.model, mini_batch.micro_batches, self.args, loss, forward_only)
 
-    def _gather_per_sample(self, mini_batch: MiniBatch, outputs: list, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def _gather_per_sample(
+        self, mini_batch: MiniBatch, outputs: list, names: tuple[str, ...]
+    ) -> dict[str, np.ndarray]:
         table = torch.zeros(len(names), mini_batch.num_samples, device=device())
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             for row, name in zip(table, names, strict=True):
@@ -206,6 +225,6 @@ class MegatronPolicy:
         return totals.tolist()
 
     def _share(self, table: Tensor) -> None:
-        """Each entry is set on one data-parallel rank's last stage and 0 elsewhere: sums make it known everywhere."""
+        """Each entry is set on one data-parallel rank's last stage, 0 elsewhere: sums spread it."""
         dist.all_reduce(table, group=self.groups.dp)
         dist.all_reduce(table, group=self.groups.pp)

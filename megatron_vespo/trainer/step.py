@@ -22,7 +22,7 @@ LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Te
 def run_schedule(
     model: list, micro_batches: Sequence[MicroBatch], args: Namespace, loss: LossFunction, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; an empty list elsewhere."""
+    """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
     iterators = [iter(micro_batches) for _ in model]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, args=args, loss=loss),
@@ -95,7 +95,9 @@ def policy_loss(
         "engine_gap": log_ratio.engine_gap_S,
         # the schedule divides the loss in place: keep our own
         "loss_sum": loss_sum.detach().clone(),
-        "engine_difference": torch.zeros_like(phi_S).scatter_reduce(0, micro_batch.sequence_ids_T, difference_T, "amax"),
+        "engine_difference": torch.zeros_like(phi_S).scatter_reduce(
+            0, micro_batch.sequence_ids_T, difference_T, "amax"
+        ),
     }
     return loss_sum, _num_tokens(micro_batch), handed_back
 

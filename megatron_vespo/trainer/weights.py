@@ -1,4 +1,4 @@
-"""HF-named weights of a Megatron model: in from a checkpoint, out as full tensors, both by the conversion table."""
+"""HF-named weights of a Megatron model: in from a checkpoint, out as full tensors, both by one table."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def model_shape(args: Namespace) -> ModelShape:
     )
 
 
-def global_parameters(model: GPTModel, groups: ProcessGroupCollection) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters under names with global layer and expert numbers, in the model's order (the same on every rank)."""
+def global_parameters(
+    model: GPTModel, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters under names with global layer and expert numbers, in the model's order."""
     experts_before = groups.ep.rank() * (model.config.num_moe_experts or 0) // groups.ep.size()
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
@@ -61,8 +63,8 @@ def load_hf_weights(model: GPTModel, folder: Path, shape: ModelShape, groups: Pr
             shard = shards[group.rank()]
             if shard.shape != parameter.shape:
                 raise ValueError(
-                    f"--hf-checkpoint {folder}: {' + '.join(mapping.hf_names)} gives a shard of {tuple(shard.shape)} "
-                    f"for {name}, which is {tuple(parameter.shape)}"
+                    f"--hf-checkpoint {folder}: {' + '.join(mapping.hf_names)} gives a shard of "
+                    f"{tuple(shard.shape)} for {name}, which is {tuple(parameter.shape)}"
                 )
             parameter.copy_(shard)
 
@@ -72,7 +74,7 @@ def iterate_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full HF-named tensors of this pipeline stage, gathered over tensor and expert parallelism.
 
-    A collective: all tensor- and expert-parallel ranks of the stage iterate together and all get every tensor.
+    A collective: all tensor- and expert-parallel ranks of the stage iterate together; all get every tensor.
     """
     experts_here = (model.config.num_moe_experts or 0) // groups.ep.size()
     first_expert = groups.ep.rank() * experts_here
@@ -85,7 +87,7 @@ def iterate_hf_weights(
         if not is_expert(name):
             yield from merged.items()
             continue
-        # rank r of the group holds the same local expert of its own range: one gather a tensor, ep.size() experts
+        # rank r of the group holds the same local expert of its own range: a gather brings ep.size() experts
         gathered = {hf_name: _all_gather(tensor, groups.ep) for hf_name, tensor in merged.items()}
         for rank in range(groups.ep.size()):
             names = mapping_for(_shift_expert(name, rank * experts_here - first_expert), shape).hf_names

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the stream, in its order, into dicts of at most `max_bytes`; a larger tensor gets a bucket of its own."""
+    """Cut the stream, in order, into dicts of at most `max_bytes`; a larger tensor gets its own."""
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:

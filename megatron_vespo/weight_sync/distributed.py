@@ -1,8 +1,8 @@
 """Broadcasts from one trainer rank to all engines (NCCL between GPUs, gloo without), steered over HTTP.
 
-Every pipeline stage has one sender and one process group: the sender is rank 0, the engines' ranks follow. SGLang
-joins on /init_weights_update_group, receives one flattened bucket a /update_weights_from_distributed call, and only
-loads weights between /begin_weight_update and /end_weight_update.
+Every pipeline stage has one sender and one process group: the sender is rank 0, the engines' ranks follow.
+SGLang joins on /init_weights_update_group, receives one flattened bucket a /update_weights_from_distributed
+call, and only loads weights between /begin_weight_update and /end_weight_update.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ class EngineControl:
         for url in self.urls:
             served = get_json(url, "/model_info", self.timeout_s).get("weight_version")
             if served != str(version):
-                raise WeightSyncError(f"engine {url} serves weight version {served} after the sync of version {version}")
+                raise WeightSyncError(
+                    f"engine {url} serves weight version {served} after the sync of version {version}"
+                )
 
 
 class BucketSender:
     """One pipeline stage's end of the broadcast group; lives on the rank that sends."""
 
     def __init__(self, control: EngineControl, engine_size: int, stage: int, host: str, device: torch.device):
-        """`engine_size` is the number of ranks of one engine; all engines are alike. Blocks until all have joined."""
+        """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
         self.control, self.device = control, device
         self.name = f"megatron_vespo_stage_{stage}"
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -119,7 +121,7 @@ class BucketSender:
 def _join_as_rank_zero(
     backend: str, store: dist.Store, world_size: int, name: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """A process group with processes outside this trainer's world, which torch only offers by its internals."""
+    """A process group with processes outside this trainer's world; torch offers it only by its internals."""
     group, _ = _new_process_group_helper(
         world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
     )

@@ -24,7 +24,7 @@ SHARDING = {
 
 
 class Trainer:
-    """A three-layer network under DDP and the distributed optimizer; the same gradients for every instance."""
+    """A three-layer network under DDP and the distributed optimizer; every instance starts the same."""
 
     def __init__(self) -> None:
         import torch

@@ -281,6 +281,8 @@ assert torch.zeros(2, device="cuda").device.type == "cpu"
 assert torch.empty(2, device=torch.device("cuda", 0), pin_memory=True).device.type == "cpu"
 assert torch.ones(2, device=torch.cuda.current_device()).cuda().device.type == "cpu"
 assert torch.ones(1, device="meta").is_meta
+with torch.device("meta"):
+    assert torch.empty(1).is_meta and torch.nn.Linear(2, 2).weight.is_meta
 assert torch.ones(1).type() == "torch.cuda.FloatTensor"
 assert torch.ones(1).type(torch.float64).dtype == torch.float64
 torch.cuda.manual_seed(5)

@@ -23,8 +23,8 @@ def install() -> None:
     _install_devices()
     _install_streams()
     _install_rng()
-    # torch caches the list of functions that `with torch.device(...)` redirects when it is first asked for it;
-    # asked after the replacement it would list our wrappers, and meta-device loading in transformers breaks.
+    # torch lists what `with torch.device(...)` redirects once, when first asked: asked after the replacement
+    # it would list the wrappers, and loading on the meta device would break.
     _device_constructors()
     for name in _FACTORIES:
         replace(torch, name, _on_cpu(getattr(torch, name)))

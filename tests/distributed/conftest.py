@@ -1,0 +1,135 @@
+"""A random model, samples with the reference's log-probs, and training runs of it, one a layout."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import PROGRAMS, Result, launch
+
+from megatron_vespo.types import TrainingSample
+
+VOCAB_SIZE = 131
+NUM_SAMPLES = 48
+# what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
+ENGINE_NOISE = 0.1
+TIMEOUT_S = 120
+
+LAYOUTS = {
+    "one rank": (1, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "dp2": (2, ""),
+    "dp2, small packs": (2, "--max-tokens-per-gpu 64"),
+    "tp2 pp2 ep2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+                       "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+}  # fmt: skip
+TRAINING_FLAGS = "--ratio-denominator decoupled --lr-warmup-iters 3".split()
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.distributed)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The model folder, the samples (also as a file), and log pi of all their completion tokens by transformers."""
+
+    model: Path
+    samples_file: Path
+    samples: list[TrainingSample]
+    log_probs: np.ndarray
+
+
+def random_samples() -> list[TrainingSample]:
+    draw = np.random.default_rng(0)
+    samples = []
+    for i in range(NUM_SAMPLES):
+        prompt, completion = int(draw.integers(1, 21)), int(draw.integers(1, 31))
+        samples.append(
+            TrainingSample(
+                token_ids=draw.integers(0, VOCAB_SIZE, prompt + completion),
+                prompt_length=prompt,
+                behavior_log_probs=np.zeros(completion, np.float32),
+                policy_versions=np.zeros(completion, np.int64),
+                advantage=float(draw.normal()),
+                reward=0.0,
+                temperature=(1.0, 0.7)[i % 2],
+                group_id=i // 4,
+            )
+        )
+    return samples
+
+
+def split(values: np.ndarray, samples: list[TrainingSample]) -> list[np.ndarray]:
+    """Per-token values of all samples, one array a sample."""
+    return np.split(values, np.cumsum([sample.completion_length for sample in samples])[:-1])
+
+
+@pytest.fixture(scope="session")
+def transformers_log_probs(tmp_path_factory) -> Callable[..., np.ndarray]:
+    def run(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
+        arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
+        folder = tmp_path_factory.mktemp("transformers")
+        return launch(PROGRAMS / "transformers_log_probs.py", 1, arguments, TIMEOUT_S, folder)[0]["log_probs"]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory, transformers_log_probs) -> Task:
+    folder = tmp_path_factory.mktemp("task")
+    samples = random_samples()
+    samples_file = folder / "samples.pkl"
+    samples_file.write_bytes(pickle.dumps(samples))
+    log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model")
+    noise = np.random.default_rng(1).normal(0, ENGINE_NOISE, log_probs.shape)
+    for sample, behavior in zip(samples, split(log_probs + noise, samples), strict=True):
+        sample.behavior_log_probs = behavior.astype(np.float32)
+    samples_file.write_bytes(pickle.dumps(samples))
+    return Task(folder / "model", samples_file, samples, log_probs)
+
+
+@pytest.fixture(scope="session")
+def train(task, tmp_path_factory) -> Callable[..., list[Result]]:
+    """Run programs/train.py at a layout of LAYOUTS, with further flags."""
+
+    def run(layout: str, *flags: str) -> list[Result]:
+        num_ranks, layout_flags = LAYOUTS[layout]
+        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
+        arguments += ["--max-tokens-per-gpu", "256", *TRAINING_FLAGS, *layout_flags.split(), *flags]
+        folder = tmp_path_factory.mktemp("train")
+        return launch(PROGRAMS / "train.py", num_ranks, arguments, TIMEOUT_S, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory) -> Path:
+    """Checkpoints and exports of `training_run`, one folder a layout."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="session")
+def training_run(train, outputs) -> Callable[[str], list[Result]]:
+    """Four steps at a layout, run once; exports go to outputs / layout / {before,after}, the save to .../saved."""
+
+    @cache
+    def run(layout: str) -> list[Result]:
+        folder = outputs / layout
+        folder.mkdir()
+        return train(
+            layout, "--export-before", str(folder / "before"), "--export-after", str(folder / "after"),
+            "--save", str(folder / "saved"), "--save-after", "2",
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,37 @@
+"""What the programs share: starting Megatron on this rank, reading samples, handing results back."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.types import TrainingSample
+
+# 2 mini-batches of 24 samples a rollout; the longest sample has 20 + 30 tokens
+FLAGS = (
+    "--prompt-data unused.jsonl --output-dir unused --train-iters 8 --lr 1e-3 --clip-grad 1.0 --mini-batches 2 "
+    "--rollout-batch-size 12 --num-completions 4 --max-prompt-tokens 20 --max-completion-tokens 30"
+).split()
+
+
+def start_megatron(flags: list[str]) -> Namespace:
+    """This rank's arguments; process groups are up after it."""
+    from megatron_vespo.arguments import parse_args
+    from megatron_vespo.trainer.initialize import initialize
+
+    rank = int(os.environ["RANK"])
+    args = parse_args([*FLAGS, "--trainer-ranks", os.environ["WORLD_SIZE"], *flags])
+    return initialize(args, rank, rank, "127.0.0.1", int(os.environ["MASTER_PORT"]))
+
+
+def read_samples(path: Path) -> list[TrainingSample]:
+    return pickle.loads(path.read_bytes())
+
+
+def hand_back(**arrays: Any) -> None:
+    np.savez(os.environ["RESULT_FILE"], **arrays)

@@ -1,0 +1,85 @@
+"""Optimizer steps on one layout, with everything a test compares between layouts.
+
+Steps go two a rollout, as training does: both mini-batches are prepared before the first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from common import hand_back, read_samples, start_megatron
+
+MINI_BATCHES = 2
+LAST_STEP = 4
+
+
+def train(policy, samples: list, save_after: int | None) -> list[dict]:
+    size = len(samples) // MINI_BATCHES
+    steps = []
+    while policy.iteration < LAST_STEP:
+        prepared = [policy.pack(samples[i : i + size]) for i in range(0, len(samples), size)]
+        for mini_batch in prepared:
+            policy.compute_old_log_probs(mini_batch)
+        for mini_batch in prepared:
+            steps.append(vars(policy.train_step(mini_batch)))
+        if policy.iteration == save_after:
+            policy.save({"consumed_prompts": 7, "iteration": policy.iteration})
+    return steps
+
+
+def export(policy, target: Path) -> dict[str, np.ndarray]:
+    """Write an HF folder as the trainer's export does, a file a tensor; names as every rank of the stage saw them."""
+    from megatron_vespo.conversion.hf_checkpoint import finish_checkpoint, write_shards
+
+    is_sender = policy.groups.tp.rank() == 0 and policy.groups.dp.rank() == 0
+    staging = target.with_name(target.name + ".incomplete")
+    if dist.get_rank() == 0:
+        staging.mkdir()
+    dist.barrier()
+    weights = list(policy.named_hf_weights())
+    weight_map = {}
+    if is_sender:
+        weight_map = write_shards(({n: t} for n, t in weights), staging, f"model-stage{policy.groups.pp.rank()}")
+    size = sum(tensor.nbytes for _, tensor in weights) if is_sender else 0
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (weight_map, size))
+    if dist.get_rank() == 0:
+        merged = {name: file for part, _ in parts for name, file in part.items()}
+        finish_checkpoint(policy.args.hf_checkpoint, staging, target, merged, sum(size for _, size in parts))
+    dist.barrier()
+    return {"names": np.array([name for name, _ in weights]), "stage": policy.groups.pp.rank()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--export-before", type=Path)
+    parser.add_argument("--export-after", type=Path)
+    parser.add_argument("--save-after", type=int)
+    options, flags = parser.parse_known_args()
+    args = start_megatron(flags)
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    samples = read_samples(options.samples)
+    results = {"first_iteration": policy.iteration}
+    if policy.rollout_state is not None:
+        results["consumed_prompts"] = policy.rollout_state["consumed_prompts"]
+    if options.export_before:
+        results |= export(policy, options.export_before)
+    results["log_probs"] = np.concatenate(policy.log_probs(samples))
+    results["log_ratio"] = policy.sequence_log_ratio(samples, "rollout")
+    steps = train(policy, samples, options.save_after)
+    for name in steps[0]:
+        results[name] = np.array([step[name] for step in steps])
+    if options.export_after:
+        export(policy, options.export_after)
+        results["log_probs_after"] = np.concatenate(policy.log_probs(samples))
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Log-probs of every completion token by transformers, the reference; no Megatron in this process.
+
+With --make-model a random Qwen3-MoE is written to the folder first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import hand_back, read_samples
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_vespo.types import TrainingSample
+
+
+def make_model(folder: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=131,  # prime: every tensor-parallel size pads it
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):  # not all ones, so that a norm in the wrong place shows
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def log_probs(model: torch.nn.Module, sample: TrainingSample) -> np.ndarray:
+    tokens = torch.from_numpy(sample.token_ids)
+    logits = model(tokens[None]).logits[0].float() / sample.temperature
+    predicting = logits[sample.prompt_length - 1 : -1].log_softmax(-1)
+    return predicting.gather(1, tokens[sample.prompt_length :, None])[:, 0].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--make-model", action="store_true")
+    options = parser.parse_args()
+    if options.make_model:
+        make_model(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    hand_back(log_probs=np.concatenate([log_probs(model, sample) for sample in read_samples(options.samples)]))
+
+
+if __name__ == "__main__":
+    main()

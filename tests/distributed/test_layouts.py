@@ -1,0 +1,59 @@
+"""The same numbers on every layout: log-probs, sequence log-ratios, losses, gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import split
+
+LAYOUTS = ["tp2", "pp2", "ep2", "dp2", "dp2, small packs", "tp2 pp2 ep2"]
+ON_EVERY_RANK = "log_probs log_ratio loss grad_norm learning_rate num_tokens log_w phi engine_gap".split()
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 pp2 ep2"])
+def test_log_probs_equal_transformers(task, training_run, layout):
+    for result in training_run(layout):
+        difference = np.abs(result["log_probs"] - task.log_probs).max()
+        print(f"{layout}: log-probs {difference:.1e}")
+        assert difference < 5e-5
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 pp2 ep2"])
+def test_sequence_log_ratio_is_the_sum_over_the_completion(task, training_run, layout):
+    behavior = np.concatenate([sample.behavior_log_probs for sample in task.samples])
+    per_token = task.log_probs.astype(np.float64) - behavior
+    expected = [values.sum() for values in split(per_token, task.samples)]
+    np.testing.assert_allclose(training_run(layout)[0]["log_ratio"], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_knows_the_same(training_run, layout):
+    first, *others = training_run(layout)
+    for rank, other in enumerate(others, start=1):
+        for name in ON_EVERY_RANK:
+            np.testing.assert_array_equal(other[name], first[name], err_msg=f"{name} on rank {rank}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_does_not_depend_on_the_layout(training_run, layout):
+    one, other = training_run("one rank")[0], training_run(layout)[0]
+    worst = {
+        name: np.abs(other[name] - one[name]).max() for name in ("log_w", "phi", "engine_gap", "engine_difference")
+    } | {name: np.abs(other[name] / one[name] - 1).max() for name in ("loss", "grad_norm")}
+    print(f"{layout}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+    np.testing.assert_array_equal(other["num_tokens"], one["num_tokens"])
+    np.testing.assert_array_equal(other["learning_rate"], one["learning_rate"])
+    assert max(worst[name] for name in ("log_w", "phi", "engine_gap", "engine_difference")) < 1e-4
+    assert worst["loss"] < 1e-5
+    assert worst["grad_norm"] < 1e-4
+
+
+def test_training_changes_the_ratios(training_run):
+    """Else the comparison of layouts would compare zeros."""
+    run = training_run("one rank")[0]
+    gap = np.minimum(run["engine_gap"], np.log(2.0))
+    staleness = run["log_w"] - gap
+    assert np.abs(staleness[0]).max() < 1e-4  # the first step trains the policy that was prepared
+    assert np.abs(staleness[3]).max() > 1e-2
+    assert (run["engine_gap"][0] > np.log(2.0)).any()
+    assert (run["grad_norm"] > 0.1).all() and np.ptp(run["loss"]) > 1e-3
