@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -52,36 +53,13 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--hf-checkpoint", type=Path, metavar="DIR", help="HF checkpoint to start from (required)")
     add("--prompt-data", type=Path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
-    add(
-        "--heldout-data",
-        type=Path,
-        metavar="FILE",
-        help="prompts to evaluate on; without it nothing is evaluated",
-    )
-    add(
-        "--prompt-key",
-        default="question",
-        help="column of the prompt: a string or a chat; dots reach into objects",
-    )
-    add("--answer-key", default="answer", help="column of the reference answer; dots reach into objects")
-    add(
-        "--answer-pattern",
-        metavar="REGEX",
-        help=r"take the answer from its column by group 1, e.g. '####\s*(.+)'",
-    )
-    add(
-        "--no-chat-template",
-        dest="apply_chat_template",
-        action="store_false",
-        help="feed the prompt text as it is",
-    )
+    add("--heldout-data", type=Path, metavar="FILE", help="prompts to evaluate on; without it none are")
+    add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
+    add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
+    add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
+    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
     add("--max-prompt-tokens", type=int, default=1024)
-    add(
-        "--overlong-prompts",
-        choices=("skip", "error"),
-        default="skip",
-        help="longer prompts are skipped and counted",
-    )
+    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="skipped ones are counted")
 
 
 def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,29 +70,13 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-completion-tokens", type=int, default=1024)
     add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
     add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
-    add(
-        "--rollout-port",
-        type=int,
-        default=0,
-        help="port of the first server, the next ones follow; 0: free ports",
-    )
+    add("--rollout-port", type=int, default=0, help="of the first server, others follow; 0: free ports")
     add("--engine-start-timeout", type=float, default=600.0, metavar="SECONDS")
     add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
-    add(
-        "--reward-timeout",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="for one completion, then it is killed",
-    )
-    add(
-        "--heldout-interval",
-        type=int,
-        default=5,
-        help="evaluate every so many rollout batches, and at both ends",
-    )
+    add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
+    add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
 
 
@@ -132,11 +94,7 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         "times a truncated engine ratio")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
     add("--advantage-std", action="store_true", help="divide advantages by the group's standard deviation")
-    add(
-        "--max-logprob-difference",
-        type=float,
-        help="stop when engine and trainer differ by more on any token",
-    )
+    add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
 
 
 def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,10 +102,7 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
     add("--max-tokens-per-gpu", type=int, default=8192, help="token budget of a packed micro-batch")
-    add(
-        "--ray-address",
-        help="join this Ray cluster ('auto' for the running one) instead of starting a local one",
-    )
+    add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
     add("--worker-start-timeout", type=float, default=600.0, metavar="SECONDS")
     add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
@@ -157,24 +112,13 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help="metrics, logs, picture, summary and HF export (required)",
-    )
+    add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
-    add(
-        "--setup-seconds",
-        type=float,
-        default=0.0,
-        help="what the set-up before this program took, for the summary",
-    )
+    add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 
 def parse_args(argv: list[str]) -> Namespace:
-    """Everything the run needs; ValueError for a user's mistake. `--help` prints and exits."""
-    _maybe_print_help(argv)
+    """Everything the run needs; ValueError for a user's mistake."""
     args, _ = add_vespo_arguments(_parser()).parse_known_args(argv)
     check_flags(args)
     hf_config = read_hf_config(args.hf_checkpoint)
@@ -184,12 +128,12 @@ def parse_args(argv: list[str]) -> Namespace:
     # what is missing here says nothing about the workers' machines
     with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
-        args, explicit = _parse_with_megatron(argv)
+        args, explicit, flags = _parse_with_megatron(argv)
     for name, value in derived.items():
+        assert name in flags, f"Megatron has no argument {name}"
         if name in explicit and explicit[name] != value:
-            flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{flag} {explicit[name]} contradicts the value {value} that {_source(name)} determines"
+                f"{flags[name]} {explicit[name]} contradicts {_source(name)}, which makes it {value}"
             )
         setattr(args, name, value)
     args.sglang_flags = sglang_flags
@@ -200,32 +144,53 @@ def parse_args(argv: list[str]) -> Namespace:
     return args
 
 
-def _parser(**kwargs: Any) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog="megatron-vespo train",
         usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        **kwargs,
     )
 
 
-def _maybe_print_help(argv: list[str]) -> None:
-    if "--help-megatron" in argv:
-        load_runtime_plugins()
-        from megatron.training.arguments import add_megatron_arguments
+class _MegatronHelp(argparse.HelpFormatter):
+    """Prints a text that is no format string as it is: some of Megatron's hold a bare %."""
 
-        add_megatron_arguments(argparse.ArgumentParser(prog="megatron-vespo train", usage="")).print_help()
-        sys.exit(0)
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError):
+            return action.help or ""
+
+
+def print_help(argv: list[str]) -> bool:
+    """Whether `argv` asks for help, which is printed then."""
+    if "--help-megatron" in argv:
+        with warnings.catch_warnings(action="ignore"):
+            load_runtime_plugins()
+            from megatron.training.arguments import add_megatron_arguments
+
+            parser = argparse.ArgumentParser(
+                usage=argparse.SUPPRESS, description="Megatron's flags", formatter_class=_MegatronHelp
+            )
+            add_megatron_arguments(parser)
+        parser.print_help()
+        return True
     if "-h" in argv or "--help" in argv:
         add_vespo_arguments(_parser()).print_help()
-        sys.exit(0)
+        return True
+    return False
 
 
 def _source(name: str) -> str:
-    rollout = "--rollout-batch-size, --num-completions, --mini-batches and the token limits"
-    return rollout if name in ("global_batch_size", "micro_batch_size", "seq_length") else "the HF config"
+    """Who decides on a derived argument."""
+    sources = {
+        "global_batch_size": "--rollout-batch-size x --num-completions / --mini-batches",
+        "micro_batch_size": "packing to --max-tokens-per-gpu",
+        "seq_length": "--max-prompt-tokens + --max-completion-tokens",
+    }
+    return sources.get(name, "the HF config")
 
 
 def _batch_arguments(args: Namespace) -> dict[str, Any]:
@@ -266,15 +231,17 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _parse_with_megatron(argv: list[str]) -> tuple[Namespace, dict[str, Any]]:
-    """The namespace with all defaults, and the flags that were really given."""
+def _parse_with_megatron(argv: list[str]) -> tuple[Namespace, dict[str, Any], dict[str, str]]:
+    """The namespace with all defaults, the values that were really given, and the flag of every name."""
     from megatron.training.arguments import parse_args as megatron_parse_args
 
     explicit: dict[str, Any] = {}
+    flags: dict[str, str] = {}
 
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.prog, parser.usage = "megatron-vespo train", "megatron-vespo train [flags]; see --help"
         add_vespo_arguments(parser)
+        flags.update({action.dest: action.option_strings[0] for action in parser._actions})
         parser.set_defaults(**_defaults())
         defaults = {action.dest: action.default for action in parser._actions}
         for action in parser._actions:
@@ -288,7 +255,7 @@ def _parse_with_megatron(argv: list[str]) -> tuple[Namespace, dict[str, Any]]:
         return parser
 
     with patch.object(sys, "argv", ["megatron-vespo train", *argv]):
-        return megatron_parse_args(extend), explicit
+        return megatron_parse_args(extend), explicit, flags
 
 
 def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
@@ -314,4 +281,6 @@ def _megatron_validate(args: Namespace) -> None:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Megatron refuses these flags: {' '.join(str(error).split())}") from error
+        # many of its assertions say nothing: then the source line does
+        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {reason}") from error

@@ -30,9 +30,13 @@ def run(argv: list[str]) -> int:
         return EXIT_USER_ERROR
     # a scheduler's SIGTERM ends a run like Ctrl-C: everything it started ends with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from megatron_vespo.train import main as train
+    from megatron_vespo.arguments import print_help
 
     try:
+        if print_help(rest):
+            return 0
+        from megatron_vespo.train import main as train  # takes seconds
+
         train(rest)
     except ValueError as error:
         print(f"megatron-vespo: {error}", file=sys.stderr)

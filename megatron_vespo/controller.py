@@ -189,8 +189,8 @@ class Controller:
         bound = self.args.max_logprob_difference
         if bound is not None and not difference <= bound:
             raise RuntimeError(
-                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, more "
-                f"than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
+                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, "
+                f"more than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
             )
 
     def _seed(self, purpose: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import Namespace
 from contextlib import ExitStack
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
-    return load_prompts(
+    loaded = load_prompts(
         path,
         tokenizer,
         prompt_key=args.prompt_key,
@@ -66,6 +67,25 @@ def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
         max_prompt_tokens=args.max_prompt_tokens,
         overlong=args.overlong_prompts,
     )
+    largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
+    if largest >= args.vocab_size:  # SGLang's scheduler would die of it
+        raise ValueError(
+            f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer makes token id {largest} of {path}, but "
+            f"the model's vocabulary has {args.vocab_size} entries"
+        )
+    return loaded
+
+
+def _stop_token_ids(args: Namespace, tokenizer) -> tuple[int, ...]:
+    """The tokenizer's end token and those of the generation config: chat models often have both."""
+    path = args.hf_checkpoint / "generation_config.json"
+    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if not stops:
+        raise ValueError(
+            f"--hf-checkpoint {args.hf_checkpoint}: neither tokenizer nor generation config has an end token"
+        )
+    return tuple(sorted(stops))
 
 
 def _start(

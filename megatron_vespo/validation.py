@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from pathlib import Path
 
 
 def check_flags(args: Namespace) -> None:
@@ -29,15 +31,17 @@ def check_flags(args: Namespace) -> None:
             f"{args.mini_batches} equal parts"
         )
     for name in ("vespo_positive", "vespo_negative"):
-        if min(getattr(args, name)) < 0:
+        c1, c2 = getattr(args, name)
+        if not (0 <= c1 < math.inf and 0 <= c2 < math.inf):
             raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: exponents must not be negative"
+                f"--{name.replace('_', '-')} {c1:g} {c2:g}: exponents must be finite and not negative"
             )
     longest = args.max_prompt_tokens + args.max_completion_tokens
     if longest > args.max_tokens_per_gpu:
         raise ValueError(
             f"--max-tokens-per-gpu {args.max_tokens_per_gpu} is less than the longest sequence, "
-            f"--max-prompt-tokens {args.max_prompt_tokens} + --max-completion-tokens {args.max_completion_tokens} = {longest}"
+            f"--max-prompt-tokens {args.max_prompt_tokens} + --max-completion-tokens "
+            f"{args.max_completion_tokens} = {longest}"
         )
 
 
@@ -45,6 +49,10 @@ def check_layout(args: Namespace) -> None:
     """Does the layout divide the ranks and the model? Megatron says so too, but not in these words."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    for size in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context"):
+        name = f"{size}_parallel_size"
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
     if args.train_iters is None or args.train_iters <= 0:
         raise ValueError("--train-iters (optimizer steps) is required and must be positive")
     if args.lr is None:
@@ -54,6 +62,12 @@ def check_layout(args: Namespace) -> None:
             f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches "
             f"{args.mini_batches}"
         )
+    if args.fp16:
+        raise ValueError("--fp16: policy and engines share fp32 or, with --bf16, bfloat16")
+    tracker = "latest_checkpointed_iteration.txt"
+    if args.load and args.load != args.save and not (Path(args.load) / tracker).is_file():
+        # the same folder for both is how a job that may be restarted says "go on, or begin"
+        raise ValueError(f"--load {args.load}: no checkpoint there ({tracker} is missing)")
     if args.context_parallel_size > 1:
         raise ValueError(f"--context-parallel-size {args.context_parallel_size}: only 1 is supported so far")
     if args.max_position_embeddings < args.seq_length:
@@ -75,7 +89,12 @@ def check_layout(args: Namespace) -> None:
         ("experts", args.num_experts, "--expert-model-parallel-size", expert),
         ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
     ]
-    if args.decoder_first_pipeline_num_layers is None and args.pipeline_model_parallel_layout is None:
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+    )
+    if uneven == (None, None, None):
         divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
     for what, number, flag, divisor in divisions:
         if number % divisor:

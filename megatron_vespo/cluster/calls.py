@@ -21,6 +21,7 @@ def gather(
     timeout_s: float,
     explain: Callable[[int], str],
     watch: Callable[[], None] | None = None,
+    passed_on: tuple[type[Exception], ...] = (ValueError,),
 ) -> list:
     """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
 
@@ -37,8 +38,8 @@ def gather(
             try:
                 results[i] = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ValueError):
-                    raise ValueError(str(error.cause)) from None
+                if isinstance(error.cause, passed_on):
+                    raise error.cause from None
                 cause = f"{type(error.cause).__name__}: {error.cause}"
                 raise WorkerError(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
             except ray.exceptions.RayActorError as error:

@@ -35,11 +35,7 @@ class EngineWorker:
             str(self._args.hf_checkpoint.resolve()), self._host, port, self._server_args, self._log_path,
             self._args.engine_start_timeout,
         )  # fmt: skip
-        try:
-            self._engine.start()
-        except EngineError as error:
-            self._engine = None
-            raise ValueError(str(error)) from error  # says everything already, with the end of the log
+        self._engine.start()
         return self._engine.url
 
     def check(self) -> None:
@@ -77,18 +73,18 @@ class EngineGroup:
             self._gather([worker.check.remote() for worker in self._workers], "check", CHECK_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Kills the servers; an actor that does not answer takes its server along when it is killed itself."""
+        """Kills the servers; an actor that does not answer takes its server along when killed itself."""
         stopping = [worker.stop.remote() for worker in self._workers]
         try:
             self._gather(stopping, "stop", STOP_TIMEOUT_S)
-        except (WorkerError, ValueError):
+        except (WorkerError, EngineError):
             pass
         for worker in self._workers:
             ray.kill(worker)
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"engine {number}" for number in range(len(refs))]
-        return gather(refs, names, what, timeout_s, self._explain)
+        return gather(refs, names, what, timeout_s, self._explain, passed_on=(EngineError,))
 
     def _explain(self, number: int) -> str:
         return log_tail(self._log_dir / f"engine-{number}.log")

@@ -60,8 +60,8 @@ def place(args: Namespace, engine_size: int) -> Placement:
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         remove_placement_group(group)
         raise ValueError(
-            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} of {engine_size} "
-            f"ranks found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
+            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} "
+            f"of {engine_size} ranks found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
         ) from None
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return Placement(group, per_rank, per_engine, loopback)

@@ -29,10 +29,16 @@ def read_hf_config(checkpoint: Path) -> dict[str, Any]:
 def megatron_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Megatron argument names (argparse destinations) and values that the HF config determines.
 
-    Raises ValueError for a config whose mathematics these arguments cannot express.
+    Raises ValueError for a config whose mathematics these arguments cannot express, or that lacks a number.
     """
     _refuse_unsupported(config)
-    num_experts = config.get("num_experts", config.get("num_local_experts"))
+    try:
+        return _arguments(config)
+    except KeyError as error:
+        raise ValueError(f"--hf-checkpoint: config.json has no {error.args[0]}") from error
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     return {
         "num_layers": config["num_hidden_layers"],
@@ -42,7 +48,8 @@ def megatron_arguments(config: dict[str, Any]) -> dict[str, Any]:
         "group_query_attention": True,
         "num_query_groups": config["num_key_value_heads"],
         "kv_channels": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        "num_experts": num_experts,
+        # transformers 4 calls it num_experts
+        "num_experts": config["num_experts" if "num_experts" in config else "num_local_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "layernorm_epsilon": config["rms_norm_eps"],

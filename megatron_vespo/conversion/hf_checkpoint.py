@@ -52,7 +52,11 @@ class HFCheckpointReader:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX_NAME
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"--hf-checkpoint: {index} is no index of safetensors: {error!r}") from error
+        files = {name: folder / file for name, file in weight_map.items()}
         missing = sorted({str(path) for path in files.values() if not path.is_file()})
         if missing:
             raise ValueError(f"--hf-checkpoint: {index} names files that do not exist: {', '.join(missing)}")
@@ -80,11 +84,10 @@ def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str
 def finish_checkpoint(
     source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int
 ) -> None:
-    """Add index, configuration and tokenizer (of `source`) to the shards in `staging`, then rename it `target`."""
+    """Add index, and `source`'s config and tokenizer, to the shards of `staging`; rename it `target`."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
-            if path.name != INDEX_NAME:
-                shutil.copyfile(path, staging / path.name)
+            shutil.copyfile(path, staging / path.name)
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     if target.exists():

@@ -51,7 +51,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class QKV:
-    """Megatron interleaves query groups, [q of group 0, k 0, v 0, q of group 1, ...]; shards cut between them."""
+    """Megatron interleaves: [q of group 0, k 0, v 0, q of group 1, ...]; shards hold whole query groups."""
 
     hf_names: tuple[str, str, str]  # q [heads * head_dim, hidden], k and v [groups * head_dim, hidden]
     num_query_groups: int

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 def pack_sequences(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """Assign sequences to `num_ranks` ranks x some number of bins, no bin over `max_tokens`.
 
-    Returns `bins[rank][micro_batch]` = indices into `lengths`. Every rank gets the same number of micro-batches
-    (expert all-to-all and gradient reduction span the ranks); no bin is empty; the result depends on the
-    arguments only. Always works for a number of sequences that the ranks divide. ValueError for a sequence
-    longer than the budget, or too few sequences to fill all bins.
+    Returns `bins[rank][micro_batch]` = indices into `lengths`. Every rank gets the same number of
+    micro-batches (expert all-to-all and gradient reduction span the ranks); no bin is empty, which always
+    works out where the ranks divide the number of sequences; the result depends on the arguments only.
+    ValueError for a sequence longer than the budget and for too few sequences to fill every bin.
     """
     if len(lengths) < num_ranks:
         raise ValueError(f"{len(lengths)} sequences cannot feed {num_ranks} data-parallel ranks")
@@ -30,8 +30,8 @@ def pack_sequences(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> l
             return [bins[rank::num_ranks] for rank in range(num_ranks)]
         bins_per_rank += 1
     raise ValueError(
-        f"{len(lengths)} sequences are too few to fill {bins_per_rank} micro-batches of {max_tokens} tokens on each "
-        f"of {num_ranks} data-parallel ranks: use a multiple of the ranks"
+        f"{len(lengths)} sequences cannot fill {bins_per_rank} micro-batches of {max_tokens} tokens on each "
+        f"of {num_ranks} data-parallel ranks: their number should be a multiple of the ranks"
     )
 
 

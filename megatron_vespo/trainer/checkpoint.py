@@ -25,11 +25,24 @@ def save(args: Namespace, iteration: int, model, optimizer, scheduler, rollout_s
 
 
 def rollout_state(args: Namespace) -> dict:
-    """The state stored with the checkpoint that `args.load` points at."""
+    """The state stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed."""
     tracker = checkpointing.get_checkpoint_tracker_filename(args.load)
     iteration, release = checkpointing.read_metadata(tracker)
     folder = checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
     stored = dist_checkpointing.load_common_state_dict(Path(folder))["args"]
     if not hasattr(stored, "rollout_state"):
         raise ValueError(f"--load {folder} was not written by this program: it has no rollout state")
+    if not args.no_load_optim and _separate_experts(stored) != _separate_experts(args):
+        raise ValueError(
+            f"--load {folder} was saved with --expert-model-parallel-size "
+            f"{stored.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
+            "optimizer state only fits if both or none are above 1; --no-load-optim takes the weights alone "
+            "and starts the optimizer afresh"
+        )
     return stored.rollout_state
+
+
+def _separate_experts(args: Namespace) -> bool:
+    """Whether Megatron keeps an optimizer for the experts apart, which changes the structure it saves."""
+    tensor = args.tensor_model_parallel_size
+    return args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor

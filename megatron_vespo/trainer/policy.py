@@ -22,6 +22,7 @@ from megatron_vespo.data.packing import imbalance, pack_sequences
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.samples import check_sample
 from megatron_vespo.trainer.step import log_prob_only, policy_loss, run_schedule
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights, model_shape
 from megatron_vespo.types import TrainingSample
@@ -65,10 +66,10 @@ class MegatronPolicy:
         self.groups = process_groups()
         self.shape = model_shape(args)
         resuming = checkpoint.exists(args.load)
+        self.rollout_state = checkpoint.rollout_state(args) if resuming else None
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider(args, model_config(args))
         )
-        self.rollout_state = checkpoint.rollout_state(args) if resuming else None
         self.iteration = args.iteration  # optimizer steps done
         if not resuming:
             for chunk in unwrap_model(self.model):
@@ -93,7 +94,12 @@ class MegatronPolicy:
             config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in self.model])
 
     def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
-        """This rank's micro-batches of one mini-batch; the cut is the same on every rank."""
+        """This rank's micro-batches of one mini-batch; the cut is the same on every rank.
+
+        ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`.
+        """
+        for index, sample in enumerate(samples):
+            check_sample(sample, f"sample {index}", self.args.vocab_size)
         lengths = [sample.num_tokens for sample in samples]
         bins = pack_sequences(lengths, self.groups.dp.size(), self.args.max_tokens_per_gpu)
         # sequence parallelism cuts a pack into equal parts
@@ -150,7 +156,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
-        """log pi of every completion token at its sampling temperature, float32 [C] each; same on all ranks."""
+        """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks."""
         longest = max(sample.completion_length for sample in samples)
         table = torch.zeros(len(samples), longest, device=device())
         mini_batch = self.pack(samples)
@@ -201,7 +207,7 @@ class MegatronPolicy:
             yield from iterate_hf_weights(chunk, self.shape, self.groups)
 
     def save(self, rollout_state: dict) -> None:
-        """Write weights, optimizer, schedule, RNG and `rollout_state`, a torch_dist checkpoint, to `args.save`."""
+        """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
         checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool) -> list[dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
-from megatron_vespo.conversion.mappings import Direct
+from megatron_vespo.conversion.mappings import Direct, Mapping
 from megatron_vespo.conversion.qwen3_moe import ModelShape, is_expert, mapping_for
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -59,14 +59,16 @@ def load_hf_weights(model: GPTModel, folder: Path, shape: ModelShape, groups: Pr
         for name, parameter in global_parameters(model, groups):
             mapping = mapping_for(name, shape)
             group = groups.expt_tp if is_expert(name) else groups.tp
-            shards = mapping.shard([reader.get(hf_name) for hf_name in mapping.hf_names], group.size())
-            shard = shards[group.rank()]
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"--hf-checkpoint {folder}: {' + '.join(mapping.hf_names)} gives a shard of "
-                    f"{tuple(shard.shape)} for {name}, which is {tuple(parameter.shape)}"
-                )
-            parameter.copy_(shard)
+            tensors = [reader.get(hf_name) for hf_name in mapping.hf_names]
+            # what an export would write for this parameter is what must be there
+            shards = [parameter.detach().to("meta")] * (1 if _is_replicated(mapping) else group.size())
+            for (hf_name, expected), tensor in zip(mapping.merge(shards).items(), tensors, strict=True):
+                if tensor.shape != expected.shape:
+                    raise ValueError(
+                        f"--hf-checkpoint {folder}: tensor {hf_name} is {tuple(tensor.shape)}, by "
+                        f"config.json it should be {tuple(expected.shape)}"
+                    )
+            parameter.copy_(mapping.shard(tensors, group.size())[group.rank()])
 
 
 def iterate_hf_weights(
@@ -81,9 +83,8 @@ def iterate_hf_weights(
     for name, parameter in global_parameters(model, groups):
         mapping = mapping_for(name, shape)
         group = groups.expt_tp if is_expert(name) else groups.tp
-        replicated = isinstance(mapping, Direct) and mapping.dim is None
         local = parameter.detach()
-        merged = mapping.merge([local] if replicated else _all_gather(local, group))
+        merged = mapping.merge([local] if _is_replicated(mapping) else _all_gather(local, group))
         if not is_expert(name):
             yield from merged.items()
             continue
@@ -93,6 +94,10 @@ def iterate_hf_weights(
             names = mapping_for(_shift_expert(name, rank * experts_here - first_expert), shape).hf_names
             for theirs, tensors in zip(names, gathered.values(), strict=True):
                 yield theirs, tensors[rank]
+
+
+def _is_replicated(mapping: Mapping) -> bool:
+    return isinstance(mapping, Direct) and mapping.dim is None
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

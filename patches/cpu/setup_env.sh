@@ -73,7 +73,9 @@ configure_uv() { # uv does not read pip's settings
 
 install() {
     if ((use_uv)); then
-        "$python" -m uv pip install --quiet --python "$python" --no-deps "$@" && return
+        # compiled now: a machine that forbids writing bytecode would compile SGLang anew in every process, 20 s each
+        env -u PYTHONDONTWRITEBYTECODE "$python" -m uv pip install --quiet --compile-bytecode \
+            --python "$python" --no-deps "$@" && return
         say "uv failed; trying pip"
         use_uv=0
     fi

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @dataclass(frozen=True)
 class Task:
-    """The model folder, the samples (also as a file), and log pi of all their completion tokens by transformers."""
+    """A model folder, samples (also as a file), and transformers' log-probs of their completion tokens."""
 
     model: Path
     samples_file: Path
@@ -121,7 +121,7 @@ def outputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_run(train, outputs) -> Callable[[str], list[Result]]:
-    """Four steps at a layout, run once; exports go to outputs / layout / {before,after}, the save to .../saved."""
+    """Four steps at a layout, run once; outputs / layout gets the exports before and after, and saved."""
 
     @cache
     def run(layout: str) -> list[Result]:

@@ -22,10 +22,10 @@ Result = dict[str, np.ndarray]
 def launch(
     program: Path, num_ranks: int, arguments: Sequence[str], timeout_s: float, folder: Path
 ) -> list[Result]:
-    """Run `python program *arguments` on `num_ranks` processes; the arrays each wrote to $RESULT_FILE, by rank.
+    """Run `python program *arguments` as `num_ranks` processes; returns what each wrote to $RESULT_FILE.
 
-    Logs and results are left in `folder`. RuntimeError with the end of its output names the first rank that failed,
-    or those that still ran after `timeout_s`; the other ranks are killed then.
+    Logs and results are left in `folder`. RuntimeError names the first rank that failed, or those that still
+    ran after `timeout_s`, with the end of their output; the other ranks are killed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = [folder / f"result-{rank}.npz" for rank in range(num_ranks)]
@@ -44,7 +44,9 @@ def launch(
             }
             with logs[rank].open("w") as log:
                 command = [sys.executable, "-W", "ignore", str(program), *arguments]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+                processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                )
         _wait(processes, logs, time.monotonic() + timeout_s, f"{program.name} on {num_ranks} ranks")
     finally:
         for process in processes:

@@ -38,7 +38,8 @@ def test_every_rank_knows_the_same(training_run, layout):
 def test_training_does_not_depend_on_the_layout(training_run, layout):
     one, other = training_run("one rank")[0], training_run(layout)[0]
     worst = {
-        name: np.abs(other[name] - one[name]).max() for name in ("log_w", "phi", "engine_gap", "engine_difference")
+        name: np.abs(other[name] - one[name]).max()
+        for name in ("log_w", "phi", "engine_gap", "engine_difference")
     } | {name: np.abs(other[name] / one[name] - 1).max() for name in ("loss", "grad_norm")}
     print(f"{layout}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
     np.testing.assert_array_equal(other["num_tokens"], one["num_tokens"])
@@ -56,4 +57,4 @@ def test_training_changes_the_ratios(training_run):
     assert np.abs(staleness[0]).max() < 1e-4  # the first step trains the policy that was prepared
     assert np.abs(staleness[3]).max() > 1e-2
     assert (run["engine_gap"][0] > np.log(2.0)).any()
-    assert (run["grad_norm"] > 0.1).all() and np.ptp(run["loss"]) > 1e-3
+    assert (run["grad_norm"] > 0.01).all() and np.ptp(run["loss"]) > 1e-3

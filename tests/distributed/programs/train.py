@@ -31,7 +31,7 @@ def train(policy, samples: list, save_after: int | None) -> list[dict]:
 
 
 def export(policy, target: Path) -> dict[str, np.ndarray]:
-    """Write an HF folder as the trainer's export does, a file a tensor; names as every rank of the stage saw them."""
+    """Write an HF folder as the trainer's export does, one file a tensor; returns the names this rank saw."""
     from megatron_vespo.conversion.hf_checkpoint import finish_checkpoint, write_shards
 
     is_sender = policy.groups.tp.rank() == 0 and policy.groups.dp.rank() == 0
@@ -42,7 +42,9 @@ def export(policy, target: Path) -> dict[str, np.ndarray]:
     weights = list(policy.named_hf_weights())
     weight_map = {}
     if is_sender:
-        weight_map = write_shards(({n: t} for n, t in weights), staging, f"model-stage{policy.groups.pp.rank()}")
+        weight_map = write_shards(
+            ({n: t} for n, t in weights), staging, f"model-stage{policy.groups.pp.rank()}"
+        )
     size = sum(tensor.nbytes for _, tensor in weights) if is_sender else 0
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (weight_map, size))

@@ -59,7 +59,9 @@ def main() -> None:
     if options.make_model:
         make_model(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    hand_back(log_probs=np.concatenate([log_probs(model, sample) for sample in read_samples(options.samples)]))
+    hand_back(
+        log_probs=np.concatenate([log_probs(model, sample) for sample in read_samples(options.samples)])
+    )
 
 
 if __name__ == "__main__":

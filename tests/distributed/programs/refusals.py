@@ -1,0 +1,78 @@
+"""What MegatronPolicy says to inputs it must refuse, on one rank: {case: message}."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from common import hand_back, read_samples, start_megatron
+
+from megatron_vespo.types import TrainingSample
+
+
+def message(call: Callable) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def broken_samples(sample: TrainingSample, vocab_size: int) -> dict[str, TrainingSample]:
+    def with_log_prob(value: float) -> TrainingSample:
+        log_probs = sample.behavior_log_probs.copy()
+        log_probs[1:3] = value
+        return replace(sample, behavior_log_probs=log_probs)
+
+    return {
+        "nan log-prob": with_log_prob(np.nan),
+        "infinite log-prob": with_log_prob(-np.inf),
+        "missing log-prob": replace(sample, behavior_log_probs=sample.behavior_log_probs[:-1]),
+        "nan advantage": replace(sample, advantage=float("nan")),
+        "temperature 0": replace(sample, temperature=0.0),
+        "no prompt": replace(sample, prompt_length=0),
+        "no completion": replace(sample, prompt_length=sample.num_tokens),
+        "unknown token": replace(sample, token_ids=np.append(sample.token_ids[:-1], vocab_size)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--broken-models", type=Path, required=True)
+    parser.add_argument("--expert-parallel-checkpoint", required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron(flags)
+    from megatron.training.checkpointing import save_checkpoint
+
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    save_checkpoint(1, policy.model, policy.optimizer, policy.scheduler, 0)  # by Megatron alone
+    samples = read_samples(options.samples)
+    results = {"good samples": message(lambda: policy.pack(samples))}
+    for case, broken in broken_samples(samples[5], args.vocab_size).items():
+        changed = [*samples[:5], broken, *samples[6:]]
+        results[case] = message(lambda: policy.pack(changed))  # noqa: B023
+        results[f"{case}, ratio"] = message(lambda: policy.sequence_log_ratio(changed, "rollout"))  # noqa: B023
+    results["denominator"] = message(lambda: policy.sequence_log_ratio(samples, "recomputed"))
+
+    for folder in sorted(options.broken_models.iterdir()):
+        args.hf_checkpoint = folder
+        results[folder.name] = message(lambda: MegatronPolicy(args))
+    for case, checkpoint in (("foreign", args.save), ("expert parallel", options.expert_parallel_checkpoint)):
+        args.load = checkpoint
+        results[case] = message(lambda: MegatronPolicy(args))
+
+    args.no_load_optim = True
+    resumed = MegatronPolicy(args)
+    results["iteration"] = resumed.iteration
+    results["log_probs"] = np.concatenate(resumed.log_probs(samples))
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

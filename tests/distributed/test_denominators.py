@@ -1,0 +1,53 @@
+"""train_step against the formulas, term by term, on one rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import TIMEOUT_S, split
+from launch import PROGRAMS, launch
+
+KERNEL = {True: (2.0, 3.0), False: (3.0, 2.0)}  # of the sign of the advantage
+
+
+@pytest.fixture(scope="module")
+def result(task, tmp_path_factory):
+    arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
+    folder = tmp_path_factory.mktemp("denominators")
+    return launch(PROGRAMS / "denominators.py", 1, arguments, TIMEOUT_S, folder)[0]
+
+
+def per_sequence(values, samples, reduce=np.sum):
+    return np.array([reduce(one) for one in split(values.astype(np.float64), samples)])
+
+
+@pytest.mark.parametrize("denominator", ["recomputed", "rollout", "decoupled"])
+def test_train_step_is_the_closed_form(task, result, denominator):
+    samples = task.samples
+    now, old = result[f"{denominator} log_probs"], result[f"{denominator} old_log_probs"]
+    behavior = np.concatenate([sample.behavior_log_probs for sample in samples])
+    staleness = per_sequence(now - old, samples)
+    gap = per_sequence(old - behavior, samples)
+    assert np.abs(staleness).max() > 0.05 and (gap > np.log(2.0)).any()
+    log_w = {
+        "recomputed": staleness,
+        "rollout": staleness + gap,
+        "decoupled": staleness + np.minimum(gap, np.log(2.0)),
+    }[denominator]
+
+    advantages = np.array([sample.advantage for sample in samples])
+    c1, c2 = np.array([KERNEL[advantage >= 0] for advantage in advantages]).T
+    phi = np.exp(c1 * log_w + c2 * (1 - np.exp(log_w)))
+    loss = -(phi * advantages * per_sequence(now, samples)).sum() / len(now)
+
+    np.testing.assert_allclose(result[f"{denominator} log_w"], log_w, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result[f"{denominator} phi"], phi, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result[f"{denominator} loss"], loss, rtol=1e-4)
+    assert result[f"{denominator} num_tokens"] == len(now)
+
+    # without pi_old only the current policy can be compared with the engine
+    compared = now if denominator == "rollout" else old
+    expected_gap = np.full_like(gap, np.nan) if denominator == "rollout" else gap
+    np.testing.assert_allclose(result[f"{denominator} engine_gap"], expected_gap, rtol=0, atol=1e-4)
+    difference = per_sequence(np.abs(compared - behavior), samples, np.max)
+    np.testing.assert_allclose(result[f"{denominator} engine_difference"], difference, rtol=0, atol=1e-5)

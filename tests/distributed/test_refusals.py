@@ -1,0 +1,116 @@
+"""Inputs that must not be trained on, and what the user is told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TIMEOUT_S
+from launch import PROGRAMS, launch
+from safetensors.torch import load_file, save_file
+
+DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
+QUERY = "model.layers.3.self_attn.q_proj.weight"
+GATE = "model.layers.0.mlp.experts.1.gate_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+ROUTER = "model.layers.1.mlp.gate.weight"
+
+# folder -> (tensor, its new shape or None to drop it)
+BROKEN = {
+    "missing expert": (DOWN, None),
+    "missing query": (QUERY, None),
+    "narrow query": (QUERY, (128, 63)),
+    "few heads": (QUERY, (96, 64)),
+    "narrow gate": (GATE, (24, 64)),
+    "long vocabulary": (EMBEDDING, (132, 64)),
+    "flat down": (DOWN, (64 * 48,)),
+    "router": (ROUTER, (4, 64)),
+}
+RIGHT_SHAPES = {DOWN: (64, 48), QUERY: (128, 64), GATE: (48, 64), EMBEDDING: (131, 64), ROUTER: (8, 64)}
+
+
+def break_model(source: Path, target: Path, name: str, shape: tuple[int, ...] | None) -> None:
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    assert tuple(tensors.pop(name).shape) == RIGHT_SHAPES[name]
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def result(task, training_run, outputs, tmp_path_factory):
+    training_run("tp2 pp2 ep2")
+    folder = tmp_path_factory.mktemp("refusals")
+    for case, (name, shape) in BROKEN.items():
+        (folder / "models").mkdir(exist_ok=True)
+        break_model(task.model, folder / "models" / case, name, shape)
+    arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
+    arguments += ["--broken-models", str(folder / "models"), "--save", str(folder / "foreign")]
+    arguments += ["--expert-parallel-checkpoint", str(outputs / "tp2 pp2 ep2" / "saved")]
+    return launch(PROGRAMS / "refusals.py", 1, arguments, TIMEOUT_S, folder)[0]
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_model_that_config_json_does_not_describe(result, case):
+    name, shape = BROKEN[case]
+    expected = (
+        "is missing" if shape is None else f"is {shape}, by config.json it should be {RIGHT_SHAPES[name]}"
+    )
+    assert re.fullmatch(
+        rf"--hf-checkpoint \S+/{case}: tensor {name} {re.escape(expected)}", str(result[case])
+    ), result[case]
+
+
+SAMPLE_MESSAGES = {
+    "nan log-prob": "2 non-finite behavior_log_probs, the first one is nan at completion token 1",
+    "infinite log-prob": "2 non-finite behavior_log_probs, the first one is -inf at completion token 1",
+    "missing log-prob": "{fewer} behavior_log_probs for {completion} completion tokens",
+    "nan advantage": "the advantage nan, it must be finite",
+    "temperature 0": "was sampled at temperature 0.0, it must be positive",
+    "no prompt": "{tokens} tokens, 0 of them prompt: both prompt and completion need at least one",
+    "no completion": "{tokens} tokens, {tokens} of them prompt: both prompt and completion need at least one",
+    "unknown token": "token ids from {lowest} to 131, the vocabulary has 0 to 130",
+}
+
+
+@pytest.mark.parametrize("case", SAMPLE_MESSAGES)
+def test_sample_that_cannot_be_trained_on(task, result, case):
+    sample = task.samples[5]
+    expected = SAMPLE_MESSAGES[case].format(
+        tokens=sample.num_tokens,
+        completion=sample.completion_length,
+        fewer=sample.completion_length - 1,
+        lowest=sample.token_ids[:-1].min(),
+    )
+    verb = "" if expected.startswith("was ") else "has "
+    assert result["good samples"] == "accepted"
+    assert result[case] == result[f"{case}, ratio"] == f"sample 5 (group 1) {verb}{expected}"
+
+
+def test_ratio_against_a_policy_that_is_gone(result):
+    assert str(result["denominator"]).startswith("denominator 'recomputed' needs the policy")
+
+
+def test_checkpoint_of_another_program(result):
+    assert re.fullmatch(
+        r"--load \S+/foreign/iter_0000001 was not written by this program: it has no rollout state",
+        str(result["foreign"]),
+    ), result["foreign"]
+
+
+def test_checkpoint_whose_optimizer_does_not_fit(task, training_run, result):
+    assert re.fullmatch(
+        r"--load .*/saved/iter_0000002 was saved with --expert-model-parallel-size 2, now it is 1: "
+        r"Megatron's optimizer state only fits if both or none are above 1; --no-load-optim takes the "
+        r"weights alone and starts the optimizer afresh",
+        str(result["expert parallel"]),
+    ), result["expert parallel"]
+    # and that way out works: these are weights after two steps, neither the first nor the last ones
+    assert result["iteration"] == 2
+    for other in (task.log_probs, training_run("tp2 pp2 ep2")[0]["log_probs_after"]):
+        assert np.abs(result["log_probs"] - other).max() > 0.01

@@ -1,0 +1,31 @@
+"""A run that was stopped after two of four steps goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+PER_STEP = "loss grad_norm learning_rate num_tokens log_w phi engine_gap".split()
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 pp2 ep2"])
+def test_resumed_equals_uninterrupted(training_run, train, outputs, layout):
+    uninterrupted = training_run(layout)
+    resumed = train(layout, "--load", str(outputs / layout / "saved"))
+    for expected, actual in zip(uninterrupted, resumed, strict=True):
+        assert actual["first_iteration"] == 2
+        assert actual["consumed_prompts"] == 7
+        for name in PER_STEP:
+            np.testing.assert_array_equal(actual[name], expected[name][2:], err_msg=name)
+
+
+def test_resumed_at_another_layout(training_run, train, outputs):
+    expected = training_run("tp2 pp2 ep2")[0]
+    actual = train("ep2", "--load", str(outputs / "tp2 pp2 ep2" / "saved"))[0]
+    assert actual["first_iteration"] == 2
+    difference = {name: np.abs(actual[name] - expected[name][2:]).max() for name in PER_STEP}
+    print(", ".join(f"{name} {value:.1e}" for name, value in difference.items()))
+    assert difference["learning_rate"] == difference["num_tokens"] == 0
+    assert difference["loss"] < 1e-5
+    assert difference["grad_norm"] < 1e-4
+    assert max(difference[name] for name in ("log_w", "phi", "engine_gap")) < 1e-4

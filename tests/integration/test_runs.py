@@ -1,0 +1,188 @@
+"""Whole runs on the real stack: the tiny example, a resume, real data, and what happens when things break."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Run, nothing_left, train_command
+
+from megatron_vespo.observability.metrics import read_metrics
+
+START_S = 300.0
+GSM8K = ROOT.parent / "shared/data/gsm8k/train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    """examples/tiny/run.sh as it is, but for 40 of its steps; its output folder."""
+    output = tmp_path_factory.mktemp("tiny") / "run"
+    flags = ["--train-iters", "40", "--output-dir", str(output), "--save", str(output / "checkpoints")]
+    run = Run(["bash", "examples/tiny/run.sh", *flags], output.with_suffix(".log"))
+    try:
+        assert run.wait(900) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    return output
+
+
+@pytest.fixture()
+def questions(tmp_path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question": f"{i} + 1 = ?", "answer": str(i + 1)}) + "\n" for i in range(16))
+    )
+    return path
+
+
+@pytest.mark.timeout(960)
+def test_the_tiny_example_learns(tiny_run):
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    print(summary)
+    assert summary["heldout_accuracy_before"] <= 0.35
+    assert summary["heldout_accuracy_after"] >= 0.80
+    assert summary["train_seconds"] <= 600
+    assert summary["steps"] == 40
+    assert summary["layout"] == {
+        "tensor": 2, "pipeline": 2, "expert": 2, "data": 1, "trainer_ranks": 4, "engines": 1
+    }  # fmt: skip
+
+
+@pytest.mark.timeout(960)
+def test_engine_and_trainer_agree_after_every_sync(tiny_run):
+    records = [r for r in read_metrics(tiny_run / "metrics.jsonl") if "check/max_logprob_difference" in r]
+    assert [record["step"] for record in records] == list(range(4, 41, 4))
+    assert max(record["check/max_logprob_difference"] for record in records) <= 1e-4
+    assert [record["policy/version"] for record in records] == [record["step"] for record in records]
+
+
+@pytest.mark.timeout(960)
+def test_what_a_run_leaves_is_complete(tiny_run):
+    assert (tiny_run / "curves.png").stat().st_size > 10_000
+    assert list((tiny_run / "tensorboard").glob("events.*"))
+    assert (tiny_run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_run / "hf")
+    loading = AutoModelForCausalLM.from_pretrained(tiny_run / "hf", output_loading_info=True)[1]
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+
+
+@pytest.mark.timeout(960)
+def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
+    """Two data-parallel ranks instead of tensor times pipeline parallel."""
+    work = ROOT / "examples/tiny/work"
+    flags = ["--load", str(tiny_run / "checkpoints"), "--train-iters", "44", "--mini-batches", "4"]
+    flags += [
+        "--pipeline-model-parallel-size",
+        "1",
+        "--expert-model-parallel-size",
+        "2",
+        "--trainer-ranks",
+        "2",
+    ]
+    command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
+    run = Run(command, tmp_path / "log")
+    try:
+        assert run.wait(START_S) == 0, run.output
+    finally:
+        run.kill()
+    assert "resumed at optimizer step 40, 320 prompts consumed" in run.output
+    [record] = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert record["step"] == 44
+    assert record["reward/mean"] > 0.7, "the resumed policy has forgotten what it learned"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not GSM8K.exists(), reason=f"no real questions at {GSM8K}")
+def test_three_steps_on_gsm8k(tiny_model, tmp_path):
+    flags = ["--answer-pattern", r"####\s*(.+)", "--heldout-data", str(GSM8K.with_name("test.jsonl"))]
+    flags += ["--heldout-prompts", "8", "--ratio-denominator", "decoupled"]
+    run = Run(train_command(tiny_model, GSM8K, tmp_path / "out", *flags), tmp_path / "log")
+    try:
+        assert run.wait(START_S) == 0, run.output
+    finally:
+        run.kill()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["steps"] == 3 and summary["max_logprob_difference"] <= 1e-4
+    assert "prompts over --max-prompt-tokens 512 skipped" in run.output
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_engine_ends_the_run_with_its_log(tiny_model, questions, tmp_path):
+    run = Run(
+        train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000"), tmp_path / "log"
+    )
+    try:
+        run.wait_for_output(" 2/10000 ", START_S)
+        [scheduler] = [p for p in run.survivors() if "scheduler" in " ".join(p.cmdline())]
+        os.kill(scheduler.pid, signal.SIGKILL)
+        assert run.wait(60) == 1
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    assert "megatron-vespo: engine http://127.0.0.1:" in run.output
+    assert "engine-0.log" in run.output
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_ends_everything_within_ten_seconds(tiny_model, questions, tmp_path):
+    run = Run(
+        train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000"), tmp_path / "log"
+    )
+    try:
+        run.wait_for_output(" 2/10000 ", START_S)
+        pressed = time.monotonic()
+        run.interrupt()
+        assert run.wait(20) == 130
+        assert nothing_left(run, timeout_s=1.0)
+        seconds = time.monotonic() - pressed
+    finally:
+        run.kill()
+    print(f"everything ended {seconds:.1f} s after Ctrl-C")
+    assert seconds < 10
+    assert run.output.endswith("megatron-vespo: interrupted\n")
+
+
+@pytest.mark.timeout(300)
+def test_a_busy_port_is_named(tiny_model, questions, tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        run = Run(
+            train_command(tiny_model, questions, tmp_path / "out", "--rollout-port", str(port)),
+            tmp_path / "log",
+        )
+        try:
+            assert run.wait(120) == 1
+            assert nothing_left(run)
+        finally:
+            run.kill()
+    assert f"127.0.0.1:{port}" in run.output and "--rollout-port" in run.output
+
+
+def test_help_is_one_readable_page():
+    text = subprocess.run(
+        ["bash", "-c", ".venv/bin/megatron-vespo train --help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    for group in (
+        "model and data:",
+        "rollout and reward:",
+        "VESPO:",
+        "placement and weight sync:",
+        "output:",
+    ):
+        assert group in text
+    assert len(text.splitlines()) < 150

@@ -1,0 +1,93 @@
+"""Weights broadcast into a running server: arrive whole, are labelled, and failures are said."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from conftest import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
+from safetensors.torch import load_file
+
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.weight_sync.buckets import buckets
+from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl, WeightSyncError
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
+
+
+def generate(url: str, prompt: Prompt) -> Completion:
+    async def one() -> Completion:
+        async with aiohttp.ClientSession() as session:
+            return await EngineClient(url, session, NUM_LAYERS, TOPK).generate(prompt, SAMPLING, seed=None)
+
+    return asyncio.run(one())
+
+
+def transformers_log_probs(model, completion: Completion) -> np.ndarray:
+    prompt = completion.prompt.token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0].float()
+    positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
+    return logits.log_softmax(-1)[positions, torch.tensor(completion.token_ids)].numpy()
+
+
+@pytest.fixture(scope="module")
+def own_engine(tiny_model, tmp_path_factory):
+    """Not the shared one: its weights change here, and in the end it is killed."""
+    engine = tiny_engine(tiny_model, tmp_path_factory.mktemp("sync") / "engine.log")
+    engine.start()
+    yield engine
+    engine.stop(timeout_s=0)
+
+
+@pytest.fixture(scope="module")
+def sender(own_engine):
+    control = EngineControl([own_engine.url], timeout_s=START_TIMEOUT_S)
+    return BucketSender(control, engine_size=1, stage=0, host=HOST, device=torch.device("cpu"))
+
+
+def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    weights = load_file(other / "model.safetensors")
+    pieces = list(buckets(weights.items(), max_bytes=100_000))
+    assert len(pieces) > 3
+    sender.control.begin()
+    for piece in pieces[:-1]:
+        sender.send(piece, None)
+    sender.send(pieces[-1], 7)
+    sender.control.finish(7)
+
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    for prompt in prompts:
+        completion = generate(own_engine.url, prompt)
+        assert set(completion.policy_versions) == {7}
+        difference = np.abs(completion.log_probs - transformers_log_probs(model, completion)).max()
+        assert difference <= 1e-4
+
+
+def test_another_version_than_expected_is_an_error(sender):
+    sender.control.begin()
+    with pytest.raises(WeightSyncError, match="serves weight version 7 after the sync of version 8"):
+        sender.control.finish(8)
+
+
+def test_weights_outside_an_update_are_refused_in_the_engines_words(sender):
+    with pytest.raises(WeightSyncError, match="begin_weight_update"):
+        sender.control.call(
+            "/update_weights_from_distributed",
+            {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": sender.name},
+        )
+
+
+def test_a_dead_engine_is_named(own_engine, sender):
+    own_engine.stop(timeout_s=0)
+    with pytest.raises(
+        WeightSyncError, match=f"engine {own_engine.url}: /begin_weight_update did not answer"
+    ):
+        sender.control.begin()

@@ -1,0 +1,131 @@
+"""The flat fields of a pack."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vespo.data.micro_batch import build_micro_batch
+from megatron_vespo.types import TrainingSample
+
+CPU = torch.device("cpu")
+
+
+def sample(prompt: list[int], completion: list[int], log_probs=None, advantage=0.0, temperature=1.0):
+    return TrainingSample(
+        token_ids=np.array(prompt + completion, np.int64),
+        prompt_length=len(prompt),
+        behavior_log_probs=np.array([-1.0] * len(completion) if log_probs is None else log_probs, np.float32),
+        policy_versions=np.zeros(len(completion), np.int64),
+        advantage=advantage,
+        reward=0.0,
+        temperature=temperature,
+        group_id=0,
+    )
+
+
+SAMPLES = [
+    sample([90], [91]),
+    sample([11, 12], [13, 14, 15], log_probs=[-0.25, -0.5, -0.75], advantage=-1.5, temperature=0.5),
+    sample([21, 22, 23], [24], log_probs=[-2.0], advantage=0.5, temperature=2.0),
+]
+
+
+def test_two_samples_literally():
+    pack = build_micro_batch(SAMPLES, [2, 1], 1, CPU)
+    #                                 sequence 0: 3 + 1  | sequence 1: 2 + 3
+    assert pack.tokens_T.tolist() == [21, 22, 23, 24, 11, 12, 13, 14, 15]
+    assert pack.labels_T.tolist() == [0, 0, 24, 0, 0, 13, 14, 15, 0]
+    assert pack.loss_mask_T.tolist() == [0, 0, 1, 0, 0, 1, 1, 1, 0]
+    assert pack.behavior_log_probs_T.tolist() == [0, 0, -2.0, 0, 0, -0.25, -0.5, -0.75, 0]
+    assert pack.position_ids_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
+    assert pack.sequence_ids_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert pack.temperature_T.tolist() == [2.0] * 4 + [0.5] * 5
+    assert pack.cu_seqlens.tolist() == [0, 4, 9]
+    assert pack.max_seqlen == 5
+    assert pack.advantages_S.tolist() == [0.5, -1.5]
+    assert pack.sample_indices == [2, 1]
+    assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
+    assert pack.old_log_probs_T is None
+
+
+def test_types_of_the_fields():
+    pack = build_micro_batch(SAMPLES, [0, 1], 4, CPU)
+    for name in ("tokens_T", "labels_T", "position_ids_T", "sequence_ids_T"):
+        assert getattr(pack, name).dtype == torch.int64, name
+    for name in ("loss_mask_T", "temperature_T", "behavior_log_probs_T", "advantages_S"):
+        assert getattr(pack, name).dtype == torch.float32, name
+    assert pack.cu_seqlens.dtype == torch.int32
+
+
+def test_padding_is_a_masked_segment_of_its_own():
+    pack = build_micro_batch(SAMPLES, [2, 1], 4, CPU)
+    bare = build_micro_batch(SAMPLES, [2, 1], 1, CPU)
+    assert len(pack.tokens_T) == 12
+    assert pack.cu_seqlens.tolist() == [0, 4, 9, 12]
+    assert pack.position_ids_T[9:].tolist() == [0, 1, 2]
+    assert pack.sequence_ids_T[9:].tolist() == [1, 1, 1]
+    assert pack.temperature_T[9:].tolist() == [1.0] * 3
+    for name in ("tokens_T", "labels_T", "loss_mask_T", "behavior_log_probs_T"):
+        field_T = getattr(pack, name)
+        assert field_T[9:].tolist() == [0] * 3, name
+        assert field_T[:9].equal(getattr(bare, name)), name
+    assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
+
+
+def test_a_multiple_needs_no_padding():
+    pack = build_micro_batch(SAMPLES, [2], 4, CPU)
+    assert pack.cu_seqlens.tolist() == [0, 4]
+    assert len(pack.tokens_T) == 4
+
+
+def test_padding_longer_than_every_sequence():
+    pack = build_micro_batch(SAMPLES, [0], 8, CPU)
+    assert pack.cu_seqlens.tolist() == [0, 2, 8]
+    assert pack.max_seqlen == 6
+
+
+@st.composite
+def training_samples(draw):
+    lengths = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=5))
+    first_token = 1
+    made = []
+    for prompt_length, completion_length in lengths:
+        tokens = list(range(first_token, first_token + prompt_length + completion_length))
+        first_token += len(tokens)
+        log_probs = [-float(token) for token in tokens[prompt_length:]]
+        made.append(sample(tokens[:prompt_length], tokens[prompt_length:], log_probs, advantage=len(made)))
+    return made
+
+
+@given(training_samples(), st.sampled_from([1, 2, 8]))
+def test_every_completion_token_is_predicted_once_by_its_predecessor(samples, multiple):
+    pack = build_micro_batch(samples, range(len(samples)), multiple, CPU)
+    assert len(pack.tokens_T) % multiple == 0
+    where = pack.loss_mask_T.nonzero()[:, 0]
+    completions = [t for s in samples for t in s.token_ids[s.prompt_length :].tolist()]
+    assert pack.labels_T[where].tolist() == completions
+    # tokens count up, so the predecessor is one less: no label comes over a boundary
+    assert (pack.tokens_T[where] + 1).equal(pack.labels_T[where])
+    assert pack.tokens_T[where + 1].equal(pack.labels_T[where])
+    assert pack.sequence_ids_T[where].equal(pack.sequence_ids_T[where + 1])
+    assert pack.behavior_log_probs_T[where].tolist() == [-float(token) for token in completions]
+
+
+@given(training_samples())
+def test_cu_seqlens_cut_the_samples_out_again(samples):
+    order = list(range(len(samples)))[::-1]
+    pack = build_micro_batch(samples, order, 1, CPU)
+    cuts = pack.cu_seqlens.tolist()
+    for s, index in enumerate(order):
+        segment = slice(cuts[s], cuts[s + 1])
+        assert pack.tokens_T[segment].tolist() == samples[index].token_ids.tolist()
+        assert set(pack.sequence_ids_T[segment].tolist()) == {s}
+        assert pack.advantages_S[s] == index
+
+
+def test_a_wrong_number_of_log_probs_does_not_pass():
+    broken = sample([1, 2], [3, 4], log_probs=[-1.0, -1.0, -1.0])
+    with pytest.raises(ValueError, match="broadcast"):
+        build_micro_batch([broken], [0], 1, CPU)

@@ -1,0 +1,240 @@
+"""Each mistake in the flags, and the one line that it gets."""
+
+import argparse
+from argparse import Namespace
+
+import pytest
+
+from megatron_vespo.arguments import add_vespo_arguments
+from megatron_vespo.validation import check_flags, check_layout
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """A sound command line of ours, with some flags replaced."""
+    required = ["--hf-checkpoint", str(tmp_path), "--prompt-data", "train.jsonl", "--output-dir", "out"]
+
+    def parse(*argv: str) -> Namespace:
+        return add_vespo_arguments(argparse.ArgumentParser()).parse_args([*required, *argv])
+
+    return parse
+
+
+def layout(**changes) -> Namespace:
+    """A sound layout: 8 ranks as tensor 2 x pipeline 2 x data 2, experts over 4 of them."""
+    args = Namespace(
+        trainer_ranks=8,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        context_parallel_size=1,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+        pipeline_model_parallel_layout=None,
+        fp16=False,
+        load=None,
+        save=None,
+        train_iters=16,
+        mini_batches=8,
+        lr=1e-6,
+        seq_length=100,
+        max_position_embeddings=100,
+        global_batch_size=32,
+        num_attention_heads=8,
+        num_query_groups=4,
+        num_experts=8,
+        moe_ffn_hidden_size=6,
+        num_layers=4,
+    )
+    assert not changes.keys() - vars(args).keys()
+    vars(args).update(changes)
+    return args
+
+
+def message_of(check, args) -> str:
+    with pytest.raises(ValueError) as error:
+        check(args)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_sound_flags_pass(flags):
+    check_flags(flags())
+    check_flags(flags("--vespo-positive", "0", "0", "--mini-batches", "32", "--num-completions", "2"))
+    check_flags(flags("--max-tokens-per-gpu", "2048"))  # exactly the longest sequence
+
+
+@pytest.mark.parametrize("flag", ["--hf-checkpoint", "--prompt-data", "--output-dir"])
+def test_a_required_flag_is_missing(flags, flag):
+    args = flags()
+    setattr(args, flag[2:].replace("-", "_"), None)
+    assert message_of(check_flags, args) == f"{flag} is required; see --help"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--rollout-batch-size",
+        "--num-completions",
+        "--mini-batches",
+        "--max-prompt-tokens",
+        "--max-completion-tokens",
+        "--rollout-engines",
+        "--trainer-ranks",
+        "--max-tokens-per-gpu",
+        "--reward-workers",
+        "--heldout-interval",
+        "--heldout-prompts",
+        "--weight-sync-bucket-mb",
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_counts_are_positive(flags, flag, value):
+    assert message_of(check_flags, flags(flag, value)) == f"{flag} is {value}, must be positive"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--rollout-temperature",
+        "--mismatch-truncation",
+        "--reward-timeout",
+        "--engine-start-timeout",
+        "--generate-timeout",
+        "--train-timeout",
+        "--weight-sync-timeout",
+        "--worker-start-timeout",
+    ],
+)
+@pytest.mark.parametrize("value", ["0.0", "-1.5", "nan"])
+def test_real_numbers_are_positive(flags, flag, value):
+    assert message_of(check_flags, flags(flag, value)) == f"{flag} is {value}, must be positive"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--num-completions 1", "--num-completions 1: a group needs at least 2, its mean is the baseline"),
+        (
+            "--rollout-batch-size 32 --mini-batches 5",
+            "--rollout-batch-size 32 prompts cannot be cut into --mini-batches 5 equal parts",
+        ),
+        (
+            "--vespo-positive -1 2",
+            "--vespo-positive -1 2: exponents must be finite and not negative",
+        ),
+        (
+            "--vespo-negative 3 nan",
+            "--vespo-negative 3 nan: exponents must be finite and not negative",
+        ),
+        (
+            "--vespo-negative inf 2",
+            "--vespo-negative inf 2: exponents must be finite and not negative",
+        ),
+        (
+            "--max-prompt-tokens 100 --max-completion-tokens 200 --max-tokens-per-gpu 299",
+            "--max-tokens-per-gpu 299 is less than the longest sequence, --max-prompt-tokens 100 + "
+            "--max-completion-tokens 200 = 300",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, argv, message):
+    assert message_of(check_flags, flags(*argv.split())) == message
+
+
+def test_checkpoint_folder_that_does_not_exist(flags, tmp_path):
+    args = flags("--hf-checkpoint", str(tmp_path / "nowhere"))
+    assert message_of(check_flags, args) == f"--hf-checkpoint {tmp_path}/nowhere: no such folder"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"expert_tensor_parallel_size": None, "expert_model_parallel_size": 2},  # then it is the tensor one
+        {"trainer_ranks": 16},
+        {"num_layers": 5, "decoder_first_pipeline_num_layers": 2},
+        {"num_layers": 5, "decoder_last_pipeline_num_layers": 2},
+        {"num_layers": 5, "pipeline_model_parallel_layout": "Et*2|t*3L"},
+        {"seq_length": 1},
+        {"load": "/nowhere", "save": "/nowhere"},  # go on, or begin
+    ],
+)
+def test_sound_layouts_pass(changes):
+    check_layout(layout(**changes))
+
+
+DENSE = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+EXPERT = "expert tensor x expert x pipeline parallel size"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer_ranks": 6}, f"{DENSE} is 4, which does not divide --trainer-ranks 6"),
+        ({"trainer_ranks": 1}, f"{DENSE} is 4, which does not divide --trainer-ranks 1"),
+        ({"trainer_ranks": 12}, f"{EXPERT} is 8, which does not divide --trainer-ranks 12"),
+        (
+            {"expert_tensor_parallel_size": None},
+            f"{EXPERT} is 16, which does not divide --trainer-ranks 8",
+        ),
+        (
+            {"num_attention_heads": 9},
+            "--tensor-model-parallel-size is 2, which does not divide attention heads 9",
+        ),
+        (
+            {"num_query_groups": 1},
+            "--tensor-model-parallel-size is 2, which does not divide key-value heads 1",
+        ),
+        ({"num_experts": 6}, "--expert-model-parallel-size is 4, which does not divide experts 6"),
+        (
+            {"moe_ffn_hidden_size": 5, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2},
+            "--expert-tensor-parallel-size is 2, which does not divide expert width 5",
+        ),
+        ({"num_layers": 5}, "--pipeline-model-parallel-size is 2, which does not divide layers 5"),
+        (
+            {"global_batch_size": 33},
+            "a mini-batch of 33 completions cannot be shared by 2 data-parallel ranks equally: change "
+            "--rollout-batch-size, --num-completions or --mini-batches",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_divide(changes, message):
+    assert message_of(check_layout, layout(**changes)) == message
+
+
+@pytest.mark.parametrize(
+    "size", ["tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context"]
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_parallel_sizes_are_positive(size, value):
+    flag = f"--{size.replace('_', '-')}-parallel-size"
+    message = message_of(check_layout, layout(**{f"{size}_parallel_size": value}))
+    assert message == f"{flag} is {value}, must be positive"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"load": "/nowhere", "save": "/elsewhere"},
+            "--load /nowhere: no checkpoint there (latest_checkpointed_iteration.txt is missing)",
+        ),
+        ({"train_iters": None}, "--train-iters (optimizer steps) is required and must be positive"),
+        ({"train_iters": 0}, "--train-iters (optimizer steps) is required and must be positive"),
+        ({"train_iters": 20}, "--train-iters 20 optimizer steps must be a multiple of --mini-batches 8"),
+        ({"lr": None}, "--lr is required"),
+        ({"fp16": True}, "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2: only 1 is supported so far"),
+        (
+            {"seq_length": 101},
+            "--max-prompt-tokens + --max-completion-tokens = 101, but the model has 100 positions "
+            "(max_position_embeddings in its config)",
+        ),
+    ],
+)
+def test_what_megatron_needs(changes, message):
+    assert message_of(check_layout, layout(**changes)) == message

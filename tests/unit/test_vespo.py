@@ -1,0 +1,293 @@
+"""VESPO's weight and loss against closed forms and a loop over sequences in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vespo.algorithms.vespo import GammaKernel, segment_sum, sequence_log_ratio, vespo_loss
+
+KERNEL = GammaKernel()
+DENOMINATORS = ("recomputed", "rollout", "decoupled")
+
+
+def phi_of(log_w, advantage, kernel=KERNEL) -> list[float]:
+    log_w_S = torch.tensor(log_w, dtype=torch.float32)
+    return kernel.phi(log_w_S, torch.full_like(log_w_S, advantage)).tolist()
+
+
+def batch(lengths, seed=0, padding=0) -> dict[str, torch.Tensor]:
+    """Random per-token fields of packed sequences; a third of the tokens is masked and holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths) + padding
+    ids = [s for s, length in enumerate(lengths) for _ in range(length)] + [len(lengths) - 1] * padding
+    mask_T = (torch.rand(total, generator=generator) > 1 / 3).float()
+    if padding:
+        mask_T[-padding:] = 0.0
+
+    def field(scale):
+        values_T = -torch.rand(total, generator=generator) * scale
+        return torch.where(mask_T > 0, values_T, torch.nan)
+
+    return {
+        "log_probs_T": field(1.0),
+        "behavior_log_probs_T": field(1.0),
+        "old_log_probs_T": field(1.0),
+        "loss_mask_T": mask_T,
+        "sequence_ids_T": torch.tensor(ids),
+        "advantages_S": torch.randn(len(lengths), generator=generator),
+    }
+
+
+def naive_log_ratio(fields, num_sequences, denominator, truncation) -> list[float]:
+    """The formulas, one token after the other."""
+    log_w = []
+    for s in range(num_sequences):
+        staleness = gap = against_mu = 0.0
+        for t in range(len(fields["loss_mask_T"])):
+            if fields["sequence_ids_T"][t] != s or fields["loss_mask_T"][t] == 0:
+                continue
+            pi, old, mu = (
+                fields[name][t].item() for name in ("log_probs_T", "old_log_probs_T", "behavior_log_probs_T")
+            )
+            staleness += pi - old
+            gap += old - mu
+            against_mu += pi - mu
+        parts = {
+            "recomputed": staleness,
+            "rollout": against_mu,
+            "decoupled": staleness + min(gap, math.log(truncation)),
+        }
+        log_w.append(parts[denominator])
+    return log_w
+
+
+def naive_loss(log_probs_T, fields, log_w, kernel) -> torch.Tensor:
+    """- phi A sum(log pi), one sequence after the other; phi is a plain number, no gradient reaches it."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for s, advantage in enumerate(fields["advantages_S"].tolist()):
+        c1, c2 = kernel.positive if advantage >= 0 else kernel.negative
+        phi = math.exp(c1 * log_w[s] + c2 * (1 - math.exp(log_w[s])))
+        chosen_T = (fields["sequence_ids_T"] == s) & (fields["loss_mask_T"] > 0)
+        loss = loss - phi * advantage * log_probs_T[chosen_T].double().sum()
+    return loss
+
+
+def ratio_of(fields, num_sequences, denominator="recomputed", truncation=2.0):
+    names = ("log_probs_T", "behavior_log_probs_T", "old_log_probs_T", "loss_mask_T", "sequence_ids_T")
+    return sequence_log_ratio(*(fields[name] for name in names), num_sequences, denominator, truncation)
+
+
+def test_phi_is_one_where_the_policies_agree():
+    assert phi_of([0.0], 1.0) == [1.0]
+    assert phi_of([0.0], -1.0) == [1.0]
+
+
+@pytest.mark.parametrize(("advantage", "c1", "c2"), [(1.0, 2, 3), (-1.0, 3, 2)])
+def test_phi_has_its_maximum_where_the_paper_says(advantage, c1, c2):
+    peak = math.log(c1 / c2)
+    below, at, above = phi_of([peak - 0.05, peak, peak + 0.05], advantage)
+    assert at == pytest.approx((c1 / c2) ** c1 * math.exp(c2 - c1), rel=1e-6)
+    assert below < at > above
+
+
+def test_paper_values_are_the_default():
+    assert KERNEL == GammaKernel(positive=(2.0, 3.0), negative=(3.0, 2.0))
+    assert phi_of([math.log(2 / 3)], 1.0) == [pytest.approx(1.208, abs=5e-4)]
+    assert phi_of([math.log(3 / 2)], -1.0) == [pytest.approx(1.242, abs=5e-4)]
+
+
+@pytest.mark.parametrize("log_w", [1000.0, -1000.0, math.inf, -math.inf])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_phi_far_away_is_exactly_zero(log_w, advantage):
+    assert phi_of([log_w], advantage) == [0.0]
+
+
+@pytest.mark.parametrize("c1", [0.0, 2.0])
+@pytest.mark.parametrize("c2", [0.0, 3.0])
+def test_phi_is_finite_without_one_of_its_factors(c1, c2):
+    log_w = [-math.inf, -1000.0, 0.0, 1000.0, math.inf]
+    lowest, low, one, high, highest = phi_of(log_w, 1.0, GammaKernel(positive=(c1, c2)))
+    assert one == 1.0
+    assert lowest == low == (0.0 if c1 else pytest.approx(math.exp(c2)))
+    assert highest == high == (0.0 if c2 else pytest.approx(math.exp(20 * c1)))
+
+
+def test_sign_of_the_advantage_chooses_the_exponents():
+    kernel = GammaKernel(positive=(1.0, 0.0), negative=(2.0, 0.0))
+    log_w_S = torch.full((4,), math.log(3.0))
+    advantages_S = torch.tensor([0.5, -0.5, 0.0, -0.0])
+    assert kernel.phi(log_w_S, advantages_S).tolist() == pytest.approx([3.0, 9.0, 3.0, 3.0])
+
+
+@given(st.floats(-30, 30), st.sampled_from([1.0, -1.0]))
+def test_phi_lies_between_zero_and_its_maximum(log_w, advantage):
+    c1, c2 = KERNEL.positive if advantage > 0 else KERNEL.negative
+    (phi,) = phi_of([log_w], advantage)
+    assert 0.0 <= phi <= (c1 / c2) ** c1 * math.exp(c2 - c1) * (1 + 1e-6)
+
+
+def test_phi_is_computed_in_float32_for_half_precision_input():
+    log_w_S = torch.tensor([0.25], dtype=torch.bfloat16)
+    phi_S = KERNEL.phi(log_w_S, torch.ones(1, dtype=torch.bfloat16))
+    assert phi_S.dtype == torch.float32
+    assert phi_S.item() == pytest.approx(math.exp(2 * 0.25 + 3 * (1 - math.exp(0.25))), rel=1e-6)
+
+
+def test_segment_sum_of_32k_tokens_is_exact_to_fp32_rounding():
+    generator = torch.Generator().manual_seed(0)
+    values_T = torch.randn(32768, generator=generator) * 0.02 + 10.0
+    ids_T = torch.randint(0, 3, (32768,), generator=generator)
+    sums_S = segment_sum(values_T, ids_T, 4)
+    expected = [values_T[ids_T == s].double().sum().item() for s in range(4)]
+    assert sums_S.dtype == torch.float32
+    assert sums_S.tolist() == torch.tensor(expected).tolist()  # the nearest float32 of each
+    assert sums_S[3] == 0.0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    seed=st.integers(0, 2**16),
+    padding=st.integers(0, 5),
+    denominator=st.sampled_from(DENOMINATORS),
+    truncation=st.sampled_from([0.5, 1.0, 2.0]),
+)
+def test_log_ratio_is_that_of_the_loop(lengths, seed, padding, denominator, truncation):
+    fields = batch(lengths, seed, padding)
+    ratio = ratio_of(fields, len(lengths), denominator, truncation)
+    expected = naive_log_ratio(fields, len(lengths), denominator, truncation)
+    assert ratio.log_w_S.dtype == torch.float32
+    assert ratio.log_w_S.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_ratio_has_its_parts():
+    fields = {
+        "log_probs_T": torch.tensor([-1.0, -2.0, -1.0]),
+        "old_log_probs_T": torch.tensor([-1.5, -2.0, -1.0]),
+        "behavior_log_probs_T": torch.tensor([-1.5, -4.0, -0.5]),
+        "loss_mask_T": torch.ones(3),
+        "sequence_ids_T": torch.tensor([0, 0, 1]),
+    }
+    expected = {  # staleness is 0.5 and 0, the engine gap 2 and -0.5, the bound log 2
+        "recomputed": ([0.5, 0.0], [0.0, 0.0]),
+        "rollout": ([2.5, -0.5], [2.0, -0.5]),
+        "decoupled": ([0.5 + math.log(2), -0.5], [math.log(2), -0.5]),
+    }
+    for denominator, (log_w, mismatch) in expected.items():
+        ratio = ratio_of(fields, 2, denominator)
+        assert ratio.log_w_S.tolist() == pytest.approx(log_w)
+        assert ratio.mismatch_S.tolist() == pytest.approx(mismatch)
+        assert ratio.engine_gap_S.tolist() == [2.0, -0.5]
+
+
+def test_rollout_denominator_does_without_old_log_probs():
+    fields = batch([4, 5], seed=1)
+    with_old = ratio_of(fields, 2, "rollout")
+    without = ratio_of(fields | {"old_log_probs_T": None}, 2, "rollout")
+    assert without.log_w_S.tolist() == pytest.approx(with_old.log_w_S.tolist(), abs=1e-6)
+    assert torch.isnan(without.mismatch_S).all() and torch.isnan(without.engine_gap_S).all()
+
+
+@pytest.mark.parametrize("denominator", ["recomputed", "decoupled"])
+def test_the_other_denominators_need_old_log_probs(denominator):
+    with pytest.raises(AssertionError, match=f"denominator {denominator} needs old_log_probs"):
+        ratio_of(batch([4]) | {"old_log_probs_T": None}, 1, denominator)
+
+
+def test_an_unmasked_nan_stays_visible():
+    fields = batch([6, 6], seed=2)
+    fields["behavior_log_probs_T"][fields["loss_mask_T"].nonzero()[0]] = torch.nan
+    log_w_S = ratio_of(fields, 2, "rollout").log_w_S
+    assert torch.isnan(log_w_S).tolist() == [True, False]
+    loss, _ = vespo_loss(
+        torch.zeros(12), log_w_S, torch.ones(2), fields["loss_mask_T"], fields["sequence_ids_T"], KERNEL
+    )
+    assert torch.isnan(loss)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    seed=st.integers(0, 2**16),
+    denominator=st.sampled_from(DENOMINATORS),
+)
+def test_loss_and_gradient_are_those_of_the_loop(lengths, seed, denominator):
+    fields = batch(lengths, seed, padding=3)
+    log_probs_T = fields["log_probs_T"].clone().requires_grad_()
+    ratio = ratio_of(fields | {"log_probs_T": log_probs_T}, len(lengths), denominator)
+    loss, phi_S = vespo_loss(
+        log_probs_T,
+        ratio.log_w_S,
+        fields["advantages_S"],
+        fields["loss_mask_T"],
+        fields["sequence_ids_T"],
+        KERNEL,
+    )
+    loss.backward()
+
+    reference_T = fields["log_probs_T"].clone().requires_grad_()
+    log_w = naive_log_ratio(fields, len(lengths), denominator, 2.0)
+    reference = naive_loss(reference_T, fields, log_w, KERNEL)
+    reference.backward()
+
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(log_probs_T.grad, reference_T.grad, rtol=1e-4, atol=1e-7)
+    assert (log_probs_T.grad[fields["loss_mask_T"] == 0] == 0).all()
+    assert not phi_S.requires_grad
+
+
+def test_no_gradient_reaches_log_w():
+    log_probs_T = torch.tensor([-0.3, -0.7], requires_grad=True)
+    log_w_S = torch.tensor([0.4], requires_grad=True)
+    loss, phi_S = vespo_loss(
+        log_probs_T, log_w_S, torch.tensor([2.0]), torch.ones(2), torch.zeros(2, dtype=torch.long), KERNEL
+    )
+    loss.backward()
+    assert log_w_S.grad is None
+    assert log_probs_T.grad.tolist() == pytest.approx([-2.0 * phi_S.item()] * 2)
+
+
+def test_a_ratio_carries_no_gradient():
+    fields = batch([5], seed=3)
+    fields["log_probs_T"].requires_grad_()
+    ratio = ratio_of(fields, 1, "decoupled")
+    assert not any(part.requires_grad for part in (ratio.log_w_S, ratio.mismatch_S, ratio.engine_gap_S))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 10), min_size=2, max_size=8),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+def test_loss_does_not_depend_on_order_or_micro_batches(lengths, seed, data):
+    """Cut the sequences into any micro-batches in any order: sums and each token's gradient are the same."""
+    fields = batch(lengths, seed)
+    order = data.draw(st.permutations(range(len(lengths))))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))))
+    parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, len(lengths)], strict=True)]
+
+    def loss_and_gradient(sequences):
+        where = torch.cat([(fields["sequence_ids_T"] == s).nonzero()[:, 0] for s in sequences])
+        renumber = {s: i for i, s in enumerate(sequences)}
+        part = {name: value[where] for name, value in fields.items() if name.endswith("_T")}
+        part["sequence_ids_T"] = torch.tensor([renumber[s.item()] for s in part["sequence_ids_T"]])
+        part["log_probs_T"].requires_grad_()
+        ratio = ratio_of(part, len(sequences), "rollout")
+        loss, _ = vespo_loss(
+            part["log_probs_T"],
+            ratio.log_w_S,
+            fields["advantages_S"][list(sequences)],
+            part["loss_mask_T"],
+            part["sequence_ids_T"],
+            KERNEL,
+        )
+        loss.backward()
+        gradient_T = torch.zeros(len(fields["loss_mask_T"]))
+        gradient_T[where] = part["log_probs_T"].grad
+        return loss.item(), gradient_T
+
+    whole, whole_gradient_T = loss_and_gradient(range(len(lengths)))
+    pieces = [loss_and_gradient(part) for part in parts]
+    assert sum(loss for loss, _ in pieces) == pytest.approx(whole, rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(sum(gradient_T for _, gradient_T in pieces), whole_gradient_T)
