@@ -26,7 +26,7 @@ algorithm=(
     --mini-batches 4
     --rollout-batch-size 32
     --num-completions 16
-    --lr 1e-4
+    --lr 5e-5
     --clip-grad 1.0
 )
 lengths=(
@@ -42,6 +42,7 @@ exec .venv/bin/megatron-vespo train \
     --output-dir "$work/run" \
     --save "$work/run/checkpoints" \
     --save-interval 40 \
+    --heldout-interval 2 \
     --max-logprob-difference 1e-4 \
     --setup-seconds "$SECONDS" \
     "${layout[@]}" "${algorithm[@]}" "${lengths[@]}" "$@"

@@ -19,6 +19,8 @@ RatioDenominator = Literal["recomputed", "rollout", "decoupled"]
 
 # exp(20) is 4.9e8: with c2 > 0 phi is exactly 0 there already, with c2 = 0 it stays finite in fp32.
 MAX_LOG_W = 20.0
+# Only reached with c2 = 0, where phi has no maximum; exp(80) is 5.5e34, still finite.
+MAX_LOG_PHI = 80.0
 # Finite, so that c1 = 0 times log W is 0 and not NaN; exp(-10,000 c1) is exactly 0 for any c1 in use.
 MIN_LOG_W = -1.0e4
 
@@ -36,7 +38,7 @@ class GammaKernel:
         positive_S = advantages_S >= 0
         c1_S = torch.where(positive_S, self.positive[0], self.negative[0])
         c2_S = torch.where(positive_S, self.positive[1], self.negative[1])
-        return c1_S * log_w_S + c2_S * (1.0 - log_w_S.exp())
+        return (c1_S * log_w_S + c2_S * (1.0 - log_w_S.exp())).clamp(max=MAX_LOG_PHI)
 
     def phi(self, log_w_S: Tensor, advantages_S: Tensor) -> Tensor:
         """phi(W), [S] float32, exponentiated last."""

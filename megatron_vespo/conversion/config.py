@@ -72,7 +72,9 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000))
     refusals = [
+        (theta != int(theta), f"rope_theta {theta}, not a whole number"),
         (kind not in (None, "default"), f"rope type {kind!r}"),
         (bool(config.get("use_sliding_window")), "sliding-window attention"),
         (bool(config.get("attention_bias")), "attention_bias"),

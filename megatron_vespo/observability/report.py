@@ -101,7 +101,7 @@ def _plot_logprob_difference(axes: Axes, metrics: list[dict]) -> None:
 
 
 def _plot_phases(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("Seconds a step")
+    axes.set_title("Seconds a rollout batch")
     axes.grid(axis="x", visible=False)
     names = {name for record in metrics for name in record if name.startswith("time/")}
     present = {name.removeprefix("time/") for name in names}

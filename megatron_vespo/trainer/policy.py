@@ -157,16 +157,17 @@ class MegatronPolicy:
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
         """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks."""
+        padded = self._share_evenly(samples)
         longest = max(sample.completion_length for sample in samples)
-        table = torch.zeros(len(samples), longest, device=device())
-        mini_batch = self.pack(samples)
+        table = torch.zeros(len(padded), longest, device=device())
+        mini_batch = self.pack(padded)
         outputs = self._run(mini_batch, log_prob_only, forward_only=True)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             for s, index in enumerate(micro_batch.sample_indices):
                 chosen_T = (micro_batch.loss_mask_T > 0) & (micro_batch.sequence_ids_T == s)
-                table[index, : samples[index].completion_length] = output["log_probs_T"][chosen_T]
+                table[index, : padded[index].completion_length] = output["log_probs_T"][chosen_T]
         self._share(table)
-        rows = table.cpu().numpy()
+        rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class MegatronPolicy:
             raise ValueError(
                 f"denominator {denominator!r} needs the policy the mini-batch started from: use train_step"
             )
-        mini_batch = self.pack(samples)
+        mini_batch = self.pack(self._share_evenly(samples))
 
         def loss(micro_batch: MicroBatch, log_probs_T: Tensor):
             ratio = sequence_log_ratio(
@@ -197,7 +198,7 @@ class MegatronPolicy:
             return log_probs_T.new_zeros(()), torch.tensor(1, dtype=torch.int), {"log_w": ratio.log_w_S}
 
         outputs = self._run(mini_batch, loss, forward_only=True)
-        return self._gather_per_sample(mini_batch, outputs, ("log_w",))["log_w"]
+        return self._gather_per_sample(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
 
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full HF-named tensors of this rank's pipeline stage; a collective of the stage's ranks."""
@@ -209,6 +210,10 @@ class MegatronPolicy:
     def save(self, rollout_state: dict) -> None:
         """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
         checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
+
+    def _share_evenly(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+        """Repeats the first sample until every data-parallel rank has as many; the caller drops the results."""
+        return [*samples, *[samples[0]] * (-len(samples) % self.groups.dp.size())]
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool) -> list[dict[str, Tensor]]:
         for chunk in self.model:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from conftest import split
 
-LAYOUTS = ["tp2", "pp2", "ep2", "dp2", "dp2, small packs", "tp2 pp2 ep2"]
+LAYOUTS = [
+    "tp2",
+    "pp2",
+    "ep2",
+    "dp2, small packs",
+    "tp2 pp2 ep2",
+    pytest.param("dp2", marks=pytest.mark.slow),
+]
 ON_EVERY_RANK = "log_probs log_ratio loss grad_norm learning_rate num_tokens log_w phi engine_gap".split()
 
 

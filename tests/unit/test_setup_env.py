@@ -84,7 +84,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 UV_VERSION = re.search(r"^uv==\S+$", (CPU / "requirements.txt").read_text(), re.MULTILINE)[0]
-UV_INSTALL = "-m uv pip install --quiet --python ROOT/.venv/bin/python --no-deps"
+UV_INSTALL = "-m uv pip install --quiet --compile-bytecode --python ROOT/.venv/bin/python --no-deps"
 STEPS = [
     f"-m pip install --quiet {UV_VERSION}",
     f"{UV_INSTALL} -r patches/cpu/requirements.txt",

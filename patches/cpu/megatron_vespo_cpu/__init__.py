@@ -9,6 +9,7 @@ sglang_plugin   fixes that SGLang loads by itself in each of its processes
 from __future__ import annotations
 
 import functools
+import logging
 
 
 @functools.cache
@@ -24,6 +25,8 @@ def activate() -> None:
 
     from megatron_vespo_cpu import environment, torch_cuda
 
+    # it warns that there is no CUDA, which is why we are here
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     environment.set_defaults()
     torch_cuda.install()
 
