@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ class TrainerWorker:
         redirect_output(log_dir / f"trainer-{rank}.log")
         self._args, self.rank = args, rank
         self._host = host_address(loopback)
+        self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
         self._prepared: list = []
 
     def rendezvous(self) -> tuple[str, int]:
@@ -36,8 +36,6 @@ class TrainerWorker:
         # Ray shows this process its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)
-        groups = self.policy.groups
-        self._is_sender = groups.tp.rank() == 0 and groups.dp.rank() == 0
         return self.policy.rollout_state
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
@@ -60,16 +58,16 @@ class TrainerWorker:
         from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
 
         groups = self.policy.groups
-        if self._is_sender:
+        if self.policy.is_sender:
             self._control = EngineControl(urls, self._args.weight_sync_timeout)
         for stage in range(groups.pp.size()):
-            if self._is_sender and groups.pp.rank() == stage:
+            if self.policy.is_sender and groups.pp.rank() == stage:
                 self._sender = BucketSender(self._control, engine_size, stage, self._host, device())
             dist.barrier()
 
     def sync_weights(self, version: int) -> None:
         """Make every engine serve the current weights as policy `version`."""
-        from megatron_vespo.weight_sync.buckets import buckets
+        from megatron_vespo.conversion.buckets import buckets
 
         groups = self.policy.groups
         last_stage = groups.pp.size() - 1
@@ -79,13 +77,11 @@ class TrainerWorker:
         for stage in range(groups.pp.size()):
             if groups.pp.rank() == stage:
                 held = None  # the last bucket of the last stage carries the version, so look one ahead
-                for bucket in buckets(
-                    self.policy.named_hf_weights(), self._args.weight_sync_bucket_mb * 2**20
-                ):
-                    if held is not None and self._is_sender:
+                for bucket in buckets(self.policy.named_hf_weights(), self._bucket_bytes):
+                    if held is not None and self.policy.is_sender:
                         self._sender.send(held, None)
                     held = bucket
-                if self._is_sender:
+                if self.policy.is_sender:
                     self._sender.send(held, version if stage == last_stage else None)
             dist.barrier()
         if self.rank == 0:
@@ -97,34 +93,6 @@ class TrainerWorker:
 
     def export_hf(self, target: Path) -> None:
         """Write the policy as an HF folder at `target`; it appears there only when complete."""
-        from megatron_vespo.conversion.hf_checkpoint import finish_checkpoint, write_shards
-        from megatron_vespo.weight_sync.buckets import buckets
+        from megatron_vespo.trainer.export import export_hf
 
-        groups = self.policy.groups
-        staging = target.with_name(target.name + ".incomplete")
-        if self.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        dist.barrier()
-        size = 0
-
-        def counted():
-            nonlocal size
-            for name, tensor in self.policy.named_hf_weights():
-                size += tensor.nbytes
-                yield name, tensor
-
-        stream = buckets(counted(), self._args.weight_sync_bucket_mb * 2**20)
-        weight_map: dict[str, str] = {}
-        if self._is_sender:
-            weight_map = write_shards(stream, staging, f"model-stage{groups.pp.rank()}")
-        else:
-            for _ in stream:  # the gathers are collectives
-                pass
-            size = 0
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (weight_map, size))
-        if self.rank == 0:
-            merged = {name: file for part, _ in parts for name, file in part.items()}
-            finish_checkpoint(self._args.hf_checkpoint, staging, target, merged, sum(s for _, s in parts))
-        dist.barrier()
+        export_hf(self.policy, target, self._bucket_bytes)

@@ -3,8 +3,8 @@
     python -m megatron_vespo.rollout.server_process PARENT_PID SGLANG_ARGUMENTS...
 
 Whatever ends first, the starting process or this one, and however it ends, a guard in a session of its own
-kills the whole group. PR_SET_PDEATHSIG would not do: it reaches only this process, not SGLang's children, and it
-fires when the starting *thread* ends, which in an actor may be long before its process.
+kills the whole group. PR_SET_PDEATHSIG would not do: it reaches only this process, not SGLang's children, and
+it fires when the starting *thread* ends, which in an actor may be long before its process.
 """
 
 from __future__ import annotations

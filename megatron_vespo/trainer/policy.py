@@ -71,6 +71,8 @@ class MegatronPolicy:
             ModelType.encoder_or_decoder, model_provider(args, model_config(args))
         )
         self.iteration = args.iteration  # optimizer steps done
+        # one rank a pipeline stage hands full tensors on: to the engines, to an export
+        self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp.rank() == 0
         if not resuming:
             for chunk in unwrap_model(self.model):
                 load_hf_weights(chunk, args.hf_checkpoint, self.shape, self.groups)
@@ -212,7 +214,7 @@ class MegatronPolicy:
         checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
 
     def _share_evenly(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-        """Repeats the first sample until every data-parallel rank has as many; the caller drops the results."""
+        """Repeats the first sample until the data-parallel ranks share equally; callers drop the surplus."""
         return [*samples, *[samples[0]] * (-len(samples) % self.groups.dp.size())]
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool) -> list[dict[str, Tensor]]:

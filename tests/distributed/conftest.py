@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, Result, launch
+from launch import PROGRAMS, TIMEOUT_S, Result, launch
+from random_task import Task, random_samples, split
 
-from megatron_vespo.types import TrainingSample
-
-VOCAB_SIZE = 131
-NUM_SAMPLES = 48
 # what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
 ENGINE_NOISE = 0.1
-TIMEOUT_S = 120
 
 LAYOUTS = {
     "one rank": (1, ""),
@@ -37,41 +32,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.distributed)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model folder, samples (also as a file), and transformers' log-probs of their completion tokens."""
-
-    model: Path
-    samples_file: Path
-    samples: list[TrainingSample]
-    log_probs: np.ndarray
-
-
-def random_samples() -> list[TrainingSample]:
-    draw = np.random.default_rng(0)
-    samples = []
-    for i in range(NUM_SAMPLES):
-        prompt, completion = int(draw.integers(1, 21)), int(draw.integers(1, 31))
-        samples.append(
-            TrainingSample(
-                token_ids=draw.integers(0, VOCAB_SIZE, prompt + completion),
-                prompt_length=prompt,
-                behavior_log_probs=np.zeros(completion, np.float32),
-                policy_versions=np.zeros(completion, np.int64),
-                advantage=float(draw.normal()),
-                reward=0.0,
-                temperature=(1.0, 0.7)[i % 2],
-                group_id=i // 4,
-            )
-        )
-    return samples
-
-
-def split(values: np.ndarray, samples: list[TrainingSample]) -> list[np.ndarray]:
-    """Per-token values of all samples, one array a sample."""
-    return np.split(values, np.cumsum([sample.completion_length for sample in samples])[:-1])
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import numpy as np
 PROGRAMS = Path(__file__).parent / "programs"
 REPOSITORY = Path(__file__).parents[2]
 SHOWN_OUTPUT = 4000  # characters of a failing rank
+TIMEOUT_S = 120  # for one program, imports included
 
 Result = dict[str, np.ndarray]
 

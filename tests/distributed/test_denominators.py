@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import TIMEOUT_S, split
-from launch import PROGRAMS, launch
+from launch import PROGRAMS, TIMEOUT_S, launch
+from random_task import split
 
 KERNEL = {True: (2.0, 3.0), False: (3.0, 2.0)}  # of the sign of the advantage
 

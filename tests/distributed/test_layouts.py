@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import split
+from random_task import split
 
 LAYOUTS = [
     "tp2",
@@ -31,6 +31,12 @@ def test_sequence_log_ratio_is_the_sum_over_the_completion(task, training_run, l
     per_token = task.log_probs.astype(np.float64) - behavior
     expected = [values.sum() for values in split(per_token, task.samples)]
     np.testing.assert_allclose(training_run(layout)[0]["log_ratio"], expected, rtol=0, atol=1e-4)
+
+
+def test_log_probs_of_samples_that_the_ranks_cannot_share_equally(training_run):
+    for result in training_run("ep2"):  # three samples on two data-parallel ranks
+        three = result["log_probs_of_three"]
+        np.testing.assert_allclose(three, result["log_probs"][: len(three)], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TIMEOUT_S
-from launch import PROGRAMS, launch
+from launch import PROGRAMS, TIMEOUT_S, launch
 from safetensors.torch import load_file, save_file
 
 DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from servers import make_tiny_model, start_in_short_lived_thread, tiny_engine
 
-from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
-from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.runtime import load_runtime_plugins
 from megatron_vespo.types import Prompt
-
-HOST = "127.0.0.1"
-START_TIMEOUT_S = 300.0
-NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
 
 
 def pytest_collection_modifyitems(items):
@@ -23,48 +17,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.integration)
-
-
-def make_tiny_model(folder: Path, seed: int) -> Path:
-    """A random fp32 Qwen3-MoE in HF format, with a character tokenizer and a chat template."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    special = ["<pad>", "<eos>", "<unk>"]
-    characters = [chr(code) for code in range(32, 127)]
-    vocabulary = {token: index for index, token in enumerate(special + characters)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOPK,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        mlp_only_layers=[],
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.2,  # large enough that the experts and the sampled tokens vary
-    )
-    torch.manual_seed(seed)
-    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,18 +28,6 @@ def runtime_plugins() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, runtime_plugins) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)
-
-
-def tiny_engine(model: Path, log_path: Path) -> SGLangEngine:
-    flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
-    arguments = server_arguments(flags, device="cpu", is_moe=True, dtype="float32", seed=1)
-    return SGLangEngine(str(model), HOST, find_free_port(HOST), arguments, log_path, START_TIMEOUT_S)
-
-
-def start_in_short_lived_thread(engine: SGLangEngine) -> None:
-    """As an actor's executor does: the server must outlive the thread that started it."""
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(engine.start).result()
 
 
 @pytest.fixture(scope="session")

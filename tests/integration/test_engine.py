@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HOST, NUM_LAYERS, TOPK, VOCAB_SIZE, tiny_engine
+from servers import HOST, NUM_LAYERS, TOPK, VOCAB_SIZE, tiny_engine
 
 from megatron_vespo.http import EngineRequestError, get_json, post_json
 from megatron_vespo.rollout.collector import CollectError, Collector
@@ -186,7 +186,7 @@ PARENT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from conftest import tiny_engine
+from servers import tiny_engine
 from megatron_vespo.runtime import load_runtime_plugins
 load_runtime_plugins()
 tiny_engine(Path(sys.argv[2]), Path(sys.argv[3])).start()

@@ -8,12 +8,12 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from conftest import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
 from safetensors.torch import load_file
+from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
 
+from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
-from megatron_vespo.weight_sync.buckets import buckets
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl, WeightSyncError
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vespo.weight_sync.buckets import buckets
+from megatron_vespo.conversion.buckets import buckets
 
 
 def stream(sizes):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.conversion.hf_checkpoint import (
     INDEX_NAME,
     HFCheckpointReader,
     finish_checkpoint,
     write_shards,
 )
-from megatron_vespo.weight_sync.buckets import buckets
 
 A = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
 B = torch.tensor([0.5, -0.5])

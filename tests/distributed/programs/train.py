@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from common import hand_back, read_samples, start_megatron
 
 MINI_BATCHES = 2
@@ -31,28 +30,14 @@ def train(policy, samples: list, save_after: int | None) -> list[dict]:
 
 
 def export(policy, target: Path) -> dict[str, np.ndarray]:
-    """Write an HF folder as the trainer's export does, one file a tensor; returns the names this rank saw."""
-    from megatron_vespo.conversion.hf_checkpoint import finish_checkpoint, write_shards
+    """Write an HF folder in small files; returns the names this rank saw."""
+    from megatron_vespo.trainer.export import export_hf
 
-    is_sender = policy.groups.tp.rank() == 0 and policy.groups.dp.rank() == 0
-    staging = target.with_name(target.name + ".incomplete")
-    if dist.get_rank() == 0:
-        staging.mkdir()
-    dist.barrier()
-    weights = list(policy.named_hf_weights())
-    weight_map = {}
-    if is_sender:
-        weight_map = write_shards(
-            ({n: t} for n, t in weights), staging, f"model-stage{policy.groups.pp.rank()}"
-        )
-    size = sum(tensor.nbytes for _, tensor in weights) if is_sender else 0
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (weight_map, size))
-    if dist.get_rank() == 0:
-        merged = {name: file for part, _ in parts for name, file in part.items()}
-        finish_checkpoint(policy.args.hf_checkpoint, staging, target, merged, sum(size for _, size in parts))
-    dist.barrier()
-    return {"names": np.array([name for name, _ in weights]), "stage": policy.groups.pp.rank()}
+    export_hf(policy, target, bucket_bytes=100_000)
+    return {
+        "names": np.array([name for name, _ in policy.named_hf_weights()]),
+        "stage": policy.groups.pp.rank(),
+    }
 
 
 def main() -> None:
@@ -73,6 +58,7 @@ def main() -> None:
     if options.export_before:
         results |= export(policy, options.export_before)
     results["log_probs"] = np.concatenate(policy.log_probs(samples))
+    results["log_probs_of_three"] = np.concatenate(policy.log_probs(samples[:3]))
     results["log_ratio"] = policy.sequence_log_ratio(samples, "rollout")
     steps = train(policy, samples, options.save_after)
     for name in steps[0]:
