@@ -18,7 +18,6 @@ INSTALL_REQUIRES = [
     "matplotlib",
     "megatron-core==0.19.2",
     "numpy",
-    "pebble==5.2.3",
     "psutil",  # megatron-core needs it to save a checkpoint and does not say so
     "pyarrow",
     "ray[default]==2.60.0",

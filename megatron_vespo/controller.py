@@ -20,6 +20,8 @@ from megatron_vespo.rollout.evaluate import Evaluation, evaluate
 from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
 from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
 
+NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
+
 
 @dataclass
 class RunState:
@@ -65,6 +67,7 @@ class Controller:
             self.state.train_seconds = time.monotonic() - started
             self.maybe_save()
             self.report(metrics)
+        self.check_last_sync()
         return self.state
 
     def sync_weights(self) -> None:
@@ -123,11 +126,10 @@ class Controller:
                 self.state.iteration += 1
         # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
         comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
-        self._check_logprobs(float(np.concatenate([step["engine_difference"] for step in comparable]).max()))
+        difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
+        self._check_logprobs(difference)
         advantages = np.array([sample.advantage for sample in samples], np.float32)
-        return step_metrics(steps, advantages) | {
-            "check/max_logprob_difference": self.last_logprob_difference
-        }
+        return step_metrics(steps, advantages) | {"check/max_logprob_difference": difference}
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches
@@ -136,15 +138,6 @@ class Controller:
             return {}
         evaluation = self.evaluate()
         self.state.heldout_after = evaluation.accuracy
-        if last:
-            # the weights that were served last are checked as well
-            samples = [
-                to_training_sample(completion, 0.0, group_id=0) for completion in evaluation.completions
-            ]
-            with self.display.phase("log-probs"):
-                ours = self.trainer.log_probs(samples)
-            pairs = zip(ours, samples, strict=True)
-            self._check_logprobs(float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs)))
         return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
 
     def evaluate(self) -> Evaluation:
@@ -153,6 +146,17 @@ class Controller:
 
         with self.display.phase("evaluate"):
             return evaluate(self.collector, self.heldout, self.sampling, score, self._seed("evaluate"))
+
+    def check_last_sync(self) -> None:
+        """The weights served last have made no training sample; a few completions compare them as well."""
+        prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
+        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed("rollout"))
+        samples = [to_training_sample(group[0], 0.0, group_id=g) for g, group in enumerate(groups)]
+        ours = self.trainer.log_probs(samples)
+        pairs = zip(ours, samples, strict=True)
+        difference = float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs))
+        self.metrics.write(self.state.iteration, {"check/max_logprob_difference": difference})
+        self._check_logprobs(difference)
 
     def maybe_save(self) -> None:
         if self.args.save is None:
@@ -184,7 +188,6 @@ class Controller:
         return results
 
     def _check_logprobs(self, difference: float) -> None:
-        self.last_logprob_difference = difference
         self.state.max_logprob_difference = max(self.state.max_logprob_difference, difference)
         bound = self.args.max_logprob_difference
         if bound is not None and not difference <= bound:

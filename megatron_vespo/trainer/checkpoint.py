@@ -39,6 +39,15 @@ def rollout_state(args: Namespace) -> dict:
             "optimizer state only fits if both or none are above 1; --no-load-optim takes the weights alone "
             "and starts the optimizer afresh"
         )
+    # it files the state of a parameter group under these, and finds nothing under other numbers
+    for name in ("lr", "min_lr"):
+        before, now = getattr(stored, name), getattr(args, name)
+        if not args.no_load_optim and before != now:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--load {folder} was saved with {flag} {before}, now it is {now}: Megatron's optimizer state only "
+                "fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh"
+            )
     return stored.rollout_state
 
 

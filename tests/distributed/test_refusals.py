@@ -102,6 +102,14 @@ def test_checkpoint_of_another_program(result):
     ), result["foreign"]
 
 
+def test_checkpoint_of_another_learning_rate(result):
+    assert re.fullmatch(
+        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: Megatron's optimizer state only "
+        r"fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh",
+        str(result["learning rate"]),
+    ), result["learning rate"]
+
+
 def test_checkpoint_whose_optimizer_does_not_fit(task, training_run, result):
     assert re.fullmatch(
         r"--load .*/saved/iter_0000002 was saved with --expert-model-parallel-size 2, now it is 1: "

@@ -58,9 +58,10 @@ def test_the_tiny_example_learns(tiny_run):
 @pytest.mark.timeout(960)
 def test_engine_and_trainer_agree_after_every_sync(tiny_run):
     records = [r for r in read_metrics(tiny_run / "metrics.jsonl") if "check/max_logprob_difference" in r]
-    assert [record["step"] for record in records] == list(range(4, 41, 4))
+    # the last sync, after which nothing is trained any more, is checked by completions of its own
+    assert [record["step"] for record in records] == [*range(4, 41, 4), 40]
     assert max(record["check/max_logprob_difference"] for record in records) <= 1e-4
-    assert [record["policy/version"] for record in records] == [record["step"] for record in records]
+    assert all(record.get("policy/version", record["step"]) == record["step"] for record in records)
 
 
 @pytest.mark.timeout(960)
@@ -95,7 +96,8 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     finally:
         run.kill()
     assert "resumed at optimizer step 40, 320 prompts consumed" in run.output
-    [record] = read_metrics(tmp_path / "out/metrics.jsonl")
+    record, last_check = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert last_check["check/max_logprob_difference"] <= 1e-4
     assert record["step"] == 44
     assert record["reward/mean"] > 0.7, "the resumed policy has forgotten what it learned"
 

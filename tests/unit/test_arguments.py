@@ -246,6 +246,10 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "--max-prompt-tokens + --max-completion-tokens = 257, but the model has 256 positions "
             "(max_position_embeddings in its config)",
         ),
+        (
+            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+            "virtual pipeline stages are not supported so far: leave out the flags that ask for them",
+        ),
         ("--bf16 --fp16", "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
     ],
 )

@@ -67,6 +67,10 @@ def main() -> None:
         args.load = checkpoint
         results[case] = message(lambda: MegatronPolicy(args))
 
+    args.expert_model_parallel_size, learning_rate, args.lr = 2, args.lr, 0.5
+    results["learning rate"] = message(lambda: MegatronPolicy(args))
+    args.expert_model_parallel_size, args.lr = 1, learning_rate
+
     args.no_load_optim = True
     resumed = MegatronPolicy(args)
     results["iteration"] = resumed.iteration
