@@ -104,8 +104,8 @@ def test_checkpoint_of_another_program(result):
 
 def test_checkpoint_of_another_learning_rate(result):
     assert re.fullmatch(
-        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: Megatron's optimizer state only "
-        r"fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh",
+        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: Megatron's optimizer state "
+        r"only fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh",
         str(result["learning rate"]),
     ), result["learning rate"]
 

@@ -80,7 +80,16 @@ def test_what_a_run_leaves_is_complete(tiny_run):
 def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     """Two data-parallel ranks instead of tensor times pipeline parallel."""
     work = ROOT / "examples/tiny/work"
-    flags = ["--load", str(tiny_run / "checkpoints"), "--train-iters", "44", "--mini-batches", "4"]
+    flags = [
+        "--load",
+        str(tiny_run / "checkpoints"),
+        "--lr",
+        "5e-5",
+        "--train-iters",
+        "44",
+        "--mini-batches",
+        "4",
+    ]
     flags += [
         "--pipeline-model-parallel-size",
         "1",
