@@ -45,8 +45,9 @@ def rollout_state(args: Namespace) -> dict:
         if not args.no_load_optim and before != now:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"--load {folder} was saved with {flag} {before}, now it is {now}: Megatron's optimizer "
-                "state only fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh"
+                f"--load {folder} was saved with {flag} {before}, now it is {now}: "
+                "Megatron's optimizer state only fits the same; --no-load-optim takes the weights alone and "
+                "starts the optimizer afresh"
             )
     return stored.rollout_state
 
