@@ -260,6 +260,9 @@ def _parse_with_megatron(argv: list[str]) -> tuple[Namespace, dict[str, Any], di
 
 def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     """What follows from other flags."""
+    # workers on other nodes have working directories of their own
+    args.hf_checkpoint = args.hf_checkpoint.resolve()
+    args.save, args.load = (folder and str(Path(folder).resolve()) for folder in (args.save, args.load))
     # Megatron runs MoE with tensor parallelism only when the sequence is cut as well
     if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
         args.sequence_parallel = True

@@ -133,7 +133,7 @@ class Controller:
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches
-        last = self.state.iteration == self.args.train_iters
+        last = self.state.iteration >= self.args.train_iters
         if not self.heldout or (rollouts_done % self.args.heldout_interval and not last):
             return {}
         evaluation = self.evaluate()
@@ -155,7 +155,7 @@ class Controller:
         ours = self.trainer.log_probs(samples)
         pairs = zip(ours, samples, strict=True)
         difference = float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs))
-        self.metrics.write(self.state.iteration, {"check/max_logprob_difference": difference})
+        self.metrics.write(self.state.iteration, {"check/last_sync_logprob_difference": difference})
         self._check_logprobs(difference)
 
     def maybe_save(self) -> None:
@@ -163,7 +163,7 @@ class Controller:
             return
         before = self.state.iteration - self.args.mini_batches
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
-        if due or self.state.iteration == self.args.train_iters:
+        if due or self.state.iteration >= self.args.train_iters:
             with self.display.phase("save"):
                 self.trainer.save(asdict(self.state))
 

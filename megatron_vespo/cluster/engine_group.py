@@ -32,7 +32,7 @@ class EngineWorker:
             self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
         )
         self._engine = SGLangEngine(
-            str(self._args.hf_checkpoint.resolve()), self._host, port, self._server_args, self._log_path,
+            str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
             self._args.engine_start_timeout,
         )  # fmt: skip
         self._engine.start()
