@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import ray
 
 POLL_S = 1.0
+DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice that a process is gone
 
 
 class WorkerError(RuntimeError):
@@ -26,7 +27,8 @@ def gather(
     """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
 
     `names[i]` is who answers ref i, `explain(i)` adds what is known about it, `watch` is called every second
-    and may raise. A ValueError is passed on as it is: it is the user's mistake.
+    and may raise. Errors of the classes `passed_on` say everything themselves and are raised as they are: a
+    ValueError, for one, is the user's mistake.
     """
     deadline = time.monotonic() + timeout_s
     pending = {ref: i for i, ref in enumerate(refs)}
@@ -40,14 +42,35 @@ def gather(
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, passed_on):
                     raise error.cause from None
+                _raise_if_one_died(pending, names, what, explain)
                 cause = f"{type(error.cause).__name__}: {error.cause}"
                 raise WorkerError(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
             except ray.exceptions.RayActorError as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise WorkerError(f"{names[i]} died in {what}: {reason}\n{explain(i)}") from None
+                raise _death(error, names[i], what, explain(i)) from None
         if watch is not None:
             watch()
         if pending and time.monotonic() > deadline:
             late = ", ".join(names[i] for i in pending.values())
             raise WorkerError(f"no answer to {what} within {timeout_s:g} s from {late}")
     return results
+
+
+def _raise_if_one_died(
+    pending: dict[ray.ObjectRef, int], names: Sequence[str], what: str, explain: Callable[[int], str]
+) -> None:
+    """A broken connection is how the living learn of a death: name the dead, not who noticed."""
+    ready, _ = (
+        ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_NOTICE_S) if pending else ([], [])
+    )
+    for ref in ready:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayTaskError:
+            continue
+        except ray.exceptions.RayActorError as error:
+            raise _death(error, names[pending[ref]], what, explain(pending[ref])) from None
+
+
+def _death(error: ray.exceptions.RayActorError, name: str, what: str, explanation: str) -> WorkerError:
+    reason = str(error).strip().splitlines()[-1]
+    return WorkerError(f"{name} died in {what}: {reason}\n{explanation}")

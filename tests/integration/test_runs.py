@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import re
 import socket
 import subprocess
 import time
@@ -129,20 +128,26 @@ def test_three_steps_on_gsm8k(tiny_model, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_engine_ends_the_run_with_its_log(tiny_model, questions, tmp_path):
-    run = Run(
-        train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000"), tmp_path / "log"
-    )
+@pytest.mark.parametrize(
+    ("victim", "named", "log"),
+    [
+        ("sglang::scheduler", "megatron-vespo: engine http://127.0.0.1:", "engine-0.log"),
+        ("ray::TrainerWorker", "megatron-vespo: trainer rank ", "logs/trainer-"),
+    ],
+)
+def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_path, victim, named, log):
+    command = train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000")
+    run = Run(command, tmp_path / "log")
     try:
         run.wait_for_output(" 2/10000 ", START_S)
-        [scheduler] = [p for p in run.survivors() if "scheduler" in " ".join(p.cmdline())]
-        os.kill(scheduler.pid, signal.SIGKILL)
+        found = [process for process in run.survivors() if victim in " ".join(process.cmdline())]
+        found[0].kill()
         assert run.wait(60) == 1
         assert nothing_left(run)
     finally:
         run.kill()
-    assert "megatron-vespo: engine http://127.0.0.1:" in run.output
-    assert "engine-0.log" in run.output
+    assert re.search(f"^{named}.* died", run.output, re.MULTILINE), run.output
+    assert log in run.output
 
 
 @pytest.mark.timeout(600)
