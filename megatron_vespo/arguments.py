@@ -272,7 +272,6 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
     args.gamma_kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
-    args.num_rollouts = args.train_iters // args.mini_batches
 
 
 def _megatron_validate(args: Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.controller import Controller, RunState
 from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
+from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.observability.metrics import MetricsWriter, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
         if args.heldout_data
         else []
     )
+    stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
+    sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
     reward = load_reward_function(args.reward_function)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
             display.message(
                 f"{prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} skipped"
             )
-        controller = _start(args, stack, display, tokenizer, prompts, heldout, reward)
+        controller = _start(args, stack, display, tokenizer, sampling, prompts, heldout, reward)
         display.phase_seconds()  # start-up phases end here
         setup_seconds = args.setup_seconds + time.monotonic() - started
         state = controller.train()
@@ -76,20 +78,8 @@ def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
     return loaded
 
 
-def _stop_token_ids(args: Namespace, tokenizer) -> tuple[int, ...]:
-    """The tokenizer's end token and those of the generation config: chat models often have both."""
-    path = args.hf_checkpoint / "generation_config.json"
-    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-    if not stops:
-        raise ValueError(
-            f"--hf-checkpoint {args.hf_checkpoint}: neither tokenizer nor generation config has an end token"
-        )
-    return tuple(sorted(stops))
-
-
 def _start(
-    args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, prompts, heldout, reward
+    args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, sampling, prompts, heldout, reward
 ) -> Controller:
     """Engines and trainer come up side by side; whatever fails, `stack` ends what had started."""
     log_dir = (args.output_dir / "logs").resolve()
@@ -131,9 +121,7 @@ def _start(
         cursor=PromptCursor(prompts.prompts, args.seed, state.consumed_prompts),
         heldout=heldout,
         tokenizer=tokenizer,
-        sampling=SamplingParams(
-            args.rollout_temperature, args.max_completion_tokens, (tokenizer.eos_token_id,)
-        ),
+        sampling=sampling,
         display=display,
         metrics=metrics,
         state=state,

@@ -133,7 +133,6 @@ def test_an_optimizer_step_is_one_mini_batch(parse):
     assert args.global_batch_size == 16 * 4 // 4
     assert args.micro_batch_size == 1
     assert args.seq_length == 50
-    assert args.num_rollouts == 2
     assert args.calculate_per_token_loss is True
 
 
