@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 
 USAGE = """\
 usage: megatron-vespo COMMAND [flags]
 
 commands:
-  train    train an HF checkpoint with VESPO (megatron-vespo train --help)
+  train           train an HF checkpoint with VESPO (megatron-vespo train --help)
+  check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
 """
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -24,20 +26,19 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else EXIT_USER_ERROR
-    command, rest = argv[0], argv[1:]
-    if command != "train":
-        print(f"megatron-vespo: no command {command!r}; there is: train", file=sys.stderr)
-        return EXIT_USER_ERROR
+    for words, command in COMMANDS.items():
+        if argv[: len(words.split())] == words.split():
+            return _guarded(command, argv[len(words.split()) :])
+    print(f"megatron-vespo: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """What the command returns, or the exit code of what it raised, said in one line."""
     # a scheduler's SIGTERM ends a run like Ctrl-C: everything it started ends with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from megatron_vespo.arguments import print_help
-
     try:
-        if print_help(rest):
-            return 0
-        from megatron_vespo.train import main as train  # takes seconds
-
-        train(rest)
+        return command(argv)
     except ValueError as error:
         print(f"megatron-vespo: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -47,7 +48,26 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("megatron-vespo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _train(argv: list[str]) -> int:
+    from megatron_vespo.arguments import print_help
+
+    if not print_help(argv):
+        from megatron_vespo.train import main as train  # takes seconds
+
+        train(argv)
     return 0
+
+
+def _check_layout(argv: list[str]) -> int:
+    from megatron_vespo.layout_check import main as check
+    from megatron_vespo.layout_check import print_help
+
+    return 0 if print_help(argv) else check(argv)
+
+
+COMMANDS = {"train": _train, "check layout": _check_layout}
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Controller:
         rewards = np.array([[completion.reward for completion in group] for group in groups])
         advantages = group_advantages(rewards, self.args.advantage_std)
         return [
-            to_training_sample(completion, float(advantages[g, i]), group_id=g)
+            self._training_sample(completion, float(advantages[g, i]), group_id=g)
             for g, group in enumerate(groups)
             for i, completion in enumerate(group)
         ]
@@ -151,7 +151,7 @@ class Controller:
         """The weights served last have made no training sample; a few completions compare them as well."""
         prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
         groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed("rollout"))
-        samples = [to_training_sample(group[0], 0.0, group_id=g) for g, group in enumerate(groups)]
+        samples = [self._training_sample(group[0], 0.0, group_id=g) for g, group in enumerate(groups)]
         ours = self.trainer.log_probs(samples)
         pairs = zip(ours, samples, strict=True)
         difference = float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs))
@@ -200,15 +200,18 @@ class Controller:
         """A new stream every rollout batch; held-out prompts always draw the same one."""
         return self.args.seed if purpose == "evaluate" else self.args.seed + 1 + self.state.iteration
 
-
-def to_training_sample(completion: Completion, advantage: float, group_id: int) -> TrainingSample:
-    return TrainingSample(
-        token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
-        prompt_length=len(completion.prompt.token_ids),
-        behavior_log_probs=completion.log_probs,
-        policy_versions=completion.policy_versions,
-        advantage=advantage,
-        reward=completion.reward,
-        temperature=completion.temperature,
-        group_id=group_id,
-    )
+    def _training_sample(self, completion: Completion, advantage: float, group_id: int) -> TrainingSample:
+        # routes are by far the largest part of a sample: they travel only where they are used
+        replay = self.args.routing_replay == "R3"
+        return TrainingSample(
+            token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
+            prompt_length=len(completion.prompt.token_ids),
+            behavior_log_probs=completion.log_probs,
+            policy_versions=completion.policy_versions,
+            advantage=advantage,
+            reward=completion.reward,
+            temperature=completion.temperature,
+            group_id=group_id,
+            routed_experts=completion.routed_experts if replay else None,
+            routes_version=int(completion.policy_versions[-1]) if replay else None,
+        )

@@ -40,6 +40,7 @@ def step_metrics(steps: list[dict[str, Any]], advantages: np.ndarray) -> dict[st
     return metrics | {
         "train/loss": mean("loss"),
         "train/grad_norm": mean("grad_norm"),
+        "train/entropy": mean("entropy"),
         "train/learning_rate": steps[-1]["learning_rate"],
         "train/padding_share": mean("padding_share"),
         "train/imbalance": mean("imbalance"),

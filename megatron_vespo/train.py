@@ -96,6 +96,8 @@ def _start(
     stack.callback(trainer.stop)
     with display.phase("start Megatron"):
         stored = trainer.start()
+        for line in trainer.describe():
+            display.message(line)
     with display.phase("start SGLang"):
         urls = engines.wait_until_ready()
     with display.phase("connect"):

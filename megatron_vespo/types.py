@@ -74,6 +74,9 @@ class TrainingSample:
     reward: float
     temperature: float
     group_id: int  # samples of one prompt in one rollout batch share it
+    old_log_probs: np.ndarray | None = None  # [C] float32, pi_old: the trainer's, before the first update
+    routed_experts: np.ndarray | None = None  # [P + C - 1, L, K] uint8, what the engine chose
+    routes_version: int | None = None  # the policy version that chose them
 
     @property
     def num_tokens(self) -> int:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vespo.data.context_parallel import TokenLayout
 
-def check_flags(args: Namespace) -> None:
-    """Our own flags, before anything heavy is imported."""
-    for flag in ("hf_checkpoint", "prompt_data", "output_dir"):
+MAX_RECORDED_EXPERTS = 256  # routes are uint8
+
+REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
+
+
+def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) -> None:
+    """Our own flags, before anything heavy is imported; those named in `required` must be there."""
+    for flag in required:
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
     positive = (
         "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
-        "heldout_prompts weight_sync_bucket_mb rollout_temperature mismatch_truncation engine_start_timeout "
-        "generate_timeout train_timeout weight_sync_timeout worker_start_timeout"
+        "heldout_prompts weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
+        "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout"
     ).split()
     for name in positive:
         if not getattr(args, name) > 0:
@@ -36,18 +43,17 @@ def check_flags(args: Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} {c1:g} {c2:g}: exponents must be finite and not negative"
             )
-    longest = args.max_prompt_tokens + args.max_completion_tokens
-    if longest > args.max_tokens_per_gpu:
+    if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
-            f"--max-tokens-per-gpu {args.max_tokens_per_gpu} is less than the longest sequence, "
-            f"--max-prompt-tokens {args.max_prompt_tokens} + --max-completion-tokens "
-            f"{args.max_completion_tokens} = {longest}"
+            "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
+            "compute: use R3, or another denominator"
         )
 
 
 def check_layout(args: Namespace) -> None:
     """Does the layout divide the ranks and the model? Megatron says so too, but not in these words."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = args.context_parallel_size
     expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
     for size in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context"):
         name = f"{size}_parallel_size"
@@ -64,20 +70,35 @@ def check_layout(args: Namespace) -> None:
         )
     if args.fp16:
         raise ValueError("--fp16: policy and engines share fp32 or, with --bf16, bfloat16")
+    if args.optimizer_cpu_offload and (args.distributed_backend == "gloo" or not args.bf16):
+        raise ValueError(
+            "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both"
+        )
     tracker = "latest_checkpointed_iteration.txt"
     if args.load and args.load != args.save and not (Path(args.load) / tracker).is_file():
         # the same folder for both is how a job that may be restarted says "go on, or begin"
         raise ValueError(f"--load {args.load}: no checkpoint there ({tracker} is missing)")
-    if args.context_parallel_size > 1:
-        raise ValueError(f"--context-parallel-size {args.context_parallel_size}: only 1 is supported so far")
+    if args.routing_replay and args.num_experts > MAX_RECORDED_EXPERTS:
+        raise ValueError(
+            f"--routing-replay: routes are one byte, the model has {args.num_experts} experts, more than "
+            f"{MAX_RECORDED_EXPERTS}"
+        )
+    longest = TokenLayout(context).padded_length(args.seq_length)
+    if longest > args.max_tokens_per_gpu * context:
+        raise ValueError(
+            f"--max-tokens-per-gpu {args.max_tokens_per_gpu} x --context-parallel-size {context} is less "
+            f"than the longest sequence, --max-prompt-tokens {args.max_prompt_tokens} + "
+            f"--max-completion-tokens {args.max_completion_tokens} = {longest}"
+            + (" with its padding" if context > 1 else "")
+        )
     if args.max_position_embeddings < args.seq_length:
         raise ValueError(
             f"--max-prompt-tokens + --max-completion-tokens = {args.seq_length}, but the model has "
             f"{args.max_position_embeddings} positions (max_position_embeddings in its config)"
         )
-    dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+    dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size"
     divisions = [
-        ("--trainer-ranks", args.trainer_ranks, dense, tensor * pipeline),
+        ("--trainer-ranks", args.trainer_ranks, dense, tensor * pipeline * context),
         (
             "--trainer-ranks",
             args.trainer_ranks,
@@ -99,9 +120,20 @@ def check_layout(args: Namespace) -> None:
     for what, number, flag, divisor in divisions:
         if number % divisor:
             raise ValueError(f"{flag} is {divisor}, which does not divide {what} {number}")
-    data_parallel = args.trainer_ranks // (tensor * pipeline)
-    if args.global_batch_size % data_parallel:
+    _check_share(args, args.trainer_ranks // (tensor * pipeline * context), "data-parallel ranks")
+
+
+def check_virtual_pipeline(args: Namespace) -> None:
+    """Megatron derives the virtual stages from several flags, so this comes after its own checks."""
+    if args.virtual_pipeline_model_parallel_size is not None:
+        stages = args.pipeline_model_parallel_size
+        what = f"data-parallel ranks in {stages} micro-batches each (virtual pipeline stages need them)"
+        _check_share(args, args.data_parallel_size, what, stages)
+
+
+def _check_share(args: Namespace, ranks: int, what: str, micro_batches: int = 1) -> None:
+    if args.global_batch_size % (ranks * micro_batches):
         raise ValueError(
-            f"a mini-batch of {args.global_batch_size} completions cannot be shared by {data_parallel} "
-            "data-parallel ranks equally: change --rollout-batch-size, --num-completions or --mini-batches"
+            f"a mini-batch of {args.global_batch_size} completions cannot be shared by {ranks} {what} "
+            "equally: change --rollout-batch-size, --num-completions or --mini-batches"
         )

@@ -9,10 +9,12 @@ Shape suffixes: T packed tokens of a micro-batch, S its sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 RatioDenominator = Literal["recomputed", "rollout", "decoupled"]
@@ -45,10 +47,20 @@ class GammaKernel:
         return self.log_phi(log_w_S, advantages_S).exp()
 
 
-def segment_sum(values_T: Tensor, sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
-    """Sum `values_T` per sequence, [S] float32; accumulated in float64, as 32k-token sums in fp32 drift."""
-    sums_S = torch.zeros(num_sequences, dtype=torch.float64, device=values_T.device)
-    return sums_S.index_add_(0, sequence_ids_T, values_T.double()).float()
+def segment_sum(
+    values_T: Tensor, sequence_ids_T: Tensor, num_sequences: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Sum `values_T` [T, ...] per sequence, [S, ...] float32; `sequence_ids_T` [T] ascend.
+
+    Accumulated in float64, as 32k-token sums in fp32 drift, and in the order of the tokens. With `group`,
+    whose ranks hold parts of the same sequences, everyone gets the sums over all of them.
+    """
+    bounds = torch.arange(num_sequences + 1, device=sequence_ids_T.device)
+    offsets = torch.searchsorted(sequence_ids_T, bounds)
+    sums_S = torch.segment_reduce(values_T.double(), "sum", offsets=offsets, initial=0.0)
+    if group is not None and group.size() > 1:
+        dist.all_reduce(sums_S, group=group)
+    return sums_S.float()
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ def sequence_log_ratio(
     num_sequences: int,
     denominator: RatioDenominator,
     mismatch_truncation: float,
+    group: dist.ProcessGroup | None = None,
 ) -> LogRatio:
     """Full, not length-normalised, log importance weight of every sequence.
 
@@ -81,22 +94,27 @@ def sequence_log_ratio(
     rollout:    log W = log(pi / mu)
     decoupled:  log W = log(pi / pi_old) + min(log(pi_old / mu), log(mismatch_truncation))
 
-    `log_probs_T`, `behavior_log_probs_T` (mu) and `old_log_probs_T` (pi_old) are float32 [T]; entries where
-    `loss_mask_T` is 0 are ignored whatever they hold. `rollout` does not need pi_old.
+    `log_probs_T`, `behavior_log_probs_T` (mu) and `old_log_probs_T` (pi_old) are floating [T]; entries where
+    `loss_mask_T` is 0 are ignored whatever they hold. `rollout` does not need pi_old. `group` is the context
+    parallel one, where sequences are cut: its ranks get the same values, by one reduction.
     """
 
-    def masked_sum(values_T: Tensor) -> Tensor:
-        # where, not a product: masked entries may be NaN
-        return segment_sum(torch.where(loss_mask_T > 0, values_T, 0.0), sequence_ids_T, num_sequences)
+    ignored_T1 = loss_mask_T[:, None] == 0
+
+    def masked_sum(*terms_T: Tensor) -> Iterable[Tensor]:
+        # filled, not multiplied: masked entries may be NaN
+        chosen = torch.stack(terms_T, dim=1).masked_fill(ignored_T1, 0.0)
+        return segment_sum(chosen, sequence_ids_T, num_sequences, group).unbind(1)
 
     log_probs_T = log_probs_T.detach()
     if old_log_probs_T is None:
         assert denominator == "rollout", f"denominator {denominator} needs old_log_probs"
-        log_w_S = masked_sum(log_probs_T - behavior_log_probs_T)
+        [log_w_S] = masked_sum(log_probs_T - behavior_log_probs_T)
         unknown_S = torch.full_like(log_w_S, torch.nan)
         return LogRatio(log_w_S, unknown_S, unknown_S)
-    staleness_S = masked_sum(log_probs_T - old_log_probs_T)
-    engine_gap_S = masked_sum(old_log_probs_T - behavior_log_probs_T)
+    staleness_S, engine_gap_S = masked_sum(
+        log_probs_T - old_log_probs_T, old_log_probs_T - behavior_log_probs_T
+    )
     if denominator == "recomputed":
         mismatch_S = torch.zeros_like(engine_gap_S)
     elif denominator == "decoupled":
@@ -120,6 +138,6 @@ def vespo_loss(
     does not depend on how the samples were cut into micro-batches.
     """
     phi_S = kernel.phi(log_w_S.detach(), advantages_S)
-    coefficient_T = (phi_S * advantages_S)[sequence_ids_T]
-    loss_T = torch.where(loss_mask_T > 0, -coefficient_T * log_probs_T, 0.0)
+    coefficient_T = (phi_S * advantages_S).index_select(0, sequence_ids_T)
+    loss_T = (-coefficient_T * log_probs_T).masked_fill(loss_mask_T == 0, 0.0)
     return loss_T.sum(), phi_S

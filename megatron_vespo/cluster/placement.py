@@ -29,6 +29,10 @@ class Placement:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
         return {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
 
+    def release(self) -> None:
+        """Give the bundles back to the cluster; whoever still runs in them is killed."""
+        remove_placement_group(self.group)
+
 
 def start_ray(args: Namespace) -> None:
     """Join `--ray-address`, or start a Ray of our own on this machine."""
@@ -59,9 +63,12 @@ def place(args: Namespace, engine_size: int) -> Placement:
     except ray.exceptions.GetTimeoutError:
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         remove_placement_group(group)
+        engines = (
+            f" and {args.rollout_engines} engines of {engine_size} ranks" if args.rollout_engines else ""
+        )
         raise ValueError(
-            f"--trainer-ranks {args.trainer_ranks} and --rollout-engines {args.rollout_engines} "
-            f"of {engine_size} ranks found no place within {START_TIMEOUT_S:g} s: the Ray cluster has {have}"
+            f"{args.trainer_ranks} trainer ranks{engines} found no place within {START_TIMEOUT_S:g} s: "
+            f"the Ray cluster has {have}"
         ) from None
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return Placement(group, per_rank, per_engine, loopback)

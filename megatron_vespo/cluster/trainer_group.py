@@ -14,7 +14,10 @@ from megatron_vespo.cluster.calls import gather
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.types import TrainingSample
+
+STOP_TIMEOUT_S = 60.0
 
 
 class TrainerGroup:
@@ -36,6 +39,10 @@ class TrainerGroup:
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
         return self._call("start", host, port, timeout_s=timeout)
 
+    def describe(self) -> list[str]:
+        """What runs each part of the model on rank 0's machine, for people."""
+        return self._call("describe", timeout_s=self._args.worker_start_timeout)
+
     def connect_engines(self, urls: list[str], engine_size: int) -> None:
         self._call("connect_engines", urls, engine_size, timeout_s=self._args.weight_sync_timeout)
 
@@ -54,6 +61,10 @@ class TrainerGroup:
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)
 
+    def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
+        """Optimizer steps on the samples, with everything that must not depend on the layout."""
+        return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
+
     def save(self, rollout_state: dict) -> None:
         self._call("save", rollout_state, timeout_s=self._args.train_timeout)
 
@@ -63,6 +74,15 @@ class TrainerGroup:
     def stop(self) -> None:
         for worker in self._workers:
             ray.kill(worker)
+
+    def wait_until_gone(self) -> None:
+        """After `stop`: the processes have ended and their GPUs are free. RuntimeError if one will not go."""
+        calls = [worker.rendezvous.remote() for worker in self._workers]
+        _, alive = ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
+        if alive:
+            raise RuntimeError(
+                f"trainer rank {calls.index(alive[0])} was killed, but is not gone after {STOP_TIMEOUT_S:g} s"
+            )
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         refs = [getattr(worker, method).remote(*arguments) for worker in self._workers]

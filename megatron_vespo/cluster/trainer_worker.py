@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.rollout.engine import find_free_port
 from megatron_vespo.types import TrainingSample
 
@@ -38,6 +39,12 @@ class TrainerWorker:
         self.policy = MegatronPolicy(self._args)
         return self.policy.rollout_state
 
+    def describe(self) -> list[str]:
+        """Which implementation runs each part of the model on this machine, and why."""
+        from megatron_vespo.trainer.capabilities import describe
+
+        return describe(self._args)
+
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
         self._prepared = [self.policy.pack(samples) for samples in mini_batches]
@@ -51,6 +58,11 @@ class TrainerWorker:
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self.policy.log_probs(samples)
+
+    def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
+        from megatron_vespo.trainer.layout_probe import measure
+
+        return measure(self.policy, samples, num_steps)
 
     def connect_engines(self, urls: list[str], engine_size: int) -> None:
         """Join the broadcast groups with the engines, stage after stage: one global order cannot deadlock."""

@@ -1,18 +1,20 @@
 """Samples laid end to end: the flat fields one forward pass needs.
 
-Shape suffixes: T packed tokens (padding included), S sequences.
-Position t predicts token t + 1, so every per-token field of position t is about token t + 1.
+Shape suffixes: T tokens of the pack that this rank holds (padding included), S sequences, L layers, K experts
+per token. Position t predicts token t + 1, so every per-token field of position t is about token t + 1,
+except the routes, which are about the token that enters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.types import TrainingSample
 
 
@@ -22,16 +24,20 @@ class MicroBatch:
 
     tokens_T: Tensor  # int64
     labels_T: Tensor  # int64, the next token; 0 where the mask is 0
-    position_ids_T: Tensor  # int64, from 0 in every sequence
+    position_ids_T: Tensor  # int64, from 0 in every sequence; padding goes on behind its sequence
     loss_mask_T: Tensor  # float32, 1 on positions that predict a completion token
-    sequence_ids_T: Tensor  # int64; padding belongs to the last sequence, masked
-    cu_seqlens: Tensor  # int32 [S + 1], or [S + 2] when padding forms a segment of its own
-    max_seqlen: int
+    sequence_ids_T: Tensor  # int64; padding at the end belongs to the last sequence
     temperature_T: Tensor  # float32, of the sampling that made the sequence; 1 on padding
     behavior_log_probs_T: Tensor  # float32, 0 where the mask is 0
+    loss_positions: Tensor  # int64 [num_loss_tokens], where the mask is 1
+    cu_seqlens: Tensor  # int32 [S + 1], or [S + 2] when padding is a segment of its own; of the whole pack
+    max_seqlen: int
     advantages_S: Tensor  # float32
     sample_indices: list[int]
-    old_log_probs_T: Tensor | None = None  # float32, set by the trainer
+    old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64, set by the trainer
+    routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's
+    # set by the trainer: its own routes per model chunk and layer, uint8 [tokens of this rank's routers, K]
+    old_routes: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -39,44 +45,79 @@ class MicroBatch:
 
     @property
     def num_loss_tokens(self) -> int:
-        return int(self.loss_mask_T.sum())
+        return len(self.loss_positions)
 
 
 def build_micro_batch(
-    samples: Sequence[TrainingSample], indices: Sequence[int], pad_to_multiple_of: int, device: torch.device
+    samples: Sequence[TrainingSample],
+    indices: Sequence[int],
+    num_tokens: int,
+    layout: TokenLayout,
+    device: torch.device,
+    num_experts: int | None = None,
 ) -> MicroBatch:
-    """Pack `samples[i] for i in indices`; the length is padded to a multiple, for sequence parallelism."""
-    chosen = [samples[i] for i in indices]
-    lengths = [s.num_tokens for s in chosen]
-    total = sum(lengths)
-    padding = -total % pad_to_multiple_of
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    """Pack `samples[i] for i in indices` and keep what `layout` gives to this rank.
 
+    `num_tokens` is the length of the whole pack, a multiple of `layout.pack_multiple` with room for the
+    padded sequences. `num_experts` asks for the samples' routes; without it they stay behind.
+    """
+    chosen = [samples[i] for i in indices]
+    lengths = [sample.num_tokens for sample in chosen]
+    starts = np.concatenate([[0], np.cumsum([layout.padded_length(length) for length in lengths])])
+    assert num_tokens >= starts[-1] and num_tokens % layout.pack_multiple == 0
+    segments = np.append(starts, num_tokens) if num_tokens > starts[-1] else starts
+
+    fields = _token_fields(chosen, starts, num_tokens)
+    if num_experts is not None:
+        fields["routed_experts_T"] = _routes(chosen, starts, num_tokens, num_experts)
+    kept = layout.local_indices(segments)
+    fields = {name: np.ascontiguousarray(values[kept]) for name, values in fields.items()}
+    fields["loss_positions"] = np.flatnonzero(fields["loss_mask_T"])
+    fields["cu_seqlens"] = segments.astype(np.int32)
+    fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
+    return MicroBatch(
+        **{name: torch.from_numpy(array).to(device) for name, array in fields.items()},
+        max_seqlen=int(np.diff(segments).max()),
+        sample_indices=list(indices),
+    )
+
+
+def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) -> dict[str, np.ndarray]:
     fields = {
-        "tokens_T": np.zeros(total + padding, np.int64),
-        "labels_T": np.zeros(total + padding, np.int64),
-        "position_ids_T": np.zeros(total + padding, np.int64),
-        "sequence_ids_T": np.full(total + padding, len(chosen) - 1, np.int64),
-        "loss_mask_T": np.zeros(total + padding, np.float32),
-        "temperature_T": np.ones(total + padding, np.float32),
-        "behavior_log_probs_T": np.zeros(total + padding, np.float32),
+        "tokens_T": np.zeros(total, np.int64),
+        "labels_T": np.zeros(total, np.int64),
+        "position_ids_T": np.zeros(total, np.int64),
+        "sequence_ids_T": np.zeros(total, np.int64),
+        "loss_mask_T": np.zeros(total, np.float32),
+        "temperature_T": np.ones(total, np.float32),
+        "behavior_log_probs_T": np.zeros(total, np.float32),
     }
-    for s, (sample, start, end) in enumerate(zip(chosen, starts[:-1], starts[1:], strict=True)):
-        predicting = slice(start + sample.prompt_length - 1, end - 1)
-        fields["tokens_T"][start:end] = sample.token_ids
+    if all(sample.old_log_probs is not None for sample in chosen):
+        fields["old_log_probs_T"] = np.zeros(total, np.float32)
+    ends = [*starts[1:-1], total]  # what is left at the end of the pack goes with the last sequence
+    for s, (sample, start, end) in enumerate(zip(chosen, starts[:-1], ends, strict=True)):
+        tokens = slice(start, start + sample.num_tokens)
+        predicting = slice(start + sample.prompt_length - 1, start + sample.num_tokens - 1)
+        fields["tokens_T"][tokens] = sample.token_ids
         fields["labels_T"][predicting] = sample.token_ids[sample.prompt_length :]
         fields["position_ids_T"][start:end] = np.arange(end - start)
         fields["sequence_ids_T"][start:end] = s
         fields["loss_mask_T"][predicting] = 1.0
-        fields["temperature_T"][start:end] = sample.temperature
+        fields["temperature_T"][tokens] = sample.temperature
         fields["behavior_log_probs_T"][predicting] = sample.behavior_log_probs
-    fields["position_ids_T"][total:] = np.arange(padding)
-    segments = np.append(starts, total + padding) if padding else starts
-    advantages = np.array([s.advantage for s in chosen], np.float32)
-    return MicroBatch(
-        **{name: torch.from_numpy(array).to(device) for name, array in fields.items()},
-        cu_seqlens=torch.from_numpy(segments.astype(np.int32)).to(device),
-        max_seqlen=max(*lengths, padding),
-        advantages_S=torch.from_numpy(advantages).to(device),
-        sample_indices=list(indices),
-    )
+        if "old_log_probs_T" in fields:
+            fields["old_log_probs_T"][predicting] = sample.old_log_probs
+    return fields
+
+
+def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_experts: int) -> np.ndarray:
+    """uint8 [total, L, K]; tokens that no engine has routed are spread over the experts.
+
+    Those are padding and the last token of a sequence: no loss depends on their experts.
+    """
+    num_layers, topk = chosen[0].routed_experts.shape[1:]
+    spread = (np.arange(total)[:, None] * topk + np.arange(topk)) % num_experts
+    routes = np.repeat(spread[:, None].astype(np.uint8), num_layers, axis=1)
+    for sample, start in zip(chosen, starts[:-1], strict=True):
+        routes[start : start + sample.num_tokens - 1] = sample.routed_experts
+    return routes

@@ -1,58 +1,144 @@
-"""Whole sequences into micro-batches by token budget, the same number on every data-parallel rank."""
+"""Whole sequences into micro-batches: within a token budget, of equal work, as many on every rank."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 
-def pack_sequences(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Assign sequences to `num_ranks` ranks x some number of bins, no bin over `max_tokens`.
+@dataclass(frozen=True)
+class SequenceWork:
+    """What one sequence costs in a forward pass; only ratios matter for packing.
 
-    Returns `bins[rank][micro_batch]` = indices into `lengths`. Every rank gets the same number of
-    micro-batches (expert all-to-all and gradient reduction span the ranks); no bin is empty, which always
-    works out where the ranks divide the number of sequences; the result depends on the arguments only.
-    ValueError for a sequence longer than the budget and for too few sequences to fill every bin.
+    Example: SequenceWork(linear=1.0, attention=0.0) counts tokens.
     """
-    if len(lengths) < num_ranks:
-        raise ValueError(f"{len(lengths)} sequences cannot feed {num_ranks} data-parallel ranks")
+
+    linear: float  # FLOPs a token of everything linear in the length
+    attention: float  # FLOPs a pair of tokens; a causal sequence of n tokens has n^2 / 2 pairs
+
+    @classmethod
+    def of_model(
+        cls, *, num_layers: int, hidden_size: int, num_heads: int, num_query_groups: int, head_dim: int,
+        ffn_hidden_size: int, topk: int, num_experts: int, vocab_size: int,
+    ) -> SequenceWork:  # fmt: skip
+        """Forward FLOPs of a transformer with grouped-query attention and gated (three-matrix) MLPs.
+
+        Linear, 2 FLOPs a parameter that a token touches:
+            2 x [layers x (hidden x head_dim x (2 heads + 2 groups)     Q and output, K and V
+                           + hidden x experts                           router
+                           + 3 x hidden x ffn_hidden x topk)            experts
+                 + hidden x vocab]                                      output layer
+        Attention, 2 matrix products of 2 FLOPs: layers x 4 x heads x head_dim a pair of tokens.
+        A dense model is topk 1 with no experts.
+        """
+        projections = hidden_size * head_dim * (2 * num_heads + 2 * num_query_groups)
+        mlp = hidden_size * num_experts + 3 * hidden_size * ffn_hidden_size * topk
+        return cls(
+            linear=2.0 * (num_layers * (projections + mlp) + hidden_size * vocab_size),
+            attention=4.0 * num_layers * num_heads * head_dim,
+        )
+
+    def of(self, length: int) -> float:
+        """FLOPs of one sequence of `length` tokens."""
+        return self.linear * length + self.attention * length * length / 2
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """What a packing loses, over all data-parallel ranks; both 0 at best."""
+
+    padding_share: float  # of the tokens that run
+    imbalance: float  # time of the slowest rank of every step over the mean, minus 1: ranks wait that long
+
+
+def pack_sequences(
+    lengths: Sequence[int], work: SequenceWork, num_ranks: int, max_tokens: int, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """Assign sequences to `num_ranks` ranks x some number of micro-batches, none over `max_tokens`.
+
+    Returns `bins[rank][micro_batch]` = indices into `lengths`, the lengths that count against the budget.
+    Every rank gets the same number of micro-batches, a multiple of `multiple_of` (interleaved pipeline
+    schedules need a multiple of the pipeline size); none is empty, which always works out where ranks x
+    `multiple_of` divides the number of sequences. The result depends on the arguments only.
+    ValueError for a sequence longer than the budget and for too few sequences to fill every micro-batch.
+    """
+    if len(lengths) < num_ranks * multiple_of:
+        micro_batches = f" with {multiple_of} micro-batches each" if multiple_of > 1 else ""
+        raise ValueError(
+            f"{len(lengths)} sequences cannot feed {num_ranks} data-parallel ranks{micro_batches}"
+        )
     longest = max(range(len(lengths)), key=lambda i: lengths[i])
     if lengths[longest] > max_tokens:
         raise ValueError(
             f"sample {longest} has {lengths[longest]} tokens, more than --max-tokens-per-gpu {max_tokens}: "
             "raise the budget or shorten the completions"
         )
-    bins_per_rank = max(1, math.ceil(sum(lengths) / (max_tokens * num_ranks)))
-    while bins_per_rank * num_ranks <= len(lengths):
-        bins = _fill(lengths, bins_per_rank * num_ranks, max_tokens)
+    steps = multiple_of * math.ceil(sum(lengths) / (max_tokens * num_ranks * multiple_of))
+    while steps * num_ranks <= len(lengths):
+        bins = _fill(lengths, work, steps * num_ranks, max_tokens)
         if bins is not None:
-            return [bins[rank::num_ranks] for rank in range(num_ranks)]
-        bins_per_rank += 1
+            return _spread(bins, lengths, work, num_ranks)
+        steps += multiple_of
+    wanted = "the ranks" if multiple_of == 1 else f"ranks x {multiple_of}"
     raise ValueError(
-        f"{len(lengths)} sequences cannot fill {bins_per_rank} micro-batches of {max_tokens} tokens on each "
-        f"of {num_ranks} data-parallel ranks: their number should be a multiple of the ranks"
+        f"{len(lengths)} sequences cannot fill {steps} micro-batches of {max_tokens} tokens on each "
+        f"of {num_ranks} data-parallel ranks: their number should be a multiple of {wanted}"
     )
 
 
-def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int) -> list[list[int]] | None:
-    """Longest first into the emptiest bin; bins by falling load; None when a sequence fits nowhere."""
-    heap = [(0, b) for b in range(num_bins)]
+def _fill(
+    lengths: Sequence[int], work: SequenceWork, num_bins: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Most work first into the bin with the least work that has room; None when a sequence fits nowhere."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, b = heapq.heappop(heap)
-        if load + lengths[i] > max_tokens:
-            return None  # the emptiest bin is full for it, so is every other
+    tokens, loads = np.zeros(num_bins, np.int64), np.zeros(num_bins)
+    for i in sorted(range(len(lengths)), key=lambda i: (-work.of(lengths[i]), i)):
+        has_room = tokens + lengths[i] <= max_tokens
+        if not has_room.any():
+            return None
+        b = int(np.where(has_room, loads, np.inf).argmin())
         bins[b].append(i)
-        loads[b] = load + lengths[i]
-        heapq.heappush(heap, (loads[b], b))
-    # neighbours in load meet in the same micro-batch step on different ranks
-    order = sorted(range(num_bins), key=lambda b: (-loads[b], b))
-    return [sorted(bins[b]) for b in order]
+        tokens[b] += lengths[i]
+        loads[b] += work.of(lengths[i])
+    return bins
 
 
-def imbalance(bins: list[list[list[int]]], lengths: Sequence[int]) -> float:
-    """Tokens of the busiest rank over the mean of all ranks, minus 1: 0 is perfect balance."""
-    totals = [sum(lengths[i] for micro_batch in rank for i in micro_batch) for rank in bins]
-    return max(totals) * len(totals) / sum(totals) - 1.0
+def _spread(
+    bins: list[list[int]], lengths: Sequence[int], work: SequenceWork, num_ranks: int
+) -> list[list[list[int]]]:
+    """Bins of similar work into one step, as ranks wait for each other there; within it, the most for the
+    rank that has had the least."""
+    loads = [_load(indices, lengths, work) for indices in bins]
+    order = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for start in range(0, len(order), num_ranks):
+        least_first = sorted(range(num_ranks), key=lambda rank: (totals[rank], rank))
+        for rank, b in zip(least_first, order[start : start + num_ranks], strict=True):
+            ranks[rank].append(sorted(bins[b]))
+            totals[rank] += loads[b]
+    return ranks
+
+
+def packing_stats(
+    bins: list[list[list[int]]],
+    lengths: Sequence[int],
+    tokens_run: int,
+    work: SequenceWork,
+) -> PackingStats:
+    """Losses of `bins[rank][micro_batch]`; `lengths` are the real ones, without padding.
+
+    `tokens_run` is what all micro-batches of all ranks have together, with padding.
+    """
+    real = sum(lengths[i] for rank in bins for indices in rank for i in indices)
+    steps = [[_load(indices, lengths, work) for indices in step] for step in zip(*bins, strict=True)]
+    slowest = sum(max(step) for step in steps)
+    mean = sum(sum(step) for step in steps) / len(bins)
+    return PackingStats(padding_share=1.0 - real / tokens_run, imbalance=slowest / mean - 1.0)
+
+
+def _load(indices: Sequence[int], lengths: Sequence[int], work: SequenceWork) -> float:
+    return sum(work.of(lengths[i]) for i in indices)

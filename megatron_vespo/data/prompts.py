@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_vespo.data.jsonl import jsonl_rows, kind
 from megatron_vespo.types import Prompt
 
 
@@ -120,7 +120,7 @@ def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield (where, row); `where` starts error messages, e.g. "train.jsonl line 3"."""
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {".jsonl": jsonl_rows, ".parquet": _parquet_rows}
     if not path.exists():
         raise ValueError(f"--prompt-data {path}: no such file")
     if path.is_dir():
@@ -128,25 +128,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix not in readers:
         raise ValueError(f"--prompt-data {path}: must be a .jsonl or .parquet file")
     return readers[path.suffix](path)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path} line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8") from error
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, this one is {_kind(row)}")
-            yield where, row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -173,7 +154,7 @@ def _lookup(row: dict, key: str, flag: str, where: str) -> Any:
     for depth, part in enumerate(parts := key.split(".")):
         if not isinstance(cell, dict):
             parent = ".".join(parts[:depth])
-            raise ValueError(f"{where}: {flag} {key}: {parent} is {_kind(cell)}, not an object")
+            raise ValueError(f"{where}: {flag} {key}: {parent} is {kind(cell)}, not an object")
         if part not in cell:
             near = difflib.get_close_matches(part, cell, n=1)
             raise ValueError(
@@ -188,7 +169,7 @@ def _messages(cell: Any, key: str, where: str) -> list[dict]:
     if isinstance(cell, str):
         cell = [{"role": "user", "content": cell}]
     if not isinstance(cell, list):
-        raise ValueError(f"{where}: {key} must be a string or a list of chat messages, it is {_kind(cell)}")
+        raise ValueError(f"{where}: {key} must be a string or a list of chat messages, it is {kind(cell)}")
     for message in cell:
         fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
@@ -205,7 +186,7 @@ def _answer(cell: Any, key: str, pattern: re.Pattern[str] | None, where: str) ->
     if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
         cell = int(cell)  # data sets stored through pandas say 14.0 where they mean 14
     if isinstance(cell, bool) or not isinstance(cell, str | int | float) or cell != cell:
-        raise ValueError(f"{where}: {key} must be a string or a number, it is {_kind(cell)}")
+        raise ValueError(f"{where}: {key} must be a string or a number, it is {kind(cell)}")
     answer = str(cell)
     if pattern is not None:
         match = pattern.search(answer)
@@ -252,11 +233,3 @@ def _tokenize(messages: list[dict], tokenizer: Any, apply_chat_template: bool, w
 
 def _user_text(messages: list[dict]) -> str:
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"the number {value}"
-    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), f"a {type(value).__name__}")

@@ -1,26 +1,128 @@
-"""Core attention for Megatron's local layer spec that understands packed sequences."""
+"""Core attention for Megatron's local layer spec: packed sequences, context parallelism, CPU and GPU.
+
+Shape suffixes: T tokens of the pack on this rank, G all tokens of the pack, S sequences.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vespo.data.context_parallel import TokenLayout, gathered_order
 
-class PackedSDPAttention(MegatronModule):
-    """Causal attention inside each packed sequence by torch's scaled_dot_product_attention.
 
-    The pack is laid out as a padded batch [S, heads, longest, head_dim]: padding sits behind the tokens,
-    where causality already hides it, so no mask is built and the cost is S * longest^2 instead of
-    (sum of lengths)^2.
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a pack, and the index tensors that `PackedAttention` needs for it.
+
+    Made once a micro-batch: every layer uses the same.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_unused):
+    query_slot_T: Tensor | None = None  # place of each of this rank's tokens in a padded [S, longest] batch
+    key_slot_G: Tensor | None = None  # the same for all tokens of the pack
+    key_order_G: Tensor | None = None  # where each token is after the gather over context parallelism
+    mask: Tensor | None = None  # bool [S, 1, longest / cp_size, longest], None where plain causality does
+    chunk_cu_seqlens_q: Tensor | None = None  # a query chunk is causal in all keys up to its own end
+    chunk_cu_seqlens_k: Tensor | None = None
+    chunk_keys: Tensor | None = None  # int64, those keys, chunk after chunk
+
+    @classmethod
+    def of(
+        cls, cu_seqlens: Tensor, max_seqlen: int, layout: TokenLayout, use_kernel: bool
+    ) -> PackedSequences:
+        """`cu_seqlens` int32 [S + 1] of the whole pack; `use_kernel`: see `PackedAttention.uses_kernel`."""
+        pack = cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+        bounds = cu_seqlens.cpu().numpy()
+        indices: dict[str, np.ndarray] = {}
+        if layout.cp_size > 1:
+            indices["key_order_G"] = gathered_order(bounds, layout.cp_size)
+        if not use_kernel:
+            indices |= _padded_batch(bounds, max_seqlen, layout)
+        elif layout.cp_size > 1:
+            indices |= _chunks(bounds, layout)
+        for name, values in indices.items():
+            setattr(pack, name, torch.from_numpy(values).to(cu_seqlens.device))
+        return pack
+
+
+def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict[str, np.ndarray]:
+    """Rows are sequences; padding sits behind the tokens, where causality hides it."""
+    lengths = np.diff(bounds)
+    sequence_G = np.repeat(np.arange(len(lengths)), lengths)
+    position_G = np.arange(bounds[-1]) - bounds[sequence_G]
+    key_slot_G = sequence_G * longest + position_G
+    if layout.cp_size == 1:
+        return {"query_slot_T": key_slot_G, "key_slot_G": key_slot_G}
+    local_longest = longest // layout.cp_size
+    held_T = layout.local_indices(bounds)
+    offset_T = np.arange(len(held_T)) - bounds[sequence_G[held_T]] // layout.cp_size
+    query_slot_T = sequence_G[held_T] * local_longest + offset_T
+    # padding rows see the first key only, which keeps their softmax finite
+    query_position = np.zeros(len(lengths) * local_longest, np.int64)
+    query_position[query_slot_T] = position_G[held_T]
+    mask = query_position.reshape(len(lengths), 1, local_longest, 1) >= np.arange(longest)
+    return {"query_slot_T": query_slot_T, "key_slot_G": key_slot_G, "mask": mask}
+
+
+def _chunks(bounds: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
+    """Each sequence's two zig-zag chunks as sequences of their own, with the keys they may see."""
+    query_lengths, keys = [], []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        chunk = (end - start) // (2 * layout.cp_size)
+        for index in (layout.cp_rank, 2 * layout.cp_size - 1 - layout.cp_rank):
+            query_lengths.append(chunk)
+            keys.append(np.arange(start, start + (index + 1) * chunk, dtype=np.int64))
+
+    def boundaries(lengths: list) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+    return {
+        "chunk_cu_seqlens_q": boundaries(query_lengths),
+        "chunk_cu_seqlens_k": boundaries([len(k) for k in keys]),
+        "chunk_keys": np.concatenate(keys),
+    }
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each packed sequence; never across their boundaries.
+
+    Half precision on CUDA runs torch's variable-length flash attention. Otherwise the pack is laid out as a
+    padded batch for scaled_dot_product_attention, at a cost of S * longest^2 instead of (sum of lengths)^2.
+    Under context parallelism every rank gathers all keys and values; queries stay where they are.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_unused,
+    ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+
+    @staticmethod
+    def uses_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether tensors like these go through variable-length flash attention."""
+        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
     def forward(
         self,
@@ -30,33 +132,58 @@ class PackedSDPAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type=None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         """query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, heads * head_dim]."""
-        assert packed_seq_params is not None and attention_bias is None, (
-            "this policy only runs packed sequences"
-        )
-        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
-        lengths = cu_seqlens.diff()
-        longest = packed_seq_params.max_seqlen_q
-        sequence_T = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-        position_T = torch.arange(len(sequence_T), device=query.device) - cu_seqlens[sequence_T]
-        slot_T = sequence_T * longest + position_T
+        pack = packed_seq_params
+        assert isinstance(pack, PackedSequences) and attention_bias is None, "only packed sequences run here"
+        if self.cp_group.size() > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[pack.key_order_G]
+                for t in (key, value)
+            )
+        attend = self._kernel if self.uses_kernel(query.dtype, query.device) else self._padded
+        return attend(query, key, value, pack).flatten(1)
 
-        def padded(tensor: Tensor) -> Tensor:
-            batch = tensor.new_zeros(len(lengths) * longest, *tensor.shape[1:])
-            batch = batch.index_copy(0, slot_T, tensor)
-            return batch.view(len(lengths), longest, *tensor.shape[1:]).transpose(1, 2)
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        num_sequences, longest = len(pack.cu_seqlens_q) - 1, pack.max_seqlen_q
+
+        def padded(tensor: Tensor, slot: Tensor, length: int) -> Tensor:
+            batch = tensor.new_zeros(num_sequences * length, *tensor.shape[1:]).index_copy(0, slot, tensor)
+            return batch.view(num_sequences, length, *tensor.shape[1:]).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            padded(query),
-            padded(key),
-            padded(value),
-            is_causal=True,
+            padded(query, pack.query_slot_T, longest // self.cp_group.size()),
+            padded(key, pack.key_slot_G, longest),
+            padded(value, pack.key_slot_G, longest),
+            attn_mask=pack.mask,
+            is_causal=pack.mask is None,
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context.transpose(1, 2).flatten(0, 1).index_select(0, slot_T).flatten(1)
+        return context.transpose(1, 2).flatten(0, 1).index_select(0, pack.query_slot_T)
+
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # not in every torch; CUDA only
+
+        cu_seqlens_q, cu_seqlens_k, longest_q = pack.cu_seqlens_q, pack.cu_seqlens_kv, pack.max_seqlen_q
+        if pack.chunk_keys is not None:
+            cu_seqlens_q, cu_seqlens_k = pack.chunk_cu_seqlens_q, pack.chunk_cu_seqlens_k
+            key, value = key[pack.chunk_keys], value[pack.chunk_keys]
+            longest_q = pack.max_seqlen_q // (2 * self.cp_group.size())
+        # a window without a right side is causal, aligned to the last key where queries are fewer
+        return varlen_attn(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            longest_q,
+            pack.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -1,24 +1,54 @@
-"""Log-probs of given tokens from vocabulary-parallel logits."""
+"""The model's output as log-probs and entropies of the trained tokens; all logits never exist at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
+from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+from megatron_vespo.data.micro_batch import MicroBatch
 
-def vocab_parallel_log_probs(
-    logits: Tensor, labels_T: Tensor, temperature_T: Tensor, vocab_size: int
+
+@dataclass(frozen=True)
+class LogProbContext:
+    """What `output_log_probs` must know beside what Megatron hands it."""
+
+    micro_batch: MicroBatch
+    vocab_size: int  # the rows behind it pad the output layer: no engine knows them
+    chunk_size: int  # tokens
+
+
+def output_log_probs(
+    *, hidden_states: Tensor, output_layer: ColumnParallelLinear, context: LogProbContext, **_unused
 ) -> Tensor:
-    """log softmax(logits / temperature)[label], float32 [T], the same on every tensor-parallel rank.
+    """Megatron's `output_processor`: hidden_states [T, 1, H] -> float64 [2, T], log-probs and entropies.
 
-    `logits` is this rank's slice [1, T, V]. Columns from `vocab_size` on are Megatron's padding: no engine
-    knows them, so they get no probability here either.
+    Under sequence parallelism T is the rank's slice on the way in; on the way out it is always all tokens
+    that the context-parallel rank holds, the same on every tensor-parallel rank. Positions that predict
+    nothing hold 0: their logits are not computed.
     """
-    scaled = logits.float() / temperature_T[None, :, None]
-    num_real = max(0, vocab_size - get_tensor_model_parallel_rank() * scaled.shape[-1])
-    if num_real < scaled.shape[-1]:
-        scaled[..., num_real:] = torch.finfo(scaled.dtype).min
-    # cross entropy over [sequence, batch, vocabulary]; it overwrites fp32 logits in place: `scaled` is ours
-    return -vocab_parallel_cross_entropy(scaled.transpose(0, 1).contiguous(), labels_T[:, None])[:, 0]
+    group = output_layer.tp_group
+    if output_layer.sequence_parallel and group.size() > 1:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+    hidden_TH = hidden_states[:, 0]
+    micro_batch, predicting = context.micro_batch, context.micro_batch.loss_positions
+    values = linear_log_probs(
+        hidden_TH.index_select(0, predicting),
+        output_layer.weight,
+        micro_batch.labels_T[predicting],
+        micro_batch.temperature_T[predicting],
+        vocab_size=context.vocab_size,
+        group=group,
+        chunk_size=context.chunk_size,
+    )
+    output = torch.zeros(2, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)
+    return output.index_copy(1, predicting, torch.stack(values))

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import core_transformer_config_from_args
 
-from megatron_vespo.trainer.attention import PackedSDPAttention
+from megatron_vespo.trainer.attention import PackedAttention
 
 
 def model_config(args: Namespace) -> TransformerConfig:
@@ -31,7 +31,7 @@ def model_provider(args: Namespace, config: TransformerConfig):
         )
         if not use_te:
             for layer in spec.layer_specs:
-                layer.submodules.self_attention.submodules.core_attention = PackedSDPAttention
+                layer.submodules.self_attention.submodules.core_attention = PackedAttention
         return GPTModel(
             config,
             spec,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,26 +17,16 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training.training import force_param_sync, setup_model_and_optimizer
 from torch import Tensor
 
-from megatron_vespo.algorithms.vespo import RatioDenominator, sequence_log_ratio
-from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
-from megatron_vespo.data.packing import imbalance, pack_sequences
+from megatron_vespo.algorithms.vespo import RatioDenominator
+from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.initialize import device, process_groups
+from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.model import model_config, model_provider
-from megatron_vespo.trainer.samples import check_sample
-from megatron_vespo.trainer.step import log_prob_only, policy_loss, run_schedule
+from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
+from megatron_vespo.trainer.step import Schedule, log_prob_only, policy_loss, ratio_only
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights, model_shape
 from megatron_vespo.types import TrainingSample
-
-
-@dataclass
-class MiniBatch:
-    """One optimizer step's samples and this rank's packs of them."""
-
-    num_samples: int
-    micro_batches: list[MicroBatch]
-    padding_share: float  # of the tokens this rank runs
-    imbalance: float  # busiest data-parallel rank over the mean, minus 1
 
 
 @dataclass
@@ -46,6 +37,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    entropy: float  # nats a loss token, of the policy before the step at the sampling temperature
     log_w: np.ndarray
     phi: np.ndarray
     engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
@@ -72,7 +64,10 @@ class MegatronPolicy:
         )
         self.iteration = args.iteration  # optimizer steps done
         # one rank a pipeline stage hands full tensors on: to the engines, to an export
-        self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp.rank() == 0
+        self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0
+        self._packer = Packer(args, self.groups)
+        self._schedule = Schedule(self.model, args, self._packer.layout)
+        self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
             for chunk in unwrap_model(self.model):
                 load_hf_weights(chunk, args.hf_checkpoint, self.shape, self.groups)
@@ -98,34 +93,33 @@ class MegatronPolicy:
     def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
         """This rank's micro-batches of one mini-batch; the cut is the same on every rank.
 
-        ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`.
+        ValueError on every rank alike for a sample that cannot be trained on, see `samples.check_sample`.
         """
-        for index, sample in enumerate(samples):
-            check_sample(sample, f"sample {index}", self.args.vocab_size)
-        lengths = [sample.num_tokens for sample in samples]
-        bins = pack_sequences(lengths, self.groups.dp.size(), self.args.max_tokens_per_gpu)
-        # sequence parallelism cuts a pack into equal parts
-        multiple = self.groups.tp.size() if self.args.sequence_parallel else 1
-        mine = bins[self.groups.dp.rank()]
-        micro_batches = [build_micro_batch(samples, indices, multiple, device()) for indices in mine]
-        tokens = sum(len(m.tokens_T) for m in micro_batches)
-        real = sum(lengths[i] for indices in mine for i in indices)
-        return MiniBatch(len(samples), micro_batches, 1.0 - real / tokens, imbalance(bins, lengths))
+        return self._packer.pack(samples)
 
     @torch.no_grad()
     def compute_old_log_probs(self, mini_batch: MiniBatch) -> None:
-        """Set `old_log_probs_T` of its micro-batches, where they are needed: on the last pipeline stage."""
-        outputs = self._run(mini_batch, log_prob_only, forward_only=True)
+        """The current policy becomes pi_old of the mini-batch: its log-probs and, for R2, its routes."""
+        routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
+        outputs = self._run(mini_batch, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             micro_batch.old_log_probs_T = output["log_probs_T"]
 
     def train_step(self, mini_batch: MiniBatch) -> StepResult:
         """One optimizer step on the whole mini-batch."""
+        return self.optimizer_step(mini_batch, self.forward_backward(mini_batch))
+
+    def forward_backward(self, mini_batch: MiniBatch) -> list[dict[str, Tensor]]:
+        """Leaves the mini-batch's gradient in the model's buffers; returns what the losses handed back."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = partial(policy_loss, kernel=self.args.gamma_kernel, args=self.args)
-        outputs = self._run(mini_batch, loss, forward_only=False)
+        loss = partial(policy_loss, kernel=self.args.gamma_kernel, args=self.args, cp_group=self.groups.cp)
+        routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
+        return self._run(mini_batch, loss, False, routing)
+
+    def optimizer_step(self, mini_batch: MiniBatch, outputs: list[dict[str, Tensor]]) -> StepResult:
+        """Update the weights by the gradient of `forward_backward`."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
@@ -135,40 +129,44 @@ class MegatronPolicy:
         self.scheduler.step(increment=self.args.global_batch_size)
         self.iteration += 1
 
-        columns = self._gather_per_sample(
-            mini_batch, outputs, ("log_w", "phi", "engine_gap", "engine_difference")
-        )
-        totals = self._sum_over_ranks(
-            [
-                sum(o["loss_sum"].item() for o in outputs),
-                sum(m.num_loss_tokens for m in mini_batch.micro_batches),
-            ]
-            if outputs
-            else [0.0, 0.0]
-        )
+        # a cut sequence's largest difference may be on any of the ranks that hold it
+        for output in outputs:
+            dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
+        names = ("log_w", "phi", "engine_gap", "engine_difference")
+        columns = self._packer.gather_sequences(mini_batch, outputs, names)
+        sums = torch.zeros(3, dtype=torch.float64, device=device())
+        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
+            sums[0] += output["loss_sum"]
+            sums[1] += output["entropy_sum"]
+            sums[2] += micro_batch.num_loss_tokens
+        self._packer.share(sums, self.groups.cp)
+        loss_sum, entropy_sum, num_tokens = sums.tolist()
         return StepResult(
-            loss=totals[0] / totals[1],
+            loss=loss_sum / num_tokens,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
-            num_tokens=int(totals[1]),
+            num_tokens=int(num_tokens),
+            entropy=entropy_sum / num_tokens,
             **columns,
-            padding_share=mini_batch.padding_share,
-            imbalance=mini_batch.imbalance,
+            padding_share=mini_batch.packing.padding_share,
+            imbalance=mini_batch.packing.imbalance,
         )
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
         """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks."""
-        padded = self._share_evenly(samples)
+        mini_batch = self.pack(self._packer.fill(samples))
         longest = max(sample.completion_length for sample in samples)
-        table = torch.zeros(len(padded), longest, device=device())
-        mini_batch = self.pack(padded)
-        outputs = self._run(mini_batch, log_prob_only, forward_only=True)
+        table = torch.zeros(mini_batch.num_samples, longest, device=device())
+        prompt_lengths = torch.tensor(
+            [sample.prompt_length for sample in self._packer.fill(samples)], device=device()
+        )
+        outputs = self._run(mini_batch, log_prob_only, True, self._routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            for s, index in enumerate(micro_batch.sample_indices):
-                chosen_T = (micro_batch.loss_mask_T > 0) & (micro_batch.sequence_ids_T == s)
-                table[index, : padded[index].completion_length] = output["log_probs_T"][chosen_T]
-        self._share(table)
+            predicting = micro_batch.loss_positions
+            index, place = token_places(micro_batch, predicting)
+            table[index, place + 1 - prompt_lengths[index]] = output["log_probs_T"][predicting].float()
+        self._packer.share(table, self.groups.cp)
         rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]
 
@@ -178,29 +176,42 @@ class MegatronPolicy:
     ) -> np.ndarray:
         """log W of every sample under the current weights, float32 [num_samples], identical on every rank.
 
-        Only `rollout` can be asked of samples alone; pi_old of the others lives in a MiniBatch.
+        `recomputed` and `decoupled` need the samples' `old_log_probs`; ValueError names one without.
         """
         if denominator != "rollout":
-            raise ValueError(
-                f"denominator {denominator!r} needs the policy the mini-batch started from: use train_step"
-            )
-        mini_batch = self.pack(self._share_evenly(samples))
+            missing = [i for i, sample in enumerate(samples) if sample.old_log_probs is None]
+            if missing:
+                raise ValueError(f"denominator {denominator!r}: sample {missing[0]} has no old_log_probs")
+        mini_batch = self.pack(self._packer.fill(samples))
+        loss = partial(ratio_only, denominator=denominator, args=self.args, cp_group=self.groups.cp)
+        outputs = self._run(mini_batch, loss, True, self._routing)
+        return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
 
-        def loss(micro_batch: MicroBatch, log_probs_T: Tensor):
-            ratio = sequence_log_ratio(
-                log_probs_T,
-                micro_batch.behavior_log_probs_T,
-                None,
-                micro_batch.loss_mask_T,
-                micro_batch.sequence_ids_T,
-                micro_batch.num_sequences,
-                denominator,
-                self.args.mismatch_truncation,
-            )
-            return log_probs_T.new_zeros(()), torch.tensor(1, dtype=torch.int), {"log_w": ratio.log_w_S}
+    @torch.no_grad()
+    def chosen_experts(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
+        """What the routers choose for every token, int32 [P + C, L, K], ascending in K; same on all ranks."""
+        filled = self._packer.fill(samples)
+        mini_batch = self.pack(filled)
+        lengths = torch.tensor([sample.num_tokens for sample in filled], device=device())
+        table = torch.zeros(
+            len(filled), int(lengths.max()), self.args.num_layers, self.args.moe_router_topk,
+            dtype=torch.int32, device=device(),
+        )  # fmt: skip
 
-        outputs = self._run(mini_batch, loss, forward_only=True)
-        return self._gather_per_sample(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
+        @contextmanager
+        def observed(chunk: int, micro_batch: MicroBatch):
+            with self._routing(chunk, micro_batch), self._replay.observe(chunk) as chosen:
+                yield
+            positions = torch.arange(len(micro_batch.tokens_T), device=device())
+            index, place = token_places(micro_batch, self._replay.seen(positions))
+            real = place < lengths[index]
+            for layer, experts in chosen.items():
+                table[index[real], place[real], layer] = experts[real].int()
+
+        self._run(mini_batch, log_prob_only, True, observed)
+        self._packer.share(table, self.groups.tp, self.groups.cp)
+        rows = table[: len(samples)].cpu().numpy()
+        return [row[: sample.num_tokens] for row, sample in zip(rows, samples, strict=True)]
 
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full HF-named tensors of this rank's pipeline stage; a collective of the stage's ranks."""
@@ -213,31 +224,12 @@ class MegatronPolicy:
         """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
         checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
 
-    def _share_evenly(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-        """Repeats the first sample until the data-parallel ranks share equally; callers drop the surplus."""
-        return [*samples, *[samples[0]] * (-len(samples) % self.groups.dp.size())]
+    def _run(self, mini_batch: MiniBatch, loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
+        outputs = self._schedule.run(mini_batch.micro_batches, loss, forward_only, routing)
+        self._replay.finish()
+        return outputs
 
-    def _run(self, mini_batch: MiniBatch, loss, forward_only: bool) -> list[dict[str, Tensor]]:
-        for chunk in self.model:
-            chunk.eval() if forward_only else chunk.train()
-        return run_schedule(self.model, mini_batch.micro_batches, self.args, loss, forward_only)
-
-    def _gather_per_sample(
-        self, mini_batch: MiniBatch, outputs: list, names: tuple[str, ...]
-    ) -> dict[str, np.ndarray]:
-        table = torch.zeros(len(names), mini_batch.num_samples, device=device())
-        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            for row, name in zip(table, names, strict=True):
-                row[micro_batch.sample_indices] = output[name]
-        self._share(table)
-        return dict(zip(names, table.cpu().numpy(), strict=True))
-
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        totals = torch.tensor(values, dtype=torch.float64, device=device())
-        self._share(totals)
-        return totals.tolist()
-
-    def _share(self, table: Tensor) -> None:
-        """Each entry is set on one data-parallel rank's last stage, 0 elsewhere: sums spread it."""
-        dist.all_reduce(table, group=self.groups.dp)
-        dist.all_reduce(table, group=self.groups.pp)
+    @property
+    def _routing(self):
+        """Routing of a pass that is not tied to the pass that made pi_old."""
+        return self._replay.replay if self.args.routing_replay == "R3" else free_routing

@@ -2,36 +2,75 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import numpy as np
 
 from megatron_vespo.types import TrainingSample
 
 
-def check_sample(sample: TrainingSample, name: str, vocab_size: int) -> None:
-    """ValueError naming the sample and its group for missing or non-finite numbers and unknown tokens."""
+def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_routes: bool) -> None:
+    """ValueError naming the sample and its group for what cannot be trained on.
+
+    That is: too long, missing or non-finite numbers, unknown tokens and, with `needs_routes`, routes that are
+    missing, of another shape or of another policy version than the tokens.
+    """
     where = f"{name} (group {sample.group_id})"
-    num_log_probs = len(sample.behavior_log_probs)
     if not 0 < sample.prompt_length < sample.num_tokens:
         raise ValueError(
             f"{where} has {sample.num_tokens} tokens, {sample.prompt_length} of them prompt: both prompt and "
             "completion need at least one"
         )
-    if num_log_probs != sample.completion_length:
+    budget = args.max_tokens_per_gpu * args.context_parallel_size
+    if sample.num_tokens > budget:
         raise ValueError(
-            f"{where} has {num_log_probs} behavior_log_probs for {sample.completion_length} completion tokens"
+            f"{where} has {sample.num_tokens} tokens, more than --max-tokens-per-gpu x "
+            f"--context-parallel-size = {budget}: raise one of them or shorten the completions"
         )
-    bad = np.flatnonzero(~np.isfinite(sample.behavior_log_probs))
-    if len(bad):
-        raise ValueError(
-            f"{where} has {len(bad)} non-finite behavior_log_probs, the first one is "
-            f"{sample.behavior_log_probs[bad[0]]} at completion token {bad[0]}"
-        )
+    _check_log_probs(sample, where, "behavior_log_probs", sample.behavior_log_probs)
+    if sample.old_log_probs is not None:
+        _check_log_probs(sample, where, "old_log_probs", sample.old_log_probs)
     if not np.isfinite(sample.advantage):
         raise ValueError(f"{where} has the advantage {sample.advantage}, it must be finite")
     if not sample.temperature > 0:
         raise ValueError(f"{where} was sampled at temperature {sample.temperature}, it must be positive")
-    if sample.token_ids.min() < 0 or sample.token_ids.max() >= vocab_size:
+    if sample.token_ids.min() < 0 or sample.token_ids.max() >= args.vocab_size:
         raise ValueError(
             f"{where} has token ids from {sample.token_ids.min()} to {sample.token_ids.max()}, the "
-            f"vocabulary has 0 to {vocab_size - 1}"
+            f"vocabulary has 0 to {args.vocab_size - 1}"
+        )
+    if needs_routes:
+        _check_routes(sample, where, args)
+
+
+def _check_log_probs(sample: TrainingSample, where: str, name: str, values: np.ndarray) -> None:
+    if len(values) != sample.completion_length:
+        raise ValueError(f"{where} has {len(values)} {name} for {sample.completion_length} completion tokens")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(
+            f"{where} has {len(bad)} non-finite {name}, the first one is {values[bad[0]]} at completion "
+            f"token {bad[0]}"
+        )
+
+
+def _check_routes(sample: TrainingSample, where: str, args: Namespace) -> None:
+    routes = sample.routed_experts
+    if routes is None:
+        raise ValueError(f"{where} has no routed_experts, --routing-replay R3 needs the engine's")
+    expected = (sample.num_tokens - 1, args.num_layers, args.moe_router_topk)
+    if routes.dtype != np.uint8 or routes.shape != expected:
+        raise ValueError(
+            f"{where} has routed_experts {routes.dtype} {list(routes.shape)}, expected uint8 "
+            f"{list(expected)}: tokens but the last, layers, experts per token"
+        )
+    if routes.max() >= args.num_experts:
+        raise ValueError(f"{where} was routed to expert {routes.max()}, there are {args.num_experts}")
+    # a repeated expert would be counted once and leave a share of the token unrouted
+    if (np.diff(np.sort(routes, axis=-1), axis=-1) == 0).any():
+        raise ValueError(f"{where} has a token with the same expert twice in its routed_experts")
+    if sample.routes_version != sample.policy_versions[-1]:
+        raise ValueError(
+            f"{where} has routes of policy version {sample.routes_version}, its last token is of version "
+            f"{sample.policy_versions[-1]}"
         )

@@ -4,81 +4,121 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio, vespo_loss
+from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
-from megatron_vespo.trainer.log_probs import vocab_parallel_log_probs
+from megatron_vespo.trainer.attention import PackedAttention, PackedSequences
+from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
+from megatron_vespo.trainer.routing_replay import Routing, free_routing
 
-# log_probs_T of one micro-batch -> (summed loss, number of loss tokens, what to hand back)
-LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-
-
-def run_schedule(
-    model: list, micro_batches: Sequence[MicroBatch], args: Namespace, loss: LossFunction, forward_only: bool
-) -> list[dict[str, Tensor]]:
-    """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
-    iterators = [iter(micro_batches) for _ in model]
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, args=args, loss=loss),
-        data_iterator=iterators if len(model) > 1 else iterators[0],
-        model=model,
-        num_microbatches=len(micro_batches),
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        forward_only=forward_only,
-    )
+# log-probs and entropies [T] of one micro-batch -> (summed loss, number of loss tokens, what to hand back)
+LossFunction = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def _forward_step(iterator, model, *, args: Namespace, loss: LossFunction):
-    micro_batch = next(iterator)
-    output = model(
-        input_ids=micro_batch.tokens_T[None],
-        position_ids=micro_batch.position_ids_T[None],
-        attention_mask=None,
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=micro_batch.cu_seqlens,
-            cu_seqlens_kv=micro_batch.cu_seqlens,
-            max_seqlen_q=micro_batch.max_seqlen,
-            max_seqlen_kv=micro_batch.max_seqlen,
-        ),
-    )
+class Schedule:
+    """Runs micro-batches through the model chunks of all pipeline stages."""
 
-    def loss_func(logits: Tensor):
-        # the schedule calls it on the last stage only
-        log_probs_T = vocab_parallel_log_probs(
-            logits, micro_batch.labels_T, micro_batch.temperature_T, args.vocab_size
+    def __init__(self, model: list, args: Namespace, layout: TokenLayout):
+        self._model, self._args, self._layout = model, args, layout
+        self._pack = self._local_pack if args.transformer_impl == "local" else self._transformer_engine_pack
+
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        forward_only: bool,
+        routing: Routing = free_routing,
+    ) -> list[dict[str, Tensor]]:
+        """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
+        for chunk in self._model:
+            chunk.eval() if forward_only else chunk.train()
+        iterators = [iter(micro_batches) for _ in self._model]
+        return get_forward_backward_func()(
+            forward_step_func=lambda iterator, model: self._forward_step(
+                next(iterator), model, loss, routing
+            ),
+            data_iterator=iterators if len(self._model) > 1 else iterators[0],
+            model=self._model,
+            num_microbatches=len(micro_batches),
+            seq_length=self._args.seq_length,
+            micro_batch_size=self._args.micro_batch_size,
+            forward_only=forward_only,
         )
-        return loss(micro_batch, log_probs_T)
 
-    return output, loss_func
+    def _forward_step(self, micro_batch: MicroBatch, model, loss: LossFunction, routing: Routing):
+        with routing(unwrap_model(model).vp_stage or 0, micro_batch):
+            output = model(
+                input_ids=micro_batch.tokens_T[None],
+                position_ids=micro_batch.position_ids_T[None],
+                attention_mask=None,
+                packed_seq_params=self._pack(micro_batch),
+                output_processor=output_log_probs,
+                output_processor_context=LogProbContext(
+                    micro_batch, self._args.vocab_size, self._args.log_prob_chunk_size
+                ),
+            )
+        # the schedule calls the loss on the last stage only
+        return output, lambda log_probs_and_entropies: loss(micro_batch, *log_probs_and_entropies)
+
+    def _local_pack(self, micro_batch: MicroBatch) -> PackedSequences:
+        cu_seqlens = micro_batch.cu_seqlens
+        use_kernel = PackedAttention.uses_kernel(self._args.params_dtype, cu_seqlens.device)
+        return PackedSequences.of(cu_seqlens, micro_batch.max_seqlen, self._layout, use_kernel)
+
+    def _transformer_engine_pack(self, micro_batch: MicroBatch) -> PackedSeqParams:
+        cu_seqlens, longest = micro_batch.cu_seqlens, micro_batch.max_seqlen
+        # padding at a sequence's end counts as part of it: causality hides it
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
 
-def log_prob_only(micro_batch: MicroBatch, log_probs_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def log_prob_only(
+    micro_batch: MicroBatch, log_probs_T: Tensor, entropies_T: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """No loss: hands the log-probs back."""
     return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"log_probs_T": log_probs_T.detach()}
 
 
-def policy_loss(
-    micro_batch: MicroBatch, log_probs_T: Tensor, *, kernel: GammaKernel, args: Namespace
+def ratio_only(
+    micro_batch: MicroBatch,
+    log_probs_T: Tensor,
+    entropies_T: Tensor,
+    *,
+    denominator: str,
+    args: Namespace,
+    cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """VESPO on one micro-batch; hands back per-sequence values [S]."""
-    log_ratio = sequence_log_ratio(
-        log_probs_T,
-        micro_batch.behavior_log_probs_T,
-        micro_batch.old_log_probs_T,
-        micro_batch.loss_mask_T,
-        micro_batch.sequence_ids_T,
-        micro_batch.num_sequences,
-        args.ratio_denominator,
-        args.mismatch_truncation,
-    )
+    """No loss: hands log W [S] back."""
+    ratio = _log_ratio(micro_batch, log_probs_T, denominator, args, cp_group)
+    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"log_w": ratio.log_w_S}
+
+
+def policy_loss(
+    micro_batch: MicroBatch,
+    log_probs_T: Tensor,
+    entropies_T: Tensor,
+    *,
+    kernel: GammaKernel,
+    args: Namespace,
+    cp_group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """VESPO on one micro-batch; hands back per-sequence values [S] and sums over this rank's tokens."""
+    log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
     loss_sum, phi_S = vespo_loss(
         log_probs_T,
         log_ratio.log_w_S,
@@ -95,12 +135,27 @@ def policy_loss(
         "engine_gap": log_ratio.engine_gap_S,
         # the schedule divides the loss in place: keep our own
         "loss_sum": loss_sum.detach().clone(),
+        "entropy_sum": entropies_T.detach().sum(),
         "engine_difference": torch.zeros_like(phi_S).scatter_reduce(
-            0, micro_batch.sequence_ids_T, difference_T, "amax"
+            0, micro_batch.sequence_ids_T, difference_T.float(), "amax"
         ),
     }
     return loss_sum, _num_tokens(micro_batch), handed_back
 
 
+def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, args: Namespace, cp_group):
+    return sequence_log_ratio(
+        log_probs_T,
+        micro_batch.behavior_log_probs_T,
+        micro_batch.old_log_probs_T,
+        micro_batch.loss_mask_T,
+        micro_batch.sequence_ids_T,
+        micro_batch.num_sequences,
+        denominator,
+        args.mismatch_truncation,
+        cp_group,
+    )
+
+
 def _num_tokens(micro_batch: MicroBatch) -> Tensor:
-    return micro_batch.loss_mask_T.sum().to(torch.int)
+    return torch.tensor(micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)

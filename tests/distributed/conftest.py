@@ -14,6 +14,8 @@ from random_task import Task, random_samples, split
 # what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
 ENGINE_NOISE = 0.1
 
+VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank 2"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LAYOUTS = {
     "one rank": (1, ""),
     "tp2": (2, "--tensor-model-parallel-size 2"),
@@ -21,10 +23,21 @@ LAYOUTS = {
     "ep2": (2, "--expert-model-parallel-size 2"),
     "dp2": (2, ""),
     "dp2, small packs": (2, "--max-tokens-per-gpu 64"),
+    "dp2, overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "pp2 vpp2": (2, f"--pipeline-model-parallel-size 2 {VIRTUAL_STAGES}"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "etp2": (2, "--expert-tensor-parallel-size 2"),
+    "cp2 ep2, allgather": (2, "--context-parallel-size 2 --expert-model-parallel-size 2 "
+                              "--moe-token-dispatcher-type allgather"),
+    "ep2, allgather": (2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather"),
+    "one rank, recompute": (1, RECOMPUTE),
+    "tp2 cp2": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2"),
+    "pp2 vpp2 cp2, recompute, overlap": (4, f"--pipeline-model-parallel-size 2 {VIRTUAL_STAGES} {RECOMPUTE} "
+                                            "--context-parallel-size 2 --overlap-grad-reduce"),
     "tp2 pp2 ep2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
                        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
 }  # fmt: skip
-TRAINING_FLAGS = "--ratio-denominator decoupled --lr-warmup-iters 3".split()
+TRAINING_FLAGS = "--ratio-denominator decoupled --lr 3e-5 --lr-warmup-iters 3".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +52,8 @@ def transformers_log_probs(tmp_path_factory) -> Callable[..., np.ndarray]:
     def run(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
         arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
         folder = tmp_path_factory.mktemp("transformers")
-        return launch(PROGRAMS / "transformers_log_probs.py", 1, arguments, TIMEOUT_S, folder)[0]["log_probs"]
+        program = PROGRAMS / "transformers_log_probs.py"
+        return launch(program, 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]["log_probs"]
 
     return run
 

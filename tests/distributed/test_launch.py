@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import REPOSITORY, launch
 
 PROGRAM = """
 import os, sys, time
@@ -49,3 +53,69 @@ def test_the_failing_rank_is_shown(program, tmp_path):
 def test_a_rank_that_hangs_is_named(program, tmp_path):
     with pytest.raises(RuntimeError, match=r"ranks \[0\] still ran at the deadline\nrank 0:\nrank 0 waits"):
         launch(program, 2, ["hang"], 4, tmp_path)
+
+
+STATE = """
+import os, sys
+import numpy as np
+loaded = "megatron.core" in sys.modules
+initialized = loaded and sys.modules["torch"].distributed.is_initialized()
+np.savez(os.environ["RESULT_FILE"], loaded=loaded, initialized=initialized, argv=sys.argv, pid=os.getpid())
+"""
+
+
+@pytest.mark.parametrize("preloaded", [True, False])
+def test_each_rank_is_a_process_in_its_first_state(tmp_path, preloaded):
+    program = tmp_path / "state.py"
+    program.write_text(STATE)
+    results = launch(program, 2, ["--flag"], 60, tmp_path, preloaded=preloaded)
+    assert len({int(result["pid"]) for result in results} | {os.getpid()}) == 3
+    for result in results:
+        assert result["loaded"] == preloaded
+        assert not result["initialized"]
+        assert result["argv"].tolist() == [str(program), "--flag"]
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from launch import launch
+if __name__ == "__main__":
+    launch(Path(sys.argv[1]), 1, [], 100, Path(sys.argv[2]))
+"""
+WAITING = """
+import os, sys, time
+from pathlib import Path
+written = Path(sys.argv[0]).with_name("written")
+written.write_text(f"{os.getpid()} {os.getppid()}")
+written.rename(written.with_name("pids"))
+time.sleep(100)
+"""
+
+
+def test_server_and_ranks_die_with_a_killed_parent(tmp_path):
+    for name, text in (("parent.py", PARENT), ("waiting.py", WAITING)):
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "waiting.py"), str(tmp_path)]
+    path = f"{REPOSITORY}:{Path(__file__).parent}"
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as parent:
+        wait_until((tmp_path / "pids").exists, 60)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]  # the rank's and the server's
+        assert all(map(runs, pids))
+        parent.send_signal(signal.SIGKILL)
+    wait_until(lambda: not any(map(runs, pids)), 20)
+
+
+def runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # nobody may be left to reap it
+
+
+def wait_until(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the deadline passed"
+        time.sleep(0.05)

@@ -227,8 +227,8 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
     [
         (
             "--trainer-ranks 2 --tensor-model-parallel-size 4",
-            "--tensor-model-parallel-size x --pipeline-model-parallel-size is 4, which does not divide "
-            "--trainer-ranks 2",
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size is 4, "
+            "which does not divide --trainer-ranks 2",
         ),
         (
             "--trainer-ranks 3 --pipeline-model-parallel-size 3",
@@ -246,8 +246,11 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "(max_position_embeddings in its config)",
         ),
         (
-            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-            "virtual pipeline stages are not supported so far: leave out the flags that ask for them",
+            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+            "--rollout-batch-size 1 --num-completions 3 --mini-batches 1",
+            "a mini-batch of 3 completions cannot be shared by 1 data-parallel ranks in 2 micro-batches each "
+            "(virtual pipeline stages need them) equally: change --rollout-batch-size, --num-completions or "
+            "--mini-batches",
         ),
         ("--bf16 --fp16", "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
     ],
@@ -367,7 +370,7 @@ def test_help_megatron_lists_megatrons_flags(child):
     [
         (["--help"], 0, cli.USAGE, ""),
         ([], 2, cli.USAGE, ""),
-        (["serve"], 2, "", "megatron-vespo: no command 'serve'; there is: train\n"),
+        (["serve"], 2, "", "megatron-vespo: no command 'serve'; there are: train, check layout\n"),
     ],
 )
 def test_commands(capsys, argv, code, stdout, stderr):

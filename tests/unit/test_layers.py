@@ -18,6 +18,7 @@ LAYERS = {
     "conversion": 1,
     "data": 1,
     "http": 1,
+    "layout": 1,
     "observability": 1,
     "rewards": 1,
     "runtime": 1,
@@ -29,6 +30,8 @@ LAYERS = {
     "rollout_metrics": 4,
     "arguments": 5,
     "cli": 5,
+    "flags": 5,
+    "layout_check": 5,
     "train": 5,
     "validation": 5,
 }

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vespo.data.micro_batch import build_micro_batch
+from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
 from megatron_vespo.types import TrainingSample
 
 CPU = torch.device("cpu")
@@ -32,8 +33,14 @@ SAMPLES = [
 ]
 
 
+def pack_of(samples, indices, multiple=1, layout=None, extra=0, num_experts=None) -> MicroBatch:
+    layout = layout or TokenLayout(sequence_parallel_size=multiple)
+    num_tokens = layout.padded_pack(sum(layout.padded_length(samples[i].num_tokens) for i in indices)) + extra
+    return build_micro_batch(samples, list(indices), num_tokens, layout, CPU, num_experts)
+
+
 def test_two_samples_literally():
-    pack = build_micro_batch(SAMPLES, [2, 1], 1, CPU)
+    pack = pack_of(SAMPLES, [2, 1], 1)
     #                                 sequence 0: 3 + 1  | sequence 1: 2 + 3
     assert pack.tokens_T.tolist() == [21, 22, 23, 24, 11, 12, 13, 14, 15]
     assert pack.labels_T.tolist() == [0, 0, 24, 0, 0, 13, 14, 15, 0]
@@ -46,12 +53,13 @@ def test_two_samples_literally():
     assert pack.max_seqlen == 5
     assert pack.advantages_S.tolist() == [0.5, -1.5]
     assert pack.sample_indices == [2, 1]
+    assert pack.loss_positions.tolist() == [2, 5, 6, 7]
     assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
-    assert pack.old_log_probs_T is None
+    assert pack.old_log_probs_T is None and pack.routed_experts_T is None
 
 
 def test_types_of_the_fields():
-    pack = build_micro_batch(SAMPLES, [0, 1], 4, CPU)
+    pack = pack_of(SAMPLES, [0, 1], 4)
     for name in ("tokens_T", "labels_T", "position_ids_T", "sequence_ids_T"):
         assert getattr(pack, name).dtype == torch.int64, name
     for name in ("loss_mask_T", "temperature_T", "behavior_log_probs_T", "advantages_S"):
@@ -60,11 +68,11 @@ def test_types_of_the_fields():
 
 
 def test_padding_is_a_masked_segment_of_its_own():
-    pack = build_micro_batch(SAMPLES, [2, 1], 4, CPU)
-    bare = build_micro_batch(SAMPLES, [2, 1], 1, CPU)
+    pack = pack_of(SAMPLES, [2, 1], 4)
+    bare = pack_of(SAMPLES, [2, 1], 1)
     assert len(pack.tokens_T) == 12
     assert pack.cu_seqlens.tolist() == [0, 4, 9, 12]
-    assert pack.position_ids_T[9:].tolist() == [0, 1, 2]
+    assert pack.position_ids_T[9:].tolist() == [5, 6, 7]  # no token of the sequence has these
     assert pack.sequence_ids_T[9:].tolist() == [1, 1, 1]
     assert pack.temperature_T[9:].tolist() == [1.0] * 3
     for name in ("tokens_T", "labels_T", "loss_mask_T", "behavior_log_probs_T"):
@@ -75,13 +83,13 @@ def test_padding_is_a_masked_segment_of_its_own():
 
 
 def test_a_multiple_needs_no_padding():
-    pack = build_micro_batch(SAMPLES, [2], 4, CPU)
+    pack = pack_of(SAMPLES, [2], 4)
     assert pack.cu_seqlens.tolist() == [0, 4]
     assert len(pack.tokens_T) == 4
 
 
 def test_padding_longer_than_every_sequence():
-    pack = build_micro_batch(SAMPLES, [0], 8, CPU)
+    pack = pack_of(SAMPLES, [0], 8)
     assert pack.cu_seqlens.tolist() == [0, 2, 8]
     assert pack.max_seqlen == 6
 
@@ -101,7 +109,7 @@ def training_samples(draw):
 
 @given(training_samples(), st.sampled_from([1, 2, 8]))
 def test_every_completion_token_is_predicted_once_by_its_predecessor(samples, multiple):
-    pack = build_micro_batch(samples, range(len(samples)), multiple, CPU)
+    pack = pack_of(samples, range(len(samples)), multiple)
     assert len(pack.tokens_T) % multiple == 0
     where = pack.loss_mask_T.nonzero()[:, 0]
     completions = [t for s in samples for t in s.token_ids[s.prompt_length :].tolist()]
@@ -116,7 +124,7 @@ def test_every_completion_token_is_predicted_once_by_its_predecessor(samples, mu
 @given(training_samples())
 def test_cu_seqlens_cut_the_samples_out_again(samples):
     order = list(range(len(samples)))[::-1]
-    pack = build_micro_batch(samples, order, 1, CPU)
+    pack = pack_of(samples, order, 1)
     cuts = pack.cu_seqlens.tolist()
     for s, index in enumerate(order):
         segment = slice(cuts[s], cuts[s + 1])
@@ -128,4 +136,55 @@ def test_cu_seqlens_cut_the_samples_out_again(samples):
 def test_a_wrong_number_of_log_probs_does_not_pass():
     broken = sample([1, 2], [3, 4], log_probs=[-1.0, -1.0, -1.0])
     with pytest.raises(ValueError, match="broadcast"):
-        build_micro_batch([broken], [0], 1, CPU)
+        pack_of([broken], [0], 1)
+
+
+def test_a_longer_pack_only_has_more_padding():
+    pack, longer = pack_of(SAMPLES, [2, 1]), pack_of(SAMPLES, [2, 1], extra=5)
+    assert longer.cu_seqlens.tolist() == [0, 4, 9, 14]
+    for name in ("tokens_T", "labels_T", "loss_mask_T", "sequence_ids_T", "behavior_log_probs_T"):
+        assert getattr(longer, name)[:9].equal(getattr(pack, name)), name
+    assert longer.loss_positions.equal(pack.loss_positions)
+
+
+def test_old_log_probs_lie_like_the_engines():
+    samples = [sample([1, 2], [3, 4]), sample([5], [6])]
+    samples[0].old_log_probs = np.array([-3.0, -4.0], np.float32)
+    assert pack_of(samples, [0, 1]).old_log_probs_T is None  # one without: nothing to measure against
+    samples[1].old_log_probs = np.array([-6.0], np.float32)
+    assert pack_of(samples, [1, 0]).old_log_probs_T.tolist() == [-6.0, 0, 0, -3.0, -4.0, 0]
+
+
+def test_context_parallelism_cuts_every_field_alike():
+    """Both ranks together hold what one rank would, and each label still follows its token."""
+    whole = pack_of(SAMPLES, [2, 1], layout=TokenLayout(1, 0))
+    parts = [pack_of(SAMPLES, [2, 1], layout=TokenLayout(2, rank)) for rank in range(2)]
+    # 4 tokens need no padding, 5 are padded to 8; rank 0 has the outer quarters
+    assert parts[0].cu_seqlens.tolist() == parts[1].cu_seqlens.tolist() == [0, 4, 12]
+    assert parts[0].tokens_T.tolist() == [21, 24, 11, 12, 0, 0]
+    assert parts[1].tokens_T.tolist() == [22, 23, 13, 14, 15, 0]
+    assert parts[0].labels_T.tolist() == [0, 0, 0, 13, 0, 0]
+    assert parts[1].labels_T.tolist() == [0, 24, 14, 15, 0, 0]
+    assert parts[1].position_ids_T.tolist() == [1, 2, 2, 3, 4, 5]
+    assert sum(part.num_loss_tokens for part in parts) == whole.num_loss_tokens
+    for part in parts:
+        assert part.loss_positions.equal(part.loss_mask_T.nonzero()[:, 0])
+        assert part.advantages_S.tolist() == [0.5, -1.5]  # per-sequence fields are not cut
+
+
+def test_routes_are_cut_like_the_tokens():
+    routed = [sample([1, 2, 3], [4, 5]), sample([6], [7])]
+    for s in routed:  # the expert is the token, in two layers
+        s.routed_experts = np.stack([np.stack([s.token_ids[:-1]] * 2, 1)] * 2, 2).astype(np.uint8)
+        s.routed_experts[..., 1] += 10
+    for layout in (TokenLayout(), TokenLayout(2, 0), TokenLayout(2, 1, 2)):
+        pack = pack_of(routed, [1, 0], layout=layout, num_experts=20)
+        assert pack.routed_experts_T.dtype == torch.uint8
+        assert pack.routed_experts_T.shape == (len(pack.tokens_T), 2, 2)
+        known = torch.isin(pack.tokens_T, torch.tensor([1, 2, 3, 4, 6]))  # all but the last ones and padding
+        tokens = pack.tokens_T[known]
+        assert pack.routed_experts_T[known, 0].tolist() == [[t, t + 10] for t in tokens.tolist()]
+        assert pack.routed_experts_T[known, 1].tolist() == [[t, t + 10] for t in tokens.tolist()]
+        for filler in pack.routed_experts_T[~known].flatten(0, 1).tolist():
+            assert len(set(filler)) == 2 and max(filler) < 20
+    assert pack_of(routed, [0]).routed_experts_T is None  # nobody asked

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_vespo.arguments import add_vespo_arguments
+from megatron_vespo.flags import add_vespo_arguments
 from megatron_vespo.validation import check_flags, check_layout
 
 
@@ -33,12 +33,19 @@ def layout(**changes) -> Namespace:
         decoder_last_pipeline_num_layers=None,
         pipeline_model_parallel_layout=None,
         fp16=False,
+        bf16=False,
+        optimizer_cpu_offload=False,
+        distributed_backend="nccl",
         load=None,
         save=None,
         train_iters=16,
         mini_batches=8,
         lr=1e-6,
         seq_length=100,
+        max_prompt_tokens=40,
+        max_completion_tokens=60,
+        max_tokens_per_gpu=100,
+        routing_replay=None,
         max_position_embeddings=100,
         global_batch_size=32,
         num_attention_heads=8,
@@ -63,7 +70,6 @@ def message_of(check, args) -> str:
 def test_sound_flags_pass(flags):
     check_flags(flags())
     check_flags(flags("--vespo-positive", "0", "0", "--mini-batches", "32", "--num-completions", "2"))
-    check_flags(flags("--max-tokens-per-gpu", "2048"))  # exactly the longest sequence
 
 
 @pytest.mark.parametrize("flag", ["--hf-checkpoint", "--prompt-data", "--output-dir"])
@@ -134,9 +140,9 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--vespo-negative inf 2: exponents must be finite and not negative",
         ),
         (
-            "--max-prompt-tokens 100 --max-completion-tokens 200 --max-tokens-per-gpu 299",
-            "--max-tokens-per-gpu 299 is less than the longest sequence, --max-prompt-tokens 100 + "
-            "--max-completion-tokens 200 = 300",
+            "--routing-replay R2 --ratio-denominator rollout",
+            "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
+            "compute: use R3, or another denominator",
         ),
     ],
 )
@@ -156,6 +162,9 @@ def test_checkpoint_folder_that_does_not_exist(flags, tmp_path):
         {"expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2},
         {"expert_tensor_parallel_size": None, "expert_model_parallel_size": 2},  # then it is the tensor one
         {"trainer_ranks": 16},
+        {"trainer_ranks": 16, "context_parallel_size": 2, "max_tokens_per_gpu": 50},
+        {"trainer_ranks": 16, "context_parallel_size": 4, "max_tokens_per_gpu": 26, "routing_replay": "R3"},
+        {"optimizer_cpu_offload": True, "bf16": True},
         {"num_layers": 5, "decoder_first_pipeline_num_layers": 2},
         {"num_layers": 5, "decoder_last_pipeline_num_layers": 2},
         {"num_layers": 5, "pipeline_model_parallel_layout": "Et*2|t*3L"},
@@ -167,7 +176,7 @@ def test_sound_layouts_pass(changes):
     check_layout(layout(**changes))
 
 
-DENSE = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+DENSE = "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size"
 EXPERT = "expert tensor x expert x pipeline parallel size"
 
 
@@ -227,10 +236,36 @@ def test_parallel_sizes_are_positive(size, value):
         ({"train_iters": 0}, "--train-iters (optimizer steps) is required and must be positive"),
         ({"train_iters": 20}, "--train-iters 20 optimizer steps must be a multiple of --mini-batches 8"),
         ({"lr": None}, "--lr is required"),
-        ({"fp16": True}, "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
-        ({"context_parallel_size": 2}, "--context-parallel-size 2: only 1 is supported so far"),
         (
-            {"seq_length": 101},
+            {"optimizer_cpu_offload": True},
+            "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both",
+        ),
+        (
+            {"optimizer_cpu_offload": True, "bf16": True, "distributed_backend": "gloo"},
+            "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both",
+        ),
+        ({"fp16": True}, "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
+        (
+            {"context_parallel_size": 4},
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size is 16, "
+            "which does not divide --trainer-ranks 8",
+        ),
+        (
+            {"max_tokens_per_gpu": 99},
+            "--max-tokens-per-gpu 99 x --context-parallel-size 1 is less than the longest sequence, "
+            "--max-prompt-tokens 40 + --max-completion-tokens 60 = 100",
+        ),
+        (
+            {"context_parallel_size": 2, "max_tokens_per_gpu": 49, "seq_length": 99},
+            "--max-tokens-per-gpu 49 x --context-parallel-size 2 is less than the longest sequence, "
+            "--max-prompt-tokens 40 + --max-completion-tokens 60 = 100 with its padding",
+        ),
+        (
+            {"routing_replay": "R3", "num_experts": 512},
+            "--routing-replay: routes are one byte, the model has 512 experts, more than 256",
+        ),
+        (
+            {"seq_length": 101, "max_tokens_per_gpu": 200},
             "--max-prompt-tokens + --max-completion-tokens = 101, but the model has 100 positions "
             "(max_position_embeddings in its config)",
         ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import megatron.core.datasets.utils as dataset_utils
+import megatron.core.tensor_parallel.mappings as mappings
 import megatron.core.tensor_parallel.random as megatron_random
 import megatron.core.transformer.moe.moe_utils as moe_utils
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -32,8 +34,46 @@ def install() -> None:
 
     for module in (moe_utils, token_dispatcher):
         replace(module, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)
+    replace(
+        mappings, "_gather_along_first_dim", _with_uneven_parts(mappings._gather_along_first_dim, _gather)
+    )
+    replace(
+        mappings,
+        "_reduce_scatter_along_first_dim",
+        _with_uneven_parts(mappings._reduce_scatter_along_first_dim, _reduce_scatter),
+    )
     # It runs make; the wheel brings the compiled helpers and no Makefile.
     replace(dataset_utils, "compile_helpers", lambda: None)
+
+
+def _with_uneven_parts(original: Callable, uneven: Callable) -> Callable:
+    """Expert tensor parallelism gathers and scatters parts of different sizes, which gloo cannot."""
+
+    def along_first_dim(
+        input_: torch.Tensor,
+        group: Any,
+        split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if split_sizes is None or group.size() == 1:
+            return original(input_, group, split_sizes, use_global_buffer)
+        return uneven(input_, group, [int(size) for size in split_sizes])
+
+    return along_first_dim
+
+
+def _gather(input_: torch.Tensor, group: Any, split_sizes: list[int]) -> torch.Tensor:
+    padded = input_.new_zeros(max(split_sizes), *input_.shape[1:])
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in split_sizes]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, split_sizes, strict=True)])
+
+
+def _reduce_scatter(input_: torch.Tensor, group: Any, split_sizes: list[int]) -> torch.Tensor:
+    total = input_.contiguous().clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(split_sizes)[group.rank()].clone()
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""JSON-lines files, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) of every line that is not blank; `where` starts error messages: "a.jsonl line 3".
+
+    ValueError for a line that is not a JSON object in UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8") from error
+            if not text:
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a row must be a JSON object, this one is {kind(row)}")
+            yield where, row
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, for people: "the number 3", "a list"."""
+    if value is None:
+        return "null"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {value}"
+    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), f"a {type(value).__name__}")

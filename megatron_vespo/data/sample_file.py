@@ -1,0 +1,147 @@
+"""Samples that training would see, from a file or made at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.data.jsonl import jsonl_rows, kind
+from megatron_vespo.types import TrainingSample
+
+REQUIRED_KEYS = ("token_ids", "prompt_length", "advantage")
+OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id")
+
+
+def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
+    """Samples of a JSONL file, one object a line.
+
+    Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`; and if wished
+    `behavior_log_probs` (one a completion token), `temperature` (1), `reward` (0), `group_id` (0).
+    Without `behavior_log_probs` a sample has NaN there, see `with_noisy_behavior`.
+
+    Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 3, "advantage": -0.25}
+
+    Raises:
+        ValueError: one line with the file and the line, from 1, that is wrong.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it must be a JSONL file of samples")
+    samples = [_sample(row, where, vocab_size) for where, row in jsonl_rows(path)]
+    if not samples:
+        raise ValueError(f"{path}: the file is empty; it needs one sample a line")
+    return samples
+
+
+def random_samples(
+    number: int, vocab_size: int, max_prompt_tokens: int, max_completion_tokens: int, seed: int
+) -> list[TrainingSample]:
+    """Samples of random tokens, lengths and advantages of both signs; behavior log-probs are NaN.
+
+    Advantages have the mean 0.5, so that the terms of a loss do not cancel and it can be compared.
+    """
+    draw = np.random.default_rng(seed)
+    samples = []
+    for i in range(number):
+        prompt = int(draw.integers(1, max_prompt_tokens + 1))
+        completion = int(draw.integers(1, max_completion_tokens + 1))
+        token_ids = draw.integers(0, vocab_size, prompt + completion)
+        samples.append(_make(token_ids, prompt, advantage=float(draw.normal(0.5)), group_id=i))
+    return samples
+
+
+def with_noisy_behavior(
+    samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray], deviation: float, seed: int
+) -> list[TrainingSample]:
+    """The samples, where behavior log-probs are NaN with `log_probs` plus normal noise in their place.
+
+    `log_probs` are a policy's, float32 [C] a sample; the noise, of standard `deviation` a token, makes W
+    differ from 1.
+    """
+    draw = np.random.default_rng(seed)
+    filled = []
+    for sample, values in zip(samples, log_probs, strict=True):
+        noise = draw.normal(0.0, deviation, len(values))
+        if np.isnan(sample.behavior_log_probs).any():
+            sample = dataclasses.replace(sample, behavior_log_probs=(values + noise).astype(np.float32))
+        filled.append(sample)
+    return filled
+
+
+def _make(token_ids: np.ndarray, prompt_length: int, **fields: Any) -> TrainingSample:
+    completion = len(token_ids) - prompt_length
+    unknown = np.full(completion, np.nan, np.float32)
+    defaults = {"behavior_log_probs": unknown, "temperature": 1.0, "reward": 0.0, "group_id": 0}
+    return TrainingSample(
+        token_ids=token_ids,
+        prompt_length=prompt_length,
+        policy_versions=np.zeros(completion, np.int64),
+        **(defaults | fields),
+    )
+
+
+def _sample(row: dict, where: str, vocab_size: int) -> TrainingSample:
+    for key in row:
+        if key not in REQUIRED_KEYS + OPTIONAL_KEYS:
+            near = difflib.get_close_matches(key, REQUIRED_KEYS + OPTIONAL_KEYS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"known are {', '.join(REQUIRED_KEYS + OPTIONAL_KEYS)}"
+            )
+            raise ValueError(f"{where}: no key {key!r} is known; {hint}")
+    for key in REQUIRED_KEYS:
+        if key not in row:
+            raise ValueError(f"{where}: {key} is missing")
+    token_ids = row["token_ids"]
+    if not isinstance(token_ids, list) or not all(_is_token(token, vocab_size) for token in token_ids):
+        raise ValueError(f"{where}: token_ids must be a list of integers from 0 to {vocab_size - 1}")
+    prompt_length = row["prompt_length"]
+    if not _is_integer(prompt_length) or not 0 < prompt_length < len(token_ids):
+        raise ValueError(
+            f"{where}: prompt_length must be an integer from 1 to {len(token_ids) - 1}, one less than the "
+            f"token_ids, it is {kind(prompt_length)}"
+        )
+    fields: dict[str, Any] = {
+        key: _number(row[key], key, where) for key in ("advantage", "temperature", "reward") if key in row
+    }
+    if fields.get("temperature", 1.0) <= 0:
+        raise ValueError(f"{where}: temperature must be positive, it is {kind(row['temperature'])}")
+    if "group_id" in row:
+        if not _is_integer(row["group_id"]):
+            raise ValueError(f"{where}: group_id must be an integer, it is {kind(row['group_id'])}")
+        fields["group_id"] = row["group_id"]
+    if "behavior_log_probs" in row:
+        fields["behavior_log_probs"] = _log_probs(
+            row["behavior_log_probs"], len(token_ids) - prompt_length, where
+        )
+    return _make(np.array(token_ids, np.int64), prompt_length, **fields)
+
+
+def _log_probs(values: Any, length: int, where: str) -> np.ndarray:
+    if not isinstance(values, list) or len(values) != length:
+        found = f"a list of {len(values)}" if isinstance(values, list) else kind(values)
+        raise ValueError(
+            f"{where}: behavior_log_probs must be a list of {length} numbers, one a completion token, it is "
+            f"{found}"
+        )
+    return np.array([_number(value, "behavior_log_probs", where) for value in values], np.float32)
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {key} must be a finite number, here is {kind(value)}")
+    return float(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return _is_integer(value) and 0 <= value < vocab_size

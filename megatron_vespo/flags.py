@@ -1,0 +1,105 @@
+"""This program's own flags, one group a concern; every default is stated here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_vespo.algorithms.vespo import GammaKernel
+
+DESCRIPTION = """\
+Train an HF Qwen3-MoE checkpoint with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
+
+Three families of flags:
+  the groups below          this program's own
+  Megatron's own flags      training, parallelism, precision, checkpoints: --help-megatron lists them all
+  --sglang-<flag>           handed to every SGLang server as --<flag>, e.g. --sglang-mem-fraction-static 0.7
+
+The model's shape comes from the HF config; a Megatron flag that contradicts it is an error.
+Most used of Megatron's: --train-iters (optimizer steps), --lr, --tensor-model-parallel-size,
+--pipeline-model-parallel-size, --expert-model-parallel-size, --bf16, --save, --save-interval, --load, --seed.
+"""
+
+
+def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add them all to `parser`."""
+    _add_input_arguments(parser)
+    _add_rollout_arguments(parser)
+    _add_algorithm_arguments(parser)
+    _add_placement_arguments(parser)
+    _add_output_arguments(parser)
+    return parser
+
+
+def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add("--hf-checkpoint", type=Path, metavar="DIR", help="HF checkpoint to start from (required)")
+    add("--prompt-data", type=Path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
+    add("--heldout-data", type=Path, metavar="FILE", help="prompts to evaluate on; without it none are")
+    add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
+    add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
+    add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
+    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
+    add("--max-prompt-tokens", type=int, default=1024)
+    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="skipped ones are counted")
+
+
+def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rollout and reward")
+    add = group.add_argument
+    add("--rollout-batch-size", type=int, default=32, help="prompts a rollout batch")
+    add("--num-completions", type=int, default=8, help="completions a prompt (the group)")
+    add("--max-completion-tokens", type=int, default=1024)
+    add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
+    add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
+    add("--rollout-port", type=int, default=0, help="of the first server, others follow; 0: free ports")
+    add("--engine-start-timeout", type=float, default=600.0, metavar="SECONDS")
+    add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
+    add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
+    add("--reward-workers", type=int, default=1, help="processes")
+    add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
+    add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
+    add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
+
+
+def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("VESPO")
+    add = group.add_argument
+    kernel = GammaKernel()
+    add("--mini-batches", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
+    add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
+        help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
+    add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),
+        help="the same where it is < 0")  # fmt: skip
+    add("--ratio-denominator", choices=("recomputed", "rollout", "decoupled"), default="recomputed",
+        help="W against: the trainer's own log-probs before the first update; the engine's; or the first, "
+        "times a truncated engine ratio")  # fmt: skip
+    add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
+    add("--routing-replay", choices=("R2", "R3"),
+        help="train on recorded expert choices: R2 pi_old's, R3 the engine's, for pi_old too")  # fmt: skip
+    add("--advantage-std", action="store_true", help="divide advantages by the group's standard deviation")
+    add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
+
+
+def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("placement and weight sync")
+    add = group.add_argument
+    add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
+    add("--max-tokens-per-gpu", type=int, default=8192,
+        help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
+    add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
+        help="logits exist for so many tokens at a time")  # fmt: skip
+    add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
+    add("--worker-start-timeout", type=float, default=600.0, metavar="SECONDS")
+    add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
+    add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
+    add("--weight-sync-timeout", type=float, default=300.0, metavar="SECONDS")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
+    add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
+    add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")

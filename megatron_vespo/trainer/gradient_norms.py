@@ -1,0 +1,69 @@
+"""Every parameter's gradient norm, the same numbers under the same names on every layout."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_vespo.trainer.weights import global_parameters
+
+
+def gradient_norms(
+    model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
+) -> dict[str, float]:
+    """L2 norm of every parameter's whole gradient, by its name with global layer and expert numbers.
+
+    To be called after the backward pass, when gradients are reduced, and before the optimizer's step, which
+    clips them in place. A collective of all ranks; all get the same. Sums are float64. The root of the sum
+    of all squares is the norm that Megatron clips by.
+    """
+    names: list[str] = []
+    squares: list[Tensor] = []
+    for chunk in model_chunks:
+        shards = _owned_gradients(chunk)
+        for name, parameter in global_parameters(unwrap_model(chunk), groups):
+            # what several ranks hold is counted on one of them
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
+                parameter, groups.tp, groups.expt_tp
+            ):
+                names.append(name)
+                squares.append(torch.linalg.vector_norm(shards[parameter], dtype=torch.float64).square())
+    mine = list(zip(names, torch.stack(squares).tolist(), strict=True)) if squares else []
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    totals: dict[str, float] = defaultdict(float)
+    for part in everywhere:
+        for name, square in part:
+            totals[name] += square
+    return {name: math.sqrt(total) for name, total in sorted(totals.items())}
+
+
+def _owned_gradients(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter, Tensor]:
+    """The flat part of every parameter's reduced gradient that this rank answers for, perhaps none of it.
+
+    The distributed optimizer reduce-scatters each bucket: rank r of the buffer's data-parallel group holds
+    sums in the r-th of equal parts only.
+    """
+    config = chunk.ddp_config
+    assert config.use_distributed_optimizer and config.num_distributed_optimizer_instances == 1
+    shards = {}
+    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+        rank, size = buffer.data_parallel_group.rank(), buffer.data_parallel_group.size()
+        for bucket in buffer.buckets:
+            length = bucket.grad_data.numel()
+            assert length % size == 0, (length, size)
+            first, last = rank * length // size, (rank + 1) * length // size
+            for parameter, (start, end) in bucket.param_to_index.items():
+                begin = max(start, first)
+                shards[parameter] = bucket.grad_data.view(-1)[begin : max(begin, min(end, last))]
+    return shards

@@ -1,0 +1,112 @@
+"""One optimizer step's samples, cut into this rank's packs; and per-sample values put together again."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
+from megatron_vespo.data.packing import PackingStats, SequenceWork, pack_sequences, packing_stats
+from megatron_vespo.trainer.initialize import device
+from megatron_vespo.trainer.samples import check_sample
+from megatron_vespo.types import TrainingSample
+
+
+@dataclass
+class MiniBatch:
+    """One optimizer step's samples and this rank's packs of them."""
+
+    num_samples: int
+    micro_batches: list[MicroBatch]
+    packing: PackingStats
+
+
+class Packer:
+    """Cuts samples the same way on every rank and builds the packs of this one."""
+
+    def __init__(self, args: Namespace, groups: ProcessGroupCollection):
+        self._args, self._groups = args, groups
+        self.layout = TokenLayout(
+            groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
+        )
+        self._work = SequenceWork.of_model(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups,
+            head_dim=args.kv_channels,
+            ffn_hidden_size=args.moe_ffn_hidden_size,
+            topk=args.moe_router_topk,
+            num_experts=args.num_experts,
+            vocab_size=args.padded_vocab_size,
+        )
+        # the interleaved schedule feeds the stages in groups of micro-batches
+        virtual = args.virtual_pipeline_model_parallel_size is not None
+        self._micro_batch_multiple = groups.pp.size() if virtual else 1
+
+    def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
+        """ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`."""
+        args, layout = self._args, self.layout
+        engine_routes = args.routing_replay == "R3"
+        for index, sample in enumerate(samples):
+            check_sample(sample, f"sample {index}", args, engine_routes)
+        lengths = [sample.num_tokens for sample in samples]
+        padded = [layout.padded_length(length) for length in lengths]
+        budget = args.max_tokens_per_gpu * layout.cp_size
+        bins = pack_sequences(padded, self._work, self._groups.dp.size(), budget, self._micro_batch_multiple)
+        tokens = self._pack_lengths(bins, padded)
+        rank = self._groups.dp.rank()
+        num_experts = args.num_experts if engine_routes else None
+        micro_batches = [
+            build_micro_batch(samples, indices, num_tokens, layout, device(), num_experts)
+            for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True)
+        ]
+        stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
+        return MiniBatch(len(samples), micro_batches, stats)
+
+    def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
+        """Tokens of each rank's packs, as `bins`."""
+        tokens = [[self.layout.padded_pack(sum(padded[i] for i in pack)) for pack in rank] for rank in bins]
+        if self._args.moe_token_dispatcher_type != "allgather":
+            return tokens
+        # this dispatcher takes for granted that all ranks have equally many tokens
+        return [[max(step) for step in zip(*tokens, strict=True)]] * len(tokens)
+
+    def fill(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+        """Repeats the first sample until the ranks can share equally; for callers that drop the surplus."""
+        multiple = self._groups.dp.size() * self._micro_batch_multiple
+        return [*samples, *[samples[0]] * (-len(samples) % multiple)]
+
+    def gather_sequences(
+        self, mini_batch: MiniBatch, outputs: list, names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The [S] values handed back by the schedule, float32 [num_samples] each, the same on every rank."""
+        table = torch.zeros(len(names), mini_batch.num_samples, device=device())
+        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
+            for row, name in zip(table, names, strict=True):
+                row[micro_batch.sample_indices] = output[name]
+        self.share(table)
+        return dict(zip(names, table.cpu().numpy(), strict=True))
+
+    def share(self, table: Tensor, *more_groups: dist.ProcessGroup) -> None:
+        """Spread entries that are set on one data-parallel rank's last stage and 0 elsewhere, in place.
+
+        `more_groups` are further ones whose ranks hold parts: context parallel for values per token.
+        """
+        for group in (*more_groups, self._groups.dp, self._groups.pp):
+            if group.size() > 1:
+                dist.all_reduce(table, group=group)
+
+
+def token_places(micro_batch: MicroBatch, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample and place in its token_ids of the tokens at `positions` of the pack, int64 like them."""
+    sample_S = torch.tensor(micro_batch.sample_indices, device=positions.device)
+    return sample_S[micro_batch.sequence_ids_T[positions]], micro_batch.position_ids_T[positions]

@@ -1,0 +1,105 @@
+"""Expert choices of one forward pass, recorded and imposed on another: R2 (pi_old's) and R3 (the engine's).
+
+Shape suffixes: T tokens of the pack that this context-parallel rank holds, R the slice of them that the
+routers of this rank see under sequence parallelism, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_vespo.data.micro_batch import MicroBatch
+
+# model chunk, micro-batch -> what the chunk's forward pass runs in
+Routing = Callable[[int, MicroBatch], AbstractContextManager]
+
+
+def free_routing(chunk: int, micro_batch: MicroBatch) -> AbstractContextManager:
+    """The routers choose for themselves."""
+    return nullcontext()
+
+
+class RoutingReplay:
+    """The routers of this rank; needs --moe-enable-routing-replay, which gives each of them a slot."""
+
+    def __init__(self, model: list, groups: ProcessGroupCollection, sequence_parallel: bool):
+        self._routers = [
+            [module for module in unwrap_model(chunk).modules() if isinstance(module, TopKRouter)]
+            for chunk in model
+        ]
+        self._slices = (groups.tp.rank(), groups.tp.size()) if sequence_parallel else (0, 1)
+
+    @contextmanager
+    def record(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
+        """Keep what the routers choose as the micro-batch's `old_routes`."""
+        self._set_action(chunk, RouterReplayAction.RECORD)
+        yield
+        micro_batch.old_routes[chunk] = [
+            router.router_replay.get_recorded_indices().to(torch.uint8) for router in self._routers[chunk]
+        ]
+        self._set_action(chunk, None)
+
+    @contextmanager
+    def replay(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
+        """Impose the recorded routes, or else the engine's; call `finish` after the schedule.
+
+        The slot keeps the routes of every micro-batch in flight: backward passes, which recompute forward
+        passes, come in the order of the forward passes, and the first one waiting is theirs.
+        """
+        for router, routes in zip(self._routers[chunk], self._routes(chunk, micro_batch), strict=True):
+            router.router_replay.set_target_indices(routes)
+        self._set_action(chunk, RouterReplayAction.REPLAY_FORWARD)
+        yield
+        # what a router computes from here to the next forward pass is part of a backward pass
+        self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)
+
+    def finish(self) -> None:
+        """Routers choose for themselves again; nothing of the last schedule is kept."""
+        for chunk, routers in enumerate(self._routers):
+            self._set_action(chunk, None)
+            for router in routers:
+                if router.router_replay is not None:
+                    router.router_replay.clear_indices()
+
+    @contextmanager
+    def observe(self, chunk: int) -> Iterator[dict[int, Tensor]]:
+        """Layer number -> int64 [R, K], the experts of every token ascending; filled by the forward pass."""
+        chosen: dict[int, Tensor] = {}
+
+        def keep(router: TopKRouter, inputs, output: tuple[Tensor, Tensor]) -> None:
+            routing_map = output[1]  # bool [R, experts]
+            chosen[router.layer_number - 1] = routing_map.nonzero()[:, 1].view(len(routing_map), router.topk)
+
+        handles = [router.register_forward_hook(keep) for router in self._routers[chunk]]
+        yield chosen
+        for handle in handles:
+            handle.remove()
+
+    def local_layers(self, chunk: int) -> list[int]:
+        """Global numbers, from 0, of the layers whose routers the chunk has."""
+        return [router.layer_number - 1 for router in self._routers[chunk]]
+
+    def seen(self, values_T: Tensor) -> Tensor:
+        """The slice of a per-token field that this rank's routers see."""
+        index, size = self._slices
+        return values_T.chunk(size)[index]
+
+    def _routes(self, chunk: int, micro_batch: MicroBatch) -> list[Tensor]:
+        if micro_batch.old_routes:
+            return [routes.long() for routes in micro_batch.old_routes[chunk]]
+        assert micro_batch.routed_experts_T is not None, "the micro-batch has no routes to replay"
+        routes_R = self.seen(micro_batch.routed_experts_T).long()
+        return [routes_R[:, layer] for layer in self.local_layers(chunk)]
+
+    def _set_action(self, chunk: int, action: RouterReplayAction | None) -> None:
+        for router in self._routers[chunk]:
+            if router.router_replay is not None:
+                router.router_replay.set_router_replay_action(action)

@@ -1,0 +1,42 @@
+"""Gradient norms by name after one backward pass, and what Megatron's optimizer says of the same gradient."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from common import hand_back, read_samples, start_megatron
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron(flags)
+    from megatron.core.utils import unwrap_model
+
+    from megatron_vespo.trainer.gradient_norms import gradient_norms
+    from megatron_vespo.trainer.policy import MegatronPolicy
+    from megatron_vespo.trainer.weights import global_parameters
+
+    policy = MegatronPolicy(args)
+    mini_batch = policy.pack(read_samples(options.samples)[:24])
+    policy.compute_old_log_probs(mini_batch)
+    outputs = policy.forward_backward(mini_batch)
+    norms = gradient_norms(policy.model, policy.groups)
+    results = {"names": np.array(list(norms)), "norms": np.array(list(norms.values()))}
+    if dist.get_world_size() == 1:
+        [chunk] = policy.model
+        whole = {
+            name: parameter.main_grad.double().norm().item()
+            for name, parameter in global_parameters(unwrap_model(chunk), policy.groups)
+        }
+        results |= {"whole_names": np.array(list(whole)), "whole_norms": np.array(list(whole.values()))}
+    results["grad_norm"] = policy.optimizer_step(mini_batch, outputs).grad_norm
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

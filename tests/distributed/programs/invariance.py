@@ -1,0 +1,48 @@
+"""The same mini-batch, cut, ordered and chunked in many ways, on one rank; the weights never move."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from common import hand_back, read_samples, start_megatron
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--variants", type=json.loads, required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron([*flags, "--lr", "0"])
+    from megatron_vespo.trainer.gradient_norms import gradient_norms
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    samples = read_samples(options.samples)[: args.global_batch_size]
+    for sample, old in zip(samples, policy.log_probs(samples), strict=True):
+        # half-way to the engine's: both parts of log W are there
+        sample.old_log_probs = (old + sample.behavior_log_probs) / 2
+    results = {}
+    for name, (args.max_tokens_per_gpu, args.log_prob_chunk_size, seed) in options.variants.items():
+        order = list(range(len(samples)))
+        if seed is not None:
+            random.Random(seed).shuffle(order)
+        mini_batch = policy.pack([samples[i] for i in order])
+        outputs = policy.forward_backward(mini_batch)
+        norms = gradient_norms(policy.model, policy.groups)
+        step = policy.optimizer_step(mini_batch, outputs)
+        results[f"{name} log_w"] = step.log_w[np.argsort(order)]
+        results[f"{name} loss"], results[f"{name} grad_norm"] = step.loss, step.grad_norm
+        results[f"{name} gradient_norms"] = np.array([norms[key] for key in sorted(norms)])
+        results[f"{name} micro_batches"] = len(mini_batch.micro_batches)
+        for denominator in ("recomputed", "rollout", "decoupled"):
+            log_ratio = policy.sequence_log_ratio([samples[i] for i in order], denominator)
+            results[f"{name} {denominator}"] = log_ratio[np.argsort(order)]
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""linear_log_probs with this rank's rows of the vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import hand_back
+
+from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--inputs", type=Path, required=True)
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--chunk-size", type=int, required=True)
+    options = parser.parse_args()
+
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
+    torch.distributed.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+    )
+    inputs = {name: torch.from_numpy(array) for name, array in np.load(options.inputs).items()}
+    hidden_TH = inputs["hidden"].requires_grad_()
+    weight_VH = inputs["weight"].chunk(num_ranks)[rank].clone().requires_grad_()
+    log_probs_T, entropy_T = linear_log_probs(
+        hidden_TH,
+        weight_VH,
+        inputs["labels"],
+        inputs["temperature"],
+        vocab_size=options.vocab_size,
+        group=torch.distributed.group.WORLD,
+        chunk_size=options.chunk_size,
+        entropy_gradient=True,
+    )
+    torch.autograd.backward((log_probs_T, entropy_T), (inputs["grad_log_probs"], inputs["grad_entropy"]))
+    hand_back(
+        log_probs=log_probs_T.detach().numpy(),
+        entropy=entropy_T.detach().numpy(),
+        grad_hidden=hidden_TH.grad.numpy(),
+        grad_weight=weight_VH.grad.numpy(),
+    )
+
+
+if __name__ == "__main__":
+    main()

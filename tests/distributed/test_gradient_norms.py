@@ -1,0 +1,71 @@
+"""Norms of every parameter's gradient: the whole gradient's parts, once each, at every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from launch import PROGRAMS, TIMEOUT_S, Result, launch
+
+from megatron_vespo.layout import Layout
+
+# small buckets: a bucket's parts fall into the middle of parameters
+SMALL_BUCKETS = "--ddp-bucket-size 3000 --overlap-grad-reduce"
+CASES = {
+    "tp1": "",
+    "dp2": SMALL_BUCKETS,
+    "tp2,pp2,ep2": "",
+    "pp2,vpp2,ep2": "",
+    "tp2,etp2,ep2": "",
+    "cp2,ep2": "",
+}
+
+
+@pytest.fixture(scope="module")
+def run(task, tmp_path_factory):
+    """What every rank handed back; each layout is run once."""
+    finished: dict[str, list[Result]] = {}
+
+    def start(name: str) -> list[Result]:
+        if name not in finished:
+            layout = Layout.parse(name)
+            flags = layout.flags()
+            del flags[:2]  # the number of ranks
+            arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
+            arguments += ["--ratio-denominator", "decoupled", "--max-tokens-per-gpu", "256"]
+            arguments += [*flags, *CASES[name].split()]
+            folder = tmp_path_factory.mktemp("gradient_norms")
+            program = PROGRAMS / "gradient_norms.py"
+            finished[name] = launch(program, layout.world_size, arguments, TIMEOUT_S, folder)
+        return finished[name]
+
+    return start
+
+
+def test_on_one_rank_they_are_those_of_main_grad(run):
+    [result] = run("tp1")
+    expected = dict(zip(result["whole_names"], result["whole_norms"], strict=True))
+    assert sorted(expected) == list(result["names"])
+    np.testing.assert_allclose(result["norms"], [expected[name] for name in result["names"]], rtol=1e-12)
+    # Q, K, V in one; 8 experts of 2 matrices, router, 4 norms and the output projection a layer
+    assert len(expected) == 3 + 4 * (1 + 8 * 2 + 1 + 4 + 1)
+    assert (result["norms"] > 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_their_squares_sum_to_megatrons_norm(run, layout):
+    for result in run(layout):
+        total = np.sqrt(np.square(result["norms"]).sum())
+        assert total == pytest.approx(float(result["grad_norm"]), rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in CASES if layout != "tp1"])
+def test_they_do_not_depend_on_the_layout(run, layout):
+    [one] = run("tp1")
+    results = run(layout)
+    for result in results:
+        np.testing.assert_array_equal(result["names"], one["names"])
+        np.testing.assert_array_equal(result["norms"], results[0]["norms"])
+    scale = np.maximum(one["norms"], 1e-3 * one["grad_norm"])
+    difference = np.abs(results[0]["norms"] - one["norms"]) / scale
+    print(f"{layout}: {difference.max():.1e} at {one['names'][difference.argmax()]}")
+    assert difference.max() < 1e-5

@@ -1,0 +1,76 @@
+"""The experts of one pass imposed on another, at several layouts, under recomputation and in the backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from launch import PROGRAMS, TIMEOUT_S, launch
+
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+VIRTUAL_STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+# 4 or more micro-batches: several are in flight in a pipeline
+FLAGS = "--max-tokens-per-gpu 128 --lr 1e-4"
+LAYOUTS = {
+    "one rank": (1, ""),
+    "one rank, recompute": (1, RECOMPUTE),
+    "pp2, recompute": (2, f"--pipeline-model-parallel-size 2 {RECOMPUTE}"),
+    "tp2 pp2 vpp2, recompute": (4, f"--tensor-model-parallel-size 2 {VIRTUAL_STAGES} {RECOMPUTE}"),
+    "cp2 ep2, recompute": (2, f"--context-parallel-size 2 --expert-model-parallel-size 2 {RECOMPUTE}"),
+}
+
+
+@pytest.fixture(scope="module")
+def replay_run(task, tmp_path_factory):
+    finished = {}
+
+    def run(layout: str, replay: str):
+        if (layout, replay) not in finished:
+            num_ranks, layout_flags = LAYOUTS[layout]
+            arguments = (
+                f"--hf-checkpoint {task.model} --samples {task.samples_file} --routing-replay {replay}"
+            )
+            arguments += f" {FLAGS} {layout_flags}" + " --random-routes" * (replay == "R3")
+            folder = tmp_path_factory.mktemp("replay")
+            results = launch(PROGRAMS / "replay.py", num_ranks, arguments.split(), TIMEOUT_S, folder)
+            finished[layout, replay] = results
+        return finished[layout, replay]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_every_pass_of_a_step_runs_the_old_routes(replay_run, layout, replay):
+    runs_of_a_router = 2 if "recompute" in layout else 1
+    for result in replay_run(layout, replay):
+        assert result["passes"].tolist() == [runs_of_a_router] * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_runs_the_routes_that_were_sent(replay_run, layout):
+    for result in replay_run(layout, "R3"):
+        np.testing.assert_array_equal(result["chosen"], result["given"])
+        np.testing.assert_array_equal(result["chosen_after"], result["given"])
+
+
+def test_routes_change_where_they_are_free(replay_run):
+    """Else replaying the old ones would prove nothing."""
+    [result] = replay_run("one rank", "R2")
+    moved = (result["chosen"] != result["chosen_after"]).any(-1).mean()
+    print(f"experts that one rollout moves: {moved:.2%}")
+    assert (result["chosen"] != result["chosen_after"]).any(-1).mean() > 0.001
+    [sent] = replay_run("one rank", "R3")
+    assert np.abs(sent["log_probs"] - result["log_probs"]).max() > 0.1
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_replay_does_not_depend_on_the_layout(replay_run, layout, replay):
+    [one], other = replay_run("one rank", replay), replay_run(layout, replay)[0]
+    np.testing.assert_array_equal(other["chosen"], one["chosen"])
+    worst = {name: np.abs(other[name] / one[name] - 1).max() for name in ("loss", "grad_norm")}
+    worst["log_w"] = np.abs(other["log_w"] - one["log_w"]).max()
+    print(f"{replay} {layout}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+    assert worst["loss"] < 1e-5 and worst["grad_norm"] < 1e-5 and worst["log_w"] < 2e-5
+    if layout == "one rank, recompute":
+        assert max(worst.values()) == 0.0

@@ -1,0 +1,83 @@
+"""linear_log_probs on several ranks against one rank with the whole vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from launch import PROGRAMS, TIMEOUT_S, launch
+
+from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+
+T, H = 17, 8
+# (ranks, rows of all ranks, of which real, dtype); some ranks have a few rows of padding, or nothing else
+LAYOUTS = {
+    "two ranks": (2, 44, 44, np.float64),
+    "two ranks, padding": (2, 44, 37, np.float32),
+    "three ranks, one and a half of padding": (3, 48, 25, np.float64),
+}
+BOUNDS = {np.float64: dict(rtol=1e-10, atol=1e-12), np.float32: dict(rtol=1e-4, atol=2e-5)}
+
+
+def make_inputs(num_rows: int, vocab_size: int, dtype: type) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, vocab_size, T)
+    labels[:2] = 0, vocab_size - 1
+    arrays = {
+        "hidden": 2 * draw.normal(size=(T, H)),
+        "weight": draw.normal(size=(num_rows, H)),
+        "grad_log_probs": draw.normal(size=T) * (np.arange(T) % 4 > 0),
+        "grad_entropy": draw.normal(size=T) * (np.arange(T) % 4 > 1),
+    }
+    return {name: array.astype(dtype) for name, array in arrays.items()} | {
+        "labels": labels,
+        "temperature": draw.uniform(0.3, 1.8, T).astype(np.float32),
+    }
+
+
+def on_one_rank(inputs: dict[str, np.ndarray], vocab_size: int) -> dict[str, np.ndarray]:
+    fields = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    hidden_TH, weight_VH = fields["hidden"].requires_grad_(), fields["weight"].requires_grad_()
+    results = linear_log_probs(
+        hidden_TH,
+        weight_VH,
+        fields["labels"],
+        fields["temperature"],
+        vocab_size=vocab_size,
+        group=None,
+        chunk_size=T,
+        entropy_gradient=True,
+    )
+    torch.autograd.backward(results, (fields["grad_log_probs"], fields["grad_entropy"]))
+    arrays = (*(result.detach() for result in results), hidden_TH.grad, weight_VH.grad)
+    names = ("log_probs", "entropy", "grad_hidden", "grad_weight")
+    return {name: array.numpy() for name, array in zip(names, arrays, strict=True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_agree_with_one_rank(layout, tmp_path):
+    num_ranks, num_rows, vocab_size, dtype = LAYOUTS[layout]
+    inputs = make_inputs(num_rows, vocab_size, dtype)
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    arguments = [
+        "--inputs",
+        str(tmp_path / "inputs.npz"),
+        "--vocab-size",
+        str(vocab_size),
+        "--chunk-size",
+        "5",
+    ]
+    ranks = launch(PROGRAMS / "linear_log_probs.py", num_ranks, arguments, TIMEOUT_S, tmp_path / "ranks")
+
+    for rank in ranks[1:]:
+        for name in ("log_probs", "entropy"):
+            assert np.array_equal(ranks[0][name], rank[name]), f"{name} differs between ranks"
+    combined = {
+        "log_probs": ranks[0]["log_probs"],
+        "entropy": ranks[0]["entropy"],
+        "grad_hidden": sum(rank["grad_hidden"] for rank in ranks),  # each rank's is its part
+        "grad_weight": np.concatenate([rank["grad_weight"] for rank in ranks]),
+    }
+    for name, expected in on_one_rank(inputs, vocab_size).items():
+        np.testing.assert_allclose(combined[name], expected, **BOUNDS[dtype], err_msg=name)
+    assert (combined["grad_weight"][vocab_size:] == 0).all()

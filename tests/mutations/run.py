@@ -1,0 +1,235 @@
+"""Breaks the code on purpose, one line at a time, in a copy; a test must fail for each.
+
+    .venv/bin/python tests/mutations/run.py [part of a name]
+
+Prints a line a mutation and exits with 1 when one survives. The unbroken copy must pass first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_S = 600
+
+LAYOUTS = "tests/distributed/test_layouts.py"
+REPLAY = "tests/distributed/test_routing_replay.py"
+INVARIANCE = "tests/distributed/test_invariance.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which occurs once in `file`, becomes `new`; `tests` (a file and a -k expression) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+
+MUTATIONS = [
+    Mutation(
+        "segment boundaries: log W of a sequence gets its neighbour's tokens",
+        "data/micro_batch.py",
+        'fields["sequence_ids_T"][start:end] = s\n',
+        'fields["sequence_ids_T"][start:end] = max(s - 1, 0)\n',
+        (LAYOUTS, "sum_over_the_completion and one"),
+    ),
+    Mutation(
+        "segment boundaries: attention sees the whole pack as one sequence",
+        "trainer/attention.py",
+        "        bounds = cu_seqlens.cpu().numpy()\n",
+        "        bounds = cu_seqlens.cpu().numpy()[[0, -1]]\n        max_seqlen = int(bounds[-1])\n",
+        (LAYOUTS, "equal_transformers and one"),
+    ),
+    Mutation(
+        "segment boundaries: positions are not restarted",
+        "trainer/attention.py",
+        "            cu_seqlens_q=cu_seqlens,\n            cu_seqlens_kv=cu_seqlens,\n"
+        "            cu_seqlens_q_padded=cu_seqlens,\n            cu_seqlens_kv_padded=cu_seqlens,\n"
+        "            max_seqlen_q=max_seqlen,",
+        "            cu_seqlens_q=cu_seqlens,\n            cu_seqlens_kv=cu_seqlens,\n"
+        "            cu_seqlens_q_padded=cu_seqlens[[0, -1]],\n"
+        "            cu_seqlens_kv_padded=cu_seqlens[[0, -1]],\n            max_seqlen_q=max_seqlen,",
+        (LAYOUTS, "equal_transformers and one"),
+    ),
+    Mutation(
+        "context parallelism: log W is not summed over the ranks",
+        "algorithms/vespo.py",
+        "    if group is not None and group.size() > 1:\n        dist.all_reduce(sums_S, group=group)\n",
+        "",
+        (LAYOUTS, "cp2 and not tp2 and not pp2 and not ep2"),
+    ),
+    Mutation(
+        "context parallelism: loss and token counts are not summed over the ranks",
+        "trainer/policy.py",
+        "        self._packer.share(sums, self.groups.cp)\n",
+        "        self._packer.share(sums)\n",
+        (LAYOUTS, "depend and cp2 and not tp2 and not pp2 and not ep2"),
+    ),
+    Mutation(
+        "context parallelism: gathered keys stay in the ranks' order",
+        "trainer/attention.py",
+        "group=self.cp_group)[pack.key_order_G]",
+        "group=self.cp_group)",
+        (LAYOUTS, "depend and cp2 and not tp2 and not pp2 and not ep2"),
+    ),
+    Mutation(
+        "context parallelism: plain halves instead of zig-zag",
+        "data/context_parallel.py",
+        "parts += [chunks[self.cp_rank], chunks[-1 - self.cp_rank]]",
+        "parts += [chunks[2 * self.cp_rank], chunks[2 * self.cp_rank + 1]]",
+        (LAYOUTS, "depend and cp2 and not tp2 and not pp2 and not ep2"),
+    ),
+    Mutation(
+        "pipeline: the other stages are not told",
+        "trainer/mini_batch.py",
+        "for group in (*more_groups, self._groups.dp, self._groups.pp):",
+        "for group in (*more_groups, self._groups.dp):",
+        (LAYOUTS, "knows and pp2 and not vpp2 and not ep2"),
+    ),
+    Mutation(
+        "data parallelism: ranks keep their own samples' values",
+        "trainer/mini_batch.py",
+        "for group in (*more_groups, self._groups.dp, self._groups.pp):",
+        "for group in (*more_groups, self._groups.pp):",
+        (LAYOUTS, "knows and small"),
+    ),
+    Mutation(
+        "denominator: the mismatch is left out of W",
+        "algorithms/vespo.py",
+        "return LogRatio(staleness_S + mismatch_S,",
+        "return LogRatio(staleness_S,",
+        (INVARIANCE, "denominators and one"),
+    ),
+    Mutation(
+        "denominator: decoupled does not truncate",
+        "algorithms/vespo.py",
+        "engine_gap_S.clamp(max=float(torch.tensor(mismatch_truncation).log()))",
+        "engine_gap_S",
+        (INVARIANCE, "denominators and one"),
+    ),
+    Mutation(
+        "denominator: pi_old is forgotten",
+        "trainer/policy.py",
+        'micro_batch.old_log_probs_T = output["log_probs_T"]',
+        'micro_batch.old_log_probs_T = output["log_probs_T"] * 0',
+        ("tests/distributed/test_denominators.py", "recomputed or decoupled"),
+    ),
+    Mutation(
+        "denominator: tokens of the micro-batch instead of the optimizer step",
+        "trainer/step.py",
+        "    return loss_sum, _num_tokens(micro_batch), handed_back\n",
+        "    return loss_sum / micro_batch.num_loss_tokens, _num_tokens(micro_batch) * 0 + 1, handed_back\n",
+        (INVARIANCE, "rounding and 100"),
+    ),
+    Mutation(
+        "replay: recomputation routes freely",
+        "trainer/routing_replay.py",
+        "self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)",
+        "self._set_action(chunk, None)",
+        (REPLAY, "pass_of_a_step and pp2 and not vpp2 and R3"),
+    ),
+    Mutation(
+        "replay: recomputation takes the latest micro-batch's routes",
+        "trainer/routing_replay.py",
+        "self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)",
+        "pass",
+        (REPLAY, "pass_of_a_step and pp2 and not vpp2 and R3"),
+    ),
+    Mutation(
+        "replay: every layer gets the first layer's routes",
+        "trainer/routing_replay.py",
+        "return [routes_R[:, layer] for layer in self.local_layers(chunk)]",
+        "return [routes_R[:, 0] for layer in self.local_layers(chunk)]",
+        (REPLAY, "sent and one"),
+    ),
+    Mutation(
+        "replay: all tensor-parallel ranks take the first slice",
+        "trainer/routing_replay.py",
+        "(groups.tp.rank(), groups.tp.size())",
+        "(0, groups.tp.size())",
+        (REPLAY, "sent and vpp2"),
+    ),
+    Mutation(
+        "replay: routes lie one token late",
+        "data/micro_batch.py",
+        "routes[start : start + sample.num_tokens - 1] = sample.routed_experts",
+        "routes[start + 1 : start + sample.num_tokens] = sample.routed_experts",
+        (REPLAY, "sent and one"),
+    ),
+    Mutation(
+        "log-probs: the temperature is ignored",
+        "trainer/log_probs.py",
+        "micro_batch.temperature_T[predicting],",
+        "torch.ones_like(micro_batch.temperature_T[predicting]),",
+        (LAYOUTS, "equal_transformers and one"),
+    ),
+    Mutation(
+        "log-probs: the padding of the vocabulary gets probability",
+        "trainer/log_probs.py",
+        "vocab_size=context.vocab_size,",
+        "vocab_size=len(output_layer.weight) * group.size(),",
+        (LAYOUTS, "equal_transformers and tp2"),
+    ),
+]
+
+
+def main() -> int:
+    wanted = [m for m in MUTATIONS if all(word in m.name for word in sys.argv[1:])]
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder) / "repository"
+        shutil.copytree(
+            REPOSITORY, copy, ignore=shutil.ignore_patterns(".venv", ".git", "work", "__pycache__")
+        )
+        for tests in sorted({m.tests for m in wanted}):
+            if not passes(copy, *tests):
+                print(f"FAILS WITHOUT A MUTATION: {' -k '.join(tests)}")
+                return 1
+        for mutation in wanted:
+            started = time.monotonic()
+            survived = tried(copy, mutation)
+            survivors += [mutation.name] * survived
+            verdict = "SURVIVED" if survived else "found   "
+            print(f"{verdict} {time.monotonic() - started:4.0f} s  {mutation.name}", flush=True)
+    print(f"{len(wanted) - len(survivors)} of {len(wanted)} mutations make a test fail")
+    return int(bool(survivors))
+
+
+def tried(copy: Path, mutation: Mutation) -> bool:
+    """Whether the tests pass on the broken copy, which is whole again afterwards."""
+    path = copy / "megatron_vespo" / mutation.file
+    whole = path.read_text()
+    assert whole.count(mutation.old) == 1, f"{mutation.name}: {mutation.file} has changed"
+    path.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        return passes(copy, *mutation.tests)
+    finally:
+        path.write_text(whole)
+
+
+def passes(copy: Path, file: str, selection: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file, "-k", selection]
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode in (0, 1), f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
