@@ -51,14 +51,17 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
 
 
 def check_layout(args: Namespace) -> None:
-    """Does the layout divide the ranks and the model? Megatron says so too, but not in these words."""
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    context = args.context_parallel_size
-    expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    """Megatron's flags with ours and with the model. Megatron refuses much of it too, not in these words."""
     for size in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context"):
         name = f"{size}_parallel_size"
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    _check_training(args)
+    _check_lengths(args)
+    _check_divisions(args)
+
+
+def _check_training(args: Namespace) -> None:
     if args.train_iters is None or args.train_iters <= 0:
         raise ValueError("--train-iters (optimizer steps) is required and must be positive")
     if args.lr is None:
@@ -83,6 +86,10 @@ def check_layout(args: Namespace) -> None:
             f"--routing-replay: routes are one byte, the model has {args.num_experts} experts, more than "
             f"{MAX_RECORDED_EXPERTS}"
         )
+
+
+def _check_lengths(args: Namespace) -> None:
+    context = args.context_parallel_size
     longest = TokenLayout(context).padded_length(args.seq_length)
     if longest > args.max_tokens_per_gpu * context:
         raise ValueError(
@@ -96,6 +103,12 @@ def check_layout(args: Namespace) -> None:
             f"--max-prompt-tokens + --max-completion-tokens = {args.seq_length}, but the model has "
             f"{args.max_position_embeddings} positions (max_position_embeddings in its config)"
         )
+
+
+def _check_divisions(args: Namespace) -> None:
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = args.context_parallel_size
+    expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
     dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size"
     divisions = [
         ("--trainer-ranks", args.trainer_ranks, dense, tensor * pipeline * context),

@@ -16,7 +16,7 @@ for argument in "$@"; do
     fi
 done
 if ((${#paths[@]} == 0)); then
-    for folder in tests/{unit,distributed,integration,gpu}; do
+    for folder in tests/{unit,distributed,golden,gpu,integration}; do
         if [[ -d $folder ]]; then paths+=("$folder"); fi
     done
 fi

@@ -40,26 +40,33 @@ class PackedSequences(PackedSeqParams):
         cls, cu_seqlens: Tensor, max_seqlen: int, layout: TokenLayout, use_kernel: bool
     ) -> PackedSequences:
         """`cu_seqlens` int32 [S + 1] of the whole pack; `use_kernel`: see `PackedAttention.uses_kernel`."""
-        pack = cls(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
-        )
+        pack = packed(cls, cu_seqlens, max_seqlen)
+        if use_kernel and layout.cp_size == 1:
+            return pack  # the kernel needs no more; nothing waits for the GPU
         bounds = cu_seqlens.cpu().numpy()
         indices: dict[str, np.ndarray] = {}
         if layout.cp_size > 1:
             indices["key_order_G"] = gathered_order(bounds, layout.cp_size)
         if not use_kernel:
             indices |= _padded_batch(bounds, max_seqlen, layout)
-        elif layout.cp_size > 1:
+        else:
             indices |= _chunks(bounds, layout)
         for name, values in indices.items():
             setattr(pack, name, torch.from_numpy(values).to(cu_seqlens.device))
         return pack
+
+
+def packed[Params: PackedSeqParams](kind: type[Params], cu_seqlens: Tensor, max_seqlen: int) -> Params:
+    """Megatron's own fields; padding at a sequence's end counts as part of it, as causality hides it."""
+    return kind(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
 
 
 def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio, vespo_loss
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
-from megatron_vespo.trainer.attention import PackedAttention, PackedSequences
+from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
 from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
 from megatron_vespo.trainer.routing_replay import Routing, free_routing
 
@@ -28,7 +28,6 @@ class Schedule:
 
     def __init__(self, model: list, args: Namespace, layout: TokenLayout):
         self._model, self._args, self._layout = model, args, layout
-        self._pack = self._local_pack if args.transformer_impl == "local" else self._transformer_engine_pack
 
     def run(
         self,
@@ -59,7 +58,7 @@ class Schedule:
                 input_ids=micro_batch.tokens_T[None],
                 position_ids=micro_batch.position_ids_T[None],
                 attention_mask=None,
-                packed_seq_params=self._pack(micro_batch),
+                packed_seq_params=self._packed(micro_batch),
                 output_processor=output_log_probs,
                 output_processor_context=LogProbContext(
                     micro_batch, self._args.vocab_size, self._args.log_prob_chunk_size
@@ -68,23 +67,12 @@ class Schedule:
         # the schedule calls the loss on the last stage only
         return output, lambda log_probs_and_entropies: loss(micro_batch, *log_probs_and_entropies)
 
-    def _local_pack(self, micro_batch: MicroBatch) -> PackedSequences:
-        cu_seqlens = micro_batch.cu_seqlens
-        use_kernel = PackedAttention.uses_kernel(self._args.params_dtype, cu_seqlens.device)
-        return PackedSequences.of(cu_seqlens, micro_batch.max_seqlen, self._layout, use_kernel)
-
-    def _transformer_engine_pack(self, micro_batch: MicroBatch) -> PackedSeqParams:
+    def _packed(self, micro_batch: MicroBatch) -> PackedSeqParams:
         cu_seqlens, longest = micro_batch.cu_seqlens, micro_batch.max_seqlen
-        # padding at a sequence's end counts as part of it: causality hides it
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        if self._args.transformer_impl == "transformer_engine":
+            return packed(PackedSeqParams, cu_seqlens, longest)
+        use_kernel = PackedAttention.uses_kernel(self._args.params_dtype, cu_seqlens.device)
+        return PackedSequences.of(cu_seqlens, longest, self._layout, use_kernel)
 
 
 def log_prob_only(

@@ -36,11 +36,10 @@ def main() -> int:
         code = f"from transformers_log_probs import make_model; make_model({str(model)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=HERE / "programs", check=True)
         for title, (candidates, flags) in RUNS.items():
-            command = [sys.executable, "-m", "megatron_vespo.cli", "check", "layout", "--steps", "3", "--lr", "1e-5"]
-            command += ["--hf-checkpoint", str(model), "--markdown", str(table), *flags]
-            done = subprocess.run(
-                [*command, "--candidate", *candidates], env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            command = [sys.executable, "-m", "megatron_vespo.cli", "check", "layout", *flags]
+            command += ["--hf-checkpoint", str(model), "--markdown", str(table)]
+            command += ["--steps", "3", "--lr", "1e-5", "--candidate", *candidates]
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
             codes.append(done.returncode)
             tables.append(f"### {title}\n\n{table.read_text()}")
     readme = HERE / "README.md"

@@ -67,6 +67,9 @@ def test_engine_and_trainer_agree_after_every_sync(tiny_run):
 
 @pytest.mark.timeout(960)
 def test_what_a_run_leaves_is_complete(tiny_run):
+    said = tiny_run.with_suffix(".log").read_text()
+    for part in ("layers", "attention", "norms", "experts", "optimizer", "log-probs"):
+        assert len(re.findall(rf"^ *{part}: .+\(.+\)", said, re.MULTILINE)) == 1, part
     assert (tiny_run / "curves.png").stat().st_size > 10_000
     assert list((tiny_run / "tensorboard").glob("events.*"))
     assert (tiny_run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40"
@@ -79,26 +82,11 @@ def test_what_a_run_leaves_is_complete(tiny_run):
 
 @pytest.mark.timeout(960)
 def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
-    """Two data-parallel ranks instead of tensor times pipeline parallel."""
+    """Two context-parallel ranks instead of tensor times pipeline parallel, on the engine's routes."""
     work = ROOT / "examples/tiny/work"
-    flags = [
-        "--load",
-        str(tiny_run / "checkpoints"),
-        "--lr",
-        "5e-5",
-        "--train-iters",
-        "44",
-        "--mini-batches",
-        "4",
-    ]
-    flags += [
-        "--pipeline-model-parallel-size",
-        "1",
-        "--expert-model-parallel-size",
-        "2",
-        "--trainer-ranks",
-        "2",
-    ]
+    flags = ["--load", str(tiny_run / "checkpoints"), "--lr", "5e-5", "--train-iters", "44"]
+    flags += ["--mini-batches", "4", "--pipeline-model-parallel-size", "1", "--routing-replay", "R3"]
+    flags += ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
     command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
     run = Run(command, tmp_path / "log")
     try:

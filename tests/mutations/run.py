@@ -53,12 +53,8 @@ MUTATIONS = [
     Mutation(
         "segment boundaries: positions are not restarted",
         "trainer/attention.py",
-        "            cu_seqlens_q=cu_seqlens,\n            cu_seqlens_kv=cu_seqlens,\n"
-        "            cu_seqlens_q_padded=cu_seqlens,\n            cu_seqlens_kv_padded=cu_seqlens,\n"
-        "            max_seqlen_q=max_seqlen,",
-        "            cu_seqlens_q=cu_seqlens,\n            cu_seqlens_kv=cu_seqlens,\n"
-        "            cu_seqlens_q_padded=cu_seqlens[[0, -1]],\n"
-        "            cu_seqlens_kv_padded=cu_seqlens[[0, -1]],\n            max_seqlen_q=max_seqlen,",
+        "cu_seqlens_q_padded=cu_seqlens,",
+        "cu_seqlens_q_padded=cu_seqlens[[0, -1]],",
         (LAYOUTS, "equal_transformers and one"),
     ),
     Mutation(

@@ -172,6 +172,27 @@ def test_flags_win_over_defaults(parse):
     assert args.ratio_denominator == "decoupled"
 
 
+def test_bf16_keeps_main_gradients_in_fp32(parse):
+    args = parse("--bf16")
+    assert args.accumulate_allreduce_grads_in_fp32 is True
+
+
+def test_optimizer_offload_is_megatrons_own(parse):
+    args = parse("--bf16 --distributed-backend nccl --optimizer-cpu-offload --use-precision-aware-optimizer "
+                 "--optimizer-offload-fraction 0.5")  # fmt: skip
+    assert (args.optimizer_cpu_offload, args.optimizer_offload_fraction) == (True, 0.5)
+
+
+def test_routing_replay_gives_megatrons_routers_a_slot(parse):
+    assert parse().moe_enable_routing_replay is False
+    assert parse("--routing-replay R3").moe_enable_routing_replay is True
+
+
+def test_the_nominal_length_divides_by_context_parallelism(parse):
+    args = parse("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12")
+    assert args.seq_length == 54
+
+
 def test_a_flag_given_twice_counts_the_last_time(parse):
     assert parse("--train-iters 4 --train-iters 12").train_iters == 12
 

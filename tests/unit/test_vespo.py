@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -291,3 +292,31 @@ def test_loss_does_not_depend_on_order_or_micro_batches(lengths, seed, data):
     pieces = [loss_and_gradient(part) for part in parts]
     assert sum(loss for loss, _ in pieces) == pytest.approx(whole, rel=1e-5, abs=1e-5)
     torch.testing.assert_close(sum(gradient_T for _, gradient_T in pieces), whole_gradient_T)
+
+
+@pytest.mark.parametrize("denominator", ["recomputed", "rollout", "decoupled"])
+def test_log_w_of_32k_tokens_is_that_of_float64(denominator):
+    """Three responses of 32k tokens and a short one; a running sum in float32 would not do."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [32768, 5, 32768, 32000]
+    ids_T = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    old_T = -1.0 - torch.rand(len(ids_T), generator=generator)
+    log_probs_T = old_T + 0.01 * torch.randn(len(ids_T), generator=generator)
+    behavior_T = old_T + 0.02 * torch.randn(len(ids_T), generator=generator)
+    mask_T = (torch.arange(len(ids_T)) % 7 > 0).float()
+
+    def exact(one_T, other_T):
+        terms_T = (one_T.double() - other_T.double()) * mask_T
+        return torch.stack([terms_T[ids_T == s].sum() for s in range(4)])
+
+    staleness_S, gap_S = exact(log_probs_T, old_T), exact(old_T, behavior_T)
+    expected_S = {
+        "recomputed": staleness_S,
+        "rollout": staleness_S + gap_S,
+        "decoupled": staleness_S + gap_S.clamp(max=math.log(2.0)),
+    }[denominator]
+    ratio = sequence_log_ratio(log_probs_T, behavior_T, old_T, mask_T, ids_T, 4, denominator, 2.0)
+    assert (ratio.log_w_S.double() - expected_S).abs().max() < 2e-6
+    terms_T = ((log_probs_T - behavior_T) * mask_T).numpy()
+    running = terms_T[: lengths[0]].cumsum(dtype=np.float32)[-1]
+    assert abs(running - (staleness_S + gap_S)[0].item()) > 1e-5

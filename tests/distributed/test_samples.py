@@ -1,0 +1,98 @@
+"""Samples that must not be trained on are refused by name, before any rank computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from megatron_vespo.types import TrainingSample
+
+ARGS = Namespace(
+    max_tokens_per_gpu=4,
+    context_parallel_size=2,
+    vocab_size=50,
+    num_layers=2,
+    moe_router_topk=2,
+    num_experts=6,
+)
+ROUTES = np.tile(np.array([5, 0], np.uint8), (6, 2, 1))
+SAMPLE = TrainingSample(
+    token_ids=np.arange(7),
+    prompt_length=3,
+    behavior_log_probs=np.full(4, -1.0, np.float32),
+    policy_versions=np.full(4, 3),
+    advantage=0.5,
+    reward=1.0,
+    temperature=1.0,
+    group_id=9,
+    routed_experts=ROUTES,
+    routes_version=3,
+)
+
+
+def repeated() -> np.ndarray:
+    routes = ROUTES.copy()
+    routes[2, 1] = 4
+    return routes
+
+
+@pytest.fixture(scope="module")
+def check():
+    from megatron_vespo.trainer.samples import check_sample
+
+    return check_sample
+
+
+def test_a_sound_sample_passes(check):
+    check(SAMPLE, "sample 0", ARGS, needs_routes=True)
+    check(dataclasses.replace(SAMPLE, routed_experts=None), "sample 0", ARGS, needs_routes=False)
+    longest = {"token_ids": np.arange(8), "prompt_length": 4}
+    check(dataclasses.replace(SAMPLE, **longest), "sample 0", ARGS, needs_routes=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"token_ids": np.arange(9), "prompt_length": 5},
+            "has 9 tokens, more than --max-tokens-per-gpu x --context-parallel-size = 8: raise one of them "
+            "or shorten the completions",
+        ),
+        (
+            {"old_log_probs": np.zeros(3, np.float32)},
+            "has 3 old_log_probs for 4 completion tokens",
+        ),
+        (
+            {"old_log_probs": np.array([0, np.nan, 0, 0], np.float32)},
+            "has 1 non-finite old_log_probs, the first one is nan at completion token 1",
+        ),
+        ({"routed_experts": None}, "has no routed_experts, --routing-replay R3 needs the engine's"),
+        (
+            {"routed_experts": ROUTES[:5]},
+            "has routed_experts uint8 [5, 2, 2], expected uint8 [6, 2, 2]: tokens but the last, layers, "
+            "experts per token",
+        ),
+        (
+            {"routed_experts": ROUTES.astype(np.int32)},
+            "has routed_experts int32 [6, 2, 2], expected uint8 [6, 2, 2]: tokens but the last, layers, "
+            "experts per token",
+        ),
+        ({"routed_experts": ROUTES + np.uint8(1)}, "was routed to expert 6, there are 6"),
+        ({"routed_experts": repeated()}, "has a token with the same expert twice in its routed_experts"),
+        (
+            {"routes_version": 2},
+            "has routes of policy version 2, its last token is of version 3",
+        ),
+        (
+            {"routes_version": None},
+            "has routes of policy version None, its last token is of version 3",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(check, changes, message):
+    with pytest.raises(ValueError) as error:
+        check(dataclasses.replace(SAMPLE, **changes), "sample 5", ARGS, needs_routes=True)
+    assert str(error.value) == f"sample 5 (group 9) {message}"
