@@ -123,12 +123,7 @@ def _check_divisions(args: Namespace) -> None:
         ("experts", args.num_experts, "--expert-model-parallel-size", expert),
         ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
     ]
-    uneven = (
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-        args.pipeline_model_parallel_layout,
-    )
-    if uneven == (None, None, None):
+    if _even_stages(args):
         divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
     for what, number, flag, divisor in divisions:
         if number % divisor:
@@ -138,10 +133,24 @@ def _check_divisions(args: Namespace) -> None:
 
 def check_virtual_pipeline(args: Namespace) -> None:
     """Megatron derives the virtual stages from several flags, so this comes after its own checks."""
-    if args.virtual_pipeline_model_parallel_size is not None:
+    virtual = args.virtual_pipeline_model_parallel_size
+    if virtual is not None:
         stages = args.pipeline_model_parallel_size
+        if _even_stages(args) and args.num_layers % (stages * virtual):
+            raise ValueError(
+                f"{stages} pipeline stages of {virtual} virtual ones do not divide layers {args.num_layers}"
+            )
         what = f"data-parallel ranks in {stages} micro-batches each (virtual pipeline stages need them)"
         _check_share(args, args.data_parallel_size, what, stages)
+
+
+def _even_stages(args: Namespace) -> bool:
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+    )
+    return uneven == (None, None, None)
 
 
 def _check_share(args: Namespace, ranks: int, what: str, micro_batches: int = 1) -> None:

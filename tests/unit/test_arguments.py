@@ -273,6 +273,10 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "(virtual pipeline stages need them) equally: change --rollout-batch-size, --num-completions or "
             "--mini-batches",
         ),
+        (
+            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 4",
+            "2 pipeline stages of 4 virtual ones do not divide layers 4",
+        ),
         ("--bf16 --fp16", "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
     ],
 )
