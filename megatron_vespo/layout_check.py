@@ -193,6 +193,8 @@ def _layout_arguments(
         args = parse_args([*argv, *layout.flags()], COMMAND, required=())
     except ValueError as error:
         raise ValueError(f"layout {layout.name!r}: {error}") from error
+    if args.routing_replay == "R3":
+        raise ValueError("--routing-replay R3 needs an engine's routes, which no sample has here; R2 works")
     args.rollout_engines = 0
     return args
 

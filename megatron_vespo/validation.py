@@ -81,6 +81,10 @@ def _check_training(args: Namespace) -> None:
     if args.load and args.load != args.save and not (Path(args.load) / tracker).is_file():
         # the same folder for both is how a job that may be restarted says "go on, or begin"
         raise ValueError(f"--load {args.load}: no checkpoint there ({tracker} is missing)")
+    if args.routing_replay and args.moe_router_fusion:
+        raise ValueError(
+            "--routing-replay does not reach --moe-router-fusion, which chooses by itself: leave one out"
+        )
     if args.routing_replay and args.num_experts > MAX_RECORDED_EXPERTS:
         raise ValueError(
             f"--routing-replay: routes are one byte, the model has {args.num_experts} experts, more than "

@@ -176,7 +176,9 @@ class MegatronPolicy:
     ) -> np.ndarray:
         """log W of every sample under the current weights, float32 [num_samples], identical on every rank.
 
-        `recomputed` and `decoupled` need the samples' `old_log_probs`; ValueError names one without.
+        `recomputed` and `decoupled` need the samples' `old_log_probs`; ValueError names one without. With R3
+        the samples' routes are replayed; with R2 routers choose for themselves here, as samples do not carry
+        pi_old's.
         """
         if denominator != "rollout":
             missing = [i for i, sample in enumerate(samples) if sample.old_log_probs is None]

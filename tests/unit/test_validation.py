@@ -46,6 +46,7 @@ def layout(**changes) -> Namespace:
         max_completion_tokens=60,
         max_tokens_per_gpu=100,
         routing_replay=None,
+        moe_router_fusion=False,
         max_position_embeddings=100,
         global_batch_size=32,
         num_attention_heads=8,
@@ -259,6 +260,10 @@ def test_parallel_sizes_are_positive(size, value):
             {"context_parallel_size": 2, "max_tokens_per_gpu": 49, "seq_length": 99},
             "--max-tokens-per-gpu 49 x --context-parallel-size 2 is less than the longest sequence, "
             "--max-prompt-tokens 40 + --max-completion-tokens 60 = 100 with its padding",
+        ),
+        (
+            {"routing_replay": "R2", "moe_router_fusion": True},
+            "--routing-replay does not reach --moe-router-fusion, which chooses by itself: leave one out",
         ),
         (
             {"routing_replay": "R3", "num_experts": 512},
