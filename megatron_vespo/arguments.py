@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
@@ -189,7 +190,10 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     args.calculate_per_token_loss = True
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
-    args.gamma_kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
+    method = METHODS[args.policy_loss]
+    kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
+    args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau)
+    args.loss_aggregation = args.loss_aggregation or method.aggregation
 
 
 def _megatron_validate(args: Namespace) -> None:

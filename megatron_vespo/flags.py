@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
+from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 
 DESCRIPTION = """\
@@ -64,9 +66,19 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("VESPO")
+    group = parser.add_argument_group("policy loss")
     add = group.add_argument
     kernel = GammaKernel()
+    add("--policy-loss", choices=METHODS, default="vespo")
+    add(
+        "--loss-aggregation",
+        choices=AGGREGATIONS,
+        help="default: as the loss's paper does, most often token-mean",
+    )
+    add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
+    add("--sapo-tau", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"),
+        help="of SAPO's gate, by the sign of the advantage; default: " + _defaults_of("tau"))  # fmt: skip
     add("--mini-batches", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
     add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
@@ -103,3 +115,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
+
+
+def _defaults_of(option: str) -> str:
+    """Each method's own value of an option, for people."""
+    values = {name: getattr(method, option) for name, method in METHODS.items()}
+    return ", ".join(f"{name} {value[0]:g} {value[1]:g}" for name, value in values.items() if value)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.data.context_parallel import TokenLayout
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
@@ -43,11 +44,29 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             raise ValueError(
                 f"--{name.replace('_', '-')} {c1:g} {c2:g}: exponents must be finite and not negative"
             )
+    _check_loss(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
             "compute: use R3, or another denominator"
         )
+
+
+def _check_loss(args: Namespace) -> None:
+    method = METHODS[args.policy_loss]
+    if args.ratio_denominator == "decoupled" and method.token_ratio:
+        raise ValueError(
+            f"--policy-loss {args.policy_loss} weighs tokens, --ratio-denominator decoupled weighs whole "
+            "responses: use recomputed or rollout"
+        )
+    for flag, given, default in (
+        ("--clip-range", args.clip_range, method.clip_range),
+        ("--sapo-tau", args.sapo_tau, method.tau),
+    ):
+        if given is not None and default is None:
+            raise ValueError(f"{flag} has no effect on --policy-loss {args.policy_loss}: leave it out")
+        if given is not None and not all(0 < value < math.inf for value in given):
+            raise ValueError(f"{flag} {given[0]:g} {given[1]:g}: both must be positive and finite")
 
 
 def check_layout(args: Namespace) -> None:

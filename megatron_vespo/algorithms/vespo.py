@@ -122,22 +122,3 @@ def sequence_log_ratio(
     else:
         mismatch_S = engine_gap_S
     return LogRatio(staleness_S + mismatch_S, mismatch_S, engine_gap_S)
-
-
-def vespo_loss(
-    log_probs_T: Tensor,
-    log_w_S: Tensor,
-    advantages_S: Tensor,
-    loss_mask_T: Tensor,
-    sequence_ids_T: Tensor,
-    kernel: GammaKernel,
-) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of - phi(W) A log pi, and phi [S].
-
-    A sum, not a mean: the caller divides by the token count of the whole optimizer step, so that the loss
-    does not depend on how the samples were cut into micro-batches.
-    """
-    phi_S = kernel.phi(log_w_S.detach(), advantages_S)
-    coefficient_T = (phi_S * advantages_S).index_select(0, sequence_ids_T)
-    loss_T = (-coefficient_T * log_probs_T).masked_fill(loss_mask_T == 0, 0.0)
-    return loss_T.sum(), phi_S

@@ -43,6 +43,7 @@ def gather(
                 if isinstance(error.cause, passed_on):
                     raise error.cause from None
                 _raise_if_one_died(pending, names, what, explain)
+                _watch_a_while(watch)
                 cause = f"{type(error.cause).__name__}: {error.cause}"
                 raise WorkerError(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
             except ray.exceptions.RayActorError as error:
@@ -69,6 +70,14 @@ def _raise_if_one_died(
             continue
         except ray.exceptions.RayActorError as error:
             raise _death(error, names[pending[ref]], what, explain(pending[ref])) from None
+
+
+def _watch_a_while(watch: Callable[[], None] | None) -> None:
+    """The same for what is watched: a connection breaks a moment before its process is seen to be dead."""
+    deadline = time.monotonic() + DEATH_NOTICE_S
+    while watch is not None and time.monotonic() < deadline:
+        watch()
+        time.sleep(POLL_S / 2)
 
 
 def _death(error: ray.exceptions.RayActorError, name: str, what: str, explanation: str) -> WorkerError:

@@ -33,6 +33,7 @@ class MicroBatch:
     cu_seqlens: Tensor  # int32 [S + 1], or [S + 2] when padding is a segment of its own; of the whole pack
     max_seqlen: int
     advantages_S: Tensor  # float32
+    num_tokens_S: Tensor  # float32, trained tokens of the whole sequence, wherever they are
     sample_indices: list[int]
     old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64, set by the trainer
     routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's
@@ -75,6 +76,7 @@ def build_micro_batch(
     fields["loss_positions"] = np.flatnonzero(fields["loss_mask_T"])
     fields["cu_seqlens"] = segments.astype(np.int32)
     fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
+    fields["num_tokens_S"] = np.array([sample.completion_length for sample in chosen], np.float32)
     return MicroBatch(
         **{name: torch.from_numpy(array).to(device) for name, array in fields.items()},
         max_seqlen=int(np.diff(segments).max()),

@@ -12,8 +12,6 @@ from rich.table import Table
 
 # a gradient norm below this share of the whole gradient's is judged as if it were that large
 SMALL_NORM = 1e-3
-# terms of both signs cancel in a loss; one below this share of their size is judged as if it were that large
-CANCELLED = 0.1
 NO_TERMINAL_WIDTH = 180
 
 
@@ -41,7 +39,7 @@ class Differences:
     """How far a layout is from the reference, the worst of all steps; also the type of the bounds."""
 
     log_w: float  # largest |difference| of a sequence's log W
-    loss: float  # relative to the reference's, or to CANCELLED x its terms where they nearly cancel
+    loss: float  # relative to the size of the reference's terms, which may cancel in the loss itself
     grad_norm: float  # relative to the reference's
     parameter_norm: float  # relative to the reference's, or to SMALL_NORM x the whole norm where that is more
     experts: float  # share of (token, layer) pairs with other experts
@@ -73,14 +71,7 @@ def compare(reference: LayoutMeasurement, candidate: LayoutMeasurement) -> tuple
     # numpy's max passes NaN on, Python's need not
     differences = Differences(
         log_w=float(np.max([np.abs(theirs.log_w - ours.log_w) for ours, theirs in steps])),
-        loss=float(
-            np.max(
-                [
-                    _relative(theirs.loss, ours.loss, max(abs(ours.loss), CANCELLED * ours.loss_terms))
-                    for ours, theirs in steps
-                ]
-            )
-        ),
+        loss=float(np.max([_relative(theirs.loss, ours.loss, ours.loss_terms) for ours, theirs in steps])),
         grad_norm=float(
             np.max([_relative(theirs.grad_norm, ours.grad_norm, ours.grad_norm) for ours, theirs in steps])
         ),
@@ -128,8 +119,7 @@ def caption(bounds: Differences, num_steps: int, num_samples: int) -> str:
     return (
         f"{num_samples} samples, {num_steps} optimizer step{'s' * (num_steps > 1)}; the worst of all steps, "
         f"against the first row. log W: largest difference of a sequence, bound {bounds.log_w:g}. "
-        f"loss: relative to it, or to {CANCELLED:g} of its terms' sizes where it is less than that, as they "
-        f"cancel in it; bound {bounds.loss:g}. "
+        f"loss: relative to the size of its terms, as those of both signs cancel, bound {bounds.loss:g}. "
         f"grad norm: relative, bound {bounds.grad_norm:g}. worst parameter: whose gradient norm differs "
         f"most, relative to it or to {SMALL_NORM:g} of the whole norm where that is more, bound "
         f"{bounds.parameter_norm:g}. other experts: share of (token, layer) pairs, bound {bounds.experts:g}."

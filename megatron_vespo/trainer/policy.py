@@ -33,13 +33,14 @@ from megatron_vespo.types import TrainingSample
 class StepResult:
     """One optimizer step, identical on every rank; arrays are float32 [num_samples] in sample order."""
 
-    loss: float  # per loss token of the whole mini-batch
+    loss: float  # of the whole mini-batch, as --loss-aggregation says
+    loss_terms: float  # the same with every term's absolute value: how large what cancels in the loss is
     grad_norm: float
     learning_rate: float
     num_tokens: int
     entropy: float  # nats a loss token, of the policy before the step at the sampling temperature
     log_w: np.ndarray
-    phi: np.ndarray
+    phi: np.ndarray  # in another loss than VESPO: what multiplies A grad log pi, its mean over the tokens
     engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
     engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
     padding_share: float
@@ -114,7 +115,7 @@ class MegatronPolicy:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = partial(policy_loss, kernel=self.args.gamma_kernel, args=self.args, cp_group=self.groups.cp)
+        loss = partial(policy_loss, args=self.args, cp_group=self.groups.cp)
         routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
         return self._run(mini_batch, loss, False, routing)
 
@@ -134,15 +135,16 @@ class MegatronPolicy:
             dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
         names = ("log_w", "phi", "engine_gap", "engine_difference")
         columns = self._packer.gather_sequences(mini_batch, outputs, names)
-        sums = torch.zeros(3, dtype=torch.float64, device=device())
+        sums = torch.zeros(5, dtype=torch.float64, device=device())
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            sums[0] += output["loss_sum"]
-            sums[1] += output["entropy_sum"]
-            sums[2] += micro_batch.num_loss_tokens
+            for i, name in enumerate(("loss_sum", "loss_terms", "loss_count", "entropy_sum")):
+                sums[i] += output[name]
+            sums[4] += micro_batch.num_loss_tokens
         self._packer.share(sums, self.groups.cp)
-        loss_sum, entropy_sum, num_tokens = sums.tolist()
+        loss_sum, loss_terms, loss_count, entropy_sum, num_tokens = sums.tolist()
         return StepResult(
-            loss=loss_sum / num_tokens,
+            loss=loss_sum / loss_count,
+            loss_terms=loss_terms / loss_count,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             num_tokens=int(num_tokens),

@@ -12,7 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio, vespo_loss
+from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
+from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.vespo import segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
@@ -101,34 +103,48 @@ def policy_loss(
     log_probs_T: Tensor,
     entropies_T: Tensor,
     *,
-    kernel: GammaKernel,
     args: Namespace,
     cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """VESPO on one micro-batch; hands back per-sequence values [S] and sums over this rank's tokens."""
+    """The policy loss on one micro-batch; hands back per-sequence values [S] and this rank's sums."""
     log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
-    loss_sum, phi_S = vespo_loss(
-        log_probs_T,
-        log_ratio.log_w_S,
-        micro_batch.advantages_S,
-        micro_batch.loss_mask_T,
-        micro_batch.sequence_ids_T,
-        kernel,
-    )
     reference_T = log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
+    denominator_T = micro_batch.behavior_log_probs_T if args.ratio_denominator == "rollout" else reference_T
+    inputs = LossInputs(
+        log_probs_T=log_probs_T,
+        log_ratio_T=log_probs_T.detach() - denominator_T,
+        log_w_S=log_ratio.log_w_S,
+        advantages_S=micro_batch.advantages_S,
+        num_tokens_S=micro_batch.num_tokens_S,
+        loss_mask_T=micro_batch.loss_mask_T,
+        sequence_ids_T=micro_batch.sequence_ids_T,
+    )
+    term = args.loss_function(inputs)
+    longest = args.max_completion_tokens
+    loss_sum = weighted_sum(term.loss_T, inputs, args.loss_aggregation, longest)
+    loss_count = count(inputs, args.loss_aggregation, cp_group.rank() == 0)
+    share_T = term.weight_T.double() / inputs.per_token(inputs.lengths_S)
+    mean_weight_S = segment_sum(
+        share_T.masked_fill(micro_batch.loss_mask_T == 0, 0.0),
+        micro_batch.sequence_ids_T,
+        micro_batch.num_sequences,
+        cp_group,
+    )
     difference_T = (reference_T - micro_batch.behavior_log_probs_T).abs() * micro_batch.loss_mask_T
     handed_back = {
         "log_w": log_ratio.log_w_S,
-        "phi": phi_S,
+        "phi": mean_weight_S,
         "engine_gap": log_ratio.engine_gap_S,
-        # the schedule divides the loss in place: keep our own
-        "loss_sum": loss_sum.detach().clone(),
-        "entropy_sum": entropies_T.detach().sum(),
-        "engine_difference": torch.zeros_like(phi_S).scatter_reduce(
+        "engine_difference": torch.zeros_like(mean_weight_S).scatter_reduce(
             0, micro_batch.sequence_ids_T, difference_T.float(), "amax"
         ),
+        # the schedule divides the loss in place: keep our own
+        "loss_sum": loss_sum.detach().clone(),
+        "loss_terms": weighted_sum(term.loss_T.detach().abs(), inputs, args.loss_aggregation, longest),
+        "loss_count": loss_count,
+        "entropy_sum": entropies_T.detach().sum(),
     }
-    return loss_sum, _num_tokens(micro_batch), handed_back
+    return loss_sum, loss_count.int(), handed_back
 
 
 def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, args: Namespace, cp_group):

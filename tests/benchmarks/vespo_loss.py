@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio, vespo_loss
+from megatron_vespo.algorithms.losses.aggregation import weighted_sum
+from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.losses.weighted import vespo
+from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio
 
 KERNEL = GammaKernel()
 TIMEOUT_S = 120  # of one measurement
@@ -37,8 +40,11 @@ def packed(log_probs_T: Tensor, old_T: Tensor, mask_T: Tensor, ids_T: Tensor, ad
     ratio = sequence_log_ratio(
         log_probs_T, old_T, None, mask_T, ids_T, len(advantages_S), "rollout", mismatch_truncation=2.0
     )
-    loss_sum, phi_S = vespo_loss(log_probs_T, ratio.log_w_S, advantages_S, mask_T, ids_T, KERNEL)
-    return loss_sum / mask_T.sum(), phi_S
+    num_tokens_S = torch.zeros(len(advantages_S)).index_add_(0, ids_T, mask_T)
+    log_ratio_T = log_probs_T.detach() - old_T
+    inputs = LossInputs(log_probs_T, log_ratio_T, ratio.log_w_S, advantages_S, num_tokens_S, mask_T, ids_T)
+    loss_sum = weighted_sum(vespo(inputs, KERNEL).loss_T, inputs, "token-mean", longest=1)
+    return loss_sum / mask_T.sum(), KERNEL.phi(ratio.log_w_S, advantages_S)
 
 
 def trl(log_probs_SN: Tensor, old_SN: Tensor, mask_SN: Tensor, advantages_S: Tensor):

@@ -186,7 +186,7 @@ def test_help_is_one_readable_page():
     for group in (
         "model and data:",
         "rollout and reward:",
-        "VESPO:",
+        "policy loss:",
         "placement and weight sync:",
         "output:",
     ):

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo import cli
+from megatron_vespo.algorithms.losses.clipped import gspo
+from megatron_vespo.algorithms.losses.weighted import vespo
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.conversion.config import megatron_arguments
@@ -138,7 +140,8 @@ def test_an_optimizer_step_is_one_mini_batch(parse):
 
 def test_our_defaults(parse):
     args = parse()
-    assert args.gamma_kernel == GammaKernel()
+    assert args.loss_function.function is vespo and args.loss_function.options == {"kernel": GammaKernel()}
+    assert args.loss_aggregation == "token-mean"
     assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
     assert (args.advantage_std, args.apply_chat_template, args.hf_export) == (False, True, True)
     assert (args.rollout_temperature, args.max_logprob_difference, args.heldout_data) == (1.0, None, None)
@@ -167,7 +170,8 @@ def test_flags_win_over_defaults(parse):
     )
     assert (args.weight_decay, args.adam_beta2, args.lr_decay_style) == (0.1, 0.999, "cosine")
     assert (args.seed, args.bf16) == (7, True)
-    assert args.gamma_kernel == GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
+    kernel = GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
+    assert args.loss_function.options == {"kernel": kernel}
     assert (args.advantage_std, args.apply_chat_template, args.hf_export) == (True, False, False)
     assert args.ratio_denominator == "decoupled"
 
@@ -191,6 +195,17 @@ def test_routing_replay_gives_megatrons_routers_a_slot(parse):
 def test_the_nominal_length_divides_by_context_parallelism(parse):
     args = parse("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12")
     assert args.seq_length == 54
+
+
+def test_other_losses_take_their_own_options(parse):
+    args = parse("--policy-loss gspo")
+    assert (args.loss_function.function, args.loss_aggregation) == (gspo, "sequence-mean-token-mean")
+    assert args.loss_function.options == {"low": 3e-4, "high": 4e-4}
+    args = parse("--policy-loss gspo --clip-range 0.1 0.2 --loss-aggregation token-mean")
+    assert args.loss_function.options == {"low": 0.1, "high": 0.2}
+    assert args.loss_aggregation == "token-mean"
+    args = parse("--policy-loss sapo --sapo-tau 1 2")
+    assert args.loss_function.options == {"tau_positive": 1.0, "tau_negative": 2.0}
 
 
 def test_a_flag_given_twice_counts_the_last_time(parse):
@@ -369,7 +384,8 @@ def test_help_shows_our_groups_and_imports_nothing_heavy():
     program = [sys.executable, "-c", HELP_AND_MODULES]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for group in ("model and data", "rollout and reward", "VESPO", "placement and weight sync", "output"):
+    groups = ("model and data", "rollout and reward", "policy loss", "placement and weight sync", "output")
+    for group in groups:
         assert f"\n{group}:\n" in done.stdout
     assert "--help-megatron lists them all" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

@@ -141,6 +141,23 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--vespo-negative inf 2: exponents must be finite and not negative",
         ),
         (
+            "--policy-loss grpo --ratio-denominator decoupled",
+            "--policy-loss grpo weighs tokens, --ratio-denominator decoupled weighs whole responses: use "
+            "recomputed or rollout",
+        ),
+        (
+            "--policy-loss vespo --clip-range 0.1 0.2",
+            "--clip-range has no effect on --policy-loss vespo: leave it out",
+        ),
+        (
+            "--policy-loss gspo --sapo-tau 1 1",
+            "--sapo-tau has no effect on --policy-loss gspo: leave it out",
+        ),
+        (
+            "--policy-loss grpo --clip-range 0 0.2",
+            "--clip-range 0 0.2: both must be positive and finite",
+        ),
+        (
             "--routing-replay R2 --ratio-denominator rollout",
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
             "compute: use R3, or another denominator",

@@ -1,0 +1,1 @@
+"""Policy losses, one module a method; `table.py` names them."""

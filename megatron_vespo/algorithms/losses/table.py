@@ -1,0 +1,67 @@
+"""Every policy loss by name. A new one is a function of `LossInputs`, a line here, and a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vespo.algorithms.losses import clipped, weighted
+from megatron_vespo.algorithms.losses.aggregation import Aggregation
+from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+from megatron_vespo.algorithms.vespo import GammaKernel
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss with its options, ready for a micro-batch; those with the same are equal in any process."""
+
+    function: Callable[..., TokenLoss]
+    options: dict[str, Any]
+
+    def __call__(self, inputs: LossInputs) -> TokenLoss:
+        return self.function(inputs, **self.options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss and what its paper does with it; flags may say otherwise."""
+
+    loss: Callable[..., TokenLoss]
+    aggregation: Aggregation = "token-mean"
+    clip_range: tuple[float, float] | None = None  # (low, high) of 1 - low, 1 + high
+    tau: tuple[float, float] | None = None  # where A > 0, elsewhere
+    uses_kernel: bool = False
+    token_ratio: bool = False  # weighs each token by its own ratio instead of the response by W
+
+    def bind(
+        self,
+        kernel: GammaKernel,
+        clip_range: tuple[float, float] | None,
+        tau: tuple[float, float] | None,
+    ) -> PolicyLoss:
+        """The loss with its options; None takes the method's own."""
+        options: dict[str, Any] = {}
+        if self.uses_kernel:
+            options["kernel"] = kernel
+        if self.clip_range is not None:
+            options["low"], options["high"] = clip_range or self.clip_range
+        if self.tau is not None:
+            options["tau_positive"], options["tau_negative"] = tau or self.tau
+        return PolicyLoss(self.loss, options)
+
+
+# lower bounds of 1 are none: a ratio is never below 0
+METHODS: dict[str, Method] = {
+    "vespo": Method(weighted.vespo, uses_kernel=True),
+    "vespo-mean": Method(weighted.vespo_mean, uses_kernel=True),
+    "vespo-sqrt": Method(weighted.vespo_sqrt, uses_kernel=True),
+    "grpo": Method(clipped.grpo, clip_range=(0.2, 0.28), token_ratio=True),
+    "dr-grpo": Method(clipped.grpo, aggregation="constant", clip_range=(0.2, 0.2), token_ratio=True),
+    "gspo": Method(clipped.gspo, aggregation="sequence-mean-token-mean", clip_range=(3e-4, 4e-4)),
+    "sapo": Method(clipped.sapo, tau=(1.0, 1.05), token_ratio=True),
+    "cispo": Method(weighted.cispo, clip_range=(1.0, 0.28), token_ratio=True),
+    "topr": Method(weighted.topr),
+    "sequence-is": Method(weighted.sequence_importance_sampling),
+    "reinforce": Method(weighted.reinforce),
+}

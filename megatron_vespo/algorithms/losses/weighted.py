@@ -1,0 +1,59 @@
+"""Losses whose gradient is a detached weight times A grad log pi: loss = - sg(weight) A log pi."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+from megatron_vespo.algorithms.vespo import GammaKernel
+
+# exp(20) is 4.9e8, beyond any bound in use, and far from overflow
+MAX_LOG_RATIO = 20.0
+
+
+def weighted(inputs: LossInputs, weight_T: Tensor) -> TokenLoss:
+    """- weight A log pi, with a weight that is no path for gradient."""
+    # an untrained token's weight may be NaN, and NaN times a gradient of 0 is not 0
+    weight_T = weight_T.detach().masked_fill(inputs.loss_mask_T == 0, 0.0)
+    coefficient_T = weight_T * inputs.per_token(inputs.advantages_S)
+    return TokenLoss(-coefficient_T * inputs.log_probs_T, weight_T)
+
+
+def vespo(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
+    """- phi(W) A log pi, phi = W^c1 exp(c2 (1 - W)) (VESPO, arXiv 2602.10693)."""
+    return weighted(inputs, inputs.per_token(kernel.phi(inputs.log_w_S, inputs.advantages_S)))
+
+
+def vespo_mean(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
+    """VESPO of log W / T, the geometric mean of the token ratios: an ablation of the paper."""
+    log_w_S = inputs.log_w_S / inputs.lengths_S
+    return weighted(inputs, inputs.per_token(kernel.phi(log_w_S, inputs.advantages_S)))
+
+
+def vespo_sqrt(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
+    """VESPO of log W / sqrt(T): the paper's other ablation."""
+    log_w_S = inputs.log_w_S / inputs.lengths_S.sqrt()
+    return weighted(inputs, inputs.per_token(kernel.phi(log_w_S, inputs.advantages_S)))
+
+
+def reinforce(inputs: LossInputs) -> TokenLoss:
+    """- A log pi: no correction for off-policy data."""
+    return weighted(inputs, torch.ones_like(inputs.log_probs_T))
+
+
+def sequence_importance_sampling(inputs: LossInputs) -> TokenLoss:
+    """- W A log pi: the unbiased gradient, with nothing against its variance; W stops at exp(20)."""
+    return weighted(inputs, inputs.per_token(inputs.log_w_S.clamp(max=MAX_LOG_RATIO).exp()))
+
+
+def topr(inputs: LossInputs) -> TokenLoss:
+    """Weight 1 where A > 0, min(W, 1) elsewhere (tapered off-policy REINFORCE, arXiv 2503.14286)."""
+    tapered_S = inputs.log_w_S.clamp(max=0.0).exp()
+    return weighted(inputs, inputs.per_token(torch.where(inputs.advantages_S > 0, 1.0, tapered_S)))
+
+
+def cispo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
+    """Weight clip(r, 1 - low, 1 + high) of each token (MiniMax-M1, arXiv 2506.13585)."""
+    ratio_T = inputs.log_ratio_T.clamp(max=MAX_LOG_RATIO).exp()
+    return weighted(inputs, ratio_T.clamp(1.0 - low, 1.0 + high))

@@ -1,0 +1,43 @@
+"""Loss and gradient norm of every policy loss and aggregation on one layout; the weights never move."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from common import hand_back, read_samples, start_megatron
+
+TOKEN_NOISE = 0.1  # of pi against pi_old: some tokens are clipped, some responses have a W far from 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron([*flags, "--lr", "0"])
+    from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
+    from megatron_vespo.algorithms.losses.table import METHODS
+    from megatron_vespo.algorithms.vespo import GammaKernel
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    samples = read_samples(options.samples)[: args.global_batch_size]
+    draw = np.random.default_rng(3)
+    for sample, log_probs in zip(samples, policy.log_probs(samples), strict=True):
+        noise = draw.normal(0, TOKEN_NOISE, len(log_probs))
+        sample.old_log_probs = (log_probs + noise).astype(np.float32)
+    cases = [(name, METHODS[name].aggregation) for name in METHODS]
+    cases += [("grpo", aggregation) for aggregation in AGGREGATIONS[1:]]
+    results = {}
+    for name, aggregation in cases:
+        args.loss_function = METHODS[name].bind(GammaKernel(), None, None)
+        args.loss_aggregation = aggregation
+        step = policy.train_step(policy.pack(samples))
+        results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])
+        results[f"{name} {aggregation} weight"] = step.phi
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

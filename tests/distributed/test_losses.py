@@ -1,0 +1,53 @@
+"""Every policy loss and aggregation is the same at every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from launch import PROGRAMS, TIMEOUT_S, launch
+
+LAYOUTS = {
+    "small packs": (1, "--max-tokens-per-gpu 64"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "dp2 ep2, small packs": (2, "--expert-model-parallel-size 2 --max-tokens-per-gpu 100"),
+    "tp2 pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+                   "--expert-tensor-parallel-size 1"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(task, tmp_path_factory):
+    def start(num_ranks: int, flags: str):
+        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags.split()]
+        return launch(
+            PROGRAMS / "losses.py", num_ranks, arguments, TIMEOUT_S, tmp_path_factory.mktemp("losses")
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def one_rank(run):
+    return run(1, "")[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_do_not_depend_on_the_layout(one_rank, run, layout):
+    worst = np.zeros(3)
+    for result in run(*LAYOUTS[layout]):
+        for case, values in one_rank.items():
+            if case.endswith("weight"):
+                np.testing.assert_allclose(result[case], values, rtol=2e-5, atol=1e-6, err_msg=case)
+                continue
+            loss, grad_norm, terms = np.abs(result[case] - values) / np.abs(values[[2, 1, 2]])
+            assert loss <= 1e-6 and terms <= 1e-6, f"{case}: loss {loss:.1e}"
+            assert grad_norm <= 1e-5, f"{case}: grad_norm {grad_norm:.1e}"
+            worst = np.maximum(worst, [loss, grad_norm, terms])
+    print(f"{layout}: loss {worst[0]:.1e} of its terms, grad_norm {worst[1]:.1e}")
+
+
+def test_the_losses_differ(one_rank):
+    """Else one would have been run under many names."""
+    norms = {case: values[1] for case, values in one_rank.items() if not case.endswith("weight")}
+    ordered = sorted(norms.values())
+    assert len(norms) == 14 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
