@@ -73,7 +73,7 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--loss-aggregation",
         choices=AGGREGATIONS,
-        help="default: as the loss's paper does, most often token-mean",
+        help="default: token-mean, but for dr-grpo and gspo their own",
     )
     add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip

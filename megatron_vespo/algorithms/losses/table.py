@@ -25,7 +25,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and what its paper does with it; flags may say otherwise."""
+    """A loss and its defaults; the aggregation is the VESPO paper's for all but those that are about theirs."""
 
     loss: Callable[..., TokenLoss]
     aggregation: Aggregation = "token-mean"
