@@ -123,9 +123,23 @@ MUTATIONS = [
     Mutation(
         "denominator: tokens of the micro-batch instead of the optimizer step",
         "trainer/step.py",
-        "    return loss_sum, _num_tokens(micro_batch), handed_back\n",
-        "    return loss_sum / micro_batch.num_loss_tokens, _num_tokens(micro_batch) * 0 + 1, handed_back\n",
+        "    return loss_sum, loss_count.int(), handed_back\n",
+        "    return loss_sum / loss_count, loss_count.int() * 0 + 1, handed_back\n",
         (INVARIANCE, "rounding and 100"),
+    ),
+    Mutation(
+        "denominator: every context-parallel rank counts the responses",
+        "algorithms/losses/aggregation.py",
+        "len(inputs.advantages_S) if first_context_rank else 0",
+        "len(inputs.advantages_S)",
+        ("tests/distributed/test_policy_losses.py", "cp2"),
+    ),
+    Mutation(
+        "denominator: a response's length is that of its part on the rank",
+        "data/micro_batch.py",
+        "[sample.completion_length for sample in chosen], np.float32)",
+        "[max(1, sample.completion_length // layout.cp_size) for sample in chosen], np.float32)",
+        ("tests/distributed/test_policy_losses.py", "cp2"),
     ),
     Mutation(
         "replay: recomputation routes freely",

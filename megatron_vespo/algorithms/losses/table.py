@@ -25,7 +25,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and its defaults; the aggregation is the VESPO paper's for all but those that are about theirs."""
+    """A loss and its defaults: token-mean, as in the VESPO paper, but where another one is its point."""
 
     loss: Callable[..., TokenLoss]
     aggregation: Aggregation = "token-mean"
