@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/distributed/layout_table.py
 
-Takes about ten minutes on two cores; exits with 1 when a layout is above a bound.
+Takes about six minutes on two cores; exits with 1 when a layout is above a bound.
 """
 
 from __future__ import annotations
