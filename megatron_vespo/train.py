@@ -162,6 +162,7 @@ def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: f
     if args.hf_export:
         paths["HF export"] = args.output_dir / "hf"
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = args.context_parallel_size
     summary = {
         "heldout_accuracy_before": state.heldout_before,
         "heldout_accuracy_after": state.heldout_after,
@@ -173,8 +174,11 @@ def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: f
         "layout": {
             "tensor": tensor,
             "pipeline": pipeline,
+            "virtual_pipeline": args.virtual_pipeline_model_parallel_size or 1,
+            "context": context,
             "expert": args.expert_model_parallel_size,
-            "data": args.trainer_ranks // (tensor * pipeline),
+            "expert_tensor": args.expert_tensor_parallel_size,
+            "data": args.trainer_ranks // (tensor * pipeline * context),
             "trainer_ranks": args.trainer_ranks,
             "engines": args.rollout_engines,
         },

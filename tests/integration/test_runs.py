@@ -50,7 +50,8 @@ def test_the_tiny_example_learns(tiny_run):
     assert summary["train_seconds"] <= 600
     assert summary["steps"] == 40
     assert summary["layout"] == {
-        "tensor": 2, "pipeline": 2, "expert": 2, "data": 1, "trainer_ranks": 4, "engines": 1
+        "tensor": 2, "pipeline": 2, "virtual_pipeline": 1, "context": 1, "expert": 2, "expert_tensor": 1,
+        "data": 1, "trainer_ranks": 4, "engines": 1,
     }  # fmt: skip
 
 
