@@ -35,7 +35,7 @@ def output_log_probs(
     nothing hold 0: their logits are not computed.
     """
     group = output_layer.tp_group
-    if output_layer.sequence_parallel and group.size() > 1:
+    if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)

@@ -157,12 +157,11 @@ class MegatronPolicy:
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
         """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks."""
-        mini_batch = self.pack(self._packer.fill(samples))
+        filled = self._packer.fill(samples)
+        mini_batch = self.pack(filled)
         longest = max(sample.completion_length for sample in samples)
-        table = torch.zeros(mini_batch.num_samples, longest, device=device())
-        prompt_lengths = torch.tensor(
-            [sample.prompt_length for sample in self._packer.fill(samples)], device=device()
-        )
+        table = torch.zeros(len(filled), longest, device=device())
+        prompt_lengths = torch.tensor([sample.prompt_length for sample in filled], device=device())
         outputs = self._run(mini_batch, log_prob_only, True, self._routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             predicting = micro_batch.loss_positions

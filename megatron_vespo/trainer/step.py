@@ -19,7 +19,7 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
 from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
-from megatron_vespo.trainer.routing_replay import Routing, free_routing
+from megatron_vespo.trainer.routing_replay import Routing
 
 # log-probs and entropies [T] of one micro-batch -> (summed loss, number of loss tokens, what to hand back)
 LossFunction = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -36,7 +36,7 @@ class Schedule:
         micro_batches: Sequence[MicroBatch],
         loss: LossFunction,
         forward_only: bool,
-        routing: Routing = free_routing,
+        routing: Routing,
     ) -> list[dict[str, Tensor]]:
         """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
         for chunk in self._model:

@@ -40,7 +40,7 @@ def packed(log_probs_T: Tensor, old_T: Tensor, mask_T: Tensor, ids_T: Tensor, ad
     ratio = sequence_log_ratio(
         log_probs_T, old_T, None, mask_T, ids_T, len(advantages_S), "rollout", mismatch_truncation=2.0
     )
-    num_tokens_S = torch.zeros(len(advantages_S)).index_add_(0, ids_T, mask_T)
+    num_tokens_S = torch.ones_like(advantages_S)  # neither VESPO nor a token mean looks at it
     log_ratio_T = log_probs_T.detach() - old_T
     inputs = LossInputs(log_probs_T, log_ratio_T, ratio.log_w_S, advantages_S, num_tokens_S, mask_T, ids_T)
     loss_sum = weighted_sum(vespo(inputs, KERNEL).loss_T, inputs, "token-mean", longest=1)

@@ -71,6 +71,6 @@ def test_replay_does_not_depend_on_the_layout(replay_run, layout, replay):
     worst = {name: np.abs(other[name] / one[name] - 1).max() for name in ("loss", "grad_norm")}
     worst["log_w"] = np.abs(other["log_w"] - one["log_w"]).max()
     print(f"{replay} {layout}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
-    assert worst["loss"] < 1e-5 and worst["grad_norm"] < 1e-5 and worst["log_w"] < 2e-5
+    assert worst["loss"] <= 2e-6 and worst["grad_norm"] <= 1e-5 and worst["log_w"] <= 1e-5
     if layout == "one rank, recompute":
         assert max(worst.values()) == 0.0
