@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
@@ -193,6 +194,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     method = METHODS[args.policy_loss]
     kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
     args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau)
+    args.correction = CORRECTIONS[args.mismatch_correction].bind(args.mismatch_bounds)
     args.loss_aggregation = args.loss_aggregation or method.aggregation
 
 

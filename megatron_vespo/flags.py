@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
@@ -88,6 +91,10 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         help="W against: the trainer's own log-probs before the first update; the engine's; or the first, "
         "times a truncated engine ratio")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
+    add("--mismatch-correction", choices=CORRECTIONS, default="none",
+        help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
+    add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
         help="train on recorded expert choices: R2 pi_old's, R3 the engine's, for pi_old too")  # fmt: skip
     add("--advantage-std", action="store_true", help="divide advantages by the group's standard deviation")
@@ -117,7 +124,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 
-def _defaults_of(option: str) -> str:
-    """Each method's own value of an option, for people."""
-    values = {name: getattr(method, option) for name, method in METHODS.items()}
+def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:
+    """Each entry's own value of an option, for people."""
+    values = {name: getattr(entry, option) for name, entry in table.items()}
     return ", ".join(f"{name} {value[0]:g} {value[1]:g}" for name, value in values.items() if value)

@@ -37,6 +37,9 @@ def step_metrics(steps: list[dict[str, Any]], advantages: np.ndarray) -> dict[st
     gap = joined("engine_gap")
     if not np.isnan(gap).any():
         metrics["vespo/engine_gap_std"] = float(gap.std())
+    # means over responses of their tokens' mean
+    metrics["mismatch/weight_mean"] = float(joined("correction").mean())
+    metrics["mismatch/rejected_share"] = float(joined("rejected").mean())
     return metrics | {
         "train/loss": mean("loss"),
         "train/grad_norm": mean("grad_norm"),

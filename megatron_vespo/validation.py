@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.data.context_parallel import TokenLayout
 
@@ -45,6 +46,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
                 f"--{name.replace('_', '-')} {c1:g} {c2:g}: exponents must be finite and not negative"
             )
     _check_loss(args)
+    _check_correction(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
@@ -67,6 +69,28 @@ def _check_loss(args: Namespace) -> None:
             raise ValueError(f"{flag} has no effect on --policy-loss {args.policy_loss}: leave it out")
         if given is not None and not all(0 < value < math.inf for value in given):
             raise ValueError(f"{flag} {given[0]:g} {given[1]:g}: both must be positive and finite")
+
+
+def _check_correction(args: Namespace) -> None:
+    name, bounds = args.mismatch_correction, args.mismatch_bounds
+    loss, denominator = args.policy_loss, args.ratio_denominator
+    reason = why_forbidden(name, denominator, METHODS[loss].token_ratio)
+    if reason is not None:
+        raise ValueError(
+            f"--mismatch-correction {name} with --ratio-denominator {denominator} and --policy-loss {loss}: "
+            f"{reason}"
+        )
+    if bounds is None:
+        return
+    correction = CORRECTIONS[name]
+    given = f"--mismatch-bounds {bounds[0]:g} {bounds[1]:g}"
+    if correction.bounds is None:
+        raise ValueError(f"{given} has no effect on --mismatch-correction {name}: leave it out")
+    if not (0 <= bounds[0] <= correction.agreement <= bounds[1] < math.inf and bounds[0] < bounds[1]):
+        raise ValueError(
+            f"{given}: LOW must be at least 0, below HIGH, and {correction.agreement:g}, which "
+            f"--mismatch-correction {name} compares where engine and trainer agree, between them"
+        )
 
 
 def check_layout(args: Namespace) -> None:

@@ -41,6 +41,8 @@ class StepResult:
     entropy: float  # nats a loss token, of the policy before the step at the sampling temperature
     log_w: np.ndarray
     phi: np.ndarray  # in another loss than VESPO: what multiplies A grad log pi, its mean over the tokens
+    correction: np.ndarray  # weight by --mismatch-correction, its mean over the tokens; phi includes it
+    rejected: np.ndarray  # share of the tokens that it weighs by 0
     engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
     engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
     padding_share: float
@@ -133,7 +135,7 @@ class MegatronPolicy:
         # a cut sequence's largest difference may be on any of the ranks that hold it
         for output in outputs:
             dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
-        names = ("log_w", "phi", "engine_gap", "engine_difference")
+        names = ("log_w", "phi", "correction", "rejected", "engine_gap", "engine_difference")
         columns = self._packer.gather_sequences(mini_batch, outputs, names)
         sums = torch.zeros(5, dtype=torch.float64, device=device())
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):

@@ -12,8 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_vespo.algorithms.corrections import Mismatch
 from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
-from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
 from megatron_vespo.algorithms.vespo import segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
@@ -120,20 +121,27 @@ def policy_loss(
         sequence_ids_T=micro_batch.sequence_ids_T,
     )
     term = args.loss_function(inputs)
+    correction_T = args.correction(
+        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.engine_gap_S, inputs, cp_group)
+    )
+    term = TokenLoss(term.loss_T * correction_T, term.weight_T * correction_T)
     longest = args.max_completion_tokens
     loss_sum = weighted_sum(term.loss_T, inputs, args.loss_aggregation, longest)
     loss_count = count(inputs, args.loss_aggregation, cp_group.rank() == 0)
-    share_T = term.weight_T.double() / inputs.per_token(inputs.lengths_S)
-    mean_weight_S = segment_sum(
-        share_T.masked_fill(micro_batch.loss_mask_T == 0, 0.0),
+    averaged_T3 = torch.stack([term.weight_T.double(), correction_T, (correction_T == 0.0).double()], dim=1)
+    share_T3 = averaged_T3 / inputs.per_token(inputs.lengths_S)[:, None]
+    mean_weight_S, correction_S, rejected_S = segment_sum(
+        share_T3.masked_fill(micro_batch.loss_mask_T[:, None] == 0, 0.0),
         micro_batch.sequence_ids_T,
         micro_batch.num_sequences,
         cp_group,
-    )
+    ).unbind(1)
     difference_T = (reference_T - micro_batch.behavior_log_probs_T).abs() * micro_batch.loss_mask_T
     handed_back = {
         "log_w": log_ratio.log_w_S,
         "phi": mean_weight_S,
+        "correction": correction_S,
+        "rejected": rejected_S,
         "engine_gap": log_ratio.engine_gap_S,
         "engine_difference": torch.zeros_like(mean_weight_S).scatter_reduce(
             0, micro_batch.sequence_ids_T, difference_T.float(), "amax"

@@ -21,6 +21,7 @@ TIMEOUT_S = 600
 
 LAYOUTS = "tests/distributed/test_layouts.py"
 REPLAY = "tests/distributed/test_routing_replay.py"
+MISMATCH = "tests/distributed/test_mismatch.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 
 
@@ -140,6 +141,34 @@ MUTATIONS = [
         "[sample.completion_length for sample in chosen], np.float32)",
         "[max(1, sample.completion_length // layout.cp_size) for sample in chosen], np.float32)",
         ("tests/distributed/test_policy_losses.py", "cp2"),
+    ),
+    Mutation(
+        "mismatch: the correction does not reach the loss",
+        "trainer/step.py",
+        "TokenLoss(term.loss_T * correction_T, ",
+        "TokenLoss(term.loss_T, ",
+        (MISMATCH, "closed_form"),
+    ),
+    Mutation(
+        "mismatch: rho is the engine's against the trainer's",
+        "algorithms/corrections.py",
+        "old_log_probs_T.detach().double() - behavior_log_probs_T.double()",
+        "behavior_log_probs_T.double() - old_log_probs_T.detach().double()",
+        (MISMATCH, "closed_form and tis"),
+    ),
+    Mutation(
+        "mismatch: k3 of a response is that of its part on the rank",
+        "algorithms/corrections.py",
+        "len(inputs.advantages_S), mismatch.group)",
+        "len(inputs.advantages_S), None)",
+        (MISMATCH, "depend and cp2"),
+    ),
+    Mutation(
+        "mismatch: the engine's weight is counted twice without a word",
+        "algorithms/corrections.py",
+        '        denominator="decoupled",\n',
+        '        denominator="recomputed",\n',
+        ("tests/unit/test_corrections.py", "reason"),
     ),
     Mutation(
         "replay: recomputation routes freely",

@@ -40,6 +40,8 @@ def step(**changes) -> dict:
     return {
         "log_w": np.array([0.0, 2.0], np.float32),
         "phi": np.array([1.0, 0.0], np.float32),
+        "correction": np.array([1.5, 0.5], np.float32),
+        "rejected": np.array([0.0, 0.5], np.float32),
         "engine_gap": np.array([0.5, -0.5], np.float32),
         "loss": 0.25,
         "grad_norm": 3.0,
@@ -57,6 +59,8 @@ STEPS = [
     step(
         log_w=np.array([-4.0, 2.0], np.float32),
         phi=np.array([0.5, 0.5], np.float32),
+        correction=np.array([0.0, 1.0], np.float32),
+        rejected=np.array([1.0, 0.0], np.float32),
         engine_gap=np.array([1.5, -1.5], np.float32),
         loss=0.75,
         grad_norm=1.0,
@@ -83,6 +87,8 @@ def test_step_metrics():
             "vespo/phi_mean_positive": 0.75,
             "vespo/phi_mean_negative": 0.25,
             "vespo/engine_gap_std": np.sqrt(1.25),
+            "mismatch/weight_mean": 0.75,
+            "mismatch/rejected_share": 0.375,
             "train/loss": 0.5,
             "train/grad_norm": 2.0,
             "train/learning_rate": 2e-4,

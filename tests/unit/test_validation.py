@@ -70,6 +70,8 @@ def message_of(check, args) -> str:
 
 def test_sound_flags_pass(flags):
     check_flags(flags())
+    check_flags(flags("--mismatch-correction", "reject-k3", "--mismatch-bounds", "0", "0.1"))
+    check_flags(flags("--mismatch-correction", "token-mask", "--ratio-denominator", "decoupled"))
     check_flags(flags("--vespo-positive", "0", "0", "--mini-batches", "32", "--num-completions", "2"))
 
 
@@ -156,6 +158,48 @@ def test_real_numbers_are_positive(flags, flag, value):
         (
             "--policy-loss grpo --clip-range 0 0.2",
             "--clip-range 0 0.2: both must be positive and finite",
+        ),
+        (
+            "--mismatch-correction tis --ratio-denominator decoupled",
+            "--mismatch-correction tis with --ratio-denominator decoupled and --policy-loss vespo: decoupled "
+            "has the truncated product of rho in W, a weight would count it twice; use recomputed with the "
+            "weight, or decoupled with a mask (token-mask, reject-product, reject-geometric, reject-k3)",
+        ),
+        (
+            "--mismatch-correction reject-k3 --ratio-denominator rollout --policy-loss grpo",
+            "--mismatch-correction reject-k3 with --ratio-denominator rollout and --policy-loss grpo: "
+            "rollout compares with mu: all of rho is in the ratio and would be counted twice, and pi_old is "
+            "not computed; use recomputed with the correction, or rollout alone",
+        ),
+        (
+            "--mismatch-correction importance --policy-loss gspo",
+            "--mismatch-correction importance with --ratio-denominator recomputed and --policy-loss gspo: "
+            "importance completes a token's ratio, rho r = pi / mu, and this loss has no token ratios; use "
+            "tis, sequence-tis or icepop",
+        ),
+        (
+            "--mismatch-bounds 0.5 2",
+            "--mismatch-bounds 0.5 2 has no effect on --mismatch-correction none: leave it out",
+        ),
+        (
+            "--mismatch-correction importance --policy-loss grpo --mismatch-bounds 0 2",
+            "--mismatch-bounds 0 2 has no effect on --mismatch-correction importance: leave it out",
+        ),
+        *(
+            (
+                f"--mismatch-correction {name} --mismatch-bounds {bounds}",
+                f"--mismatch-bounds {bounds}: LOW must be at least 0, below HIGH, and {agreement}, which "
+                f"--mismatch-correction {name} compares where engine and trainer agree, between them",
+            )
+            for name, bounds, agreement in (
+                ("tis", "-1 2", 1),
+                ("tis", "1.5 2", 1),
+                ("icepop", "0.5 0.9", 1),
+                ("icepop", "1 1", 1),
+                ("token-mask", "0.5 inf", 1),
+                ("token-mask", "0.5 nan", 1),
+                ("reject-k3", "0.001 1", 0),
+            )
         ),
         (
             "--routing-replay R2 --ratio-denominator rollout",

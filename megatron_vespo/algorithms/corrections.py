@@ -1,0 +1,202 @@
+"""Corrections of the engine mismatch rho = pi_old / mu: a weight a token that multiplies the policy loss.
+
+Shape suffixes: T packed tokens of a micro-batch on this rank, S its sequences. prod and mean go over the
+trained tokens of a response, wherever context parallelism has put them; [ ] is 1 where it holds, else 0.
+
+    importance         rho_t      decoupled PPO, rho min(r A, clip(r) A), arXiv 2110.00641
+    tis                min(max(rho_t, low), high)      truncated importance sampling, arXiv 1802.01561
+    sequence-tis       min(max(prod rho, low), high)   the same of the response
+    icepop             rho_t [low <= rho_t <= high]    IcePop, arXiv 2510.18855
+    token-mask         [low <= rho_t <= high]          masked importance sampling without the weight
+    reject-product     [low <= prod rho <= high]
+    reject-geometric   [low <= exp(mean log rho) <= high]
+    reject-k3          [low <= mean (rho - 1 - log rho) <= high], which estimates KL(mu || pi_old) and is
+                       never negative (k3 of J. Schulman, "Approximating KL divergence", 2020)
+
+The weight carries no gradient, and the loss's denominator does not change: a rejected token goes on
+counting, as in IcePop's own objective. So rejecting never raises the weight of what is kept, a batch that is
+rejected in full is a step of 0 and not 0 / 0, and a bound that rounding crosses at one layout moves one term
+and not all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.vespo import RatioDenominator, segment_sum
+
+# exp(20) is 4.9e8: far beyond any ratio that should be trained on, and far from overflow
+MAX_LOG_RHO = 20.0
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """rho of one micro-batch, without gradient."""
+
+    log_rho_T: Tensor  # float64, log pi_old - log mu; 0 on untrained tokens
+    log_product_S: Tensor  # float32, its sum over the whole response
+    inputs: LossInputs
+    group: dist.ProcessGroup | None  # context parallel: its ranks hold parts of the same sequences
+
+    @classmethod
+    def of(
+        cls,
+        old_log_probs_T: Tensor,
+        behavior_log_probs_T: Tensor,
+        log_product_S: Tensor,
+        inputs: LossInputs,
+        group: dist.ProcessGroup | None = None,
+    ) -> Mismatch:
+        """Entries of untrained tokens may be NaN; `log_product_S` is `LogRatio.engine_gap_S`."""
+        log_rho_T = old_log_probs_T.detach().double() - behavior_log_probs_T.double()
+        return cls(log_rho_T.masked_fill(inputs.loss_mask_T == 0, 0.0), log_product_S, inputs, group)
+
+
+def no_correction(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    return torch.ones_like(mismatch.log_rho_T)
+
+
+def importance(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    """rho_t; it stops at exp(20)."""
+    return mismatch.log_rho_T.clamp(max=MAX_LOG_RHO).exp()
+
+
+def tis(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    return mismatch.log_rho_T.clamp(_log(low), _log(high)).exp()
+
+
+def sequence_tis(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    weight_S = mismatch.log_product_S.double().clamp(_log(low), _log(high)).exp()
+    return mismatch.inputs.per_token(weight_S)
+
+
+def icepop(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    return importance(mismatch, low, high) * token_mask(mismatch, low, high)
+
+
+def token_mask(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    return _within(mismatch.log_rho_T, low, high)
+
+
+def reject_product(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    return mismatch.inputs.per_token(_within(mismatch.log_product_S.double(), low, high))
+
+
+def reject_geometric(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    mean_S = mismatch.log_product_S.double() / mismatch.inputs.lengths_S
+    return mismatch.inputs.per_token(_within(mean_S, low, high))
+
+
+def reject_k3(mismatch: Mismatch, low: float, high: float) -> Tensor:
+    # expm1: rho - 1 of a rho close to 1 would lose its digits
+    log_rho_T = mismatch.log_rho_T.clamp(max=MAX_LOG_RHO)
+    k3_T = (log_rho_T.expm1() - log_rho_T).clamp(min=0.0)
+    inputs = mismatch.inputs
+    sum_S = segment_sum(k3_T, inputs.sequence_ids_T, len(inputs.advantages_S), mismatch.group)
+    mean_S = sum_S.double() / inputs.lengths_S
+    return inputs.per_token(((mean_S >= low) & (mean_S <= high)).double())
+
+
+def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    return ((log_ratio >= _log(low)) & (log_ratio <= _log(high))).double()
+
+
+def _log(bound: float) -> float:
+    return math.log(bound) if bound > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class BoundCorrection:
+    """A correction with its bounds; those with the same are equal in any process."""
+
+    function: Callable[[Mismatch, float, float], Tensor]
+    low: float
+    high: float
+
+    def __call__(self, mismatch: Mismatch) -> Tensor:
+        """The weight [T], float64; 0 on untrained tokens."""
+        weight_T = self.function(mismatch, self.low, self.high)
+        return weight_T.detach().masked_fill(mismatch.inputs.loss_mask_T == 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A correction and its own bounds."""
+
+    function: Callable[[Mismatch, float, float], Tensor]
+    bounds: tuple[float, float] | None = None  # (low, high); None: it has none
+    kind: Literal["weight", "mask"] = "mask"  # a mask keeps or drops, and multiplies by nothing else
+    agreement: float = 1.0  # what the bounds are compared with where engine and trainer agree
+
+    def bind(self, bounds: tuple[float, float] | None) -> BoundCorrection:
+        """The correction with `bounds`; None takes its own."""
+        low, high = bounds or self.bounds or (0.0, math.inf)
+        return BoundCorrection(self.function, low, high)
+
+
+CORRECTIONS: dict[str, Correction] = {
+    "none": Correction(no_correction),
+    "importance": Correction(importance, kind="weight"),
+    "tis": Correction(tis, (0.0, 2.0), kind="weight"),
+    "sequence-tis": Correction(sequence_tis, (0.0, 2.0), kind="weight"),
+    "icepop": Correction(icepop, (0.5, 5.0), kind="weight"),
+    "token-mask": Correction(token_mask, (0.5, 5.0)),
+    "reject-product": Correction(reject_product, (0.0, 2.0)),
+    "reject-geometric": Correction(reject_geometric, (0.999, 1.002)),
+    "reject-k3": Correction(reject_k3, (0.0, 0.01), agreement=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """Combinations that are refused, and why; None matches everything."""
+
+    reason: str
+    denominator: RatioDenominator | None = None
+    kind: str | None = None
+    name: str | None = None
+    token_ratio: bool | None = None  # of the loss, `Method.token_ratio`
+
+    def matches(self, name: str, denominator: str, token_ratio: bool) -> bool:
+        asked = (denominator, CORRECTIONS[name].kind, name, token_ratio)
+        rule = (self.denominator, self.kind, self.name, self.token_ratio)
+        return all(mine is None or mine == theirs for mine, theirs in zip(rule, asked, strict=True))
+
+
+# The first that matches says why; what none matches is allowed. Token weights and masks are allowed on losses
+# of a whole response (vespo, gspo, ...): each is a sum of one term a token, a weight corrects the token's own
+# part of the mismatch, as in token losses, and a dropped token loses its gradient but not its place in W.
+FORBIDDEN = (
+    Forbidden(
+        "rollout compares with mu: all of rho is in the ratio and would be counted twice, and pi_old "
+        "is not computed; use recomputed with the correction, or rollout alone",
+        denominator="rollout",
+    ),
+    Forbidden(
+        "decoupled has the truncated product of rho in W, a weight would count it twice; use recomputed with "
+        "the weight, or decoupled with a mask (token-mask, reject-product, reject-geometric, reject-k3)",
+        denominator="decoupled",
+        kind="weight",
+    ),
+    Forbidden(
+        "importance completes a token's ratio, rho r = pi / mu, and this loss has no token ratios; use tis, "
+        "sequence-tis or icepop",
+        name="importance",
+        token_ratio=False,
+    ),
+)
+
+
+def why_forbidden(name: str, denominator: str, token_ratio: bool) -> str | None:
+    """Why correction `name` may not be combined with the denominator and the loss; None if it may."""
+    if name == "none":
+        return None
+    return next((rule.reason for rule in FORBIDDEN if rule.matches(name, denominator, token_ratio)), None)

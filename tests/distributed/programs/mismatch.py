@@ -1,0 +1,74 @@
+"""Loss and gradient norm with every correction of the engine mismatch on one layout; the weights never move.
+
+pi_old comes from the samples, so that no bound is crossed by rounding at one layout only; in the cases named
+"computed" it is the policy's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from common import hand_back, read_samples, start_megatron
+
+TOKEN_NOISE = 0.1  # of pi_old against mu
+# tight enough that a part is rejected and a part is kept at that noise
+BOUNDS = {
+    "tis": (0.0, 1.1),
+    "sequence-tis": (0.0, 1.1),
+    "icepop": (0.9, 1.1),
+    "token-mask": (0.9, 1.1),
+    "reject-product": (0.0, 1.1),
+    "reject-geometric": (0.98, 1.02),
+    "reject-k3": (0.0, 0.005),
+}
+CASES = [("recomputed", "vespo"), ("recomputed", "grpo"), ("decoupled", "vespo")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron([*flags, "--lr", "0"])
+    from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
+    from megatron_vespo.algorithms.losses.table import METHODS
+    from megatron_vespo.algorithms.vespo import GammaKernel
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    samples = read_samples(options.samples)[: args.global_batch_size]
+    draw = np.random.default_rng(3)
+    results = {"log_probs": np.concatenate(policy.log_probs(samples))}
+
+    def step(case: str, mini_batch) -> None:
+        done = policy.train_step(mini_batch)
+        results[case] = np.array([done.loss, done.grad_norm, done.loss_terms])
+        for name in ("phi", "correction", "rejected"):
+            results[f"{case} {name}"] = getattr(done, name)
+
+    def use(correction: str, denominator: str, loss: str) -> None:
+        args.ratio_denominator = denominator
+        args.loss_function = METHODS[loss].bind(GammaKernel(), None, None)
+        args.loss_aggregation = METHODS[loss].aggregation
+        args.correction = CORRECTIONS[correction].bind(BOUNDS.get(correction))
+
+    use("tis", "recomputed", "vespo")
+    mini_batch = policy.pack(samples)
+    policy.compute_old_log_probs(mini_batch)
+    step("tis recomputed vespo computed", mini_batch)
+
+    for sample in samples:
+        noise = draw.normal(0, TOKEN_NOISE, sample.completion_length)
+        sample.old_log_probs = (sample.behavior_log_probs + noise).astype(np.float32)
+    results["old_log_probs"] = np.concatenate([sample.old_log_probs for sample in samples])
+    for denominator, loss in CASES:
+        for correction in CORRECTIONS:
+            if why_forbidden(correction, denominator, METHODS[loss].token_ratio) is None:
+                use(correction, denominator, loss)
+                step(f"{correction} {denominator} {loss}", policy.pack(samples))
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()

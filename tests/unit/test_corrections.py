@@ -1,0 +1,210 @@
+"""Every correction of the engine mismatch against its formula, one response and one token after the other."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_vespo.algorithms.corrections import CORRECTIONS, FORBIDDEN, Mismatch, why_forbidden
+from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.losses.table import METHODS
+from megatron_vespo.algorithms.vespo import segment_sum
+
+LENGTHS = (5, 1, 4, 0, 3, 12)
+FAR = (1e4, 100.0, -100.0, -1e4)
+DENOMINATORS = ("recomputed", "rollout", "decoupled")
+
+
+def within(value, low, high) -> float:
+    return 1.0 if low <= value <= high else 0.0
+
+
+def k3(rhos) -> float:
+    return sum(r - 1.0 - math.log(r) for r in rhos) / len(rhos)
+
+
+# of one response's rho: a weight for each of its tokens
+NAIVE = {
+    "none": lambda rhos: [1.0 for _ in rhos],
+    "importance": lambda rhos: rhos,
+    "tis": lambda rhos: [min(r, 2.0) for r in rhos],
+    "sequence-tis": lambda rhos: [min(math.prod(rhos), 2.0)] * len(rhos),
+    "icepop": lambda rhos: [r if 0.5 <= r <= 5.0 else 0.0 for r in rhos],
+    "token-mask": lambda rhos: [within(r, 0.5, 5.0) for r in rhos],
+    "reject-product": lambda rhos: [within(math.prod(rhos), 0.0, 2.0)] * len(rhos),
+    "reject-geometric": lambda rhos: [within(math.prod(rhos) ** (1 / len(rhos)), 0.999, 1.002)] * len(rhos),
+    "reject-k3": lambda rhos: [within(k3(rhos), 0.0, 0.01)] * len(rhos),
+}
+every_correction = pytest.mark.parametrize("name", CORRECTIONS)
+
+
+def batch(spread=1.0, seed=0, log_rho=None) -> tuple[LossInputs, torch.Tensor, torch.Tensor]:
+    """Responses behind prompts of two tokens; what is not trained holds NaN. Inputs, log pi_old, log mu."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_T = torch.tensor([m for n in LENGTHS for m in [0.0] * 2 + [1.0] * n] + [0.0] * 3)
+    ids = torch.tensor([s for s, n in enumerate(LENGTHS) for _ in range(n + 2)] + [len(LENGTHS) - 1] * 3)
+    # a response's own scale: some are close to the engine's, some are far from it
+    scale_T = spread * torch.tensor([0.01, 0.05, 0.5, 1.0, 1.0, 0.3])[ids]
+    log_rho_T = scale_T * torch.randn(len(ids), generator=generator, dtype=torch.float64)
+    if log_rho is not None:
+        log_rho_T = torch.full_like(log_rho_T, log_rho)
+    mu_T = -torch.rand(len(ids), generator=generator, dtype=torch.float64)
+    old_T = (mu_T + log_rho_T).masked_fill(mask_T == 0, torch.nan)
+    inputs = LossInputs(
+        log_probs_T=(mu_T - 0.1).requires_grad_(),
+        log_ratio_T=torch.zeros_like(mu_T),
+        log_w_S=torch.zeros(len(LENGTHS)),
+        advantages_S=torch.ones(len(LENGTHS)),
+        num_tokens_S=torch.tensor(LENGTHS, dtype=torch.float32),
+        loss_mask_T=mask_T,
+        sequence_ids_T=ids,
+    )
+    return inputs, old_T, mu_T.masked_fill(mask_T == 0, torch.nan)
+
+
+def weight_of(name, inputs, old_T, mu_T, bounds=None) -> torch.Tensor:
+    log_rho_T = (old_T - mu_T).detach().masked_fill(inputs.loss_mask_T == 0, 0.0)
+    log_product_S = segment_sum(log_rho_T, inputs.sequence_ids_T, len(inputs.advantages_S))
+    return CORRECTIONS[name].bind(bounds)(Mismatch.of(old_T, mu_T, log_product_S, inputs))
+
+
+def naive(name, inputs, old_T, mu_T) -> list[float]:
+    weights = [0.0] * len(old_T)
+    for s in range(len(LENGTHS)):
+        mine = [t for t in range(len(old_T)) if inputs.sequence_ids_T[t] == s and inputs.loss_mask_T[t] > 0]
+        rhos = [math.exp(old_T[t].item() - mu_T[t].item()) for t in mine]
+        for t, weight in zip(mine, NAIVE[name](rhos) if mine else [], strict=True):
+            weights[t] = weight
+    return weights
+
+
+@every_correction
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [0.02, 1.0, 3.0])
+def test_weights_are_the_formula(name, seed, spread):
+    fields = batch(spread, seed)
+    weight_T = weight_of(name, *fields)
+    assert weight_T.dtype == torch.float64
+    torch.testing.assert_close(weight_T, torch.tensor(naive(name, *fields), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CORRECTIONS.items() if entry.bounds])
+def test_the_batches_reach_the_bounds(name):
+    """Else a correction could be the identity and nobody would know."""
+    weights = torch.cat([weight_of(name, *(fields := batch(1.0, seed)))[fields[0].loss_mask_T > 0]
+                         for seed in range(4)])  # fmt: skip
+    if "tis" in name:
+        assert 0.0 < weights.min() < 2.0 and (weights == 2.0).any()
+    else:
+        assert (weights == 0.0).any() and (weights > 0.0).any()
+
+
+@every_correction
+def test_no_gradient_flows_through_the_weight(name):
+    inputs, old_T, mu_T = batch()
+    old_T.requires_grad_()
+    assert not weight_of(name, inputs, old_T, mu_T).requires_grad
+
+
+@every_correction
+@pytest.mark.parametrize("log_rho", FAR)
+def test_far_away_weights_are_finite(name, log_rho):
+    fields = batch(log_rho=log_rho)
+    weight_T = weight_of(name, *fields)
+    assert weight_T.isfinite().all()
+    trained_T = weight_T[fields[0].loss_mask_T > 0]
+    limits = {"none": (1.0, 1.0), "importance": (math.exp(20.0), 0.0), "reject-product": (0.0, 1.0)}
+    limits |= {"tis": (2.0, 0.0), "sequence-tis": (2.0, 0.0)}
+    above, below = limits.get(name, (0.0, 0.0))
+    expected = torch.full_like(trained_T, above if log_rho > 0 else below)
+    torch.testing.assert_close(trained_T, expected, rtol=1e-6, atol=1e-6)
+
+
+@every_correction
+def test_where_engine_and_trainer_agree_nothing_changes(name):
+    fields = batch(log_rho=0.0)
+    assert torch.equal(weight_of(name, *fields), fields[0].loss_mask_T.double())
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "rho", "weight"),
+    [
+        ("tis", (0.5, 1.5), 0.25, 0.5),
+        ("tis", (0.5, 1.5), 3.0, 1.5),
+        ("icepop", (0.5, 1.5), 0.49, 0.0),
+        ("icepop", (0.0, 1.5), 0.01, 0.01),
+        ("token-mask", (0.5, 2.0), 2.0, 1.0),
+        ("token-mask", (0.5, 2.0), 2.001, 0.0),
+        ("reject-k3", (0.0, 1.0), math.e, 1.0),
+        ("reject-k3", (0.0, 0.5), math.e, 0.0),
+    ],
+)
+def test_bounds_can_be_given(name, bounds, rho, weight):
+    fields = batch(log_rho=math.log(rho))
+    trained_T = weight_of(name, *fields, bounds)[fields[0].loss_mask_T > 0]
+    torch.testing.assert_close(trained_T, torch.full_like(trained_T, weight))
+
+
+def test_k3_of_a_small_mismatch_keeps_its_digits():
+    fields = batch(log_rho=1e-6)  # k3 is 5e-13; exp(x) - 1 - x would be off by some 1e-16
+    assert weight_of("reject-k3", *fields, (0.0, 5.1e-13)).sum() == sum(LENGTHS)
+    assert weight_of("reject-k3", *fields, (0.0, 4.9e-13)).sum() == 0
+
+
+class FakeGroup:
+    """A context-parallel group of two: what the other rank would add to the next reduction."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def size(self):
+        return 2
+
+
+@every_correction
+def test_a_response_cut_in_two_gets_the_same_weights(name, monkeypatch):
+    """Each half of the tokens on its own rank, with the whole response's product and length."""
+    inputs, old_T, mu_T = batch(seed=1)
+    expected_T = weight_of(name, inputs, old_T, mu_T)
+    log_rho_T = (old_T - mu_T).masked_fill(inputs.loss_mask_T == 0, 0.0)
+    log_product_S = segment_sum(log_rho_T, inputs.sequence_ids_T, len(LENGTHS))
+    even_T = torch.arange(len(old_T)) % 2 == 0
+
+    def half(chosen_T, group):
+        fields = {name: getattr(inputs, name) for name in ("advantages_S", "num_tokens_S", "log_w_S")}
+        for field in ("log_probs_T", "log_ratio_T", "loss_mask_T", "sequence_ids_T"):
+            fields[field] = getattr(inputs, field)[chosen_T]
+        mine = LossInputs(**fields)
+        mismatch = Mismatch.of(old_T[chosen_T], mu_T[chosen_T], log_product_S, mine, group)
+        return CORRECTIONS[name].bind(None)(mismatch)
+
+    # the other half's sums, caught where they would be reduced, are what its partner adds
+    sums = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, group: sums.append(values.clone()))
+    half(~even_T, FakeGroup(None))
+    assert len(sums) == (name == "reject-k3")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values, group: values.add_(group.other))
+    actual_T = half(even_T, FakeGroup(sums[0] if sums else None))
+    torch.testing.assert_close(actual_T, expected_T[even_T])
+
+
+# The table, written a second time: correction x denominator x whether the loss weighs tokens by their ratio.
+RECOMPUTED_ONLY = {"tis", "sequence-tis", "icepop", "importance"}
+
+
+@every_correction
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("loss", METHODS)
+def test_every_combination_is_allowed_or_refused_with_its_reason(name, denominator, loss):
+    token_ratio = METHODS[loss].token_ratio
+    rollout, decoupled, no_token_ratio = (rule.reason for rule in FORBIDDEN)
+    reason = None
+    if name == "none":
+        pass
+    elif denominator == "rollout":
+        reason = rollout
+    elif denominator == "decoupled" and name in RECOMPUTED_ONLY:
+        reason = decoupled
+    elif name == "importance" and not token_ratio:
+        reason = no_token_ratio
+    assert why_forbidden(name, denominator, token_ratio) == reason
