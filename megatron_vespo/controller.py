@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.algorithms.advantages import group_advantages
+from megatron_vespo.algorithms.advantages import advantages, overlong_penalty
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import Evaluation, evaluate
 from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
 from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
 
 NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
+# between the rounds of a rollout batch, which may meet a prompt again; more than a run has optimizer steps
+ROUND_SEEDS = 2**40
 
 
 @dataclass
@@ -58,8 +61,7 @@ class Controller:
             self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
             self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
         while self.state.iteration < self.args.train_iters:
-            groups = self.generate()
-            metrics = self.score(groups)
+            groups, metrics = self.rollout_batch()
             samples = self.training_samples(groups)
             metrics |= self.update(samples)
             self.sync_weights()
@@ -74,11 +76,30 @@ class Controller:
         with self.display.phase("sync"):
             self.trainer.sync_weights(self.state.iteration)
 
-    def generate(self) -> list[list[Completion]]:
-        prompts = self.cursor.take(self.args.rollout_batch_size)
+    def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
+        """Scored groups to train on; the metrics are of all that were generated for them."""
+        size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
+        batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
+        num_errors = 0
+        seed = self._seed("rollout")
+        while num_prompts := batch.num_wanted():
+            groups = self.generate(num_prompts, seed)
+            num_errors += self.score(groups)
+            batch.add(groups)
+            seed += ROUND_SEEDS
+        if dynamic and batch.shortfall:
+            self.display.message(
+                f"dynamic sampling: {len(batch.generated)} prompts gave {size - batch.shortfall} groups of "
+                f"different rewards; {batch.shortfall} without fill the batch of {size}"
+            )
+        metrics = rollout_metrics(batch.generated) | (batch.metrics() if dynamic else {})
+        return batch.groups(), metrics | {"reward/error_count": float(num_errors)}
+
+    def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
+        prompts = self.cursor.take(num_prompts)
         with self.display.phase("generate"):
             groups = self.collector.collect(
-                prompts, self.sampling, num_completions=self.args.num_completions, seed=self._seed("rollout")
+                prompts, self.sampling, num_completions=self.args.num_completions, seed=seed
             )
         for completion in (c for group in groups for c in group):
             versions = set(completion.policy_versions.tolist())
@@ -90,22 +111,31 @@ class Controller:
         self.state.consumed_prompts = self.cursor.consumed
         return groups
 
-    def score(self, groups: list[list[Completion]]) -> dict[str, float]:
+    def score(self, groups: list[list[Completion]]) -> int:
+        """Fills rewards and penalties in; how many rewards failed."""
         with self.display.phase("reward"):
             completions = [completion for group in groups for completion in group]
             results = self._reward(completions)
+        penalties = overlong_penalty(
+            np.array([len(completion.token_ids) for completion in completions]),
+            np.array([completion.finish_reason == "length" for completion in completions]),
+            self.args.max_completion_tokens,
+            self.args.overlong_buffer,
+        )
+        for completion, penalty in zip(completions, penalties, strict=True):
+            completion.overlong_penalty = float(self.args.overlong_penalty * penalty)
         errors = [result for result in results if result.status != "ok"]
         if errors:
             self.display.message(
                 f"{len(errors)} rewards failed, the first one: {errors[0].status} {errors[0].detail}"
             )
-        return rollout_metrics(groups) | {"reward/error_count": float(len(errors))}
+        return len(errors)
 
     def training_samples(self, groups: list[list[Completion]]) -> list[TrainingSample]:
-        rewards = np.array([[completion.reward for completion in group] for group in groups])
-        advantages = group_advantages(rewards, self.args.advantage_std)
+        rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
+        table = advantages(rewards, self.args.advantage_estimator)
         return [
-            self._training_sample(completion, float(advantages[g, i]), group_id=g)
+            self._training_sample(completion, float(table[g, i]), group_id=g)
             for g, group in enumerate(groups)
             for i, completion in enumerate(group)
         ]
@@ -128,8 +158,8 @@ class Controller:
         comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
         difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
         self._check_logprobs(difference)
-        advantages = np.array([sample.advantage for sample in samples], np.float32)
-        return step_metrics(steps, advantages) | {"check/max_logprob_difference": difference}
+        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
+        return step_metrics(steps, sample_advantages) | {"check/max_logprob_difference": difference}
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
@@ -64,6 +65,14 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
+    add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
+        help="rewards, in advantages only, fall over the last so many before --max-completion-tokens; "
+        "0: off")  # fmt: skip
+    add("--overlong-penalty", type=float, default=1.0, metavar="FACTOR", help="by so much, at most")
+    add("--dynamic-sampling", action="store_true",
+        help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
+    add("--dynamic-sampling-max-batches", type=int, default=10,
+        help="at most so many times --rollout-batch-size prompts; then left-out groups fill the batch")  # fmt: skip
     add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
 
@@ -97,7 +106,9 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
         help="train on recorded expert choices: R2 pi_old's, R3 the engine's, for pi_old too")  # fmt: skip
-    add("--advantage-std", action="store_true", help="divide advantages by the group's standard deviation")
+    add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default="group-mean",
+        help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
+        "rollout batch's mean, over the batch's std")  # fmt: skip
     add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vespo.algorithms.advantages import has_variance
 from megatron_vespo.algorithms.diagnostics import weight_diagnostics
 from megatron_vespo.types import Completion
 
@@ -13,11 +14,13 @@ from megatron_vespo.types import Completion
 def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
     """Of scored completions."""
     rewards = np.array([[completion.reward for completion in group] for group in groups])
+    shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
     completions = [completion for group in groups for completion in group]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     return {
         "reward/mean": float(rewards.mean()),
-        "rollout/zero_advantage_share": float((rewards == rewards[:, :1]).all(axis=1).mean()),
+        "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
+        "rollout/zero_advantage_share": float(1.0 - has_variance(shaped).mean()),
         "response/length_mean": float(lengths.mean()),
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
         "rollout/tokens": float(lengths.sum()),

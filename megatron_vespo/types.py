@@ -54,7 +54,13 @@ class Completion:
     routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None if dense; the last token never enters
     finish_reason: str  # "stop", "length" or "abort"
     temperature: float
-    reward: float | None = None
+    reward: float | None = None  # the task's
+    overlong_penalty: float = 0.0  # of --overlong-buffer, at most 0
+
+    @property
+    def shaped_reward(self) -> float:
+        """What advantages are made of."""
+        return self.reward + self.overlong_penalty
 
 
 @dataclass

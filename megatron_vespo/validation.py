@@ -25,7 +25,8 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
         "heldout_prompts weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
-        "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout"
+        "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout "
+        "dynamic_sampling_max_batches overlong_penalty"
     ).split()
     for name in positive:
         if not getattr(args, name) > 0:
@@ -39,6 +40,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --mini-batches "
             f"{args.mini_batches} equal parts"
         )
+    _check_overlong(args)
     for name in ("vespo_positive", "vespo_negative"):
         c1, c2 = getattr(args, name)
         if not (0 <= c1 < math.inf and 0 <= c2 < math.inf):
@@ -52,6 +54,16 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
             "compute: use R3, or another denominator"
         )
+
+
+def _check_overlong(args: Namespace) -> None:
+    if not 0 <= args.overlong_buffer <= args.max_completion_tokens:
+        raise ValueError(
+            f"--overlong-buffer {args.overlong_buffer} must be between 0 (off) and --max-completion-tokens "
+            f"{args.max_completion_tokens}"
+        )
+    if args.overlong_penalty == math.inf:
+        raise ValueError("--overlong-penalty inf: must be finite")
 
 
 def _check_loss(args: Namespace) -> None:

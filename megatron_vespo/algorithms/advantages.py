@@ -1,21 +1,87 @@
-"""Group-relative advantages."""
+"""From rewards to advantages. G prompts of n completions each; all arithmetic in float64.
+
+With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denominator):
+
+    group-mean       A = R - mean_g
+    group-mean-std   A = (R - mean_g) / std_g                      (GRPO, arXiv 2402.03300)
+    leave-one-out    A = R - mean of the other n - 1 rewards       (RLOO, arXiv 2402.14740)
+                       = n / (n - 1) (R - mean_g)
+    global           A = (R - mean) / std over all G n rewards     (REINFORCE++, arXiv 2501.03262)
+
+`global` is the paper's normalisation over the rollout batch, every response counted once, std with G n - 1 in
+the denominator; the paper's KL term inside the reward is not part of it. It alone gives groups of equal rewards
+an advantage: a prompt that is always solved counts as better than the batch.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 
+AdvantageEstimator = Literal["group-mean", "group-mean-std", "leave-one-out", "global"]
+ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 
-def group_advantages(rewards: np.ndarray, normalize_by_std: bool) -> np.ndarray:
-    """A = R - mean(R of the prompt's group); optionally divided by the group's standard deviation.
+# Rewards closer than this, as a share of their group's largest, are equal: sums like 0.1 + 0.2 and 0.3 differ
+# by 1e-16 of themselves, and a division by such a standard deviation makes it an advantage of 1.
+ROUNDING = 1e-9
 
-    `rewards` is [num_groups, group_size]; the result has the same shape, float64. Groups without variance get
-    exactly 0.
+
+def advantages(rewards: np.ndarray, estimator: AdvantageEstimator) -> np.ndarray:
+    """A of every completion: `rewards` [G, n] -> [G, n] float64.
+
+    Rewards without variance, of a group or for `global` of the batch, give exactly 0. ValueError names a
+    reward that is not finite.
     """
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
-    # a mean of equal numbers can differ from them by rounding
-    same = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
-    advantages = np.where(same, 0.0, advantages)
-    if normalize_by_std and rewards.shape[1] > 1:
-        std = rewards.std(axis=1, ddof=1, keepdims=True)
-        advantages = np.where(same, 0.0, advantages / np.where(same, 1.0, std))
-    return advantages
+    rewards = _finite(rewards)
+    if estimator == "global":
+        return _normalized(rewards.reshape(1, -1), by_std=True).reshape(rewards.shape)
+    if estimator == "leave-one-out":
+        n = rewards.shape[1]
+        return _normalized(rewards, by_std=False) * (n / max(n - 1, 1))
+    return _normalized(rewards, by_std=estimator == "group-mean-std")
+
+
+def has_variance(rewards: np.ndarray) -> np.ndarray:
+    """Which groups have different rewards, beyond rounding: [G, n] -> [G] bool."""
+    rewards = _finite(rewards)
+    spread = rewards.max(axis=1) - rewards.min(axis=1)
+    return spread > ROUNDING * np.abs(rewards).max(axis=1)
+
+
+def overlong_penalty(lengths: np.ndarray, truncated: np.ndarray, longest: int, buffer: int) -> np.ndarray:
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, eq. 13), in [-1, 0].
+
+        0                                  length <= longest - buffer
+        (longest - buffer - length) / buffer          up to longest, where it is -1
+        -1                                 truncated, at whatever length
+
+    `lengths` int and `truncated` bool of the same shape, the result float64; `buffer` 0 switches it off.
+    """
+    if buffer == 0:
+        return np.zeros(np.shape(lengths))
+    linear = np.clip((longest - buffer - np.asarray(lengths, np.float64)) / buffer, -1.0, 0.0)
+    return np.where(truncated, -1.0, linear)
+
+
+def _normalized(rewards: np.ndarray, by_std: bool) -> np.ndarray:
+    """Rows minus their mean, optionally over their standard deviation; rows without variance become 0."""
+    varied = has_variance(rewards)[:, None]
+    centered = np.where(varied, rewards - rewards.mean(axis=1, keepdims=True), 0.0)
+    if not by_std:
+        return centered
+    degrees = max(rewards.shape[1] - 1, 1)
+    std = np.sqrt(np.square(centered).sum(axis=1, keepdims=True) / degrees)
+    return centered / np.where(varied, std, 1.0)
+
+
+def _finite(rewards: np.ndarray) -> np.ndarray:
+    """As float64; one that is not there (None) counts as NaN."""
+    rewards = np.asarray(rewards, np.float64)
+    bad = np.argwhere(~np.isfinite(rewards))
+    if len(bad):
+        group, index = bad[0]
+        raise ValueError(
+            f"completion {index} of group {group} has the reward {rewards[group, index]}, it must be finite"
+        )
+    return rewards

@@ -1,40 +1,133 @@
-"""Group-relative advantages."""
+"""Advantage estimators and the penalty for length, against loops written from their formulas."""
+
+import math
+import statistics
 
 import numpy as np
 import pytest
 
-from megatron_vespo.algorithms.advantages import group_advantages
+from megatron_vespo.algorithms.advantages import (
+    ADVANTAGE_ESTIMATORS,
+    advantages,
+    has_variance,
+    overlong_penalty,
+)
 
 
-def test_the_mean_of_the_group_is_the_baseline():
-    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [2.0, 4.0, 6.0, 8.0]])
-    assert group_advantages(rewards, False).tolist() == [[0.75, -0.25, -0.25, -0.25], [-3.0, -1.0, 1.0, 3.0]]
+def by_hand(rewards: list[list[float]], estimator: str) -> list[list[float]]:
+    everything = [reward for group in rewards for reward in group]
+    result = []
+    for group in rewards:
+        row = []
+        for i, reward in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            row.append(
+                {
+                    "group-mean": lambda r, g: r - statistics.fmean(g),
+                    "group-mean-std": lambda r, g: (r - statistics.fmean(g)) / statistics.stdev(g),
+                    "leave-one-out": lambda r, g, others=others: r - statistics.fmean(others),
+                    "global": lambda r, g: (r - statistics.fmean(everything)) / statistics.stdev(everything),
+                }[estimator](reward, group)
+            )
+        result.append(row)
+    return result
 
 
-def test_division_by_the_sample_standard_deviation():
-    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [2.0, 4.0, 6.0, 8.0]])
-    advantages = group_advantages(rewards, True)
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+@pytest.mark.parametrize("shape", [(5, 8), (3, 2), (1, 3)])
+def test_estimators_equal_the_loops(estimator, shape):
+    rewards = np.random.default_rng(0).normal(2.0, 3.0, shape)
+    result = advantages(rewards, estimator)
+    assert result.dtype == np.float64
+    np.testing.assert_allclose(result, by_hand(rewards.tolist(), estimator), rtol=1e-12, atol=1e-14)
+
+
+def test_known_values():
+    rewards = np.array([[1, 0, 0, 0], [2, 4, 6, 8]])
+    assert advantages(rewards, "group-mean").tolist() == [[0.75, -0.25, -0.25, -0.25], [-3, -1, 1, 3]]
+    third = pytest.approx(-1 / 3)
+    assert advantages(rewards, "leave-one-out")[0].tolist() == [1.0, third, third, third]
     # sums of squares are 3/4 and 20, over 4 - 1
-    assert advantages[0] == pytest.approx([1.5, -0.5, -0.5, -0.5])
-    assert advantages[1] == pytest.approx(np.array([-3.0, -1.0, 1.0, 3.0]) / np.sqrt(20 / 3))
+    by_std = advantages(rewards, "group-mean-std")
+    assert by_std[0] == pytest.approx([1.5, -0.5, -0.5, -0.5])
+    assert by_std[1] == pytest.approx(np.array([-3.0, -1.0, 1.0, 3.0]) / np.sqrt(20 / 3))
 
 
-@pytest.mark.parametrize("by_std", [False, True])
-def test_equal_rewards_give_exactly_zero(by_std):
-    # the mean of 0.1 six times is not 0.1 in float64
-    rewards = np.array([[0.1] * 6, [0.7] * 6, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
-    assert (rewards.mean(axis=1) != rewards[:, 0]).any()
-    advantages = group_advantages(rewards, by_std)
-    assert (advantages[:2] == 0.0).all()
-    assert (advantages[2] != 0.0).all()
+def test_groups_of_two():
+    rewards = np.array([[0.0, 1.0]])
+    assert advantages(rewards, "group-mean").tolist() == [[-0.5, 0.5]]
+    assert advantages(rewards, "leave-one-out").tolist() == [[-1.0, 1.0]]
+    assert advantages(rewards, "group-mean-std")[0] == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
 
 
-@pytest.mark.parametrize("by_std", [False, True])
-def test_a_group_of_one_teaches_nothing(by_std):
-    assert group_advantages(np.array([[1.0], [0.5]]), by_std).tolist() == [[0.0], [0.0]]
+def test_global_tells_solved_groups_from_failed_ones():
+    result = advantages(np.array([[1.0, 1.0], [0.0, 0.0]]), "global")
+    assert result[0] == pytest.approx([math.sqrt(3) / 2] * 2) and (result[1] == -result[0]).all()
 
 
-def test_integer_rewards_become_float64():
-    advantages = group_advantages(np.array([[0, 1]]), True)
-    assert advantages.dtype == np.float64
-    assert advantages.tolist() == [[pytest.approx(-np.sqrt(0.5)), pytest.approx(np.sqrt(0.5))]]
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+@pytest.mark.parametrize(
+    "group",
+    [
+        [0.1] * 6,  # its mean in float64 is not 0.1
+        [0.1 + 0.2, 0.3, 0.3, 0.3, 0.3, 0.3],
+        [0.0] * 6,
+        [-7e9, -7e9 * (1 + 1e-15), -7e9, -7e9, -7e9, -7e9],
+    ],
+)
+def test_rewards_equal_but_for_rounding_give_exactly_zero(estimator, group):
+    if estimator == "global":
+        assert (advantages(np.array([group, group]), estimator) == 0.0).all()
+        return
+    result = advantages(np.array([group, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]), estimator)
+    assert (result[0] == 0.0).all() and (result[1] != 0.0).all()
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+def test_small_rewards_are_not_rounding(estimator):
+    rewards = np.array([[1e-12, 2e-12, 3e-12]])
+    assert (np.sign(advantages(rewards, estimator)) == [[-1, 0, 1]]).all()
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS[:3])
+def test_a_group_of_one_teaches_nothing(estimator):
+    assert advantages(np.array([[1.0], [0.5]]), estimator).tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_a_reward_that_is_no_number_is_named(estimator, bad):
+    rewards = np.array([[0.0, 1.0], [1.0, bad]])
+    shown = "inf" if bad == math.inf else "nan"
+    with pytest.raises(ValueError) as error:
+        advantages(rewards, estimator)
+    assert str(error.value) == f"completion 1 of group 1 has the reward {shown}, it must be finite"
+    with pytest.raises(ValueError, match="completion 1 of group 1"):
+        has_variance(rewards)
+
+
+def test_has_variance():
+    rewards = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.3, 0.1 + 0.2, 0.3], [-1.0, -1.0, 0.0]])
+    assert has_variance(rewards).tolist() == [False, True, False, True]
+
+
+def penalty_by_hand(length: int, truncated: bool, longest: int, buffer: int) -> float:
+    if truncated:
+        return -1.0
+    if length <= longest - buffer:
+        return 0.0
+    return -(length - (longest - buffer)) / buffer
+
+
+@pytest.mark.parametrize("buffer", [1, 4, 10])
+def test_overlong_penalty_equals_the_loop(buffer):
+    lengths = np.arange(0, 11).repeat(2)
+    truncated = np.arange(22) % 2 == 1
+    expected = [penalty_by_hand(int(n), bool(t), 10, buffer) for n, t in zip(lengths, truncated, strict=True)]
+    result = overlong_penalty(lengths, truncated, 10, buffer)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-15)
+    assert result.min() == -1.0 and result.max() == 0.0
+
+
+def test_no_buffer_no_penalty():
+    assert overlong_penalty(np.array([3, 10]), np.array([False, True]), 10, 0).tolist() == [0.0, 0.0]

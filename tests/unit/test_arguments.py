@@ -143,7 +143,7 @@ def test_our_defaults(parse):
     assert args.loss_function.function is vespo and args.loss_function.options == {"kernel": GammaKernel()}
     assert args.loss_aggregation == "token-mean"
     assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
-    assert (args.advantage_std, args.apply_chat_template, args.hf_export) == (False, True, True)
+    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("group-mean", True, True)
     assert (args.rollout_temperature, args.max_logprob_difference, args.heldout_data) == (1.0, None, None)
     assert args.sglang_flags == []
     assert isinstance(args.output_dir, Path)
@@ -165,14 +165,14 @@ def test_megatrons_defaults_for_reinforcement_learning(parse):
 def test_flags_win_over_defaults(parse):
     args = parse(
         "--weight-decay 0.1 --adam-beta2 0.999 --lr-decay-style cosine --seed 7 --bf16 "
-        "--vespo-positive 1 1.5 --vespo-negative 4 2.5 --ratio-denominator decoupled --advantage-std "
-        "--no-chat-template --no-hf-export"
+        "--vespo-positive 1 1.5 --vespo-negative 4 2.5 --ratio-denominator decoupled "
+        "--no-chat-template --no-hf-export --advantage-estimator global"
     )
     assert (args.weight_decay, args.adam_beta2, args.lr_decay_style) == (0.1, 0.999, "cosine")
     assert (args.seed, args.bf16) == (7, True)
     kernel = GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
     assert args.loss_function.options == {"kernel": kernel}
-    assert (args.advantage_std, args.apply_chat_template, args.hf_export) == (True, False, False)
+    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("global", False, False)
     assert args.ratio_denominator == "decoupled"
 
 

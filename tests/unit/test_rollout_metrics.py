@@ -29,11 +29,21 @@ def test_rollout_metrics():
     ]
     assert rollout_metrics(groups) == {
         "reward/mean": 3 / 8,
+        "reward/overlong_penalty_mean": 0.0,
         "rollout/zero_advantage_share": 2 / 4,
         "response/length_mean": 32 / 8,
         "response/truncated_share": 2 / 8,
         "rollout/tokens": 32.0,
     }
+
+
+def test_a_penalty_counts_for_the_advantages_not_for_the_reward():
+    groups = [[completion(1.0, 4), completion(1.0, 8)], [completion(0.0, 4), completion(0.0, 4)]]
+    groups[0][1].overlong_penalty = -0.5
+    metrics = rollout_metrics(groups)
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/overlong_penalty_mean"] == -0.125
+    assert metrics["rollout/zero_advantage_share"] == 0.5
 
 
 def step(**changes) -> dict:

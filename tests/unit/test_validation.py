@@ -97,6 +97,7 @@ def test_a_required_flag_is_missing(flags, flag):
         "--heldout-interval",
         "--heldout-prompts",
         "--weight-sync-bucket-mb",
+        "--dynamic-sampling-max-batches",
     ],
 )
 @pytest.mark.parametrize("value", ["0", "-3"])
@@ -115,6 +116,7 @@ def test_counts_are_positive(flags, flag, value):
         "--train-timeout",
         "--weight-sync-timeout",
         "--worker-start-timeout",
+        "--overlong-penalty",
     ],
 )
 @pytest.mark.parametrize("value", ["0.0", "-1.5", "nan"])
@@ -130,6 +132,15 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--rollout-batch-size 32 --mini-batches 5",
             "--rollout-batch-size 32 prompts cannot be cut into --mini-batches 5 equal parts",
         ),
+        (
+            "--max-completion-tokens 64 --overlong-buffer 65",
+            "--overlong-buffer 65 must be between 0 (off) and --max-completion-tokens 64",
+        ),
+        (
+            "--overlong-buffer -1",
+            "--overlong-buffer -1 must be between 0 (off) and --max-completion-tokens 1024",
+        ),
+        ("--overlong-penalty inf", "--overlong-penalty inf: must be finite"),
         (
             "--vespo-positive -1 2",
             "--vespo-positive -1 2: exponents must be finite and not negative",
