@@ -114,6 +114,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
+    add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
+        help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 
