@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import advantages, overlong_penalty
+from megatron_vespo.algorithms.alarms import Alarm, check, is_news
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
@@ -38,6 +39,10 @@ class RunState:
     max_logprob_difference: float = 0.0
 
 
+class StoppedByAlarm(RuntimeError):
+    """--on-alarm says that a run ends at its first alarm."""
+
+
 @dataclass
 class Controller:
     """One run. `train` is the whole story; the rest are its words."""
@@ -53,6 +58,7 @@ class Controller:
     display: RunDisplay
     metrics: MetricsWriter
     state: RunState = field(default_factory=RunState)
+    history: list[dict[str, float]] = field(default_factory=list)  # of the rollout batches so far
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
@@ -66,9 +72,11 @@ class Controller:
             metrics |= self.update(samples)
             self.sync_weights()
             metrics |= self.maybe_evaluate()
+            alarms = self.check_alarms(metrics)
             self.state.train_seconds = time.monotonic() - started
-            self.maybe_save()
+            self.maybe_save(alarms)
             self.report(metrics)
+            self.maybe_stop(alarms)
         self.check_last_sync()
         return self.state
 
@@ -159,7 +167,8 @@ class Controller:
         difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
         self._check_logprobs(difference)
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
-        return step_metrics(steps, sample_advantages) | {"check/max_logprob_difference": difference}
+        lengths = np.array([sample.completion_length for sample in samples])
+        return step_metrics(steps, sample_advantages, lengths) | {"check/max_logprob_difference": difference}
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches
@@ -188,12 +197,31 @@ class Controller:
         self.metrics.write(self.state.iteration, {"check/last_sync_logprob_difference": difference})
         self._check_logprobs(difference)
 
-    def maybe_save(self) -> None:
+    def check_alarms(self, metrics: dict[str, float]) -> list[Alarm]:
+        """What is wrong with this batch, in words and as metrics; said once and then only now and then."""
+        alarms = check(metrics, self.history)
+        for alarm in alarms:
+            if is_news(alarm, self.history):
+                self.display.message(f"alarm {alarm.name} at optimizer step {self.state.iteration}: {alarm}")
+        metrics |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
+        self.history.append(metrics)
+        return alarms
+
+    def maybe_stop(self, alarms: list[Alarm]) -> None:
+        if alarms and self.args.on_alarm != "warn":
+            saved = f"; checkpoint in {self.args.save}" if self.args.on_alarm == "checkpoint-and-stop" else ""
+            raise StoppedByAlarm(
+                f"stopped by alarm {alarms[0].name} at optimizer step {self.state.iteration}: "
+                f"{alarms[0]}{saved}"
+            )
+
+    def maybe_save(self, alarms: list[Alarm]) -> None:
         if self.args.save is None:
             return
         before = self.state.iteration - self.args.mini_batches
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
-        if due or self.state.iteration >= self.args.train_iters:
+        stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
+        if due or stopping or self.state.iteration >= self.args.train_iters:
             with self.display.phase("save"):
                 self.trainer.save(asdict(self.state))
 

@@ -72,7 +72,7 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-sampling", action="store_true",
         help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
-        help="at most so many times --rollout-batch-size prompts; then left-out groups fill the batch")  # fmt: skip
+        help="at most so many times --rollout-batch-size prompts; left-out groups fill it then")  # fmt: skip
     add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
 
@@ -132,6 +132,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
+    add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
+        help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 

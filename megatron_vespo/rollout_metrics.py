@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import has_variance
-from megatron_vespo.algorithms.diagnostics import weight_diagnostics
+from megatron_vespo.algorithms.diagnostics import ratio_metrics, weight_metrics
+from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
+from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.types import Completion
 
 
@@ -22,13 +24,18 @@ def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
         "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
         "rollout/zero_advantage_share": float(1.0 - has_variance(shaped).mean()),
         "response/length_mean": float(lengths.mean()),
+        "response/length_p90": float(np.quantile(lengths, 0.9)),
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
         "rollout/tokens": float(lengths.sum()),
     }
 
 
-def step_metrics(steps: list[dict[str, Any]], advantages: np.ndarray) -> dict[str, float]:
-    """Of the optimizer steps of one rollout batch; `advantages` [num_samples] as the mini-batches lie."""
+def step_metrics(
+    steps: list[dict[str, Any]], advantages: np.ndarray, lengths: np.ndarray
+) -> dict[str, float]:
+    """Of the optimizer steps of one rollout batch; `advantages` and `lengths` of the responses, in tokens,
+    are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy lag.
+    """
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([step[name] for step in steps])
@@ -36,20 +43,51 @@ def step_metrics(steps: list[dict[str, Any]], advantages: np.ndarray) -> dict[st
     def mean(name: str) -> float:
         return float(np.mean([step[name] for step in steps]))
 
-    metrics = weight_diagnostics(joined("log_w"), joined("phi"), advantages)
-    gap = joined("engine_gap")
-    if not np.isnan(gap).any():
-        metrics["vespo/engine_gap_std"] = float(gap.std())
-    # means over responses of their tokens' mean
-    metrics["mismatch/weight_mean"] = float(joined("correction").mean())
-    metrics["mismatch/rejected_share"] = float(joined("rejected").mean())
-    return metrics | {
-        "train/loss": mean("loss"),
-        "train/grad_norm": mean("grad_norm"),
-        "train/entropy": mean("entropy"),
-        "train/learning_rate": steps[-1]["learning_rate"],
-        "train/padding_share": mean("padding_share"),
-        "train/imbalance": mean("imbalance"),
-        "train/tokens": float(sum(step["num_tokens"] for step in steps)),
-        "policy/lag_mean": mean("lag"),
+    sizes = [len(step["log_w"]) for step in steps]
+    on_policy = np.repeat([step["lag"] == 0 for step in steps], sizes)
+    metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy)
+    metrics |= weight_metrics(joined("phi"), advantages, lengths, np.repeat(np.arange(len(steps)), sizes))
+    return (
+        metrics
+        | _token_metrics(steps)
+        | _gradient_metrics(steps)
+        | {
+            # means over responses of their tokens' mean
+            "mismatch/weight_mean": float(joined("correction").mean()),
+            "mismatch/rejected_share": float(joined("rejected").mean()),
+            "train/loss": mean("loss"),
+            "train/entropy": mean("entropy"),
+            "train/learning_rate": steps[-1]["learning_rate"],
+            "train/padding_share": mean("padding_share"),
+            "train/imbalance": mean("imbalance"),
+            "train/tokens": float(sum(step["num_tokens"] for step in steps)),
+            "policy/lag_mean": mean("lag"),
+        }
+    )
+
+
+def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """The engine's part is of steps that compare it with the policy it had: pi_old, or pi before it moved."""
+    half = len(TOKEN_SUMS) // 2
+    comparable = [step for step in steps if step["lag"] == 0 or not np.isnan(step["engine_gap"]).any()]
+    metrics: dict[str, float] = {}
+    for prefix, of, part in (("", steps, slice(half)), ("engine_", comparable, slice(half, None))):
+        if of:
+            sums = np.sum([step["token_sums"][part] for step in of], axis=0)
+            metrics |= token_metrics(sums, sum(step["num_tokens"] for step in of), prefix)
+    return metrics
+
+
+def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """`gradient/<part>` is of the step with the largest norm, so that the squares of the parts add up to that
+    of `train/grad_norm_max`. A part without gradient is left out.
+    """
+    largest = max(steps, key=lambda step: step["grad_norm"])
+    return {
+        "train/grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+        "train/grad_norm_max": float(largest["grad_norm"]),
+    } | {
+        f"gradient/{group}": float(norm)
+        for group, norm in zip(GRADIENT_GROUPS, largest["gradient_norms"], strict=True)
+        if norm > 0.0
     }

@@ -14,10 +14,10 @@ from megatron_vespo.arguments import parse_args
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.controller import Controller, RunState
+from megatron_vespo.controller import Controller, RunState, StoppedByAlarm
 from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
 from megatron_vespo.data.stop_tokens import stop_token_ids
-from megatron_vespo.observability.metrics import MetricsWriter, read_metrics
+from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
@@ -51,7 +51,11 @@ def main(argv: list[str]) -> None:
         controller = _start(args, stack, display, tokenizer, sampling, prompts, heldout, reward)
         display.phase_seconds()  # start-up phases end here
         setup_seconds = args.setup_seconds + time.monotonic() - started
-        state = controller.train()
+        try:
+            state = controller.train()
+        except StoppedByAlarm:
+            _draw(args)  # what led to it
+            raise
         if args.hf_export:
             with display.phase("export"):
                 controller.trainer.export_hf((args.output_dir / "hf").resolve())
@@ -127,6 +131,8 @@ def _start(
         display=display,
         metrics=metrics,
         state=state,
+        # what the alarms compare with survives a resume into the same folder
+        history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
     )
 
 
@@ -148,13 +154,17 @@ def _engine_size(sglang_flags: list[str]) -> int:
     return 1
 
 
-def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: float) -> None:
+def _draw(args: Namespace) -> Path:
     picture = args.output_dir / "curves.png"
     plot_curves(read_metrics(args.output_dir / "metrics.jsonl"), picture, f"VESPO, N = {args.mini_batches}")
+    return picture
+
+
+def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: float) -> None:
     paths = {
         "metrics": args.output_dir / "metrics.jsonl",
         "TensorBoard": args.output_dir / "tensorboard",
-        "picture": picture,
+        "picture": _draw(args),
         "logs": args.output_dir / "logs",
     }
     if args.save:

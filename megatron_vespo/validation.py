@@ -132,6 +132,8 @@ def _check_training(args: Namespace) -> None:
         raise ValueError(
             "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both"
         )
+    if args.on_alarm == "checkpoint-and-stop" and args.save is None:
+        raise ValueError("--on-alarm checkpoint-and-stop needs --save, the folder of the checkpoint")
     tracker = "latest_checkpointed_iteration.txt"
     if args.load and args.load != args.save and not (Path(args.load) / tracker).is_file():
         # the same folder for both is how a job that may be restarted says "go on, or begin"

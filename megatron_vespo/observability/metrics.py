@@ -61,6 +61,11 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def batch_records(records: list[dict]) -> list[dict]:
+    """Those of whole rollout batches; evaluations and checks between them have records of their own."""
+    return [record for record in records if "policy/version" in record]
+
+
 class MetricsWriter:
     """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vespo.observability.metrics import dump_json, write_atomically
+from megatron_vespo.observability.metrics import batch_records, dump_json, write_atomically
 from megatron_vespo.observability.progress import PHASE_COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEGEND_COLUMNS = 4  # fit above a panel
+LEGEND_WIDTH, LEGEND_HANDLE = 46, 4  # characters that fit above a panel, and those that a line sample takes
+ALARM_LINES = ("--", ":")  # of a panel's first and second alarm
 LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; the line in the picture
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip
-GREY = "#999999"
+GREY, BLACK = "#999999", "#222222"
 PHASE_COLORS = dict(zip(PHASE_COLUMNS, (BLUE, PURPLE, SKY, ORANGE, GREEN, YELLOW, RED), strict=True))
 STYLE = {
     "font.size": 10.5,
@@ -72,22 +74,44 @@ def _plot_length(axes: Axes, metrics: list[dict]) -> None:
 
 def _plot_log_w(axes: Axes, metrics: list[dict]) -> None:
     axes.set_title("Sequence log W")
-    names = ("vespo/log_w_mean", "vespo/log_w_std")
+    names = ("ratio/log_w_mean", "ratio/log_w_std")
     both = [record for record in metrics if all(math.isfinite(record.get(name, math.nan)) for name in names)]
     if both:
         low = [record[names[0]] - record[names[1]] for record in both]
         high = [record[names[0]] + record[names[1]] for record in both]
         steps = [record["step"] for record in both]
         axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="± std")
-    _line(axes, metrics, "vespo/log_w_mean", "mean", BLUE)
+    _line(axes, metrics, "ratio/log_w_mean", "mean", BLUE)
+    _line(axes, metrics, "ratio/staleness_std", "staleness, std", ORANGE, linewidth=1.2)
+    _line(axes, metrics, "ratio/mismatch_std", "mismatch, std", RED, linewidth=1.2)
     axes.axhline(0.0, color=GREY, linewidth=0.8)
 
 
-def _plot_phi(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("VESPO weight φ")
-    _line(axes, metrics, "vespo/phi_mean_positive", "advantage > 0", GREEN)
-    _line(axes, metrics, "vespo/phi_mean_negative", "advantage < 0", RED)
-    _line(axes, metrics, "vespo/ess", "ESS", GREY, linestyle="--")
+def _plot_weight(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Weight of a sequence")
+    _line(axes, metrics, "weight/mean/positive", "advantage > 0", GREEN)
+    _line(axes, metrics, "weight/mean/negative", "advantage < 0", RED)
+    _line(axes, metrics, "weight/ess", "ESS", GREY, linestyle="--")
+    _line(axes, metrics, "weight/dead_share", "dead", PURPLE, linestyle=":")
+
+
+def _plot_entropy(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Entropy (nats a token)")
+    _line(axes, metrics, "train/entropy", None, BLUE)
+    axes.set_ylim(bottom=0)
+
+
+def _plot_gradient(axes: Axes, metrics: list[dict]) -> None:
+    axes.set_title("Gradient norm")
+    axes.set_yscale("log")
+    # what has no gradient has no place on a log scale
+    for name, label, color in (
+        ("train/grad_norm_max", "largest", GREY),
+        ("train/grad_norm", "mean", BLUE),
+        ("gradient/router", "router", RED),
+    ):
+        seen = [record for record in metrics if record.get(name, 0.0) > 0.0]
+        _line(axes, seen, name, label, color, linewidth=1.8 if color == BLUE else 1.2)
 
 
 def _plot_logprob_difference(axes: Axes, metrics: list[dict]) -> None:
@@ -115,36 +139,66 @@ def _plot_phases(axes: Axes, metrics: list[dict]) -> None:
             bottom = [below + above for below, above in zip(bottom, seconds, strict=True)]
 
 
+def _fits(labels: list[str], num_rows: int) -> bool:
+    """Whether the legend's columns, filled one after the other, fit beside each other; a single one does."""
+    columns = [labels[i : i + num_rows] for i in range(0, len(labels), num_rows)]
+    width = sum(LEGEND_HANDLE + max(len(label) for label in column) for column in columns)
+    return width <= LEGEND_WIDTH or len(columns) == 1
+
+
 def _place_legend(axes: Axes) -> None:
     """Puts the legend between title and axes, where it can hide no curve."""
-    num_entries = len(axes.get_legend_handles_labels()[0])
-    if num_entries:
-        num_rows = math.ceil(num_entries / LEGEND_COLUMNS)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        num_rows = next(rows for rows in range(1, len(labels) + 1) if _fits(labels, rows))
         legend = axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=math.ceil(num_entries / num_rows),
+            loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=math.ceil(len(labels) / num_rows),
             borderpad=0.2, handlelength=1.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.2,
         )  # fmt: skip
         legend.set_in_layout(False)  # a wide one would narrow the whole column; the title keeps its room
         axes.set_title(axes.get_title(loc="left"), pad=6 + 15 * num_rows)
 
 
-PANELS = (_plot_accuracy, _plot_length, _plot_log_w, _plot_phi, _plot_logprob_difference, _plot_phases)
+def _mark_alarms(axes: Axes, metrics: list[dict], names: tuple[str, ...]) -> None:
+    """A line where one of the alarms came on; batches in which it stayed on have none."""
+    batches = batch_records(metrics)
+    for name, style in zip(names, ALARM_LINES, strict=False):
+        on = [f"alarm/{name}" in record for record in batches]
+        label: str | None = f"! {name.replace('_', ' ')}"
+        for record, before, now in zip(batches, [False, *on], on, strict=False):
+            if now and not before:
+                axes.axvline(record["step"], color=BLACK, linewidth=1.2, linestyle=style, label=label)
+                label = None  # one entry of the legend for all of them
+
+
+# what draws a panel, and the alarms about it
+PANELS: tuple[tuple[Callable[[Axes, list[dict]], None], tuple[str, ...]], ...] = (
+    (_plot_accuracy, ("reward_collapse", "equal_groups")),
+    (_plot_length, ("truncated_responses",)),
+    (_plot_entropy, ("entropy_collapse", "entropy_explosion")),
+    (_plot_gradient, ("gradient_spike",)),
+    (_plot_log_w, ()),
+    (_plot_weight, ("dead_sequences", "ess_collapse")),
+    (_plot_logprob_difference, ("engine_mismatch",)),
+    (_plot_phases, ()),
+)
 
 
 def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
-    """Draws the curves of a run, records as read_metrics gives them, into the PNG `path`, 1920 x 1120."""
+    """Draws the curves of a run, records as read_metrics gives them, into the PNG `path`, 2400 x 1120."""
     # matplotlib takes a second to import and nothing else here needs it. No pyplot: it keeps global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, 7), dpi=160, layout="constrained")
+        figure = Figure(figsize=(15, 7), dpi=160, layout="constrained")
         figure.suptitle(title, fontsize=14, weight="bold")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        panels = figure.subplots(2, 3, sharex=True)
-        for axes, draw in zip(panels.flat, PANELS, strict=True):
+        panels = figure.subplots(2, 4, sharex=True)
+        for axes, (draw, alarms) in zip(panels.flat, PANELS, strict=True):
             draw(axes, metrics)
+            _mark_alarms(axes, metrics, alarms)
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
             _place_legend(axes)

@@ -1,4 +1,4 @@
-"""Every parameter's gradient norm, the same numbers under the same names on every layout."""
+"""Gradient norms of parameters and of the model's parts, the same numbers on every layout."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS, part_of, third_of
+from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.weights import global_parameters
 
 
@@ -27,6 +29,44 @@ def gradient_norms(
     clips them in place. A collective of all ranks; all get the same. Sums are float64. The root of the sum
     of all squares is the norm that Megatron clips by.
     """
+    names, squares = _squares(model_chunks, groups)
+    mine = list(zip(names, squares.tolist(), strict=True))
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    totals: dict[str, float] = defaultdict(float)
+    for part in everywhere:
+        for name, square in part:
+            totals[name] += square
+    return {name: math.sqrt(total) for name, total in sorted(totals.items())}
+
+
+def group_gradient_norms(
+    model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, num_layers: int
+) -> Tensor:
+    """L2 norm of the gradient of each of GRADIENT_GROUPS, float64 [10], 0 for one that the model lacks.
+
+    When, where and what as `gradient_norms`, by one small reduction. The squares of PARTS add up to the
+    square of the whole norm.
+    """
+    names, squares = _squares(model_chunks, groups)
+    members = [
+        (GRADIENT_GROUPS.index(group), parameter)
+        for parameter, name in enumerate(names)
+        for group in (part_of(name), third_of(name, num_layers))
+        if group is not None
+    ]
+    totals = squares.new_zeros(len(GRADIENT_GROUPS))
+    if members:
+        group_indices, parameters = torch.tensor(members, device=squares.device).unbind(1)
+        totals.index_add_(0, group_indices, squares[parameters])
+    dist.all_reduce(totals)
+    return totals.sqrt()
+
+
+def _squares(
+    model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
+) -> tuple[list[str], Tensor]:
+    """Names and squared norms, float64, of the parts of gradients that this rank alone answers for."""
     names: list[str] = []
     squares: list[Tensor] = []
     for chunk in model_chunks:
@@ -38,14 +78,9 @@ def gradient_norms(
             ):
                 names.append(name)
                 squares.append(torch.linalg.vector_norm(shards[parameter], dtype=torch.float64).square())
-    mine = list(zip(names, torch.stack(squares).tolist(), strict=True)) if squares else []
-    everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    totals: dict[str, float] = defaultdict(float)
-    for part in everywhere:
-        for name, square in part:
-            totals[name] += square
-    return {name: math.sqrt(total) for name, total in sorted(totals.items())}
+    if not squares:
+        return names, torch.zeros(0, dtype=torch.float64, device=device())
+    return names, torch.stack(squares)
 
 
 def _owned_gradients(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter, Tensor]:

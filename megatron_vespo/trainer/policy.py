@@ -17,9 +17,11 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training.training import force_param_sync, setup_model_and_optimizer
 from torch import Tensor
 
+from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
+from megatron_vespo.trainer.gradient_norms import group_gradient_norms
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.model import model_config, model_provider
@@ -43,8 +45,11 @@ class StepResult:
     phi: np.ndarray  # in another loss than VESPO: what multiplies A grad log pi, its mean over the tokens
     correction: np.ndarray  # weight by --mismatch-correction, its mean over the tokens; phi includes it
     rejected: np.ndarray  # share of the tokens that it weighs by 0
+    mismatch: np.ndarray  # the part of log(pi_old / mu) that is in log W; NaN where pi_old was not computed
     engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
     engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
+    token_sums: np.ndarray  # float64 [len(TOKEN_SUMS)]; without pi_old the engine's are those of pi
+    gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
     padding_share: float
     imbalance: float
 
@@ -124,6 +129,7 @@ class MegatronPolicy:
     def optimizer_step(self, mini_batch: MiniBatch, outputs: list[dict[str, Tensor]]) -> StepResult:
         """Update the weights by the gradient of `forward_backward`."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        group_norms = group_gradient_norms(self.model, self.groups, self.args.num_layers)
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise RuntimeError(
@@ -135,15 +141,16 @@ class MegatronPolicy:
         # a cut sequence's largest difference may be on any of the ranks that hold it
         for output in outputs:
             dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
-        names = ("log_w", "phi", "correction", "rejected", "engine_gap", "engine_difference")
+        names = ("log_w", "phi", "correction", "rejected", "mismatch", "engine_gap", "engine_difference")
         columns = self._packer.gather_sequences(mini_batch, outputs, names)
-        sums = torch.zeros(5, dtype=torch.float64, device=device())
+        sums = torch.zeros(5 + len(TOKEN_SUMS), dtype=torch.float64, device=device())
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             for i, name in enumerate(("loss_sum", "loss_terms", "loss_count", "entropy_sum")):
                 sums[i] += output[name]
             sums[4] += micro_batch.num_loss_tokens
+            sums[5:] += output["token_sums"]
         self._packer.share(sums, self.groups.cp)
-        loss_sum, loss_terms, loss_count, entropy_sum, num_tokens = sums.tolist()
+        loss_sum, loss_terms, loss_count, entropy_sum, num_tokens, *of_tokens = sums.tolist()
         return StepResult(
             loss=loss_sum / loss_count,
             loss_terms=loss_terms / loss_count,
@@ -152,6 +159,8 @@ class MegatronPolicy:
             num_tokens=int(num_tokens),
             entropy=entropy_sum / num_tokens,
             **columns,
+            token_sums=np.array(of_tokens),
+            gradient_norms=group_norms.cpu().numpy(),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )

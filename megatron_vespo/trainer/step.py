@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vespo.algorithms.corrections import Mismatch
 from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+from megatron_vespo.algorithms.token_sums import token_sums
 from megatron_vespo.algorithms.vespo import segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
@@ -136,12 +137,14 @@ def policy_loss(
         micro_batch.num_sequences,
         cp_group,
     ).unbind(1)
-    difference_T = (reference_T - micro_batch.behavior_log_probs_T).abs() * micro_batch.loss_mask_T
+    engine_log_ratio_T = reference_T - micro_batch.behavior_log_probs_T
+    difference_T = engine_log_ratio_T.abs() * micro_batch.loss_mask_T
     handed_back = {
         "log_w": log_ratio.log_w_S,
         "phi": mean_weight_S,
         "correction": correction_S,
         "rejected": rejected_S,
+        "mismatch": log_ratio.mismatch_S,
         "engine_gap": log_ratio.engine_gap_S,
         "engine_difference": torch.zeros_like(mean_weight_S).scatter_reduce(
             0, micro_batch.sequence_ids_T, difference_T.float(), "amax"
@@ -151,6 +154,7 @@ def policy_loss(
         "loss_terms": weighted_sum(term.loss_T.detach().abs(), inputs, args.loss_aggregation, longest),
         "loss_count": loss_count,
         "entropy_sum": entropies_T.detach().sum(),
+        "token_sums": token_sums(inputs.log_ratio_T, engine_log_ratio_T, micro_batch.loss_mask_T),
     }
     return loss_sum, loss_count.int(), handed_back
 

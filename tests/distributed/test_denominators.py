@@ -45,9 +45,18 @@ def test_train_step_is_the_closed_form(task, result, denominator):
     np.testing.assert_allclose(result[f"{denominator} loss"], loss, rtol=1e-4)
     assert result[f"{denominator} num_tokens"] == len(now)
 
+    in_w = {"recomputed": 0 * gap, "rollout": np.nan * gap, "decoupled": np.minimum(gap, np.log(2.0))}
+    np.testing.assert_allclose(result[f"{denominator} mismatch"], in_w[denominator], rtol=0, atol=1e-4)
+
     # without pi_old only the current policy can be compared with the engine
     compared = now if denominator == "rollout" else old
     expected_gap = np.full_like(gap, np.nan) if denominator == "rollout" else gap
     np.testing.assert_allclose(result[f"{denominator} engine_gap"], expected_gap, rtol=0, atol=1e-4)
     difference = per_sequence(np.abs(compared - behavior), samples, np.max)
     np.testing.assert_allclose(result[f"{denominator} engine_difference"], difference, rtol=0, atol=1e-5)
+    sums = [
+        sum(values)
+        for x in (now - (behavior if denominator == "rollout" else old), compared - behavior)
+        for values in (x.astype(np.float64), x.astype(np.float64) ** 2, np.exp(x.astype(np.float64)) - 1 - x)
+    ]
+    np.testing.assert_allclose(result[f"{denominator} token_sums"], sums, rtol=1e-4, atol=1e-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from launch import PROGRAMS, TIMEOUT_S, Result, launch
 
+from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS, PARTS, THIRDS
 from megatron_vespo.layout import Layout
 
 # small buckets: a bucket's parts fall into the middle of parameters
@@ -56,6 +57,33 @@ def test_their_squares_sum_to_megatrons_norm(run, layout):
     for result in run(layout):
         total = np.sqrt(np.square(result["norms"]).sum())
         assert total == pytest.approx(float(result["grad_norm"]), rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_the_parts_of_the_model_have_the_norms_of_their_parameters(run, layout):
+    """Sorted out here by other marks in the names than the program's."""
+    marks = {
+        "embedding": ("word_embeddings",),
+        "attention": ("linear_qkv.weight", "linear_proj"),
+        "router": ("router",),
+        "experts": ("experts",),
+        "mlp": ("dense",),
+        "norms": ("norm",),
+        "output": ("output_layer",),
+        "first_third": ("layers.0.", "layers.1."),
+        "middle_third": ("layers.2.",),
+        "last_third": ("layers.3.",),
+    }
+    assert marks.keys() == set(GRADIENT_GROUPS)
+    for result in run(layout):
+        by_name = dict(zip(result["names"], result["norms"], strict=True))
+        found = dict(zip(GRADIENT_GROUPS, result["group_norms"], strict=True))
+        for group, words in marks.items():
+            squares = [norm**2 for name, norm in by_name.items() if any(word in name for word in words)]
+            assert found[group] == pytest.approx(np.sqrt(sum(squares)), rel=1e-12), group
+        whole = np.sqrt(sum(found[part] ** 2 for part in PARTS))
+        assert whole == pytest.approx(float(result["grad_norm"]), rel=2e-6)
+        assert 0 < sum(found[third] ** 2 for third in THIRDS) < whole**2
 
 
 @pytest.mark.parametrize("layout", [layout for layout in CASES if layout != "tp1"])

@@ -1,11 +1,22 @@
-"""Numbers about log W and phi."""
+"""Numbers about log W and the weights of a rollout batch, against loops over its samples."""
+
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vespo.algorithms.diagnostics import DEAD_PHI, effective_sample_share, weight_diagnostics
+from megatron_vespo.algorithms.diagnostics import (
+    DEAD_WEIGHT,
+    bucket_name,
+    effective_sample_share,
+    length_buckets,
+    ratio_metrics,
+    weight_metrics,
+)
+
+NUM_SAMPLES = 60
 
 
 @pytest.mark.parametrize("value", [1.0, 1e-30, 1.2])
@@ -31,27 +42,121 @@ def test_share_lies_between_one_sample_and_all(weights):
     assert 1 / len(weights) - 1e-9 <= share <= 1 + 1e-9
 
 
-def test_metrics_of_a_small_batch():
-    metrics = weight_diagnostics(
-        log_w=np.array([0.0, -3.0, 1.0, -2.0]),
-        phi=np.array([1.0, 0.005, 0.5, 0.0]),
-        advantages=np.array([1.0, -1.0, 0.0, -0.5]),
-    )
-    assert metrics == {
-        "vespo/log_w_mean": -1.0,
-        "vespo/log_w_std": pytest.approx(np.sqrt(2.5)),
-        "vespo/log_w_abs_max": 3.0,
-        "vespo/phi_mean": pytest.approx(1.505 / 4),
-        "vespo/ess": pytest.approx(1.505**2 / (4 * (1 + 0.005**2 + 0.25))),
-        "vespo/dead_share": 0.5,
-        "vespo/phi_mean_positive": 1.0,
-        "vespo/phi_mean_negative": pytest.approx(0.0025),
+@pytest.mark.parametrize(
+    ("length", "name"),
+    [
+        (0, "0-64"),
+        (63, "0-64"),
+        (64, "64-128"),
+        (127, "64-128"),
+        (512, "512-1k"),
+        (1023, "512-1k"),
+        (1024, "1k-2k"),
+        (8191, "4k-8k"),
+        (8192, "8k-16k"),
+        (15_360, "8k-16k"),
+        (131_072, "128k-256k"),
+    ],
+)
+def test_buckets_of_lengths(length, name):
+    [bucket] = length_buckets(np.array([length]))
+    assert bucket_name(bucket) == name
+
+
+# Weights
+
+
+def batch(seed: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {
+        "weights": draw.choice([0.0, 0.005, DEAD_WEIGHT, 0.5, 1.2], NUM_SAMPLES).astype(np.float32),
+        "advantages": draw.choice([-1.0, 0.0, 0.5], NUM_SAMPLES),
+        "lengths": draw.integers(1, 5000, NUM_SAMPLES),
+        "mini_batches": np.repeat([0, 1, 2], NUM_SAMPLES // 3),
     }
 
 
+def naive_bucket(length: int) -> str:
+    low, high, names = 0, 64, ["0", "64", "128", "256", "512", "1k", "2k", "4k", "8k"]
+    for first, last in zip(names, names[1:], strict=False):
+        if low <= length < high:
+            return f"{first}-{last}"
+        low, high = high, 2 * high
+    raise AssertionError(length)
+
+
+def naive_weights(weights, advantages, lengths, mini_batches) -> dict[str, float]:
+    """Every part's samples in a list of its own."""
+    parts: dict[str, list[float]] = {}
+    cells: dict[str, list[float]] = {}
+    for weight, advantage, length, index in zip(weights, advantages, lengths, mini_batches, strict=True):
+        parts.setdefault("", []).append(float(weight))
+        parts.setdefault(f"/mini_batch_{index}", []).append(float(weight))
+        if advantage != 0.0:
+            sign = "positive" if advantage > 0 else "negative"
+            parts.setdefault(f"/{sign}", []).append(float(weight))
+            cells.setdefault(f"/{sign}/{naive_bucket(length)}", []).append(float(weight))
+
+    def dead(found):
+        return sum(weight < np.float32(DEAD_WEIGHT) for weight in found) / len(found)
+
+    metrics = {}
+    for part, found in parts.items():
+        squares = sum(weight * weight for weight in found)
+        metrics[f"weight/mean{part}"] = sum(found) / len(found)
+        metrics[f"weight/ess{part}"] = sum(found) ** 2 / (len(found) * squares) if squares else 0.0
+        metrics[f"weight/dead_share{part}"] = dead(found)
+    for cell, found in cells.items():
+        metrics[f"weight/mean{cell}"] = sum(found) / len(found)
+        metrics[f"weight/dead_share{cell}"] = dead(found)
+        metrics[f"weight/count{cell}"] = len(found)
+    return metrics
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_by_sign_length_and_mini_batch(seed):
+    values = batch(seed)
+    metrics = weight_metrics(**values)
+    assert metrics == pytest.approx(naive_weights(**values), rel=1e-6)
+    assert {type(value) for value in metrics.values()} == {float}
+    assert "weight/dead_share/negative/2k-4k" in metrics and "weight/ess/mini_batch_2" in metrics
+
+
+def test_weights_of_a_small_batch():
+    metrics = weight_metrics(
+        weights=np.array([1.0, 0.005, 0.5, 0.0]),
+        advantages=np.array([1.0, -1.0, 0.0, -0.5]),
+        lengths=np.array([10, 100, 10, 10]),
+        mini_batches=np.zeros(4, np.int64),
+    )
+    assert metrics == pytest.approx(
+        {
+            "weight/mean": 1.505 / 4,
+            "weight/ess": 1.505**2 / (4 * (1 + 0.005**2 + 0.25)),
+            "weight/dead_share": 0.5,
+            "weight/mean/positive": 1.0,
+            "weight/ess/positive": 1.0,
+            "weight/dead_share/positive": 0.0,
+            "weight/mean/positive/0-64": 1.0,
+            "weight/dead_share/positive/0-64": 0.0,
+            "weight/count/positive/0-64": 1.0,
+            "weight/mean/negative": 0.0025,
+            "weight/ess/negative": 0.5,
+            "weight/dead_share/negative": 1.0,
+            "weight/mean/negative/0-64": 0.0,
+            "weight/dead_share/negative/0-64": 1.0,
+            "weight/count/negative/0-64": 1.0,
+            "weight/mean/negative/64-128": 0.005,
+            "weight/dead_share/negative/64-128": 1.0,
+            "weight/count/negative/64-128": 1.0,
+        }
+    )
+
+
 def test_a_sequence_on_the_threshold_is_alive():
-    metrics = weight_diagnostics(np.zeros(2), np.array([DEAD_PHI, DEAD_PHI * 0.999]), np.ones(2))
-    assert metrics["vespo/dead_share"] == 0.5
+    weights = np.array([DEAD_WEIGHT, DEAD_WEIGHT * 0.999])
+    metrics = weight_metrics(weights, np.ones(2), np.ones(2), np.zeros(2, np.int64))
+    assert metrics["weight/dead_share"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -64,6 +169,82 @@ def test_a_sequence_on_the_threshold_is_alive():
     ],
 )
 def test_an_absent_sign_is_left_out(advantages, present):
-    metrics = weight_diagnostics(np.zeros(2), np.ones(2), np.array(advantages))
-    found = {name.removeprefix("vespo/phi_mean_") for name in metrics if name.startswith("vespo/phi_mean_")}
-    assert found == present
+    metrics = weight_metrics(np.ones(2), np.array(advantages), np.ones(2), np.zeros(2, np.int64))
+    assert {name.split("/")[2] for name in metrics if name.count("/") > 1} == present
+
+
+# log W
+
+NOWHERE = np.zeros(NUM_SAMPLES, bool)
+UNKNOWN = np.full(NUM_SAMPLES, np.nan, np.float32)
+
+
+def parts(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Staleness and mismatch, correlated."""
+    draw = np.random.default_rng(seed)
+    staleness = draw.normal(-0.2, 0.7, NUM_SAMPLES)
+    return staleness.astype(np.float32), (0.3 * staleness + draw.normal(0.1, 0.4, NUM_SAMPLES)).astype(
+        np.float32
+    )
+
+
+def mean(values) -> float:
+    return sum(map(float, values)) / len(values)
+
+
+def covariance(a, b) -> float:
+    return mean([(float(x) - mean(a)) * (float(y) - mean(b)) for x, y in zip(a, b, strict=True)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_log_w_is_split_into_its_parts(seed):
+    staleness, mismatch = parts(seed)
+    log_w = staleness + mismatch
+    metrics = ratio_metrics(log_w, mismatch, mismatch, NOWHERE)
+    assert metrics == pytest.approx(
+        {
+            "ratio/log_w_mean": mean(log_w),
+            "ratio/log_w_std": math.sqrt(covariance(log_w, log_w)),
+            "ratio/log_w_abs_max": max(abs(float(value)) for value in log_w),
+            "ratio/engine_gap_std": math.sqrt(covariance(mismatch, mismatch)),
+            "ratio/staleness_std": math.sqrt(covariance(staleness, staleness)),
+            "ratio/mismatch_std": math.sqrt(covariance(mismatch, mismatch)),
+            "ratio/mismatch_share": covariance(mismatch, log_w) / covariance(log_w, log_w),
+        },
+        rel=1e-5,
+    )
+    # the other part's share is the rest
+    other = covariance(staleness, log_w) / covariance(log_w, log_w)
+    assert metrics["ratio/mismatch_share"] + other == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_mismatch_that_is_not_in_w_explains_nothing_and_is_still_reported():
+    staleness, gap = parts(0)
+    metrics = ratio_metrics(staleness, np.zeros_like(gap), gap, NOWHERE)
+    assert metrics["ratio/mismatch_std"] == metrics["ratio/mismatch_share"] == 0.0
+    assert metrics["ratio/staleness_std"] == metrics["ratio/log_w_std"]
+    assert metrics["ratio/engine_gap_std"] == pytest.approx(math.sqrt(covariance(gap, gap)), rel=1e-5)
+
+
+def test_without_pi_old_the_samples_still_on_policy_measure_the_mismatch():
+    staleness, mismatch = parts(1)
+    on_policy = np.arange(NUM_SAMPLES) < 20
+    log_w = np.where(on_policy, mismatch, 3 * staleness + mismatch)
+    metrics = ratio_metrics(log_w, UNKNOWN, UNKNOWN, on_policy)
+    var_mismatch, var_all = covariance(log_w[:20], log_w[:20]), covariance(log_w, log_w)
+    assert 0 < var_mismatch < var_all
+    assert metrics["ratio/engine_gap_std"] == pytest.approx(math.sqrt(var_mismatch), rel=1e-5)
+    assert metrics["ratio/mismatch_std"] == pytest.approx(math.sqrt(var_mismatch), rel=1e-5)
+    assert metrics["ratio/staleness_std"] == pytest.approx(math.sqrt(var_all - var_mismatch), rel=1e-5)
+    assert metrics["ratio/mismatch_share"] == pytest.approx(var_mismatch / var_all, rel=1e-5)
+
+
+def test_without_pi_old_and_without_such_samples_nothing_is_said_of_the_parts():
+    metrics = ratio_metrics(parts(2)[0], UNKNOWN, UNKNOWN, NOWHERE)
+    assert metrics.keys() == {"ratio/log_w_mean", "ratio/log_w_std", "ratio/log_w_abs_max"}
+
+
+def test_nothing_explains_a_log_w_that_does_not_vary():
+    zeros = np.zeros(NUM_SAMPLES, np.float32)
+    assert "ratio/mismatch_share" not in ratio_metrics(zeros, zeros, zeros, NOWHERE)
+    assert "ratio/mismatch_share" not in ratio_metrics(zeros, UNKNOWN, UNKNOWN, ~NOWHERE)

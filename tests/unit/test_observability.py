@@ -8,11 +8,14 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_vespo.algorithms.alarms import RULES
 from megatron_vespo.observability import progress
 from megatron_vespo.observability.metrics import MetricsWriter, read_metrics, write_atomically
 from megatron_vespo.observability.progress import HEADER_INTERVAL, ROWS, RunDisplay, clock, sparkline
 from megatron_vespo.observability.report import (
     PANELS,
+    _fits,
+    _mark_alarms,
     format_summary,
     plot_curves,
     wilson_interval,
@@ -23,13 +26,13 @@ STEP_METRICS = {
     "reward/mean": 0.5,
     "heldout/accuracy": 0.9375,
     "response/length_mean": 21.25,
-    "vespo/log_w_mean": -0.0123,
-    "vespo/log_w_std": 0.0456,
-    "vespo/phi_mean": 0.98,
-    "vespo/phi_mean_positive": 0.991,
-    "vespo/phi_mean_negative": 0.962,
-    "vespo/ess": 0.875,
-    "vespo/dead_share": 0.125,
+    "ratio/log_w_mean": -0.0123,
+    "ratio/log_w_std": 0.0456,
+    "weight/mean": 0.98,
+    "weight/mean/positive": 0.991,
+    "weight/mean/negative": 0.962,
+    "weight/ess": 0.875,
+    "weight/dead_share": 0.125,
     "policy/lag_mean": 1.5,
     "train/tokens_per_second": 1234.4,
     "rollout/tokens_per_second": 987.0,
@@ -169,7 +172,7 @@ def test_plain_mode_text(now):
         "tiny: 100 steps",
         "[0:00:02] start engines ...",
         "1 engine is [ready]",
-        "   step    left  reward held-out  length     logW      std    phi   phi+   phi-    ESS   dead   lag"
+        "   step    left  reward held-out  length     logW      std weight  wght+  wght-    ESS   dead   lag"
         " trained/s sampled/s  maxdiff   gen   rew  logp train  sync  save  eval",
         "  8/100       -   0.500    93.8%    21.2  -0.0123   0.0456  0.980  0.991  0.962  0.875  12.5%  1.50"
         "     1,234       987  3.1e-06   3.1     -     -  12.0     -     -     -",
@@ -226,7 +229,7 @@ def rendered_lines(display, width=100):
 
 def test_live_panel(now):
     display = RunDisplay("tiny run", 100, Terminal())
-    display.update(8, STEP_METRICS | {"vespo/ess": 0.5, "vespo/log_w_mean": 0.5})
+    display.update(8, STEP_METRICS | {"weight/ess": 0.5, "ratio/log_w_mean": 0.5})
     now[0] += 10
     display.update(10, {name: value for name, value in STEP_METRICS.items() if name != "heldout/accuracy"})
     with display.phase("generate"):
@@ -315,11 +318,11 @@ def test_plot_curves_draws_any_run(tmp_path):
     record = STEP_METRICS | {"time": 0.0, "time/custom": 1.0}
     run = [{"step": 0, "time": 0.0, "heldout/accuracy": 0.33}]
     run += [record | {"step": step} for step in range(1, 6)]
-    bad = {"vespo/log_w_mean": math.nan, "reward/mean": math.inf, "check/max_logprob_difference": 0.0}
+    bad = {"ratio/log_w_mean": math.nan, "reward/mean": math.inf, "check/max_logprob_difference": 0.0}
     run.append(record | bad | {"step": 6})
     for name, metrics in (("run", run), ("empty", []), ("one", run[1:2])):
         plot_curves(metrics, tmp_path / name / "curves.png", "a run")
-        assert png_size(tmp_path / name / "curves.png") == (1920, 1120)
+        assert png_size(tmp_path / name / "curves.png") == (2400, 1120)
     assert (tmp_path / "run/curves.png").stat().st_size > (tmp_path / "empty/curves.png").stat().st_size
 
 
@@ -327,23 +330,55 @@ def test_panels_plot_the_values(tmp_path):
     from matplotlib.figure import Figure
 
     run = [{"step": 0, "heldout/accuracy": 0.25}]
-    log_w = {"vespo/log_w_mean": -1.0, "vespo/log_w_std": 0.5}
+    log_w = {"ratio/log_w_mean": -1.0, "ratio/log_w_std": 0.5}
     run += [{"step": step, "reward/mean": step / 4, **log_w} for step in (1, 2)]
     seconds = {"time/generate": 2.0, "time/train": 3.0, "time/custom": 1.0}
     run += [{"step": 4, "heldout/accuracy": 0.75, "reward/mean": math.nan, **seconds}]
     run += [{"step": 5 + k, "check/max_logprob_difference": diff} for k, diff in enumerate((1e-6, 0.0, 2e-6))]
-    axes = list(Figure().subplots(2, 3).flat)
-    for panel, draw in zip(axes, PANELS, strict=True):
+    figure = Figure().subplots(2, 4)
+    axes = {}
+    for panel, (draw, _) in zip(figure.flat, PANELS, strict=True):
         draw(panel, run)
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+        axes[draw.__name__] = panel
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes["_plot_accuracy"].lines}
     assert lines == {"training reward": [[1, 0.25], [2, 0.5]], "held-out accuracy": [[0, 0.25], [4, 0.75]]}
-    assert [text.get_text() for text in axes[0].texts] == ["25%", "75%"]
-    band = axes[2].collections[0].get_paths()[0].vertices
+    assert [text.get_text() for text in axes["_plot_accuracy"].texts] == ["25%", "75%"]
+    band = axes["_plot_log_w"].collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (-1.5, -0.5)
-    assert axes[4].get_yscale() == "log" and axes[4].lines[-1].get_ydata() == [1e-4, 1e-4]
-    assert axes[4].lines[0].get_xydata().tolist() == [[5, 1e-6], [7, 2e-6]]  # 0 is not on a log scale
-    bars = [(bar.get_y(), bar.get_height()) for bar in axes[5].patches if bar.get_height()]
+    assert axes["_plot_logprob_difference"].get_yscale() == "log" and axes["_plot_logprob_difference"].lines[
+        -1
+    ].get_ydata() == [1e-4, 1e-4]
+    assert axes["_plot_logprob_difference"].lines[0].get_xydata().tolist() == [
+        [5, 1e-6],
+        [7, 2e-6],
+    ]  # 0 is not on a log scale
+    bars = [(bar.get_y(), bar.get_height()) for bar in axes["_plot_phases"].patches if bar.get_height()]
     assert bars == [(0.0, 2.0), (2.0, 3.0), (5.0, 1.0)]  # each stands on those before
+
+
+def test_alarms_are_marked_where_they_come_on(tmp_path):
+    from matplotlib.figure import Figure
+
+    on = {"alarm/ess_collapse": 1.0}
+    run = [{"step": 0, "heldout/accuracy": 0.5}]
+    for step, alarms in ((2, {}), (4, on), (6, on), (8, {}), (10, on)):
+        run.append({"step": step, "policy/version": float(step), **alarms})
+        run.append({"step": step, "check/other": 0.0})  # not a batch: no alarm has ended here
+    axes = Figure().subplots()
+    _mark_alarms(axes, run, ("dead_sequences", "ess_collapse"))
+    assert [line.get_xdata()[0] for line in axes.lines] == [4, 10]
+    assert axes.get_legend_handles_labels()[1] == ["! ess collapse"]
+
+
+def test_every_alarm_has_its_panel():
+    assert sorted(name for _, alarms in PANELS for name in alarms) == sorted(rule.__name__ for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows"), [(["short"], 1), (["x" * 60], 1), (["x" * 20, "y" * 20], 2), (["x" * 9] * 4, 2)]
+)
+def test_a_legend_gets_the_rows_that_it_needs(labels, rows):
+    assert next(n for n in range(1, 9) if _fits(labels, n)) == rows
 
 
 SUMMARY = {

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
 from megatron_vespo.types import Completion, Prompt
 
@@ -32,6 +33,7 @@ def test_rollout_metrics():
         "reward/overlong_penalty_mean": 0.0,
         "rollout/zero_advantage_share": 2 / 4,
         "response/length_mean": 32 / 8,
+        "response/length_p90": 8.0,
         "response/truncated_share": 2 / 8,
         "rollout/tokens": 32.0,
     }
@@ -46,15 +48,22 @@ def test_a_penalty_counts_for_the_advantages_not_for_the_reward():
     assert metrics["rollout/zero_advantage_share"] == 0.5
 
 
+def gradient(**norms: float) -> np.ndarray:
+    return np.array([norms.get(group, 0.0) for group in GRADIENT_GROUPS])
+
+
 def step(**changes) -> dict:
     return {
         "log_w": np.array([0.0, 2.0], np.float32),
         "phi": np.array([1.0, 0.0], np.float32),
         "correction": np.array([1.5, 0.5], np.float32),
         "rejected": np.array([0.0, 0.5], np.float32),
+        "mismatch": np.array([0.0, 0.0], np.float32),
         "engine_gap": np.array([0.5, -0.5], np.float32),
         "loss": 0.25,
         "grad_norm": 3.0,
+        "token_sums": np.array([10.0, 101.0, 5.0, -20.0, 4.0, 1.0]),
+        "gradient_norms": gradient(router=1.0, experts=2.0, norms=2.0, last_third=2.5),
         "entropy": 2.0,
         "learning_rate": 1e-4,
         "padding_share": 0.1,
@@ -74,6 +83,8 @@ STEPS = [
         engine_gap=np.array([1.5, -1.5], np.float32),
         loss=0.75,
         grad_norm=1.0,
+        token_sums=np.array([5.0, 50.0, 1.0, -10.0, 5.0, 2.0]),
+        gradient_norms=gradient(router=1.0),
         entropy=1.0,
         learning_rate=2e-4,
         padding_share=0.3,
@@ -85,22 +96,58 @@ STEPS = [
 
 
 def test_step_metrics():
-    metrics = step_metrics(STEPS, np.array([1.0, -1.0, 1.0, -1.0], np.float32))
+    advantages = np.array([1.0, -1.0, 1.0, -1.0], np.float32)
+    metrics = step_metrics(STEPS, advantages, np.array([40, 70, 70, 70]))
     assert metrics == pytest.approx(
         {
-            "vespo/log_w_mean": 0.0,
-            "vespo/log_w_std": np.sqrt(6.0),
-            "vespo/log_w_abs_max": 4.0,
-            "vespo/phi_mean": 0.5,
-            "vespo/ess": 4.0 / (4 * 1.5),
-            "vespo/dead_share": 0.25,
-            "vespo/phi_mean_positive": 0.75,
-            "vespo/phi_mean_negative": 0.25,
-            "vespo/engine_gap_std": np.sqrt(1.25),
+            "ratio/log_w_mean": 0.0,
+            "ratio/log_w_std": np.sqrt(6.0),
+            "ratio/log_w_abs_max": 4.0,
+            "ratio/staleness_std": np.sqrt(6.0),
+            "ratio/mismatch_std": 0.0,
+            "ratio/mismatch_share": 0.0,
+            "ratio/engine_gap_std": np.sqrt(1.25),
+            "ratio/token_sigma": np.sqrt(151 / 150 - 0.01),
+            "ratio/engine_token_sigma": np.sqrt(9 / 150 - 0.04),
+            "kl/k1": -0.1,
+            "kl/k2": 151 / 300,
+            "kl/k3": 6 / 150,
+            "kl/engine_k1": 0.2,
+            "kl/engine_k2": 9 / 300,
+            "kl/engine_k3": 3 / 150,
+            "weight/mean": 0.5,
+            "weight/ess": 4.0 / (4 * 1.5),
+            "weight/dead_share": 0.25,
+            "weight/mean/positive": 0.75,
+            "weight/ess/positive": 1.5**2 / (2 * 1.25),
+            "weight/dead_share/positive": 0.0,
+            "weight/mean/positive/0-64": 1.0,
+            "weight/dead_share/positive/0-64": 0.0,
+            "weight/count/positive/0-64": 1.0,
+            "weight/mean/positive/64-128": 0.5,
+            "weight/dead_share/positive/64-128": 0.0,
+            "weight/count/positive/64-128": 1.0,
+            "weight/mean/negative": 0.25,
+            "weight/ess/negative": 0.5,
+            "weight/dead_share/negative": 0.5,
+            "weight/mean/negative/64-128": 0.25,
+            "weight/dead_share/negative/64-128": 0.5,
+            "weight/count/negative/64-128": 2.0,
+            "weight/mean/mini_batch_0": 0.5,
+            "weight/ess/mini_batch_0": 0.5,
+            "weight/dead_share/mini_batch_0": 0.5,
+            "weight/mean/mini_batch_1": 0.5,
+            "weight/ess/mini_batch_1": 1.0,
+            "weight/dead_share/mini_batch_1": 0.0,
             "mismatch/weight_mean": 0.75,
             "mismatch/rejected_share": 0.375,
             "train/loss": 0.5,
             "train/grad_norm": 2.0,
+            "train/grad_norm_max": 3.0,
+            "gradient/router": 1.0,
+            "gradient/experts": 2.0,
+            "gradient/norms": 2.0,
+            "gradient/last_third": 2.5,
             "train/learning_rate": 2e-4,
             "train/entropy": 1.5,
             "train/padding_share": 0.2,
@@ -112,8 +159,21 @@ def test_step_metrics():
     assert {type(value) for value in metrics.values()} == {float}
 
 
-def test_an_unknown_engine_gap_is_left_out():
-    steps = [STEPS[0], STEPS[1] | {"engine_gap": np.full(2, np.nan, np.float32)}]
-    metrics = step_metrics(steps, np.ones(4, np.float32))
-    assert "vespo/engine_gap_std" not in metrics
-    assert metrics["vespo/phi_mean"] == 0.5
+UNKNOWN = {"mismatch": np.full(2, np.nan, np.float32), "engine_gap": np.full(2, np.nan, np.float32)}
+
+
+def test_without_pi_old_the_first_step_measures_the_engine():
+    """Its policy is the one that sampled; the second one's differs by staleness, too."""
+    steps = [one | UNKNOWN for one in STEPS]
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert metrics["ratio/engine_token_sigma"] == 0.0  # 4 / 100 - (20 / 100)^2
+    assert metrics["kl/engine_k1"] == 0.2 and metrics["kl/k1"] == -0.1
+    assert metrics["ratio/engine_gap_std"] == 1.0
+    assert metrics["ratio/mismatch_share"] == pytest.approx(1 / 6)
+
+
+def test_without_pi_old_and_with_a_policy_that_is_ahead_nothing_measures_it():
+    steps = [one | UNKNOWN | {"lag": 1.0} for one in STEPS]
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert not [name for name in metrics if "engine" in name or "ratio/mismatch" in name]
+    assert metrics["weight/mean"] == 0.5 and metrics["kl/k1"] == -0.1

@@ -34,7 +34,8 @@ def main() -> None:
             for name, parameter in global_parameters(unwrap_model(chunk), policy.groups)
         }
         results |= {"whole_names": np.array(list(whole)), "whole_norms": np.array(list(whole.values()))}
-    results["grad_norm"] = policy.optimizer_step(mini_batch, outputs).grad_norm
+    step = policy.optimizer_step(mini_batch, outputs)
+    results |= {"grad_norm": step.grad_norm, "group_norms": step.gradient_norms}
     hand_back(**results)
 
 

@@ -1,0 +1,251 @@
+"""Rules that look at a rollout batch's metrics and say what is wrong, and what to do about it.
+
+A rule gets the batch's metrics and those of the batches before it, oldest first. A metric that is missing or
+NaN makes no alarm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+Metrics = Mapping[str, float]
+
+REPEAT_AFTER = 20  # batches: an alarm that stays on is said again, seldom enough to be read
+
+# Half of a kind of sequences teaches nothing: the loss filters by length, which nobody asked it to.
+DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # of fewer samples one more or less dead one moves the share by over 6%
+# A tenth of the samples does all the work: a gradient of a batch ten times smaller.
+ESS = 0.1
+# Of var(log W); above it mismatch is the main cause, below it staleness.
+MAIN_CAUSE = 0.5
+# "At the start" is so many batches: one alone is noisy, more would average over what has been learned.
+FIRST_BATCHES = 5
+ENTROPY_COLLAPSE = 0.1  # of the start's: sampling hardly varies any more
+SOLVED_REWARD = 0.9  # with 0/1 rewards: such a policy may be sure of itself, and most groups are equal
+ENTROPY_EXPLOSION = (2.0, 0.5)  # times the start's, and nats above it, as low entropies double easily
+# Norms of the last batches vary by a factor of two or three in healthy runs.
+SPIKE, SPIKE_WINDOW, SPIKE_MIN_BATCHES = 5.0, 20, 10
+# sigma sqrt(T) at which, were log W normal with mean -var/2, a fifth of VESPO's negatives would be dead:
+# 0.03 a token at 2,048 tokens, 0.01 at 18,000.
+LOG_W_SPREAD = 1.4
+EQUAL_GROUPS = 0.9  # ten times fewer groups teach than are paid for
+TRUNCATED = 0.5  # more rewards judge the length limit than the answer
+# Means of five batches: half of the best is far outside the noise of one batch, even a small one.
+REWARD_BATCHES, REWARD_DROP = 5, 0.5
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What one rule has found."""
+
+    name: str  # of the metric `alarm/<name>`
+    message: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.advice}"
+
+
+def check(metrics: Metrics, history: Sequence[Metrics]) -> list[Alarm]:
+    """The alarms of a batch; `history` holds the batches before it."""
+    found = (rule(metrics, history) for rule in RULES)
+    return [alarm for alarm in found if alarm is not None]
+
+
+def is_news(alarm: Alarm, history: Sequence[Metrics]) -> bool:
+    """Whether to say it: it has just come on, or was on in a multiple of REPEAT_AFTER batches until now.
+
+    The batches' metrics contain `alarm/<name>` where an alarm was on.
+    """
+    batches_on = 0
+    for metrics in reversed(history):
+        if f"alarm/{alarm.name}" not in metrics:
+            break
+        batches_on += 1
+    return batches_on % REPEAT_AFTER == 0
+
+
+def _get(metrics: Metrics, name: str) -> float:
+    return metrics.get(name, math.nan)  # no comparison with NaN is true
+
+
+def _known(history: Sequence[Metrics], name: str) -> list[float]:
+    return [metrics[name] for metrics in history if math.isfinite(_get(metrics, name))]
+
+
+def _cause(metrics: Metrics) -> tuple[str, str]:
+    """Which part of log W spreads it, and the remedy."""
+    share = _get(metrics, "ratio/mismatch_share")
+    against_mismatch = "use --ratio-denominator recomputed or --routing-replay R3"
+    against_staleness = "use fewer --mini-batches or a lower --lr"
+    if share > MAIN_CAUSE:
+        return f"mismatch explains {share:.0%} of var(log W)", against_mismatch
+    if share <= MAIN_CAUSE:
+        return f"staleness explains {1 - share:.0%} of var(log W)", against_staleness
+    return (
+        "what spreads log W is not known",
+        f"if `ratio/engine_gap_std` is large, {against_mismatch}; else {against_staleness}",
+    )
+
+
+def dead_sequences(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """Of the worst kind of sequences, by sign of the advantage and length."""
+    prefix = "weight/dead_share/"
+    shares = {}
+    for name, share in metrics.items():
+        kind = name.removeprefix(prefix)
+        if name.startswith(prefix) and _get(metrics, f"weight/count/{kind}") >= DEAD_SAMPLES:
+            shares[kind] = share
+    worst = max(shares, key=lambda kind: shares[kind], default="")
+    if not shares.get(worst, math.nan) > DEAD_SHARE:
+        return None
+    sign, bucket = worst.split("/")
+    explained, advice = _cause(metrics)
+    message = f"{shares[worst]:.0%} of {sign} sequences of {bucket} tokens are dead; {explained}"
+    return Alarm("dead_sequences", message, advice)
+
+
+def ess_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    if not _get(metrics, "weight/ess") < ESS:
+        return None
+    explained, advice = _cause(metrics)
+    message = f"the effective sample size is {metrics['weight/ess']:.1%} of the samples; {explained}"
+    parts = {name: value for name, value in metrics.items() if name.startswith("weight/ess/mini_batch_")}
+    if parts:
+        worst = min(parts, key=lambda name: parts[name])
+        message += f"; {worst.rpartition('/')[2].replace('_', '-', 1).replace('_', ' ')} is the worst"
+    return Alarm("ess_collapse", message, advice)
+
+
+def entropy_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """Not of a policy that has solved its task: it has nothing left to explore."""
+    start, now = _at_start(history, "train/entropy"), _get(metrics, "train/entropy")
+    if not now < ENTROPY_COLLAPSE * start or _get(metrics, "reward/mean") >= SOLVED_REWARD:
+        return None
+    return Alarm(
+        "entropy_collapse",
+        f"entropy is {now:.3g} nats a token, {now / start:.0%} of the run's first batches'",
+        "the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell",
+    )
+
+
+def entropy_explosion(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    start, now = _at_start(history, "train/entropy"), _get(metrics, "train/entropy")
+    factor, margin = ENTROPY_EXPLOSION
+    if not now > max(factor * start, start + margin):
+        return None
+    return Alarm(
+        "entropy_explosion",
+        f"entropy is {now:.3g} nats a token, {now / start:.1f} times the run's first batches'",
+        "the policy forgets how to write: use a lower --lr or fewer --mini-batches, from a checkpoint before "
+        "it rose",
+    )
+
+
+def _at_start(history: Sequence[Metrics], name: str) -> float:
+    first = _known(history, name)[:FIRST_BATCHES]
+    return fmean(first) if len(first) == FIRST_BATCHES else math.nan
+
+
+def gradient_spike(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """Against the median of the last batches; names the part of the model whose square has grown most."""
+    usual, now = _median(history, "train/grad_norm_max"), _get(metrics, "train/grad_norm_max")
+    if not now > SPIKE * usual > 0.0:
+        return None
+    growth = {
+        name.removeprefix("gradient/"): value**2 - _median(history, name, missing=0.0) ** 2
+        for name, value in metrics.items()
+        if name.startswith("gradient/")
+    }
+    thirds = {name: value for name, value in growth.items() if name.endswith("_third")}
+    parts = {name: value for name, value in growth.items() if name not in thirds}
+    where = [max(found, key=lambda name: found[name]) for found in (parts, thirds) if found]
+    place = f", most of it in {where[0]}" if where else ""
+    place += f" and the {where[1].replace('_', ' ')} of the layers" if len(where) > 1 else ""
+    return Alarm(
+        "gradient_spike",
+        f"a gradient norm of {now:.3g} is {now / usual:.1f} times the usual {usual:.3g}{place}",
+        "use a lower --clip-grad or --lr" + _SPIKE_ADVICE.get(where[0] if where else "", ""),
+    )
+
+
+_SPIKE_ADVICE = {"router": ", and --routing-replay, as the router is where it comes from"}
+
+
+def _median(history: Sequence[Metrics], name: str, missing: float = math.nan) -> float:
+    recent = _known(history[-SPIKE_WINDOW:], name)
+    return median(recent) if len(recent) >= SPIKE_MIN_BATCHES else missing
+
+
+def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """By the log-normal model: log W of T tokens spreads by sigma sqrt(T)."""
+    sigma, length = _get(metrics, "ratio/engine_token_sigma"), _get(metrics, "response/length_p90")
+    spread = sigma * math.sqrt(length) if length > 0 else math.nan
+    if not spread > LOG_W_SPREAD:
+        return None
+    if _get(metrics, "ratio/mismatch_std") > 0.0:
+        advice = "it is in W: use --ratio-denominator recomputed or --routing-replay R3"
+    else:
+        advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
+    return Alarm(
+        "engine_mismatch",
+        f"engine and trainer differ by sigma {sigma:.2g} a token, which spreads log(pi_old / mu) of "
+        f"responses of {length:,.0f} tokens by {spread:.1f}",
+        f"{advice}, and the same precision in engine and trainer",
+    )
+
+
+def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    share, reward = _get(metrics, "rollout/zero_advantage_share"), _get(metrics, "reward/mean")
+    if not share > EQUAL_GROUPS:
+        return None
+    if reward >= SOLVED_REWARD:
+        advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
+    else:
+        advice = f"the mean reward is {reward:.2f}: take other prompts or more --num-completions"
+    return Alarm(
+        "equal_groups", f"in {share:.0%} of the groups all rewards are equal, they teach nothing", advice
+    )
+
+
+def truncated_responses(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    share = _get(metrics, "response/truncated_share")
+    if not share > TRUNCATED:
+        return None
+    return Alarm(
+        "truncated_responses",
+        f"{share:.0%} of the responses reach --max-completion-tokens",
+        "raise it, or make responses end: a truncated one is judged by where it was cut",
+    )
+
+
+def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """The mean of the last batches against the best such mean so far."""
+    rewards = _known([*history, metrics], "reward/mean")
+    means = [fmean(rewards[i - REWARD_BATCHES : i]) for i in range(REWARD_BATCHES, len(rewards) + 1)]
+    if len(means) < 2 or not math.isfinite(_get(metrics, "reward/mean")):
+        return None
+    best, now = max(means), means[-1]
+    if not best - now > REWARD_DROP * abs(best):
+        return None
+    return Alarm(
+        "reward_collapse",
+        f"the mean reward of {REWARD_BATCHES} batches fell to {now:.3g}, the best was {best:.3g}",
+        "go back to a checkpoint before it fell, with a lower --lr or fewer --mini-batches",
+    )
+
+
+RULES = (
+    dead_sequences,
+    ess_collapse,
+    entropy_collapse,
+    entropy_explosion,
+    gradient_spike,
+    engine_mismatch,
+    equal_groups,
+    truncated_responses,
+    reward_collapse,
+)

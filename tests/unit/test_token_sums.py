@@ -1,0 +1,74 @@
+"""Spread and divergence of tokens, against loops and against a distribution whose KL is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics, token_sums
+
+
+def naive(values: list[float]) -> dict[str, float]:
+    n = len(values)
+    mean = sum(values) / n
+    return {
+        "ratio/token_sigma": math.sqrt(sum((x - mean) ** 2 for x in values) / n),
+        "kl/k1": sum(-x for x in values) / n,
+        "kl/k2": sum(x * x / 2 for x in values) / n,
+        "kl/k3": sum(math.exp(x) - 1 - x for x in values) / n,
+    }
+
+
+def test_sums_over_micro_batches_are_means_over_all_tokens():
+    draw = np.random.default_rng(0)
+    ratio, engine = draw.normal(0.1, 0.5, 90), draw.normal(-0.05, 0.02, 90)
+    mask = draw.random(90) < 0.7
+    sums = np.zeros(len(TOKEN_SUMS))
+    for piece in (slice(0, 11), slice(11, 60), slice(60, 90)):
+        shown = [torch.tensor(values[piece]) for values in (ratio, engine)]
+        for values in shown:
+            values[~torch.tensor(mask[piece])] = torch.nan
+        piece_sums = token_sums(*shown, torch.tensor(mask[piece], dtype=torch.float32))
+        assert piece_sums.dtype == torch.float64
+        sums += piece_sums.numpy()
+    found = token_metrics(sums[:3], mask.sum(), "") | token_metrics(sums[3:], mask.sum(), "engine_")
+    engine_names = {
+        "ratio/token_sigma": "ratio/engine_token_sigma",
+        "kl/k1": "kl/engine_k1",
+        "kl/k2": "kl/engine_k2",
+        "kl/k3": "kl/engine_k3",
+    }
+    expected = naive(list(ratio[mask]))
+    expected |= {engine_names[name]: value for name, value in naive(list(engine[mask])).items()}
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_estimators_estimate_the_divergence():
+    """Of three tokens, drawn by q: k1 and k3 are right in the mean, k2 nearly so for close distributions."""
+    q, p = np.array([0.5, 0.3, 0.2]), np.array([0.45, 0.33, 0.22])
+    kl = float((q * np.log(q / p)).sum())
+    log_ratio = torch.tensor(np.log(p / q)).repeat_interleave(torch.tensor([50, 30, 20]))
+    sums = token_sums(log_ratio, torch.zeros(100), torch.ones(100)).numpy()
+    metrics = token_metrics(sums[:3], 100, "")
+    assert metrics["kl/k1"] == pytest.approx(kl, rel=1e-9)
+    assert metrics["kl/k3"] == pytest.approx(kl, rel=1e-9)
+    assert metrics["kl/k2"] == pytest.approx(kl, rel=0.05)
+    assert token_metrics(sums[3:], 100, "engine_") == {
+        "ratio/engine_token_sigma": 0.0,
+        "kl/engine_k1": 0.0,
+        "kl/engine_k2": 0.0,
+        "kl/engine_k3": 0.0,
+    }
+
+
+def test_a_huge_ratio_stays_finite_and_small_ones_are_exact():
+    sums = token_sums(torch.tensor([1e3, 1e-9]), torch.tensor([-1e3, 0.0]), torch.ones(2))
+    assert torch.isfinite(sums).all()
+    tiny = token_sums(torch.tensor([1e-5], dtype=torch.float64), torch.zeros(1), torch.ones(1))
+    assert tiny[2].item() == pytest.approx(0.5e-10, rel=1e-4)
+
+
+def test_no_gradient_flows():
+    log_ratio = torch.tensor([0.5, -0.5], requires_grad=True)
+    assert not token_sums(log_ratio, log_ratio, torch.ones(2)).requires_grad
