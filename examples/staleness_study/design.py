@@ -18,7 +18,7 @@ from trial import Trial
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 TUNING_SEED = 0
 TEST_SEEDS = (101, 102, 103, 104)
-SHARED_SEEDS = TEST_SEEDS[:2]
+SHARED_SEEDS = TEST_SEEDS
 LONG_STEPS, LONG_SEEDS = 768, TEST_SEEDS[:2]
 MISMATCH_SEEDS = TEST_SEEDS[:3]
 STALENESS = (1, 4, 16, 64)  # N
@@ -94,7 +94,7 @@ def trials(records: Iterable[Record]) -> list[Trial]:
                     Trial(variant.method, n, lr, s, "test", LONG_STEPS, variant.options) for s in LONG_SEEDS
                 ]
             if n == MISMATCH_N and variant in MISMATCH_METHODS:
-                later = _mismatch(variant, lr) + later
+                later = mismatch_trials(variant, lr) + later
     return first + _shared(done) + later
 
 
@@ -128,7 +128,8 @@ def _shared(done: dict[str, Record]) -> list[Trial]:
     ]
 
 
-def _mismatch(variant: Variant, lr: float) -> list[Trial]:
+def mismatch_trials(variant: Variant, lr: float) -> list[Trial]:
+    """Every engine and way of dealing with it."""
     return [
         Trial(
             variant.method, MISMATCH_N, lr, seed, "test", options=(*variant.options, *options), engine=engine

@@ -22,6 +22,8 @@ from unittest import mock
 
 import base_model
 import design
+from pictures import plot_curves, plot_window
+from table import tables
 from trial import Trial, run
 
 HERE = Path(__file__).parent
@@ -143,6 +145,17 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
+def report(results: Path) -> None:
+    """Tables and pictures of the runs that are there."""
+    runs = {record["key"]: record for record in read_records(results / "runs.jsonl")}
+    (results / "tables.md").write_text(tables(runs))
+    plot_curves(runs, results / "curves_tuned.png", None, "At each cell's best learning rate")
+    shared = design.on_policy_learning_rate(runs)
+    if shared is not None:
+        plot_curves(runs, results / "curves_shared.png", shared, f"At the learning rate {shared:g}")
+    plot_window(runs, results / "window.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,8 +164,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only", help="runs whose key contains this")
+    parser.add_argument("--report-only", action="store_true", help="tables and pictures of what there is")
     options = parser.parse_args()
-    run_all(options.work, options.results, options.workers, options.only)
+    if not options.report_only:
+        run_all(options.work, options.results, options.workers, options.only)
+    report(options.results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from sampler import Sampler, sample_responses
 from transformers import Qwen3MoeConfig
 
-from megatron_vespo.algorithms.advantages import group_advantages
+from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments import parse_args
@@ -127,10 +127,10 @@ class _Loop:
         repeated = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         completions = sample_responses(self._engine(), repeated, seed)
         rewards = np.array([completion.reward for completion in completions]).reshape(-1, GROUP_SIZE)
-        advantages = group_advantages(rewards, normalize_by_std=True).flatten()
+        estimated = advantages.advantages(rewards, "group-mean-std").flatten()
         return [
             _training_sample(completion, float(advantage), i // GROUP_SIZE)
-            for i, (completion, advantage) in enumerate(zip(completions, advantages, strict=True))
+            for i, (completion, advantage) in enumerate(zip(completions, estimated, strict=True))
         ]
 
     def _train_on(self, samples: list[TrainingSample]) -> None:
