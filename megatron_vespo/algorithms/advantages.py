@@ -9,8 +9,8 @@ With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denom
     global           A = (R - mean) / std over all G n rewards     (REINFORCE++, arXiv 2501.03262)
 
 `global` is the paper's normalisation over the rollout batch, every response counted once, std with G n - 1 in
-the denominator; the paper's KL term inside the reward is not part of it. It alone gives groups of equal rewards
-an advantage: a prompt that is always solved counts as better than the batch.
+the denominator; the paper's KL term inside the reward is not part of it. It alone gives groups of equal
+rewards an advantage: a prompt that is always solved counts as better than the batch.
 """
 
 from __future__ import annotations

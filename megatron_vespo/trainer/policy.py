@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
+from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.model import model_config, model_provider
@@ -45,6 +46,8 @@ class StepResult:
     engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
     padding_share: float
     imbalance: float
+    kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0: used in this step; NaN without --vespo-budget
+    expected_w: np.ndarray  # [2] E_Q[W] under it; NaN where too few samples tell
 
 
 class MegatronPolicy:
@@ -60,6 +63,7 @@ class MegatronPolicy:
         self.shape = model_shape(args)
         resuming = checkpoint.exists(args.load)
         self.rollout_state = checkpoint.rollout_state(args) if resuming else None
+        self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider(args, model_config(args))
         )
@@ -150,6 +154,7 @@ class MegatronPolicy:
             num_tokens=int(num_tokens),
             entropy=entropy_sum / num_tokens,
             **columns,
+            **self._adaptive_kernel.step(columns["log_w"], mini_batch.advantages),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )
@@ -225,7 +230,8 @@ class MegatronPolicy:
 
     def save(self, rollout_state: dict) -> None:
         """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
-        checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
+        state = rollout_state | self._adaptive_kernel.state()
+        checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, state)
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
         outputs = self._schedule.run(mini_batch.micro_batches, loss, forward_only, routing)
