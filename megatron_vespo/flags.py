@@ -96,6 +96,9 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
     add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),
         help="the same where it is < 0")  # fmt: skip
+    add("--vespo-budget", type=float, metavar="C",
+        help="adapt C2 so that E[phi W] / E[phi] <= C, by the sign of the advantage; "
+        "default: fixed")  # fmt: skip
     add("--ratio-denominator", choices=("recomputed", "rollout", "decoupled"), default="recomputed",
         help="W against: the trainer's own log-probs before the first update; the engine's; or the first, "
         "times a truncated engine ratio")  # fmt: skip

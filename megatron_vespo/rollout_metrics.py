@@ -63,6 +63,7 @@ def step_metrics(
             "train/tokens": float(sum(step["num_tokens"] for step in steps)),
             "policy/lag_mean": mean("lag"),
         }
+        | budget_metrics(steps)
     )
 
 
@@ -91,3 +92,18 @@ def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
         for group, norm in zip(GRADIENT_GROUPS, largest["gradient_norms"], strict=True)
         if norm > 0.0
     }
+
+
+def budget_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Of --vespo-budget, by the sign of A: the last step's c2, the mean E_Q[W], steps without an estimate."""
+    metrics = {}
+    for i, sign in enumerate(("positive", "negative")):
+        c2, expected = (np.array([step[name][i] for step in steps]) for name in ("kernel_c2", "expected_w"))
+        if np.isnan(c2[-1]):
+            continue
+        known = ~np.isnan(expected)
+        metrics[f"budget/c2_{sign}"] = float(c2[-1])
+        metrics[f"budget/held_share_{sign}"] = float(1.0 - known.mean())
+        if known.any():
+            metrics[f"budget/expected_w_{sign}"] = float(expected[known].mean())
+    return metrics

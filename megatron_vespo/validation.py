@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
+from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.data.context_parallel import TokenLayout
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
@@ -49,6 +50,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             )
     _check_loss(args)
     _check_correction(args)
+    _check_budget(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
@@ -103,6 +105,26 @@ def _check_correction(args: Namespace) -> None:
             f"{given}: LOW must be at least 0, below HIGH, and {correction.agreement:g}, which "
             f"--mismatch-correction {name} compares where engine and trainer agree, between them"
         )
+
+
+def _check_budget(args: Namespace) -> None:
+    if args.vespo_budget is None:
+        return
+    if args.policy_loss != "vespo":
+        raise ValueError(
+            f"--vespo-budget bounds the W of --policy-loss vespo, {args.policy_loss} has another weight: "
+            "leave it out"
+        )
+    if not 0 < args.vespo_budget < math.inf:
+        raise ValueError(f"--vespo-budget {args.vespo_budget:g} must be positive and finite")
+    for name in ("vespo_positive", "vespo_negative"):
+        c1, c2 = getattr(args, name)
+        where = f"--vespo-budget starts at --{name.replace('_', '-')} {c1:g} {c2:g}"
+        if c1 < 1:
+            raise ValueError(f"{where}: C1 must be at least 1, else nothing bounds the variance")
+        low, high = c2_bounds(c1)
+        if not low <= c2 <= high:
+            raise ValueError(f"{where}: C2 must be between {low:.2f} and {high:.2f}")
 
 
 def check_layout(args: Namespace) -> None:

@@ -27,6 +27,7 @@ class MiniBatch:
     num_samples: int
     micro_batches: list[MicroBatch]
     packing: PackingStats
+    advantages: np.ndarray  # of all samples, on every rank: [num_samples] float32
 
 
 class Packer:
@@ -70,7 +71,8 @@ class Packer:
             for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True)
         ]
         stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
-        return MiniBatch(len(samples), micro_batches, stats)
+        advantages = np.array([sample.advantage for sample in samples], np.float32)
+        return MiniBatch(len(samples), micro_batches, stats, advantages)
 
     def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
         """Tokens of each rank's packs, as `bins`."""

@@ -21,6 +21,7 @@ from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
+from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import group_gradient_norms
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
@@ -52,6 +53,8 @@ class StepResult:
     gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
     padding_share: float
     imbalance: float
+    kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0: used in this step; NaN without --vespo-budget
+    expected_w: np.ndarray  # [2] E_Q[W] under it; NaN where too few samples tell
 
 
 class MegatronPolicy:
@@ -67,6 +70,7 @@ class MegatronPolicy:
         self.shape = model_shape(args)
         resuming = checkpoint.exists(args.load)
         self.rollout_state = checkpoint.rollout_state(args) if resuming else None
+        self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider(args, model_config(args))
         )
@@ -161,6 +165,7 @@ class MegatronPolicy:
             **columns,
             token_sums=np.array(of_tokens),
             gradient_norms=group_norms.cpu().numpy(),
+            **self._adaptive_kernel.step(columns["log_w"], mini_batch.advantages),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )
@@ -236,7 +241,8 @@ class MegatronPolicy:
 
     def save(self, rollout_state: dict) -> None:
         """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
-        checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, rollout_state)
+        state = rollout_state | self._adaptive_kernel.state()
+        checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, state)
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
         outputs = self._schedule.run(mini_batch.micro_batches, loss, forward_only, routing)

@@ -70,6 +70,8 @@ def step(**changes) -> dict:
         "imbalance": 0.0,
         "num_tokens": 100,
         "lag": 0.0,
+        "kernel_c2": np.full(2, np.nan),
+        "expected_w": np.full(2, np.nan),
     } | changes
 
 
@@ -177,3 +179,18 @@ def test_without_pi_old_and_with_a_policy_that_is_ahead_nothing_measures_it():
     metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
     assert not [name for name in metrics if "engine" in name or "ratio/mismatch" in name]
     assert metrics["weight/mean"] == 0.5 and metrics["kl/k1"] == -0.1
+
+
+def test_budget_metrics_are_those_of_a_budget():
+    steps = [
+        STEPS[0] | {"kernel_c2": np.array([3.0, 2.0]), "expected_w": np.array([1.5, np.nan])},
+        STEPS[1] | {"kernel_c2": np.array([3.1, 2.0]), "expected_w": np.array([1.0, np.nan])},
+    ]
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert {name: value for name, value in metrics.items() if name.startswith("budget/")} == {
+        "budget/c2_positive": 3.1,
+        "budget/c2_negative": 2.0,
+        "budget/expected_w_positive": 1.25,
+        "budget/held_share_positive": 0.0,
+        "budget/held_share_negative": 1.0,
+    }

@@ -140,6 +140,25 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--overlong-buffer -1",
             "--overlong-buffer -1 must be between 0 (off) and --max-completion-tokens 1024",
         ),
+        (
+            "--vespo-budget 1.2 --policy-loss vespo-mean",
+            "--vespo-budget bounds the W of --policy-loss vespo, vespo-mean has another weight: leave it out",
+        ),
+        (
+            "--vespo-budget 1.2 --policy-loss grpo",
+            "--vespo-budget bounds the W of --policy-loss vespo, grpo has another weight: leave it out",
+        ),
+        ("--vespo-budget 0", "--vespo-budget 0 must be positive and finite"),
+        ("--vespo-budget nan", "--vespo-budget nan must be positive and finite"),
+        (
+            "--vespo-budget 1.2 --vespo-negative 0.5 2",
+            "--vespo-budget starts at --vespo-negative 0.5 2: C1 must be at least 1, else nothing bounds the "
+            "variance",
+        ),
+        (
+            "--vespo-budget 1.2 --vespo-positive 2 0.1",
+            "--vespo-budget starts at --vespo-positive 2 0.1: C2 must be between 0.27 and 6.73",
+        ),
         ("--overlong-penalty inf", "--overlong-penalty inf: must be finite"),
         (
             "--vespo-positive -1 2",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vespo.algorithms.losses import clipped, weighted
@@ -21,6 +21,9 @@ class PolicyLoss:
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
         return self.function(inputs, **self.options)
+
+    def with_options(self, **changed: Any) -> PolicyLoss:
+        return replace(self, options=self.options | changed)
 
 
 @dataclass(frozen=True)
