@@ -237,11 +237,19 @@ def test_reward_collapse_says_how_far():
 # Saying it
 
 
-def test_an_alarm_is_news_when_it_comes_on_and_now_and_then_while_it_stays():
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        ([False, *[True] * (2 * REPEAT_AFTER + 1)], [1, 1 + REPEAT_AFTER, 1 + 2 * REPEAT_AFTER]),
+        ([True, False] * REPEAT_AFTER, [0, REPEAT_AFTER]),  # comes and goes
+        ([True, *[False] * (REPEAT_AFTER + 4), True, True], [0, REPEAT_AFTER + 5]),
+        ([True, *[False] * (REPEAT_AFTER - 2), True, True], [0, REPEAT_AFTER]),
+    ],
+)
+def test_an_alarm_is_news_at_first_and_now_and_then(on, expected):
     alarm, batches, said = Alarm("ess_collapse", "m", "a"), [], []
-    on = [False, True, True, False, *[True] * (2 * REPEAT_AFTER + 1)]
     for index, now in enumerate(on):
         if now and is_news(alarm, batches):
             said.append(index)
         batches.append({"alarm/other": 1.0} | ({"alarm/ess_collapse": 1.0} if now else {}))
-    assert said == [1, 4, 4 + REPEAT_AFTER, 4 + 2 * REPEAT_AFTER]
+    assert said == expected
