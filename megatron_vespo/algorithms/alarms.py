@@ -13,7 +13,7 @@ from statistics import fmean, median
 
 Metrics = Mapping[str, float]
 
-REPEAT_AFTER = 20  # batches: an alarm that stays on is said again, seldom enough to be read
+REPEAT_AFTER = 20  # batches between two times that an alarm is said: seldom enough to be read
 
 # Half of a kind of sequences teaches nothing: the loss filters by length, which nobody asked it to.
 DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # of fewer samples one more or less dead one moves the share by over 6%
@@ -56,16 +56,16 @@ def check(metrics: Metrics, history: Sequence[Metrics]) -> list[Alarm]:
 
 
 def is_news(alarm: Alarm, history: Sequence[Metrics]) -> bool:
-    """Whether to say it: it has just come on, or was on in a multiple of REPEAT_AFTER batches until now.
+    """Whether to say it: the first time, and again when it was last said REPEAT_AFTER batches ago or more.
 
-    The batches' metrics contain `alarm/<name>` where an alarm was on.
+    The batches' metrics contain `alarm/<name>` where an alarm was on. One that comes and goes, with a metric
+    near its bound, is said no more often than one that stays.
     """
-    batches_on = 0
-    for metrics in reversed(history):
-        if f"alarm/{alarm.name}" not in metrics:
-            break
-        batches_on += 1
-    return batches_on % REPEAT_AFTER == 0
+    said = -REPEAT_AFTER
+    for index, metrics in enumerate(history):
+        if f"alarm/{alarm.name}" in metrics and index - said >= REPEAT_AFTER:
+            said = index
+    return len(history) - said >= REPEAT_AFTER
 
 
 def _get(metrics: Metrics, name: str) -> float:

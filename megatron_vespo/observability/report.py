@@ -58,10 +58,12 @@ def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
     _line(axes, metrics, "reward/mean", "training reward", ORANGE, linewidth=1.2)
     _line(axes, metrics, "heldout/accuracy", "held-out accuracy", BLUE, marker="o", markersize=5)
     steps, values = _series(metrics, "heldout/accuracy")
-    for index, offset in ((0, -15), (-1, 8)) if len(steps) > 1 else ():
+    # inside the axes, and readable on top of the curves
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+    for index, offset, side in ((0, (2, -15), "left"), (-1, (2, 8), "right")) if len(steps) > 1 else ():
         axes.annotate(
-            f"{values[index]:.0%}", (steps[index], values[index]), (0, offset), textcoords="offset points",
-            ha="center", color=BLUE, weight="bold",
+            f"{values[index]:.0%}", (steps[index], values[index]), offset, textcoords="offset points",
+            ha=side, color=BLUE, weight="bold", bbox=box,
         )  # fmt: skip
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1]))
 
@@ -115,11 +117,11 @@ def _plot_gradient(axes: Axes, metrics: list[dict]) -> None:
 
 
 def _plot_logprob_difference(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("Log-prob difference")
+    axes.set_title("Log-prob gap to the engine")
     axes.set_yscale("log")
     # An exact match, 0, has no place on a log scale.
     seen = [record for record in metrics if record.get("check/max_logprob_difference", 0.0) > 0.0]
-    _line(axes, seen, "check/max_logprob_difference", "engine vs trainer, max", BLUE)
+    _line(axes, seen, "check/max_logprob_difference", "largest", BLUE)
     label = f"tolerance {LOGPROB_TOLERANCE:g}"
     axes.axhline(LOGPROB_TOLERANCE, color=RED, linestyle="--", linewidth=1.2, label=label)
 

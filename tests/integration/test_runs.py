@@ -116,6 +116,27 @@ def test_three_steps_on_gsm8k(tiny_model, tmp_path):
     assert "prompts over --max-prompt-tokens 512 skipped" in run.output
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_alarm_saves_and_stops(tiny_model, questions, tmp_path):
+    """Random weights answer nothing right: all rewards are equal from the first batch on."""
+    saved, output = tmp_path / "checkpoints", tmp_path / "out"
+    flags = ["--on-alarm", "checkpoint-and-stop", "--save", str(saved), "--train-iters", "10000"]
+    run = Run(train_command(tiny_model, questions, output, *flags), tmp_path / "log")
+    try:
+        assert run.wait(START_S) == 1, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    last = run.output.splitlines()[-1]
+    assert last.startswith("megatron-vespo: stopped by alarm equal_groups at optimizer step 1: in 100% of ")
+    assert last.endswith(f"; checkpoint in {saved}")
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == "1"
+    [record] = read_metrics(output / "metrics.jsonl")
+    assert record["alarm/equal_groups"] == 1.0
+    assert (output / "curves.png").stat().st_size > 10_000
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("victim", "named", "log"),

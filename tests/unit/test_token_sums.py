@@ -72,3 +72,11 @@ def test_a_huge_ratio_stays_finite_and_small_ones_are_exact():
 def test_no_gradient_flows():
     log_ratio = torch.tensor([0.5, -0.5], requires_grad=True)
     assert not token_sums(log_ratio, log_ratio, torch.ones(2)).requires_grad
+
+
+def test_nothing_waits_for_the_device():
+    """Tensors on `meta` have no values: whatever asks for one raises."""
+    values_T, mask_T = torch.zeros(5, device="meta"), torch.ones(5, device="meta")
+    with pytest.raises(RuntimeError):
+        values_T.sum().item()
+    assert token_sums(values_T, values_T, mask_T).shape == (len(TOKEN_SUMS),)

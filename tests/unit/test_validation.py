@@ -38,6 +38,7 @@ def layout(**changes) -> Namespace:
         distributed_backend="nccl",
         load=None,
         save=None,
+        on_alarm="warn",
         train_iters=16,
         mini_batches=8,
         lr=1e-6,
@@ -262,6 +263,8 @@ def test_checkpoint_folder_that_does_not_exist(flags, tmp_path):
         {"num_layers": 5, "pipeline_model_parallel_layout": "Et*2|t*3L"},
         {"seq_length": 1},
         {"load": "/nowhere", "save": "/nowhere"},  # go on, or begin
+        {"on_alarm": "stop"},
+        {"on_alarm": "checkpoint-and-stop", "save": "/nowhere"},
     ],
 )
 def test_sound_layouts_pass(changes):
@@ -323,6 +326,10 @@ def test_parallel_sizes_are_positive(size, value):
         (
             {"load": "/nowhere", "save": "/elsewhere"},
             "--load /nowhere: no checkpoint there (latest_checkpointed_iteration.txt is missing)",
+        ),
+        (
+            {"on_alarm": "checkpoint-and-stop"},
+            "--on-alarm checkpoint-and-stop needs --save, the folder of the checkpoint",
         ),
         ({"train_iters": None}, "--train-iters (optimizer steps) is required and must be positive"),
         ({"train_iters": 0}, "--train-iters (optimizer steps) is required and must be positive"),
