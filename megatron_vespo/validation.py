@@ -25,6 +25,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
         "heldout_prompts weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
+        "old_policy_snapshots "
         "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout"
     ).split()
     for name in positive:
@@ -47,6 +48,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             )
     _check_loss(args)
     _check_correction(args)
+    _check_old_policy(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
@@ -90,6 +92,28 @@ def _check_correction(args: Namespace) -> None:
         raise ValueError(
             f"{given}: LOW must be at least 0, below HIGH, and {correction.agreement:g}, which "
             f"--mismatch-correction {name} compares where engine and trainer agree, between them"
+        )
+
+
+def _check_old_policy(args: Namespace) -> None:
+    where = f"--old-policy {args.old_policy}"
+    if not 0 < args.ewma_decay < 1:
+        raise ValueError(f"--ewma-decay is {args.ewma_decay:g}, must be between 0 and 1")
+    if args.old_policy == "current":
+        return
+    if args.ratio_denominator == "rollout":
+        raise ValueError(
+            f"{where}: --ratio-denominator rollout computes no pi_old; use another or leave it out"
+        )
+    if args.old_policy == "snapshot" and args.routing_replay == "R2":
+        raise ValueError(
+            f"{where}: a response may have tokens of several versions, --routing-replay R2 replays the "
+            "routes of one; use R3"
+        )
+    if args.old_policy == "ewma" and args.max_logprob_difference is not None:
+        raise ValueError(
+            f"{where}: no engine has served the average, --max-logprob-difference would compare it with one; "
+            "leave one out"
         )
 
 
