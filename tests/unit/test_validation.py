@@ -212,8 +212,8 @@ def test_real_numbers_are_positive(flags, flag, value):
         ),
         (
             "--old-policy snapshot --routing-replay R2",
-            "--old-policy snapshot: a response may have tokens of several versions, --routing-replay R2 replays "
-            "the routes of one; use R3",
+            "--old-policy snapshot: a response may have tokens of several versions, --routing-replay R2 "
+            "replays the routes of one; use R3",
         ),
         (
             "--old-policy ewma --max-logprob-difference 0.1",
