@@ -102,6 +102,15 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ratio-denominator", choices=("recomputed", "rollout", "decoupled"), default="recomputed",
         help="W against: the trainer's own log-probs before the first update; the engine's; or the first, "
         "times a truncated engine ratio")  # fmt: skip
+    add("--old-policy", choices=("current", "snapshot", "ewma"), default="current",
+        help="where the trainer's policy before the first update comes from: the weights when a batch is "
+        "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
+        "average; a resumed run begins both anew")  # fmt: skip
+    add("--old-policy-snapshots", type=int, default=4, metavar="K",
+        help="policy versions (one an optimizer step) that snapshot keeps in CPU memory; a token of "
+        "an older one is an error")  # fmt: skip
+    add("--ewma-decay", type=float, default=0.889,
+        help="what an optimizer step leaves of older weights' share in the average (ewma)")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
     add("--mismatch-correction", choices=CORRECTIONS, default="none",
         help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip

@@ -27,7 +27,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
         "heldout_prompts weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
         "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout "
-        "dynamic_sampling_max_batches overlong_penalty"
+        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots"
     ).split()
     for name in positive:
         if not getattr(args, name) > 0:
@@ -51,6 +51,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     _check_loss(args)
     _check_correction(args)
     _check_budget(args)
+    _check_old_policy(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
@@ -125,6 +126,28 @@ def _check_budget(args: Namespace) -> None:
         low, high = c2_bounds(c1)
         if not low <= c2 <= high:
             raise ValueError(f"{where}: C2 must be between {low:.2f} and {high:.2f}")
+
+
+def _check_old_policy(args: Namespace) -> None:
+    where = f"--old-policy {args.old_policy}"
+    if not 0 < args.ewma_decay < 1:
+        raise ValueError(f"--ewma-decay is {args.ewma_decay:g}, must be between 0 and 1")
+    if args.old_policy == "current":
+        return
+    if args.ratio_denominator == "rollout":
+        raise ValueError(
+            f"{where}: --ratio-denominator rollout computes no pi_old; use another or leave it out"
+        )
+    if args.old_policy == "snapshot" and args.routing_replay == "R2":
+        raise ValueError(
+            f"{where}: a response may have tokens of several versions, --routing-replay R2 replays the "
+            "routes of one; use R3"
+        )
+    if args.old_policy == "ewma" and args.max_logprob_difference is not None:
+        raise ValueError(
+            f"{where}: no engine has served the average, --max-logprob-difference would compare it with one; "
+            "leave one out"
+        )
 
 
 def check_layout(args: Namespace) -> None:

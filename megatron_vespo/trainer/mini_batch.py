@@ -28,6 +28,21 @@ class MiniBatch:
     micro_batches: list[MicroBatch]
     packing: PackingStats
     advantages: np.ndarray  # of all samples, on every rank: [num_samples] float32
+    samples: Sequence[TrainingSample]  # all of them; empty unless --old-policy snapshot packs them again
+
+    def set_old_log_probs(self, log_probs: Sequence[np.ndarray]) -> None:
+        """pi_old's log-probs of every sample's completion tokens, float32 [C] each, into the packs."""
+        flat = torch.from_numpy(np.concatenate(log_probs)).to(device())
+        starts = np.cumsum([0, *map(len, log_probs[:-1])])
+        # the position before the first completion token predicts it
+        offsets = starts + 1 - np.array([sample.prompt_length for sample in self.samples])
+        offset_S = torch.from_numpy(offsets).to(device())
+        for micro_batch in self.micro_batches:
+            predicting = micro_batch.loss_positions
+            index, place = token_places(micro_batch, predicting)
+            old_T = torch.zeros_like(micro_batch.behavior_log_probs_T)
+            old_T[predicting] = flat[offset_S[index] + place]
+            micro_batch.old_log_probs_T = old_T
 
 
 class Packer:
@@ -72,7 +87,8 @@ class Packer:
         ]
         stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
         advantages = np.array([sample.advantage for sample in samples], np.float32)
-        return MiniBatch(len(samples), micro_batches, stats, advantages)
+        packed_again = samples if args.old_policy == "snapshot" else ()
+        return MiniBatch(len(samples), micro_batches, stats, advantages, packed_again)
 
     def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
         """Tokens of each rank's packs, as `bins`."""

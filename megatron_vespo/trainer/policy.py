@@ -26,6 +26,7 @@ from megatron_vespo.trainer.gradient_norms import group_gradient_norms
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
 from megatron_vespo.trainer.step import Schedule, log_prob_only, policy_loss, ratio_only
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights, model_shape
@@ -84,6 +85,7 @@ class MegatronPolicy:
             for chunk in unwrap_model(self.model):
                 load_hf_weights(chunk, args.hf_checkpoint, self.shape, self.groups)
             self.optimizer.reload_model_params()
+        self._old_policy = old_policy(args, self.model, self.optimizer, self.iteration)
         self._connect_schedule()
 
     def _connect_schedule(self) -> None:
@@ -111,9 +113,13 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def compute_old_log_probs(self, mini_batch: MiniBatch) -> None:
-        """The current policy becomes pi_old of the mini-batch: its log-probs and, for R2, its routes."""
+        """pi_old of the mini-batch, as --old-policy says: its log-probs and, for R2, its routes."""
+        if isinstance(self._old_policy, Snapshots):
+            mini_batch.set_old_log_probs(self._old_policy.log_probs(mini_batch.samples, self.log_probs))
+            return
         routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
-        outputs = self._run(mini_batch, log_prob_only, True, routing)
+        with self._old_policy.weights():
+            outputs = self._run(mini_batch, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             micro_batch.old_log_probs_T = output["log_probs_T"]
 
@@ -141,6 +147,7 @@ class MegatronPolicy:
             )
         self.scheduler.step(increment=self.args.global_batch_size)
         self.iteration += 1
+        self._old_policy.advance(self.iteration)
 
         # a cut sequence's largest difference may be on any of the ranks that hold it
         for output in outputs:

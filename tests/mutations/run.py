@@ -22,6 +22,7 @@ TIMEOUT_S = 600
 LAYOUTS = "tests/distributed/test_layouts.py"
 REPLAY = "tests/distributed/test_routing_replay.py"
 MISMATCH = "tests/distributed/test_mismatch.py"
+OLD_POLICY = "tests/distributed/test_old_policy.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 
 
@@ -162,6 +163,41 @@ MUTATIONS = [
         "len(inputs.advantages_S), mismatch.group)",
         "len(inputs.advantages_S), None)",
         (MISMATCH, "depend and cp2"),
+    ),
+    Mutation(
+        "old policy: a token gets the newest version's log-prob",
+        "trainer/old_policy.py",
+        "merged[i][mine] = row[mine]",
+        "merged[i][:] = row",
+        (OLD_POLICY, "snapshots and one"),
+    ),
+    Mutation(
+        "old policy: the weights of now stay in place",
+        "trainer/old_policy.py",
+        "        _write(model, tensors)\n        yield\n",
+        "        yield\n",
+        (OLD_POLICY, "one"),
+    ),
+    Mutation(
+        "old policy: the weights are not restored",
+        "trainer/old_policy.py",
+        "        _settle(model)\n        _write(model, own)\n",
+        "        _settle(model)\n",
+        (OLD_POLICY, "one"),
+    ),
+    Mutation(
+        "old policy: snapshots are put a token too far",
+        "trainer/mini_batch.py",
+        "starts + 1 - np.array(",
+        "starts + 2 - np.array(",
+        (OLD_POLICY, "snapshots and one"),
+    ),
+    Mutation(
+        "old policy: the first weights count once more in the average",
+        "trainer/old_policy.py",
+        "1.0 / self._total)",
+        "1.0 / (self._total + 1.0))",
+        (OLD_POLICY, "average and one"),
     ),
     Mutation(
         "mismatch: the engine's weight is counted twice without a word",

@@ -233,6 +233,29 @@ def test_real_numbers_are_positive(flags, flag, value):
             )
         ),
         (
+            "--old-policy snapshot --ratio-denominator rollout",
+            "--old-policy snapshot: --ratio-denominator rollout computes no pi_old; use another or leave "
+            "it out",
+        ),
+        (
+            "--old-policy ewma --ratio-denominator rollout",
+            "--old-policy ewma: --ratio-denominator rollout computes no pi_old; use another or leave it out",
+        ),
+        (
+            "--old-policy snapshot --routing-replay R2",
+            "--old-policy snapshot: a response may have tokens of several versions, --routing-replay R2 "
+            "replays the routes of one; use R3",
+        ),
+        (
+            "--old-policy ewma --max-logprob-difference 0.1",
+            "--old-policy ewma: no engine has served the average, --max-logprob-difference would compare it "
+            "with one; leave one out",
+        ),
+        ("--ewma-decay 1", "--ewma-decay is 1, must be between 0 and 1"),
+        ("--ewma-decay 0", "--ewma-decay is 0, must be between 0 and 1"),
+        ("--ewma-decay nan", "--ewma-decay is nan, must be between 0 and 1"),
+        ("--old-policy-snapshots 0", "--old-policy-snapshots is 0, must be positive"),
+        (
             "--routing-replay R2 --ratio-denominator rollout",
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
             "compute: use R3, or another denominator",
@@ -376,3 +399,15 @@ def test_parallel_sizes_are_positive(size, value):
 )
 def test_what_megatron_needs(changes, message):
     assert message_of(check_layout, layout(**changes)) == message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--old-policy snapshot --routing-replay R3 --max-logprob-difference 0.1",
+        "--old-policy ewma --routing-replay R2 --mismatch-correction tis",
+        "--old-policy snapshot --ratio-denominator decoupled --mismatch-correction reject-k3",
+    ],
+)
+def test_old_policies_that_are_sound(flags, argv):
+    check_flags(flags(*argv.split()))

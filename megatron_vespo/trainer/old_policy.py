@@ -1,0 +1,171 @@
+"""Where pi_old comes from: the weights of now, those that generated each token, or a moving average of them.
+
+In asynchronous training the weights at the time a batch is prepared are not those that sampled it
+("missing old logits", arXiv 2605.12070). Everything here works on the parameters that this rank holds, which
+are its shards of the model at any layout, complete over data parallelism, and keeps copies on the CPU.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.training.training import force_param_sync
+from torch import Tensor
+
+from megatron_vespo.types import TrainingSample
+
+LogProbs = Callable[[Sequence[TrainingSample]], list[np.ndarray]]
+
+
+class CurrentWeights:
+    """pi_old is the policy at the time the batch is prepared."""
+
+    def advance(self, version: int) -> None:
+        """Called after every optimizer step, with the version that it made."""
+
+    def weights(self) -> AbstractContextManager:
+        """A pass inside computes pi_old."""
+        return nullcontext()
+
+
+class MovingAverage:
+    """pi_old has an exponential moving average of the weights (PPO-EWMA, arXiv 2110.00641).
+
+        average_n = sum_i decay^(n - i) weights_i / sum_i decay^(n - i),   i = 0 (the start) .. n
+
+    float32, as steps of a bfloat16 average would be rounded away. It starts from the weights that were
+    loaded, also where a checkpoint goes on: it is not saved.
+    """
+
+    def __init__(self, model: list, decay: float, complete: Callable[[], None]):
+        self._model, self._decay, self._complete = model, decay, complete
+        self._average = [tensor.float() for tensor in _copies(model)]
+        self._total = 1.0  # sum of the powers of decay
+
+    @torch.no_grad()
+    def advance(self, version: int) -> None:
+        self._complete()
+        self._total = self._decay * self._total + 1.0
+        for average, parameter in zip(self._average, _parameters(self._model), strict=True):
+            average.lerp_(parameter.to("cpu", torch.float32), 1.0 / self._total)
+
+    def weights(self) -> AbstractContextManager:
+        return swapped(self._model, self._average)
+
+
+class Snapshots:
+    """pi_old is, token by token, the policy version that generated it; the last `num_kept` are kept.
+
+    Versions before the start of this process are gone, also where a checkpoint goes on: what older versions
+    sampled is refused, and an engine samples with the weights that were loaded.
+    """
+
+    def __init__(self, model: list, num_kept: int, version: int, complete: Callable[[], None]):
+        self._model, self._num_kept, self._complete = model, num_kept, complete
+        self._kept: dict[int, list[Tensor]] = {}  # ascending
+        self.advance(version)
+
+    def advance(self, version: int) -> None:
+        # the oldest goes first: there are never more than so many copies
+        if len(self._kept) == self._num_kept:
+            del self._kept[min(self._kept)]
+        self._complete()
+        self._kept[version] = _copies(self._model)
+
+    def log_probs(self, samples: Sequence[TrainingSample], log_probs: LogProbs) -> list[np.ndarray]:
+        """pi_old of every completion token, float32 [C] a sample; the same on all ranks.
+
+        `log_probs` are those of samples under the weights in place. It runs once a version, on the samples
+        with a token of that version. ValueError names a sample whose version is not kept.
+        """
+        for index, sample in enumerate(samples):
+            self._check(index, sample)
+        merged = [np.full(sample.completion_length, np.nan, np.float32) for sample in samples]
+        for version in np.unique(np.concatenate([sample.policy_versions for sample in samples])).tolist():
+            chosen = [i for i, sample in enumerate(samples) if (sample.policy_versions == version).any()]
+            # the newest weights are in place
+            newest = version == max(self._kept)
+            with nullcontext() if newest else swapped(self._model, self._kept[version]):
+                rows = log_probs([samples[i] for i in chosen])
+            for i, row in zip(chosen, rows, strict=True):
+                mine = samples[i].policy_versions == version
+                merged[i][mine] = row[mine]
+        return merged
+
+    def _check(self, index: int, sample: TrainingSample) -> None:
+        where = f"sample {index} (group {sample.group_id})"
+        if len(sample.policy_versions) != sample.completion_length:
+            raise ValueError(
+                f"{where} has {len(sample.policy_versions)} policy_versions for {sample.completion_length} "
+                "completion tokens"
+            )
+        gone = sorted(set(sample.policy_versions.tolist()) - self._kept.keys())
+        if gone:
+            raise ValueError(
+                f"{where} has tokens of policy version {gone[0]}, snapshots are kept of versions "
+                f"{min(self._kept)} to {max(self._kept)}: raise --old-policy-snapshots {self._num_kept} or "
+                "train on younger samples"
+            )
+
+
+OldPolicy = CurrentWeights | MovingAverage | Snapshots
+
+
+def old_policy(args: Namespace, model: list, optimizer, version: int) -> OldPolicy:
+    """What --old-policy names, for the weights that are loaded now, which are `version`."""
+
+    def complete() -> None:
+        """With the overlap a rank has only its part of the new weights until the next forward pass."""
+        if args.overlap_param_gather:
+            force_param_sync(model, optimizer)
+
+    if args.old_policy != "current" and dist.get_rank() == 0:
+        print(f"pi_old: {args.old_policy}, begins with policy version {version}; nothing older is known")
+    if args.old_policy == "snapshot":
+        return Snapshots(model, args.old_policy_snapshots, version, complete)
+    if args.old_policy == "ewma":
+        return MovingAverage(model, args.ewma_decay, complete)
+    return CurrentWeights()
+
+
+@contextmanager
+def swapped(model: list, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The model with other weights, in place; its own come back bit for bit, whatever happens inside.
+
+    Parameters are views into the buffers of gradient reduction and optimizer: they are written to, never
+    replaced. No optimizer step may be taken inside.
+    """
+    own = _copies(model)
+    try:
+        _write(model, tensors)
+        yield
+    finally:
+        _settle(model)
+        _write(model, own)
+
+
+def _settle(model: list) -> None:
+    """Wait for parameters that are on their way from other ranks: they would overwrite what is restored."""
+    for chunk in model:
+        for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            if bucket_group.param_gather_handle is not None:
+                bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _parameters(model: list) -> list[Tensor]:
+    return [parameter for chunk in model for parameter in chunk.parameters()]
+
+
+def _copies(model: list) -> list[Tensor]:
+    return [parameter.detach().to("cpu", copy=True) for parameter in _parameters(model)]
+
+
+@torch.no_grad()
+def _write(model: list, tensors: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(_parameters(model), tensors, strict=True):
+        parameter.copy_(tensor)

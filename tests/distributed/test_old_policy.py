@@ -1,0 +1,140 @@
+"""pi_old from other weights than those in place: bit for bit what a policy with those weights says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from launch import PROGRAMS, TIMEOUT_S, launch
+from random_task import VOCAB_SIZE
+
+LAYOUTS = {
+    "one rank": (1, ""),
+    "one rank, bf16": (1, "--bf16"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "dp2, overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
+    "tp2 pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+                   "--expert-tensor-parallel-size 1"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(task, tmp_path_factory):
+    def start(layout: str, *flags: str):
+        num_ranks, layout_flags = LAYOUTS[layout]
+        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
+        arguments += [*layout_flags.split(), *flags]
+        folder = tmp_path_factory.mktemp("old-policy")
+        return launch(PROGRAMS / "old_policy.py", num_ranks, arguments, TIMEOUT_S, folder)
+
+    return start
+
+
+def check(results):
+    """pi_old's log-probs, which the ranks have in parts, and that no weight has moved."""
+    for result in results:
+        assert result["restored"] and result["restored after an exception"]
+        # what is swapped in reaches every layer: without any weight all tokens are equally likely
+        np.testing.assert_allclose(result["swapped"], -np.log(VOCAB_SIZE), rtol=1e-5)
+        held = ~np.isnan(result["actual"])
+        np.testing.assert_array_equal(result["actual"][held], result["expected"][held])
+        assert np.abs(result["expected"] - result["now"]).max() > 0.01
+    assert np.any([~np.isnan(result["actual"]) for result in results], axis=0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_snapshots(run, layout):
+    results = run(layout, "--old-policy", "snapshot", "--old-policy-snapshots", "3")
+    check(results)
+    for result in results:
+        assert result["restored after a refusal"]
+        assert result["gone"] == (
+            "sample 23 (group 5) has tokens of policy version 0, snapshots are kept of versions 1 to 3: "
+            "raise --old-policy-snapshots 3 or train on younger samples"
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moving_average(run, layout):
+    results = run(layout, "--old-policy", "ewma", "--ewma-decay", "0.7")
+    check(results)
+    # the average is float32, in the model it has the model's precision
+    assert max(result["weights"] for result in results) < (4e-3 if "bf16" in layout else 1e-6)
+
+
+class Chunk(torch.nn.Linear):
+    """A model chunk of one weight."""
+
+    bucket_groups: list = []
+    expert_parallel_bucket_groups: list = []
+
+    def __init__(self, value: float, dtype=torch.float32):
+        super().__init__(1, 1, bias=False, dtype=dtype)
+        self.set(value)
+
+    def set(self, value: float) -> None:
+        self.weight.data.fill_(value)
+
+
+def sample(*versions: int):
+    return SimpleNamespace(policy_versions=np.array(versions), completion_length=len(versions), group_id=7)
+
+
+@pytest.fixture(scope="module")
+def old_policy():
+    from megatron_vespo.trainer import old_policy
+
+    return old_policy
+
+
+def test_each_token_gets_its_own_version_and_each_version_one_pass(old_policy):
+    chunk = Chunk(5.0)
+    kept = old_policy.Snapshots([chunk], 3, version=5, complete=lambda: None)
+    for version in (6, 7, 8):
+        chunk.set(float(version))
+        kept.advance(version)
+    samples = [sample(6, 6, 7), sample(8), sample(7, 8), sample(6)]
+    passes = []
+
+    def log_probs(chosen):
+        passes.append([i for i, s in enumerate(samples) if any(s is c for c in chosen)])
+        return [np.full(s.completion_length, chunk.weight.item(), np.float32) for s in chosen]
+
+    rows = kept.log_probs(samples, log_probs)
+    assert [row.tolist() for row in rows] == [[6.0, 6.0, 7.0], [8.0], [7.0, 8.0], [6.0]]
+    assert passes == [[0, 3], [0, 2], [1, 2]]
+    assert chunk.weight.item() == 8.0
+
+
+@pytest.mark.parametrize("version", [5, 9])
+def test_a_version_that_is_not_kept(old_policy, version):
+    kept = old_policy.Snapshots([Chunk(0.0)], 2, version=6, complete=lambda: None)
+    kept.advance(7)
+    kept.advance(8)
+    with pytest.raises(ValueError) as error:
+        kept.log_probs([sample(8), sample(8, version)], None)
+    assert str(error.value) == (
+        f"sample 1 (group 7) has tokens of policy version {version}, snapshots are kept of versions 7 to 8: "
+        "raise --old-policy-snapshots 2 or train on younger samples"
+    )
+
+
+def test_versions_that_are_missing(old_policy):
+    kept = old_policy.Snapshots([Chunk(0.0)], 2, version=0, complete=lambda: None)
+    short = sample(0, 0)
+    short.completion_length = 3
+    with pytest.raises(ValueError, match="has 2 policy_versions for 3 completion tokens"):
+        kept.log_probs([short], None)
+
+
+def test_a_bfloat16_average_does_not_stand_still(old_policy):
+    """Ten steps of a thousandth each: in bfloat16 the average would round every one of them away."""
+    chunk = Chunk(1.0, torch.bfloat16)
+    average = old_policy.MovingAverage([chunk], 0.99, complete=lambda: None)
+    chunk.set(1.0078125)  # the next bfloat16
+    for step in range(10):
+        average.advance(step)
+    expected = 1.0 + 0.0078125 * sum(0.99**i for i in range(10)) / sum(0.99**i for i in range(11))
+    assert average._average[0].item() == pytest.approx(expected, abs=1e-7)
