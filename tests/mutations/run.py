@@ -24,6 +24,8 @@ REPLAY = "tests/distributed/test_routing_replay.py"
 MISMATCH = "tests/distributed/test_mismatch.py"
 OLD_POLICY = "tests/distributed/test_old_policy.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
+BUDGET = "tests/unit/test_vespo_budget.py"
+BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,27 @@ MUTATIONS = [
         "vocab_size=context.vocab_size,",
         "vocab_size=len(output_layer.weight) * group.size(),",
         (LAYOUTS, "equal_transformers and tp2"),
+    ),
+    Mutation(
+        "budget: c2 falls where E_Q[W] is above it",
+        "algorithms/vespo_budget.py",
+        "RATE * (expected - budget) / budget",
+        "RATE * (budget - expected) / budget",
+        (BUDGET, "fixed_point"),
+    ),
+    Mutation(
+        "budget: both signs learn from A > 0",
+        "algorithms/vespo_budget.py",
+        '("negative", advantages < 0)',
+        '("negative", advantages > 0)',
+        (BUDGET, "each_sign"),
+    ),
+    Mutation(
+        "budget: a resumed run starts at the command's c2",
+        "trainer/adaptive_kernel.py",
+        "within_bounds(c1_positive, stored[0])",
+        "self._kernel.positive[1]",
+        (BUDGET_STATE, "resumed_equals"),
     ),
 ]
 
