@@ -55,6 +55,7 @@ class Completion:
     finish_reason: str  # "stop", "length" or "abort"
     temperature: float
     reward: float | None = None
+    rejections: tuple[str, ...] = ()  # draws in its place before, whose log-probs were not finite
 
 
 @dataclass
