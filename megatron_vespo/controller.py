@@ -110,6 +110,8 @@ class Controller:
                 prompts, self.sampling, num_completions=self.args.num_completions, seed=seed
             )
         for completion in (c for group in groups for c in group):
+            for rejection in completion.rejections:
+                self.display.message(f"drawn anew: {rejection}")
             versions = set(completion.policy_versions.tolist())
             if versions != {self.state.iteration}:
                 raise RuntimeError(

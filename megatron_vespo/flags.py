@@ -91,6 +91,9 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
     add("--sapo-tau", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"),
         help="of SAPO's gate, by the sign of the advantage; default: " + _defaults_of("tau"))  # fmt: skip
+    add("--loss-target", type=float, metavar="VALUE",
+        help="bapo: positive share of the loss, bounds widen until it is reached; m2po: mean square of log "
+        "ratios, the largest are masked until it is reached; default: " + _defaults_of("target"))  # fmt: skip
     add("--mini-batches", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
     add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
@@ -152,4 +155,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:
     """Each entry's own value of an option, for people."""
     values = {name: getattr(entry, option) for name, entry in table.items()}
-    return ", ".join(f"{name} {value[0]:g} {value[1]:g}" for name, value in values.items() if value)
+    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value)
+
+
+def _plain(value: float | tuple[float, float]) -> str:
+    return " ".join(f"{number:g}" for number in (value if isinstance(value, tuple) else (value,)))

@@ -27,6 +27,7 @@ def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
         "response/length_p90": float(np.quantile(lengths, 0.9)),
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
         "rollout/tokens": float(lengths.sum()),
+        "rollout/nonfinite_log_probs": float(sum(len(c.rejections) for c in completions)),
     }
 
 

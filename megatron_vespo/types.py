@@ -56,6 +56,7 @@ class Completion:
     temperature: float
     reward: float | None = None  # the task's
     overlong_penalty: float = 0.0  # of --overlong-buffer, at most 0
+    rejections: tuple[str, ...] = ()  # draws in its place before, whose log-probs were not finite
 
     @property
     def shaped_reward(self) -> float:

@@ -79,11 +79,14 @@ def _check_loss(args: Namespace) -> None:
     for flag, given, default in (
         ("--clip-range", args.clip_range, method.clip_range),
         ("--sapo-tau", args.sapo_tau, method.tau),
+        ("--loss-target", args.loss_target, method.target),
     ):
         if given is not None and default is None:
             raise ValueError(f"{flag} has no effect on --policy-loss {args.policy_loss}: leave it out")
-        if given is not None and not all(0 < value < math.inf for value in given):
+        if isinstance(given, list) and not all(0 < value < math.inf for value in given):
             raise ValueError(f"{flag} {given[0]:g} {given[1]:g}: both must be positive and finite")
+    if args.loss_target is not None and not 0 < args.loss_target < 1:
+        raise ValueError(f"--loss-target {args.loss_target:g}: must be between 0 and 1")
 
 
 def _check_correction(args: Namespace) -> None:

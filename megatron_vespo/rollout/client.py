@@ -22,6 +22,10 @@ class GenerateReplyError(RuntimeError):
     """A reply that cannot be trained on; the message names the request and the prompt."""
 
 
+class NonFiniteLogProbsError(GenerateReplyError):
+    """A completion whose log-probs are no numbers: another draw may be sound."""
+
+
 class EngineClient:
     """Draws completions from the engine at `url`; usable inside `session`'s event loop only.
 
@@ -105,7 +109,9 @@ def parse_generate_reply(
         raise GenerateReplyError(f"{where}: unknown finish reason {finish}")
     # SGLang ends such a request as "stop", after writing a stop token over what it sampled.
     if finish.get("matched") == "NaN happened":
-        raise GenerateReplyError(f"{where}: the engine sampled a token outside the vocabulary (NaN logits)")
+        raise NonFiniteLogProbsError(
+            f"{where}: the engine sampled a token outside the vocabulary (NaN logits)"
+        )
     if not token_ids:
         raise GenerateReplyError(f"{where}: no tokens, finish reason {finish}")
     if [entry[1] for entry in scored] != token_ids:
@@ -132,7 +138,8 @@ def _log_probs(values: list[float | None], where: str) -> np.ndarray:
     log_probs = np.array(values, dtype=np.float32)
     bad = np.flatnonzero(~(np.isfinite(log_probs) & (log_probs <= LOG_PROB_ROUNDING)))
     if len(bad):
-        raise GenerateReplyError(
+        sound = np.isfinite(log_probs).all()
+        raise (GenerateReplyError if sound else NonFiniteLogProbsError)(
             f"{where}: log-prob {values[bad[0]]} of completion token {bad[0]} "
             f"({len(bad)} bad of {len(values)})"
         )

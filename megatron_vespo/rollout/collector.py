@@ -8,15 +8,32 @@ from collections.abc import Callable
 
 import aiohttp
 
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.client import EngineClient, NonFiniteLogProbsError
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 30.0
+# a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
+MAX_REJECTED_SHARE = 0.03
 
 
 class CollectError(RuntimeError):
-    """An engine that did not answer a generate request."""
+    """An engine that did not answer a generate request, or whose answers are not to be used."""
+
+
+class RejectedDraws:
+    """Counts the completions that had to be drawn anew among `total`; CollectError when they are too many."""
+
+    def __init__(self, total: int):
+        self._total, self._num = total, 0
+
+    def add(self, error: NonFiniteLogProbsError) -> None:
+        self._num += 1
+        if self._num > max(1, MAX_REJECTED_SHARE * self._total):
+            raise CollectError(
+                f"{self._num} of {self._total} completions had non-finite log-probs, more than "
+                f"{MAX_REJECTED_SHARE:.0%}; the last one: {error}"
+            ) from error
 
 
 class Collector:
@@ -58,6 +75,8 @@ class Collector:
     ) -> list[list[Completion]]:
         """`num_completions` completions of each prompt, in prompt order; blocks the calling thread.
 
+        A completion with non-finite log-probs is drawn anew, and the new one's `rejections` say so; more than
+        MAX_REJECTED_SHARE of them, but always one, are an error.
         `on_progress(done, total)` is called after every completion. Raises at the first failure, naming the
         engine, and cancels what is still running: CollectError, EngineRequestError, GenerateReplyError, or
         whatever `check` raises.
@@ -74,6 +93,7 @@ class Collector:
             outstanding = dict.fromkeys(clients, 0)
             free_places = asyncio.Semaphore(self._max_requests_per_engine * len(clients))
             total, done = len(prompts) * num_completions, 0
+            rejected = RejectedDraws(total)
 
             async def draw(prompt: Prompt, index: int) -> Completion:
                 nonlocal done
@@ -89,11 +109,23 @@ class Collector:
                     on_progress(done, total)
                 return completion
 
+            async def draw_sound(prompt: Prompt, index: int) -> Completion:
+                rejections: tuple[str, ...] = ()
+                while True:
+                    try:
+                        completion = await draw(prompt, index + num_completions * len(rejections))
+                    except NonFiniteLogProbsError as error:
+                        rejected.add(error)
+                        rejections += (str(error),)
+                    else:
+                        completion.rejections = rejections
+                        return completion
+
             try:
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(self._watch())
                     groups = [
-                        [tasks.create_task(draw(prompt, index)) for index in range(num_completions)]
+                        [tasks.create_task(draw_sound(prompt, index)) for index in range(num_completions)]
                         for prompt in prompts
                     ]
                     if total:

@@ -123,6 +123,12 @@ class Packer:
             if group.size() > 1:
                 dist.all_reduce(table, group=group)
 
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """The sum over all ranks that hold other tokens of the mini-batch at the same pipeline stage."""
+        if self._groups.dp_cp.size() > 1:
+            dist.all_reduce(values, group=self._groups.dp_cp)
+        return values
+
 
 def token_places(micro_batch: MicroBatch, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Sample and place in its token_ids of the tokens at `positions` of the pack, int64 like them."""

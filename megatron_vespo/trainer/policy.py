@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training.training import force_param_sync, setup_model_and_optimizer
 from torch import Tensor
 
+from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.data.micro_batch import MicroBatch
@@ -28,7 +29,7 @@ from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
-from megatron_vespo.trainer.step import Schedule, log_prob_only, policy_loss, ratio_only
+from megatron_vespo.trainer.step import Schedule, inputs_only, log_prob_only, policy_loss, ratio_only
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights, model_shape
 from megatron_vespo.types import TrainingSample
 
@@ -132,9 +133,22 @@ class MegatronPolicy:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = partial(policy_loss, args=self.args, cp_group=self.groups.cp)
         routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
+        chosen = self._adapted_loss(mini_batch, routing)
+        loss = partial(policy_loss, loss=chosen, args=self.args, cp_group=self.groups.cp)
         return self._run(mini_batch, loss, False, routing)
+
+    def _adapted_loss(self, mini_batch: MiniBatch, routing) -> PolicyLoss:
+        """The policy loss for this mini-batch; one that adapts to it costs a forward pass more."""
+        loss = self.args.loss_function
+        if loss.adapt is None:
+            return loss
+        measure = partial(inputs_only, args=self.args, cp_group=self.groups.cp)
+        with torch.no_grad():
+            outputs = self._run(mini_batch, measure, True, routing)
+        # other pipeline stages have no inputs, and compute no loss
+        batch = [output["inputs"] for output in outputs]
+        return loss.adapted(batch, self._packer.sum_over_tokens) if batch else loss
 
     def optimizer_step(self, mini_batch: MiniBatch, outputs: list[dict[str, Tensor]]) -> StepResult:
         """Update the weights by the gradient of `forward_backward`."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_vespo.algorithms.corrections import Mismatch
 from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.token_sums import token_sums
-from megatron_vespo.algorithms.vespo import segment_sum, sequence_log_ratio
+from megatron_vespo.algorithms.vespo import LogRatio, segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
@@ -105,23 +106,15 @@ def policy_loss(
     log_probs_T: Tensor,
     entropies_T: Tensor,
     *,
+    loss: PolicyLoss,
     args: Namespace,
     cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The policy loss on one micro-batch; hands back per-sequence values [S] and this rank's sums."""
     log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
-    reference_T = log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
-    denominator_T = micro_batch.behavior_log_probs_T if args.ratio_denominator == "rollout" else reference_T
-    inputs = LossInputs(
-        log_probs_T=log_probs_T,
-        log_ratio_T=log_probs_T.detach() - denominator_T,
-        log_w_S=log_ratio.log_w_S,
-        advantages_S=micro_batch.advantages_S,
-        num_tokens_S=micro_batch.num_tokens_S,
-        loss_mask_T=micro_batch.loss_mask_T,
-        sequence_ids_T=micro_batch.sequence_ids_T,
-    )
-    term = args.loss_function(inputs)
+    reference_T = _reference(micro_batch, log_probs_T)
+    inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, args)
+    term = loss(inputs)
     correction_T = args.correction(
         Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.engine_gap_S, inputs, cp_group)
     )
@@ -157,6 +150,39 @@ def policy_loss(
         "token_sums": token_sums(inputs.log_ratio_T, engine_log_ratio_T, micro_batch.loss_mask_T),
     }
     return loss_sum, loss_count.int(), handed_back
+
+
+def inputs_only(
+    micro_batch: MicroBatch,
+    log_probs_T: Tensor,
+    entropies_T: Tensor,
+    *,
+    args: Namespace,
+    cp_group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, dict[str, LossInputs]]:
+    """No loss: hands back what the policy loss would be computed from, for losses that adapt to it."""
+    log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
+    inputs = _loss_inputs(micro_batch, log_probs_T.detach(), log_ratio, args)
+    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"inputs": inputs}
+
+
+def _loss_inputs(micro_batch: MicroBatch, log_probs_T: Tensor, log_ratio: LogRatio, args: Namespace):
+    rollout = args.ratio_denominator == "rollout"
+    denominator_T = micro_batch.behavior_log_probs_T if rollout else _reference(micro_batch, log_probs_T)
+    return LossInputs(
+        log_probs_T=log_probs_T,
+        log_ratio_T=log_probs_T.detach() - denominator_T,
+        log_w_S=log_ratio.log_w_S,
+        advantages_S=micro_batch.advantages_S,
+        num_tokens_S=micro_batch.num_tokens_S,
+        loss_mask_T=micro_batch.loss_mask_T,
+        sequence_ids_T=micro_batch.sequence_ids_T,
+    )
+
+
+def _reference(micro_batch: MicroBatch, log_probs_T: Tensor) -> Tensor:
+    """log pi_old, or where it is not known log pi itself."""
+    return log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
 
 
 def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, args: Namespace, cp_group):

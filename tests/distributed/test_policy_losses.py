@@ -50,4 +50,4 @@ def test_the_losses_differ(one_rank):
     """Else one would have been run under many names."""
     norms = {case: values[1] for case, values in one_rank.items() if not case.endswith("weight")}
     ordered = sorted(norms.values())
-    assert len(norms) == 14 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
+    assert len(norms) == 16 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -206,6 +206,8 @@ def test_other_losses_take_their_own_options(parse):
     assert args.loss_aggregation == "token-mean"
     args = parse("--policy-loss sapo --sapo-tau 1 2")
     assert args.loss_function.options == {"tau_positive": 1.0, "tau_negative": 2.0}
+    assert parse("--policy-loss m2po").loss_function.options == {"target": 0.04}
+    assert parse("--policy-loss bapo --loss-target 0.5").loss_function.options == {"target": 0.5}
 
 
 def test_a_flag_given_twice_counts_the_last_time(parse):

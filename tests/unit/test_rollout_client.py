@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo.rollout.client import GenerateReplyError, generate_payload, parse_generate_reply
-from megatron_vespo.rollout.collector import Collector, completion_seed
+from megatron_vespo.rollout.client import (
+    GenerateReplyError,
+    NonFiniteLogProbsError,
+    generate_payload,
+    parse_generate_reply,
+)
+from megatron_vespo.rollout.collector import CollectError, Collector, completion_seed
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
@@ -92,7 +97,8 @@ def test_version_must_be_ours():
 )
 def test_bad_log_prob_is_refused_by_name(value, shown):
     with pytest.raises(
-        GenerateReplyError, match=WHERE + rf"log-prob {shown} of completion token 1 \(1 bad of 2\)$"
+        GenerateReplyError if value == 0.01 else NonFiniteLogProbsError,
+        match=WHERE + rf"log-prob {shown} of completion token 1 \(1 bad of 2\)$",
     ):
         parse(reply(output_token_logprobs=[[-0.5, 11, None], [value, 1, None]]))
 
@@ -111,7 +117,9 @@ def test_scored_tokens_must_be_the_output(scored):
 
 
 def test_replaced_nan_token_is_refused():
-    with pytest.raises(GenerateReplyError, match=WHERE + "the engine sampled a token outside the vocabulary"):
+    with pytest.raises(
+        NonFiniteLogProbsError, match=WHERE + "the engine sampled a token outside the vocabulary"
+    ):
         parse(reply(finish_reason={"type": "stop", "matched": "NaN happened"}))
 
 
@@ -254,6 +262,45 @@ def test_engine_that_was_not_started():
 def test_collector_needs_an_engine():
     with pytest.raises(ValueError, match="^a collector needs at least one engine url$"):
         Collector([], num_layers=None, topk=None, request_timeout_s=1.0)
+
+
+class FaultyEngine:
+    """Fails the first draws whose seeds are in `faulty`, which the test fills."""
+
+    faulty: set[int] = set()
+
+    def __init__(self, *_):
+        self.url = "http://engine"
+
+    async def generate(self, prompt, sampling, seed):
+        if seed in self.faulty:
+            raise NonFiniteLogProbsError(f"seed {seed}: log-prob nan")
+        return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
+
+
+def collected(monkeypatch, faulty_indices, num_completions):
+    monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", FaultyEngine)
+    FaultyEngine.faulty = {completion_seed(5, PROMPT.prompt_id, index) for index in faulty_indices}
+    collector = Collector(["http://engine"], num_layers=None, topk=None, request_timeout_s=1.0)
+    return collector.collect([PROMPT], SAMPLING, num_completions=num_completions, seed=5)[0]
+
+
+def test_non_finite_completions_are_drawn_anew_and_named(monkeypatch):
+    group = collected(monkeypatch, {7, 107}, 100)
+    assert len(group) == 100
+    assert {i: len(c.rejections) for i, c in enumerate(group) if c.rejections} == {7: 2}
+    assert group[7].rejections == tuple(
+        f"seed {completion_seed(5, PROMPT.prompt_id, index)}: log-prob nan" for index in (7, 107)
+    )
+
+
+@pytest.mark.parametrize(("num_completions", "faulty"), [(100, {1, 2, 3, 4}), (8, {0, 8})])
+def test_too_many_non_finite_completions_end_the_run(monkeypatch, num_completions, faulty):
+    message = (
+        rf"^{len(faulty)} of {num_completions} completions had non-finite log-probs, more than 3%; the last"
+    )
+    with pytest.raises(CollectError, match=message):
+        collected(monkeypatch, faulty, num_completions)
 
 
 class FixedCollector:

@@ -28,6 +28,7 @@ def test_rollout_metrics():
         [completion(0.0, 8, "length"), completion(0.0, 6)],
         [completion(1.0, 2), completion(0.0, 0, "abort")],
     ]
+    groups[0][1].rejections, groups[2][0].rejections = ("NaN", "NaN"), ("inf",)
     assert rollout_metrics(groups) == {
         "reward/mean": 3 / 8,
         "reward/overlong_penalty_mean": 0.0,
@@ -36,6 +37,7 @@ def test_rollout_metrics():
         "response/length_p90": 8.0,
         "response/truncated_share": 2 / 8,
         "rollout/tokens": 32.0,
+        "rollout/nonfinite_log_probs": 3.0,
     }
 
 

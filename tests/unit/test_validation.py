@@ -187,6 +187,18 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--sapo-tau has no effect on --policy-loss gspo: leave it out",
         ),
         (
+            "--policy-loss grpo --loss-target 0.5",
+            "--loss-target has no effect on --policy-loss grpo: leave it out",
+        ),
+        (
+            "--policy-loss bapo --loss-target 1",
+            "--loss-target 1: must be between 0 and 1",
+        ),
+        (
+            "--policy-loss bapo --clip-range 0.1 0.2",
+            "--clip-range has no effect on --policy-loss bapo: leave it out",
+        ),
+        (
             "--policy-loss grpo --clip-range 0 0.2",
             "--clip-range 0 0.2: both must be positive and finite",
         ),

@@ -126,6 +126,35 @@ def test_sign_of_the_advantage_chooses_the_exponents():
     assert kernel.phi(log_w_S, advantages_S).tolist() == pytest.approx([3.0, 9.0, 3.0, 3.0])
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_second_moment_of_phi_is_bounded_by_that_of_the_tilted_policy(advantage, spread):
+    """E[phi^2] <= Z K C, Z = E[phi], K = sup phi(W) / W, C = E[W] under mu phi / Z (Proposition 3.1)."""
+    c1, c2 = KERNEL.positive if advantage > 0 else KERNEL.negative
+    sup = ((c1 - 1) / c2) ** (c1 - 1) * math.exp(c2 - c1 + 1)
+    assert sup == pytest.approx({1.0: 2.463, -1.0: 1.0}[advantage], abs=5e-4)
+    log_w = np.linspace(-40, 19, 10_000)
+    phi = np.array(phi_of(log_w, advantage), np.float64)
+    assert (phi / np.exp(log_w)).max() == pytest.approx(sup, rel=1e-4)
+    for seed in range(20):
+        # as log W of a long response: E_mu[W] = 1
+        log_w = np.random.default_rng(seed).normal(-(spread**2) / 2, spread, 500)
+        phi = np.array(phi_of(log_w, advantage), np.float64)
+        normalizer = phi.mean()
+        budget = (phi * np.exp(log_w)).mean() / normalizer
+        assert (phi**2).mean() <= normalizer * sup * budget * (1 + 1e-5)
+
+
+@given(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.sampled_from([1.0, -1.0]),
+    st.sampled_from([(2.0, 3.0), (3.0, 2.0), (0.0, 3.0), (2.0, 0.0), (0.0, 0.0), (100.0, 100.0)]),
+)
+def test_phi_of_any_finite_log_w_is_finite(log_w, advantage, pair):
+    [phi] = phi_of([log_w], advantage, GammaKernel(pair, pair))
+    assert 0.0 <= phi < math.inf
+
+
 @given(st.floats(-30, 30), st.sampled_from([1.0, -1.0]))
 def test_phi_lies_between_zero_and_its_maximum(log_w, advantage):
     c1, c2 = KERNEL.positive if advantage > 0 else KERNEL.negative

@@ -20,6 +20,12 @@ def clipped(inputs: LossInputs, log_ratio_T: Tensor, low: float, high: float) ->
     return TokenLoss(-torch.minimum(free_T, bounded_T), weight_T)
 
 
+def unclipped(inputs: LossInputs, log_ratio_T: Tensor) -> TokenLoss:
+    """- r A."""
+    ratio_T = _ratio(inputs, log_ratio_T)
+    return TokenLoss(-ratio_T * inputs.per_token(inputs.advantages_S), ratio_T.detach())
+
+
 def _ratio(inputs: LossInputs, log_ratio_T: Tensor) -> Tensor:
     """exp of the clamped log-ratio, with the gradient of log pi also where it was clamped."""
     return inputs.attached(log_ratio_T.clamp(max=MAX_LOG_RATIO)).exp()

@@ -5,9 +5,13 @@ Shape suffixes: T packed tokens of a micro-batch on this rank, S its sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+# the sum of a tensor over all ranks that hold parts of the optimizer step; they all get the same
+Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_vespo.algorithms.losses import clipped, weighted
+import torch
+
+from megatron_vespo.algorithms.losses import bapo, clipped, m2po, weighted
 from megatron_vespo.algorithms.losses.aggregation import Aggregation
-from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+from megatron_vespo.algorithms.losses.inputs import LossInputs, Reduce, TokenLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 
 
@@ -18,22 +20,36 @@ class PolicyLoss:
 
     function: Callable[..., TokenLoss]
     options: dict[str, Any]
+    adapt: Callable[..., dict[str, Any]] | None = None  # takes the options, its result are the function's
 
     def __call__(self, inputs: LossInputs) -> TokenLoss:
+        assert self.adapt is None, "a loss that looks at the whole optimizer step is adapted to it first"
         return self.function(inputs, **self.options)
 
     def with_options(self, **changed: Any) -> PolicyLoss:
         return replace(self, options=self.options | changed)
 
+    def adapted(self, batch: Sequence[LossInputs], reduce: Reduce) -> PolicyLoss:
+        """For one optimizer step, of which `batch` is this rank's part; itself if it does not adapt."""
+        if self.adapt is None:
+            return self
+        with torch.no_grad():
+            return PolicyLoss(self.function, self.adapt(batch, reduce, **self.options))
+
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and its defaults: token-mean, as in the VESPO paper, but where another one is its point."""
+    """A loss and its defaults: token-mean, as in the VESPO paper, but where another one is its point.
+
+    `adapt` chooses the loss's options by all of an optimizer step's inputs, before the first backward pass.
+    """
 
     loss: Callable[..., TokenLoss]
     aggregation: Aggregation = "token-mean"
     clip_range: tuple[float, float] | None = None  # (low, high) of 1 - low, 1 + high
     tau: tuple[float, float] | None = None  # where A > 0, elsewhere
+    adapt: Callable[..., dict[str, Any]] | None = None
+    target: float | None = None  # what `adapt` aims at
     uses_kernel: bool = False
     token_ratio: bool = False  # weighs each token by its own ratio instead of the response by W
 
@@ -42,6 +58,7 @@ class Method:
         kernel: GammaKernel,
         clip_range: tuple[float, float] | None,
         tau: tuple[float, float] | None,
+        target: float | None,
     ) -> PolicyLoss:
         """The loss with its options; None takes the method's own."""
         options: dict[str, Any] = {}
@@ -51,7 +68,9 @@ class Method:
             options["low"], options["high"] = clip_range or self.clip_range
         if self.tau is not None:
             options["tau_positive"], options["tau_negative"] = tau or self.tau
-        return PolicyLoss(self.loss, options)
+        if self.target is not None:
+            options["target"] = self.target if target is None else target
+        return PolicyLoss(self.loss, options, self.adapt)
 
 
 # lower bounds of 1 are none: a ratio is never below 0
@@ -64,6 +83,8 @@ METHODS: dict[str, Method] = {
     "gspo": Method(clipped.gspo, aggregation="sequence-mean-token-mean", clip_range=(3e-4, 4e-4)),
     "sapo": Method(clipped.sapo, tau=(1.0, 1.05), token_ratio=True),
     "cispo": Method(weighted.cispo, clip_range=(1.0, 0.28), token_ratio=True),
+    "bapo": Method(clipped.grpo, adapt=bapo.bounds, target=0.4, token_ratio=True),
+    "m2po": Method(m2po.m2po, adapt=m2po.smallest_masked, target=0.04, token_ratio=True),
     "topr": Method(weighted.topr),
     "sequence-is": Method(weighted.sequence_importance_sampling),
     "reinforce": Method(weighted.reinforce),

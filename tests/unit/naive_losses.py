@@ -1,0 +1,177 @@
+"""Every policy loss's formula, one response and one token after the other, in float64.
+
+Shape suffixes: T packed tokens, S sequences.
+"""
+
+import math
+
+import torch
+
+from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.vespo import GammaKernel
+
+LONGEST = 16  # longest response allowed
+LENGTHS, ADVANTAGES = (5, 1, 4, 3, 1, 12), (1.3, -0.7, 0.0, -1.6, 0.4, -0.2)
+CAP = 20.0  # no ratio is taken for more than exp(20): no formula's, ours against overflow
+TARGETS = {"bapo": 0.4, "m2po": 0.04}
+
+
+# Of one response: log-probs under pi, with gradient, and under the ratio's denominator, and A; one loss term
+# a token comes out. A weight that is a number has no gradient.
+
+
+def ratios(pi, old):
+    logs = [p - o for p, o in zip(pi, old, strict=True)]
+    return [(log - max(log.item() - CAP, 0.0)).exp() for log in logs]
+
+
+def whole(pi, old) -> float:
+    return math.prod(ratio.item() for ratio in ratios(pi, old))
+
+
+def phi(w, a, kernel) -> float:
+    c1, c2 = kernel.positive if a >= 0 else kernel.negative
+    w = min(w, math.exp(CAP))
+    return w**c1 * math.exp(c2 * (1.0 - w))
+
+
+def score(pi, a, weight):
+    return [-weight * a * p for p in pi]
+
+
+def ppo(rs, a, low, high):
+    return [-min(r * a, r.clamp(1.0 - low, 1.0 + high) * a) for r in rs]
+
+
+def gspo(pi, old, a):
+    # one term a response, with gradient through s: its tokens share it, so their mean is the term
+    s = math.prod(ratios(pi, old)) ** (1 / len(pi))
+    return ppo([s], a, 3e-4, 4e-4) * len(pi)
+
+
+def sapo(pi, old, a):
+    tau = 1.0 if a > 0 else 1.05
+    return [-a * (4.0 / tau) / (1.0 + (-tau * (r - 1.0)).exp()) for r in ratios(pi, old)]
+
+
+def cispo(pi, old, a):
+    # the upper bound only
+    return [-min(r.item(), 1.28) * a * p for p, r in zip(pi, ratios(pi, old), strict=True)]
+
+
+KERNEL_POWERS = {"vespo": lambda n: 1.0, "vespo-mean": lambda n: 1 / n, "vespo-sqrt": lambda n: n**-0.5}
+PAPERS = {
+    "grpo": lambda pi, old, a: ppo(ratios(pi, old), a, 0.2, 0.28),
+    "dr-grpo": lambda pi, old, a: ppo(ratios(pi, old), a, 0.2, 0.2),
+    "gspo": gspo,
+    "sapo": sapo,
+    "cispo": cispo,
+    "topr": lambda pi, old, a: score(pi, a, 1.0 if a > 0 else min(whole(pi, old), 1.0)),
+    "sequence-is": lambda pi, old, a: score(pi, a, min(whole(pi, old), math.exp(CAP))),
+    "reinforce": lambda pi, old, a: score(pi, a, 1.0),
+}
+
+
+# Of all responses of the step, as they choose something by all of them.
+
+
+def bapo(responses, target):
+    low, high = bapo_bounds(responses, target)
+    return [ppo(ratios(pi, old), a, 1.0 - low, high - 1.0) for pi, old, a in responses]
+
+
+def bapo_bounds(responses, target) -> tuple[float, float]:
+    tokens = [(r.item(), a) for pi, old, a in responses for r in ratios(pi, old)]
+
+    def positive_share(low, high):
+        positive = sum(min(r, high) * a for r, a in tokens if a > 0)
+        negative = sum(max(r, low) * -a for r, a in tokens if a < 0)
+        return positive / (positive + negative) if positive + negative else 1.0
+
+    low, high = 0.6, 1.2
+    while positive_share(low, high) < target and round(low + 0.02, 6) <= 0.9:
+        if round(high + 0.05, 6) <= 3.0:
+            high = round(high + 0.05, 6)
+        else:
+            low = round(low + 0.02, 6)
+    return low, high
+
+
+def m2po(responses, target):
+    # (log r)^2 and which token it is
+    places = [(i, t) for i, (pi, _, _) in enumerate(responses) for t in range(len(pi))]
+    logs = {(i, t): responses[i][0][t].item() - responses[i][1][t] for i, t in places}
+    left = sorted((logs[i, t] ** 2, (i, t)) for i, t in places if logs[i, t] * responses[i][2] > 0)
+    masked = set()
+    while left and sum(square for square, _ in left) / len(left) > target:
+        masked.add(left.pop()[1])
+    return [
+        [(0.0 if (i, t) in masked else -1.0) * r * a for t, r in enumerate(ratios(pi, old))]
+        for i, (pi, old, a) in enumerate(responses)
+    ]
+
+
+WHOLE_STEP = {"bapo": bapo, "m2po": m2po}
+OWN_AGGREGATION = {"dr-grpo": "constant", "gspo": "sequence-mean-token-mean"}
+
+
+def naive_total(terms_by_response, aggregation):
+    sums, lengths = [sum(terms) for terms in terms_by_response], [len(terms) for terms in terms_by_response]
+    if aggregation == "token-mean":
+        return sum(sums) / sum(lengths)
+    if aggregation == "sequence-mean-token-mean":
+        sums = [total / max(length, 1) for total, length in zip(sums, lengths, strict=True)]
+    return sum(sums) / (len(sums) * (LONGEST if aggregation == "constant" else 1))
+
+
+def naive_terms(method, responses, kernel, target):
+    if method in WHOLE_STEP:
+        return WHOLE_STEP[method](responses, target or TARGETS[method])
+    if method in KERNEL_POWERS:
+        ws = [whole(pi, old) ** KERNEL_POWERS[method](len(pi) or 1) for pi, old, _ in responses]
+        return [score(pi, a, phi(w, a, kernel)) for (pi, _, a), w in zip(responses, ws, strict=True)]
+    return [PAPERS[method](*response) if response[0] else [] for response in responses]
+
+
+def responses_of(inputs: LossInputs, pi_T: torch.Tensor | None = None):
+    """Log-probs under pi and under the ratio's denominator, and A, of every response."""
+    pi_T, ids = inputs.log_probs_T.detach().double() if pi_T is None else pi_T, inputs.sequence_ids_T
+    responses = []
+    for s, advantage in enumerate(inputs.advantages_S.tolist()):
+        mine = [t for t in range(len(pi_T)) if ids[t] == s and inputs.loss_mask_T[t] > 0]
+        old = [pi_T[t].item() - inputs.log_ratio_T[t].item() for t in mine]
+        responses.append(([pi_T[t] for t in mine], old, advantage))
+    return responses
+
+
+def naive(inputs: LossInputs, method: str, aggregation: str, kernel: GammaKernel, target=None):
+    """Loss, its gradient [T] float64, and what the loss would be if no terms cancelled."""
+    pi_T = inputs.log_probs_T.detach().double().requires_grad_()
+    terms = naive_terms(method, responses_of(inputs, pi_T), kernel, target)
+    loss = naive_total(terms, aggregation)
+    [gradient_T] = torch.autograd.grad(loss, pi_T)
+    sizes = [[abs(term.item()) for term in of_response] for of_response in terms]
+    return loss.item(), gradient_T, naive_total(sizes, aggregation)
+
+
+def batch(lengths=LENGTHS, advantages=ADVANTAGES, seed=0, spread=0.4, log_ratio=None, dtype=torch.float64):
+    """Responses of these lengths behind prompts of two tokens, and padding of three, the last one's.
+
+    Token log-ratios have standard deviation `spread`, or all are `log_ratio`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mask_T = torch.tensor([m for n in lengths for m in [0.0] * 2 + [1.0] * n] + [0.0] * 3)
+    ids = [s for s, n in enumerate(lengths) for _ in range(n + 2)] + [len(lengths) - 1] * 3
+    log_ratio_T = spread * torch.randn(len(ids), generator=generator, dtype=dtype)
+    if log_ratio is not None:
+        log_ratio_T = torch.full_like(log_ratio_T, log_ratio)
+    of_S = [(mask_T > 0) & (torch.tensor(ids) == s) for s in range(len(lengths))]
+    return LossInputs(
+        log_probs_T=(-2 * torch.rand(len(ids), generator=generator, dtype=dtype)).requires_grad_(),
+        log_ratio_T=log_ratio_T,
+        log_w_S=torch.stack([log_ratio_T[mine_T].double().sum() for mine_T in of_S]).float(),
+        advantages_S=torch.tensor(advantages),
+        num_tokens_S=torch.tensor(lengths, dtype=torch.float32),
+        loss_mask_T=mask_T,
+        sequence_ids_T=torch.tensor(ids),
+    )
