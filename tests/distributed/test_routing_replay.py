@@ -23,17 +23,17 @@ LAYOUTS = {
 def replay_run(task, tmp_path_factory):
     finished = {}
 
-    def run(layout: str, replay: str):
-        if (layout, replay) not in finished:
+    def run(layout: str, replay: str, more_flags: str = ""):
+        if (layout, replay, more_flags) not in finished:
             num_ranks, layout_flags = LAYOUTS[layout]
             arguments = (
                 f"--hf-checkpoint {task.model} --samples {task.samples_file} --routing-replay {replay}"
             )
-            arguments += f" {FLAGS} {layout_flags}" + " --random-routes" * (replay == "R3")
+            arguments += f" {FLAGS} {layout_flags} {more_flags}" + " --random-routes" * (replay == "R3")
             folder = tmp_path_factory.mktemp("replay")
             results = launch(PROGRAMS / "replay.py", num_ranks, arguments.split(), TIMEOUT_S, folder)
-            finished[layout, replay] = results
-        return finished[layout, replay]
+            finished[layout, replay, more_flags] = results
+        return finished[layout, replay, more_flags]
 
     return run
 
@@ -44,6 +44,12 @@ def test_every_pass_of_a_step_runs_the_old_routes(replay_run, layout, replay):
     runs_of_a_router = 2 if "recompute" in layout else 1
     for result in replay_run(layout, replay):
         assert result["passes"].tolist() == [runs_of_a_router] * 2
+
+
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_the_pass_that_a_loss_adapts_by_runs_them_too(replay_run, replay):
+    for result in replay_run("cp2 ep2, recompute", replay, "--policy-loss m2po"):
+        assert result["passes"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -265,6 +265,13 @@ MUTATIONS = [
         ("tests/unit/test_losses.py", "m2po"),
     ),
     Mutation(
+        "adaptive losses: the pass they adapt by routes freely",
+        "trainer/policy.py",
+        "outputs = self._run(mini_batch, measure, True, routing)",
+        "outputs = self._run(mini_batch, measure, True, free_routing)",
+        (REPLAY, "adapts_by"),
+    ),
+    Mutation(
         "replay: recomputation routes freely",
         "trainer/routing_replay.py",
         "self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)",
