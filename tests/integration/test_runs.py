@@ -137,6 +137,34 @@ def test_an_alarm_saves_and_stops(tiny_model, questions, tmp_path):
     assert (output / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
+    """A random model: about one response in four ends, which is right for every other prompt."""
+    data, out = tmp_path / "questions.jsonl", tmp_path / "out"
+    rows = [{"question": f"{i} + 1 = ?", "answer": "wanted" if i % 2 else "unwanted"} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--dynamic-sampling --dynamic-sampling-max-batches 4 --overlong-buffer 16 --overlong-penalty 0.5 "
+    flags += "--advantage-estimator leave-one-out --vespo-budget 1.2 "
+    flags += "--reward-function tests.integration.run_rewards:ended_and_wanted"
+    run = Run(train_command(tiny_model, data, out, *flags.split()), tmp_path / "log")
+    try:
+        assert run.wait(START_S) == 0, run.output
+    finally:
+        run.kill()
+    records = [r for r in read_metrics(out / "metrics.jsonl") if "rollout/generated_prompts" in r]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        print({name: value for name, value in record.items() if name.startswith(("roll", "rew", "bud"))})
+        assert 4 <= record["rollout/generated_prompts"] <= 16
+        left_out = record["rollout/filtered_groups"] + record["rollout/surplus_groups"]
+        assert record["rollout/generated_prompts"] == 4 + left_out
+        assert -0.5 <= record["reward/overlong_penalty_mean"] < 0 <= record["reward/mean"] < 1
+        assert record["budget/c2_positive"] > 0 and record["budget/c2_negative"] > 0
+    assert sum(record["rollout/filtered_groups"] for record in records) > 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 3
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("victim", "named", "log"),

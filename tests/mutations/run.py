@@ -272,6 +272,20 @@ MUTATIONS = [
         (REPLAY, "adapts_by"),
     ),
     Mutation(
+        "advantages: leave-one-out keeps the completion's own reward",
+        "algorithms/advantages.py",
+        "by_std=False) * (n / max(n - 1, 1))",
+        "by_std=False) * 1.0",
+        ("tests/unit/test_advantages.py", "loops"),
+    ),
+    Mutation(
+        "advantages: the penalty for length does not reach them",
+        "controller.py",
+        "[completion.shaped_reward for completion in group]",
+        "[completion.reward for completion in group]",
+        ("tests/unit/test_dynamic_sampling.py", "penalty"),
+    ),
+    Mutation(
         "replay: recomputation routes freely",
         "trainer/routing_replay.py",
         "self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)",

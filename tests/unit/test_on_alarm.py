@@ -53,8 +53,9 @@ class Trainer:
     def train_step(self, index: int) -> dict:
         zeros = np.zeros(self._sizes[index], np.float32)
         return {
-            **dict.fromkeys(("log_w", "mismatch", "engine_gap", "engine_difference"), zeros),
-            "phi": zeros + 1,
+            **dict.fromkeys(("log_w", "mismatch", "engine_gap", "engine_difference", "rejected"), zeros),
+            **dict.fromkeys(("phi", "correction"), zeros + 1),
+            **dict.fromkeys(("kernel_c2", "expected_w"), np.full(2, np.nan)),
             "token_sums": np.zeros(len(TOKEN_SUMS)),
             "gradient_norms": np.zeros(len(GRADIENT_GROUPS)),
             **dict.fromkeys(("loss", "grad_norm", "entropy", "learning_rate"), 0.5),
@@ -87,7 +88,11 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         mini_batches=MINI_BATCHES,
         rollout_batch_size=len(PROMPTS),
         num_completions=COMPLETIONS,
-        advantage_std=False,
+        max_completion_tokens=3,
+        advantage_estimator="group-mean",
+        dynamic_sampling=False,
+        overlong_buffer=0,
+        overlong_penalty=1.0,
         ratio_denominator="recomputed",
         max_logprob_difference=None,
         routing_replay=None,

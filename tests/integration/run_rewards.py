@@ -1,0 +1,6 @@
+"""A reward for whole runs, found by its name from the repository's folder."""
+
+
+def ended_and_wanted(response: str, answer: str, metadata: dict) -> float:
+    """Responses that do not end are never asked about: a random model's ends are by chance."""
+    return float(answer == "wanted")
