@@ -180,6 +180,12 @@ def _check_training(args: Namespace) -> None:
         raise ValueError(
             "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both"
         )
+    if args.num_distributed_optimizer_instances > 1:
+        instances = args.num_distributed_optimizer_instances
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {instances}: gradient norms by part of the model are "
+            "those of one instance: leave it out"
+        )
     if args.on_alarm == "checkpoint-and-stop" and args.save is None:
         raise ValueError("--on-alarm checkpoint-and-stop needs --save, the folder of the checkpoint")
     tracker = "latest_checkpointed_iteration.txt"

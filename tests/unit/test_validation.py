@@ -39,6 +39,7 @@ def layout(**changes) -> Namespace:
         load=None,
         save=None,
         on_alarm="warn",
+        num_distributed_optimizer_instances=1,
         train_iters=16,
         mini_batches=8,
         lr=1e-6,
@@ -361,6 +362,11 @@ def test_parallel_sizes_are_positive(size, value):
         (
             {"load": "/nowhere", "save": "/elsewhere"},
             "--load /nowhere: no checkpoint there (latest_checkpointed_iteration.txt is missing)",
+        ),
+        (
+            {"num_distributed_optimizer_instances": 2},
+            "--num-distributed-optimizer-instances 2: gradient norms by part of the model are those of one "
+            "instance: leave it out",
         ),
         (
             {"on_alarm": "checkpoint-and-stop"},
