@@ -205,7 +205,7 @@ def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
     if reward >= SOLVED_REWARD:
         advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
     else:
-        advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling, other prompts or more --num-completions"
+        advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --num-completions"
     return Alarm(
         "equal_groups", f"in {share:.0%} of the groups all rewards are equal, they teach nothing", advice
     )
