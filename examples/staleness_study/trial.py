@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import qwen3_moe
@@ -20,9 +20,10 @@ from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.trainer.initialize import initialize
-from megatron_vespo.trainer.policy import MegatronPolicy, StepResult
 from megatron_vespo.types import Completion, TrainingSample
+
+if TYPE_CHECKING:
+    from megatron_vespo.trainer.policy import MegatronPolicy, StepResult
 
 GROUP_SIZE = 8  # completions a prompt
 PROMPTS_PER_STEP = 4  # 32 completions an optimizer step
@@ -68,6 +69,10 @@ def flags(trial: Trial, base: Path) -> list[str]:
 
 def run(trial: Trial, base: Path) -> dict[str, Any]:
     """Start Megatron in this process, train, and return the run's record."""
+    # seconds to import, and not needed to plan a study or to read one
+    from megatron_vespo.trainer.initialize import initialize
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
     torch.set_num_threads(1)
     started = time.monotonic()
     args = initialize(parse_args(flags(trial, base)), 0, 0, "127.0.0.1", _free_port())
