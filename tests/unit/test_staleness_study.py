@@ -126,7 +126,7 @@ def test_all_losses_are_one_on_policy():
             loss_mask_T=mask,
             sequence_ids_T=torch.tensor([0, 0, 1, 1]),
         )
-        loss = METHODS[variant.method].bind(GammaKernel(), None, None, None)
+        loss = METHODS[variant.method].bind(GammaKernel())
         term = loss.adapted([inputs], reduce=lambda values: values)(inputs)
         (term.loss_T * mask).sum().backward()
         torch.testing.assert_close(log_probs.grad, torch.tensor([-1.5, -1.5, 0.0, 0.5]), msg=variant.label)

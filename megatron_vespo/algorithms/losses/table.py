@@ -56,9 +56,9 @@ class Method:
     def bind(
         self,
         kernel: GammaKernel,
-        clip_range: tuple[float, float] | None,
-        tau: tuple[float, float] | None,
-        target: float | None,
+        clip_range: tuple[float, float] | None = None,
+        tau: tuple[float, float] | None = None,
+        target: float | None = None,
     ) -> PolicyLoss:
         """The loss with its options; None takes the method's own."""
         options: dict[str, Any] = {}

@@ -49,7 +49,7 @@ def main() -> None:
 
     def use(correction: str, denominator: str, loss: str) -> None:
         args.ratio_denominator = denominator
-        args.loss_function = METHODS[loss].bind(GammaKernel(), None, None)
+        args.loss_function = METHODS[loss].bind(GammaKernel())
         args.loss_aggregation = METHODS[loss].aggregation
         args.correction = CORRECTIONS[correction].bind(BOUNDS.get(correction))
 
