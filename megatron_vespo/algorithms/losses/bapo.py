@@ -6,9 +6,10 @@ Shape suffixes: T packed tokens of a micro-batch on this rank, H upper bounds, L
         raise c_high by a step if it can still move, else c_low
     P = sum over A > 0 of min(r, c_high) A,    N = sum over A < 0 of max(r, c_low) |A|
 
-That is the paper's Algorithm 1, P and N the parts of its clipped objective. From where the numbers are: the
-ranges [0.6, 0.9] and [1.2, 3.0] are the paper's and its authors' repository's; target 0.4 and the steps 0.02
-and 0.05 are the paper's, where the repository has a target of 0.5, other steps, and raises c_low first.
+That follows the paper's algorithm, P and N the parts of its clipped objective. From where the numbers are:
+the ranges [0.6, 0.9] and [1.2, 3.0] are those of its authors' repository, which has a target of 0.5, other
+steps, and raises c_low first; target 0.4, the steps 0.02 and 0.05 and c_high first are as others quote the
+paper, and have not been compared with its text.
 
 Raising c_low takes gradient from tokens with A < 0, but N is of the objective, where they then weigh more:
 where c_high cannot reach the target, c_low goes all the way. So does the repository's code.
