@@ -15,6 +15,7 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,7 +65,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog=f"megatron-vespo {command}",
         usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # as wide as the usage line: the page stays one that is read
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=36),
         allow_abbrev=False,
     )
 
