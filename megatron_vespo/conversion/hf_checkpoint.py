@@ -1,95 +1,115 @@
-"""Reading and writing HF checkpoint folders (safetensors) without holding them in memory."""
+"""Reading HF checkpoint folders: which tensors there are, and any rows of them, without holding a file in memory.
+
+Only safetensors are read: a pickled checkpoint (pytorch_model.bin) could run code.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from megatron_vespo.conversion.open_files import OpenFiles
+from megatron_vespo.conversion.safetensors_file import StoredTensor, TensorInfo, read_header
+
 INDEX_NAME = "model.safetensors.index.json"
-# everything but the weights: configuration, tokenizer, chat template, licence
-_COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
+SINGLE_NAME = "model.safetensors"
 
 
 class HFCheckpointReader:
-    """Random access to the tensors of a folder; files are opened when first needed. A context manager."""
+    """Random access to the tensors of a folder; files are opened when first needed. A context manager.
+
+    Every header is checked against its file and against the index when the reader is made: ValueError for a
+    file that is missing, cut short or lies about itself, and for a tensor in no or in two places.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files = _tensor_files(folder)
-        self._stack = ExitStack()
-        self._open: dict[Path, safe_open] = {}
+        self._stored = _stored_tensors(folder)
+        self._files = OpenFiles()
 
     def __enter__(self) -> HFCheckpointReader:
         return self
 
     def __exit__(self, *error) -> None:
-        self._stack.close()
-        self._open.clear()
+        self._files.__exit__(*error)
 
-    def names(self) -> set[str]:
-        return set(self._files)
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """In the order of the files' contents."""
+        return self._stored
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """File and offset, for whoever wants to read in the order of the disk."""
+        return self._stored[name].path, self._stored[name].offset
 
     def get(self, name: str) -> Tensor:
         """One tensor, on CPU, in its stored dtype; ValueError naming the file if it is missing or broken."""
-        if name not in self._files:
-            raise ValueError(f"--hf-checkpoint {self.folder}: tensor {name} is missing")
-        path = self._files[name]
-        try:
-            if path not in self._open:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            return self._open[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"--hf-checkpoint: cannot read {name} from {path}: {error}") from error
+        if name not in self._stored:
+            raise ValueError(f"{self.folder}: tensor {name} is missing")
+        tensor = self._stored[name]
+        out = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        self.read_rows(name, 0, tensor.rows, out)
+        return out.view(tensor.dtype).view(tensor.shape)
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Fill `out`, uint8 [bytes of those rows]. Safe to call from several threads."""
+        tensor = self._stored[name]
+        offset = tensor.offset + start * tensor.row_bytes
+        assert out.nbytes == (stop - start) * tensor.row_bytes
+        self._files.read(tensor.path, tensor.offset + start * tensor.row_bytes, out)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX_NAME
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"--hf-checkpoint: {index} is no index of safetensors: {error!r}") from error
-        files = {name: folder / file for name, file in weight_map.items()}
-        missing = sorted({str(path) for path in files.values() if not path.is_file()})
-        if missing:
-            raise ValueError(f"--hf-checkpoint: {index} names files that do not exist: {', '.join(missing)}")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"--hf-checkpoint {folder}: neither {INDEX_NAME} nor model.safetensors is there")
+        return _by_index(index)
+    if single.is_file():
+        return read_header(single)
+    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    hint = f"; {pickled.name} is a pickle, which is not read: save it as safetensors first" if pickled else ""
+    raise ValueError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there{hint}")
+
+
+def _by_index(index: Path) -> dict[str, StoredTensor]:
+    weight_map = _weight_map(index)
+    files = {file: index.parent / file for file in dict.fromkeys(weight_map.values())}
+    missing = [file for file, path in files.items() if not path.is_file()]
+    if missing:
+        raise ValueError(f"{index} names files that do not exist: {', '.join(sorted(missing))}")
+    tensors: dict[str, StoredTensor] = {}
+    for file, path in files.items():
+        for name, tensor in read_header(path).items():
+            if name in tensors:
+                raise ValueError(f"{index.parent}: tensor {name} is in {tensors[name].path.name} and in {file}")
+            if weight_map.get(name) != file:
+                raise ValueError(
+                    f"{path} holds tensor {name}, which the index places in {weight_map.get(name, 'no file')}"
+                )
+            tensors[name] = tensor
+    absent = sorted(weight_map.keys() - tensors.keys())
+    if absent:
+        raise ValueError(
+            f"{index.parent}: {weight_map[absent[0]]} lacks {absent[0]}, which the index places there"
+            + (f" ({len(absent)} tensors in all)" if len(absent) > 1 else "")
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        with safe_open(single, framework="pt") as file:
-            return {name: single for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"--hf-checkpoint: cannot read {single}: {error}") from error
-
-
-def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str) -> dict[str, str]:
-    """Write each bucket as one file `prefix-00000.safetensors`, ...; returns {tensor name: file name}."""
-    weight_map: dict[str, str] = {}
-    for number, bucket in enumerate(tensors):
-        file_name = f"{prefix}-{number:05d}.safetensors"
-        save_file({k: v.cpu().contiguous() for k, v in bucket.items()}, folder / file_name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(bucket, file_name))
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+            raise ValueError("a file name in weight_map is no plain name")
+        if not weight_map:
+            raise ValueError("weight_map is empty")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of safetensors: {error!r}") from error
+    except OSError as error:
+        raise ValueError(f"{index} cannot be read: {error.strerror}") from error
     return weight_map
-
-
-def finish_checkpoint(
-    source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int
-) -> None:
-    """Add index, and `source`'s config and tokenizer, to the shards of `staging`; rename it `target`."""
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, staging / path.name)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    staging.rename(target)

@@ -1,0 +1,85 @@
+"""The processes that convert together: one, or as many as torchrun or srun started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(hours=12)  # one rank may copy for long while another has nothing left to do
+_PORT = 29511
+
+
+class Ranks:
+    """This process among `size`; with one, nothing is ever sent."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every rank. If it fails on one it fails on all, so that none waits for ever."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        failures = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, other in enumerate(failures):
+            if other is not None:
+                kind, text = other
+                raise (ValueError if kind == "ValueError" else RuntimeError)(f"rank {rank}: {text}")
+        return self.gather(result)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Only rank 0 works; all get what it returns, or fail with it."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]
+
+
+@contextmanager
+def joined_ranks():
+    """The ranks that the environment speaks of, connected by gloo."""
+    rank, size = _from_environment()
+    if size == 1:
+        yield Ranks()
+        return
+    os.environ.setdefault("MASTER_ADDR", _first_host())
+    os.environ.setdefault("MASTER_PORT", str(_PORT))
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=_TIMEOUT)
+    try:
+        yield Ranks(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment() -> tuple[int, int]:
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        # an sbatch script's own shell has SLURM's variables too: only a step's tasks have the third
+        if rank in os.environ and size in os.environ and (rank == "RANK" or "SLURM_STEP_NODELIST" in os.environ):
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes is None:
+        return "127.0.0.1"
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
+    if listed.returncode:
+        raise RuntimeError(f"scontrol cannot list {nodes}: {listed.stderr.strip()}")
+    return listed.stdout.split()[0]
