@@ -119,7 +119,7 @@ def _start(
         collector=Collector(
             urls,
             num_layers=args.num_layers,
-            topk=args.moe_router_topk,
+            topk=args.moe_router_topk if args.num_experts else None,
             request_timeout_s=args.generate_timeout,
             check=engines.check,
         ),
@@ -140,7 +140,7 @@ def _server_arguments(args: Namespace) -> list[str]:
     return server_arguments(
         args.sglang_flags,
         device="cuda" if args.distributed_backend == "nccl" else "cpu",
-        is_moe=True,
+        is_moe=args.num_experts is not None,
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
     )

@@ -196,11 +196,24 @@ def _check_training(args: Namespace) -> None:
         raise ValueError(
             "--routing-replay does not reach --moe-router-fusion, which chooses by itself: leave one out"
         )
-    if args.routing_replay and args.num_experts > MAX_RECORDED_EXPERTS:
+    if args.num_experts is None:
+        _check_dense(args)
+    elif args.routing_replay and args.num_experts > MAX_RECORDED_EXPERTS:
         raise ValueError(
             f"--routing-replay: routes are one byte, the model has {args.num_experts} experts, more than "
             f"{MAX_RECORDED_EXPERTS}"
         )
+
+
+def _check_dense(args: Namespace) -> None:
+    size = args.expert_model_parallel_size
+    flags = {
+        "--routing-replay": args.routing_replay,
+        "--expert-model-parallel-size": size if size > 1 else None,
+    }
+    for flag, given in flags.items():
+        if given is not None:
+            raise ValueError(f"{flag} {given}: the model has no experts, leave it out")
 
 
 def _check_lengths(args: Namespace) -> None:
@@ -235,9 +248,14 @@ def _check_divisions(args: Namespace) -> None:
         ),
         ("attention heads", args.num_attention_heads, "--tensor-model-parallel-size", tensor),
         ("key-value heads", args.num_query_groups, "--tensor-model-parallel-size", tensor),
-        ("experts", args.num_experts, "--expert-model-parallel-size", expert),
-        ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
     ]
+    if args.num_experts is None:
+        divisions.append(("MLP width", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor))
+    else:
+        divisions += [
+            ("experts", args.num_experts, "--expert-model-parallel-size", expert),
+            ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
+        ]
     if _even_stages(args):
         divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
     for what, number, flag, divisor in divisions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_vespo.conversion.qwen3_moe import is_expert
+from megatron_vespo.conversion.table import is_expert
 
 PARTS = ("embedding", "attention", "router", "experts", "mlp", "norms", "output")
 THIRDS = ("first_third", "middle_third", "last_third")

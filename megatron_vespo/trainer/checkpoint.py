@@ -55,4 +55,5 @@ def rollout_state(args: Namespace) -> dict:
 def _separate_experts(args: Namespace) -> bool:
     """Whether Megatron keeps an optimizer for the experts apart, which changes the structure it saves."""
     tensor = args.tensor_model_parallel_size
-    return args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
+    apart = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
+    return apart and args.num_experts is not None

@@ -26,9 +26,16 @@ class LogProbContext:
 
 
 def output_log_probs(
-    *, hidden_states: Tensor, output_layer: ColumnParallelLinear, context: LogProbContext, **_unused
+    *,
+    hidden_states: Tensor,
+    output_layer: ColumnParallelLinear,
+    output_weight: Tensor | None,
+    context: LogProbContext,
+    **_unused,
 ) -> Tensor:
     """Megatron's `output_processor`: hidden_states [T, 1, H] -> float64 [2, T], log-probs and entropies.
+
+    `output_weight` is the embedding where it is the output layer's weight as well, else None.
 
     Under sequence parallelism T is the rank's slice on the way in; on the way out it is always all tokens
     that the context-parallel rank holds, the same on every tensor-parallel rank. Positions that predict
@@ -43,7 +50,7 @@ def output_log_probs(
     micro_batch, predicting = context.micro_batch, context.micro_batch.loss_positions
     values = linear_log_probs(
         hidden_TH.index_select(0, predicting),
-        output_layer.weight,
+        output_layer.weight if output_weight is None else output_weight,
         micro_batch.labels_T[predicting],
         micro_batch.temperature_T[predicting],
         vocab_size=context.vocab_size,

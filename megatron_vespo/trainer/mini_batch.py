@@ -59,9 +59,9 @@ class Packer:
             num_heads=args.num_attention_heads,
             num_query_groups=args.num_query_groups,
             head_dim=args.kv_channels,
-            ffn_hidden_size=args.moe_ffn_hidden_size,
-            topk=args.moe_router_topk,
-            num_experts=args.num_experts,
+            ffn_hidden_size=args.moe_ffn_hidden_size if args.num_experts else args.ffn_hidden_size,
+            topk=args.moe_router_topk if args.num_experts else 1,
+            num_experts=args.num_experts or 0,
             vocab_size=args.padded_vocab_size,
         )
         # the interleaved schedule feeds the stages in groups of micro-batches

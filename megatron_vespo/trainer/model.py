@@ -43,6 +43,8 @@ def model_provider(args: Namespace, config: TransformerConfig):
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             position_embedding_type=args.position_embedding_type,
             rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )

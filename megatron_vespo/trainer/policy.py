@@ -20,6 +20,8 @@ from torch import Tensor
 from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
+from megatron_vespo.conversion.config import read_hf_config
+from megatron_vespo.conversion.family import family_of, shape_of
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
@@ -30,7 +32,7 @@ from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
 from megatron_vespo.trainer.step import Schedule, inputs_only, log_prob_only, policy_loss, ratio_only
-from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights, model_shape
+from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights
 from megatron_vespo.types import TrainingSample
 
 
@@ -69,7 +71,8 @@ class MegatronPolicy:
     def __init__(self, args: Namespace):
         self.args = args
         self.groups = process_groups()
-        self.shape = model_shape(args)
+        hf_config = read_hf_config(args.hf_checkpoint)
+        self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
         resuming = checkpoint.exists(args.load)
         self.rollout_state = checkpoint.rollout_state(args) if resuming else None
         self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
@@ -84,7 +87,7 @@ class MegatronPolicy:
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
             for chunk in unwrap_model(self.model):
-                load_hf_weights(chunk, args.hf_checkpoint, self.shape, self.groups)
+                load_hf_weights(chunk, args.hf_checkpoint, self._family, self._shape, self.groups)
             self.optimizer.reload_model_params()
         self._old_policy = old_policy(args, self.model, self.optimizer, self.iteration)
         self._connect_schedule()
@@ -258,7 +261,7 @@ class MegatronPolicy:
         if self.args.overlap_param_gather:
             force_param_sync(self.model, self.optimizer)
         for chunk in unwrap_model(self.model):
-            yield from iterate_hf_weights(chunk, self.shape, self.groups)
+            yield from iterate_hf_weights(chunk, self._family, self._shape, self.groups)
 
     def save(self, rollout_state: dict) -> None:
         """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,22 +12,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_vespo.conversion.family import Family, ModelShape, is_expert
 from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.conversion.mappings import Direct, Mapping
-from megatron_vespo.conversion.qwen3_moe import ModelShape, is_expert, mapping_for
+from megatron_vespo.conversion.table import OUTPUT_LAYER
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
-
-
-def model_shape(args: Namespace) -> ModelShape:
-    return ModelShape(
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        head_dim=args.kv_channels,
-        vocab_size=args.vocab_size,
-        padded_vocab_size=args.padded_vocab_size,
-    )
 
 
 def global_parameters(
@@ -50,14 +40,16 @@ def _shift_expert(name: str, offset: int) -> str:
     return _LOCAL_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + offset}", name)
 
 
-def load_hf_weights(model: GPTModel, folder: Path, shape: ModelShape, groups: ProcessGroupCollection) -> None:
+def load_hf_weights(
+    model: GPTModel, folder: Path, family: Family, shape: ModelShape, groups: ProcessGroupCollection
+) -> None:
     """Fill every parameter of this rank's stage, reading only the tensors that it needs.
 
     ValueError naming the tensor for a missing one or one of the wrong shape.
     """
     with HFCheckpointReader(folder) as reader, torch.no_grad():
         for name, parameter in global_parameters(model, groups):
-            mapping = mapping_for(name, shape)
+            mapping = family.mapping_for(name, shape)
             group = groups.expt_tp if is_expert(name) else groups.tp
             tensors = [reader.get(hf_name) for hf_name in mapping.hf_names]
             # what an export would write for this parameter is what must be there
@@ -72,7 +64,7 @@ def load_hf_weights(model: GPTModel, folder: Path, shape: ModelShape, groups: Pr
 
 
 def iterate_hf_weights(
-    model: GPTModel, shape: ModelShape, groups: ProcessGroupCollection
+    model: GPTModel, family: Family, shape: ModelShape, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, Tensor]]:
     """Full HF-named tensors of this pipeline stage, gathered over tensor and expert parallelism.
 
@@ -81,7 +73,9 @@ def iterate_hf_weights(
     experts_here = (model.config.num_moe_experts or 0) // groups.ep.size()
     first_expert = groups.ep.rank() * experts_here
     for name, parameter in global_parameters(model, groups):
-        mapping = mapping_for(name, shape)
+        if shape.tied_embeddings and name == OUTPUT_LAYER:
+            continue  # the last stage's copy of the embedding, which the first stage hands out
+        mapping = family.mapping_for(name, shape)
         group = groups.expt_tp if is_expert(name) else groups.tp
         local = parameter.detach()
         merged = mapping.merge([local] if _is_replicated(mapping) else _all_gather(local, group))
@@ -91,7 +85,8 @@ def iterate_hf_weights(
         # rank r of the group holds the same local expert of its own range: a gather brings ep.size() experts
         gathered = {hf_name: _all_gather(tensor, groups.ep) for hf_name, tensor in merged.items()}
         for rank in range(groups.ep.size()):
-            names = mapping_for(_shift_expert(name, rank * experts_here - first_expert), shape).hf_names
+            other_name = _shift_expert(name, rank * experts_here - first_expert)
+            names = family.mapping_for(other_name, shape).hf_names
             for theirs, tensors in zip(names, gathered.values(), strict=True):
                 yield theirs, tensors[rank]
 

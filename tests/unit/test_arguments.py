@@ -358,8 +358,10 @@ def test_sglang_flags_are_checked(refusal, flags, says):
 
 
 def test_another_model_is_refused_before_megatron_is_asked(child, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM; supported: Qwen3MoeForCausalLM$"):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(
+        ValueError, match="its architecture is GPT2LMHeadModel; supported: Qwen3MoeForCausalLM"
+    ):
         child(parse_here, ["--hf-checkpoint", str(tmp_path), *BASE])
 
 

@@ -1,16 +1,11 @@
-"""Conversion of single parameters, and the table of Qwen3-MoE names."""
-
-from collections import Counter
+"""Conversion of single parameters."""
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from megatron_vespo.conversion.mappings import QKV, Direct, GatedMLP, Vocabulary
-from megatron_vespo.conversion.qwen3_moe import ModelShape, is_expert, mapping_for
 
 SIZES = (1, 2, 4)
-SHAPE = ModelShape(num_attention_heads=4, num_query_groups=2, head_dim=8, vocab_size=37, padded_vocab_size=40)
 
 
 def rows(number: int, width: int, first: int = 0) -> torch.Tensor:
@@ -109,124 +104,3 @@ def test_bits_survive(dtype):
     merged = QKV(("q", "k", "v"), 4, 4, 1).merge(QKV(("q", "k", "v"), 4, 4, 1).shard([q, k, v], 2))
     for name, tensor in zip("qkv", (q, k, v), strict=True):
         assert merged[name].view(integer).equal(tensor.view(integer))
-
-
-# What a 2-layer, 4-expert model has under each layer spec, global numbers
-NOT_IN_LAYERS = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
-IN_EVERY_LAYER = [
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_proj.weight",
-    "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.router.weight",
-]
-LOCAL_SPEC = [
-    "input_layernorm.weight",
-    "mlp.experts.local_experts.0.linear_fc1.weight",
-    "mlp.experts.local_experts.0.linear_fc2.weight",
-    "mlp.experts.local_experts.1.linear_fc1.weight",
-    "mlp.experts.local_experts.1.linear_fc2.weight",
-    "mlp.experts.local_experts.2.linear_fc1.weight",
-    "mlp.experts.local_experts.2.linear_fc2.weight",
-    "mlp.experts.local_experts.3.linear_fc1.weight",
-    "mlp.experts.local_experts.3.linear_fc2.weight",
-]
-TRANSFORMER_ENGINE_SPEC = [
-    "self_attention.linear_qkv.layer_norm_weight",
-    "mlp.experts.linear_fc1.weight0",
-    "mlp.experts.linear_fc1.weight1",
-    "mlp.experts.linear_fc1.weight2",
-    "mlp.experts.linear_fc1.weight3",
-    "mlp.experts.linear_fc2.weight0",
-    "mlp.experts.linear_fc2.weight1",
-    "mlp.experts.linear_fc2.weight2",
-    "mlp.experts.linear_fc2.weight3",
-]
-each_layer_spec = pytest.mark.parametrize(
-    "layer_spec", [LOCAL_SPEC, TRANSFORMER_ENGINE_SPEC], ids=["local", "transformer_engine"]
-)
-
-
-def megatron_names(layer_spec: list[str]) -> list[str]:
-    in_layers = [
-        f"decoder.layers.{layer}.{name}" for layer in range(2) for name in IN_EVERY_LAYER + layer_spec
-    ]
-    return NOT_IN_LAYERS + in_layers
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the file that transformers writes for such a model."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-    )
-    folder = tmp_path_factory.mktemp("hf")
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-
-
-@each_layer_spec
-def test_the_table_covers_every_tensor_once(saved, layer_spec):
-    covered = Counter(hf for name in megatron_names(layer_spec) for hf in mapping_for(name, SHAPE).hf_names)
-    assert covered == Counter(list(saved))
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@each_layer_spec
-def test_every_tensor_of_the_table_makes_the_round_trip(saved, layer_spec, size):
-    for name in megatron_names(layer_spec):
-        mapping = mapping_for(name, SHAPE)
-        tensors = [torch.randn(saved[hf_name]) for hf_name in mapping.hf_names]
-        assert_round_trip(mapping, tensors, size)
-
-
-def test_mappings_of_the_table():
-    assert mapping_for("embedding.word_embeddings.weight", SHAPE) == Vocabulary(
-        ("model.embed_tokens.weight",), 0, vocab_size=37, padded_vocab_size=40
-    )
-    assert mapping_for("decoder.layers.11.self_attention.linear_qkv.weight", SHAPE) == QKV(
-        tuple(f"model.layers.11.self_attn.{x}_proj.weight" for x in "qkv"), 2, 2, 8
-    )
-    for name in ("local_experts.127.linear_fc1.weight", "linear_fc1.weight127"):
-        assert mapping_for(f"decoder.layers.3.mlp.experts.{name}", SHAPE) == GatedMLP(
-            tuple(f"model.layers.3.mlp.experts.127.{x}_proj.weight" for x in ("gate", "up"))
-        )
-    for name in ("local_experts.0.linear_fc2.weight", "linear_fc2.weight0"):
-        assert mapping_for(f"decoder.layers.3.mlp.experts.{name}", SHAPE) == Direct(
-            ("model.layers.3.mlp.experts.0.down_proj.weight",), 1
-        )
-    assert mapping_for("decoder.layers.0.self_attention.linear_proj.weight", SHAPE).dim == 1
-    assert mapping_for("decoder.layers.0.mlp.router.weight", SHAPE).dim is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "decoder.layers.0.mlp.linear_fc1.weight",
-        "decoder.layers.0.self_attention.linear_qkv.bias",
-        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight_extra",
-        "module.decoder.final_layernorm.weight",
-        "decoder.layers.x.mlp.router.weight",
-    ],
-)
-def test_an_unknown_name_is_an_error(name):
-    with pytest.raises(KeyError, match=f"Qwen3MoeForCausalLM has no parameter {name}"):
-        mapping_for(name, SHAPE)
-
-
-def test_only_experts_are_experts():
-    names = megatron_names(LOCAL_SPEC) + megatron_names(TRANSFORMER_ENGINE_SPEC)
-    assert {name for name in names if is_expert(name)} == {name for name in names if "linear_fc" in name}
