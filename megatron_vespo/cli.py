@@ -12,6 +12,7 @@ usage: megatron-vespo COMMAND [flags]
 commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
+  convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
 """
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -67,7 +68,13 @@ def _check_layout(argv: list[str]) -> int:
     return 0 if print_help(argv) else check(argv)
 
 
-COMMANDS = {"train": _train, "check layout": _check_layout}
+def _convert(argv: list[str]) -> int:
+    from megatron_vespo.convert_cli import main as convert
+
+    return convert(argv)
+
+
+COMMANDS = {"train": _train, "check layout": _check_layout, "convert": _convert}
 
 
 if __name__ == "__main__":

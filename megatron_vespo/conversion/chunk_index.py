@@ -94,7 +94,9 @@ class ChunkIndex:
                     f"{self.folder}: {METADATA_NAME} does not say where {key} at {list(offsets)} is stored"
                 )
             if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"{self.folder}: {METADATA_NAME} names {place.relative_path!r}, no plain file name")
+                raise ValueError(
+                    f"{self.folder}: {METADATA_NAME} names {place.relative_path!r}, no plain file name"
+                )
             rows, columns = _block(offsets, sizes, stacked)
             block = math.prod(sizes[stacked:])
             ranges = [range(o, o + s) for o, s in zip(offsets[:stacked], sizes[:stacked], strict=True)]

@@ -24,7 +24,13 @@ from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.sources import HF_FOLDER, Source, opened_hf, opened_megatron
 from megatron_vespo.conversion.spans import Span, TensorReader, row_ranges, shares
 from megatron_vespo.conversion.staging import staged
-from megatron_vespo.conversion.torch_dist_writer import ChunkFile, Destination, Written, destinations, write_metadata
+from megatron_vespo.conversion.torch_dist_writer import (
+    ChunkFile,
+    Destination,
+    Written,
+    destinations,
+    write_metadata,
+)
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what transformers cuts to
 

@@ -122,7 +122,9 @@ def prove(
     def check(number: int, run: list[str], stop: Event) -> dict[str, dict[str, Any]]:
         buffer = SpanBuffer()
         return {
-            name: _prove_tensor(reader, name, by_name[name], digests, buffer, bar) for name in run if not stop.is_set()
+            name: _prove_tensor(reader, name, by_name[name], digests, buffer, bar)
+            for name in run
+            if not stop.is_set()
         }
 
     found = ranks.together(lambda: in_threads(runs, check))
@@ -141,7 +143,9 @@ def _prove_tensor(
     hasher, row = tensor_hasher(), 0
     for span in sorted(spans, key=lambda span: span.start):
         if span.start != row:
-            raise ValueError(f"the proof fails: rows {row} to {span.start} of {name} were never or twice written")
+            raise ValueError(
+                f"the proof fails: rows {row} to {span.start} of {name} were never or twice written"
+            )
         values = buffer.read(reader, span)
         if digest(values) != digests[span]:
             raise ValueError(f"the proof fails: {span} does not read back as it was written")
@@ -150,4 +154,8 @@ def _prove_tensor(
         bar.update(values.nbytes)
     if row != info.rows:
         raise ValueError(f"the proof fails: {name} has {info.rows} rows, {row} were written")
-    return {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "hash": hasher.hexdigest()}
+    return {
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "shape": list(info.shape),
+        "hash": hasher.hexdigest(),
+    }

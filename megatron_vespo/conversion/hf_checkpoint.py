@@ -86,7 +86,9 @@ def _by_index(index: Path) -> dict[str, StoredTensor]:
     for file, path in files.items():
         for name, tensor in read_header(path).items():
             if name in tensors:
-                raise ValueError(f"{index.parent}: tensor {name} is in {tensors[name].path.name} and in {file}")
+                raise ValueError(
+                    f"{index.parent}: tensor {name} is in {tensors[name].path.name} and in {file}"
+                )
             if weight_map.get(name) != file:
                 raise ValueError(
                     f"{path} holds tensor {name}, which the index places in {weight_map.get(name, 'no file')}"

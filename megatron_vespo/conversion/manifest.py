@@ -26,7 +26,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     try:
         content = json.loads(path.read_text())
         tensors = content["tensors"]
-        if content["hash"] != HASH or not all({"dtype", "shape", "hash"} <= entry.keys() for entry in tensors.values()):
+        if content["hash"] != HASH or not all(
+            {"dtype", "shape", "hash"} <= entry.keys() for entry in tensors.values()
+        ):
             raise ValueError(f"its hashes are not {HASH}, or an entry lacks something")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest: {error}") from error

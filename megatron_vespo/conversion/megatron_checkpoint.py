@@ -31,7 +31,9 @@ def checkpoint_folder(path: Path) -> Path:
         return path
     tracker = path / TRACKER_NAME
     if not tracker.is_file():
-        raise ValueError(f"{path} is no Megatron checkpoint: neither {METADATA_NAME} nor {TRACKER_NAME} there")
+        raise ValueError(
+            f"{path} is no Megatron checkpoint: neither {METADATA_NAME} nor {TRACKER_NAME} there"
+        )
     named = tracker.read_text(errors="replace").strip()
     folder = path / (f"iter_{int(named):07d}" if named.isascii() and named.isdigit() else RELEASE)
     if not (folder / METADATA_NAME).is_file():

@@ -70,7 +70,11 @@ def joined_ranks():
 def _from_environment() -> tuple[int, int]:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         # an sbatch script's own shell has SLURM's variables too: only a step's tasks have the third
-        if rank in os.environ and size in os.environ and (rank == "RANK" or "SLURM_STEP_NODELIST" in os.environ):
+        if (
+            rank in os.environ
+            and size in os.environ
+            and (rank == "RANK" or "SLURM_STEP_NODELIST" in os.environ)
+        ):
             return int(os.environ[rank]), int(os.environ[size])
     return 0, 1
 
@@ -79,7 +83,9 @@ def _first_host() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if nodes is None:
         return "127.0.0.1"
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60
+    )
     if listed.returncode:
         raise RuntimeError(f"scontrol cannot list {nodes}: {listed.stderr.strip()}")
     return listed.stdout.split()[0]

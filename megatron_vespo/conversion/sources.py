@@ -13,7 +13,11 @@ import torch
 from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.conversion.family import Family, ModelShape, family_of, shape_of
 from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpointReader
-from megatron_vespo.conversion.megatron_checkpoint import TRACKER_NAME, MegatronCheckpointReader, checkpoint_folder
+from megatron_vespo.conversion.megatron_checkpoint import (
+    TRACKER_NAME,
+    MegatronCheckpointReader,
+    checkpoint_folder,
+)
 from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.spans import Span, SpanBuffer, TensorReader, row_ranges
 from megatron_vespo.conversion.torch_dist_file import METADATA_NAME
@@ -44,7 +48,6 @@ class Source:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Those of the model, in its order."""
         return {name: self.reader.tensors[name] for name in self.family.hf_tensors(self.shape)}
-
 
     @property
     def manifest_folder(self) -> Path:
@@ -120,7 +123,9 @@ def check_tensors(
                 f"{folder}: tensor {name} is {found[name].shape}, by config.json it should be {shape}"
             )
         if found[name].dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{folder}: tensor {name} is {found[name].dtype}, no float32, float16 or bfloat16")
+            raise ValueError(
+                f"{folder}: tensor {name} is {found[name].dtype}, no float32, float16 or bfloat16"
+            )
 
 
 def _and_others(names: list[str]) -> str:

@@ -162,5 +162,7 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
         ):
             raise ValueError("not one contiguous tensor")
     except Exception as error:  # a damaged archive may raise anything
-        raise ValueError(f"{path}: the {length} bytes at {offset} are no tensor saved by torch: {error}") from error
+        raise ValueError(
+            f"{path}: the {length} bytes at {offset} are no tensor saved by torch: {error}"
+        ) from error
     return StoredChunk(dtype, tuple(tensor.shape), path, offset + start)

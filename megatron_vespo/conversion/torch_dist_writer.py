@@ -91,7 +91,9 @@ class ChunkFile:
 
     def write(self, destination: Destination, values: Tensor) -> None:
         """`values` [rows, ...] as one chunk."""
-        stacked = values.view(*(1 for _ in destination.addresses[0].stack), *values.shape)
+        # torch.save writes the whole storage of a tensor, and this one may be a part of a buffer
+        alone = torch.from_numpy(values.contiguous().view(-1).view(torch.uint8).numpy()).view(values.dtype)
+        stacked = alone.view(*(1 for _ in destination.addresses[0].stack), *values.shape)
         place = self._save(stacked)
         self.written.append(Written(destination, place, tuple(stacked.shape), values.dtype))
 
@@ -121,7 +123,9 @@ def write_metadata(
     for name in extra_states(shape):
         _enter_object(metadata, name, nothing)  # all of them are the same bytes
     _enter_object(metadata, COMMON_STATE, common)
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (folder / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
     with (folder / METADATA_NAME).open("xb") as file:
         pickle.dump(metadata, file)
 

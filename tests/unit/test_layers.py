@@ -30,6 +30,7 @@ LAYERS = {
     "rollout_metrics": 4,
     "arguments": 5,
     "cli": 5,
+    "convert_cli": 5,
     "flags": 5,
     "layout_check": 5,
     "train": 5,

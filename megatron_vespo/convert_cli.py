@@ -1,0 +1,165 @@
+"""`megatron-vespo convert ...` and `megatron-vespo args`: the conversion tools on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from megatron_vespo.conversion.compare import compare, compare_with_manifest, summary
+from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
+from megatron_vespo.conversion.convert import (
+    DEFAULT_SHARD_BYTES,
+    Options,
+    Result,
+    hf_to_megatron,
+    megatron_to_hf,
+)
+from megatron_vespo.conversion.copying import DEFAULT_MEMORY, Budget
+from megatron_vespo.conversion.ranks import Ranks, joined_ranks
+from megatron_vespo.conversion.sources import Source, opened
+
+EXIT_DIFFERENT = 1
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MAX_LINES = 20
+_DESCRIPTION = """\
+Convert checkpoints between HF (safetensors) and Megatron (torch_dist), and prove the result.
+
+What is written is read back and compared with what was read before it gets its name; a manifest of hashes lies
+beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the work.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 only if the conversion is proven, or the checkpoints are the same."""
+    args = _parser().parse_args(argv)
+    with joined_ranks() as ranks:
+        return args.run(args, ranks)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-vespo convert",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    hf = commands.add_parser(
+        "hf-to-megatron", help="HF folder SRC to a Megatron checkpoint DST", allow_abbrev=False
+    )
+    hf.set_defaults(run=_hf_to_megatron)
+    megatron = commands.add_parser(
+        "megatron-to-hf", help="Megatron checkpoint SRC to an HF folder DST", allow_abbrev=False
+    )
+    megatron.set_defaults(run=_megatron_to_hf)
+    for command in (hf, megatron):
+        command.add_argument("source", type=Path, metavar="SRC")
+        command.add_argument("target", type=Path, metavar="DST")
+        command.add_argument("--dtype", choices=_DTYPES, help="of the output (default: as stored)")
+        command.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+    megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
+    inspect = commands.add_parser("inspect", help="what checkpoint PATH holds", allow_abbrev=False)
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("source", type=Path, metavar="PATH")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    verify = commands.add_parser(
+        "verify",
+        help="compare checkpoints A and B of any formats, or A with its manifest",
+        allow_abbrev=False,
+    )
+    verify.set_defaults(run=_verify)
+    verify.add_argument("source", type=Path, metavar="A")
+    verify.add_argument("other", type=Path, metavar="B", nargs="?")
+    for command in (megatron, inspect, verify):
+        command.add_argument(
+            "--hf-config",
+            type=Path,
+            metavar="DIR",
+            help="HF folder of a Megatron checkpoint that was saved by training",
+        )
+    for command in (hf, megatron, verify):
+        command.add_argument(
+            "--memory-budget",
+            type=float,
+            default=DEFAULT_MEMORY / 2**30,
+            metavar="GiB",
+            help="of a process (default: 2)",
+        )
+        command.add_argument("--workers", type=int, metavar="N", help="threads of a process")
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _budget(args: Namespace) -> Budget:
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least 1")
+    workers = {} if args.workers is None else {"workers": args.workers}
+    return Budget(memory=int(args.memory_budget * 2**30), **workers)
+
+
+def _options(args: Namespace) -> Options:
+    return Options(_DTYPES.get(args.dtype), _budget(args), args.force, args.quiet)
+
+
+def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
+    started = time.monotonic()
+    result = hf_to_megatron(args.source, args.target, _options(args), ranks)
+    return _report(args, result, started, ranks)
+
+
+def _megatron_to_hf(args: Namespace, ranks: Ranks) -> int:
+    if not args.max_shard_size > 0:
+        raise ValueError(f"--max-shard-size {args.max_shard_size}: it must be positive")
+    started = time.monotonic()
+    max_shard_bytes = int(args.max_shard_size * 1e9)
+    result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, max_shard_bytes)
+    return _report(args, result, started, ranks)
+
+
+def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> int:
+    if ranks.rank == 0:
+        seconds = time.monotonic() - started
+        size = result.num_bytes / 2**30
+        print(
+            f"{args.target}: {result.num_tensors} tensors, {size:.2f} GiB, read back and proven, "
+            f"in {seconds:.1f} s ({size / seconds:.2f} GiB/s)"
+        )
+    return 0
+
+
+def _inspect(args: Namespace, ranks: Ranks) -> int:
+    with opened(args.source, args.hf_config) as source:
+        lines = list(summary(source)) + (_listing(source) if args.tensors else [])
+    if ranks.rank == 0:
+        print("\n".join(lines))
+    return 0
+
+
+def _listing(source: Source) -> list[str]:
+    return [
+        f"{name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in source.tensors.items()
+    ]
+
+
+def _verify(args: Namespace, ranks: Ranks) -> int:
+    with opened(args.source, args.hf_config) as a:
+        if args.other is None:
+            found = compare_with_manifest(a, _budget(args), args.quiet, ranks)
+        else:
+            with opened(args.other, args.hf_config) as b:
+                found = compare(a, b, _budget(args), args.quiet, ranks)
+    if ranks.rank == 0:
+        for line in found.differences[:_MAX_LINES]:
+            print(line)
+        if len(found.differences) > _MAX_LINES:
+            print(f"... and {len(found.differences) - _MAX_LINES} more")
+        verdict = "DIFFERENT" if found.differences else "same"
+        print(f"{verdict}: {found.num_tensors} tensors, {found.num_bytes / 2**30:.2f} GiB compared")
+    return EXIT_DIFFERENT if found.differences else 0
