@@ -1,10 +1,8 @@
-"""`megatron-vespo convert ...` and `megatron-vespo args`: the conversion tools on the command line."""
+"""`megatron-vespo convert ...`: the conversion tools on the command line."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 import torch
 
 from megatron_vespo.conversion.compare import compare, compare_with_manifest, summary
-from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.conversion.convert import (
     DEFAULT_SHARD_BYTES,
     Options,
@@ -30,8 +27,8 @@ _MAX_LINES = 20
 _DESCRIPTION = """\
 Convert checkpoints between HF (safetensors) and Megatron (torch_dist), and prove the result.
 
-What is written is read back and compared with what was read before it gets its name; a manifest of hashes lies
-beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the work.
+What is written is read back and compared with what was read before it gets its name; a manifest of hashes
+lies beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the work.
 """
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from megatron_vespo.conversion.spans import (
     update_hash,
 )
 
-T = TypeVar("T")
 DEFAULT_MEMORY = 2 * 2**30
 _OWN_MEMORY = 700 * 2**20  # bytes: the interpreter, torch, what is known of the tensors
 _MAX_SPAN = 64 * 2**20  # larger ones are no faster
@@ -51,7 +50,7 @@ class Budget:
 Digests = dict[Span, bytes]
 
 
-def in_threads(runs: Sequence[T], work: Callable[[int, T, Event], Any]) -> list[Any]:
+def in_threads[T](runs: Sequence[T], work: Callable[[int, T, Event], Any]) -> list[Any]:
     """`work(number, run, stop)` on every run at once. The first failure is raised, once all have stopped."""
     stop = Event()
 
@@ -80,7 +79,7 @@ def progress_bar(what: str, num_bytes: int, quiet: bool, ranks: Ranks) -> tqdm:
     )  # fmt: skip
 
 
-def copy_spans(
+def copy_spans[T](
     reader: TensorReader,
     items: Sequence[T],
     span_of: Callable[[T], Span],

@@ -1,4 +1,4 @@
-"""Reading HF checkpoint folders: which tensors there are, and any rows of them, without holding a file in memory.
+"""Reading HF checkpoint folders: which tensors there are, and any rows of them, in little memory.
 
 Only safetensors are read: a pickled checkpoint (pytorch_model.bin) could run code.
 """
@@ -58,7 +58,6 @@ class HFCheckpointReader:
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Fill `out`, uint8 [bytes of those rows]. Safe to call from several threads."""
         tensor = self._stored[name]
-        offset = tensor.offset + start * tensor.row_bytes
         assert out.nbytes == (stop - start) * tensor.row_bytes
         self._files.read(tensor.path, tensor.offset + start * tensor.row_bytes, out)
 

@@ -136,7 +136,8 @@ class MegatronCheckpointReader:
             expected = (*expected[:rows], size[rows], *expected[rows + 1 :])
         if size != expected:
             raise ValueError(
-                f"{self.folder}: {address.key} is {list(size)}, by the HF config it should be {list(expected)}"
+                f"{self.folder}: {address.key} is {list(size)}, "
+                f"by the HF config it should be {list(expected)}"
             )
         self._chunks[address] = self._index.chunks(address)
         for run in row_runs(mapping, [shape[0] for shape in shapes]):

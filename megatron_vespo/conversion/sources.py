@@ -107,7 +107,7 @@ def opened_megatron(path: Path, hf_config: Path | None = None) -> Iterator[Sourc
 def check_tensors(
     folder: Path, reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool
 ) -> None:
-    """ValueError naming a tensor that is missing, of another shape or of no weights' dtype, or one too many."""
+    """ValueError naming a tensor that is missing, one too many, or of another shape or dtype."""
     found = reader.tensors
     missing = [name for name in expected if name not in found]
     if missing:

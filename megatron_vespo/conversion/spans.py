@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import xxhash
@@ -90,10 +90,7 @@ def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.contiguous().view(torch.uint8).view(-1).numpy())
 
 
-T = TypeVar("T")
-
-
-def shares(items: Sequence[T], sizes: Sequence[int], parts: int) -> list[list[T]]:
+def shares[T](items: Sequence[T], sizes: Sequence[int], parts: int) -> list[list[T]]:
     """`items` in `parts` consecutive runs of about the same sum of `sizes`."""
     total, done, runs = max(sum(sizes), 1), 0, [[] for _ in range(parts)]
     for item, size in zip(items, sizes, strict=True):

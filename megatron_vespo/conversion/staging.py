@@ -1,7 +1,7 @@
 """A folder that appears under its name only when it is complete.
 
-It is filled as `.NAME.incomplete` beside its place and renamed at the end, so a killed run leaves nothing that
-could be taken for a checkpoint; the next run to the same place clears it away.
+It is filled as `.NAME.incomplete` beside its place and renamed at the end, so a killed run leaves nothing
+that could be taken for a checkpoint; the next run to the same place clears it away.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _begin(target: Path, staging: Path, num_bytes: int, force: bool) -> int:
         os.close(lock)
         shutil.rmtree(staging)
         raise ValueError(
-            f"{target.parent} has {free / 2**30:.2f} GiB free, {target.name} needs {num_bytes / 2**30:.2f} GiB"
+            f"{target.parent} has {free / 2**30:.2f} GiB free, "
+            f"{target.name} needs {num_bytes / 2**30:.2f} GiB"
         )
     return lock
 

@@ -153,7 +153,7 @@ def _enter_object(metadata: Metadata, name: str, place: _StorageInfo) -> None:
 
 
 def _common_state(model_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What Megatron reads before the weights: the arguments that describe the model (--use-checkpoint-args)."""
+    """What Megatron reads before the weights, the arguments of the model (--use-checkpoint-args) among it."""
     arguments = Namespace(**model_arguments, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
     return {
         "args": arguments,

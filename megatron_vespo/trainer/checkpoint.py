@@ -24,10 +24,15 @@ def save(args: Namespace, iteration: int, model, optimizer, scheduler, rollout_s
     )
 
 
-def rollout_state(args: Namespace) -> dict:
-    """The state stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed."""
+def rollout_state(args: Namespace) -> dict | None:
+    """The state stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed.
+
+    None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
+    """
     tracker = checkpointing.get_checkpoint_tracker_filename(args.load)
     iteration, release = checkpointing.read_metadata(tracker)
+    if release:
+        return None
     folder = checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
     stored = dist_checkpointing.load_common_state_dict(Path(folder))["args"]
     if not hasattr(stored, "rollout_state"):

@@ -1,0 +1,42 @@
+"""`megatron-vespo args SRC`: the Megatron flags that describe the model of an HF checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
+from megatron_vespo.runtime import load_runtime_plugins
+
+
+def main(argv: list[str]) -> int:
+    """Print them, one a line, ready for a script."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-vespo args",
+        description="Print the Megatron flags that describe the model of an HF checkpoint, one a line. "
+        "`megatron-vespo train` derives them itself.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="HF checkpoint folder")
+    args = parser.parse_args(argv)
+    print("\n".join(flags_of(megatron_arguments(read_hf_config(args.source)))))
+    return 0
+
+
+def flags_of(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Megatron's spelling of `arguments` (argparse destinations); what is its default anyway is left out."""
+    with warnings.catch_warnings(action="ignore"):
+        load_runtime_plugins()
+        from megatron.training.arguments import add_megatron_arguments
+
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in arguments.items():
+        action = actions[name]
+        if value == action.default:
+            continue
+        flag = action.option_strings[0]
+        yield flag if action.nargs == 0 else f"{flag} {value}"
