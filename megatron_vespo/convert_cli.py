@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from megatron_vespo.conversion import block_fp8
 from megatron_vespo.conversion.compare import compare, compare_with_manifest, summary
 from megatron_vespo.conversion.convert import (
     DEFAULT_SHARD_BYTES,
@@ -20,15 +22,18 @@ from megatron_vespo.conversion.convert import (
 from megatron_vespo.conversion.copying import DEFAULT_MEMORY, Budget
 from megatron_vespo.conversion.ranks import Ranks, joined_ranks
 from megatron_vespo.conversion.sources import Source, opened
+from megatron_vespo.logits_check import check_logits
 
 EXIT_DIFFERENT = 1
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FP8 = "fp8"
 _MAX_LINES = 20
 _DESCRIPTION = """\
 Convert checkpoints between HF (safetensors) and Megatron (torch_dist), and prove the result.
 
 What is written is read back and compared with what was read before it gets its name; a manifest of hashes
-lies beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the work.
+lies beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the
+work.
 """
 
 
@@ -58,8 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     for command in (hf, megatron):
         command.add_argument("source", type=Path, metavar="SRC")
         command.add_argument("target", type=Path, metavar="DST")
-        command.add_argument("--dtype", choices=_DTYPES, help="of the output (default: as stored)")
         command.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+        command.add_argument(
+            "--check-logits",
+            type=int,
+            metavar="N",
+            help="run N tokens through the first layers of both sides, in fp32",
+        )
+    hf.add_argument("--dtype", choices=_DTYPES, help="of the output (default: as stored)")
+    megatron.add_argument(
+        "--dtype",
+        choices=[*_DTYPES, _FP8],
+        help="of the output (default: as stored); fp8 is for engines: e4m3 with a scale a 128 x 128 block",
+    )
     megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
     inspect = commands.add_parser("inspect", help="what checkpoint PATH holds", allow_abbrev=False)
     inspect.set_defaults(run=_inspect)
@@ -101,7 +117,15 @@ def _budget(args: Namespace) -> Budget:
 
 
 def _options(args: Namespace) -> Options:
-    return Options(_DTYPES.get(args.dtype), _budget(args), args.force, args.quiet)
+    check = None
+    if args.check_logits is not None:
+        if args.check_logits < 1:
+            raise ValueError(f"--check-logits {args.check_logits}: at least 1 token")
+        if args.dtype is not None:
+            raise ValueError("--check-logits compares unrounded weights: leave out --dtype")
+        check = partial(check_logits, num_tokens=args.check_logits)
+    dtype = block_fp8.DTYPE if args.dtype == _FP8 else _DTYPES.get(args.dtype)
+    return Options(dtype, _budget(args), args.force, args.quiet, check)
 
 
 def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
@@ -127,6 +151,8 @@ def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> in
             f"{args.target}: {result.num_tensors} tensors, {size:.2f} GiB, read back and proven, "
             f"in {seconds:.1f} s ({size / seconds:.2f} GiB/s)"
         )
+        if result.checked:
+            print(result.checked)
     return 0
 
 

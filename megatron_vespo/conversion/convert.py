@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_vespo.conversion import block_fp8
 from megatron_vespo.conversion.config import megatron_arguments
 from megatron_vespo.conversion.copying import Budget, Digests, copy_spans, in_threads, progress_bar, prove
 from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
@@ -39,10 +41,12 @@ DEFAULT_SHARD_BYTES = 5 * 10**9  # what transformers cuts to
 class Options:
     """How to convert; the same in both directions."""
 
-    dtype: torch.dtype | None = None  # of the output; None: as stored
+    dtype: torch.dtype | None = None  # of the output, or block_fp8.DTYPE; None: as stored
     budget: Budget = field(default_factory=Budget)
     force: bool = False
     quiet: bool = False
+    # a further proof, of an HF folder and a Megatron iteration's: raises ValueError or says what it found
+    check: Callable[[Path, Path], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Result:
 
     num_tensors: int
     num_bytes: int
+    checked: str | None  # what the further proof found
 
 
 def hf_to_megatron(source_path: Path, target: Path, options: Options, ranks: Ranks) -> Result:
@@ -65,7 +70,8 @@ def hf_to_megatron(source_path: Path, target: Path, options: Options, ranks: Ran
             written = [chunk for part in parts for _, own in part for chunk in own]
             ranks.on_first(lambda: _finish_megatron(source, staging, written))
             with MegatronCheckpointReader(folder, source.family, source.shape) as reader:
-                return _proven(reader, digests, source, staging, options, ranks)
+                proven = _proven(reader, digests, source, staging, options, ranks)
+            return _result(proven, infos, (source_path, folder), options, ranks)
 
 
 def megatron_to_hf(
@@ -78,14 +84,20 @@ def megatron_to_hf(
 ) -> Result:
     """Write `target` as transformers and SGLang load it. `hf_config`: see `sources.opened_megatron`."""
     with opened_megatron(source_path, hf_config) as source:
-        infos = _output_infos(source, options.dtype)
+        reader: TensorReader = source.reader
+        if options.dtype == block_fp8.DTYPE:
+            reader = block_fp8.BlockFP8Reader(reader, source.tensors)
+            infos, options = dict(reader.tensors), replace(options, dtype=None)
+        else:
+            infos = _output_infos(source, options.dtype)
         shards = plan_shards(infos, max_shard_bytes)
         with staged(target, _total(infos), options.force, ranks) as staging:
-            parts = ranks.together(lambda: _write_shards(source, shards, staging, options, ranks))
+            parts = ranks.together(lambda: _write_shards(reader, shards, staging, options, ranks))
             digests = {span: value for part in parts for own in part for span, value in own.items()}
             ranks.on_first(lambda: _finish_hf(source, staging, shards))
             with HFCheckpointReader(staging) as reader:
-                return _proven(reader, digests, source, staging, options, ranks)
+                proven = _proven(reader, digests, source, staging, options, ranks)
+            return _result(proven, infos, (staging, source.folder), options, ranks)
 
 
 def _output_infos(source: Source, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
@@ -124,7 +136,11 @@ def _write_chunks(
 
 
 def _write_shards(
-    source: Source, shards: Mapping[str, dict[str, TensorInfo]], folder: Path, options: Options, ranks: Ranks
+    reader: TensorReader,
+    shards: Mapping[str, dict[str, TensorInfo]],
+    folder: Path,
+    options: Options,
+    ranks: Ranks,
 ) -> list[Digests]:
     """This rank's share of the safetensors files, each by all workers."""
     own = shares(list(shards), [_total(infos) for infos in shards.values()], ranks.size)[ranks.rank]
@@ -143,7 +159,7 @@ def _write_shards(
             file_of[span.name].write(span, values)
 
         def work(number: int, run: list[Span], stop: Event) -> Digests:
-            return copy_spans(source.reader, run, lambda span: span, write, options.dtype, bar, stop)
+            return copy_spans(reader, run, lambda span: span, write, options.dtype, bar, stop)
 
         return in_threads(shares(spans, sizes, options.budget.workers), work)
 
@@ -162,34 +178,55 @@ def _finish_megatron(source: Source, staging: Path, written: Sequence[Written]) 
 
 def _finish_hf(source: Source, staging: Path, shards: Mapping[str, dict[str, TensorInfo]]) -> None:
     infos = {name: info for shard in shards.values() for name, info in shard.items()}
-    _copy_hf_files(source, staging, next(iter(infos.values())).dtype)
+    dtype = max((info.dtype for info in infos.values()), key=lambda dtype: dtype.itemsize)
+    quantised = any(info.dtype == block_fp8.DTYPE for info in infos.values())
+    more = {"quantization_config": block_fp8.quantisation_config(source.tensors)} if quantised else {}
+    _copy_hf_files(source, staging, dtype, more)
     if len(shards) > 1:
         weight_map = {name: file_name for file_name, shard in shards.items() for name in shard}
         write_index(staging, weight_map, _total(infos))
 
 
-def _copy_hf_files(source: Source, folder: Path, dtype: torch.dtype) -> None:
+def _copy_hf_files(
+    source: Source, folder: Path, dtype: torch.dtype, more: Mapping[str, Any] | None = None
+) -> None:
     """Configuration and tokenizer; the configuration says which dtype the weights have now."""
     copy_companions(source.hf_folder, folder)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it spoke of other files
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
-    config = {**source.hf_config, name: str(dtype).removeprefix("torch.")}
+    config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _proven(
     reader: TensorReader, digests: Digests, source: Source, staging: Path, options: Options, ranks: Ranks
-) -> Result:
-    """Read all of it back, compare with what the source's own manifest says, and write the new one."""
+) -> int:
+    """Read all of it back, compare with what the source's own manifest says, and write the new one.
+
+    Returns the number of tensors.
+    """
     # each rank reads a share, so the bar's total is one
     with progress_bar("proving", _total(reader.tensors) // ranks.size, options.quiet, ranks) as bar:
         proven = prove(reader, digests, options.budget, ranks, bar)
-    recorded = None if options.dtype else read_manifest(source.manifest_folder)
-    for name, entry in proven.items() if recorded is not None else ():
-        if recorded.get(name) != entry:
+    recorded = read_manifest(source.manifest_folder) or {}
+    for name, entry in proven.items():
+        before = recorded.get(name, entry)
+        if before["dtype"] == entry["dtype"] and before != entry:
             raise ValueError(
-                f"{source.manifest_folder / MANIFEST_NAME} says {recorded.get(name)} of {name}, "
+                f"{source.manifest_folder / MANIFEST_NAME} says {before} of {name}, "
                 f"but the tensor is {entry}: it has changed since then"
             )
     ranks.on_first(lambda: write_manifest(staging, source.folder, proven))
-    return Result(len(proven), _total(reader.tensors))
+    return len(proven)
+
+
+def _result(
+    num_tensors: int,
+    infos: Mapping[str, TensorInfo],
+    folders: tuple[Path, Path],
+    options: Options,
+    ranks: Ranks,
+) -> Result:
+    check = options.check
+    checked = None if check is None else ranks.on_first(lambda: check(*folders))
+    return Result(num_tensors, _total(infos), checked)

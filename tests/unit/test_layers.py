@@ -33,6 +33,7 @@ LAYERS = {
     "convert_cli": 5,
     "flags": 5,
     "layout_check": 5,
+    "logits_check": 5,
     "model_flags": 5,
     "train": 5,
     "validation": 5,
