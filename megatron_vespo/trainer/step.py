@@ -200,4 +200,5 @@ def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, a
 
 
 def _num_tokens(micro_batch: MicroBatch) -> Tensor:
-    return torch.tensor(micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)
+    # filled on the device: a copy from the host would wait for it, every micro-batch
+    return torch.full((), micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)

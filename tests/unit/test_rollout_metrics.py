@@ -29,7 +29,7 @@ def test_rollout_metrics():
         [completion(1.0, 2), completion(0.0, 0, "abort")],
     ]
     groups[0][1].rejections, groups[2][0].rejections = ("NaN", "NaN"), ("inf",)
-    assert rollout_metrics(groups) == {
+    assert rollout_metrics(groups, "group-mean-std") == {
         "reward/mean": 3 / 8,
         "reward/overlong_penalty_mean": 0.0,
         "rollout/zero_advantage_share": 2 / 4,
@@ -44,10 +44,18 @@ def test_rollout_metrics():
 def test_a_penalty_counts_for_the_advantages_not_for_the_reward():
     groups = [[completion(1.0, 4), completion(1.0, 8)], [completion(0.0, 4), completion(0.0, 4)]]
     groups[0][1].overlong_penalty = -0.5
-    metrics = rollout_metrics(groups)
+    metrics = rollout_metrics(groups, "group-mean")
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/overlong_penalty_mean"] == -0.125
     assert metrics["rollout/zero_advantage_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("estimator", "share"), [("group-mean", 2 / 3), ("leave-one-out", 2 / 3), ("global", 0.0)]
+)
+def test_groups_of_equal_rewards_have_an_advantage_where_the_estimator_gives_them_one(estimator, share):
+    groups = [[completion(reward, 4), completion(other, 4)] for reward, other in ((1, 1), (0, 0), (1, 0))]
+    assert rollout_metrics(groups, estimator)["rollout/zero_advantage_share"] == pytest.approx(share)
 
 
 def gradient(**norms: float) -> np.ndarray:
@@ -145,6 +153,7 @@ def test_step_metrics():
             "weight/dead_share/mini_batch_1": 0.0,
             "mismatch/weight_mean": 0.75,
             "mismatch/rejected_share": 0.375,
+            "mismatch/dead_share": 0.0,  # one is dead, by its log W
             "train/loss": 0.5,
             "train/grad_norm": 2.0,
             "train/grad_norm_max": 3.0,
