@@ -60,6 +60,7 @@ def step_metrics(
             # means over responses of their tokens' mean
             "mismatch/weight_mean": float(joined("correction").mean()),
             "mismatch/rejected_share": float(joined("rejected").mean()),
+            "loss/zero_weight_share": mean("zero_weight_share"),
             "train/loss": mean("loss"),
             "train/entropy": mean("entropy"),
             "train/learning_rate": steps[-1]["learning_rate"],
@@ -69,6 +70,7 @@ def step_metrics(
             "policy/lag_mean": mean("lag"),
         }
         | budget_metrics(steps)
+        | _clip_metrics(steps)
     )
 
 
@@ -97,6 +99,12 @@ def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
         for group, norm in zip(GRADIENT_GROUPS, largest["gradient_norms"], strict=True)
         if norm > 0.0
     }
+
+
+def _clip_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the bounds that a loss has chosen; only BAPO chooses some."""
+    low, high = np.mean([step["clip_bounds"] for step in steps], axis=0)
+    return {"loss/bapo_clip_low": float(low), "loss/bapo_clip_high": float(high)} if high > 0.0 else {}
 
 
 def budget_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:

@@ -71,6 +71,8 @@ def step(**changes) -> dict:
         "mismatch": np.array([0.0, 0.0], np.float32),
         "engine_gap": np.array([0.5, -0.5], np.float32),
         "loss": 0.25,
+        "zero_weight_share": 0.0,
+        "clip_bounds": np.zeros(2),
         "grad_norm": 3.0,
         "token_sums": np.array([10.0, 101.0, 5.0, -20.0, 4.0, 1.0]),
         "gradient_norms": gradient(router=1.0, experts=2.0, norms=2.0, last_third=2.5),
@@ -94,6 +96,7 @@ STEPS = [
         rejected=np.array([1.0, 0.0], np.float32),
         engine_gap=np.array([1.5, -1.5], np.float32),
         loss=0.75,
+        zero_weight_share=0.25,
         grad_norm=1.0,
         token_sums=np.array([5.0, 50.0, 1.0, -10.0, 5.0, 2.0]),
         gradient_norms=gradient(router=1.0),
@@ -154,6 +157,7 @@ def test_step_metrics():
             "mismatch/weight_mean": 0.75,
             "mismatch/rejected_share": 0.375,
             "mismatch/dead_share": 0.0,  # one is dead, by its log W
+            "loss/zero_weight_share": 0.125,
             "train/loss": 0.5,
             "train/grad_norm": 2.0,
             "train/grad_norm_max": 3.0,
@@ -205,3 +209,13 @@ def test_budget_metrics_are_those_of_a_budget():
         "budget/held_share_positive": 0.0,
         "budget/held_share_negative": 1.0,
     }
+
+
+def test_bounds_that_bapo_has_chosen_are_means_over_the_steps():
+    steps = [
+        one | {"clip_bounds": np.array(b)} for one, b in zip(STEPS, ([0.6, 1.5], [0.7, 3.0]), strict=True)
+    ]
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert {name: value for name, value in metrics.items() if name.startswith("loss/")} == pytest.approx(
+        {"loss/bapo_clip_low": 0.65, "loss/bapo_clip_high": 2.25, "loss/zero_weight_share": 0.125}
+    )

@@ -39,6 +39,7 @@ def main() -> None:
         step = policy.train_step(policy.pack(samples))
         results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])
         results[f"{name} {aggregation} weight"] = step.phi
+        results[f"{name} {aggregation} chosen"] = np.array([step.zero_weight_share, *step.clip_bounds])
     hand_back(**results)
 
 
