@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 from random_task import VOCAB_SIZE
 
 LAYOUTS = {
@@ -21,13 +20,10 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
+def run(on_task):
     def start(layout: str, *flags: str):
         num_ranks, layout_flags = LAYOUTS[layout]
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-        arguments += [*layout_flags.split(), *flags]
-        folder = tmp_path_factory.mktemp("old-policy")
-        return launch(PROGRAMS / "old_policy.py", num_ranks, arguments, TIMEOUT_S, folder)
+        return on_task("old_policy.py", num_ranks, *layout_flags.split(), *flags)
 
     return start
 

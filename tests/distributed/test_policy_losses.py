@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
 
 LAYOUTS = {
     "small packs": (1, "--max-tokens-per-gpu 64"),
@@ -16,14 +15,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
-    def start(num_ranks: int, flags: str):
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags.split()]
-        return launch(
-            PROGRAMS / "losses.py", num_ranks, arguments, TIMEOUT_S, tmp_path_factory.mktemp("losses")
-        )
-
-    return start
+def run(on_task):
+    return lambda num_ranks, flags: on_task("losses.py", num_ranks, *flags.split())
 
 
 @pytest.fixture(scope="module")
