@@ -158,22 +158,10 @@ def megatron_names(layer_spec: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the file that transformers writes for such a model."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from tiny_qwen3_moe import tiny_qwen3_moe
 
-    config = Qwen3MoeConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-    )
     folder = tmp_path_factory.mktemp("hf")
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tiny_qwen3_moe().save_pretrained(folder)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
