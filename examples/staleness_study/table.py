@@ -71,7 +71,11 @@ def _tuned_cell(runs: Runs, variant: Variant, n: int) -> str:
     lr = tuned_learning_rate(runs, variant, n)
     if lr is None:
         return "-"
-    return f"{summary(test_runs(runs, variant, n, lr))} ({lr:.0e})".replace("e-0", "e-")
+    return f"{summary(test_runs(runs, variant, n, lr))} ({_plain(lr)})"
+
+
+def _plain(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def _header(first: str) -> list[str]:
@@ -131,11 +135,12 @@ def _one_n(runs: Runs) -> str:
 def _long(runs: Runs) -> str:
     rows = []
     for variant in design.VARIANTS:
-        lr = tuned_learning_rate(runs, variant, design.ONE_N)
-        found = test_runs(runs, variant, design.ONE_N, lr, design.LONG_STEPS) if lr else []
-        best = max((max(record["accuracy"]) for record in found), default=0.0)
-        rows.append([variant.label, summary(found), f"{100 * best:.1f}" if found else "-"])
-    return _markdown(["loss", "final", "best evaluation"], rows)
+        row = [variant.label]
+        for lr in (tuned_learning_rate(runs, variant, design.ONE_N), design.on_policy_learning_rate(runs)):
+            found = test_runs(runs, variant, design.ONE_N, lr, design.LONG_STEPS) if lr else []
+            row.append(f"{summary(found)} ({_plain(lr)})" if found else "-")
+        rows.append(row)
+    return _markdown(["loss", "tuned", "shared learning rate"], rows)
 
 
 def _mismatch(runs: Runs) -> str:

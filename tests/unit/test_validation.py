@@ -232,8 +232,9 @@ def test_real_numbers_are_positive(flags, flag, value):
         *(
             (
                 f"--mismatch-correction {name} --mismatch-bounds {bounds}",
-                f"--mismatch-bounds {bounds}: LOW must be at least 0, below HIGH, and {agreement}, which "
-                f"--mismatch-correction {name} compares where engine and trainer agree, between them",
+                f"--mismatch-bounds {bounds}: LOW must be at least 0, HIGH finite and above it, and "
+                f"{agreement}, which --mismatch-correction {name} compares where engine and trainer agree, "
+                "between them",
             )
             for name, bounds, agreement in (
                 ("tis", "-1 2", 1),
