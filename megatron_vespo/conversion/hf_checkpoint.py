@@ -58,7 +58,6 @@ class HFCheckpointReader:
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Fill `out`, uint8 [bytes of those rows]. Safe to call from several threads."""
         tensor = self._stored[name]
-        offset = tensor.offset + start * tensor.row_bytes
         assert out.nbytes == (stop - start) * tensor.row_bytes
         self._files.read(tensor.path, tensor.offset + start * tensor.row_bytes, out)
 
