@@ -201,7 +201,6 @@ def _copy_hf_files(
 ) -> None:
     """Configuration and tokenizer; the configuration says which dtype the weights have now."""
     copy_companions(source.hf_folder, folder)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it spoke of other files
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
     config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
