@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = 8  # completions a prompt
 PROMPTS_PER_STEP = 4  # 32 completions an optimizer step
+ADVANTAGES = "group-mean-std"
 ROUTER_NOISE = 0.3
 EVALUATION_PROMPTS = 256
 EVALUATION_INTERVAL = 32  # optimizer steps; with more of them a rollout batch, after every batch
@@ -44,7 +45,7 @@ class Trial:
     prompts: str  # what it is evaluated on: "tuning" or "test"
     num_steps: int = 256
     options: tuple[str, ...] = ()  # more flags of megatron-vespo train
-    engine: str = "exact"  # or "fp8", "router-noise"
+    engine: str = "exact"  # or "fp8", "router-noise"; "sglang" in real_stack.py
 
     @property
     def key(self) -> str:
@@ -59,7 +60,7 @@ def flags(trial: Trial, base: Path) -> list[str]:
         "--policy-loss", trial.method, *denominator,
         "--mini-batches", str(trial.mini_batches),
         "--rollout-batch-size", str(trial.mini_batches * PROMPTS_PER_STEP),
-        "--num-completions", str(GROUP_SIZE),
+        "--num-completions", str(GROUP_SIZE), "--advantage-estimator", ADVANTAGES,
         "--train-iters", str(trial.num_steps), "--lr", str(trial.lr), "--seed", str(trial.seed + 1),
         "--max-prompt-tokens", str(running_sum.LENGTH + 1),
         "--max-completion-tokens", str(running_sum.MAX_RESPONSE),
@@ -132,7 +133,7 @@ class _Loop:
         repeated = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         completions = sample_responses(self._engine(), repeated, seed)
         rewards = np.array([completion.reward for completion in completions]).reshape(-1, GROUP_SIZE)
-        estimated = advantages.advantages(rewards, "group-mean-std").flatten()
+        estimated = advantages.advantages(rewards, ADVANTAGES).flatten()
         return [
             _training_sample(completion, float(advantage), i // GROUP_SIZE)
             for i, (completion, advantage) in enumerate(zip(completions, estimated, strict=True))
