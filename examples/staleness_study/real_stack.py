@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,9 @@ from safetensors.torch import load_file
 from sampler import Sampler, sample_responses
 from study import HERE, read_records, report
 from table import real_stack_trials
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
-from trial import EVALUATION_INTERVAL, EVALUATION_PROMPTS, EVALUATION_SEEDS, PROMPTS_PER_STEP, Trial, flags
+from task_files import write_model, write_prompts
+from transformers import Qwen3MoeConfig
+from trial import EVALUATION_INTERVAL, PROMPTS_PER_STEP, Trial, flags, held_out_prompts
 
 from megatron_vespo.types import Prompt
 
@@ -41,39 +42,13 @@ LAYOUT = [
     "--expert-model-parallel-size", "2",
     "--expert-tensor-parallel-size", "1",
 ]  # fmt: skip
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a digit; ids that no prompt uses have names that cannot pass for an answer."""
-    names = [*map(str, range(10)), "=", "<eos>"]
-    names += [f"<{i}>" for i in range(len(names), running_sum.VOCAB_SIZE)]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[-1]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-
-
-def write_model(base: Path, folder: Path) -> None:
-    """The base model with what SGLang and `megatron-vespo train` want beside the weights."""
-    shutil.copytree(base, folder)
-    tokenizer().save_pretrained(folder)
-    GenerationConfig(do_sample=True, eos_token_id=running_sum.EOS).save_pretrained(folder)
-
-
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    lines = [json.dumps({"question": prompt.text, "answer": prompt.answer}) for prompt in prompts]
-    path.write_text("\n".join(lines) + "\n")
+CURVES = {"reward": "reward/mean", "entropy": "train/entropy", "grad_norm": "train/grad_norm"}
 
 
 def train_prompts(trial: Trial) -> list[Prompt]:
     """As many as the run takes: none is seen twice, as in the study."""
     draw = np.random.default_rng([trial.seed, 1])
     return running_sum.prompts(running_sum.draw_digits(draw, trial.num_steps * PROMPTS_PER_STEP))
-
-
-def held_out_prompts(trial: Trial) -> list[Prompt]:
-    draw = np.random.default_rng(EVALUATION_SEEDS[trial.prompts])
-    return running_sum.prompts(running_sum.draw_digits(draw, EVALUATION_PROMPTS))
 
 
 def command_line(trial: Trial, folder: Path) -> list[str]:
@@ -103,17 +78,31 @@ def run(trial: Trial, base: Path, folder: Path) -> dict[str, Any]:
         check=True,
     )
     minutes = (time.monotonic() - started) / 60
-    evaluations = [row for row in read_records(folder / "run/metrics.jsonl") if "heldout/accuracy" in row]
     summary = json.loads((folder / "run/summary.json").read_text())
     return asdict(trial) | {
         "layout": {name: summary["layout"][name] for name in ("trainer_ranks", "tensor", "expert")},
-        "steps": [row["step"] for row in evaluations],
-        "accuracy": [round(row["heldout/accuracy"], 4) for row in evaluations],
+        **curves(read_records(folder / "run/metrics.jsonl")),
         "exported_accuracy": exported_accuracy(trial, folder / "run/hf"),
         "max_logprob_difference": summary["max_logprob_difference"],
         "error": None,
         "minutes": round(minutes, 1),
     }
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """One entry an evaluation, and one for the mean of what led to it, as in the study's records."""
+    found: dict[str, list[float]] = defaultdict(list)
+    since: list[dict[str, Any]] = []
+    for row in rows:
+        if "reward/mean" in row:
+            since.append(row)
+        if "heldout/accuracy" in row:
+            found["steps"].append(row["step"])
+            found["accuracy"].append(row["heldout/accuracy"])
+            for name, metric in CURVES.items() if since else ():
+                found[name].append(float(np.mean([one[metric] for one in since])))
+            since = []
+    return {name: [float(f"{value:.4g}") for value in values] for name, values in found.items()}
 
 
 def exported_accuracy(trial: Trial, hf: Path) -> float:

@@ -20,7 +20,7 @@ from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.types import Completion, TrainingSample
+from megatron_vespo.types import Completion, Prompt, TrainingSample
 
 if TYPE_CHECKING:
     from megatron_vespo.trainer.policy import MegatronPolicy, StepResult
@@ -68,6 +68,12 @@ def flags(trial: Trial, base: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def held_out_prompts(trial: Trial) -> list[Prompt]:
+    """What all runs on `trial.prompts` are evaluated on."""
+    draw = np.random.default_rng(EVALUATION_SEEDS[trial.prompts])
+    return running_sum.prompts(running_sum.draw_digits(draw, EVALUATION_PROMPTS))
+
+
 def run(trial: Trial, base: Path) -> dict[str, Any]:
     """Start Megatron in this process, train, and return the run's record."""
     # seconds to import, and not needed to plan a study or to read one
@@ -101,8 +107,7 @@ class _Loop:
         self._trial, self._policy = trial, policy
         self._config = Qwen3MoeConfig.from_pretrained(base)
         self._draw = np.random.default_rng([trial.seed, 1])
-        held_out = np.random.default_rng(EVALUATION_SEEDS[trial.prompts])
-        self._held_out = running_sum.prompts(running_sum.draw_digits(held_out, EVALUATION_PROMPTS))
+        self._held_out = held_out_prompts(trial)
         self._since_evaluation: list[dict[str, float]] = []
         self.curves: dict[str, list[float]] = defaultdict(list)
 

@@ -26,6 +26,7 @@ import real_stack  # noqa: E402
 import running_sum  # noqa: E402
 import sampler  # noqa: E402
 import table  # noqa: E402
+import task_files  # noqa: E402
 import trial as trials  # noqa: E402
 
 
@@ -91,11 +92,11 @@ def test_every_variant_gets_the_same_learning_rates():
 
 
 def test_tuning_and_test_prompts_differ():
-    digits = {
-        name: running_sum.draw_digits(np.random.default_rng(seed), trials.EVALUATION_PROMPTS)
-        for name, seed in trials.EVALUATION_SEEDS.items()
-    }
-    assert not set(map(bytes, digits["tuning"])) & set(map(bytes, digits["test"]))
+    tuning, test = (
+        {one.text for one in trials.held_out_prompts(trials.Trial("vespo", 1, 1e-4, 0, name))}
+        for name in ("tuning", "test")
+    )
+    assert len(tuning) == len(test) == 256 and not tuning & test
 
 
 def test_tables_of_a_whole_study():
@@ -147,10 +148,10 @@ REAL_TRIAL = trials.Trial("vespo", 16, 2e-4, 101, "test", engine="sglang")
 
 
 def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
-    tokenizer = real_stack.tokenizer()
+    tokenizer = task_files.tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    ours = real_stack.held_out_prompts(REAL_TRIAL)
-    real_stack.write_prompts(tmp_path / "prompts.jsonl", ours)
+    ours = trials.held_out_prompts(REAL_TRIAL)
+    task_files.write_prompts(tmp_path / "prompts.jsonl", ours)
     read = load_prompts(
         tmp_path / "prompts.jsonl",
         AutoTokenizer.from_pretrained(tmp_path),
@@ -171,13 +172,33 @@ def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
 
 
 def test_the_reward_of_a_text_is_that_of_its_tokens():
-    tokenizer = real_stack.tokenizer()
+    tokenizer = task_files.tokenizer()
     [prompt] = running_sum.prompts(np.full((1, running_sum.LENGTH), 2))
     assert prompt.answer == "8"
     for body in ([2, 8], [8, 2], [8], [], [8, running_sum.EQUALS], *([8, i] for i in range(12, 16))):
         text = tokenizer.batch_decode([[*body, running_sum.EOS]], skip_special_tokens=True)[0]
         expected = running_sum.reward(prompt, [*body, running_sum.EOS])
         assert running_sum.text_reward(text, prompt.answer, {}) == expected, (body, text)
+
+
+def test_curves_of_the_real_stack():
+    def batch(step: int, reward: float, **more) -> dict:
+        return {"step": step, "reward/mean": reward, "train/entropy": 0.1, "train/grad_norm": 0.2} | more
+
+    rows = [
+        {"step": 0, "heldout/accuracy": 0.25},
+        batch(16, 0.2),
+        batch(32, 0.4, **{"heldout/accuracy": 0.5}),
+        batch(48, 0.6, **{"heldout/accuracy": 0.75}),
+        {"step": 48, "check/last_sync_logprob_difference": 1e-6},
+    ]
+    assert real_stack.curves(rows) == {
+        "steps": [0, 32, 48],
+        "accuracy": [0.25, 0.5, 0.75],
+        "reward": [0.3, 0.6],
+        "entropy": [0.1, 0.1],
+        "grad_norm": [0.2, 0.2],
+    }
 
 
 def test_table_of_the_real_stack():
