@@ -166,12 +166,25 @@ def _mismatch(runs: Runs) -> str:
 
 
 def _real_stack(runs: Runs, real_stack: Runs) -> str:
+    """The in-process engine judges both; SGLang's own evaluations draw other samples of the same prompts."""
     rows = []
     labels = {variant.method: variant.label for variant in design.REAL_STACK_METHODS}
     for trial in real_stack_trials(runs):
         in_process, real = runs.get(replace(trial, engine="exact").key), real_stack.get(trial.key)
-        exported = f"{100 * real['exported_accuracy']:.1f}" if real else "-"
-        pair = [summary([record] if record else []) for record in (in_process, real)]
-        rows.append([labels[trial.method], str(trial.seed), *pair, exported])
-    header = ["loss", "seed", "in process, 1 rank", "SGLang, 2 ranks", "its last weights, in process"]
-    return _markdown(header, rows)
+        values = (
+            in_process and in_process["accuracy"][-1],
+            real and real["exported_accuracy"],
+            in_process and in_process["reward"][-1],
+            real and real["reward"][-1],
+            real and final_accuracy(real),
+        )
+        cells = [f"{100 * value:.1f}" if value is not None else "-" for value in values]
+        rows.append([labels[trial.method], str(trial.seed), *cells])
+    header = [
+        "last accuracy, in process",
+        "SGLang",
+        "last reward, in process",
+        "SGLang",
+        "SGLang's own final",
+    ]
+    return _markdown(["loss", "seed", *header], rows)

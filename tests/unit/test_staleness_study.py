@@ -63,7 +63,13 @@ def finished(trial: trials.Trial) -> dict:
     """A run whose accuracy is best at 2e-4, for every variant alike."""
     final = 0.7 - abs(np.log2(trial.lr / 2e-4)) / 10 + trial.seed / 1e4
     fields = dataclasses.asdict(trial) | {"options": list(trial.options)}
-    return {"key": trial.key, **fields, **record([0.3, final, final]), "steps": [0, 128, 256]}
+    return {
+        "key": trial.key,
+        **fields,
+        **record([0.3, final, final]),
+        "steps": [0, 128, 256],
+        "reward": [0.5, 0.68],
+    }
 
 
 def whole_study() -> list[dict]:
@@ -105,7 +111,7 @@ def test_tables_of_a_whole_study():
     # seeds 101 to 104: mean 71.025, standard deviation 0.0129, t 3.182 over the root of 4
     assert "71.0 ± 0.0 (2e-4)" in cells
     # no N = 1 run of losses that have the same gradient there
-    assert cells.count("-") == 4 + 4 + 4 + 3 * 6 + 8
+    assert cells.count("-") == 4 + 4 + 4 + 3 * 6 + 4 * 3
     assert "3 of 4: 0.0001, 0.0002, 0.0004" in cells or "4 of 4: 0.0001, 0.0002, 0.0004, 0.0008" in cells
 
 
@@ -205,10 +211,10 @@ def test_table_of_the_real_stack():
     runs = {one["key"]: one for one in whole_study()}
     planned = table.real_stack_trials(runs)
     assert [(one.method, one.seed) for one in planned[:3]] == [("vespo", 101), ("grpo", 101), ("vespo", 102)]
-    real = record([0.3, 0.6, 0.7], exported_accuracy=0.664)
+    real = record([0.3, 0.6, 0.7], exported_accuracy=0.664, reward=[0.5, 0.623])
     text = table.tables(runs, {planned[1].key: real})
-    assert "| VESPO | 101 | 71.0 | - | - |" in text
-    assert "| GRPO | 101 | 71.0 | 65.0 | 66.4 |" in text
+    assert "| VESPO | 101 | 71.0 | - | 68.0 | - | - |" in text
+    assert "| GRPO | 101 | 71.0 | 66.4 | 68.0 | 62.3 | 65.0 |" in text
 
 
 def test_demonstrations_go_on_from_their_slips():
