@@ -39,7 +39,9 @@ def start_ray(args: Namespace) -> None:
     try:
         _init(args)
     except Exception as error:  # where its own processes do not come up, Ray raises no narrower class
-        where = f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
+        where = (
+            f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
+        )
         raise RuntimeError(f"{where}: {' '.join(str(error).split())}") from error
 
 
