@@ -26,7 +26,9 @@ INSTALL_REQUIRES = [
     "safetensors",
     "tensorboard",
     "torch",
+    "tqdm",
     "transformers==5.19.0",
+    "xxhash",
 ]
 
 # NVIDIA Apex is not here: PyPI's `apex` is another project. Build it from github.com/NVIDIA/apex if you want
