@@ -141,8 +141,9 @@ def test_a_tensor_in_two_files(sharded):
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "{}", "[]", "", "\x00", '{"weight_map": null}', '{"weight_map": []}', '{"weight_map": {}}', "[" * 99_999,
-        '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../one.safetensors"}}', '{"weight_map": {"a": ".."}}',
+        "{", "{}", "[]", "", "\x00", '{"weight_map": null}', '{"weight_map": []}', '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../one.safetensors"}}', "[" * 99_999,
+        '{"weight_map": {"a": ".."}}',
         '{"weight_map": {"a": "/one.safetensors"}}', '{"weight_map": {"a": ""}}',
     ],
 )  # fmt: skip
