@@ -1,4 +1,4 @@
-"""Corruptions of checkpoints: each changes one thing in a folder, chosen by the random numbers, and says what."""
+"""Corruptions of checkpoints: each changes one thing in a folder, by the random numbers, and says what."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def other_name(folder: Path, rng: random.Random) -> str:
 
 
 def edited_header(folder: Path, rng: random.Random, edit: Callable[[dict, random.Random], str | None]) -> str:
-    """A well-formed header that says something else; `edit` returns the text to write, or None for the JSON."""
+    """Another header, well-formed or not; `edit` returns its text, or None for the JSON that it changed."""
     path = pick(folder, rng, "*.safetensors")
     length = header_bytes(path)
     content = path.read_bytes()

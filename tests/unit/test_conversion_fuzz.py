@@ -1,6 +1,6 @@
-"""Damaged checkpoints: refused in one line, or what is written is the intact one's content.
+"""Damaged checkpoints: refused in one line, or what is written is the content of the intact one.
 
-Where a manifest is beside the checkpoint there is no third way. Without one, a changed weight is only a weight.
+Where a manifest is beside the checkpoint there is no third way; without one, a weight is only a weight.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_refusal(text: str) -> None:
 
 
 def check_case(kind: str, damaged: Path, original: Path, room: Path) -> str:
-    """What became of it: 'refused', 'the same', or 'unknowable', where only weights differ and no manifest is."""
+    """What became of it: 'refused', 'the same', or 'unknowable': other weights, and no manifest."""
     to_other = "megatron-to-hf" if kind == "megatron" else "hf-to-megatron"
     out = room / "out"
     code, err = quietly(to_other, damaged, out)
