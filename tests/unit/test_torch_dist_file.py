@@ -170,13 +170,9 @@ def test_torchs_own_reader_agrees(tmp_path, architecture):
             assert state[address.key][address.index].equal(expected), name
     objects = {key: io.BytesIO() for key, value in stored.items() if isinstance(value, BytesStorageMetadata)}
     dcp.load(objects, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    common = objects.pop("common_state/shard_0_1")
-    common.seek(0)
-    (loaded,) = torch.load(common, weights_only=False)
-    assert loaded["args"].num_layers == 2 and loaded["checkpoint_version"] == 3.0
-    for value in objects.values():
-        value.seek(0)
-        assert torch.load(value) == [None]
+    (common,) = objects.pop("common_state/shard_0_1")
+    assert common["args"].num_layers == 2 and common["checkpoint_version"] == 3.0
+    assert objects and all(value == [None] for value in objects.values())
 
 
 @pytest.mark.parametrize("named", ["iter_0000007", "release"])
