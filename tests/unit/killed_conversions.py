@@ -21,11 +21,11 @@ from megatron_vespo.conversion import open_files, staging
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 # a tiny model: 37 tensors are read to be written, and as many to be proven
-MOMENTS = [("read", 1), ("read", 20), ("read", 60), ("sync", 1), ("sync", 4), ("rename", 1), ("rename", 2)]
+MOMENTS = [("read", 20), ("read", 60), ("sync", 2), ("rename", 1), ("rename", 2)]
 
 
 def strike(moment: tuple[str, int], signal_number: int) -> None:
-    """From now on, this process gets the signal when the moment has come; before the function does its work."""
+    """This process gets the signal when the moment has come, before the function does its work."""
     calls = 0
 
     def counted(name: str, function):
@@ -86,28 +86,31 @@ def case(room: Path, sources: tuple[Path, Path], command: str, name: str, moment
     return {
         "command": command, "signal": name, "moment": moment, "force": force, "code": code, "left": left,
         "before": before, "after": after, "again": again, "end": sorted(path.name for path in room.iterdir()),
-        "verified": in_fork(lambda: convert("verify", target)), "same": in_fork(lambda: convert("verify", target, new)),
+        "same": in_fork(lambda: convert("verify", target, new)),
     }  # fmt: skip
 
 
 def main(folder: Path) -> None:
     sys.stdout.flush()
     os.dup2(2, 1)  # what the command prints is of no interest
+    os.fsync = lambda descriptor: None  # slow, and the machine stays on
     config = tiny_config(MOE)
     hf = tuple(
         write_hf(folder / name, config, random_tensors(config, torch.bfloat16, seed))
         for seed, name in enumerate(("new", "old"))
     )
     megatron = (folder / "new megatron", folder / "old megatron")
-    for source, target in zip(hf, megatron, strict=True):
-        assert in_fork(lambda: convert("hf-to-megatron", source, target)) == 0
+    for pair in zip(hf, megatron, strict=True):
+        assert convert("hf-to-megatron", *pair) == 0  # here, so that forks find everything imported
     results, number = [], 0
     for command, sources in (("hf-to-megatron", hf), ("megatron-to-hf", megatron)):
         for name in SIGNALS:
             for force in (False, True):
                 for moment in MOMENTS:
                     if name == "interrupt" and (force or moment[0] != "read"):
-                        continue  # the same handler
+                        continue  # the same handler as for "terminate"
+                    if moment == ("rename", 2) and not force:
+                        continue  # there is no second one
                     number += 1
                     results.append(case(folder / f"room {number}", sources, command, name, moment, force))
     (folder / "results.json").write_text(json.dumps(results))

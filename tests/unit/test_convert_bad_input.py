@@ -105,8 +105,8 @@ def test_index_names_other_files(hf, file, tmp_path, refused):
         ),
         (torch.ones(16, 8), "mixes torch.bfloat16, torch.float32; --dtype makes them one"),
         (None, "tensor {} is missing"),
-        (torch.full((16, 8), torch.nan, dtype=torch.bfloat16), "{}[0:16] holds NaN or infinity"),
-        (torch.full((16, 8), torch.inf, dtype=torch.bfloat16), "{}[0:16] holds NaN or infinity"),
+        (torch.full((16, 8), torch.nan, dtype=torch.bfloat16), "{}[0:8] holds NaN or infinity"),
+        (torch.full((16, 8), torch.inf, dtype=torch.bfloat16), "{}[0:8] holds NaN or infinity"),
     ],
 )
 def test_wrong_tensor(single, value, expected, tmp_path, refused):
@@ -309,8 +309,9 @@ def test_no_megatron_checkpoint(tmp_path, hf, refused):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"num_experts": 4}, {"vocab_size": 12}, {"head_dim": 8},
-        {"hidden_size": 16}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}, {"moe_intermediate_size": 8},
+        {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"num_experts": 4}, {"vocab_size": 12},
+        {"hidden_size": 16}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}, {"head_dim": 8},
+        {"moe_intermediate_size": 8},
         {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     ],
 )  # fmt: skip

@@ -25,12 +25,9 @@ def results(tmp_path_factory) -> list[dict]:
 
 def test_killed(results):
     cases = [result for result in results if result["signal"] == "kill"]
-    assert len(cases) >= 2 * 13
+    assert len(cases) >= 2 * 9
     for result in cases:
         last = result["moment"] == (["rename", 2] if result["force"] else ["rename", 1])
-        if result["moment"] == ["rename", 2] and not result["force"]:
-            assert result["code"] == 0, "there is no second one"
-            continue
         assert result["code"] == -9, result
         if result["force"]:
             # between the renames it is at its other name, from where the next run takes it back
@@ -43,10 +40,8 @@ def test_killed(results):
 
 def test_terminated_or_interrupted(results):
     cases = [result for result in results if result["signal"] != "kill"]
-    assert len(cases) >= 2 * 16
+    assert len(cases) >= 2 * 11
     for result in cases:
-        if result["moment"] == ["rename", 2] and not result["force"]:
-            continue
         assert result["code"] == 130, result
         assert result["after"] == result["before"], result
         assert result["left"] == (["target"] if result["force"] else []), result
@@ -56,4 +51,4 @@ def test_terminated_or_interrupted(results):
 def test_in_the_end_everything_is_there(results):
     for result in results:
         assert result["end"] == ["target"], result
-        assert result["verified"] == result["same"] == 0, result
+        assert result["same"] == 0, result

@@ -60,8 +60,9 @@ def test_the_range_is_one_archive(tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        [torch.ones(2)], {"a": torch.ones(2)}, None, 3, torch.ones(2, dtype=torch.int32), torch.ones(2, 3).T,
-        torch.ones(4)[1:3], torch.ones(1).expand(4), torch.nn.Parameter(torch.ones(2)), torch.ones(2).to_sparse(),
+        [torch.ones(2)], {"a": torch.ones(2)}, None, 3, torch.ones(2, dtype=torch.int32),
+        torch.ones(2, 3).T, torch.ones(4)[1:3], torch.ones(1).expand(4), torch.ones(2).to_sparse(),
+        torch.nn.Parameter(torch.ones(2)),
     ],
 )  # fmt: skip
 def test_other_values_are_refused(tmp_path, value):
