@@ -20,7 +20,7 @@ import torch
 from corruptions import CASES, files
 from tiny_checkpoints import MOE, convert, random_tensors, tiny_config, write_hf
 
-ROUNDS = 2  # of every corruption, each at another place
+ROUNDS = 7  # of every corruption, each at another place
 MEMORY = 12 * 2**30  # bytes; a damaged number must not be allocated
 LONGEST_S = 20  # of one case, on a busy machine
 
