@@ -70,8 +70,9 @@ def arguments_of(config: Config, family: Family) -> dict[str, Any]:
         raise ValueError(
             f"num_experts_per_tok {sizes['moe_router_topk']} is more than num_experts {sizes['num_experts']}"
         )
-    if sizes["num_layers"] * sizes.get("num_experts", 1) > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {sizes['num_layers']}, more than any model has")
+    layers, experts = sizes["num_layers"], sizes.get("num_experts", 1)
+    if layers * experts > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers x experts is {layers} x {experts}, more than any model has")
     epsilon = config.get("rms_norm_eps")
     if not _is_number(epsilon) or not 0 < epsilon < 1:
         raise ValueError(f"rms_norm_eps is {epsilon!r}, must be a number between 0 and 1")

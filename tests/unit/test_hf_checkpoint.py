@@ -1,18 +1,15 @@
 """HF checkpoint folders: reading, writing, and what transformers makes of the result."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vespo.conversion.buckets import buckets
-from megatron_vespo.conversion.hf_checkpoint import (
-    INDEX_NAME,
-    HFCheckpointReader,
-    finish_checkpoint,
-    write_shards,
-)
+from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME, HFCheckpointReader
+from megatron_vespo.conversion.hf_shards import finish_checkpoint, write_shards
 
 A = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
 B = torch.tensor([0.5, -0.5])
@@ -38,11 +35,29 @@ def sharded(tmp_path):
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
 def test_reads_both_layouts(layout, request):
-    with HFCheckpointReader(request.getfixturevalue(layout)) as reader:
-        assert reader.names() == {"a", "b"}
+    folder = request.getfixturevalue(layout)
+    with HFCheckpointReader(folder) as reader:
+        found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+        assert found == {"a": (torch.bfloat16, (2, 3)), "b": (torch.float32, (2,))}
         assert reader.get("b").equal(B)
         assert reader.get("a").equal(A)
         assert reader.get("a").dtype == torch.bfloat16
+        path, offset = reader.place("a")
+        assert path.read_bytes()[offset : offset + 12] == A.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_reads_rows(layout, request):
+    with HFCheckpointReader(request.getfixturevalue(layout)) as reader:
+        out = torch.zeros(6, dtype=torch.uint8)
+        reader.read_rows("a", 1, 2, out)
+        assert out.view(torch.bfloat16).equal(A[1])
+
+
+def refused(folder) -> str:
+    with pytest.raises(ValueError) as error:
+        HFCheckpointReader(folder)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
@@ -50,66 +65,91 @@ def test_missing_tensor_is_named(layout, request):
     folder = request.getfixturevalue(layout)
     with (
         HFCheckpointReader(folder) as reader,
-        pytest.raises(ValueError, match=f"^--hf-checkpoint {folder}: tensor c is missing$"),
+        pytest.raises(ValueError, match=f"^{folder}: tensor c is missing$"),
     ):
         reader.get("c")
 
 
 def test_missing_file_is_named_before_anything_is_read(sharded):
     (sharded / "two.safetensors").unlink()
-    with pytest.raises(ValueError) as error:
-        HFCheckpointReader(sharded)
-    missing = sharded / "two.safetensors"
-    assert (
-        str(error.value)
-        == f"--hf-checkpoint: {sharded / INDEX_NAME} names files that do not exist: {missing}"
-    )
+    assert refused(sharded) == f"{sharded / INDEX_NAME} names files that do not exist: two.safetensors"
 
 
 def test_a_folder_without_weights(tmp_path):
-    with pytest.raises(ValueError) as error:
-        HFCheckpointReader(tmp_path)
-    assert str(error.value) == (
-        f"--hf-checkpoint {tmp_path}: neither {INDEX_NAME} nor model.safetensors is there"
+    nothing = f"{tmp_path}: neither {INDEX_NAME} nor model.safetensors is there"
+    assert refused(tmp_path) == nothing
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert refused(tmp_path) == (
+        f"{nothing}; pytorch_model.bin is a pickle, which is not read: save it as safetensors first"
     )
 
 
-def truncate(path) -> None:
+def test_no_folder(tmp_path):
+    assert refused(tmp_path / "none") == f"{tmp_path / 'none'} is no folder"
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"), [("single", "model.safetensors"), ("sharded", "two.safetensors")]
+)
+def test_truncated_file(layout, file, request):
+    path = request.getfixturevalue(layout) / file
+    size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-4])
+    assert refused(path.parent) == (
+        f"{path} has {size - 4} bytes, by its header it should have {size}: it is cut short"
+    )
 
 
-def test_truncated_single_file(single):
-    truncate(single / "model.safetensors")
-    with pytest.raises(ValueError, match=f"^--hf-checkpoint: cannot read {single}/model.safetensors: "):
-        HFCheckpointReader(single)
+def test_a_file_that_shrinks_while_it_is_read(single):
+    path = single / "model.safetensors"
+    with HFCheckpointReader(single) as reader:
+        size = path.stat().st_size
+        path.write_bytes(path.read_bytes()[:-4])
+        last = max(reader.tensors, key=lambda name: reader.place(name)[1])
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is cut short at byte {size - 4}$"):
+            reader.get(last)
 
 
-def test_truncated_shard(sharded):
-    truncate(sharded / "two.safetensors")
-    with HFCheckpointReader(sharded) as reader:
-        assert reader.get("a").equal(A)
-        with pytest.raises(
-            ValueError, match=f"^--hf-checkpoint: cannot read b from {sharded}/two.safetensors: "
-        ):
-            reader.get("b")
+@pytest.mark.parametrize(
+    ("weight_map", "expected"),
+    [
+        (
+            {"a": "one.safetensors", "b": "one.safetensors"},
+            "{}: one.safetensors lacks b, which the index places there",
+        ),
+        (
+            {"a": "two.safetensors", "b": "two.safetensors"},
+            "{}: two.safetensors lacks a, which the index places there",
+        ),
+        (
+            {"a": "two.safetensors", "b": "one.safetensors"},
+            "{}/two.safetensors holds tensor b, which the index places in one.safetensors",
+        ),
+        ({"b": "one.safetensors"}, "{}/one.safetensors holds tensor a, which the index places in no file"),
+    ],
+)
+def test_an_index_that_is_wrong_about_a_file(sharded, weight_map, expected):
+    write_index(sharded, weight_map)
+    assert refused(sharded) == expected.format(sharded)
 
 
-def test_an_index_that_is_wrong_about_a_file(sharded):
-    write_index(sharded, {"a": "one.safetensors", "b": "one.safetensors"})
-    with (
-        HFCheckpointReader(sharded) as reader,
-        pytest.raises(ValueError, match=f"^--hf-checkpoint: cannot read b from {sharded}/one.safetensors: "),
-    ):
-        reader.get("b")
+def test_a_tensor_in_two_files(sharded):
+    save_file({"a": A, "b": B}, sharded / "two.safetensors")
+    assert refused(sharded) == f"{sharded}: tensor a is in one.safetensors and in two.safetensors"
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "{}", "[]", "", "\x00", '{"weight_map": null}', '{"weight_map": []}', '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../one.safetensors"}}', "[" * 99_999,
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "/one.safetensors"}}', '{"weight_map": {"a": ""}}',
+    ],
+)  # fmt: skip
 def test_broken_index(tmp_path, text):
     (tmp_path / INDEX_NAME).write_text(text)
-    with pytest.raises(
-        ValueError, match=f"^--hf-checkpoint: {tmp_path / INDEX_NAME} is no index of safetensors: "
-    ):
-        HFCheckpointReader(tmp_path)
+    assert refused(tmp_path).startswith(f"{tmp_path / INDEX_NAME} ")
 
 
 def test_one_file_a_bucket(tmp_path):
@@ -179,7 +219,7 @@ def test_transformers_loads_what_was_written(tmp_path):
     model.save_pretrained(source)
     staging.mkdir()
     with HFCheckpointReader(source) as reader:
-        stream = [(name, reader.get(name)) for name in sorted(reader.names())]
+        stream = [(name, reader.get(name)) for name in sorted(reader.tensors)]
         total_size = sum(tensor.nbytes for _, tensor in stream)
         weight_map = write_shards(buckets(stream, max_bytes=total_size // 3), staging, "model")
     finish_checkpoint(source, staging, target, weight_map, total_size)
