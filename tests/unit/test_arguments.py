@@ -431,7 +431,12 @@ def test_help_megatron_lists_megatrons_flags(child):
     [
         (["--help"], 0, cli.USAGE, ""),
         ([], 2, cli.USAGE, ""),
-        (["serve"], 2, "", "megatron-vespo: no command 'serve'; there are: train, check layout\n"),
+        (
+            ["serve"],
+            2,
+            "",
+            "megatron-vespo: no command 'serve'; there are: train, check layout, convert, args\n",
+        ),
     ],
 )
 def test_commands(capsys, argv, code, stdout, stderr):

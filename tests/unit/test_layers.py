@@ -123,7 +123,7 @@ def test_ray_stays_in_cluster_and_entry_points(module):
 def test_megatron_stays_in_the_trainer(module):
     if part(module) == "trainer":
         return
-    if module == "arguments":
+    if module in ("arguments", "model_flags"):
         at_top = ast.Module([node for node in MODULES[module].body if not is_definition(node)], [])
         assert not imports_library(at_top, "megatron"), "only inside functions: --help must not wait for it"
         return
