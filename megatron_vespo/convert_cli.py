@@ -20,6 +20,7 @@ from megatron_vespo.conversion.convert import (
     megatron_to_hf,
 )
 from megatron_vespo.conversion.copying import DEFAULT_MEMORY, Budget
+from megatron_vespo.conversion.engine_folder import EngineFolder, opened_as_stored
 from megatron_vespo.conversion.ranks import Ranks, joined_ranks
 from megatron_vespo.conversion.sources import Source, opened
 from megatron_vespo.logits_check import check_logits
@@ -157,14 +158,14 @@ def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> in
 
 
 def _inspect(args: Namespace, ranks: Ranks) -> int:
-    with opened(args.source, args.hf_config) as source:
+    with opened_as_stored(args.source, args.hf_config) as source:
         lines = list(summary(source)) + (_listing(source) if args.tensors else [])
     if ranks.rank == 0:
         print("\n".join(lines))
     return 0
 
 
-def _listing(source: Source) -> list[str]:
+def _listing(source: Source | EngineFolder) -> list[str]:
     return [
         f"{name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         for name, tensor in source.tensors.items()
@@ -172,12 +173,12 @@ def _listing(source: Source) -> list[str]:
 
 
 def _verify(args: Namespace, ranks: Ranks) -> int:
-    with opened(args.source, args.hf_config) as a:
-        if args.other is None:
-            found = compare_with_manifest(a, _budget(args), args.quiet, ranks)
-        else:
-            with opened(args.other, args.hf_config) as b:
-                found = compare(a, b, _budget(args), args.quiet, ranks)
+    if args.other is None:
+        with opened_as_stored(args.source, args.hf_config) as stored:
+            found = compare_with_manifest(stored, _budget(args), args.quiet, ranks)
+    else:
+        with opened(args.source, args.hf_config) as a, opened(args.other, args.hf_config) as b:
+            found = compare(a, b, _budget(args), args.quiet, ranks)
     if ranks.rank == 0:
         for line in found.differences[:_MAX_LINES]:
             print(line)

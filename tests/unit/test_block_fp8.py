@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_vespo import cli
 from megatron_vespo.conversion.block_fp8 import DTYPE, BlockFP8Reader, quantise
 from megatron_vespo.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_vespo.conversion.family import family_of, shape_of
@@ -252,3 +253,38 @@ def check_rounding(weights: Tensor, values: Tensor, scales: Tensor) -> None:
     error = (values.float() * s - weights).abs()
     assert (error <= bound).all()
     assert error.max() > 0  # it is not the original
+
+
+def run(*words: object) -> int:
+    return cli.run(["convert", *map(str, words)])
+
+
+def test_the_folder_is_verified_and_inspected_but_not_converted(tmp_path, capsys):
+    _, folder = converted(tmp_path, "moe", torch.bfloat16)
+    assert run("verify", folder, "--quiet") == 0
+    assert "same: 65 tensors" in capsys.readouterr().out
+    assert run("inspect", folder) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["format"] == f"HF, quantised, {folder}"
+    assert lines["model"] == "Qwen3MoeForCausalLM"
+    assert lines["quantised"] == "fp8 e4m3 in blocks of [128, 128]"
+    assert lines["tensors"] == "65" and lines["manifest"] == "there"
+    assert lines["size"].endswith("as bfloat16, float8_e4m3fn")
+    for command in (("hf-to-megatron", folder, tmp_path / "back"), ("verify", folder, tmp_path / "hf")):
+        assert run(*command, "--quiet") == cli.EXIT_USER_ERROR
+        assert "config.json: quantization_config is there: it is a quantised" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # of the last tensor
+    file.write_bytes(data)
+    assert run("verify", folder, "--quiet") == 1
+    assert "its xxh3_128 is not the manifest's" in capsys.readouterr().out
+
+
+def test_verifying_without_a_manifest(tmp_path, capsys):
+    _, folder = converted(tmp_path, "dense", torch.bfloat16)
+    (folder / "manifest.json").unlink()
+    assert run("verify", folder) == cli.EXIT_USER_ERROR
+    assert f"{folder} has no manifest.json" in capsys.readouterr().err
