@@ -100,7 +100,9 @@ class Controller:
                 f"dynamic sampling: {len(batch.generated)} prompts gave {size - batch.shortfall} groups of "
                 f"different rewards; {batch.shortfall} without fill the batch of {size}"
             )
-        metrics = rollout_metrics(batch.generated) | (batch.metrics() if dynamic else {})
+        metrics = rollout_metrics(batch.generated, self.args.advantage_estimator) | (
+            batch.metrics() if dynamic else {}
+        )
         return batch.groups(), metrics | {"reward/error_count": float(num_errors)}
 
     def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:

@@ -30,6 +30,7 @@ EXIT_DIFFERENT = 1
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FP8 = "fp8"
 _MAX_LINES = 20
+_MAX_MESSAGE = 1000  # characters
 _DESCRIPTION = """\
 Convert checkpoints between HF (safetensors) and Megatron (torch_dist), and prove the result.
 
@@ -42,8 +43,20 @@ work.
 def main(argv: list[str]) -> int:
     """Exit code 0 only if the conversion is proven, or the checkpoints are the same."""
     args = _parser().parse_args(argv)
-    with joined_ranks() as ranks:
-        return args.run(args, ranks)
+    try:
+        with joined_ranks() as ranks:
+            return args.run(args, ranks)
+    except OSError as error:  # a full disk, a folder in a file's place
+        where = error.filename or getattr(args, "target", args.source)
+        raise ValueError(_one_line(f"{where}: {error.strerror}")) from error
+    except ValueError as error:
+        raise ValueError(_one_line(str(error))) from error
+
+
+def _one_line(text: str) -> str:
+    """Names in damaged files may be long and hold anything."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return plain if len(plain) <= _MAX_MESSAGE else plain[:_MAX_MESSAGE] + " ..."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,6 +164,8 @@ def _modelopt(args: Namespace, ranks: Ranks) -> int:
 def _budget(args: Namespace) -> Budget:
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least 1")
+    if not 0 < args.memory_budget < 2**20:
+        raise ValueError(f"--memory-budget {args.memory_budget}: a number of GiB")
     workers = {} if args.workers is None else {"workers": args.workers}
     return Budget(memory=int(args.memory_budget * 2**30), **workers)
 
@@ -174,8 +189,8 @@ def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
 
 
 def _megatron_to_hf(args: Namespace, ranks: Ranks) -> int:
-    if not args.max_shard_size > 0:
-        raise ValueError(f"--max-shard-size {args.max_shard_size}: it must be positive")
+    if not 0 < args.max_shard_size < 2**20:
+        raise ValueError(f"--max-shard-size {args.max_shard_size}: a positive number of GB")
     started = time.monotonic()
     max_shard_bytes = int(args.max_shard_size * 1e9)
     result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, max_shard_bytes)

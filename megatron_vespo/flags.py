@@ -14,7 +14,7 @@ from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 
 DESCRIPTION = """\
-Train an HF Qwen3-MoE checkpoint with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
+Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
 
 Three families of flags:
   the groups below          this program's own

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vespo.conversion.hf_shards import copy_companions
-from megatron_vespo.conversion.manifest import MANIFEST_NAME
 from megatron_vespo.conversion.sources import opened_hf
 from megatron_vespo.data.context_parallel import TokenLayout
 
@@ -62,7 +61,6 @@ def _cut(hf_folder: Path, target: Path) -> tuple[int, int]:
     """An HF checkpoint of the first layers alone; returns how many it has, of how many."""
     target.mkdir()
     copy_companions(hf_folder, target)
-    (target / MANIFEST_NAME).unlink(missing_ok=True)
     with opened_hf(hf_folder) as source:
         num_layers = min(NUM_LAYERS, source.shape.num_layers)
         shape = replace(source.shape, num_layers=num_layers)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.algorithms.advantages import has_variance
-from megatron_vespo.algorithms.diagnostics import ratio_metrics, weight_metrics
+from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.algorithms.diagnostics import ratio_metrics, share_dead_by, weight_metrics
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.types import Completion
 
 
-def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
+def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimator) -> dict[str, float]:
     """Of scored completions."""
     rewards = np.array([[completion.reward for completion in group] for group in groups])
     shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
@@ -22,7 +22,7 @@ def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
     return {
         "reward/mean": float(rewards.mean()),
         "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
-        "rollout/zero_advantage_share": float(1.0 - has_variance(shaped).mean()),
+        "rollout/zero_advantage_share": float((advantages(shaped, estimator) == 0.0).all(axis=1).mean()),
         "response/length_mean": float(lengths.mean()),
         "response/length_p90": float(np.quantile(lengths, 0.9)),
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
@@ -32,10 +32,11 @@ def rollout_metrics(groups: list[list[Completion]]) -> dict[str, float]:
 
 
 def step_metrics(
-    steps: list[dict[str, Any]], advantages: np.ndarray, lengths: np.ndarray
+    steps: list[dict[str, Any]], sample_advantages: np.ndarray, lengths: np.ndarray
 ) -> dict[str, float]:
-    """Of the optimizer steps of one rollout batch; `advantages` and `lengths` of the responses, in tokens,
-    are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy lag.
+    """Of the optimizer steps of one rollout batch; `sample_advantages` and `lengths` of the responses, in
+    tokens, are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy
+    lag.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -47,7 +48,10 @@ def step_metrics(
     sizes = [len(step["log_w"]) for step in steps]
     on_policy = np.repeat([step["lag"] == 0 for step in steps], sizes)
     metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy)
-    metrics |= weight_metrics(joined("phi"), advantages, lengths, np.repeat(np.arange(len(steps)), sizes))
+    metrics |= weight_metrics(
+        joined("phi"), sample_advantages, lengths, np.repeat(np.arange(len(steps)), sizes)
+    )
+    metrics |= share_dead_by(joined("correction"), joined("phi"))
     return (
         metrics
         | _token_metrics(steps)
@@ -56,6 +60,7 @@ def step_metrics(
             # means over responses of their tokens' mean
             "mismatch/weight_mean": float(joined("correction").mean()),
             "mismatch/rejected_share": float(joined("rejected").mean()),
+            "loss/zero_weight_share": mean("zero_weight_share"),
             "train/loss": mean("loss"),
             "train/entropy": mean("entropy"),
             "train/learning_rate": steps[-1]["learning_rate"],
@@ -65,6 +70,7 @@ def step_metrics(
             "policy/lag_mean": mean("lag"),
         }
         | budget_metrics(steps)
+        | _clip_metrics(steps)
     )
 
 
@@ -93,6 +99,12 @@ def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
         for group, norm in zip(GRADIENT_GROUPS, largest["gradient_norms"], strict=True)
         if norm > 0.0
     }
+
+
+def _clip_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the bounds that a loss has chosen; only BAPO chooses some."""
+    low, high = np.mean([step["clip_bounds"] for step in steps], axis=0)
+    return {"loss/bapo_clip_low": float(low), "loss/bapo_clip_high": float(high)} if high > 0.0 else {}
 
 
 def budget_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:

@@ -106,8 +106,8 @@ def _check_correction(args: Namespace) -> None:
         raise ValueError(f"{given} has no effect on --mismatch-correction {name}: leave it out")
     if not (0 <= bounds[0] <= correction.agreement <= bounds[1] < math.inf and bounds[0] < bounds[1]):
         raise ValueError(
-            f"{given}: LOW must be at least 0, below HIGH, and {correction.agreement:g}, which "
-            f"--mismatch-correction {name} compares where engine and trainer agree, between them"
+            f"{given}: LOW must be at least 0, HIGH finite and above it, and {correction.agreement:g}, "
+            f"which --mismatch-correction {name} compares where engine and trainer agree, between them"
         )
 
 

@@ -3,8 +3,10 @@
 tuning      every variant and N with every learning rate, judged on the tuning prompts
 test        fresh seeds at each variant's best learning rate, judged on the test prompts
 shared      fresh seeds at the learning rate that is best at N = 1, where it is not the variant's own
-long        three times the optimizer steps at N = 64, so that speed is not sold as stability
+long        three times the optimizer steps at N = 64, so that speed is not sold as stability; at either rate
 mismatch    engines unlike the trainer, crossed with the denominator of W and with corrections
+
+and real stack, which real_stack.py runs: cells of the first table with SGLang and several trainer ranks.
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ MISMATCH_OPTIONS = {
         "rollout + R3": (*ROLLOUT, "--routing-replay", "R3"),
     },
 }
+REAL_STACK_N, REAL_STACK_SEEDS = 16, TEST_SEEDS[:2]
+REAL_STACK_METHODS = (VARIANTS[0], VARIANTS[2])
 
 
 def cells() -> list[tuple[Variant, int]]:
@@ -90,8 +94,11 @@ def trials(records: Iterable[Record]) -> list[Trial]:
             lr = best_learning_rate([done[trial.key] for trial in tuning])
             first += [Trial(variant.method, n, lr, s, "test", options=variant.options) for s in TEST_SEEDS]
             if n == ONE_N and variant in VARIANTS:
+                # its own rate may win the short race alone
                 later += [
-                    Trial(variant.method, n, lr, s, "test", LONG_STEPS, variant.options) for s in LONG_SEEDS
+                    Trial(variant.method, n, rate, s, "test", LONG_STEPS, variant.options)
+                    for rate in sorted({lr, on_policy_learning_rate(done) or lr})
+                    for s in LONG_SEEDS
                 ]
             if n == MISMATCH_N and variant in MISMATCH_METHODS:
                 later = mismatch_trials(variant, lr) + later
@@ -137,4 +144,11 @@ def mismatch_trials(variant: Variant, lr: float) -> list[Trial]:
         for engine, cases in MISMATCH_OPTIONS.items()
         for options in cases.values()
         for seed in MISMATCH_SEEDS
+    ]
+
+
+def real_stack_trials(variant: Variant, lr: float) -> list[Trial]:
+    return [
+        Trial(variant.method, REAL_STACK_N, lr, seed, "test", options=variant.options, engine="sglang")
+        for seed in REAL_STACK_SEEDS
     ]

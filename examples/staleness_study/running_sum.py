@@ -47,3 +47,8 @@ def reward(prompt: Prompt, token_ids: list[int]) -> float:
     """1 if the response ends and its last token before the end is the sum of all digits."""
     ended = len(token_ids) > 1 and token_ids[-1] == EOS
     return float(ended and str(token_ids[-2]) == prompt.answer)
+
+
+def text_reward(response: str, answer: str, metadata: dict) -> float:
+    """The same of a decoded response, which lacks its end; one that has none gets nothing anyway."""
+    return float(response[-1:] == answer)

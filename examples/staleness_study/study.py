@@ -147,8 +147,11 @@ def _start_server() -> None:
 
 def report(results: Path) -> None:
     """Tables and pictures of the runs that are there."""
-    runs = {record["key"]: record for record in read_records(results / "runs.jsonl")}
-    (results / "tables.md").write_text(tables(runs))
+    runs, real_stack = (
+        {record["key"]: record for record in read_records(results / name)}
+        for name in ("runs.jsonl", "real_stack.jsonl")
+    )
+    (results / "tables.md").write_text(tables(runs, real_stack))
     plot_curves(runs, results / "curves_tuned.png", None, "At each cell's best learning rate")
     shared = design.on_policy_learning_rate(runs)
     if shared is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import design
 from design import Variant
@@ -16,8 +17,8 @@ T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182}
 Runs = dict[str, Record]  # by key
 
 
-def tables(runs: Runs) -> str:
-    """All of them; what has not been run is a dash."""
+def tables(runs: Runs, real_stack: Runs) -> str:
+    """All of them; what has not been run is a dash. `real_stack` are the runs of real_stack.py."""
     parts = [
         ("Tuned: fresh seeds and test prompts at each cell's best learning rate", _tuned(runs)),
         ("Shared: the learning rate that is best at N = 1", _shared(runs)),
@@ -25,6 +26,10 @@ def tables(runs: Runs) -> str:
         (f"More losses at N = {design.ONE_N}", _one_n(runs)),
         (f"Longer runs at N = {design.ONE_N}: {design.LONG_STEPS} steps", _long(runs)),
         (f"Engine mismatch at N = {design.MISMATCH_N}", _mismatch(runs)),
+        (
+            f"The same with SGLang and several ranks, at N = {design.REAL_STACK_N}",
+            _real_stack(runs, real_stack),
+        ),
     ]
     return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts)
 
@@ -52,6 +57,13 @@ def tuned_learning_rate(runs: Runs, variant: Variant, n: int) -> float | None:
     return design.best_learning_rate([runs[key] for key in keys]) if all(map(runs.get, keys)) else None
 
 
+def real_stack_trials(runs: Runs) -> list[Trial]:
+    """At the learning rates that the first table has; seed by seed, so that the first two compare losses."""
+    rates = [(v, tuned_learning_rate(runs, v, design.REAL_STACK_N)) for v in design.REAL_STACK_METHODS]
+    trials = [design.real_stack_trials(variant, lr) for variant, lr in rates if lr is not None]
+    return [trial for of_one_seed in zip(*trials, strict=True) for trial in of_one_seed]
+
+
 def test_runs(
     runs: Runs, variant: Variant, n: int, lr: float, num_steps: int = Trial.num_steps
 ) -> list[Record]:
@@ -71,7 +83,11 @@ def _tuned_cell(runs: Runs, variant: Variant, n: int) -> str:
     lr = tuned_learning_rate(runs, variant, n)
     if lr is None:
         return "-"
-    return f"{summary(test_runs(runs, variant, n, lr))} ({lr:.0e})".replace("e-0", "e-")
+    return f"{summary(test_runs(runs, variant, n, lr))} ({_plain(lr)})"
+
+
+def _plain(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def _header(first: str) -> list[str]:
@@ -131,11 +147,12 @@ def _one_n(runs: Runs) -> str:
 def _long(runs: Runs) -> str:
     rows = []
     for variant in design.VARIANTS:
-        lr = tuned_learning_rate(runs, variant, design.ONE_N)
-        found = test_runs(runs, variant, design.ONE_N, lr, design.LONG_STEPS) if lr else []
-        best = max((max(record["accuracy"]) for record in found), default=0.0)
-        rows.append([variant.label, summary(found), f"{100 * best:.1f}" if found else "-"])
-    return _markdown(["loss", "final", "best evaluation"], rows)
+        row = [variant.label]
+        for lr in (tuned_learning_rate(runs, variant, design.ONE_N), design.on_policy_learning_rate(runs)):
+            found = test_runs(runs, variant, design.ONE_N, lr, design.LONG_STEPS) if lr else []
+            row.append(f"{summary(found)} ({_plain(lr)})" if found else "-")
+        rows.append(row)
+    return _markdown(["loss", "tuned", "shared learning rate"], rows)
 
 
 def _mismatch(runs: Runs) -> str:
@@ -151,3 +168,28 @@ def _mismatch(runs: Runs) -> str:
                 row.append(summary([runs[t.key] for t in chosen if t.key in runs]))
             rows.append(row)
     return _markdown(["engine", "W against", *(v.label for v in design.MISMATCH_METHODS)], rows)
+
+
+def _real_stack(runs: Runs, real_stack: Runs) -> str:
+    """The in-process engine judges both; SGLang's own evaluations draw other samples of the same prompts."""
+    rows = []
+    labels = {variant.method: variant.label for variant in design.REAL_STACK_METHODS}
+    for trial in real_stack_trials(runs):
+        in_process, real = runs.get(replace(trial, engine="exact").key), real_stack.get(trial.key)
+        values = (
+            in_process and in_process["accuracy"][-1],
+            real and real["exported_accuracy"],
+            in_process and in_process["reward"][-1],
+            real and real["reward"][-1],
+            real and final_accuracy(real),
+        )
+        cells = [f"{100 * value:.1f}" if value is not None else "-" for value in values]
+        rows.append([labels[trial.method], str(trial.seed), *cells])
+    header = [
+        "last accuracy, in process",
+        "SGLang",
+        "last reward, in process",
+        "SGLang",
+        "SGLang's own final",
+    ]
+    return _markdown(["loss", "seed", *header], rows)

@@ -20,13 +20,14 @@ from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.types import Completion, TrainingSample
+from megatron_vespo.types import Completion, Prompt, TrainingSample
 
 if TYPE_CHECKING:
     from megatron_vespo.trainer.policy import MegatronPolicy, StepResult
 
 GROUP_SIZE = 8  # completions a prompt
 PROMPTS_PER_STEP = 4  # 32 completions an optimizer step
+ADVANTAGES = "group-mean-std"
 ROUTER_NOISE = 0.3
 EVALUATION_PROMPTS = 256
 EVALUATION_INTERVAL = 32  # optimizer steps; with more of them a rollout batch, after every batch
@@ -44,7 +45,7 @@ class Trial:
     prompts: str  # what it is evaluated on: "tuning" or "test"
     num_steps: int = 256
     options: tuple[str, ...] = ()  # more flags of megatron-vespo train
-    engine: str = "exact"  # or "fp8", "router-noise"
+    engine: str = "exact"  # or "fp8", "router-noise"; "sglang" in real_stack.py
 
     @property
     def key(self) -> str:
@@ -59,12 +60,18 @@ def flags(trial: Trial, base: Path) -> list[str]:
         "--policy-loss", trial.method, *denominator,
         "--mini-batches", str(trial.mini_batches),
         "--rollout-batch-size", str(trial.mini_batches * PROMPTS_PER_STEP),
-        "--num-completions", str(GROUP_SIZE),
+        "--num-completions", str(GROUP_SIZE), "--advantage-estimator", ADVANTAGES,
         "--train-iters", str(trial.num_steps), "--lr", str(trial.lr), "--seed", str(trial.seed + 1),
         "--max-prompt-tokens", str(running_sum.LENGTH + 1),
         "--max-completion-tokens", str(running_sum.MAX_RESPONSE),
         "--max-tokens-per-gpu", "8192", *trial.options,
     ]  # fmt: skip
+
+
+def held_out_prompts(trial: Trial) -> list[Prompt]:
+    """What all runs on `trial.prompts` are evaluated on."""
+    draw = np.random.default_rng(EVALUATION_SEEDS[trial.prompts])
+    return running_sum.prompts(running_sum.draw_digits(draw, EVALUATION_PROMPTS))
 
 
 def run(trial: Trial, base: Path) -> dict[str, Any]:
@@ -100,8 +107,7 @@ class _Loop:
         self._trial, self._policy = trial, policy
         self._config = Qwen3MoeConfig.from_pretrained(base)
         self._draw = np.random.default_rng([trial.seed, 1])
-        held_out = np.random.default_rng(EVALUATION_SEEDS[trial.prompts])
-        self._held_out = running_sum.prompts(running_sum.draw_digits(held_out, EVALUATION_PROMPTS))
+        self._held_out = held_out_prompts(trial)
         self._since_evaluation: list[dict[str, float]] = []
         self.curves: dict[str, list[float]] = defaultdict(list)
 
@@ -132,7 +138,7 @@ class _Loop:
         repeated = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         completions = sample_responses(self._engine(), repeated, seed)
         rewards = np.array([completion.reward for completion in completions]).reshape(-1, GROUP_SIZE)
-        estimated = advantages.advantages(rewards, "group-mean-std").flatten()
+        estimated = advantages.advantages(rewards, ADVANTAGES).flatten()
         return [
             _training_sample(completion, float(advantage), i // GROUP_SIZE)
             for i, (completion, advantage) in enumerate(zip(completions, estimated, strict=True))

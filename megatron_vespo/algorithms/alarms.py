@@ -19,7 +19,7 @@ REPEAT_AFTER = 20  # batches between two times that an alarm is said: seldom eno
 DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # of fewer samples one more or less dead one moves the share by over 6%
 # A tenth of the samples does all the work: a gradient of a batch ten times smaller.
 ESS = 0.1
-# Of var(log W); above it mismatch is the main cause, below it staleness.
+# Of var(log W); above it mismatch is the main cause, below it staleness. And of the dead, of a correction.
 MAIN_CAUSE = 0.5
 # "At the start" is so many batches: one alone is noisy, more would average over what has been learned.
 FIRST_BATCHES = 5
@@ -76,8 +76,15 @@ def _known(history: Sequence[Metrics], name: str) -> list[float]:
     return [metrics[name] for metrics in history if math.isfinite(_get(metrics, name))]
 
 
-def _cause(metrics: Metrics) -> tuple[str, str]:
-    """Which part of log W spreads it, and the remedy."""
+def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
+    """Which part of log W spreads it, and the remedy; where samples are dead, perhaps it is not log W."""
+    corrected = _get(metrics, "mismatch/dead_share")
+    if dead and corrected > MAIN_CAUSE:
+        # a correction multiplies the weight, and log W need not contain what it rejects
+        return (
+            f"--mismatch-correction alone kills {corrected:.0%} of the dead",
+            "use --routing-replay R3, the same precision in engine and trainer, or wider --mismatch-bounds",
+        )
     share = _get(metrics, "ratio/mismatch_share")
     against_mismatch = "use --ratio-denominator recomputed or --routing-replay R3"
     against_staleness = "use fewer --mini-batches or a lower --lr"
@@ -103,7 +110,7 @@ def dead_sequences(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None
     if not shares.get(worst, math.nan) > DEAD_SHARE:
         return None
     sign, bucket = worst.split("/")
-    explained, advice = _cause(metrics)
+    explained, advice = _cause(metrics, dead=True)
     message = f"{shares[worst]:.0%} of {sign} sequences of {bucket} tokens are dead; {explained}"
     return Alarm("dead_sequences", message, advice)
 
@@ -111,7 +118,7 @@ def dead_sequences(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None
 def ess_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
     if not _get(metrics, "weight/ess") < ESS:
         return None
-    explained, advice = _cause(metrics)
+    explained, advice = _cause(metrics, dead=_get(metrics, "weight/dead_share") > DEAD_SHARE)
     message = f"the effective sample size is {metrics['weight/ess']:.1%} of the samples; {explained}"
     parts = {name: value for name, value in metrics.items() if name.startswith("weight/ess/mini_batch_")}
     if parts:
@@ -204,6 +211,8 @@ def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
         return None
     if reward >= SOLVED_REWARD:
         advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
+    elif "rollout/generated_prompts" in metrics:  # --dynamic-sampling replaces them
+        advice = f"the mean reward is {reward:.2f}: take easier prompts or more --num-completions"
     else:
         advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --num-completions"
     return Alarm(

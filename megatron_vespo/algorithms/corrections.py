@@ -102,11 +102,16 @@ def reject_k3(mismatch: Mismatch, low: float, high: float) -> Tensor:
     inputs = mismatch.inputs
     sum_S = segment_sum(k3_T, inputs.sequence_ids_T, len(inputs.advantages_S), mismatch.group)
     mean_S = sum_S.double() / inputs.lengths_S
-    return inputs.per_token(((mean_S >= low) & (mean_S <= high)).double())
+    return inputs.per_token(_between(mean_S, low, high))
 
 
 def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:
-    return ((log_ratio >= _log(low)) & (log_ratio <= _log(high))).double()
+    return _between(log_ratio, _log(low), _log(high))
+
+
+def _between(values: Tensor, low: float, high: float) -> Tensor:
+    """1 or 0, but NaN where the value is: a weight of 0 would hide it."""
+    return ((values >= low) & (values <= high)).double().masked_fill(values.isnan(), torch.nan)
 
 
 def _log(bound: float) -> float:

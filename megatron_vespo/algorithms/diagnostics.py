@@ -94,6 +94,12 @@ def dead_share(weights: np.ndarray) -> float:
     return float((weights < DEAD_WEIGHT).mean())
 
 
+def share_dead_by(correction: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """Of the dead samples, those whose `correction`, which is a factor of the weight, is as small itself."""
+    dead = weights < DEAD_WEIGHT
+    return {"mismatch/dead_share": dead_share(correction[dead])} if dead.any() else {}
+
+
 def length_buckets(lengths: np.ndarray) -> np.ndarray:
     """Number of each length's bucket: 0 below SHORTEST_BUCKET, k from SHORTEST_BUCKET 2^(k - 1) on."""
     doublings = np.floor(np.log2(np.maximum(lengths, 1) / SHORTEST_BUCKET)).astype(np.int64)

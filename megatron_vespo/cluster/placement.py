@@ -35,7 +35,17 @@ class Placement:
 
 
 def start_ray(args: Namespace) -> None:
-    """Join `--ray-address`, or start a Ray of our own on this machine."""
+    """Join `--ray-address`, or start a Ray of our own on this machine; RuntimeError if that fails."""
+    try:
+        _init(args)
+    except Exception as error:  # where its own processes do not come up, Ray raises no narrower class
+        where = (
+            f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
+        )
+        raise RuntimeError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _init(args: Namespace) -> None:
     if args.ray_address:
         ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR")
         return

@@ -60,6 +60,7 @@ class BlockFP8Reader:
     """The tensors of another reader, quantised as they are read."""
 
     def __init__(self, reader: TensorReader, tensors: Mapping[str, TensorInfo]):
+        self.folder = reader.folder
         self._reader, self._plain = reader, tensors
         self._tensors: dict[str, TensorInfo] = {}
         for name, info in tensors.items():

@@ -69,9 +69,6 @@ class ChunkIndex:
         where = f"{self.folder}: {address.key}" + (f" at {list(address.index)}" if address.index else "")
         if sum(chunk.size for chunk in chunks) != len(rows) * len(columns):
             raise ValueError(f"{where}: its chunks do not add up to its {len(rows)} x {len(columns)} values")
-        for chunk in chunks:
-            if chunk.rows.stop > rows.stop or chunk.columns.stop > columns.stop:
-                raise ValueError(f"{where}: a chunk reaches beyond it")
         if any(a.overlaps(b) for a, b in combinations(chunks, 2)):
             raise ValueError(f"{where}: two of its chunks overlap")
         return chunks
@@ -93,6 +90,8 @@ class ChunkIndex:
                 raise ValueError(
                     f"{self.folder}: {METADATA_NAME} does not say where {key} at {list(offsets)} is stored"
                 )
+            if any(o + s > size for o, s, size in zip(offsets, sizes, self.size(key), strict=True)):
+                raise ValueError(f"{self.folder}: the chunk of {key} at {list(offsets)} reaches beyond it")
             if Path(place.relative_path).name != place.relative_path:
                 raise ValueError(
                     f"{self.folder}: {METADATA_NAME} names {place.relative_path!r}, no plain file name"

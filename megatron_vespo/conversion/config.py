@@ -29,8 +29,10 @@ def read_unchecked(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: no config.json there; it must be an HF checkpoint folder")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON object was expected, not a {type(config).__name__}")
     return config

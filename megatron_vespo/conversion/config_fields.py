@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from megatron_vespo.conversion.table import Family
@@ -32,6 +31,8 @@ _NEUTRAL = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
 }
+_HUGE = 1e300  # no number of a config is; NaN is not below it either
+_MOST_LAYERS = 10**6  # times experts: a list of them all has to fit into memory
 # names, token ids, how the model was made or is used: none is part of what it computes
 _HARMLESS = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
@@ -69,6 +70,8 @@ def arguments_of(config: Config, family: Family) -> dict[str, Any]:
         raise ValueError(
             f"num_experts_per_tok {sizes['moe_router_topk']} is more than num_experts {sizes['num_experts']}"
         )
+    if sizes["num_layers"] * sizes.get("num_experts", 1) > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {sizes['num_layers']}, more than any model has")
     epsilon = config.get("rms_norm_eps")
     if not _is_number(epsilon) or not 0 < epsilon < 1:
         raise ValueError(f"rms_norm_eps is {epsilon!r}, must be a number between 0 and 1")
@@ -142,7 +145,7 @@ def _check_divides(divisor: int, what: str, number: int, of_what: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 def _rope(config: Config) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Result:
 
 def hf_to_megatron(source_path: Path, target: Path, options: Options, ranks: Ranks) -> Result:
     """Write `target` so that Megatron's --load finds the weights there at any layout."""
+    _check_apart(target, source_path)
     with opened_hf(source_path) as source:
         infos = _output_infos(source, options.dtype)
         with staged(target, _total(infos), options.force, ranks) as staging:
@@ -83,6 +84,7 @@ def megatron_to_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Result:
     """Write `target` as transformers and SGLang load it. `hf_config`: see `sources.opened_megatron`."""
+    _check_apart(target, source_path, *([hf_config] if hf_config else []))
     with opened_megatron(source_path, hf_config) as source:
         reader: TensorReader = source.reader
         if options.dtype == block_fp8.DTYPE:
@@ -98,6 +100,13 @@ def megatron_to_hf(
             with HFCheckpointReader(staging) as reader:
                 proven = _proven(reader, digests, source, staging, options, ranks)
             return _result(proven, infos, (staging, source.folder), options, ranks)
+
+
+def _check_apart(target: Path, *sources: Path) -> None:
+    """--force would delete what is being read."""
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise ValueError(f"{target} is or holds {source}, which is read: the result needs another place")
 
 
 def _output_infos(source: Source, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
@@ -192,7 +201,6 @@ def _copy_hf_files(
 ) -> None:
     """Configuration and tokenizer; the configuration says which dtype the weights have now."""
     copy_companions(source.hf_folder, folder)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it spoke of other files
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
     config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -11,16 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME
+from megatron_vespo.conversion.manifest import MANIFEST_NAME
 
 # everything but the weights: configuration, tokenizer, chat template, licence
 _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Configuration and tokenizer of an HF folder; not its index, which speaks of other files."""
+    """Configuration and tokenizer of an HF folder; not its index and manifest, which speak of its files."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
-            if path.name != INDEX_NAME:
+            if path.name not in (INDEX_NAME, MANIFEST_NAME):
                 shutil.copyfile(path, target / path.name)
 
 

@@ -40,6 +40,6 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
             {"dtype", "shape", "hash"} <= entry.keys() for entry in tensors.values()
         ):
             raise ValueError(f"its hashes are not {HASH}, or an entry lacks something")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is no manifest: {error}") from error
     return tensors

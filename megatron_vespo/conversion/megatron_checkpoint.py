@@ -35,7 +35,9 @@ def checkpoint_folder(path: Path) -> Path:
             f"{path} is no Megatron checkpoint: neither {METADATA_NAME} nor {TRACKER_NAME} there"
         )
     named = tracker.read_text(errors="replace").strip()
-    folder = path / (f"iter_{int(named):07d}" if named.isascii() and named.isdigit() else RELEASE)
+    if named != RELEASE and not (named.isascii() and named.isdigit() and len(named) < 20):
+        raise ValueError(f"{tracker} says {named[:40]!r}, neither {RELEASE!r} nor a number")
+    folder = path / (RELEASE if named == RELEASE else f"iter_{int(named):07d}")
     if not (folder / METADATA_NAME).is_file():
         raise ValueError(f"{tracker} says {named[:40]!r}, but {folder} has no {METADATA_NAME}")
     return folder
@@ -63,6 +65,7 @@ class MegatronCheckpointReader:
         self._sources: dict[str, list[_Source]] = defaultdict(list)
         self._chunks: dict[Address, list[Chunk]] = {}
         self._located: dict[tuple[Path, int], StoredChunk] = {}
+        self._taken: set[tuple[Path, int, int]] = set()
         self._files = OpenFiles()
         hf_shapes = family.hf_tensors(shape)
         tensors: dict[str, TensorInfo] = {}
@@ -140,6 +143,13 @@ class MegatronCheckpointReader:
                 f"by the HF config it should be {list(expected)}"
             )
         self._chunks[address] = self._index.chunks(address)
+        for chunk in self._chunks[address]:
+            place = (chunk.path, chunk.offset, chunk.before)
+            if place in self._taken:
+                raise ValueError(
+                    f"{chunk.path}: the chunk at byte {chunk.offset} is said to be two parameters"
+                )
+            self._taken.add(place)
         for run in row_runs(mapping, [shape[0] for shape in shapes]):
             hf_name = mapping.hf_names[run.hf_index]
             rows_here = range(run.hf_start, run.hf_start + run.rows)

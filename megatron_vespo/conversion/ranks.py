@@ -37,13 +37,14 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        failures = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
+        theirs = isinstance(failure, ValueError | OSError)  # the user's: data or disk
+        failures = self.gather(None if failure is None else (theirs, str(failure)))
         if failure is not None:
             raise failure
         for rank, other in enumerate(failures):
             if other is not None:
-                kind, text = other
-                raise (ValueError if kind == "ValueError" else RuntimeError)(f"rank {rank}: {text}")
+                theirs, text = other
+                raise (ValueError if theirs else RuntimeError)(f"rank {rank}: {text}")
         return self.gather(result)
 
     def on_first(self, work: Callable[[], T]) -> T:

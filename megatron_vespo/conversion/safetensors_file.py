@@ -71,21 +71,29 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER):
                 raise ValueError(f"{path} is no safetensors file, or is cut short inside its header")
-            header = json.loads(file.read(header_bytes), object_pairs_hook=_without_duplicates)
+            header = _parsed(path, file.read(header_bytes))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {name: _stored(path, 8 + header_bytes, name, entry) for name, entry in entries.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its safetensors header is not a JSON object: {error}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     _check_tiling(path, tensors, 8 + header_bytes, file_bytes)
     return tensors
 
 
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its safetensors header is not a JSON object: {error}") from error
+    return header
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise AttributeError("a name appears twice")
+        raise ValueError("a name appears twice")
     return found
 
 

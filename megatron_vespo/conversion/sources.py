@@ -88,6 +88,7 @@ def opened_hf(path: Path) -> Iterator[Source]:
     family, shape = family_of(config), shape_of(config)
     with HFCheckpointReader(path) as reader:
         check_tensors(path, reader, family.hf_tensors(shape), shape.tied_embeddings)
+        _check_dtypes(path, reader)
         yield Source("HF", path, path, config, family, shape, reader)
 
 
@@ -101,13 +102,14 @@ def opened_megatron(path: Path, hf_config: Path | None = None) -> Iterator[Sourc
     config = read_hf_config(hf_folder)
     family, shape = family_of(config), shape_of(config)
     with MegatronCheckpointReader(folder, family, shape) as reader:
+        _check_dtypes(folder, reader)
         yield Source("Megatron", folder, hf_folder, config, family, shape, reader)
 
 
 def check_tensors(
     folder: Path, reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool
 ) -> None:
-    """ValueError naming a tensor that is missing, one too many, or of another shape or dtype."""
+    """ValueError naming a tensor that is missing, of another shape, or one too many."""
     found = reader.tensors
     missing = [name for name in expected if name not in found]
     if missing:
@@ -122,10 +124,12 @@ def check_tensors(
             raise ValueError(
                 f"{folder}: tensor {name} is {found[name].shape}, by config.json it should be {shape}"
             )
-        if found[name].dtype not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"{folder}: tensor {name} is {found[name].dtype}, no float32, float16 or bfloat16"
-            )
+
+
+def _check_dtypes(folder: Path, reader: TensorReader) -> None:
+    for name, tensor in reader.tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}, no float32, float16 or bfloat16")
 
 
 def _and_others(names: list[str]) -> str:

@@ -1,13 +1,14 @@
 """Rows of HF tensors: the unit in which conversion, proof and comparison move bytes.
 
 A reader of any format has `tensors`, {HF name: TensorInfo}, and `read_rows(name, start, stop, out)`, which
-fills uint8 `out` with those rows' bytes.
+fills uint8 `out` with those rows' bytes. Its `folder` is for messages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,8 @@ HASH = "xxh3_128"
 
 class TensorReader(Protocol):
     """Random access to HF-named tensors, whatever they are stored as."""
+
+    folder: Path
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -68,7 +71,8 @@ class SpanBuffer:
         reader.read_rows(span.name, span.start, span.stop, out)
         values = out.view(info.dtype).view(-1, *info.shape[1:]).to(dtype or info.dtype)
         if values.dtype.is_floating_point and values.dtype.itemsize > 1 and not values.isfinite().all():
-            raise ValueError(f"{span} holds NaN or infinity" + (f" as {dtype}" if dtype else ""))
+            cast = f" as {values.dtype}" if values.dtype != info.dtype else ""
+            raise ValueError(f"{reader.folder}: {span} holds NaN or infinity{cast}")
         return values
 
 

@@ -16,8 +16,13 @@ from pathlib import Path
 from megatron_vespo.conversion.ranks import Ranks
 
 _LOCK_NAME = ".lock"
-# one of them is in every folder that --force may replace
-_MARKS = ("manifest.json", "config.json", "latest_checkpointed_iteration.txt", ".metadata")
+# one of them is in every folder that --force may replace; config.json is in other folders too
+_MARKS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "latest_checkpointed_iteration.txt",
+    ".metadata",
+)
 _SPARE = 64 * 2**20  # bytes beside the tensors: indices, tokenizer
 
 
@@ -28,8 +33,8 @@ def staged(target: Path, num_bytes: int, force: bool, ranks: Ranks) -> Iterator[
     ValueError if `target` is there (unless `force`, and it is a checkpoint), cannot be written, or the disk
     lacks `num_bytes`. All ranks enter and leave together; rank 0 does the work.
     """
-    target = target.absolute()
-    staging = target.parent / f".{target.name}.incomplete"
+    target = target.resolve()  # what a link points to is replaced, not the link
+    staging = target.with_name(f".{target.name}.incomplete")
     locks: list[int] = []
     ranks.on_first(lambda: locks.append(_begin(target, staging, num_bytes, force)))
     try:
@@ -46,6 +51,9 @@ def staged(target: Path, num_bytes: int, force: bool, ranks: Ranks) -> Iterator[
 
 def _begin(target: Path, staging: Path, num_bytes: int, force: bool) -> int:
     """Returns the descriptor that holds the lock."""
+    replaced = _replaced(target)
+    if replaced.is_dir() and not target.exists():
+        replaced.rename(target)  # a run was killed between its two renames
     if target.exists():
         if not force:
             raise ValueError(f"{target} is already there; --force replaces it")
@@ -65,7 +73,7 @@ def _begin(target: Path, staging: Path, num_bytes: int, force: bool) -> int:
         raise ValueError(f"another process is writing {target}") from error
     for left in staging.iterdir():  # of a run that was killed
         if left.name != _LOCK_NAME:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     free = shutil.disk_usage(staging).free
     if free < num_bytes + _SPARE:
         os.close(lock)
@@ -79,18 +87,28 @@ def _begin(target: Path, staging: Path, num_bytes: int, force: bool) -> int:
 
 def _finish(target: Path, staging: Path) -> None:
     """Everything to the disk, then the new name; an older folder goes once the new one has its place."""
-    (staging / _LOCK_NAME).unlink()
     for folder, _, files in os.walk(staging):
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
-    old = staging.with_name(f".{target.name}.replaced")
+    old = _replaced(target)
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    staging.rename(target)
+    try:
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    (target / _LOCK_NAME).unlink()  # held until here: nobody else may clear the folder away
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """Where the older folder is while the new one takes its place."""
+    return target.with_name(f".{target.name}.replaced")
 
 
 def sync(path: Path) -> None:

@@ -15,11 +15,12 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_vespo.conversion.safetensors_file import DTYPES
 
@@ -45,9 +46,20 @@ _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
 }
 _LOCAL_HEADER = 30  # bytes, and the lengths of two variable fields are its last four
+_END_RECORD = 22  # bytes, when no comment follows
+_EXTRA_FIELDS = (b"FB", b"\x01\x00")  # torch's padding, and sizes above 4 GiB
+_MAX_PICKLE = 2**16  # bytes of one tensor's description
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """In Python: the one in C takes the memory that a damaged file asks for, 64 GiB for a flipped bit."""
+
+    dispatch = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+
+class _MetadataUnpickler(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
@@ -66,15 +78,40 @@ def read_metadata(folder: Path) -> Metadata:
     """ValueError for a file that is absent, broken, or holds anything but metadata."""
     path = folder / METADATA_NAME
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-            raise pickle.UnpicklingError("it holds no Metadata")
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        _check_metadata(metadata)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is no metadata of a torch_dist checkpoint: {error}") from error
     return metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    """A damaged pickle may hold anything anywhere; whoever reads on relies on these types."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError("it holds no Metadata")
+    for key, stored in metadata.state_dict_metadata.items():
+        known = isinstance(stored, BytesStorageMetadata) or (
+            isinstance(stored, TensorStorageMetadata)
+            and isinstance(stored.properties.dtype, torch.dtype)
+            and _are_sizes(stored.size)
+            and all(_are_sizes(chunk.offsets) and _are_sizes(chunk.sizes) for chunk in stored.chunks)
+        )
+        if not known or not isinstance(key, str):
+            raise ValueError(f"its entry of {key} is malformed")
+    for index, place in metadata.storage_data.items():
+        known = isinstance(index.fqn, str) and (index.offset is None or _are_sizes(index.offset))
+        if (
+            not known
+            or not isinstance(place.relative_path, str)
+            or not _are_sizes((place.offset, place.length))
+        ):
+            raise ValueError(f"it is malformed where it places {index.fqn}")
+
+
+def _are_sizes(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(type(number) is int and number >= 0 for number in numbers)
 
 
 class StoredChunk(NamedTuple):
@@ -93,7 +130,7 @@ class _PickledTensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _ChunkUnpickler(pickle.Unpickler):
+class _ChunkUnpickler(_Unpickler):
     """Takes a pickled tensor apart without making one."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -143,14 +180,12 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
             archive = io.BufferedReader(_FileRange(file.fileno(), offset, length))
             with zipfile.ZipFile(archive) as opened:
                 records = {name.partition("/")[2]: opened.getinfo(name) for name in opened.namelist()}
-                with opened.open(records["data.pkl"]) as pickled:
-                    tensor = _ChunkUnpickler(pickled).load()
+                _check_range(archive, length, records.values())
+                tensor = _pickled_tensor(opened, records)
                 kind, dtype, key, _, numel = tensor.storage
                 record = records[f"data/{key}"]
-            archive.seek(record.header_offset)
-            local = archive.read(_LOCAL_HEADER)
-            name_bytes, extra_bytes = struct.unpack_from("<HH", local, _LOCAL_HEADER - 4)
-        start = record.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
+                opened.open(record).close()  # is the same name at both of its places?
+            start = _data_start(archive, record)
         nbytes = math.prod(tensor.shape) * dtype.itemsize
         contiguous = torch.empty(tensor.shape, dtype=dtype, device="meta").stride()
         if (
@@ -166,3 +201,36 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
             f"{path}: the {length} bytes at {offset} are no tensor saved by torch: {error}"
         ) from error
     return StoredChunk(dtype, tuple(tensor.shape), path, offset + start)
+
+
+def _check_range(archive: io.BufferedReader, length: int, records: Iterable[zipfile.ZipInfo]) -> None:
+    """The archive is all of the range: zipfile would find one inside it too, a neighbour's."""
+    archive.seek(max(0, length - _END_RECORD))
+    ends = archive.read(4) == b"PK\5\6"
+    if not ends or min(record.header_offset for record in records) != 0:
+        raise ValueError("the archive begins or ends elsewhere")
+
+
+def _pickled_tensor(opened: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo]) -> _PickledTensor:
+    if max(records["data.pkl"].file_size, records["data.pkl"].compress_size) > _MAX_PICKLE:
+        raise ValueError("its data.pkl is too large")
+    if "byteorder" in records and opened.read(records["byteorder"]) != b"little":
+        raise ValueError("its bytes are not in little-endian order")
+    return _ChunkUnpickler(io.BytesIO(opened.read(records["data.pkl"]))).load()
+
+
+def _data_start(archive: io.BufferedReader, record: zipfile.ZipInfo) -> int:
+    """Behind the local header, whose extra fields have no checksum and are checked to be torch's."""
+    archive.seek(record.header_offset)
+    local = archive.read(_LOCAL_HEADER)
+    name_bytes, extra_bytes = struct.unpack_from("<HH", local, _LOCAL_HEADER - 4)
+    archive.read(name_bytes)
+    extra = archive.read(extra_bytes)
+    while extra:
+        if extra[:2] not in _EXTRA_FIELDS or len(extra) < 4:
+            raise ValueError("its local header is damaged")
+        size = 4 + int.from_bytes(extra[2:4], "little")
+        if size > len(extra):
+            raise ValueError("its local header is damaged")
+        extra = extra[size:]
+    return record.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes

@@ -5,9 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from megatron.training.global_vars import get_args
+
+from megatron_vespo.conversion.hf_shards import copy_companions
+from megatron_vespo.conversion.sources import HF_FOLDER
 
 
 def exists(folder: str | None) -> bool:
@@ -15,13 +19,20 @@ def exists(folder: str | None) -> bool:
 
 
 def save(args: Namespace, iteration: int, model, optimizer, scheduler, rollout_state: dict) -> None:
-    """One atomic unit: the state travels with the arguments, and the tracker file names the folder last."""
+    """One atomic unit: the state travels with the arguments, and the tracker file names the folder last.
+
+    The HF configuration and tokenizer follow, so that the checkpoint can be converted by itself.
+    """
     args.rollout_state = rollout_state
     args.iteration = iteration
     assert get_args() is args, "Megatron saves its global arguments"
     checkpointing.save_checkpoint(
         iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0
     )
+    if dist.get_rank() == 0:
+        folder = Path(checkpointing.get_checkpoint_name(args.save, iteration, return_base_dir=True))
+        (folder / HF_FOLDER).mkdir(exist_ok=True)
+        copy_companions(args.hf_checkpoint, folder / HF_FOLDER)
 
 
 def rollout_state(args: Namespace) -> dict | None:

@@ -108,9 +108,9 @@ class Packer:
     ) -> dict[str, np.ndarray]:
         """The [S] values handed back by the schedule, float32 [num_samples] each, the same on every rank."""
         table = torch.zeros(len(names), mini_batch.num_samples, device=device())
-        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            for row, name in zip(table, names, strict=True):
-                row[micro_batch.sample_indices] = output[name]
+        if outputs:  # on the last pipeline stage; one transfer of indices, each waits for the device
+            indices = [i for micro_batch in mini_batch.micro_batches for i in micro_batch.sample_indices]
+            table[:, indices] = torch.stack([torch.cat([o[name] for o in outputs]) for name in names])
         self.share(table)
         return dict(zip(names, table.cpu().numpy(), strict=True))
 

@@ -45,6 +45,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    zero_weight_share: float  # of the tokens, by the loss itself: clipped or masked
     entropy: float  # nats a loss token, of the policy before the step at the sampling temperature
     log_w: np.ndarray
     phi: np.ndarray  # in another loss than VESPO: what multiplies A grad log pi, its mean over the tokens
@@ -55,6 +56,7 @@ class StepResult:
     engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
     token_sums: np.ndarray  # float64 [len(TOKEN_SUMS)]; without pi_old the engine's are those of pi
     gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
+    clip_bounds: np.ndarray  # [2] float64, of the ratio, as the loss has chosen them; 0 if it chooses none
     padding_share: float
     imbalance: float
     kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0: used in this step; NaN without --vespo-budget
@@ -171,28 +173,39 @@ class MegatronPolicy:
             dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
         names = ("log_w", "phi", "correction", "rejected", "mismatch", "engine_gap", "engine_difference")
         columns = self._packer.gather_sequences(mini_batch, outputs, names)
-        sums = torch.zeros(5 + len(TOKEN_SUMS), dtype=torch.float64, device=device())
+        sums = torch.zeros(8 + len(TOKEN_SUMS), dtype=torch.float64, device=device())
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            for i, name in enumerate(("loss_sum", "loss_terms", "loss_count", "entropy_sum")):
+            for i, name in enumerate(("loss_sum", "loss_terms", "loss_count", "entropy_sum", "zero_weights")):
                 sums[i] += output[name]
-            sums[4] += micro_batch.num_loss_tokens
-            sums[5:] += output["token_sums"]
+            sums[5] += micro_batch.num_loss_tokens
+            sums[8:] += output["token_sums"]
+        sums[6:8] = self._chosen_bounds(outputs)
         self._packer.share(sums, self.groups.cp)
-        loss_sum, loss_terms, loss_count, entropy_sum, num_tokens, *of_tokens = sums.tolist()
+        values = sums.tolist()
+        loss_sum, loss_terms, loss_count, entropy_sum, zero_weights, num_tokens = values[:6]
         return StepResult(
             loss=loss_sum / loss_count,
             loss_terms=loss_terms / loss_count,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             num_tokens=int(num_tokens),
+            zero_weight_share=zero_weights / num_tokens,
             entropy=entropy_sum / num_tokens,
             **columns,
-            token_sums=np.array(of_tokens),
+            clip_bounds=np.array(values[6:8]),
+            token_sums=np.array(values[8:]),
             gradient_norms=group_norms.cpu().numpy(),
             **self._adaptive_kernel.step(columns["log_w"], mini_batch.advantages),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )
+
+    def _chosen_bounds(self, outputs: list[dict]) -> Tensor:
+        """The clip bounds of a loss that has adapted them, on one rank that knows them; 0 elsewhere."""
+        options = outputs[0]["options"] if outputs and self.groups.dp_cp.rank() == 0 else {}
+        if self.args.loss_function.adapt is None or "low" not in options:
+            return torch.zeros(2)
+        return torch.tensor([1.0 - options["low"], 1.0 + options["high"]], dtype=torch.float64)
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:

@@ -115,6 +115,7 @@ def policy_loss(
     reference_T = _reference(micro_batch, log_probs_T)
     inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, args)
     term = loss(inputs)
+    unweighted_T = (term.weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
     correction_T = args.correction(
         Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.engine_gap_S, inputs, cp_group)
     )
@@ -146,6 +147,8 @@ def policy_loss(
         "loss_sum": loss_sum.detach().clone(),
         "loss_terms": weighted_sum(term.loss_T.detach().abs(), inputs, args.loss_aggregation, longest),
         "loss_count": loss_count,
+        "zero_weights": unweighted_T.sum(),
+        "options": loss.options,  # a loss that adapts has chosen them
         "entropy_sum": entropies_T.detach().sum(),
         "token_sums": token_sums(inputs.log_ratio_T, engine_log_ratio_T, micro_batch.loss_mask_T),
     }
@@ -200,4 +203,5 @@ def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, a
 
 
 def _num_tokens(micro_batch: MicroBatch) -> Tensor:
-    return torch.tensor(micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)
+    # filled on the device: a copy from the host would wait for it, every micro-batch
+    return torch.full((), micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)

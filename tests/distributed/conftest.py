@@ -73,15 +73,25 @@ def task(tmp_path_factory, transformers_log_probs) -> Task:
 
 
 @pytest.fixture(scope="session")
-def train(task, tmp_path_factory) -> Callable[..., list[Result]]:
+def on_task(task, tmp_path_factory) -> Callable[..., list[Result]]:
+    """Run a program, by its file's name, with the task's model and samples."""
+
+    def run(program: str, num_ranks: int, *flags: str) -> list[Result]:
+        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags]
+        folder = tmp_path_factory.mktemp(Path(program).stem)
+        return launch(PROGRAMS / program, num_ranks, arguments, TIMEOUT_S, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(on_task) -> Callable[..., list[Result]]:
     """Run programs/train.py at a layout of LAYOUTS, with further flags."""
 
     def run(layout: str, *flags: str) -> list[Result]:
         num_ranks, layout_flags = LAYOUTS[layout]
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-        arguments += ["--max-tokens-per-gpu", "256", *TRAINING_FLAGS, *layout_flags.split(), *flags]
-        folder = tmp_path_factory.mktemp("train")
-        return launch(PROGRAMS / "train.py", num_ranks, arguments, TIMEOUT_S, folder)
+        more = ["--max-tokens-per-gpu", "256", *TRAINING_FLAGS, *layout_flags.split(), *flags]
+        return on_task("train.py", num_ranks, *more)
 
     return run
 

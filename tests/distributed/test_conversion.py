@@ -76,6 +76,5 @@ def test_round_trip_through_megatron(case, tmp_path):
         assert sorted(name for names in by_stage.values() for name in names) == everything
         checkpoint = saved
     back = tmp_path / "back"
-    command = ["convert", "megatron-to-hf", str(checkpoint), str(back), "--hf-config", str(hf), "--quiet"]
-    assert cli.run(command) == 0
+    assert cli.run(["convert", "megatron-to-hf", str(checkpoint), str(back), "--quiet"]) == 0
     assert cli.run(["convert", "verify", str(hf), str(back), "--quiet"]) == 0

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
 from random_task import split
 
 KERNEL = {True: (2.0, 3.0), False: (3.0, 2.0)}  # of the sign of the advantage
 
 
 @pytest.fixture(scope="module")
-def result(task, tmp_path_factory):
-    arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-    folder = tmp_path_factory.mktemp("denominators")
-    return launch(PROGRAMS / "denominators.py", 1, arguments, TIMEOUT_S, folder)[0]
+def result(on_task):
+    return on_task("denominators.py", 1)[0]
 
 
 def per_sequence(values, samples, reduce=np.sum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, Result, launch
+from launch import Result
 
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS, PARTS, THIRDS
 from megatron_vespo.layout import Layout
@@ -22,7 +22,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
+def run(on_task):
     """What every rank handed back; each layout is run once."""
     finished: dict[str, list[Result]] = {}
 
@@ -31,12 +31,8 @@ def run(task, tmp_path_factory):
             layout = Layout.parse(name)
             flags = layout.flags()
             del flags[:2]  # the number of ranks
-            arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-            arguments += ["--ratio-denominator", "decoupled", "--max-tokens-per-gpu", "256"]
-            arguments += [*flags, *CASES[name].split()]
-            folder = tmp_path_factory.mktemp("gradient_norms")
-            program = PROGRAMS / "gradient_norms.py"
-            finished[name] = launch(program, layout.world_size, arguments, TIMEOUT_S, folder)
+            flags += ["--ratio-denominator", "decoupled", "--max-tokens-per-gpu", "256", *CASES[name].split()]
+            finished[name] = on_task("gradient_norms.py", layout.world_size, *flags)
         return finished[name]
 
     return start

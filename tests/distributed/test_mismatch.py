@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
 from random_task import split
 
 NUM_SAMPLES = 24
@@ -28,13 +27,8 @@ CORRECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
-    def start(num_ranks: int, flags: str):
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags.split()]
-        folder = tmp_path_factory.mktemp("mismatch")
-        return launch(PROGRAMS / "mismatch.py", num_ranks, arguments, TIMEOUT_S, folder)
-
-    return start
+def run(on_task):
+    return lambda num_ranks, flags: on_task("mismatch.py", num_ranks, *flags.split())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 from random_task import VOCAB_SIZE
 
 LAYOUTS = {
@@ -21,13 +20,10 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
+def run(on_task):
     def start(layout: str, *flags: str):
         num_ranks, layout_flags = LAYOUTS[layout]
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-        arguments += [*layout_flags.split(), *flags]
-        folder = tmp_path_factory.mktemp("old-policy")
-        return launch(PROGRAMS / "old_policy.py", num_ranks, arguments, TIMEOUT_S, folder)
+        return on_task("old_policy.py", num_ranks, *layout_flags.split(), *flags)
 
     return start
 
@@ -127,6 +123,33 @@ def test_versions_that_are_missing(old_policy):
     short.completion_length = 3
     with pytest.raises(ValueError, match="has 2 policy_versions for 3 completion tokens"):
         kept.log_probs([short], None)
+
+
+def test_a_resumed_run_begins_anew_from_the_weights_it_loaded(old_policy, monkeypatch):
+    """Nothing of the run before is known: no average of its weights, no snapshot of its versions."""
+    monkeypatch.setattr(old_policy.dist, "get_rank", lambda: 1)
+    args = SimpleNamespace(
+        old_policy="ewma", ewma_decay=0.9, old_policy_snapshots=4, overlap_param_gather=False
+    )
+
+    def run(version: int, weights: list[float]):
+        """A process that has loaded the first of these weights and made steps to the others."""
+        chunk = Chunk(weights[0])
+        pi_old = old_policy.old_policy(args, [chunk], None, version)
+        for step, value in enumerate(weights[1:], start=1):
+            chunk.set(value)
+            pi_old.advance(version + step)
+        return pi_old, chunk
+
+    for weights, average in (([1.0, 2.0], (0.9 * 1.0 + 2.0) / 1.9), ([2.0], 2.0)):  # the second resumes
+        pi_old, chunk = run(7, weights)
+        with pi_old.weights():
+            assert chunk.weight.item() == pytest.approx(average, rel=1e-6)
+    args.old_policy = "snapshot"
+    resumed, chunk = run(7, [2.0])
+    assert resumed.log_probs([sample(7)], lambda chosen: [np.full(1, chunk.weight.item())])[0] == 2.0
+    with pytest.raises(ValueError, match="policy version 6, snapshots are kept of versions 7 to 7"):
+        resumed.log_probs([sample(6)], None)
 
 
 def test_a_bfloat16_average_does_not_stand_still(old_policy):

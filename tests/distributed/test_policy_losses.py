@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
 
 LAYOUTS = {
     "small packs": (1, "--max-tokens-per-gpu 64"),
@@ -16,14 +15,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(task, tmp_path_factory):
-    def start(num_ranks: int, flags: str):
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags.split()]
-        return launch(
-            PROGRAMS / "losses.py", num_ranks, arguments, TIMEOUT_S, tmp_path_factory.mktemp("losses")
-        )
-
-    return start
+def run(on_task):
+    return lambda num_ranks, flags: on_task("losses.py", num_ranks, *flags.split())
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +32,9 @@ def test_losses_do_not_depend_on_the_layout(one_rank, run, layout):
             if case.endswith("weight"):
                 np.testing.assert_allclose(result[case], values, rtol=2e-5, atol=1e-6, err_msg=case)
                 continue
+            if case.endswith("chosen"):
+                np.testing.assert_array_equal(result[case], values, err_msg=case)
+                continue
             loss, grad_norm, terms = np.abs(result[case] - values) / np.abs(values[[2, 1, 2]])
             assert loss <= 1e-6 and terms <= 1e-6, f"{case}: loss {loss:.1e}"
             assert grad_norm <= 1e-5, f"{case}: grad_norm {grad_norm:.1e}"
@@ -46,8 +42,17 @@ def test_losses_do_not_depend_on_the_layout(one_rank, run, layout):
     print(f"{layout}: loss {worst[0]:.1e} of its terms, grad_norm {worst[1]:.1e}")
 
 
+def test_what_losses_have_chosen_is_known(one_rank):
+    """TARGETS of the program are such that c_high is raised once and M2PO masks a part of the tokens."""
+    chosen = {case.split()[0]: values for case, values in one_rank.items() if case.endswith("chosen")}
+    np.testing.assert_allclose(chosen.pop("bapo")[1:], [0.6, 1.25])
+    assert 0.0 < chosen["m2po"][0] < 0.5 and 0.0 < chosen["grpo"][0] < 0.5
+    assert chosen["reinforce"][0] == 0.0
+    assert not any(values[1:].any() for values in chosen.values())
+
+
 def test_the_losses_differ(one_rank):
     """Else one would have been run under many names."""
-    norms = {case: values[1] for case, values in one_rank.items() if not case.endswith("weight")}
+    norms = {case: values[1] for case, values in one_rank.items() if not case.endswith(("weight", "chosen"))}
     ordered = sorted(norms.values())
     assert len(norms) == 16 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -237,6 +237,20 @@ MUTATIONS = [
         ("tests/unit/test_alarms.py", "cause"),
     ),
     Mutation(
+        "mismatch: a token that is no number is rejected instead of seen",
+        "algorithms/corrections.py",
+        ".masked_fill(values.isnan(), torch.nan)",
+        "",
+        ("tests/unit/test_corrections.py", "visible"),
+    ),
+    Mutation(
+        "alarms: staleness is blamed for what a correction rejects",
+        "algorithms/alarms.py",
+        "if dead and corrected > MAIN_CAUSE:",
+        "if False:",
+        ("tests/unit/test_alarms.py", "rejects"),
+    ),
+    Mutation(
         "adaptive losses: every rank chooses by its own tokens",
         "trainer/mini_batch.py",
         "            dist.all_reduce(values, group=self._groups.dp_cp)\n        return values\n",

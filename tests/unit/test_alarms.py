@@ -91,6 +91,24 @@ def test_a_tenth_of_the_samples_is_enough():
     assert check({"weight/ess": 0.1, "weight/ess/mini_batch_7": 0.01}, []) == []
 
 
+WIDER_BOUNDS = "use --routing-replay R3, the same precision in engine and trainer, or wider --mismatch-bounds"
+
+
+def test_what_a_correction_rejects_is_not_blamed_on_log_w():
+    """`recomputed`, whose log W has no mismatch: staleness would be blamed for all of it."""
+    blamed = {"ratio/mismatch_share": 0.0, "mismatch/dead_share": 0.9}
+    alarm = only(check(dead(0.72) | blamed, []), "dead_sequences")
+    assert alarm.message.endswith("tokens are dead; --mismatch-correction alone kills 90% of the dead")
+    assert alarm.advice == WIDER_BOUNDS
+    assert only(check(dead(0.72) | blamed | {"mismatch/dead_share": 0.4}, []), "dead_sequences").advice == (
+        FEWER_STEPS
+    )
+    # few effective samples although most of them live: then the dead are not why
+    for dead_share, advice in ((0.95, WIDER_BOUNDS), (0.02, FEWER_STEPS)):
+        metrics = blamed | {"weight/ess": 0.04, "weight/dead_share": dead_share}
+        assert only(check(metrics, []), "ess_collapse").advice == advice
+
+
 # Entropy
 
 
@@ -198,6 +216,9 @@ def test_the_bound_of_the_spread_is_where_a_fifth_of_the_negatives_is_dead(sprea
 def test_equal_groups():
     failing = only(check({"rollout/zero_advantage_share": 0.95, "reward/mean": 0.02}, []), "equal_groups")
     assert "95% of the groups" in failing.message and "more --num-completions" in failing.advice
+    filtered = {"rollout/zero_advantage_share": 0.95, "reward/mean": 0.02, "rollout/generated_prompts": 320.0}
+    alarm = only(check(filtered, []), "equal_groups")
+    assert "--dynamic-sampling" not in alarm.advice and "easier prompts" in alarm.advice
     solved = only(check({"rollout/zero_advantage_share": 0.95, "reward/mean": 0.99}, []), "equal_groups")
     assert "harder prompts" in solved.advice
     assert check({"rollout/zero_advantage_share": 0.9, "reward/mean": 0.99}, []) == []

@@ -130,6 +130,22 @@ def test_the_models_shape_arrives(parse):
     assert (args.num_layers, args.num_experts, args.kv_channels, args.rotary_base) == (4, 8, 8, 1000000)
 
 
+def test_a_dense_models_shape_arrives(child, tmp_path):
+    experts = {"num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+    experts |= {"mlp_only_layers", "decoder_sparse_step", "use_sliding_window"}
+    config = {name: value for name, value in CONFIG.items() if name not in experts}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "rope_parameters": llama3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["--hf-checkpoint", str(tmp_path), *BASE]
+    args = child(parse_here, command)
+    assert (args.num_experts, args.use_rope_scaling, args.rope_scaling_factor) == (None, True, 8.0)
+    assert not args.untie_embeddings_and_output_weights and not args.qk_layernorm
+    with pytest.raises(ValueError, match="^--num-experts 8 contradicts the HF config, which makes it None$"):
+        child(parse_here, [*command, "--num-experts", "8"])
+
+
 def test_an_optimizer_step_is_one_mini_batch(parse):
     args = parse()
     assert args.global_batch_size == 16 * 4 // 4

@@ -121,6 +121,15 @@ def test_far_away_weights_are_finite(name, log_rho):
 
 
 @every_correction
+@pytest.mark.parametrize("whose", ["pi_old", "mu"])
+def test_nan_of_a_trained_token_stays_visible(name, whose):
+    """Rejected, it would be a weight of 0: the sample would be lost without a word."""
+    inputs, old_T, mu_T = batch(log_rho=0.0)
+    (old_T if whose == "pi_old" else mu_T)[2] = torch.nan
+    assert weight_of(name, inputs, old_T, mu_T)[2].isnan() == (name != "none")
+
+
+@every_correction
 def test_where_engine_and_trainer_agree_nothing_changes(name):
     fields = batch(log_rho=0.0)
     assert torch.equal(weight_of(name, *fields), fields[0].loss_mask_T.double())

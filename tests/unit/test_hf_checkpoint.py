@@ -172,24 +172,10 @@ def test_nothing_is_at_the_target_until_all_is_written(tmp_path, monkeypatch):
 
 
 def test_transformers_loads_what_was_written(tmp_path):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from tiny_qwen3_moe import tiny_qwen3_moe
 
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-        norm_topk_prob=True,
-    )
     source, staging, target = (tmp_path / name for name in ("source", "staging", "target"))
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = tiny_qwen3_moe()
     model.save_pretrained(source)
     staging.mkdir()
     with HFCheckpointReader(source) as reader:
@@ -199,7 +185,7 @@ def test_transformers_loads_what_was_written(tmp_path):
     finish_checkpoint(source, staging, target, weight_map, total_size)
 
     assert len(set(weight_map.values())) >= 3
-    loaded, info = Qwen3MoeForCausalLM.from_pretrained(target, output_loading_info=True)
+    loaded, info = type(model).from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.arange(10)[None]
     with torch.no_grad():

@@ -56,6 +56,8 @@ class Trainer:
             **dict.fromkeys(("log_w", "mismatch", "engine_gap", "engine_difference", "rejected"), zeros),
             **dict.fromkeys(("phi", "correction"), zeros + 1),
             **dict.fromkeys(("kernel_c2", "expected_w"), np.full(2, np.nan)),
+            "clip_bounds": np.zeros(2),
+            "zero_weight_share": 0.0,
             "token_sums": np.zeros(len(TOKEN_SUMS)),
             "gradient_norms": np.zeros(len(GRADIENT_GROUPS)),
             **dict.fromkeys(("loss", "grad_norm", "entropy", "learning_rate"), 0.5),

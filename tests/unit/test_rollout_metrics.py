@@ -29,7 +29,7 @@ def test_rollout_metrics():
         [completion(1.0, 2), completion(0.0, 0, "abort")],
     ]
     groups[0][1].rejections, groups[2][0].rejections = ("NaN", "NaN"), ("inf",)
-    assert rollout_metrics(groups) == {
+    assert rollout_metrics(groups, "group-mean-std") == {
         "reward/mean": 3 / 8,
         "reward/overlong_penalty_mean": 0.0,
         "rollout/zero_advantage_share": 2 / 4,
@@ -44,10 +44,18 @@ def test_rollout_metrics():
 def test_a_penalty_counts_for_the_advantages_not_for_the_reward():
     groups = [[completion(1.0, 4), completion(1.0, 8)], [completion(0.0, 4), completion(0.0, 4)]]
     groups[0][1].overlong_penalty = -0.5
-    metrics = rollout_metrics(groups)
+    metrics = rollout_metrics(groups, "group-mean")
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/overlong_penalty_mean"] == -0.125
     assert metrics["rollout/zero_advantage_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("estimator", "share"), [("group-mean", 2 / 3), ("leave-one-out", 2 / 3), ("global", 0.0)]
+)
+def test_groups_of_equal_rewards_have_an_advantage_where_the_estimator_gives_them_one(estimator, share):
+    groups = [[completion(reward, 4), completion(other, 4)] for reward, other in ((1, 1), (0, 0), (1, 0))]
+    assert rollout_metrics(groups, estimator)["rollout/zero_advantage_share"] == pytest.approx(share)
 
 
 def gradient(**norms: float) -> np.ndarray:
@@ -63,6 +71,8 @@ def step(**changes) -> dict:
         "mismatch": np.array([0.0, 0.0], np.float32),
         "engine_gap": np.array([0.5, -0.5], np.float32),
         "loss": 0.25,
+        "zero_weight_share": 0.0,
+        "clip_bounds": np.zeros(2),
         "grad_norm": 3.0,
         "token_sums": np.array([10.0, 101.0, 5.0, -20.0, 4.0, 1.0]),
         "gradient_norms": gradient(router=1.0, experts=2.0, norms=2.0, last_third=2.5),
@@ -86,6 +96,7 @@ STEPS = [
         rejected=np.array([1.0, 0.0], np.float32),
         engine_gap=np.array([1.5, -1.5], np.float32),
         loss=0.75,
+        zero_weight_share=0.25,
         grad_norm=1.0,
         token_sums=np.array([5.0, 50.0, 1.0, -10.0, 5.0, 2.0]),
         gradient_norms=gradient(router=1.0),
@@ -145,6 +156,8 @@ def test_step_metrics():
             "weight/dead_share/mini_batch_1": 0.0,
             "mismatch/weight_mean": 0.75,
             "mismatch/rejected_share": 0.375,
+            "mismatch/dead_share": 0.0,  # one is dead, by its log W
+            "loss/zero_weight_share": 0.125,
             "train/loss": 0.5,
             "train/grad_norm": 2.0,
             "train/grad_norm_max": 3.0,
@@ -196,3 +209,13 @@ def test_budget_metrics_are_those_of_a_budget():
         "budget/held_share_positive": 0.0,
         "budget/held_share_negative": 1.0,
     }
+
+
+def test_bounds_that_bapo_has_chosen_are_means_over_the_steps():
+    steps = [
+        one | {"clip_bounds": np.array(b)} for one, b in zip(STEPS, ([0.6, 1.5], [0.7, 3.0]), strict=True)
+    ]
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert {name: value for name, value in metrics.items() if name.startswith("loss/")} == pytest.approx(
+        {"loss/bapo_clip_low": 0.65, "loss/bapo_clip_high": 2.25, "loss/zero_weight_share": 0.125}
+    )

@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.data.prompts import load_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "staleness_study"))
 import base_model  # noqa: E402
 import design  # noqa: E402
 import judge  # noqa: E402
 import qwen3_moe  # noqa: E402
+import real_stack  # noqa: E402
 import running_sum  # noqa: E402
 import sampler  # noqa: E402
 import table  # noqa: E402
+import task_files  # noqa: E402
 import trial as trials  # noqa: E402
 
 
@@ -60,7 +63,13 @@ def finished(trial: trials.Trial) -> dict:
     """A run whose accuracy is best at 2e-4, for every variant alike."""
     final = 0.7 - abs(np.log2(trial.lr / 2e-4)) / 10 + trial.seed / 1e4
     fields = dataclasses.asdict(trial) | {"options": list(trial.options)}
-    return {"key": trial.key, **fields, **record([0.3, final, final]), "steps": [0, 128, 256]}
+    return {
+        "key": trial.key,
+        **fields,
+        **record([0.3, final, final]),
+        "steps": [0, 128, 256],
+        "reward": [0.5, 0.68],
+    }
 
 
 def whole_study() -> list[dict]:
@@ -89,20 +98,20 @@ def test_every_variant_gets_the_same_learning_rates():
 
 
 def test_tuning_and_test_prompts_differ():
-    digits = {
-        name: running_sum.draw_digits(np.random.default_rng(seed), trials.EVALUATION_PROMPTS)
-        for name, seed in trials.EVALUATION_SEEDS.items()
-    }
-    assert not set(map(bytes, digits["tuning"])) & set(map(bytes, digits["test"]))
+    tuning, test = (
+        {one.text for one in trials.held_out_prompts(trials.Trial("vespo", 1, 1e-4, 0, name))}
+        for name in ("tuning", "test")
+    )
+    assert len(tuning) == len(test) == 256 and not tuning & test
 
 
 def test_tables_of_a_whole_study():
-    text = table.tables({one["key"]: one for one in whole_study()})
+    text = table.tables({one["key"]: one for one in whole_study()}, {})
     cells = [cell.strip() for line in text.splitlines() if line.startswith("| ") for cell in line.split("|")]
     # seeds 101 to 104: mean 71.025, standard deviation 0.0129, t 3.182 over the root of 4
     assert "71.0 ± 0.0 (2e-4)" in cells
     # no N = 1 run of losses that have the same gradient there
-    assert cells.count("-") == 4 + 4 + 4 + 3 * 6
+    assert cells.count("-") == 4 + 4 + 4 + 3 * 6 + 4 * 3
     assert "3 of 4: 0.0001, 0.0002, 0.0004" in cells or "4 of 4: 0.0001, 0.0002, 0.0004, 0.0008" in cells
 
 
@@ -139,6 +148,73 @@ def test_rewards():
     assert running_sum.reward(prompt, right) == 0.0  # no end
     assert running_sum.reward(prompt, [*right[:-1], 3, running_sum.EOS]) == 0.0
     assert running_sum.reward(prompt, [running_sum.EOS]) == 0.0
+
+
+REAL_TRIAL = trials.Trial("vespo", 16, 2e-4, 101, "test", engine="sglang")
+
+
+def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
+    tokenizer = task_files.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    ours = trials.held_out_prompts(REAL_TRIAL)
+    task_files.write_prompts(tmp_path / "prompts.jsonl", ours)
+    read = load_prompts(
+        tmp_path / "prompts.jsonl",
+        AutoTokenizer.from_pretrained(tmp_path),
+        prompt_key="question",
+        answer_key="answer",
+        answer_pattern=None,
+        apply_chat_template=False,
+        max_prompt_tokens=running_sum.LENGTH + 1,
+        overlong="error",
+    ).prompts
+    assert [(one.token_ids, one.answer) for one in read] == [(one.token_ids, one.answer) for one in ours]
+    assert len(tokenizer) == running_sum.VOCAB_SIZE and tokenizer.eos_token_id == running_sum.EOS
+    # the prompts that a run of the study draws first
+    draw = np.random.default_rng([REAL_TRIAL.seed, 1])
+    first = running_sum.prompts(running_sum.draw_digits(draw, 64))
+    training = real_stack.train_prompts(REAL_TRIAL)
+    assert training[:64] == first and len(training) == 1024
+
+
+def test_the_reward_of_a_text_is_that_of_its_tokens():
+    tokenizer = task_files.tokenizer()
+    [prompt] = running_sum.prompts(np.full((1, running_sum.LENGTH), 2))
+    assert prompt.answer == "8"
+    for body in ([2, 8], [8, 2], [8], [], [8, running_sum.EQUALS], *([8, i] for i in range(12, 16))):
+        text = tokenizer.batch_decode([[*body, running_sum.EOS]], skip_special_tokens=True)[0]
+        expected = running_sum.reward(prompt, [*body, running_sum.EOS])
+        assert running_sum.text_reward(text, prompt.answer, {}) == expected, (body, text)
+
+
+def test_curves_of_the_real_stack():
+    def batch(step: int, reward: float, **more) -> dict:
+        return {"step": step, "reward/mean": reward, "train/entropy": 0.1, "train/grad_norm": 0.2} | more
+
+    rows = [
+        {"step": 0, "heldout/accuracy": 0.25},
+        batch(16, 0.2),
+        batch(32, 0.4, **{"heldout/accuracy": 0.5}),
+        batch(48, 0.6, **{"heldout/accuracy": 0.75}),
+        {"step": 48, "check/last_sync_logprob_difference": 1e-6},
+    ]
+    assert real_stack.curves(rows) == {
+        "steps": [0, 32, 48],
+        "accuracy": [0.25, 0.5, 0.75],
+        "reward": [0.3, 0.6],
+        "entropy": [0.1, 0.1],
+        "grad_norm": [0.2, 0.2],
+    }
+
+
+def test_table_of_the_real_stack():
+    runs = {one["key"]: one for one in whole_study()}
+    planned = table.real_stack_trials(runs)
+    assert [(one.method, one.seed) for one in planned[:3]] == [("vespo", 101), ("grpo", 101), ("vespo", 102)]
+    real = record([0.3, 0.6, 0.7], exported_accuracy=0.664, reward=[0.5, 0.623])
+    text = table.tables(runs, {planned[1].key: real})
+    assert "| VESPO | 101 | 71.0 | - | 68.0 | - | - |" in text
+    assert "| GRPO | 101 | 71.0 | 66.4 | 68.0 | 62.3 | 65.0 |" in text
 
 
 def test_demonstrations_go_on_from_their_slips():

@@ -55,11 +55,19 @@ def layout(**changes) -> Namespace:
         num_query_groups=4,
         num_experts=8,
         moe_ffn_hidden_size=6,
+        ffn_hidden_size=16,
         num_layers=4,
     )
     assert not changes.keys() - vars(args).keys()
     vars(args).update(changes)
     return args
+
+
+NO_EXPERTS = {"num_experts": None, "expert_model_parallel_size": 1, "moe_ffn_hidden_size": None}
+
+
+def test_a_dense_layout_passes():
+    check_layout(layout(**NO_EXPERTS))
 
 
 def message_of(check, args) -> str:
@@ -232,8 +240,9 @@ def test_real_numbers_are_positive(flags, flag, value):
         *(
             (
                 f"--mismatch-correction {name} --mismatch-bounds {bounds}",
-                f"--mismatch-bounds {bounds}: LOW must be at least 0, below HIGH, and {agreement}, which "
-                f"--mismatch-correction {name} compares where engine and trainer agree, between them",
+                f"--mismatch-bounds {bounds}: LOW must be at least 0, HIGH finite and above it, and "
+                f"{agreement}, which --mismatch-correction {name} compares where engine and trainer agree, "
+                "between them",
             )
             for name, bounds, agreement in (
                 ("tis", "-1 2", 1),
@@ -328,6 +337,18 @@ EXPERT = "expert tensor x expert x pipeline parallel size"
         (
             {"num_query_groups": 1},
             "--tensor-model-parallel-size is 2, which does not divide key-value heads 1",
+        ),
+        (
+            NO_EXPERTS | {"expert_model_parallel_size": 2},
+            "--expert-model-parallel-size 2: the model has no experts, leave it out",
+        ),
+        (
+            NO_EXPERTS | {"routing_replay": "R3"},
+            "--routing-replay R3: the model has no experts, leave it out",
+        ),
+        (
+            NO_EXPERTS | {"ffn_hidden_size": 9},
+            "--tensor-model-parallel-size is 2, which does not divide MLP width 9",
         ),
         ({"num_experts": 6}, "--expert-model-parallel-size is 4, which does not divide experts 6"),
         (

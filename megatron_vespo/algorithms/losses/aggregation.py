@@ -35,4 +35,5 @@ def count(inputs: LossInputs, aggregation: Aggregation, first_context_rank: bool
     if aggregation == "token-mean":
         return (inputs.loss_mask_T > 0).sum()
     num_sequences = len(inputs.advantages_S) if first_context_rank else 0
-    return torch.tensor(num_sequences, device=inputs.loss_mask_T.device)
+    # filled on the device: a copy from the host would wait for it, every micro-batch
+    return torch.full((), num_sequences, device=inputs.loss_mask_T.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ def start_megatron(flags: list[str]) -> Namespace:
     rank = int(os.environ["RANK"])
     args = parse_args([*FLAGS, "--trainer-ranks", os.environ["WORLD_SIZE"], *flags])
     return initialize(args, rank, rank, "127.0.0.1", int(os.environ["MASTER_PORT"]))
+
+
+def start_policy(*more_flags: str):
+    """The policy of the command line's flags and `more_flags`, and the samples of one mini-batch."""
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    options, flags = parser.parse_known_args()
+    args = start_megatron([*flags, *more_flags])
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    return MegatronPolicy(args), read_samples(options.samples)[: args.global_batch_size]
 
 
 def read_samples(path: Path) -> list[TrainingSample]:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch.distributed as dist
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, start_policy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
+    policy, samples = start_policy()
     from megatron.core.utils import unwrap_model
 
     from megatron_vespo.trainer.gradient_norms import gradient_norms
-    from megatron_vespo.trainer.policy import MegatronPolicy
     from megatron_vespo.trainer.weights import global_parameters
 
-    policy = MegatronPolicy(args)
-    mini_batch = policy.pack(read_samples(options.samples)[:24])
+    mini_batch = policy.pack(samples)
     policy.compute_old_log_probs(mini_batch)
     outputs = policy.forward_backward(mini_batch)
     norms = gradient_norms(policy.model, policy.groups)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, start_policy
 
 TOKEN_NOISE = 0.1  # of pi against pi_old: some tokens are clipped, some responses have a W far from 1
 # of the losses that adapt; parts of the step would choose otherwise than the whole of it: of 48 samples the
@@ -15,17 +12,12 @@ TARGETS = {"bapo": 0.1836, "m2po": 0.005}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron([*flags, "--lr", "0"])
+    policy, samples = start_policy("--lr", "0")
+    args = policy.args
     from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
     from megatron_vespo.algorithms.losses.table import METHODS
     from megatron_vespo.algorithms.vespo import GammaKernel
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
-    samples = read_samples(options.samples)[: args.global_batch_size]
     draw = np.random.default_rng(3)
     for sample, log_probs in zip(samples, policy.log_probs(samples), strict=True):
         noise = draw.normal(0, TOKEN_NOISE, len(log_probs))
@@ -39,6 +31,7 @@ def main() -> None:
         step = policy.train_step(policy.pack(samples))
         results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])
         results[f"{name} {aggregation} weight"] = step.phi
+        results[f"{name} {aggregation} chosen"] = np.array([step.zero_weight_share, *step.clip_bounds])
     hand_back(**results)
 
 

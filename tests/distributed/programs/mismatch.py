@@ -6,11 +6,8 @@ pi_old comes from the samples, so that no bound is crossed by rounding at one la
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, start_policy
 
 TOKEN_NOISE = 0.1  # of pi_old against mu
 # tight enough that a part is rejected and a part is kept at that noise
@@ -27,17 +24,12 @@ CASES = [("recomputed", "vespo"), ("recomputed", "grpo"), ("decoupled", "vespo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron([*flags, "--lr", "0"])
+    policy, samples = start_policy("--lr", "0")
+    args = policy.args
     from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
     from megatron_vespo.algorithms.losses.table import METHODS
     from megatron_vespo.algorithms.vespo import GammaKernel
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
-    samples = read_samples(options.samples)[: args.global_batch_size]
     draw = np.random.default_rng(3)
     results = {"log_probs": np.concatenate(policy.log_probs(samples))}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, start_policy
 
 STEPS = 3
 # the version of a sample's first and second half, in turn; 0 is dropped when version 3 is kept
@@ -142,16 +140,9 @@ def failure_inside(policy, samples: list) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
-    from megatron_vespo.trainer.policy import MegatronPolicy
-
-    policy = MegatronPolicy(args)
-    samples = read_samples(options.samples)[: args.global_batch_size]
+    policy, samples = start_policy()
     results = failure_inside(policy, samples)
-    results |= (snapshots if args.old_policy == "snapshot" else moving_average)(policy, samples)
+    results |= (snapshots if policy.args.old_policy == "snapshot" else moving_average)(policy, samples)
     hand_back(**results)
 
 

@@ -1,6 +1,6 @@
 """Log-probs of every completion token by transformers, the reference; no Megatron in this process.
 
-With --make-model a random Qwen3-MoE is written to the folder first.
+With --make-model a random model of that kind is written to the folder first.
 """
 
 from __future__ import annotations
@@ -11,31 +11,47 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import hand_back, read_samples
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vespo.types import TrainingSample
 
+SIZES = {
+    "vocab_size": 131,  # prime: every tensor-parallel size pads it
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+LLAMA3 = {
+    "rope_theta": 500_000.0,
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+QWEN3_MOE = "qwen3 moe"
+MODELS = {
+    QWEN3_MOE: ("qwen3_moe", EXPERTS),
+    "qwen3": ("qwen3", {}),
+    # the 1B of Llama 3.2 in small
+    "llama, tied": (
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 131_072},
+    ),
+}
 
-def make_model(folder: Path) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=131,  # prime: every tensor-parallel size pads it
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        mlp_only_layers=[],
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-    )
+
+def make_model(folder: Path, kind: str = QWEN3_MOE) -> None:
+    model_type, more = MODELS[kind]
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | more)).float()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # not all ones, so that a norm in the wrong place shows
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -54,10 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--make-model", action="store_true")
+    parser.add_argument("--make-model", nargs="?", const=QWEN3_MOE, choices=MODELS)
     options = parser.parse_args()
     if options.make_model:
-        make_model(options.model)
+        make_model(options.model, options.make_model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     hand_back(
         log_probs=np.concatenate([log_probs(model, sample) for sample in read_samples(options.samples)])
