@@ -137,6 +137,8 @@ def test_nan_and_infinity_are_refused(value):
 class InMemory:
     """A reader of given tensors."""
 
+    folder = Path("memory")
+
     def __init__(self, values: dict[str, Tensor]):
         self.values = values
         self.tensors = {name: TensorInfo(v.dtype, tuple(v.shape)) for name, v in values.items()}
@@ -177,7 +179,7 @@ def test_rows_that_start_anywhere():
 
 def test_a_tensor_with_nan_is_named():
     plain = InMemory({"a.up_proj.weight": torch.full((200, 3), math.nan)})
-    with pytest.raises(ValueError, match=r"^a.up_proj.weight\[128:200\] holds NaN or infinity$"):
+    with pytest.raises(ValueError, match=r"^memory: a.up_proj.weight\[128:200\] holds NaN or infinity$"):
         SpanBuffer().read(BlockFP8Reader(plain, plain.tensors), Span("a.up_proj.weight", 130, 140))
 
 
