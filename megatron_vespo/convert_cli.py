@@ -20,9 +20,11 @@ from megatron_vespo.conversion.convert import (
     megatron_to_hf,
 )
 from megatron_vespo.conversion.copying import DEFAULT_MEMORY, Budget
+from megatron_vespo.conversion.engine_folder import EngineFolder, opened_as_stored
 from megatron_vespo.conversion.ranks import Ranks, joined_ranks
 from megatron_vespo.conversion.sources import Source, opened
 from megatron_vespo.logits_check import check_logits
+from megatron_vespo.modelopt_export import FORMATS, Calibration, export_quantised
 
 EXIT_DIFFERENT = 1
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the output (default: as stored); fp8 is for engines: e4m3 with a scale a 128 x 128 block",
     )
     megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
+    _add_modelopt(commands)
     inspect = commands.add_parser("inspect", help="what checkpoint PATH holds", allow_abbrev=False)
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("source", type=Path, metavar="PATH")
@@ -120,6 +123,42 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, metavar="N", help="threads of a process")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _add_modelopt(commands) -> None:
+    parser = commands.add_parser(
+        "modelopt",
+        help="HF folder SRC to a folder DST for engines, quantised by NVIDIA ModelOpt",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_modelopt)
+    parser.add_argument("source", type=Path, metavar="SRC")
+    parser.add_argument("target", type=Path, metavar="DST")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="nvfp4 is for Blackwell")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of prompts, `text` or `question` (default: random tokens, for trying it out)",
+    )
+    parser.add_argument("--samples", type=_positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=512, metavar="N", help="of a sample (default: 512)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _modelopt(args: Namespace, ranks: Ranks) -> int:
+    calibration = Calibration(args.calibration, args.samples, args.max_tokens)
+    for line in export_quantised(args.source, args.target, args.format, calibration, args.force, ranks):
+        print(line)
+    return 0
 
 
 def _budget(args: Namespace) -> Budget:
@@ -172,14 +211,14 @@ def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> in
 
 
 def _inspect(args: Namespace, ranks: Ranks) -> int:
-    with opened(args.source, args.hf_config) as source:
+    with opened_as_stored(args.source, args.hf_config) as source:
         lines = list(summary(source)) + (_listing(source) if args.tensors else [])
     if ranks.rank == 0:
         print("\n".join(lines))
     return 0
 
 
-def _listing(source: Source) -> list[str]:
+def _listing(source: Source | EngineFolder) -> list[str]:
     return [
         f"{name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         for name, tensor in source.tensors.items()
@@ -187,12 +226,12 @@ def _listing(source: Source) -> list[str]:
 
 
 def _verify(args: Namespace, ranks: Ranks) -> int:
-    with opened(args.source, args.hf_config) as a:
-        if args.other is None:
-            found = compare_with_manifest(a, _budget(args), args.quiet, ranks)
-        else:
-            with opened(args.other, args.hf_config) as b:
-                found = compare(a, b, _budget(args), args.quiet, ranks)
+    if args.other is None:
+        with opened_as_stored(args.source, args.hf_config) as stored:
+            found = compare_with_manifest(stored, _budget(args), args.quiet, ranks)
+    else:
+        with opened(args.source, args.hf_config) as a, opened(args.other, args.hf_config) as b:
+            found = compare(a, b, _budget(args), args.quiet, ranks)
     if ranks.rank == 0:
         for line in found.differences[:_MAX_LINES]:
             print(line)

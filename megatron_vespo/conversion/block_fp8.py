@@ -89,6 +89,6 @@ class BlockFP8Reader:
         try:
             values, scales = quantise(source.view(info.dtype).view(len(rows), -1))
         except ValueError as error:
-            raise ValueError(f"{weight_name}[{rows.start}:{rows.stop}] {error}") from error
+            raise ValueError(f"{self.folder}: {weight_name}[{rows.start}:{rows.stop}] {error}") from error
         wanted = scales if name != weight_name else values[start - rows.start : stop - rows.start]
         out.copy_(wanted.contiguous().view(-1).view(torch.uint8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from threading import Event
 
@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_vespo.conversion.copying import Budget, in_threads, progress_bar
+from megatron_vespo.conversion.engine_folder import EngineFolder
 from megatron_vespo.conversion.manifest import MANIFEST_NAME, read_manifest
 from megatron_vespo.conversion.ranks import Ranks
 from megatron_vespo.conversion.safetensors_file import TensorInfo
@@ -20,8 +21,7 @@ from megatron_vespo.conversion.spans import (
     SpanBuffer,
     row_ranges,
     shares,
-    tensor_hasher,
-    update_hash,
+    tensor_digest,
 )
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -47,7 +47,9 @@ def compare(a: Source, b: Source, budget: Budget, quiet: bool, ranks: Ranks) -> 
     return _each_tensor(a, both, only, one, budget, quiet, ranks)
 
 
-def compare_with_manifest(source: Source, budget: Budget, quiet: bool, ranks: Ranks) -> Comparison:
+def compare_with_manifest(
+    source: Source | EngineFolder, budget: Budget, quiet: bool, ranks: Ranks
+) -> Comparison:
     """What is stored against the hashes that the conversion which wrote it left beside it."""
     recorded = read_manifest(source.manifest_folder)
     if recorded is None:
@@ -62,18 +64,20 @@ def compare_with_manifest(source: Source, budget: Budget, quiet: bool, ranks: Ra
             return f"{name}: not in the manifest"
         if (_plain(info.dtype), list(info.shape)) != (entry["dtype"], entry["shape"]):
             return f"{name}: {_describe(info)}, by the manifest {entry['dtype']} {entry['shape']}"
-        hasher = tensor_hasher()
-        for start, stop in row_ranges(info.rows, info.row_bytes, budget.span_bytes):
-            values = buffers[0].read(source.reader, Span(name, start, stop))
-            update_hash(hasher, values)
-            bar.update(values.nbytes)
-        return None if hasher.hexdigest() == entry["hash"] else f"{name}: its {HASH} is not the manifest's"
+        digest = tensor_digest(source.reader, name, budget.span_bytes, buffers[0], bar.update)
+        return None if digest == entry["hash"] else f"{name}: its {HASH} is not the manifest's"
 
     return _each_tensor(source, list(source.tensors), only, one, budget, quiet, ranks)
 
 
 def _each_tensor(
-    source: Source, names: list[str], differences: list[str], one, budget: Budget, quiet: bool, ranks: Ranks
+    source: Source | EngineFolder,
+    names: list[str],
+    differences: list[str],
+    one: Callable[[str, list[SpanBuffer], tqdm], str | None],
+    budget: Budget,
+    quiet: bool,
+    ranks: Ranks,
 ) -> Comparison:
     sizes = [source.tensors[name].nbytes for name in names]
     own = shares(names, sizes, ranks.size)[ranks.rank]
@@ -127,18 +131,30 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def summary(source: Source) -> Iterable[str]:
+def summary(source: Source | EngineFolder) -> Iterable[str]:
     """What a person wants to know of a checkpoint, a line each."""
+    yield f"format       {source.kind}, {source.folder}"
+    yield from _of_engine(source) if isinstance(source, EngineFolder) else _of_model(source)
+    tensors = source.tensors.values()
+    dtypes = ", ".join(sorted({_plain(tensor.dtype) for tensor in tensors}))
+    size = sum(tensor.nbytes for tensor in tensors)
+    yield f"size         {size / 2**30:.2f} GiB as {dtypes}"
+    yield "manifest     " + ("there" if (source.manifest_folder / MANIFEST_NAME).is_file() else "none")
+
+
+def _of_engine(source: EngineFolder) -> Iterable[str]:
+    yield f"model        {', '.join(source.architectures) or 'not said'}"
+    yield f"quantised    {source.quantisation}"
+    yield f"tensors      {len(source.tensors)}"
+
+
+def _of_model(source: Source) -> Iterable[str]:
     shape, tensors = source.shape, source.tensors
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors.values())
-    dtypes = ", ".join(sorted({_plain(tensor.dtype) for tensor in tensors.values()}))
     experts = f", {shape.num_experts} experts each" if shape.num_experts else ""
     heads = f"{shape.num_attention_heads} heads in {shape.num_query_groups} groups"
-    yield f"format       {source.kind}, {source.folder}"
     yield f"model        {source.family.architecture}"
     yield f"layers       {shape.num_layers}{experts}"
     yield f"width        {shape.hidden_size}, {heads} of {shape.head_dim}"
     yield f"vocabulary   {shape.vocab_size}" + (", tied embeddings" if shape.tied_embeddings else "")
     yield f"parameters   {parameters:,} in {len(tensors)} tensors"
-    yield f"size         {source.nbytes / 2**30:.2f} GiB as {dtypes}"
-    yield "manifest     " + ("there" if (source.manifest_folder / MANIFEST_NAME).is_file() else "none")

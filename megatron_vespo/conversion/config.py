@@ -9,10 +9,22 @@ from typing import Any
 from megatron_vespo.conversion.config_fields import arguments_of
 from megatron_vespo.conversion.family import family_of
 
+_NAME = "config.json"
+
 
 def read_hf_config(checkpoint: Path) -> dict[str, Any]:
     """config.json of an HF checkpoint folder, checked; ValueError, with its path, for an unsupported one."""
-    path = checkpoint / "config.json"
+    config = read_unchecked(checkpoint)
+    try:
+        megatron_arguments(config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / _NAME}: {error}") from error
+    return config
+
+
+def read_unchecked(checkpoint: Path) -> dict[str, Any]:
+    """config.json of any model; ValueError if there is none."""
+    path = checkpoint / _NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint}: no config.json there; it must be an HF checkpoint folder")
     try:
@@ -23,10 +35,6 @@ def read_hf_config(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON object was expected, not a {type(config).__name__}")
-    try:
-        megatron_arguments(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return config
 
 

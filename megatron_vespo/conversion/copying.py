@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_vespo.conversion.manifest import entry_of
 from megatron_vespo.conversion.ranks import Ranks
 from megatron_vespo.conversion.spans import (
     Span,
@@ -153,8 +154,4 @@ def _prove_tensor(
         bar.update(values.nbytes)
     if row != info.rows:
         raise ValueError(f"the proof fails: {name} has {info.rows} rows, {row} were written")
-    return {
-        "dtype": str(info.dtype).removeprefix("torch."),
-        "shape": list(info.shape),
-        "hash": hasher.hexdigest(),
-    }
+    return entry_of(info, hasher.hexdigest())

@@ -7,9 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.spans import HASH
 
 MANIFEST_NAME = "manifest.json"
+
+
+def entry_of(tensor: TensorInfo, digest: str) -> dict[str, Any]:
+    """What a manifest says of one tensor."""
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "hash": digest,
+    }
 
 
 def write_manifest(folder: Path, source: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,10 +6,10 @@ fills uint8 `out` with those rows' bytes. Its `folder` is for messages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -88,6 +88,22 @@ def tensor_hasher():
 
 def update_hash(hasher, values: Tensor) -> None:
     hasher.update(_bytes(values))
+
+
+def tensor_digest(
+    reader: TensorReader,
+    name: str,
+    max_bytes: int,
+    buffer: SpanBuffer,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
+) -> str:
+    """The digest of one stored tensor, read `max_bytes` at a time; `advance` hears of each."""
+    info, hasher = reader.tensors[name], tensor_hasher()
+    for start, stop in row_ranges(info.rows, info.row_bytes, max_bytes):
+        values = buffer.read(reader, Span(name, start, stop))
+        update_hash(hasher, values)
+        advance(values.nbytes)
+    return hasher.hexdigest()
 
 
 def _bytes(values: Tensor) -> memoryview:

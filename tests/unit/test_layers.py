@@ -35,6 +35,7 @@ LAYERS = {
     "layout_check": 5,
     "logits_check": 5,
     "model_flags": 5,
+    "modelopt_export": 5,
     "train": 5,
     "validation": 5,
 }
