@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -67,62 +68,45 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    hf = commands.add_parser(
-        "hf-to-megatron", help="HF folder SRC to a Megatron checkpoint DST", allow_abbrev=False
-    )
-    hf.set_defaults(run=_hf_to_megatron)
-    megatron = commands.add_parser(
-        "megatron-to-hf", help="Megatron checkpoint SRC to an HF folder DST", allow_abbrev=False
-    )
-    megatron.set_defaults(run=_megatron_to_hf)
-    for command in (hf, megatron):
-        command.add_argument("source", type=Path, metavar="SRC")
-        command.add_argument("target", type=Path, metavar="DST")
-        command.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
-        command.add_argument(
-            "--check-logits",
-            type=int,
-            metavar="N",
-            help="run N tokens through the first layers of both sides, in fp32",
-        )
-    hf.add_argument("--dtype", choices=_DTYPES, help="of the output (default: as stored)")
-    megatron.add_argument(
-        "--dtype",
-        choices=[*_DTYPES, _FP8],
-        help="of the output (default: as stored); fp8 is for engines: e4m3 with a scale a 128 x 128 block",
-    )
-    megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
+
+    def command(name: str, run: Callable[[Namespace, Ranks], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    hf = command("hf-to-megatron", _hf_to_megatron, "HF folder SRC to a Megatron checkpoint DST")
+    megatron = command("megatron-to-hf", _megatron_to_hf, "Megatron checkpoint SRC to an HF folder DST")
+    _add_conversion_flags(hf, megatron)
     _add_modelopt(commands)
-    inspect = commands.add_parser("inspect", help="what checkpoint PATH holds", allow_abbrev=False)
-    inspect.set_defaults(run=_inspect)
+    inspect = command("inspect", _inspect, "what checkpoint PATH holds")
     inspect.add_argument("source", type=Path, metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    verify = commands.add_parser(
-        "verify",
-        help="compare checkpoints A and B of any formats, or A with its manifest",
-        allow_abbrev=False,
-    )
-    verify.set_defaults(run=_verify)
+    verify = command("verify", _verify, "compare checkpoints A and B of any formats, or A with its manifest")
     verify.add_argument("source", type=Path, metavar="A")
     verify.add_argument("other", type=Path, metavar="B", nargs="?")
-    for command in (megatron, inspect, verify):
-        command.add_argument(
-            "--hf-config",
-            type=Path,
-            metavar="DIR",
-            help="HF folder of a Megatron checkpoint that was saved by training",
-        )
-    for command in (hf, megatron, verify):
-        command.add_argument(
-            "--memory-budget",
-            type=float,
-            default=DEFAULT_MEMORY / 2**30,
-            metavar="GiB",
-            help="of a process (default: 2)",
-        )
-        command.add_argument("--workers", type=int, metavar="N", help="threads of a process")
-        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    for added in (megatron, inspect, verify):
+        added.add_argument("--hf-config", type=Path, metavar="DIR",
+            help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
+    for added in (hf, megatron, verify):
+        added.add_argument("--memory-budget", type=float, default=DEFAULT_MEMORY / 2**30, metavar="GiB",
+            help="of a process (default: 2)")  # fmt: skip
+        added.add_argument("--workers", type=int, metavar="N", help="threads of a process")
+        added.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _add_conversion_flags(hf: argparse.ArgumentParser, megatron: argparse.ArgumentParser) -> None:
+    for added in (hf, megatron):
+        added.add_argument("source", type=Path, metavar="SRC")
+        added.add_argument("target", type=Path, metavar="DST")
+        added.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+        added.add_argument("--check-logits", type=int, metavar="N",
+            help="run N tokens through the first layers of both sides, in fp32")  # fmt: skip
+    stored = "of the output (default: as stored)"
+    hf.add_argument("--dtype", choices=_DTYPES, help=stored)
+    megatron.add_argument("--dtype", choices=[*_DTYPES, _FP8],
+        help=f"{stored}; fp8 is for engines: e4m3 with a scale a 128 x 128 block")  # fmt: skip
+    megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
 
 
 def _add_modelopt(commands) -> None:
