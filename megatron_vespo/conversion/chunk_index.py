@@ -73,6 +73,12 @@ class ChunkIndex:
             raise ValueError(f"{where}: two of its chunks overlap")
         return chunks
 
+    def place_of_object(self, key: str) -> tuple[Path, int, int] | None:
+        """File, offset and length of what is no tensor; None if there is none of that name."""
+        places = self._metadata.storage_data
+        found = next((places[index] for index in places if (index.fqn, index.offset) == (key, None)), None)
+        return found and (self.folder / Path(found.relative_path).name, found.offset, found.length)
+
     @cached_property
     def _places(self) -> dict[tuple[str, tuple[int, ...]], object]:
         return {

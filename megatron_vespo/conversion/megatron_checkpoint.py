@@ -88,6 +88,10 @@ class MegatronCheckpointReader:
         self._files.__exit__(*error)
 
     @property
+    def index(self) -> ChunkIndex:
+        return self._index
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_vespo.conversion.config import read_hf_config
+from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.conversion.family import Family, ModelShape, family_of, shape_of
 from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpointReader
 from megatron_vespo.conversion.megatron_checkpoint import (
@@ -19,6 +19,7 @@ from megatron_vespo.conversion.megatron_checkpoint import (
     checkpoint_folder,
 )
 from megatron_vespo.conversion.safetensors_file import TensorInfo
+from megatron_vespo.conversion.saved_arguments import check_same_model
 from megatron_vespo.conversion.spans import Span, SpanBuffer, TensorReader, row_ranges
 from megatron_vespo.conversion.torch_dist_file import METADATA_NAME
 
@@ -103,6 +104,7 @@ def opened_megatron(path: Path, hf_config: Path | None = None) -> Iterator[Sourc
     family, shape = family_of(config), shape_of(config)
     with MegatronCheckpointReader(folder, family, shape) as reader:
         _check_dtypes(folder, reader)
+        check_same_model(reader.index, hf_folder / "config.json", megatron_arguments(config))
         yield Source("Megatron", folder, hf_folder, config, family, shape, reader)
 
 

@@ -51,7 +51,7 @@ _EXTRA_FIELDS = (b"FB", b"\x01\x00")  # torch's padding, and sizes above 4 GiB
 _MAX_PICKLE = 2**16  # bytes of one tensor's description
 
 
-class _Unpickler(pickle._Unpickler):
+class SafeUnpickler(pickle._Unpickler):
     """In Python: the one in C takes the memory that a damaged file asks for, 64 GiB for a flipped bit."""
 
     dispatch = {
@@ -59,7 +59,7 @@ class _Unpickler(pickle._Unpickler):
     }
 
 
-class _MetadataUnpickler(_Unpickler):
+class _MetadataUnpickler(SafeUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
@@ -130,7 +130,7 @@ class _PickledTensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _ChunkUnpickler(_Unpickler):
+class _ChunkUnpickler(SafeUnpickler):
     """Takes a pickled tensor apart without making one."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -201,6 +201,17 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
             f"{path}: the {length} bytes at {offset} are no tensor saved by torch: {error}"
         ) from error
     return StoredChunk(dtype, tuple(tensor.shape), path, offset + start)
+
+
+def read_pickle(path: Path, offset: int, length: int) -> bytes:
+    """What torch.save has pickled into the archive in that range; ValueError if it is damaged."""
+    try:
+        with path.open("rb") as file:
+            with zipfile.ZipFile(io.BufferedReader(_FileRange(file.fileno(), offset, length))) as opened:
+                (name,) = (name for name in opened.namelist() if name.partition("/")[2] == "data.pkl")
+                return opened.read(name)
+    except Exception as error:  # a damaged archive may raise anything
+        raise ValueError(f"{path}: the {length} bytes at {offset} are not saved by torch: {error}") from error
 
 
 def _check_range(archive: io.BufferedReader, length: int, records: Iterable[zipfile.ZipInfo]) -> None:

@@ -325,6 +325,30 @@ def test_wrong_hf_config(megatron, hf, changes, tmp_path, refused):
     refused("megatron-to-hf", megatron, tmp_path / "out", "--hf-config", hf)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2},
+            "num_attention_heads is 8, {} was saved with 4",
+        ),
+        ({"rope_theta": 20000.0}, "rotary_base is 20000, {} was saved with 10000"),
+        ({"rms_norm_eps": 1e-5}, "layernorm_epsilon is 1e-05, {} was saved with 1e-06"),
+    ],
+)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_an_hf_config_that_fits_every_shape(changes, expected, manifest, tmp_path, refused, capsys):
+    config = tiny_config(LLAMA)
+    hf = write_hf(tmp_path / "hf", config, random_tensors(config, torch.bfloat16))
+    assert convert("hf-to-megatron", hf, tmp_path / "megatron") == 0
+    if not manifest:
+        (tmp_path / "megatron" / "manifest.json").unlink()
+    capsys.readouterr()
+    edit(hf / CONFIG, **changes)
+    text = refused("megatron-to-hf", tmp_path / "megatron", tmp_path / "out", "--hf-config", hf)
+    assert text == f"{hf / CONFIG}: {expected.format(tmp_path / 'megatron' / 'release')}"
+
+
 def test_no_hf_config(megatron, tmp_path, refused):
     shutil.rmtree(megatron / "release" / "hf")
     assert refused("megatron-to-hf", megatron, tmp_path / "out") == (

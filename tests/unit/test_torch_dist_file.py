@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 import zipfile
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from tiny_checkpoints import LLAMA, MOE, convert, random_tensors, tiny_config, write_hf
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from megatron_vespo.conversion import torch_dist_writer
 from megatron_vespo.conversion.family import family_of, shape_of
 from megatron_vespo.conversion.torch_dist_file import METADATA_NAME, locate_chunk, read_metadata
 from megatron_vespo.conversion.torch_dist_names import addresses
@@ -122,6 +124,18 @@ def test_a_malicious_pickle_does_not_run(tmp_path, number):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(evil))
     assert "it asks for " in refused(path, 0, path.stat().st_size)
+    assert not mark.exists()
+
+
+def test_malicious_arguments_do_not_run(tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    config = tiny_config(LLAMA)
+    source = write_hf(tmp_path / "hf", config, random_tensors(config, torch.bfloat16))
+    monkeypatch.setattr(
+        torch_dist_writer, "_common_state", lambda arguments: {"args": Namespace(a=evils(mark))}
+    )
+    assert convert("hf-to-megatron", source, tmp_path / "megatron") == 0
+    assert convert("verify", tmp_path / "megatron", source) == 0
     assert not mark.exists()
 
 
