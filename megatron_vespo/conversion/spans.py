@@ -6,6 +6,7 @@ fills uint8 `out` with those rows' bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -67,9 +68,19 @@ class SpanBuffer:
         out.fill_(0xFF)  # NaN in every floating-point format
         reader.read_rows(span.name, span.start, span.stop, out)
         values = out.view(info.dtype).view(-1, *info.shape[1:]).to(dtype or info.dtype)
-        if values.dtype.is_floating_point and values.dtype.itemsize > 1 and not values.isfinite().all():
+        if not _finite(values):
             raise ValueError(f"{span} holds NaN or infinity" + (f" as {dtype}" if dtype else ""))
         return values
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; true of what is not floating point.
+
+    The extremes are NaN if any value is. `isfinite().all()` says the same at a fiftieth of the rate.
+    """
+    if not values.numel() or not values.dtype.is_floating_point or values.dtype.itemsize == 1:
+        return True
+    return all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def digest(values: Tensor) -> bytes:
