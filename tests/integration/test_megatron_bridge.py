@@ -122,16 +122,19 @@ def test_megatron_loads_what_the_bridge_reads(hf_folder, tmp_path):
     assert " parameters equal" in run_bridge("check", hf_folder, tmp_path / "megatron" / "release")
 
 
-def test_what_the_bridge_saved_at_tp2_pp2_ep2_comes_back(hf_folder, tmp_path):
-    run_bridge("import", hf_folder, tmp_path / "saved", layout=LAYOUT, ranks=NUM_RANKS)
+def test_what_the_bridge_saved_on_four_ranks_comes_back(hf_folder, tmp_path):
+    has_experts = "num_experts" in json.loads((hf_folder / "config.json").read_text())
+    layout = EXPERT_LAYOUT if has_experts else LAYOUT
+    run_bridge("import", hf_folder, tmp_path / "saved", layout=layout, ranks=NUM_RANKS)
     megatron_to_hf(tmp_path / "saved", tmp_path / "hf", Options(quiet=True), Ranks(), hf_config=hf_folder)
     assert_same(tensors(tmp_path / "hf"), tensors(hf_folder))
 
 
-def test_the_bridge_exports_our_checkpoint_at_tp2_pp2_ep2(hf_folder, tmp_path):
+@pytest.mark.parametrize("hf_folder", ["qwen3 moe"], indirect=True)
+def test_the_bridge_exports_our_checkpoint_from_four_ranks(hf_folder, tmp_path):
     hf_to_megatron(hf_folder, tmp_path / "megatron", Options(quiet=True), Ranks())
     paths = hf_folder, tmp_path / "megatron" / "release", tmp_path / "hf"
-    run_bridge("export", *paths, layout=LAYOUT, ranks=NUM_RANKS)
+    run_bridge("export", *paths, layout=EXPERT_LAYOUT, ranks=NUM_RANKS)
     assert_same(tensors(tmp_path / "hf"), tensors(hf_folder))
 
 

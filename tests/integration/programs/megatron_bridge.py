@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +62,9 @@ def export(bridge, model, options: argparse.Namespace) -> None:
 
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(options.checkpoint))
     model.load_state_dict(state["model"], strict=False)
-    bridge.save_hf_weights([model], options.target, show_progress=False)
+    # save_hf_weights without its question to ModelOpt whether the model is quantized
+    tensors = bridge.export_hf_weights([model], cpu=True, show_progress=False)
+    bridge.hf_pretrained.state.source.save_generator(tensors, options.target)
 
 
 def main() -> None:
@@ -84,9 +87,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     bridge = auto_bridge(options.hf, config["architectures"][0], dtype)
     model = build_model(bridge, dtype, options.tp, options.pp, options.ep)
-    started = time.monotonic()
+    started, processor = time.monotonic(), sum(os.times()[:4])
     COMMANDS[options.work](bridge, model, options)
-    print(f"in {time.monotonic() - started:.2f} s")
+    print(f"took {time.monotonic() - started:.2f} s, {sum(os.times()[:4]) - processor:.2f} s of processors")
     dist.destroy_process_group()
 
 
