@@ -26,14 +26,8 @@ REPOSITORY = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "programs" / "megatron_bridge.py"
 PYTHON = os.environ.get("MEGATRON_BRIDGE_PYTHON", sys.executable)
 TIMEOUT_S = 600  # of one program, most of it imports
-LAYOUT = [
-    "--tp",
-    "2",
-    "--pp",
-    "2",
-    "--ep",
-    "2",
-]  # experts over the ranks that tensors are split over: 4 ranks
+LAYOUT = ["--tp", "2", "--pp", "2"]
+EXPERT_LAYOUT = [*LAYOUT, "--ep", "2"]  # experts over the ranks that other tensors are split over
 NUM_RANKS = 4
 
 SMALL = {
