@@ -128,8 +128,8 @@ class Bench:
 
         def measure(name: str, *command: str | Path, source: Path, keep_as: Path | None = None) -> None:
             shutil.rmtree(out, ignore_errors=True)
-            # The source is in the cache then, and the memory for what will be written has just been freed. On a
-            # virtual machine the cost of memory that was free for long is several times that of the work.
+            # The source is in the cache then, and memory for what will be written has just been freed: on a
+            # virtual machine, memory that was free for long costs several times what the work does.
             shutil.copytree(source, out)
             shutil.rmtree(out)
             os.sync()
