@@ -6,6 +6,7 @@ fills uint8 `out` with those rows' bytes. Its `folder` is for messages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,20 @@ class SpanBuffer:
         out.fill_(0xFF)  # NaN in every floating-point format
         reader.read_rows(span.name, span.start, span.stop, out)
         values = out.view(info.dtype).view(-1, *info.shape[1:]).to(dtype or info.dtype)
-        if values.dtype.is_floating_point and values.dtype.itemsize > 1 and not values.isfinite().all():
+        if not _finite(values):
             cast = f" as {values.dtype}" if values.dtype != info.dtype else ""
             raise ValueError(f"{reader.folder}: {span} holds NaN or infinity{cast}")
         return values
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; true of what is not floating point.
+
+    The extremes are NaN if any value is. `isfinite().all()` says the same at a fiftieth of the rate.
+    """
+    if not values.numel() or not values.dtype.is_floating_point or values.dtype.itemsize == 1:
+        return True
+    return all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def digest(values: Tensor) -> bytes:
