@@ -13,7 +13,7 @@ from megatron_vespo.observability.progress import PHASE_COLUMNS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEGEND_WIDTH, LEGEND_HANDLE = 46, 4  # characters that fit above a panel, and those that a line sample takes
+LEGEND_WIDTH, LEGEND_HANDLE = 42, 4  # characters that fit above a panel, and those that a line sample takes
 ALARM_LINES = ("--", ":")  # of a panel's first and second alarm
 LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; the line in the picture
 
@@ -60,7 +60,7 @@ def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
     steps, values = _series(metrics, "heldout/accuracy")
     # inside the axes, and readable on top of the curves
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
-    for index, offset, side in ((0, (2, -15), "left"), (-1, (2, 8), "right")) if len(steps) > 1 else ():
+    for index, offset, side in ((0, (2, -15), "left"), (-1, (2, -17), "right")) if len(steps) > 1 else ():
         axes.annotate(
             f"{values[index]:.0%}", (steps[index], values[index]), offset, textcoords="offset points",
             ha=side, color=BLUE, weight="bold", bbox=box,
