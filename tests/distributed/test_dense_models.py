@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LAYOUTS
 from launch import PROGRAMS, TIMEOUT_S, Result, launch
+from named_layouts import LAYOUTS
 from random_task import random_samples
 from test_export import read_tensors
 

@@ -144,6 +144,34 @@ def test_published_models(model):
     assert from_megatron == Counter(list(tensors))
 
 
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_the_published_moe_at_expert_parallel_8(tensor_parallel):
+    """Every tensor to the shards of a layout and back, at full size, on tensors without values."""
+    architecture, numbers, num_tensors, num_parameters = PUBLISHED["Qwen3-30B-A3B"]
+    _, config = hf_config(architecture, numbers)
+    family, shape = family_of(config), shape_of(config)
+    sizes = family.hf_tensors(shape)
+    back: dict[str, tuple[int, ...]] = {}
+    on_rank = [0] * (8 * tensor_parallel)  # parameters, by expert rank times tensor rank
+    for name in family.parameters(shape):
+        mapping = family.mapping_for(name, shape)
+        expert = int(name.split("local_experts.")[1].split(".")[0]) if is_expert(name) else None
+        size = 1 if is_expert(name) else tensor_parallel  # experts whole: --expert-tensor-parallel-size 1
+        full = [torch.empty(sizes[hf_name], device="meta") for hf_name in mapping.hf_names]
+        shards = mapping.shard(full, size)
+        whole = isinstance(mapping, Direct) and mapping.dim is None
+        merged = mapping.merge(shards[:1] if whole else shards)
+        back |= {hf_name: tuple(tensor.shape) for hf_name, tensor in merged.items()}
+        for rank in range(len(on_rank)):
+            if expert is None or expert // 16 == rank // tensor_parallel:
+                on_rank[rank] += shards[rank % size].numel()
+    assert back == sizes and len(back) == num_tensors
+    experts = 48 * 128 * 3 * 2048 * 768
+    norms_and_routers = 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048
+    rest = num_parameters - experts - norms_and_routers
+    assert set(on_rank) == {experts // 8 + norms_and_routers + rest // tensor_parallel}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_both_layer_specs_cover_every_tensor_once(case):
     _, config = small(case)
