@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vespo.conversion.first_layers import link_first_layers
 from megatron_vespo.conversion.hf_shards import copy_companions
 from megatron_vespo.conversion.sources import opened_hf
 from megatron_vespo.data.context_parallel import TokenLayout
@@ -39,9 +40,10 @@ def check_logits(hf_folder: Path, megatron_folder: Path, num_tokens: int) -> str
     """
     with tempfile.TemporaryDirectory() as folder:
         first_layers = Path(folder) / "model"
-        num_layers, stored_layers = _cut(hf_folder, first_layers)
+        num_layers = _cut(hf_folder, first_layers)
+        link_first_layers(megatron_folder, Path(folder) / "megatron", num_layers)
         outputs = []
-        for side, more in (("transformers", ()), ("megatron", (megatron_folder.absolute(), stored_layers))):
+        for side, more in (("transformers", ()), ("megatron", (Path(folder) / "megatron",))):
             output = Path(folder) / f"{side}.npy"
             _in_process([side, output, first_layers, num_tokens, *more])
             outputs.append(np.load(output))
@@ -57,8 +59,8 @@ def check_logits(hf_folder: Path, megatron_folder: Path, num_tokens: int) -> str
     return found
 
 
-def _cut(hf_folder: Path, target: Path) -> tuple[int, int]:
-    """An HF checkpoint of the first layers alone; returns how many it has, of how many."""
+def _cut(hf_folder: Path, target: Path) -> int:
+    """An HF checkpoint of the first layers alone; returns how many it has."""
     target.mkdir()
     copy_companions(hf_folder, target)
     with opened_hf(hf_folder) as source:
@@ -70,7 +72,7 @@ def _cut(hf_folder: Path, target: Path) -> tuple[int, int]:
         config["layer_types"] = config["layer_types"][:num_layers]
     (target / "config.json").write_text(json.dumps(config))
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return num_layers, source.shape.num_layers
+    return num_layers
 
 
 def _in_process(words: Sequence[object]) -> None:
@@ -98,11 +100,11 @@ def _transformers_logits(model: Path, num_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def _megatron_logits(model: Path, num_tokens: int, checkpoint: str, stored_layers: str) -> Tensor:
+def _megatron_logits(model: Path, num_tokens: int, checkpoint: str) -> Tensor:
     from megatron_vespo.arguments import parse_args
     from megatron_vespo.trainer.attention import PackedSequences
     from megatron_vespo.trainer.initialize import device, initialize
-    from megatron_vespo.trainer.released_weights import load_first_layers
+    from megatron_vespo.trainer.released_weights import load_model
 
     argv = ["--hf-checkpoint", str(model), "--mini-batches", "1", "--max-prompt-tokens", "1"]
     argv += ["--max-completion-tokens", str(num_tokens), "--train-iters", "1", "--lr", "0"]
@@ -111,7 +113,7 @@ def _megatron_logits(model: Path, num_tokens: int, checkpoint: str, stored_layer
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     args = initialize(parse_args(argv, required=("hf_checkpoint",)), 0, 0, "127.0.0.1", port)
-    gpt = load_first_layers(args, checkpoint, int(stored_layers))
+    gpt = load_model(args, Path(checkpoint))
     tokens = _tokens(args.vocab_size, num_tokens).to(device())
     cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device())
     pack = PackedSequences.of(cu_seqlens, num_tokens, TokenLayout(1), use_kernel=False)

@@ -1,0 +1,66 @@
+"""`--check-logits`: transformers and Megatron agree on a converted model, and a wrong weight is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_vespo import cli
+from megatron_vespo.conversion.family import family_of, shape_of
+from megatron_vespo.logits_check import check_logits
+
+# deeper than what is compared
+NUMBERS = {
+    "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    "vocab_size": 131, "hidden_act": "silu", "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS = {
+    "Qwen3MoeForCausalLM": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "LlamaForCausalLM": {
+        "model_type": "llama", "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}  # fmt: skip
+
+
+def make_model(folder: Path, architecture: str, swap: bool = False) -> Path:
+    config = {"architectures": [architecture], **NUMBERS, **MODELS[architecture]}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in family_of(config).hf_tensors(shape_of(config)).items():
+        values = torch.randn(shape, generator=draw) * 0.1
+        tensors[name] = values + 1 if "norm" in name else values
+    if swap:
+        norms = [f"model.layers.1.{name}_layernorm.weight" for name in ("input", "post_attention")]
+        tensors[norms[0]], tensors[norms[1]] = tensors[norms[1]], tensors[norms[0]]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_both_sides_agree(architecture, tmp_path, capsys):
+    hf = make_model(tmp_path / "hf", architecture)
+    command = ["convert", "hf-to-megatron", hf, tmp_path / "megatron", "--check-logits", 48, "--quiet"]
+    assert cli.run([str(word) for word in command]) == 0
+    assert "logits of 48 tokens after 2 layers differ by" in capsys.readouterr().out
+
+
+def test_exchanged_norms_are_noticed(tmp_path):
+    hf = make_model(tmp_path / "hf", "LlamaForCausalLM")
+    wrong = make_model(tmp_path / "wrong", "LlamaForCausalLM", swap=True)
+    assert cli.run(["convert", "hf-to-megatron", str(wrong), str(tmp_path / "megatron"), "--quiet"]) == 0
+    with pytest.raises(ValueError, match="the proof fails: logits of 16 tokens"):
+        check_logits(hf, tmp_path / "megatron" / "release", 16)
