@@ -57,7 +57,7 @@ def load_hf_weights(
             for (hf_name, expected), tensor in zip(mapping.merge(shards).items(), tensors, strict=True):
                 if tensor.shape != expected.shape:
                     raise ValueError(
-                        f"--hf-checkpoint {folder}: tensor {hf_name} is {tuple(tensor.shape)}, by "
+                        f"{folder}: tensor {hf_name} is {tuple(tensor.shape)}, by "
                         f"config.json it should be {tuple(expected.shape)}"
                     )
             parameter.copy_(mapping.shard(tensors, group.size())[group.rank()])

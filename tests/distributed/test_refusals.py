@@ -60,9 +60,7 @@ def test_model_that_config_json_does_not_describe(result, case):
     expected = (
         "is missing" if shape is None else f"is {shape}, by config.json it should be {RIGHT_SHAPES[name]}"
     )
-    assert re.fullmatch(
-        rf"--hf-checkpoint \S+/{case}: tensor {name} {re.escape(expected)}", str(result[case])
-    ), result[case]
+    assert re.fullmatch(rf"\S+/{case}: tensor {name} {re.escape(expected)}", str(result[case])), result[case]
 
 
 SAMPLE_MESSAGES = {

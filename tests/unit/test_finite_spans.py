@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float
 
 
 class OneTensor:
+    folder = Path("in memory")
+
     def __init__(self, values: torch.Tensor):
         self._values = values
         self.tensors = {"x": TensorInfo(values.dtype, tuple(values.shape))}
