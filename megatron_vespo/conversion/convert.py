@@ -35,6 +35,7 @@ from megatron_vespo.conversion.torch_dist_writer import (
 )
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what transformers cuts to
+_ARCHIVE_BYTES = 2048  # about what a chunk takes beside its values
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _write_chunks(
     own = shares(items, sizes(items), ranks.size)[ranks.rank]
 
     def work(number: int, run: list[Destination], stop: Event) -> tuple[Digests, list[Written]]:
-        with ChunkFile(folder, f"__{ranks.rank}_{number}.distcp") as file:
+        num_bytes = sum(sizes(run)) + len(run) * _ARCHIVE_BYTES
+        with ChunkFile(folder, f"__{ranks.rank}_{number}.distcp", num_bytes) as file:
             digests = copy_spans(
                 source.reader, run, lambda item: item.span, file.write, options.dtype, bar, stop
             )

@@ -28,6 +28,7 @@ from megatron_vespo.conversion.family import Family, ModelShape
 from megatron_vespo.conversion.row_map import row_runs
 from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.spans import Span, row_ranges
+from megatron_vespo.conversion.torch_archive import around
 from megatron_vespo.conversion.torch_dist_file import METADATA_NAME
 from megatron_vespo.conversion.torch_dist_names import Address, addresses, extra_states
 
@@ -74,11 +75,16 @@ class Written:
 
 
 class ChunkFile:
-    """One `.distcp` file. A context manager that leaves the bytes on the disk, not in its cache."""
+    """One `.distcp` file. A context manager that leaves the bytes on the disk, not in its cache.
 
-    def __init__(self, folder: Path, name: str):
+    Space for `num_bytes` is taken at once, which fails early on a full disk and makes writing cheaper.
+    """
+
+    def __init__(self, folder: Path, name: str, num_bytes: int = 0):
         self._name = name
         self._file = (folder / name).open("xb", buffering=0)
+        if num_bytes:
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
         self.written: list[Written] = []
 
     def __enter__(self) -> ChunkFile:
@@ -86,27 +92,30 @@ class ChunkFile:
 
     def __exit__(self, kind, *error) -> None:
         if kind is None:
+            self._file.truncate()
             os.fsync(self._file.fileno())
         self._file.close()
 
     def write(self, destination: Destination, values: Tensor) -> None:
         """`values` [rows, ...] as one chunk."""
-        # torch.save writes the whole storage of a tensor, and this one may be a part of a buffer
-        alone = torch.from_numpy(values.contiguous().view(-1).view(torch.uint8).numpy()).view(values.dtype)
-        stacked = alone.view(*(1 for _ in destination.addresses[0].stack), *values.shape)
-        place = self._save(stacked)
+        values = values.contiguous()
+        stacked = values.view(*(1 for _ in destination.addresses[0].stack), *values.shape)
+        before, after = around(stacked)
+        place = self._write(before, memoryview(values.view(-1).view(torch.uint8).numpy()), after)
         self.written.append(Written(destination, place, tuple(stacked.shape), values.dtype))
 
     def write_object(self, value: Any) -> _StorageInfo:
         """As Megatron stores what is no tensor: in a list of one."""
-        return self._save([value])
+        stream = io.BytesIO()
+        torch.save([value], stream)
+        return self._write(stream.getbuffer())
 
-    def _save(self, value: Any) -> _StorageInfo:
+    def _write(self, *parts: bytes | memoryview) -> _StorageInfo:
         start = self._file.tell()
-        buffered = io.BufferedWriter(self._file)
-        torch.save(value, buffered)
-        buffered.flush()
-        buffered.detach()
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                left = left[self._file.write(left) :]
         return _StorageInfo(self._name, start, self._file.tell() - start)
 
 
