@@ -140,6 +140,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
     add("--weight-sync-timeout", type=float, default=300.0, metavar="SECONDS")
+    add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
+        help="compare an engine with an export that it loads, as on every resume; 0: only then")  # fmt: skip
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,10 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     for name in positive:
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    if args.weight_check_interval < 0:
+        raise ValueError(
+            f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
+        )
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
     if args.num_completions < 2:
