@@ -68,7 +68,7 @@ def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine
     both = EngineControl([engine.url, own_engine.url], START_TIMEOUT_S)
     sums, same = verify.check_engines_agree(both, 0)
     assert sums == same
-    assert len(sums) > 10 * NUM_LAYERS // 2
+    assert {"lm_head.weight", "model.layers.1.mlp.experts.w2_weight"} <= sums.keys()
 
     def change(tensors: dict) -> None:
         tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1e-6
@@ -79,9 +79,7 @@ def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine
     with pytest.raises(WeightSyncError) as error:
         verify.check_engines_agree(both, 4)
     said = str(error.value)
-    assert said.startswith(
-        f"weights differ after the sync of version 4: engine {own_engine.url} has checksum"
-    )
+    assert said.startswith(f"weights differ after the sync of version 4: engine {own_engine.url} has")
     assert "of model.layers.1.self_attn.qkv_proj.weight, engine " + engine.url in said
     assert f"(1 of {len(sums)} tensors differ)" in said
     with pytest.raises(WeightSyncError, match=f"engine {own_engine.url} .* the checkpoint {tiny_model} has"):
