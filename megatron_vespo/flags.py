@@ -65,6 +65,8 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
+    add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
+        help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
         help="rewards, in advantages only, fall over the last so many before --max-completion-tokens; "
         "0: off")  # fmt: skip
