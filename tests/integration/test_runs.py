@@ -91,6 +91,7 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     flags = ["--load", str(tiny_run / "checkpoints"), "--lr", "5e-5", "--train-iters", "44"]
     flags += ["--mini-batches", "4", "--pipeline-model-parallel-size", "1", "--routing-replay", "R3"]
     flags += ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
+    flags += ["--weight-check-interval", "1"]
     command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
     run = Run(command, tmp_path / "log")
     try:
@@ -99,6 +100,9 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
         run.kill()
     assert "resumed at optimizer step 40, 320 prompts consumed" in run.output
     record, last_check = read_metrics(tmp_path / "out/metrics.jsonl")
+    # an engine has loaded an export after either sync, and answers with its weights
+    assert not (tmp_path / "out/weight-check").exists()
+    print("weight check with an export:", record["sync/weight_check_seconds"])
     assert last_check["check/last_sync_logprob_difference"] <= 1e-4
     assert record["step"] == 44
     assert record["reward/mean"] > 0.7, "the resumed policy has forgotten what it learned"
