@@ -70,7 +70,7 @@ class Controller:
             groups, metrics = self.rollout_batch()
             samples = self.training_samples(groups)
             metrics |= self.update(samples)
-            self.sync_weights()
+            metrics |= self.sync_weights()
             metrics |= self.maybe_evaluate()
             alarms = self.check_alarms(metrics)
             self.state.train_seconds = time.monotonic() - started
@@ -80,9 +80,10 @@ class Controller:
         self.check_last_sync()
         return self.state
 
-    def sync_weights(self) -> None:
+    def sync_weights(self) -> dict[str, float]:
         with self.display.phase("sync"):
-            self.trainer.sync_weights(self.state.iteration)
+            seconds = self.trainer.sync_weights(self.state.iteration)
+        return {"sync/weight_check_seconds": seconds}
 
     def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
         """Scored groups to train on; the metrics are of all that were generated for them."""

@@ -65,6 +65,8 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
+    add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
+        help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
         help="rewards, in advantages only, fall over the last so many before --max-completion-tokens; "
         "0: off")  # fmt: skip
@@ -140,6 +142,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
     add("--weight-sync-timeout", type=float, default=300.0, metavar="SECONDS")
+    add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
+        help="compare an engine with an export that it loads, as on every resume; 0: only then")  # fmt: skip
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -87,7 +87,7 @@ def _start(
 ) -> Controller:
     """Engines and trainer come up side by side; whatever fails, `stack` ends what had started."""
     log_dir = (args.output_dir / "logs").resolve()
-    rewards = RewardPool(reward, args.reward_workers, args.reward_timeout)
+    rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
     stack.callback(rewards.close)
     with display.phase("start Ray"):
         stack.callback(ray.shutdown)

@@ -27,11 +27,15 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout heldout_interval "
         "heldout_prompts weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
         "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout "
-        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots"
+        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
     ).split()
     for name in positive:
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    if args.weight_check_interval < 0:
+        raise ValueError(
+            f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
+        )
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
     if args.num_completions < 2:

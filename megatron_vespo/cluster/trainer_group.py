@@ -46,9 +46,11 @@ class TrainerGroup:
     def connect_engines(self, urls: list[str], engine_size: int) -> None:
         self._call("connect_engines", urls, engine_size, timeout_s=self._args.weight_sync_timeout)
 
-    def sync_weights(self, version: int) -> None:
-        """Every engine serves the current weights as `version` afterwards, checked."""
+    def sync_weights(self, version: int) -> float:
+        """Every engine serves the current weights as `version` afterwards; seconds that checking took."""
         self._call("sync_weights", version, timeout_s=self._args.weight_sync_timeout)
+        export = (self._args.output_dir / "weight-check").resolve()
+        return self._call("check_weights", version, export, timeout_s=self._args.train_timeout)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from megatron_vespo.cluster.placement import host_address
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.rollout.engine import find_free_port
 from megatron_vespo.types import TrainingSample
+
+# of SGLang: with these engines may have loaded other values than --hf-checkpoint's
+LOADING_FLAGS = {"--load-format", "--dtype"}
 
 
 class TrainerWorker:
@@ -65,9 +70,13 @@ class TrainerWorker:
         return measure(self.policy, samples, num_steps)
 
     def connect_engines(self, urls: list[str], engine_size: int) -> None:
-        """Join the broadcast groups with the engines, stage after stage: one global order cannot deadlock."""
+        """Join the broadcast groups with the engines, stage after stage: one global order cannot deadlock.
+
+        The engines' weights are random until the first sync, which therefore has to bring all of them.
+        """
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
+        from megatron_vespo.weight_sync.verify import forget_weights
 
         groups = self.policy.groups
         if self.policy.is_sender:
@@ -76,6 +85,8 @@ class TrainerWorker:
             if self.policy.is_sender and groups.pp.rank() == stage:
                 self._sender = BucketSender(self._control, engine_size, stage, self._host, device())
             dist.barrier()
+        self._num_syncs = 0
+        self._loaded = forget_weights(self._control) if self.rank == 0 else []
 
     def sync_weights(self, version: int) -> None:
         """Make every engine serve the current weights as policy `version`."""
@@ -99,6 +110,42 @@ class TrainerWorker:
         if self.rank == 0:
             self._control.finish(version)
         dist.barrier()
+
+    def check_weights(self, version: int, export: Path) -> float:
+        """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.
+
+        At the start these are what the engines have loaded themselves. After a resume and every so many syncs
+        the policy is written to `export`; the folder stays where weights differ.
+        """
+        from megatron_vespo.weight_sync.verify import (
+            check_against_checkpoint,
+            check_engines_agree,
+            compare_sums,
+        )
+
+        started = time.monotonic()
+        first, interval = self._num_syncs == 0, self._args.weight_check_interval
+        self._num_syncs += 1
+        known = first and self._engines_have_loaded_the_policy()
+        due = not known if first else interval > 0 and self._num_syncs % interval == 0
+        if due:
+            self.export_hf(export)
+        if self.rank == 0:
+            all_sums = check_engines_agree(self._control, version)
+            if known:
+                for url, sums, loaded in zip(self._control.urls, all_sums, self._loaded, strict=True):
+                    compare_sums(url, sums, f"--hf-checkpoint {self._args.hf_checkpoint}", loaded, version)
+            if due:
+                check_against_checkpoint(self._control, all_sums[0], export, version)
+                shutil.rmtree(export)
+        dist.barrier()
+        return time.monotonic() - started
+
+    def _engines_have_loaded_the_policy(self) -> bool:
+        """Engines and trainer have both started from --hf-checkpoint."""
+        from megatron_vespo.trainer import checkpoint
+
+        return not checkpoint.exists(self._args.load) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
 
     def save(self, rollout_state: dict) -> None:
         self.policy.save(rollout_state)

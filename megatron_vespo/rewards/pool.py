@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
-from megatron_vespo.rewards.worker import RewardFunction
+from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
 
 _START_DEADLINE_S = 120.0  # importing the function's module, sympy or more, on a loaded machine
 _STOP_DEADLINE_S = 10.0
@@ -87,13 +88,17 @@ def load_reward_function(import_path: str) -> RewardFunction:
 class RewardPool:
     """`num_workers` processes that score responses with one function, `timeout_s` seconds for each response.
 
+    `memory_gb` GiB are what each may use, and each process that it starts.
+
     Raises:
         ValueError: the function cannot be imported by name in another process (a lambda, or one of __main__).
     """
 
-    def __init__(self, function: RewardFunction, num_workers: int, timeout_s: float) -> None:
-        assert num_workers >= 1 and timeout_s > 0, (num_workers, timeout_s)
-        self._setup = _pickle_setup(function, timeout_s)
+    def __init__(
+        self, function: RewardFunction, num_workers: int, timeout_s: float, memory_gb: float = math.inf
+    ) -> None:
+        assert num_workers >= 1 and timeout_s > 0 and memory_gb > 0, (num_workers, timeout_s, memory_gb)
+        self._setup = _pickle_setup(function, timeout_s, memory_gb)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._workers = [_Worker(self._setup) for _ in range(num_workers)]
@@ -211,6 +216,8 @@ class _Batch:
             exit_status = worker.exit_status()
             if exit_status == -signal.SIGALRM:
                 self.lose(slot, "timeout", f"no reward within {self.timeout_s:g} s")
+            elif exit_status == OUT_OF_MEMORY_STATUS:
+                self.lose(slot, "error", "the reward function ran out of memory, see --reward-memory-gb")
             else:
                 self.lose(slot, "error", f"the reward function ended its process, exit status {exit_status}")
             return
@@ -237,11 +244,11 @@ class _Batch:
         self.workers[slot] = _Worker(self.setup)
 
 
-def _pickle_setup(function: RewardFunction, timeout_s: float) -> bytes:
+def _pickle_setup(function: RewardFunction, timeout_s: float, memory_gb: float) -> bytes:
     if getattr(function, "__module__", None) == "__main__":
         raise ValueError("the reward function is defined in the main program: move it to a module of its own")
     try:
-        return pickle.dumps((function, timeout_s))
+        return pickle.dumps((pickle.dumps(function), timeout_s, memory_gb))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"the reward function must be defined at the top of a module: {error}") from error
 

@@ -7,12 +7,14 @@ import math
 import numbers
 import os
 import pickle
+import resource
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 RewardFunction = Callable[[str, str, dict], float]
 
+OUT_OF_MEMORY_STATUS = 77  # exit status of a worker whose function ran out of memory
 _ORPHAN_GRACE_S = 2.0
 
 
@@ -23,7 +25,10 @@ def worker_main(fd: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(fd)
     try:
-        function, timeout_s = pickle.loads(connection.recv_bytes())
+        setup, timeout_s, memory_gb = pickle.loads(connection.recv_bytes())
+        if math.isfinite(memory_gb):
+            _limit_memory(int(memory_gb * 2**30))
+        function = pickle.loads(setup)
     except Exception as error:  # importing a custom module may raise anything; the parent reports it
         connection.send(_describe(error))
         return
@@ -32,6 +37,13 @@ def worker_main(fd: int) -> None:
         while True:
             for response, answer, metadata in connection.recv():
                 connection.send(_call(function, response, answer, metadata, timeout_s + _ORPHAN_GRACE_S))
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Of memory that the process can write to; RLIMIT_AS would count libraries and reservations too."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = num_bytes if allowed == resource.RLIM_INFINITY else min(num_bytes, allowed)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _call(function: RewardFunction, response: str, answer: str, metadata: dict, alarm_s: float) -> tuple:
@@ -44,6 +56,8 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
         if not math.isfinite(reward):
             return 0.0, "error", f"the reward function returned {reward}"
         return float(reward), "ok", ""
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY_STATUS)  # what fills the memory may be kept from earlier items: start afresh
     except Exception as error:  # a custom function may raise anything, and one item must not end the run
         return 0.0, "error", _describe(error)
     finally:

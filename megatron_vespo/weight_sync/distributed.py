@@ -37,14 +37,16 @@ class EngineControl:
         """Send without waiting; pass the result to `wait`."""
         return [self.submit(post_json, url, path, payload, self.timeout_s) for url in self.urls]
 
-    def wait(self, futures: list[Future]) -> None:
+    def wait(self, futures: list[Future]) -> list[dict]:
+        """The engines' answers, in their order."""
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
                 raise WeightSyncError(f"weight sync failed: {error}") from error
+        return [future.result() for future in futures]
 
-    def call(self, path: str, payload: dict) -> None:
-        self.wait(self.post(path, payload))
+    def call(self, path: str, payload: dict) -> list[dict]:
+        return self.wait(self.post(path, payload))
 
     def begin(self) -> None:
         """Open the engines for new weights. No request may be running."""

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from runs import ROOT, Run, nothing_left, train_command
 
+from megatron_vespo.http import EngineRequestError, post_json
 from megatron_vespo.observability.metrics import read_metrics
+from megatron_vespo.rollout.engine import find_free_port
 
 START_S = 300.0
 GSM8K = ROOT.parent / "shared/data/gsm8k/train.jsonl"
@@ -62,6 +64,7 @@ def test_engine_and_trainer_agree_after_every_sync(tiny_run):
     assert [record["step"] for record in batches] == list(range(4, 41, 4))
     assert max(record["check/max_logprob_difference"] for record in batches) <= 1e-4
     assert all(record["policy/version"] == record["step"] for record in batches)
+    assert all(record["sync/weight_check_seconds"] > 0 for record in batches)
     # nothing is trained after the last sync: completions of its own check it
     assert records[-1]["check/last_sync_logprob_difference"] <= 1e-4
 
@@ -88,6 +91,7 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     flags = ["--load", str(tiny_run / "checkpoints"), "--lr", "5e-5", "--train-iters", "44"]
     flags += ["--mini-batches", "4", "--pipeline-model-parallel-size", "1", "--routing-replay", "R3"]
     flags += ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
+    flags += ["--weight-check-interval", "1"]
     command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
     run = Run(command, tmp_path / "log")
     try:
@@ -96,6 +100,9 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
         run.kill()
     assert "resumed at optimizer step 40, 320 prompts consumed" in run.output
     record, last_check = read_metrics(tmp_path / "out/metrics.jsonl")
+    # an engine has loaded an export after either sync, and answers with its weights
+    assert not (tmp_path / "out/weight-check").exists()
+    print("weight check with an export:", record["sync/weight_check_seconds"])
     assert last_check["check/last_sync_logprob_difference"] <= 1e-4
     assert record["step"] == 44
     assert record["reward/mean"] > 0.7, "the resumed policy has forgotten what it learned"
@@ -186,6 +193,31 @@ def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_p
         run.kill()
     assert re.search(f"^{named}.* died", run.output, re.MULTILINE), run.output
     assert log in run.output
+
+
+@pytest.mark.timeout(600)
+def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questions, tmp_path):
+    port = find_free_port("127.0.0.1")
+    other = f"http://127.0.0.1:{port + 1}"
+    flags = ["--rollout-engines", "2", "--rollout-port", str(port), "--train-iters", "10000"]
+    run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
+    try:
+        run.wait_for_output(" 2/10000 ", START_S)
+        # again and again, as the next sync would repair it
+        while run.process.poll() is None:
+            try:
+                post_json(other, "/weights_checker", {"action": "reset_tensors"}, 60)
+            except EngineRequestError:
+                break
+        assert run.wait(60) == 1
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    assert re.search(
+        rf"weights differ after the sync of version \d+: engine {other} has checksum \w+ of \S+, "
+        rf"engine http://127.0.0.1:{port} has ",
+        run.output,
+    ), run.output
 
 
 @pytest.mark.timeout(600)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
 
 from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.weight_sync import verify
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl, WeightSyncError
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
@@ -48,6 +52,56 @@ def own_engine(tiny_model, tmp_path_factory):
 def sender(own_engine):
     control = EngineControl([own_engine.url], timeout_s=START_TIMEOUT_S)
     return BucketSender(control, engine_size=1, stage=0, host=HOST, device=torch.device("cpu"))
+
+
+def changed_checkpoint(model: Path, folder: Path, change: Callable[[dict], object]) -> Path:
+    """A copy of a checkpoint, after `change` of its tensors."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine, tiny_model, tmp_path):
+    """`engine` is only asked for its checksums."""
+    both = EngineControl([engine.url, own_engine.url], START_TIMEOUT_S)
+    sums, same = verify.check_engines_agree(both, 0)
+    assert sums == same
+    assert {"lm_head.weight", "model.layers.1.mlp.experts.w2_weight"} <= sums.keys()
+
+    def change(tensors: dict) -> None:
+        tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1e-6
+
+    changed = changed_checkpoint(tiny_model, tmp_path / "changed", change)
+    own = EngineControl([own_engine.url], START_TIMEOUT_S)
+    own.call("/update_weights_from_disk", {"model_path": str(changed)})
+    with pytest.raises(WeightSyncError) as error:
+        verify.check_engines_agree(both, 4)
+    said = str(error.value)
+    assert said.startswith(f"weights differ after the sync of version 4: engine {own_engine.url} has")
+    assert "of model.layers.1.self_attn.qkv_proj.weight, engine " + engine.url in said
+    assert f"(1 of {len(sums)} tensors differ)" in said
+    with pytest.raises(WeightSyncError, match=f"engine {own_engine.url} .* the checkpoint {tiny_model} has"):
+        verify.check_against_checkpoint(own, verify.weight_sums(own)[0], tiny_model, 0)
+    assert verify.check_engines_agree(both, 0) == [sums, sums], "loading has brought every tensor"
+
+
+def test_a_tensor_that_an_update_leaves_out_is_found(own_engine, sender, tiny_model, tmp_path):
+    [sums] = verify.forget_weights(sender.control)
+    weights = load_file(tiny_model / "model.safetensors")
+    forgotten = weights.pop("model.layers.0.mlp.experts.5.up_proj.weight")
+    sender.control.begin()
+    sender.send(weights, 0)
+    sender.control.finish(0)
+    [served] = verify.weight_sums(sender.control)
+    with pytest.raises(WeightSyncError, match="of model.layers.0.mlp.experts.w13_weight.*1 of"):
+        verify.compare_sums(own_engine.url, served, "the checkpoint", sums, 0)
+    sender.control.begin()
+    sender.send(weights | {"model.layers.0.mlp.experts.5.up_proj.weight": forgotten}, 0)
+    sender.control.finish(0)
+    assert verify.weight_sums(sender.control) == [sums]
+    verify.check_against_checkpoint(sender.control, sums, tiny_model, 0)
 
 
 def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path):

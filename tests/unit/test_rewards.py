@@ -44,6 +44,11 @@ def by_command(response, answer, metadata):
         return eval(rest)
     if command == "pid":
         return os.getpid()
+    if command == "allocate":
+        return len(bytearray(int(float(rest) * 2**30))) / 2**30
+    if command == "keep":
+        KEPT.append(bytes(int(float(rest) * 2**30)))
+        return len(KEPT)
     if command == "slow":
         time.sleep(float(rest))
     return float(answer == rest) + metadata.get("bonus", 0.0)
@@ -52,6 +57,7 @@ def not_in_a_worker():
     raise AssertionError
 
 CONSTANT = 3
+KEPT = []
 if "FAIL_IN_WORKER" in os.environ and "pytest" not in sys.modules:
     raise RuntimeError("no licence")
 """
@@ -338,6 +344,27 @@ def test_dying_worker_costs_only_its_item_and_is_replaced(pool):
     assert results[0] == RewardResult(0.0, "error", "the reward function ended its process, exit status 3")
     assert results[20] == RewardResult(0.0, "error", "the reward function ended its process, exit status 4")
     assert sum(result == RewardResult(1.0, "ok", "") for result in results) == 38
+
+
+def test_a_response_that_takes_too_much_memory_costs_only_itself(custom):
+    pool = RewardPool(custom, num_workers=2, timeout_s=10.0, memory_gb=0.5)
+    items = [item("is 1") for _ in range(40)]
+    items[7] = item("allocate 0.75")
+    items[30] = item("allocate 0.25")
+    results = pool.score(items)
+    pool.close()
+    too_much = RewardResult(0.0, "error", "the reward function ran out of memory, see --reward-memory-gb")
+    assert results[7] == too_much
+    assert results[30] == RewardResult(0.25, "ok", "")
+    assert results.count(RewardResult(1.0, "ok", "")) == 38
+
+
+def test_memory_that_a_function_keeps_goes_with_its_worker(custom):
+    pool = RewardPool(custom, num_workers=1, timeout_s=10.0, memory_gb=0.5)
+    results = pool.score([item("keep 0.15")] * 8)
+    pool.close()
+    assert [result.value for result in results] == [1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0, 0.0]
+    assert [result.status for result in results].count("error") == 2
 
 
 def test_a_worker_killed_while_idle_costs_nothing(pool):

@@ -115,12 +115,20 @@ def test_counts_are_positive(flags, flag, value):
     assert message_of(check_flags, flags(flag, value)) == f"{flag} is {value}, must be positive"
 
 
+def test_weights_are_checked_every_so_many_syncs_or_on_resumes_only(flags):
+    check_flags(flags("--weight-check-interval", "0"))
+    assert message_of(check_flags, flags("--weight-check-interval", "-1")) == (
+        "--weight-check-interval -1: must be positive, or 0 (on resumes only)"
+    )
+
+
 @pytest.mark.parametrize(
     "flag",
     [
         "--rollout-temperature",
         "--mismatch-truncation",
         "--reward-timeout",
+        "--reward-memory-gb",
         "--engine-start-timeout",
         "--generate-timeout",
         "--train-timeout",

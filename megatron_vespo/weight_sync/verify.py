@@ -1,0 +1,81 @@
+"""Whether engines hold the weights they should, by SGLang's own checksum of every tensor (/weights_checker).
+
+A checksum is of a tensor as the engine keeps it: q, k and v in one, experts stacked, a rank's part only. All
+parameters and buffers have one but the rotary embedding's tables. GPUs and CPUs compute different functions,
+so an engine's sums are compared with another engine's or with its own after it has loaded a checkpoint. In
+between its weights are made random: what an update leaves out cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_vespo.weight_sync.distributed import EngineControl, WeightSyncError
+
+Sums = Mapping[str, str]  # name of a tensor, with its rank where the engine has several -> checksum
+
+
+class WeightMismatchError(WeightSyncError):
+    """Engines whose weights are not those that they should be; names engine, tensor and both sums."""
+
+
+def weight_sums(control: EngineControl) -> list[Sums]:
+    """Every engine's checksums. No weight update may be running."""
+    return [_sums(answer["ranks"]) for answer in control.call("/weights_checker", {"action": "checksum"})]
+
+
+def forget_weights(control: EngineControl) -> list[Sums]:
+    """Every engine's checksums as it is; its weights are random afterwards, to be sent anew."""
+    all_sums = weight_sums(control)
+    control.call("/weights_checker", {"action": "reset_tensors"})
+    return all_sums
+
+
+def check_engines_agree(control: EngineControl, version: int) -> list[Sums]:
+    """Every engine's checksums, which must be the same."""
+    all_sums = weight_sums(control)
+    for url, sums in zip(control.urls, all_sums, strict=True):
+        compare_sums(url, sums, f"engine {control.urls[0]}", all_sums[0], version)
+    return all_sums
+
+
+def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, version: int) -> None:
+    """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
+
+    No request may be running. The caches stay, they belong to equal weights.
+    """
+    engine = EngineControl(control.urls[:1], control.timeout_s)
+    forget_weights(engine)
+    payload = {
+        "model_path": str(folder),
+        "load_format": "auto",
+        "flush_cache": False,
+        "weight_version": str(version),
+    }
+    engine.call("/update_weights_from_disk", payload)
+    [loaded] = weight_sums(engine)
+    compare_sums(engine.urls[0], sums, f"the checkpoint {folder}", loaded, version)
+
+
+def compare_sums(url: str, sums: Sums, whose: str, expected: Sums, version: int) -> None:
+    """WeightMismatchError unless the engine at `url` has the `expected` checksums, which are of `whose`."""
+    differing = sorted(name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name))
+    if differing:
+        name = differing[0]
+        raise WeightMismatchError(
+            f"weights differ after the sync of version {version}: engine {url} has checksum "
+            f"{sums.get(name, 'none')} of {name}, {whose} has {expected.get(name, 'none')} "
+            f"({len(differing)} of {len(expected)} tensors differ)"
+        )
+
+
+def _sums(ranks: list[dict]) -> Sums:
+    """One engine's checksums from the answer, which has an entry for each of its ranks."""
+    if len(ranks) == 1:
+        return ranks[0]["checksums"]
+    return {
+        f"{name} on rank {rank['parallelism_info'][0]['rank']}": checksum
+        for rank in ranks
+        for name, checksum in rank["checksums"].items()
+    }

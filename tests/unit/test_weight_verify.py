@@ -1,0 +1,61 @@
+"""What checksums of engines are compared with; engines are stood in for by their answers."""
+
+import pytest
+
+from megatron_vespo.weight_sync import verify
+from megatron_vespo.weight_sync.distributed import WeightSyncError
+
+A, B, C = "http://a:1", "http://b:1", "http://c:1"
+
+
+def answer(*ranks: dict[str, str]) -> dict:
+    return {
+        "success": True,
+        "ranks": [
+            {"checksums": sums, "parallelism_info": [{"role": "target", "rank": number}]}
+            for number, sums in enumerate(ranks)
+        ],
+    }
+
+
+class Control:
+    """Answers of several engines to /weights_checker."""
+
+    def __init__(self, answers: dict[str, dict]):
+        self.urls, self._answers = list(answers), list(answers.values())
+
+    def call(self, path: str, payload: dict) -> list[dict]:
+        assert (path, payload) == ("/weights_checker", {"action": "checksum"})
+        return self._answers
+
+
+def test_equal_engines_agree():
+    sums = {"embed": "0a", "norm": "0b"}
+    control = Control({url: answer(sums) for url in (A, B, C)})
+    assert verify.check_engines_agree(control, 3) == [sums] * 3
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"embed": "0a", "norm": "ff"}, f"engine {C} has checksum ff of norm, engine {A} has 0b (1 of 2"),
+        ({"embed": "0a"}, f"engine {C} has checksum none of norm, engine {A} has 0b (1 of 2"),
+        ({"embed": "0a", "norm": "0b", "x": "01"}, f"engine {C} has checksum 01 of x, engine {A} has none"),
+        ({}, f"engine {C} has checksum none of embed, engine {A} has 0a (2 of 2"),
+    ],
+)
+def test_the_engine_that_differs_is_named(other, said):
+    sums = {"embed": "0a", "norm": "0b"}
+    control = Control({A: answer(sums), B: answer(sums), C: answer(other)})
+    with pytest.raises(WeightSyncError) as error:
+        verify.check_engines_agree(control, 3)
+    assert "after the sync of version 3" in str(error.value)
+    assert said in str(error.value)
+
+
+def test_ranks_of_an_engine_are_compared_one_by_one():
+    left, right = {"qkv": "01"}, {"qkv": "02"}
+    control = Control({A: answer(left, right), B: answer(left, left)})
+    with pytest.raises(WeightSyncError, match="checksum 01 of qkv on rank 1, engine http://a:1 has 02"):
+        verify.check_engines_agree(control, 3)
+    assert verify.weight_sums(control)[0] == {"qkv on rank 0": "01", "qkv on rank 1": "02"}
