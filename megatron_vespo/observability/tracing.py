@@ -35,6 +35,7 @@ TRAINER_CAUSES = {
     "rewards": ("reward",),
     "evaluation": ("evaluate",),
     "generation": ("generate",),
+    "calls": ("train", "log-probs"),  # samples and results on their way
 }
 ENGINE_CAUSES = {
     "sync": ("sync",),
