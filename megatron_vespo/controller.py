@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,6 +60,8 @@ class Controller:
     metrics: MetricsWriter
     state: RunState = field(default_factory=RunState)
     history: list[dict[str, float]] = field(default_factory=list)  # of the rollout batches so far
+    # told of every rollout batch: its groups, their metrics, the prompts consumed by then
+    record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
@@ -104,7 +107,14 @@ class Controller:
         metrics = rollout_metrics(batch.generated, self.args.advantage_estimator) | (
             batch.metrics() if dynamic else {}
         )
-        return batch.groups(), metrics | {"reward/error_count": float(num_errors)}
+        metrics["reward/error_count"] = float(num_errors)
+        if self.record is not None:
+            self.record(batch.groups(), metrics, self.state.consumed_prompts)
+        return batch.groups(), metrics
+
+    def served_version(self) -> int:
+        """The policy version that the engines have."""
+        return self.state.iteration
 
     def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
         prompts = self.cursor.take(num_prompts)
@@ -116,10 +126,10 @@ class Controller:
             for rejection in completion.rejections:
                 self.display.message(f"drawn anew: {rejection}")
             versions = set(completion.policy_versions.tolist())
-            if versions != {self.state.iteration}:
+            if versions != {self.served_version()}:
                 raise RuntimeError(
                     f"prompt {completion.prompt.prompt_id} was answered by policy versions "
-                    f"{sorted(versions)}, the current one is {self.state.iteration}"
+                    f"{sorted(versions)}, the current one is {self.served_version()}"
                 )
         self.state.consumed_prompts = self.cursor.consumed
         return groups
@@ -234,8 +244,9 @@ class Controller:
         seconds = self.display.phase_seconds()
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         for phase, what in (("generate", "rollout"), ("train", "train")):
-            metrics[f"{what}/tokens_per_second"] = metrics[f"{what}/tokens"] / max(seconds[phase], 1e-9)
-        metrics["policy/version"] = float(self.state.iteration)
+            if phase in seconds:  # see debug_modes
+                metrics[f"{what}/tokens_per_second"] = metrics[f"{what}/tokens"] / max(seconds[phase], 1e-9)
+        metrics["policy/version"] = float(self.served_version())
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
 

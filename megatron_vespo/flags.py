@@ -153,6 +153,11 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
         help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
+    add("--save-rollouts", type=Path, metavar="DIR", help="record every rollout batch there")
+    add("--train-from", type=Path, metavar="DIR",
+        help="train on batches that --save-rollouts recorded; no engines, no --prompt-data")  # fmt: skip
+    add("--rollout-only", action="store_true",
+        help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 from transformers import AutoTokenizer
@@ -17,19 +20,66 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.controller import Controller, RunState, StoppedByAlarm
 from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
 from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.debug_modes import Recorder, Replay, RolloutOnly, check_modes, check_recorded
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
+from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.server_arguments import server_arguments
-from megatron_vespo.types import SamplingParams
+from megatron_vespo.types import Prompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is generated and how it is judged; empty for a run that does not generate."""
+
+    tokenizer: Any = None
+    sampling: SamplingParams | None = None
+    prompts: PromptSet | None = None
+    heldout: list[Prompt] = field(default_factory=list)
+    reward: Callable[..., float] | None = None
 
 
 def main(argv: list[str]) -> None:
     """Raises ValueError for a user's mistake, with one line that says what would be right."""
     started = time.monotonic()
     args = parse_args(argv)
+    check_modes(args)
+    task = Task() if args.train_from else _task(args)
+    if args.train_from:
+        args.rollout_engines = 0
+    if args.rollout_only:
+        args.trainer_ranks, args.hf_export = 0, False
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as stack:
+        trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
+        title = f"VESPO: {args.hf_checkpoint}"
+        display = stack.enter_context(RunDisplay(title, args.train_iters, on_phase=trace.phase))
+        if task.prompts is not None and task.prompts.num_overlong:
+            display.message(
+                f"{task.prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} "
+                "skipped"
+            )
+        controller = _start(args, stack, display, trace, task)
+        display.phase_seconds()  # start-up phases end here
+        setup_seconds = args.setup_seconds + time.monotonic() - started
+        training_started = time.time_ns()
+        try:
+            state = controller.train()
+        except StoppedByAlarm:
+            _draw(args)  # what led to it
+            raise
+        idle = trace.idle(training_started, time.time_ns())
+        if args.hf_export:
+            with display.phase("export"):
+                controller.trainer.export_hf((args.output_dir / "hf").resolve())
+    _report(args, state, len(task.heldout), setup_seconds, idle)
+
+
+def _task(args: Namespace) -> Task:
     tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
     prompts = _prompts(args, args.prompt_data, tokenizer)
     heldout = (
@@ -39,27 +89,7 @@ def main(argv: list[str]) -> None:
     )
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
-    reward = load_reward_function(args.reward_function)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-
-    with ExitStack() as stack:
-        display = stack.enter_context(RunDisplay(f"VESPO: {args.hf_checkpoint}", args.train_iters))
-        if prompts.num_overlong:
-            display.message(
-                f"{prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} skipped"
-            )
-        controller = _start(args, stack, display, tokenizer, sampling, prompts, heldout, reward)
-        display.phase_seconds()  # start-up phases end here
-        setup_seconds = args.setup_seconds + time.monotonic() - started
-        try:
-            state = controller.train()
-        except StoppedByAlarm:
-            _draw(args)  # what led to it
-            raise
-        if args.hf_export:
-            with display.phase("export"):
-                controller.trainer.export_hf((args.output_dir / "hf").resolve())
-    _report(args, state, len(heldout), setup_seconds)
+    return Task(tokenizer, sampling, prompts, heldout, load_reward_function(args.reward_function))
 
 
 def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
@@ -82,13 +112,13 @@ def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
     return loaded
 
 
-def _start(
-    args: Namespace, stack: ExitStack, display: RunDisplay, tokenizer, sampling, prompts, heldout, reward
-) -> Controller:
+def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace, task: Task) -> Controller:
     """Engines and trainer come up side by side; whatever fails, `stack` ends what had started."""
     log_dir = (args.output_dir / "logs").resolve()
-    rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
-    stack.callback(rewards.close)
+    rewards = None
+    if task.reward is not None:
+        rewards = RewardPool(task.reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
+        stack.callback(rewards.close)
     with display.phase("start Ray"):
         stack.callback(ray.shutdown)
         start_ray(args)
@@ -96,43 +126,57 @@ def _start(
         placement = place(args, engine_size)
     engines = EngineGroup(args, placement, _server_arguments(args), log_dir)
     stack.callback(engines.stop)
-    trainer = TrainerGroup(args, placement, log_dir, watch=engines.check)
-    stack.callback(trainer.stop)
-    with display.phase("start Megatron"):
-        stored = trainer.start()
-        for line in trainer.describe():
-            display.message(line)
-    with display.phase("start SGLang"):
-        urls = engines.wait_until_ready()
-    with display.phase("connect"):
-        trainer.connect_engines(urls, engine_size)
+    trainer = stored = None
+    if not args.rollout_only:
+        trainer = TrainerGroup(args, placement, log_dir, watch=engines.check, on_calls=trace.calls)
+        stack.callback(trainer.stop)
+        with display.phase("start Megatron"):
+            stored = trainer.start()
+            for line in trainer.describe():
+                display.message(line)
+    urls: list[str] = []
+    if args.rollout_engines:
+        with display.phase("start SGLang"):
+            urls = engines.wait_until_ready()
+    if trainer is not None and urls:
+        with display.phase("connect"):
+            trainer.connect_engines(urls, engine_size)
     state = RunState(**stored) if stored else RunState()
+    if args.train_from:
+        check_recorded(args, state.iteration)
     metrics = MetricsWriter(args.output_dir, state.iteration if stored else None)
     stack.callback(metrics.close)
     if stored:
         display.message(
             f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
         )
-    return Controller(
+    mode = Replay if args.train_from else RolloutOnly if args.rollout_only else Controller
+    return mode(
         args=args,
         trainer=trainer,
-        collector=Collector(
-            urls,
-            num_layers=args.num_layers,
-            topk=args.moe_router_topk if args.num_experts else None,
-            request_timeout_s=args.generate_timeout,
-            check=engines.check,
-        ),
+        collector=_collector(args, urls, engines, trace) if urls else None,
         rewards=rewards,
-        cursor=PromptCursor(prompts.prompts, args.seed, state.consumed_prompts),
-        heldout=heldout,
-        tokenizer=tokenizer,
-        sampling=sampling,
+        cursor=PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None,
+        heldout=task.heldout,
+        tokenizer=task.tokenizer,
+        sampling=task.sampling,
         display=display,
         metrics=metrics,
         state=state,
         # what the alarms compare with survives a resume into the same folder
         history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
+        record=Recorder(args, state.iteration) if args.save_rollouts else None,
+    )
+
+
+def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Trace) -> Collector:
+    return Collector(
+        urls,
+        num_layers=args.num_layers,
+        topk=args.moe_router_topk if args.num_experts else None,
+        request_timeout_s=args.generate_timeout,
+        check=engines.check,
+        on_requests=trace.requests,
     )
 
 
@@ -160,15 +204,20 @@ def _draw(args: Namespace) -> Path:
     return picture
 
 
-def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: float) -> None:
+def _report(
+    args: Namespace, state: RunState, num_heldout: int, setup_seconds: float, idle: dict[str, dict]
+) -> None:
     paths = {
         "metrics": args.output_dir / "metrics.jsonl",
         "TensorBoard": args.output_dir / "tensorboard",
         "picture": _draw(args),
+        "timeline": args.output_dir / "trace.json",
         "logs": args.output_dir / "logs",
     }
     if args.save:
         paths["checkpoint"] = Path(args.save)
+    if args.save_rollouts:
+        paths["rollouts"] = args.save_rollouts
     if args.hf_export:
         paths["HF export"] = args.output_dir / "hf"
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -180,7 +229,8 @@ def _report(args: Namespace, state: RunState, num_heldout: int, setup_seconds: f
         "train_seconds": state.train_seconds,
         "setup_seconds": setup_seconds,
         "steps": state.iteration,
-        "max_logprob_difference": state.max_logprob_difference,
+        "max_logprob_difference": None if args.rollout_only else state.max_logprob_difference,
+        "idle": idle,
         "layout": {
             "tensor": tensor,
             "pipeline": pipeline,

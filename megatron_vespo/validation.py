@@ -20,7 +20,7 @@ REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
 def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) -> None:
     """Our own flags, before anything heavy is imported; those named in `required` must be there."""
     for flag in required:
-        if getattr(args, flag) is None:
+        if getattr(args, flag) is None and not (flag == "prompt_data" and args.train_from):
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
     positive = (
         "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "

@@ -15,16 +15,27 @@ from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.layout_report import LayoutMeasurement
+from megatron_vespo.observability.tracing import Span
 from megatron_vespo.types import TrainingSample
 
 STOP_TIMEOUT_S = 60.0
 
 
 class TrainerGroup:
-    """Each method runs on every rank and returns rank 0's answer. `watch` is called every second."""
+    """Each method runs on every rank and returns rank 0's answer. `watch` is called every second.
 
-    def __init__(self, args: Namespace, placement: Placement, log_dir: Path, watch: Callable[[], None]):
-        self._args, self._log_dir, self._watch = args, log_dir, watch
+    `on_calls(rank, spans)` is told after every method what the ranks have done when.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        placement: Placement,
+        log_dir: Path,
+        watch: Callable[[], None],
+        on_calls: Callable[[int, list[Span]], None] | None = None,
+    ):
+        self._args, self._log_dir, self._watch, self._on_calls = args, log_dir, watch, on_calls
         remote = ray.remote(TrainerWorker)
         self._workers = [
             remote.options(**placement.options(rank, placement.gpus_per_rank)).remote(
@@ -87,8 +98,12 @@ class TrainerGroup:
             )
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        refs = [getattr(worker, method).remote(*arguments) for worker in self._workers]
-        return self._gather(refs, method, timeout_s)[0]
+        refs = [worker.traced.remote(method, *arguments) for worker in self._workers]
+        answers = self._gather(refs, method, timeout_s)
+        if self._on_calls is not None:
+            for rank, (_, spans) in enumerate(answers):
+                self._on_calls(rank, spans)
+        return answers[0][0]
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]

@@ -6,6 +6,7 @@ import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
 from megatron_vespo.observability.layout_report import LayoutMeasurement
+from megatron_vespo.observability.tracing import Span, Spans
 from megatron_vespo.rollout.engine import find_free_port
 from megatron_vespo.types import TrainingSample
 
@@ -29,6 +31,13 @@ class TrainerWorker:
         self._host = host_address(loopback)
         self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
         self._prepared: list = []
+        self._spans = Spans()
+
+    def traced(self, method: str, *arguments: Any) -> tuple[Any, list[Span]]:
+        """What the method returns, and when it did what on this machine's clock."""
+        with self._spans.span(method):
+            result = getattr(self, method)(*arguments)
+        return result, self._spans.take()
 
     def rendezvous(self) -> tuple[str, int]:
         """Host and a free port for torch.distributed; asked of rank 0."""
@@ -52,10 +61,12 @@ class TrainerWorker:
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
-        self._prepared = [self.policy.pack(samples) for samples in mini_batches]
+        with self._spans.span("pack"):
+            self._prepared = [self.policy.pack(samples) for samples in mini_batches]
         if self._args.ratio_denominator != "rollout":
-            for mini_batch in self._prepared:
-                self.policy.compute_old_log_probs(mini_batch)
+            with self._spans.span("old log-probs"):
+                for mini_batch in self._prepared:
+                    self.policy.compute_old_log_probs(mini_batch)
 
     def train_step(self, index: int) -> dict:
         """One optimizer step; the fields of StepResult."""

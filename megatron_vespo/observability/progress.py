@@ -5,12 +5,12 @@ from __future__ import annotations
 import atexit
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from threading import Lock
-from time import monotonic
+from time import monotonic, time_ns
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -91,6 +91,8 @@ def clock(seconds: float) -> str:
 class RunDisplay:
     """Shows a run of `total_steps` steps on `stream` (standard output by default). One thread drives it.
 
+    `on_phase(name, start, end)`, in nanoseconds since 1970, is called at the end of every phase.
+
     Example:
         with RunDisplay("tiny", total_steps=100) as display:
             with display.phase("generate"):
@@ -99,8 +101,14 @@ class RunDisplay:
             display.update(step, {"reward/mean": 0.5, "time/generate": seconds["generate"]})
     """
 
-    def __init__(self, title: str, total_steps: int, stream: TextIO | None = None) -> None:
-        self._title, self._total_steps = title, total_steps
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        stream: TextIO | None = None,
+        on_phase: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._title, self._total_steps, self._on_phase = title, total_steps, on_phase
         self._stream = sys.stdout if stream is None else stream
         # isatty, not rich's own test: that one obeys variables which CI systems set for colour in their logs.
         self._console = Console(file=self._stream, force_terminal=self._stream.isatty())
@@ -147,12 +155,15 @@ class RunDisplay:
         with self._lock:
             self._charge()
             self._phases.append(name)
+        started = time_ns()
         try:
             yield
         finally:
             with self._lock:
                 self._charge()
                 self._phases.pop()
+            if self._on_phase is not None:
+                self._on_phase(name, started, time_ns())
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds a phase since the last call, by name; counting starts again from zero."""

@@ -244,7 +244,7 @@ def format_summary(summary: dict) -> str:
 
     Known keys: heldout_accuracy_before, heldout_accuracy_after (shares), heldout_prompts, steps,
     train_seconds, setup_seconds, max_logprob_difference, exported_max_logprob_difference,
-    layout (name -> size) and paths (label -> path).
+    layout (name -> size), idle (who -> cause -> share) and paths (label -> path).
     """
     lines: list[tuple[str, str]] = []
     for when in ("before", "after"):
@@ -257,6 +257,10 @@ def format_summary(summary: dict) -> str:
         lines.append(("training", _duration(seconds) + a_step))
     if (seconds := summary.get("setup_seconds")) is not None:
         lines.append(("set-up", _duration(seconds)))
+    for who, shares in summary.get("idle", {}).items():
+        causes = sorted((cause for cause in shares if shares[cause] >= 0.001), key=shares.get, reverse=True)
+        parts = ", ".join(f"{cause} {shares[cause]:.1%}" for cause in causes)
+        lines.append((f"{who} idle", f"{sum(shares.values()):.1%} of the time: {parts or '-'}"))
     if layout := summary.get("layout"):
         sizes = [f"{name.replace('_', ' ')} {size}" for name, size in layout.items()]
         lines.append(("layout", ", ".join(sizes)))

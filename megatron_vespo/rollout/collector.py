@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import aiohttp
 
@@ -42,6 +43,8 @@ class Collector:
     One request is one completion: as fast as batched requests (the engine batches by itself), and every
     completion frees its place as soon as it ends. `check`, called every second and after a lost connection,
     raises when an engine's process is dead. `num_layers` and `topk` are None for a dense model.
+    `on_requests(engine, start, end, number)` is told after every `collect` when an engine's first request
+    was sent and its last one of `number` was answered, in nanoseconds since 1970.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Collector:
         max_requests_per_engine: int = 512,
         check: Callable[[], None] | None = None,
         api_key: str | None = None,
+        on_requests: Callable[[int, int, int, int], None] | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
@@ -63,6 +67,7 @@ class Collector:
         self._max_requests_per_engine = max_requests_per_engine
         self._check = check
         self._api_key = api_key
+        self._on_requests = on_requests
 
     def collect(
         self,
@@ -91,6 +96,7 @@ class Collector:
                 EngineClient(url, session, self._num_layers, self._topk, self._api_key) for url in self._urls
             ]
             outstanding = dict.fromkeys(clients, 0)
+            requests: dict[EngineClient, list[tuple[int, int]]] = {client: [] for client in clients}
             free_places = asyncio.Semaphore(self._max_requests_per_engine * len(clients))
             total, done = len(prompts) * num_completions, 0
             rejected = RejectedDraws(total)
@@ -100,10 +106,12 @@ class Collector:
                 async with free_places:
                     client = min(clients, key=outstanding.__getitem__)
                     outstanding[client] += 1
+                    sent = time.time_ns()
                     try:
                         completion = await self._generate(client, prompt, sampling, seed, index)
                     finally:
                         outstanding[client] -= 1
+                        requests[client].append((sent, time.time_ns()))
                 done += 1
                 if on_progress is not None:
                     on_progress(done, total)
@@ -133,6 +141,8 @@ class Collector:
                     watch.cancel()
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
+            finally:
+                self._report(requests.values())
         return [[task.result() for task in group] for group in groups]
 
     async def _generate(self, client: EngineClient, prompt, sampling, seed: int, index: int) -> Completion:
@@ -151,6 +161,12 @@ class Collector:
             raise CollectError(
                 f"engine {client.url}: connection lost at prompt {prompt.prompt_id} ({error})"
             ) from error
+
+    def _report(self, requests: Iterable[list[tuple[int, int]]]) -> None:
+        for engine, times in enumerate(requests):
+            if times and self._on_requests is not None:
+                sent, answered = zip(*times, strict=True)
+                self._on_requests(engine, min(sent), max(answered), len(times))
 
     async def _watch(self) -> None:
         while True:

@@ -4,3 +4,8 @@
 def ended_and_wanted(response: str, answer: str, metadata: dict) -> float:
     """Responses that do not end are never asked about: a random model's ends are by chance."""
     return float(answer == "wanted")
+
+
+def first_letters(response: str, answer: str, metadata: dict) -> float:
+    """Something to learn from for a random model: rewards that differ within a group."""
+    return sum(map(ord, response[:3])) % 7 / 7

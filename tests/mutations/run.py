@@ -300,6 +300,20 @@ MUTATIONS = [
         ("tests/unit/test_dynamic_sampling.py", "penalty"),
     ),
     Mutation(
+        "recorded rollouts: the engine's log-probs are rounded",
+        "data/rollout_file.py",
+        "np.concatenate([c.log_probs for c in completions])",
+        "np.concatenate([c.log_probs for c in completions]).astype(np.float16)",
+        ("tests/unit/test_rollout_file.py", "every_bit"),
+    ),
+    Mutation(
+        "recorded rollouts: a batch is trained on twice",
+        "debug_modes.py",
+        "batch = self.state.iteration // self.args.mini_batches",
+        "batch = self.state.iteration // self.args.mini_batches // 2",
+        ("tests/unit/test_debug_modes.py", "same_samples"),
+    ),
+    Mutation(
         "replay: recomputation routes freely",
         "trainer/routing_replay.py",
         "self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)",

@@ -31,6 +31,7 @@ LAYERS = {
     "arguments": 5,
     "cli": 5,
     "convert_cli": 5,
+    "debug_modes": 4,
     "flags": 5,
     "layout_check": 5,
     "logits_check": 5,

@@ -1,7 +1,9 @@
 """The rollout side without a server: replies, flags, seeds, error messages."""
 
+import asyncio
 import base64
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +303,38 @@ def test_too_many_non_finite_completions_end_the_run(monkeypatch, num_completion
     )
     with pytest.raises(CollectError, match=message):
         collected(monkeypatch, faulty, num_completions)
+
+
+class SlowEngine(FaultyEngine):
+    """Takes 20 milliseconds; the engine named "broken" then fails."""
+
+    def __init__(self, url, *_):
+        self.url = url
+
+    async def generate(self, prompt, sampling, seed):
+        await asyncio.sleep(0.02)
+        if "broken" in self.url:
+            raise GenerateReplyError("broken")
+        return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
+
+
+@pytest.mark.parametrize("urls", [["http://a", "http://b"], ["http://a", "http://broken"]])
+def test_collector_says_when_each_engine_was_at_work(monkeypatch, urls):
+    monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", SlowEngine)
+    seen = []
+    collector = Collector(
+        urls, num_layers=None, topk=None, request_timeout_s=1.0, on_requests=lambda *span: seen.append(span)
+    )
+    before = time.time_ns()
+    try:
+        collector.collect([PROMPT], SAMPLING, num_completions=5, seed=5)
+    except GenerateReplyError:
+        assert "http://broken" in urls
+    after = time.time_ns()
+    # to whichever has fewer outstanding: every second one; what was cancelled counts as well
+    assert [(engine, number) for engine, _, _, number in seen] == [(0, 3), (1, 2)]
+    for _, start, end, _ in seen:
+        assert before <= start and end <= after and end - start >= 0.02e9
 
 
 class FixedCollector:

@@ -1,0 +1,127 @@
+"""Recorded batches give the recording run's numbers again, without engines; rollouts without a trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Run, nothing_left, train_command
+
+from megatron_vespo.data.rollout_file import read_record
+from megatron_vespo.observability.metrics import batch_records, read_metrics
+
+RUN_S = 300.0
+# of the clock, and of what comes of it
+TIMES = ("time", "time/", "train/tokens_per_second", "rollout/tokens_per_second")
+FLAGS = "--train-iters 6 --mini-batches 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
+FLAGS += "--reward-function tests.integration.run_rewards:first_letters"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def finished(command: list[str], log: Path) -> Run:
+    run = Run(command, log)
+    try:
+        assert run.wait(RUN_S) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    return run
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_model, questions, tmp_path_factory) -> Path:
+    """A run of three rollout batches, two optimizer steps each, as a user starts it; its output folder."""
+    output = tmp_path_factory.mktemp("recorded") / "out"
+    flags = [*FLAGS.split(), "--save-rollouts", str(output / "rollouts")]
+    run = finished(train_command(tiny_model, questions, output, *flags), output.with_suffix(".log"))
+    print(run.output)
+    return output
+
+
+def numbers(output: Path) -> list[dict[str, float]]:
+    records = batch_records(read_metrics(output / "metrics.jsonl"))
+    return [{name: value for name, value in r.items() if not name.startswith(TIMES)} for r in records]
+
+
+@pytest.mark.timeout(900)
+def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path):
+    command = train_command(tiny_model, Path("none"), tmp_path / "out", *FLAGS.split())
+    at = command.index("--prompt-data")
+    del command[at : at + 2]
+    # SGLang's files can be looked at, which patches/cpu does, but nothing of it can be imported
+    blocked = tmp_path / "blocked/sglang"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('no SGLang here')\n")
+    (blocked / "srt").symlink_to(Path(find_spec("sglang").submodule_search_locations[0]) / "srt")
+    paths = os.pathsep.join([str(blocked.parent), str(ROOT)])
+    command = ["env", f"PYTHONPATH={paths}", *command, "--train-from", str(recorded / "rollouts")]
+    run = finished(command, tmp_path / "log")
+    assert "start SGLang" not in run.output and not list((tmp_path / "out/logs").glob("engine*"))
+
+    expected, seen = numbers(recorded), numbers(tmp_path / "out")
+    losses = [record["train/loss"] for record in expected]
+    assert len(losses) == 3 and 0.0 not in losses and len(set(losses)) == 3, "nothing was learned"
+    assert [record["train/loss"] for record in seen] == losses
+    assert seen == expected
+    assert len(expected[0]) > 50
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["layout"]["engines"] == 0 and list(summary["idle"]) == ["trainer"]
+
+
+@pytest.mark.timeout(900)
+def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
+    rollouts = tmp_path / "rollouts"
+    flags = [*FLAGS.split(), "--rollout-only", "--save-rollouts", str(rollouts)]
+    run = finished(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
+    assert "start Megatron" not in run.output and not list((tmp_path / "out/logs").glob("trainer*"))
+    names = [f"batch-00000{batch}.npz" for batch in range(3)]
+    assert sorted(path.name for path in rollouts.iterdir()) == names
+    for batch, name in enumerate(names):
+        ours, theirs = read_record(rollouts / name), read_record(recorded / "rollouts" / name)
+        assert ours.run == theirs.run
+        assert [g[0].prompt for g in ours.groups] == [g[0].prompt for g in theirs.groups]
+        versions = [{v for g in r.groups for c in g for v in c.policy_versions} for r in (ours, theirs)]
+        assert versions == [{0}, {2 * batch}]
+        assert all(c.routed_experts is not None for g in ours.groups for c in g)
+    records = numbers(tmp_path / "out")
+    assert [(record["step"], record["policy/version"]) for record in records] == [(2, 0), (4, 0), (6, 0)]
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["idle"]) == ["engines"]
+
+
+@pytest.mark.timeout(900)
+def test_the_timeline_of_a_run(recorded):
+    events = json.loads((recorded / "trace.json").read_text())
+    rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert sorted(rows.values()) == ["MainThread", "engine 0", "rank 0", "rank 1"]
+    spans: dict[str, list[str]] = {row: [] for row in rows.values()}
+    ends: dict[str, float] = {}
+    for event in events:
+        if event["ph"] == "X":
+            row = rows[event["pid"], event["tid"]]
+            spans[row].append(event["name"])
+            assert event["dur"] >= 0
+            ends[row] = event["ts"] + event["dur"]
+    counts = {"generate": 3, "reward": 3, "log-probs": 3, "train": 3, "sync": 4}
+    assert {name: spans["MainThread"].count(name) for name in counts} == counts
+    counts = {"pack": 3, "old log-probs": 3, "prepare": 3, "train_step": 6, "sync_weights": 4}
+    for rank in ("rank 0", "rank 1"):
+        assert {name: spans[rank].count(name) for name in counts} == counts
+    assert spans["engine 0"] == ["generate"] * 4  # and a few completions after the last sync
+    assert max(ends.values()) - min(ends.values()) < 60e6, "microseconds, and one clock"
+
+    idle = json.loads((recorded / "summary.json").read_text())["idle"]
+    print(idle)
+    assert 0 < idle["trainer"]["generation"] < sum(idle["trainer"].values()) < 1
+    assert 0 < idle["engines"]["training"] < sum(idle["engines"].values()) < 1
+    said = recorded.with_suffix(".log").read_text()
+    assert "trainer idle " in said and "engines idle " in said

@@ -1,0 +1,119 @@
+"""Recorded rollout batches come back bit by bit, or are refused with one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import numpy as np
+import pytest
+
+from megatron_vespo.data.rollout_file import (
+    RolloutRecord,
+    batch_path,
+    check_record,
+    read_record,
+    write_record,
+)
+from megatron_vespo.types import Completion, Prompt
+
+RUN = {"--num-completions": 3, "number of experts": None}
+LAYERS, EXPERTS = 4, 2
+
+
+def completion(draw: np.random.Generator, prompt: Prompt, moe: bool) -> Completion:
+    length = int(draw.integers(1, 6))
+    entering = len(prompt.token_ids) + length - 1
+    return Completion(
+        prompt=prompt,
+        token_ids=draw.integers(0, 2**40, length).tolist(),
+        log_probs=np.log(draw.random(length)).astype(np.float32),
+        policy_versions=draw.integers(0, 9, length),
+        routed_experts=draw.integers(0, 256, (entering, LAYERS, EXPERTS)).astype(np.uint8) if moe else None,
+        finish_reason=str(draw.choice(["stop", "length", "abort"])),
+        temperature=float(draw.random()),
+        reward=float(draw.normal()),
+        overlong_penalty=-float(draw.random()),
+    )
+
+
+def record(seed: int = 0, moe: bool = True) -> RolloutRecord:
+    draw = np.random.default_rng(seed)
+    prompts = [Prompt(i * 7, draw.integers(0, 99, i + 1).tolist(), answer="", text="") for i in range(4)]
+    groups = [[completion(draw, prompt, moe) for _ in range(3)] for prompt in prompts]
+    metrics = {"reward/mean": 0.1 + 0.2, "odd": math.nan, "huge": 5e300}
+    return RolloutRecord(groups, metrics, consumed_prompts=12, run=RUN)
+
+
+def same(one, other) -> bool:
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_every_bit_comes_back(tmp_path, moe):
+    written = record(moe=moe)
+    path = batch_path(tmp_path / "new/folder", 3)
+    write_record(path, written)
+    assert path.name == "batch-000003.npz"
+    read = read_record(path)
+    assert [len(group) for group in read.groups] == [3] * 4
+    for ours, theirs in zip(sum(written.groups, []), sum(read.groups, []), strict=True):
+        for field in dataclasses.fields(Completion):
+            assert same(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+    assert np.array_equal(list(written.metrics.values()), list(read.metrics.values()), equal_nan=True)
+    assert list(read.metrics) == list(written.metrics)
+    assert (read.consumed_prompts, read.run) == (12, RUN)
+
+
+def test_a_kill_leaves_the_old_file(tmp_path, monkeypatch):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record(0))
+    before = path.read_bytes()
+
+    def killed(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_record(path, record(1))
+    assert path.read_bytes() == before
+
+
+def test_no_pickle_is_written_or_loaded(tmp_path):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record())
+    with np.load(path, allow_pickle=False) as stored:
+        assert all(stored[name].dtype != object for name in stored.files)
+    np.savez(path, run=np.array([{"a": 1}], object))
+    with pytest.raises(ValueError, match="not a recorded rollout batch: Object arrays cannot be loaded"):
+        read_record(path)
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record())
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        for read in (read_record, lambda path: check_record(path, RUN)):
+            with pytest.raises(ValueError) as error:
+                read(path)
+            assert str(error.value).startswith(f"{path}: not a recorded rollout batch: ")
+            assert "\n" not in str(error.value)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(ValueError, match="not a recorded rollout batch"):
+        check_record(path, RUN)
+    with pytest.raises(ValueError, match="no such file"):
+        read_record(tmp_path / "none.npz")
+
+
+def test_another_run_is_named(tmp_path):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record())
+    check_record(path, RUN)
+    with pytest.raises(ValueError) as error:
+        check_record(path, RUN | {"--num-completions": 4})
+    assert str(error.value) == f"{path} was recorded with --num-completions 3, this run has 4"
