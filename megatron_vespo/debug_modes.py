@@ -31,8 +31,9 @@ class Replay(Controller):
         self.state.consumed_prompts = record.consumed_prompts
         return record.groups, record.metrics
 
-    def sync_weights(self) -> None:
+    def sync_weights(self) -> dict[str, float]:
         """There are no engines."""
+        return {}
 
     def check_last_sync(self) -> None:
         """The same."""
@@ -48,8 +49,9 @@ class RolloutOnly(Controller):
     def served_version(self) -> int:
         return 0
 
-    def sync_weights(self) -> None:
+    def sync_weights(self) -> dict[str, float]:
         """There is no trainer."""
+        return {}
 
     def maybe_save(self, alarms: list) -> None:
         """The same."""

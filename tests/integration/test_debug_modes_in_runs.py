@@ -15,7 +15,13 @@ from megatron_vespo.observability.metrics import batch_records, read_metrics
 
 RUN_S = 300.0
 # of the clock, and of what comes of it
-TIMES = ("time", "time/", "train/tokens_per_second", "rollout/tokens_per_second")
+TIMES = (
+    "time",
+    "time/",
+    "train/tokens_per_second",
+    "rollout/tokens_per_second",
+    "sync/weight_check_seconds",
+)
 FLAGS = "--train-iters 6 --mini-batches 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
 FLAGS += "--reward-function tests.integration.run_rewards:first_letters"
 
