@@ -76,7 +76,8 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
 
     expected, seen = numbers(recorded), numbers(tmp_path / "out")
     losses = [record["train/loss"] for record in expected]
-    assert len(losses) == 3 and 0.0 not in losses and len(set(losses)) == 3, "nothing was learned"
+    # a batch whose groups all have equal rewards teaches nothing, and tokens are drawn at random
+    assert len(losses) == 3 and len(set(losses)) > 1, "nothing was learned"
     assert [record["train/loss"] for record in seen] == losses
     assert seen == expected
     assert len(expected[0]) > 50
