@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.conversion.hf_shards import copy_companions
-from megatron_vespo.conversion.manifest import MANIFEST_NAME, entry_of, write_manifest
+from megatron_vespo.conversion.manifest import entry_of, write_manifest
 from megatron_vespo.conversion.ranks import Ranks
 from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.sources import opened_hf
@@ -90,7 +90,6 @@ def export_quantised(
         model = _load(source_path, device)
         modelopt.quantize(model, modelopt.config, lambda model: _run(model, samples))
         copy_companions(source_path, staging)
-        (staging / MANIFEST_NAME).unlink(missing_ok=True)  # it spoke of other files
         with torch.inference_mode():
             modelopt.export(model, export_dir=staging)
         with HFCheckpointReader(staging) as reader:

@@ -20,6 +20,7 @@ BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 _SCALE_DTYPE = torch.bfloat16
 _SCALE_SUFFIX = "_scale_inv"
+_STRIP_BYTES = 8 * 2**20  # of weights in float32 at a time, so that memory does not grow with the matrix
 
 
 def is_quantised(name: str) -> bool:
@@ -81,14 +82,24 @@ class BlockFP8Reader:
         if not is_quantised(weight_name):
             self._reader.read_rows(name, start, stop, out)
             return
-        info = self._plain[weight_name]
-        first, last = (start, stop) if name != weight_name else (start // BLOCK, -(-stop // BLOCK))
-        rows = range(first * BLOCK, min(last * BLOCK, info.rows))
-        source = torch.empty(len(rows) * info.row_bytes, dtype=torch.uint8)
-        self._reader.read_rows(weight_name, rows.start, rows.stop, source)
+        of_scales = name != weight_name
+        target = out.view(self._tensors[name].dtype).view(stop - start, -1)
+        blocks = range(start, stop) if of_scales else range(start // BLOCK, -(-stop // BLOCK))
+        step = max(1, _STRIP_BYTES // (BLOCK * self._plain[weight_name].shape[1] * 4))
+        for first in blocks[::step]:
+            row, values, scales = self._strip(weight_name, first, min(first + step, blocks.stop))
+            wanted, begin = (scales, first) if of_scales else (values, row)
+            # a span of weights may begin and end inside a block
+            low, high = max(start, begin), min(stop, begin + len(wanted))
+            target[low - start : high - start] = wanted[low - begin : high - begin]
+
+    def _strip(self, name: str, first: int, last: int) -> tuple[int, Tensor, Tensor]:
+        """Rows of blocks `first` to `last` of a weight: the first row, and what `quantise` makes of them."""
+        info = self._plain[name]
+        start, stop = first * BLOCK, min(last * BLOCK, info.rows)
+        source = torch.empty((stop - start) * info.row_bytes, dtype=torch.uint8)
+        self._reader.read_rows(name, start, stop, source)
         try:
-            values, scales = quantise(source.view(info.dtype).view(len(rows), -1))
+            return start, *quantise(source.view(info.dtype).view(stop - start, -1))
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {weight_name}[{rows.start}:{rows.stop}] {error}") from error
-        wanted = scales if name != weight_name else values[start - rows.start : stop - rows.start]
-        out.copy_(wanted.contiguous().view(-1).view(torch.uint8))
+            raise ValueError(f"{self.folder}: {name}[{start}:{stop}] {error}") from error

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vespo import cli
+from megatron_vespo.conversion import block_fp8
 from megatron_vespo.conversion.block_fp8 import DTYPE, BlockFP8Reader, quantise
 from megatron_vespo.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_vespo.conversion.family import family_of, shape_of
@@ -142,8 +143,10 @@ class InMemory:
     def __init__(self, values: dict[str, Tensor]):
         self.values = values
         self.tensors = {name: TensorInfo(v.dtype, tuple(v.shape)) for name, v in values.items()}
+        self.most_rows = 0  # that were asked for at a time
 
     def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        self.most_rows = max(self.most_rows, stop - start)
         out.copy_(self.values[name][start:stop].contiguous().view(-1).view(torch.uint8))
 
 
@@ -168,13 +171,19 @@ def test_rows_at_any_boundaries_are_those_of_the_whole(step, dtype):
             assert bits(found).equal(bits(wanted[start:stop])), (name, start)
 
 
-def test_rows_that_start_anywhere():
+@pytest.mark.parametrize("strip_blocks", [1, 2, 100])
+def test_rows_that_start_anywhere(strip_blocks, monkeypatch):
+    """Whatever the height of the strips in which they are quantised, which bounds what is read at a time."""
+    monkeypatch.setattr(block_fp8, "_STRIP_BYTES", strip_blocks * B * 140 * 4)
     plain = InMemory({"a.up_proj.weight": random_weights(300, 140)})
     reader = BlockFP8Reader(plain, plain.tensors)
-    values, _ = quantise(plain.values["a.up_proj.weight"])
+    values, scales = quantise(plain.values["a.up_proj.weight"])
     for start, stop in ((5, 6), (127, 129), (130, 250), (255, 257), (1, 300), (299, 300)):
         found = SpanBuffer().read(reader, Span("a.up_proj.weight", start, stop))
         assert bits(found).equal(bits(values[start:stop])), (start, stop)
+    found = SpanBuffer().read(reader, Span("a.up_proj.weight_scale_inv", 0, 3))
+    assert found.equal(scales)
+    assert plain.most_rows <= strip_blocks * B
 
 
 def test_a_tensor_with_nan_is_named():

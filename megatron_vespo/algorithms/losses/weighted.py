@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_vespo.algorithms.losses.clipped import MAX_LOG_RATIO
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
-
-# exp(20) is 4.9e8, beyond any bound in use, and far from overflow
-MAX_LOG_RATIO = 20.0
 
 
 def weighted(inputs: LossInputs, weight_T: Tensor) -> TokenLoss:
