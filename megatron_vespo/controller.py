@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from megatron_vespo.algorithms.advantages import advantages, overlong_penalty
+from megatron_vespo.algorithms.advantages import overlong_penalty
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
+from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import Evaluation, evaluate
-from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
-from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
+from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
+from megatron_vespo.training_samples import training_sample, training_samples
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
 
 NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
 # between the rounds of a rollout batch, which may meet a prompt again; more than a run has optimizer steps
 ROUND_SEEDS = 2**40
-
-
-@dataclass
-class RunState:
-    """What a checkpoint must bring back beside weights and optimizer; `iteration` is the policy version."""
-
-    iteration: int = 0  # optimizer steps done
-    consumed_prompts: int = 0
-    train_seconds: float = 0.0
-    heldout_before: float | None = None
-    heldout_after: float | None = None
-    max_logprob_difference: float = 0.0
 
 
 class StoppedByAlarm(RuntimeError):
@@ -62,6 +53,8 @@ class Controller:
     history: list[dict[str, float]] = field(default_factory=list)  # of the rollout batches so far
     # told of every rollout batch: its groups, their metrics, the prompts consumed by then
     record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
+    stream: AsyncCollector | None = None  # generates in the background, with --max-staleness
+    served: int = 0  # policy version that the engines have
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
@@ -69,27 +62,39 @@ class Controller:
         if self.heldout and self.state.heldout_before is None:
             self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
             self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
+        if self.stream is not None:
+            self.stream.start()
         while self.state.iteration < self.args.train_iters:
             groups, metrics = self.rollout_batch()
-            samples = self.training_samples(groups)
+            samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
             metrics |= self.update(samples)
-            metrics |= self.sync_weights()
             metrics |= self.maybe_evaluate()
             alarms = self.check_alarms(metrics)
             self.state.train_seconds = time.monotonic() - started
             self.maybe_save(alarms)
             self.report(metrics)
             self.maybe_stop(alarms)
+        if self.stream is not None:
+            self.stream.stop(self.args.generate_timeout)
         self.check_last_sync()
         return self.state
 
     def sync_weights(self) -> dict[str, float]:
         with self.display.phase("sync"):
             seconds = self.trainer.sync_weights(self.state.iteration)
+        self.served = self.state.iteration
+        if self.stream is not None:
+            self.stream.serve(self.served)
         return {"sync/weight_check_seconds": seconds}
+
+    def sync_is_due(self) -> bool:
+        interval = self.args.sync_interval or self.args.mini_batches
+        return self.state.iteration - self.served >= interval or self.state.iteration >= self.args.train_iters
 
     def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
         """Scored groups to train on; the metrics are of all that were generated for them."""
+        if self.stream is not None:
+            return self.stream_batch(self.stream)
         size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
         batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
         num_errors = 0
@@ -112,9 +117,23 @@ class Controller:
             self.record(batch.groups(), metrics, self.state.consumed_prompts)
         return batch.groups(), metrics
 
-    def served_version(self) -> int:
-        """The policy version that the engines have."""
-        return self.state.iteration
+    def stream_batch(self, stream: AsyncCollector) -> tuple[list[list[Completion]], dict[str, float]]:
+        """The same from the background; generation goes on."""
+        with self.display.phase("generate"):
+            groups = stream.take(self.args.train_timeout)
+        for message in stream.messages():
+            self.display.message(message)
+        num_errors = self.score(groups)
+        with stream.held() as buffer:
+            metrics, consumed = buffer.metrics(), self.cursor.consumed
+        metrics |= rollout_metrics(groups, self.args.advantage_estimator)
+        metrics |= staleness_metrics(
+            groups, self.state.iteration, self.args.mini_batches, self.args.max_staleness
+        )
+        metrics["reward/error_count"] = float(num_errors)
+        if self.record is not None:
+            self.record(groups, metrics, consumed)
+        return groups, metrics
 
     def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
         prompts = self.cursor.take(num_prompts)
@@ -126,10 +145,10 @@ class Controller:
             for rejection in completion.rejections:
                 self.display.message(f"drawn anew: {rejection}")
             versions = set(completion.policy_versions.tolist())
-            if versions != {self.served_version()}:
+            if versions != {self.served}:
                 raise RuntimeError(
                     f"prompt {completion.prompt.prompt_id} was answered by policy versions "
-                    f"{sorted(versions)}, the current one is {self.served_version()}"
+                    f"{sorted(versions)}, the current one is {self.served}"
                 )
         self.state.consumed_prompts = self.cursor.consumed
         return groups
@@ -154,36 +173,32 @@ class Controller:
             )
         return len(errors)
 
-    def training_samples(self, groups: list[list[Completion]]) -> list[TrainingSample]:
-        rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
-        table = advantages(rewards, self.args.advantage_estimator)
-        return [
-            self._training_sample(completion, float(table[g, i]), group_id=g)
-            for g, group in enumerate(groups)
-            for i, completion in enumerate(group)
-        ]
-
     def update(self, samples: list[TrainingSample]) -> dict[str, float]:
         """N optimizer steps; whole groups stay together in a mini-batch."""
         size = len(samples) // self.args.mini_batches
         mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         with self.display.phase("log-probs"):
             self.trainer.prepare(mini_batches)
-        steps = []
-        with self.display.phase("train"):
-            for index, mini_batch in enumerate(mini_batches):
+        older = any((sample.policy_versions != self.state.iteration).any() for sample in samples)
+        steps, sync_seconds = [], Counter()
+        for index, mini_batch in enumerate(mini_batches):
+            with self.display.phase("train"):
                 steps.append(self.trainer.train_step(index))
-                steps[-1]["lag"] = np.concatenate(
-                    [self.state.iteration - s.policy_versions for s in mini_batch]
-                ).mean()
-                self.state.iteration += 1
+            lags = [self.state.iteration - sample.policy_versions for sample in mini_batch]
+            steps[-1]["lag"] = np.concatenate(lags).mean()
+            self.state.iteration += 1
+            if self.sync_is_due():
+                sync_seconds.update(self.sync_weights())
+        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
+        lengths = np.array([sample.completion_length for sample in samples])
+        metrics = step_metrics(steps, sample_advantages, lengths) | dict(sync_seconds)
+        if older or self.stream is not None:
+            return metrics  # older policies have sampled: only the last sync's completions compare
         # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
         comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
         difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
         self._check_logprobs(difference)
-        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
-        lengths = np.array([sample.completion_length for sample in samples])
-        return step_metrics(steps, sample_advantages, lengths) | {"check/max_logprob_difference": difference}
+        return metrics | {"check/max_logprob_difference": difference}
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches
@@ -205,7 +220,9 @@ class Controller:
         """The weights served last have made no training sample; a few completions compare them as well."""
         prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
         groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed("rollout"))
-        samples = [self._training_sample(group[0], 0.0, group_id=g) for g, group in enumerate(groups)]
+        samples = [
+            training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
+        ]
         ours = self.trainer.log_probs(samples)
         pairs = zip(ours, samples, strict=True)
         difference = float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs))
@@ -237,16 +254,22 @@ class Controller:
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
         stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
         if due or stopping or self.state.iteration >= self.args.train_iters:
+            if self.stream is not None:
+                with self.stream.held() as buffer:
+                    self.state.consumed_prompts = self.cursor.consumed
+                    self.state.pending_prompts = [prompt.prompt_id for prompt in buffer.pending()]
             with self.display.phase("save"):
                 self.trainer.save(asdict(self.state))
 
     def report(self, metrics: dict[str, float]) -> None:
         seconds = self.display.phase_seconds()
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
-        for phase, what in (("generate", "rollout"), ("train", "train")):
-            if phase in seconds:  # see debug_modes
-                metrics[f"{what}/tokens_per_second"] = metrics[f"{what}/tokens"] / max(seconds[phase], 1e-9)
-        metrics["policy/version"] = float(self.served_version())
+        if "generate" in seconds:  # see debug_modes
+            generating = seconds["generate"] if self.stream is None else sum(seconds.values())
+            metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(generating, 1e-9)
+        if "train" in seconds:
+            metrics["train/tokens_per_second"] = metrics["train/tokens"] / max(seconds["train"], 1e-9)
+        metrics["policy/version"] = float(self.served)
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
 
@@ -273,19 +296,3 @@ class Controller:
     def _seed(self, purpose: str) -> int:
         """A new stream every rollout batch; held-out prompts always draw the same one."""
         return self.args.seed if purpose == "evaluate" else self.args.seed + 1 + self.state.iteration
-
-    def _training_sample(self, completion: Completion, advantage: float, group_id: int) -> TrainingSample:
-        # routes are by far the largest part of a sample: they travel only where they are used
-        replay = self.args.routing_replay == "R3"
-        return TrainingSample(
-            token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
-            prompt_length=len(completion.prompt.token_ids),
-            behavior_log_probs=completion.log_probs,
-            policy_versions=completion.policy_versions,
-            advantage=advantage,
-            reward=completion.reward,
-            temperature=completion.temperature,
-            group_id=group_id,
-            routed_experts=completion.routed_experts if replay else None,
-            routes_version=int(completion.policy_versions[-1]) if replay else None,
-        )

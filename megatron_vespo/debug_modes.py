@@ -32,7 +32,8 @@ class Replay(Controller):
         return record.groups, record.metrics
 
     def sync_weights(self) -> dict[str, float]:
-        """There are no engines."""
+        """There are no engines; the version is what they would have."""
+        self.served = self.state.iteration
         return {}
 
     def check_last_sync(self) -> None:
@@ -46,11 +47,8 @@ class RolloutOnly(Controller):
         self.state.iteration += self.args.mini_batches  # seeds go on as if somebody had
         return {}
 
-    def served_version(self) -> int:
-        return 0
-
     def sync_weights(self) -> dict[str, float]:
-        """There is no trainer."""
+        """There is no trainer, the version stays 0."""
         return {}
 
     def maybe_save(self, alarms: list) -> None:

@@ -31,6 +31,31 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
     }
 
 
+def staleness_metrics(
+    groups: list[list[Completion]], first_step: int, mini_batches: int, max_staleness: int
+) -> dict[str, float]:
+    """Of the batch that is trained from optimizer step `first_step` on, before it is. A sample's total lag is
+    its own optimizer step less the version of its oldest token; RuntimeError where it is over the bound.
+    """
+    completions = [completion for group in groups for completion in group]
+    oldest, newest = np.array([(c.policy_versions.min(), c.policy_versions.max()) for c in completions]).T
+    index = np.repeat(np.arange(mini_batches), len(completions) // mini_batches)
+    lags = first_step + index - oldest
+    if lags.max() > max_staleness or lags.min() < 0:
+        worst = completions[int(lags.argmax())].prompt.prompt_id
+        raise RuntimeError(
+            f"samples from optimizer step {first_step} on are {lags.min()} to {lags.max()} steps old, not 0 "
+            f"to {max_staleness}; the oldest is of prompt {worst}"
+        )
+    counts = np.bincount(lags, minlength=max_staleness + 1) / len(lags)
+    return {
+        "staleness/total_mean": float(lags.mean()),
+        "staleness/total_max": float(lags.max()),
+        "staleness/asynchronous_mean": float((first_step - oldest).mean()),
+        "staleness/mixed_share": float((oldest != newest).mean()),  # made by several policies
+    } | {f"staleness/share/{lag}": float(share) for lag, share in enumerate(counts)}
+
+
 def step_metrics(
     steps: list[dict[str, Any]], sample_advantages: np.ndarray, lengths: np.ndarray
 ) -> dict[str, float]:

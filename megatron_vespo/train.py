@@ -17,7 +17,7 @@ from megatron_vespo.arguments import parse_args
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.controller import Controller, RunState, StoppedByAlarm
+from megatron_vespo.controller import Controller, StoppedByAlarm
 from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.debug_modes import Recorder, Replay, RolloutOnly, check_modes, check_recorded
@@ -26,9 +26,13 @@ from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rollout.async_collector import AsyncCollector
+from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.server_arguments import server_arguments
-from megatron_vespo.types import Prompt, SamplingParams
+from megatron_vespo.types import Prompt, RunState, SamplingParams
+
+STREAM_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,15 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         display.message(
             f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
         )
+    collector = _collector(args, urls, engines, trace) if urls else None
+    cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None
     mode = Replay if args.train_from else RolloutOnly if args.rollout_only else Controller
     return mode(
         args=args,
         trainer=trainer,
-        collector=_collector(args, urls, engines, trace) if urls else None,
+        collector=collector,
         rewards=rewards,
-        cursor=PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None,
+        cursor=cursor,
         heldout=task.heldout,
         tokenizer=task.tokenizer,
         sampling=task.sampling,
@@ -166,6 +172,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         # what the alarms compare with survives a resume into the same folder
         history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
         record=Recorder(args, state.iteration) if args.save_rollouts else None,
+        stream=_stream(args, stack, collector, cursor, task, state) if urls else None,
     )
 
 
@@ -180,6 +187,40 @@ def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Tr
     )
 
 
+def _stream(
+    args: Namespace,
+    stack: ExitStack,
+    collector: Collector,
+    cursor: PromptCursor,
+    task: Task,
+    state: RunState,
+) -> AsyncCollector | None:
+    """What generates in the background; None in synchronous runs."""
+    by_id = {prompt.prompt_id: prompt for prompt in task.prompts.prompts}
+    pending = [by_id[number] for number in state.pending_prompts]
+    if args.max_staleness == 0:
+        if pending:
+            raise ValueError(
+                f"--load {args.load}: {len(pending)} prompts were in flight when this asynchronous run was "
+                "saved: go on with --max-staleness above 0"
+            )
+        return None
+    buffer = RolloutBuffer(
+        lambda: cursor.take(1)[0],
+        batch_size=args.rollout_batch_size,
+        mini_batches=args.mini_batches,
+        max_staleness=args.max_staleness,
+        requeue=args.stale_groups == "requeue",
+        max_dispatches=args.max_dispatches,
+        version=state.iteration,
+    )
+    buffer.restore(pending)
+    seed = args.seed + 1 + state.iteration
+    stream = AsyncCollector(collector, buffer, task.sampling, num_completions=args.num_completions, seed=seed)
+    stack.callback(stream.stop, STREAM_STOP_TIMEOUT_S)
+    return stream
+
+
 def _server_arguments(args: Namespace) -> list[str]:
     return server_arguments(
         args.sglang_flags,
@@ -187,6 +228,8 @@ def _server_arguments(args: Namespace) -> list[str]:
         is_moe=args.num_experts is not None,
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
+        # prefixes in the cache would be older than the request that meets them knows
+        prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
     )
 
 

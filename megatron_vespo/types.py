@@ -92,3 +92,17 @@ class TrainingSample:
     @property
     def completion_length(self) -> int:
         return len(self.token_ids) - self.prompt_length
+
+
+@dataclass
+class RunState:
+    """What a checkpoint must bring back beside weights and optimizer; `iteration` is the policy version."""
+
+    iteration: int = 0  # optimizer steps done
+    consumed_prompts: int = 0
+    train_seconds: float = 0.0
+    # of an asynchronous run: ids of prompts consumed and not trained on; a resumed run generates them first
+    pending_prompts: list[int] = field(default_factory=list)
+    heldout_before: float | None = None
+    heldout_after: float | None = None
+    max_logprob_difference: float = 0.0

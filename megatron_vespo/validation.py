@@ -10,10 +10,10 @@ from pathlib import Path
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo_budget import c2_bounds
+from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
-
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
 
 
@@ -56,6 +56,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     _check_correction(args)
     _check_budget(args)
     _check_old_policy(args)
+    check_asynchronous(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "

@@ -91,7 +91,9 @@ class TrainerWorker:
 
         groups = self.policy.groups
         if self.policy.is_sender:
-            self._control = EngineControl(urls, self._args.weight_sync_timeout)
+            mode = self._args.on_weight_update.replace("-", "_")
+            pause = mode if self._args.max_staleness else None
+            self._control = EngineControl(urls, self._args.weight_sync_timeout, pause)
         for stage in range(groups.pp.size()):
             if self.policy.is_sender and groups.pp.rank() == stage:
                 self._sender = BucketSender(self._control, engine_size, stage, self._host, device())

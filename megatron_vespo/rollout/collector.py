@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import aiohttp
 
@@ -16,25 +17,122 @@ CHECK_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 30.0
 # a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
 MAX_REJECTED_SHARE = 0.03
+Check = Callable[[], None]
+OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
 
 
 class CollectError(RuntimeError):
     """An engine that did not answer a generate request, or whose answers are not to be used."""
 
 
+class TooManyRejectedError(CollectError):
+    """Completions whose log-probs are no numbers, so many that the engine or the weights must be broken."""
+
+
 class RejectedDraws:
-    """Counts the completions that had to be drawn anew among `total`; CollectError when they are too many."""
+    """Counts the completions that had to be drawn anew among `total`; an error when they are too many."""
 
     def __init__(self, total: int):
-        self._total, self._num = total, 0
+        self.total, self._num = total, 0
 
     def add(self, error: NonFiniteLogProbsError) -> None:
         self._num += 1
-        if self._num > max(1, MAX_REJECTED_SHARE * self._total):
-            raise CollectError(
-                f"{self._num} of {self._total} completions had non-finite log-probs, more than "
+        if self._num > max(1, MAX_REJECTED_SHARE * self.total):
+            raise TooManyRejectedError(
+                f"{self._num} of {self.total} completions had non-finite log-probs, more than "
                 f"{MAX_REJECTED_SHARE:.0%}; the last one: {error}"
             ) from error
+
+
+class Engines:
+    """Open connections to all engines; usable inside one event loop only.
+
+    `on_requests` is told of every request when it ends, from the engine's last end on, or from where the
+    engine began to work: of one engine these times follow each other and together are all of its work.
+    """
+
+    def __init__(
+        self,
+        clients: list[EngineClient],
+        max_requests: int,
+        timeout_s: float,
+        check: Check | None,
+        on_requests: OnRequests | None,
+    ):
+        self._clients, self._on_requests = clients, on_requests
+        self._outstanding = dict.fromkeys(clients, 0)
+        self._working_since = dict.fromkeys(clients, 0)
+        self._free_places = asyncio.Semaphore(max_requests)
+        self._timeout_s, self._check = timeout_s, check
+
+    async def draw(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int,
+        index: int,
+        num_completions: int,
+        rejected: RejectedDraws,
+    ) -> Completion:
+        """Completion `index` of a group; one with non-finite log-probs is drawn anew."""
+        rejections: tuple[str, ...] = ()
+        while True:
+            number = index + num_completions * len(rejections)
+            try:
+                completion = await self._draw_once(
+                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number)
+                )
+            except NonFiniteLogProbsError as error:
+                rejected.add(error)
+                rejections += (str(error),)
+            else:
+                completion.rejections = rejections
+                return completion
+
+    async def watch(self) -> None:
+        """Never returns; raises what `check` raises."""
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            await self._run_check()
+
+    async def _draw_once(self, prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
+        async with self._free_places:
+            client = min(self._outstanding, key=self._outstanding.__getitem__)
+            if self._outstanding[client] == 0:
+                self._working_since[client] = time.time_ns()
+            self._outstanding[client] += 1
+            try:
+                return await self._generate(client, prompt, sampling, seed)
+            finally:
+                self._outstanding[client] -= 1
+                self._report(client)
+
+    def _report(self, client: EngineClient) -> None:
+        start, end = self._working_since[client], time.time_ns()
+        self._working_since[client] = end
+        if self._on_requests is not None:
+            self._on_requests(self._clients.index(client), start, end, 1)
+
+    async def _generate(self, client: EngineClient, prompt, sampling, seed: int) -> Completion:
+        try:
+            return await client.generate(prompt, sampling, seed)
+        except TimeoutError as error:
+            await self._run_check()
+            raise CollectError(
+                f"engine {client.url}: no completion of prompt {prompt.prompt_id} "
+                f"within {self._timeout_s:g} s"
+            ) from error
+        except aiohttp.ClientError as error:
+            # The connection breaks a moment before the process can be seen to be dead.
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            await self._run_check()
+            raise CollectError(
+                f"engine {client.url}: connection lost at prompt {prompt.prompt_id} ({error})"
+            ) from error
+
+    async def _run_check(self) -> None:
+        if self._check is not None:
+            await asyncio.to_thread(self._check)
 
 
 class Collector:
@@ -44,7 +142,8 @@ class Collector:
     completion frees its place as soon as it ends. `check`, called every second and after a lost connection,
     raises when an engine's process is dead. `num_layers` and `topk` are None for a dense model.
     `on_requests(engine, start, end, number)` is told after every `collect` when an engine's first request
-    was sent and its last one of `number` was answered, in nanoseconds since 1970.
+    was sent and its last one of `number` was answered, in nanoseconds since 1970; of what is drawn from
+    `connect` it is told request by request.
     """
 
     def __init__(
@@ -55,9 +154,9 @@ class Collector:
         topk: int | None,
         request_timeout_s: float,
         max_requests_per_engine: int = 512,
-        check: Callable[[], None] | None = None,
+        check: Check | None = None,
         api_key: str | None = None,
-        on_requests: Callable[[int, int, int, int], None] | None = None,
+        on_requests: OnRequests | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
@@ -88,52 +187,43 @@ class Collector:
         """
         return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress))
 
-    async def _collect(self, prompts, sampling, num_completions, seed, on_progress) -> list[list[Completion]]:
+    @asynccontextmanager
+    async def connect(self, on_requests: OnRequests | None = None) -> AsyncIterator[Engines]:
+        """`on_requests` instead of the collector's own."""
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)  # `free_places` is the bound
+        connector = aiohttp.TCPConnector(limit=0)  # `Engines` has the bound
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             clients = [
                 EngineClient(url, session, self._num_layers, self._topk, self._api_key) for url in self._urls
             ]
-            outstanding = dict.fromkeys(clients, 0)
-            requests: dict[EngineClient, list[tuple[int, int]]] = {client: [] for client in clients}
-            free_places = asyncio.Semaphore(self._max_requests_per_engine * len(clients))
-            total, done = len(prompts) * num_completions, 0
-            rejected = RejectedDraws(total)
+            places = self._max_requests_per_engine * len(clients)
+            told = on_requests or self._on_requests
+            yield Engines(clients, places, self._request_timeout_s, self._check, told)
 
-            async def draw(prompt: Prompt, index: int) -> Completion:
-                nonlocal done
-                async with free_places:
-                    client = min(clients, key=outstanding.__getitem__)
-                    outstanding[client] += 1
-                    sent = time.time_ns()
-                    try:
-                        completion = await self._generate(client, prompt, sampling, seed, index)
-                    finally:
-                        outstanding[client] -= 1
-                        requests[client].append((sent, time.time_ns()))
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, total)
-                return completion
+    async def _collect(self, prompts, sampling, num_completions, seed, on_progress) -> list[list[Completion]]:
+        total, done = len(prompts) * num_completions, 0
+        rejected = RejectedDraws(total)
 
-            async def draw_sound(prompt: Prompt, index: int) -> Completion:
-                rejections: tuple[str, ...] = ()
-                while True:
-                    try:
-                        completion = await draw(prompt, index + num_completions * len(rejections))
-                    except NonFiniteLogProbsError as error:
-                        rejected.add(error)
-                        rejections += (str(error),)
-                    else:
-                        completion.rejections = rejections
-                        return completion
+        async def draw(engines: Engines, prompt: Prompt, index: int) -> Completion:
+            nonlocal done
+            completion = await engines.draw(prompt, sampling, seed, index, num_completions, rejected)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+            return completion
 
+        work: dict[int, tuple[int, int, int]] = {}  # of each engine
+
+        def add_work(engine: int, start: int, end: int, number: int) -> None:
+            first, _, before = work.get(engine, (start, end, 0))
+            work[engine] = first, end, before + number
+
+        async with self.connect(add_work) as engines:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(self._watch())
+                    watch = tasks.create_task(engines.watch())
                     groups = [
-                        [tasks.create_task(draw_sound(prompt, index)) for index in range(num_completions)]
+                        [tasks.create_task(draw(engines, prompt, index)) for index in range(num_completions)]
                         for prompt in prompts
                     ]
                     if total:
@@ -142,40 +232,10 @@ class Collector:
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
             finally:
-                self._report(requests.values())
+                if self._on_requests is not None:
+                    for engine in sorted(work):
+                        self._on_requests(engine, *work[engine])
         return [[task.result() for task in group] for group in groups]
-
-    async def _generate(self, client: EngineClient, prompt, sampling, seed: int, index: int) -> Completion:
-        try:
-            return await client.generate(prompt, sampling, completion_seed(seed, prompt.prompt_id, index))
-        except TimeoutError as error:
-            await self._run_check()
-            raise CollectError(
-                f"engine {client.url}: no completion of prompt {prompt.prompt_id} "
-                f"within {self._request_timeout_s:g} s"
-            ) from error
-        except aiohttp.ClientError as error:
-            # The connection breaks a moment before the process can be seen to be dead.
-            await asyncio.sleep(CHECK_INTERVAL_S)
-            await self._run_check()
-            raise CollectError(
-                f"engine {client.url}: connection lost at prompt {prompt.prompt_id} ({error})"
-            ) from error
-
-    def _report(self, requests: Iterable[list[tuple[int, int]]]) -> None:
-        for engine, times in enumerate(requests):
-            if times and self._on_requests is not None:
-                sent, answered = zip(*times, strict=True)
-                self._on_requests(engine, min(sent), max(answered), len(times))
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_INTERVAL_S)
-            await self._run_check()
-
-    async def _run_check(self) -> None:
-        if self._check is not None:
-            await asyncio.to_thread(self._check)
 
 
 def completion_seed(seed: int, prompt_id: int, index: int) -> int:

@@ -59,7 +59,14 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def server_arguments(
-    sglang_flags: list[str], *, device: str, is_moe: bool, dtype: str, seed: int, weight_version: int = 0
+    sglang_flags: list[str],
+    *,
+    device: str,
+    is_moe: bool,
+    dtype: str,
+    seed: int,
+    weight_version: int = 0,
+    prefix_cache: bool = True,
 ) -> list[str]:
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
@@ -68,6 +75,8 @@ def server_arguments(
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
     if is_moe:
         owned.append("--enable-return-routed-experts")
+    if not prefix_cache:
+        owned.append("--disable-radix-cache")
     defaults = {
         "--device": [device],
         "--dtype": [dtype],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from megatron_vespo.http import get_json, post_json
+
+# SGLang's words: running requests keep their keys and values, or compute them anew with the new weights
+PauseMode = Literal["in_place", "retract"]
 
 
 class WeightSyncError(RuntimeError):
@@ -26,8 +30,9 @@ class WeightSyncError(RuntimeError):
 class EngineControl:
     """The same call to all engines at once; the first failure is raised after all have answered."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float):
-        self.urls, self.timeout_s = list(urls), timeout_s
+    def __init__(self, urls: Sequence[str], timeout_s: float, pause: PauseMode | None = None):
+        """`pause` is what becomes of requests that run during an update; without it there must be none."""
+        self.urls, self.timeout_s, self.pause = list(urls), timeout_s, pause
         self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
 
     def submit(self, function, *arguments) -> Future:
@@ -48,12 +53,22 @@ class EngineControl:
     def call(self, path: str, payload: dict) -> list[dict]:
         return self.wait(self.post(path, payload))
 
+    def stop_generation(self) -> None:
+        """Running requests wait until `go_on`."""
+        if self.pause is not None:
+            self.call("/pause_generation", {"mode": self.pause})
+
+    def go_on(self) -> None:
+        if self.pause is not None:
+            self.call("/continue_generation", {})
+
     def begin(self) -> None:
-        """Open the engines for new weights. No request may be running."""
+        """Open the engines for new weights."""
+        self.stop_generation()
         self.call("/begin_weight_update", {})
 
     def finish(self, version: int) -> None:
-        """Close the engines' update and check that each now serves policy `version`."""
+        """Close the engines' update, check that each now serves policy `version`, and let requests go on."""
         self.call("/end_weight_update", {})
         for url in self.urls:
             served = get_json(url, "/model_info", self.timeout_s).get("weight_version")
@@ -61,6 +76,7 @@ class EngineControl:
                 raise WeightSyncError(
                     f"engine {url} serves weight version {served} after the sync of version {version}"
                 )
+        self.go_on()
 
 
 class BucketSender:
@@ -105,7 +121,8 @@ class BucketSender:
             "shapes": [list(tensor.shape) for _, tensor in ordered],
             "group_name": self.name,
             "load_format": "flattened_bucket",
-            "flush_cache": version is not None,
+            # what requests paused in place have in the cache is theirs; it cannot be flushed
+            "flush_cache": version is not None and self.control.pause != "in_place",
         }
         if version is not None:
             payload["weight_version"] = str(version)

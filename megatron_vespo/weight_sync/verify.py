@@ -43,9 +43,11 @@ def check_engines_agree(control: EngineControl, version: int) -> list[Sums]:
 def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, version: int) -> None:
     """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
 
-    No request may be running. The caches stay, they belong to equal weights.
+    Requests that run are paused meanwhile: none may meet the random weights. The caches stay, they belong to
+    equal weights.
     """
-    engine = EngineControl(control.urls[:1], control.timeout_s)
+    engine = EngineControl(control.urls[:1], control.timeout_s, control.pause)
+    engine.stop_generation()
     forget_weights(engine)
     payload = {
         "model_path": str(folder),
@@ -55,6 +57,7 @@ def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, v
     }
     engine.call("/update_weights_from_disk", payload)
     [loaded] = weight_sums(engine)
+    engine.go_on()
     compare_sums(engine.urls[0], sums, f"the checkpoint {folder}", loaded, version)
 
 

@@ -294,7 +294,7 @@ MUTATIONS = [
     ),
     Mutation(
         "advantages: the penalty for length does not reach them",
-        "controller.py",
+        "training_samples.py",
         "[completion.shaped_reward for completion in group]",
         "[completion.reward for completion in group]",
         ("tests/unit/test_dynamic_sampling.py", "penalty"),
@@ -382,6 +382,20 @@ MUTATIONS = [
         "within_bounds(c1_positive, stored[0])",
         "self._kernel.positive[1]",
         (BUDGET_STATE, "resumed_equals"),
+    ),
+    Mutation(
+        "asynchronous: a sample may be one step older than the bound",
+        "rollout/buffer.py",
+        "- entry[0] <= self._max_staleness",
+        "- entry[0] <= self._max_staleness + 1",
+        ("tests/unit/test_rollout_buffer.py", "nothing_is_lost"),
+    ),
+    Mutation(
+        "asynchronous: more in flight than the steps up to the bound can train",
+        "rollout/buffer.py",
+        "num_steps * self._step_size - self.num_in_flight - self.num_finished",
+        "num_steps * self._step_size - self.num_in_flight",
+        ("tests/unit/test_rollout_buffer.py", "room_is"),
     ),
 ]
 

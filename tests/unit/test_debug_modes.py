@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo.controller import Controller, RunState
+from megatron_vespo.controller import Controller
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.debug_modes import (
@@ -20,7 +20,8 @@ from megatron_vespo.debug_modes import (
 )
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.training_samples import training_samples
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 BATCHES, SIZE, GROUP = 3, 4, 2
 PROMPTS = [Prompt(i, [1, 2, i], answer="", text="") for i in range(5)]
@@ -116,6 +117,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
         metrics=Metrics(),
         state=state,
         record=Recorder(args, iteration),
+        served=iteration,
     )
 
 
@@ -131,6 +133,7 @@ def recorded(tmp_path) -> Path:
     for _ in range(BATCHES):
         run.rollout_batch()
         run.state.iteration += 2
+        run.served = run.state.iteration
     return tmp_path / "rollouts"
 
 
@@ -142,12 +145,15 @@ def test_a_replay_trains_on_the_same_samples(tmp_path):
         again, metrics_again = replay.rollout_batch()
         assert metrics == metrics_again
         assert replay.state.consumed_prompts == live.state.consumed_prompts
-        samples = zip(live.training_samples(groups), replay.training_samples(again), strict=True)
+        samples = zip(
+            *(training_samples(batch, "group-mean", "R3") for batch in (groups, again)), strict=True
+        )
         for one, other in samples:
             assert one.routed_experts is not None
             for name, value in vars(one).items():
                 np.testing.assert_array_equal(value, getattr(other, name), strict=True, err_msg=name)
         live.state.iteration += 2
+        live.served = live.state.iteration
         replay.state.iteration += 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         batch_path(tmp_path, batch).name for batch in range(BATCHES)
@@ -159,7 +165,9 @@ def test_advantages_are_made_anew(recorded):
     groups, _ = replay.rollout_batch()
     rewards = [[c.reward + c.overlong_penalty for c in group] for group in groups]
     expected = [own - other for a, b in rewards for own, other in ((a, b), (b, a))]
-    assert [sample.advantage for sample in replay.training_samples(groups)] == pytest.approx(expected)
+    assert [sample.advantage for sample in training_samples(groups, "leave-one-out", None)] == pytest.approx(
+        expected
+    )
 
 
 def test_a_resumed_recording_goes_on(recorded):

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from megatron_vespo.controller import Controller, RunState
+from megatron_vespo.controller import Controller
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.training_samples import training_samples
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 N = 4  # completions a prompt
 LONGEST = 8
@@ -169,6 +170,7 @@ def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -
         display=Display(),
         metrics=None,
         state=RunState(iteration=iteration, consumed_prompts=consumed),
+        served=iteration,
     )
 
 
@@ -176,7 +178,7 @@ def test_the_controller_trains_on_groups_with_variance_only():
     run = controller()
     groups, metrics = run.rollout_batch()
     assert len(groups) == 4 and all(prompt_id % 3 == 0 for prompt_id in ids(groups))
-    samples = run.training_samples(groups)
+    samples = training_samples(groups, "group-mean", None)
     assert len(samples) == 16 and all(sample.advantage != 0 for sample in samples)
     generated = int(metrics["rollout/generated_prompts"])
     assert run.state.consumed_prompts == run.cursor.consumed == generated > 4
@@ -214,7 +216,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_seeds():
     whole = controller()
     whole.rollout_batch()
     whole.state.iteration += 2
-    version = whole.state.iteration
+    version = whole.served = whole.state.iteration
     whole.collector.collect = _of_version(whole.collector.collect, version)
     consumed = whole.state.consumed_prompts
     expected, _ = whole.rollout_batch()
@@ -253,7 +255,7 @@ def test_the_overlong_penalty_moves_advantages_not_rewards():
     right = sum(prompt_id % 3 == 0 for prompt_id in ids(groups))
     assert metrics["reward/mean"] == right / 16
     assert metrics["rollout/zero_advantage_share"] == 0.0
-    samples = run.training_samples(groups)
+    samples = training_samples(groups, "group-mean", None)
     for g, prompt_id in enumerate(ids(groups)):
         reward = [float(prompt_id % 3 == 0), 0.0, 0.0, 0.0]
         used = np.array(reward) + [0.0, 0.0, -0.125, -0.5]

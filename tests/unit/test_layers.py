@@ -29,6 +29,7 @@ LAYERS = {
     "controller": 4,
     "rollout_metrics": 4,
     "arguments": 5,
+    "async_flags": 5,
     "cli": 5,
     "convert_cli": 5,
     "debug_modes": 4,
@@ -38,6 +39,7 @@ LAYERS = {
     "model_flags": 5,
     "modelopt_export": 5,
     "train": 5,
+    "training_samples": 4,
     "validation": 5,
 }
 # the same layer, and free of each other

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
-from megatron_vespo.controller import Controller, RunState, StoppedByAlarm
+from megatron_vespo.controller import Controller, StoppedByAlarm
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=[1, 2], answer="", text="") for i in range(2)]
 COMPLETIONS, MINI_BATCHES = 2, 2
@@ -103,6 +103,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         save="folder",
         save_interval=1000,
         on_alarm=on_alarm,
+        sync_interval=None,
         seed=0,
     )
     vars(args).update(changes)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
-from megatron_vespo.rollout_metrics import rollout_metrics, step_metrics
+from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
 from megatron_vespo.types import Completion, Prompt
 
 
@@ -219,3 +219,28 @@ def test_bounds_that_bapo_has_chosen_are_means_over_the_steps():
     assert {name: value for name, value in metrics.items() if name.startswith("loss/")} == pytest.approx(
         {"loss/bapo_clip_low": 0.65, "loss/bapo_clip_high": 2.25, "loss/zero_weight_share": 0.125}
     )
+
+
+def staleness_group(*versions: list[int]) -> list[Completion]:
+    prompt = Prompt(5, [1], "", "")
+    return [
+        Completion(prompt, [7] * len(row), np.zeros(len(row), np.float32), np.array(row), None, "stop", 1.0)
+        for row in versions
+    ]
+
+
+def test_staleness_is_that_of_the_oldest_token_at_its_own_optimizer_step():
+    """Two mini-batches from step 6 on: lags 6 - 4, 6 - 3 and 7 - 6, 7 - 5."""
+    groups = [staleness_group([4, 4], [3, 4]), staleness_group([6], [5, 5, 6])]
+    metrics = staleness_metrics(groups, first_step=6, mini_batches=2, max_staleness=3)
+    assert metrics == {
+        "staleness/total_mean": 2.0,
+        "staleness/total_max": 3.0,
+        "staleness/asynchronous_mean": 1.5,
+        "staleness/mixed_share": 0.5,
+        **{f"staleness/share/{lag}": share for lag, share in enumerate((0.0, 0.25, 0.5, 0.25))},
+    }
+    with pytest.raises(RuntimeError, match="from optimizer step 6 on are 1 to 3 steps old, not 0 to 2; the "):
+        staleness_metrics(groups, first_step=6, mini_batches=2, max_staleness=2)
+    with pytest.raises(RuntimeError, match="-1 to"):
+        staleness_metrics(groups, first_step=4, mini_batches=2, max_staleness=3)

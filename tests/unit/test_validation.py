@@ -458,3 +458,50 @@ def test_what_megatron_needs(changes, message):
 )
 def test_old_policies_that_are_sound(flags, argv):
     check_flags(flags(*argv.split()))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--max-staleness -1", "--max-staleness -1: must not be negative"),
+        ("--sync-interval 0", "--sync-interval is 0, must be positive"),
+        ("--max-dispatches 0", "--max-dispatches is 0, must be positive"),
+        (
+            "--sync-interval 4",
+            "--sync-interval 4: without --max-staleness weights are synced after",
+        ),
+        ("--max-staleness 9 --sync-interval 3", "--sync-interval 3 must be a divisor or a multiple of"),
+        (
+            "--max-staleness 7",
+            "--mini-batches 8 and --sync-interval 8 alone make samples 7 optimizer",
+        ),
+        ("--max-staleness 15 --sync-interval 16", "at least 16, or 0 for synchronous training"),
+        (
+            "--max-staleness 8 --train-from r",
+            "--max-staleness 8 trains while engines generate, --train-from does one of them: leave one out",
+        ),
+        (
+            "--max-staleness 8 --rollout-only",
+            "--max-staleness 8 trains while engines generate, --rollout-only does one of them: leave one out",
+        ),
+        ("--max-staleness 8 --dynamic-sampling", "does not go with --dynamic-sampling"),
+        ("--max-staleness 8 --routing-replay R3", "may have routes of several policies"),
+        ("--max-staleness 8 --old-policy snapshot", "needs --old-policy-snapshots 9 at least, not 4"),
+    ],
+)
+def test_asynchronous_flags(flags, argv, message):
+    assert message in message_of(check_flags, flags(*argv.split()))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--max-staleness 8",
+        "--max-staleness 8 --sync-interval 2 --on-weight-update in-place",
+        "--max-staleness 16 --sync-interval 16 --stale-groups drop",
+        "--max-staleness 8 --old-policy snapshot --old-policy-snapshots 9",
+        "--sync-interval 8",
+    ],
+)
+def test_asynchronous_flags_that_go_together(flags, argv):
+    check_flags(flags(*argv.split()))

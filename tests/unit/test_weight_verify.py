@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vespo.weight_sync import verify
-from megatron_vespo.weight_sync.distributed import WeightSyncError
+from megatron_vespo.weight_sync.distributed import EngineControl, WeightSyncError
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 
@@ -59,3 +59,25 @@ def test_ranks_of_an_engine_are_compared_one_by_one():
     with pytest.raises(WeightSyncError, match="checksum 01 of qkv on rank 1, engine http://a:1 has 02"):
         verify.check_engines_agree(control, 3)
     assert verify.weight_sums(control)[0] == {"qkv on rank 0": "01", "qkv on rank 1": "02"}
+
+
+@pytest.mark.parametrize("pause", ["retract", None])
+def test_no_request_runs_while_the_weights_are_random(monkeypatch, tmp_path, pause):
+    calls = []
+
+    class Recording(EngineControl):
+        def call(self, path: str, payload: dict) -> list[dict]:
+            calls.append((self.urls, path, payload.get("mode") or payload.get("action")))
+            return [answer({"embed": "0a"})]
+
+    monkeypatch.setattr(verify, "EngineControl", Recording)
+    verify.check_against_checkpoint(EngineControl([A, B], 1.0, pause), {"embed": "0a"}, tmp_path, 3)
+    loading = [
+        ([A], "/weights_checker", "checksum"),
+        ([A], "/weights_checker", "reset_tensors"),
+        ([A], "/update_weights_from_disk", None),
+        ([A], "/weights_checker", "checksum"),
+    ]
+    if pause is not None:
+        loading = [([A], "/pause_generation", pause), *loading, ([A], "/continue_generation", None)]
+    assert calls == loading

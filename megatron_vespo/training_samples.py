@@ -1,0 +1,39 @@
+"""Scored completions become what is trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.types import Completion, TrainingSample
+
+
+def training_samples(
+    groups: list[list[Completion]], estimator: AdvantageEstimator, routing_replay: str | None
+) -> list[TrainingSample]:
+    rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
+    table = advantages(rewards, estimator)
+    return [
+        training_sample(completion, float(table[g, i]), g, routing_replay)
+        for g, group in enumerate(groups)
+        for i, completion in enumerate(group)
+    ]
+
+
+def training_sample(
+    completion: Completion, advantage: float, group_id: int, routing_replay: str | None
+) -> TrainingSample:
+    # routes are by far the largest part of a sample: they travel only where they are used
+    replay = routing_replay == "R3"
+    return TrainingSample(
+        token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
+        prompt_length=len(completion.prompt.token_ids),
+        behavior_log_probs=completion.log_probs,
+        policy_versions=completion.policy_versions,
+        advantage=advantage,
+        reward=completion.reward,
+        temperature=completion.temperature,
+        group_id=group_id,
+        routed_experts=completion.routed_experts if replay else None,
+        routes_version=int(completion.policy_versions[-1]) if replay else None,
+    )

@@ -1,0 +1,160 @@
+"""Requests that run while the weights change, on a real server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from runs import Run, nothing_left, train_command
+from safetensors.torch import load_file
+from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
+
+from megatron_vespo.conversion.buckets import buckets
+from megatron_vespo.observability.metrics import read_metrics
+from megatron_vespo.rollout.async_collector import AsyncCollector
+from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.types import Prompt, SamplingParams
+from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=300, stop_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def own_engine(tiny_model, tmp_path_factory) -> Iterator:
+    engine = tiny_engine(tiny_model, tmp_path_factory.mktemp("async") / "engine.log")
+    engine.start()
+    yield engine
+    engine.stop(timeout_s=0)
+
+
+def transformers_log_probs(model, prompt: list[int], token_ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + token_ids])).logits[0].float()
+    positions = torch.arange(len(prompt) - 1, len(prompt) + len(token_ids) - 1)
+    return logits.log_softmax(-1)[positions, torch.tensor(token_ids)].numpy()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mode", "version"), [("retract", 1), ("in_place", 2)])
+def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp_path, mode, version):
+    from transformers import AutoModelForCausalLM
+
+    numbers = count(3)
+    buffer = RolloutBuffer(
+        lambda: Prompt(number := next(numbers), [number, 7], "", ""),
+        batch_size=4, mini_batches=1, max_staleness=1, requeue=True, max_dispatches=2, version=version - 1,
+    )  # fmt: skip
+    collector = Collector(
+        [own_engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0, check=own_engine.check
+    )
+    stream = AsyncCollector(collector, buffer, SAMPLING, num_completions=2, seed=1)
+    sender = BucketSender(
+        EngineControl([own_engine.url], START_TIMEOUT_S, mode), 1, version, HOST, torch.device("cpu")
+    )
+    folders = {v: make_tiny_model(tmp_path / str(v), seed=v) for v in (version - 1, version)}
+    stream.start()
+    try:
+        time.sleep(0.2)  # a few tokens of each
+        pieces = list(buckets(load_file(folders[version] / "model.safetensors").items(), max_bytes=100_000))
+        sender.control.begin()
+        for piece in pieces[:-1]:
+            sender.send(piece, None)
+        sender.send(pieces[-1], version)
+        sender.control.finish(version)
+        stream.serve(version)
+        groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
+    finally:
+        stream.stop(10)
+    completions = [completion for group in groups for completion in group]
+    models = {
+        v: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for v, folder in folders.items()
+    }
+    assert stream._messages == []
+    mixed = 0
+    for completion in completions:
+        versions = completion.policy_versions
+        assert np.isfinite(completion.log_probs).all()
+        assert (np.diff(versions) >= 0).all() and set(versions.tolist()) <= {version - 1, version}
+        mixed += versions[0] != versions[-1]
+        for number, model in models.items():
+            expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
+            difference = np.abs(completion.log_probs - expected)[versions == number]
+            # keys and values of the old weights are what in_place goes on with
+            if len(difference) and (mode == "retract" or number < version):
+                assert difference.max() <= 1e-4, (number, versions)
+    print(f"{mixed} of {len(completions)} completions were made by two policies")
+    assert mixed > 0
+
+
+@pytest.fixture(scope="module")
+def asynchronous_run(tiny_model, tmp_path_factory):
+    """Eight optimizer steps, two a batch, on random weights; its command, flags and folder."""
+    folder = tmp_path_factory.mktemp("asynchronous")
+    questions = folder / "questions.jsonl"
+    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(64)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--mini-batches", "2", "--save", str(folder / "checkpoints"), "--max-completion-tokens", "200"]
+    flags += ["--weight-check-interval", "2"]  # while requests run
+    run = Run(
+        train_command(
+            tiny_model, questions, folder / "out", *flags, "--max-staleness", "3", "--train-iters", "8"
+        ),
+        folder / "log",
+    )
+    try:
+        assert run.wait(START_TIMEOUT_S) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    return questions, flags, folder
+
+
+@pytest.mark.timeout(600)
+def test_a_run_trains_on_what_was_generated_meanwhile(asynchronous_run):
+    records = [r for r in read_metrics(asynchronous_run[2] / "out/metrics.jsonl") if "reward/mean" in r]
+    for record in records:
+        print({name: value for name, value in record.items() if name.startswith(("stale", "time/"))})
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    assert all(record["staleness/total_max"] <= 3 for record in records)
+    for record in records:
+        shares = [record[f"staleness/share/{lag}"] for lag in range(4)]
+        assert sum(shares) == pytest.approx(1)
+        assert np.dot(shares, range(4)) == pytest.approx(record["staleness/total_mean"])
+    # the first batch is as synchronous, later ones were in flight while the one before was trained
+    assert records[0]["staleness/asynchronous_mean"] == 0
+    assert all(record["staleness/asynchronous_mean"] > 0 for record in records[1:])
+    assert records[-1]["staleness/trained_groups"] == 16
+    assert all(record["sync/weight_check_seconds"] > 0 for record in records)
+    events = json.loads((asynchronous_run[2] / "out/trace.json").read_text())
+    assert sum(event.get("args", {}).get("completions") == 1 for event in events) > 0
+    last = read_metrics(asynchronous_run[2] / "out/metrics.jsonl")[-1]
+    assert last["check/last_sync_logprob_difference"] <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_resumed_run_generates_what_was_in_flight(asynchronous_run, tiny_model):
+    questions, flags, folder = asynchronous_run
+    flags = [*flags, "--load", str(folder / "checkpoints"), "--train-iters", "12", "--sync-interval", "1"]
+    for staleness, status in (("0", 2), ("4", 0)):
+        flags_now = flags[:-2] if staleness == "0" else [*flags, "--on-weight-update", "in-place"]
+        command = train_command(
+            tiny_model, questions, folder / "again", *flags_now, "--max-staleness", staleness
+        )
+        run = Run(command, folder / f"log-{staleness}")
+        try:
+            assert run.wait(START_TIMEOUT_S) == status, run.output
+        finally:
+            run.kill()
+        if staleness == "0":
+            assert "prompts were in flight when this asynchronous run was saved" in run.output
+    records = [r for r in read_metrics(folder / "again/metrics.jsonl") if "reward/mean" in r]
+    assert [record["step"] for record in records] == [10, 12]
+    assert all(record["staleness/total_max"] <= 4 for record in records)

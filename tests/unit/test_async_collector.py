@@ -1,0 +1,202 @@
+"""Background generation against a server of our own that is slow, fails and changes its version."""
+
+import asyncio
+import threading
+import time
+from itertools import count
+
+import pytest
+from aiohttp import web
+
+from megatron_vespo.rollout.async_collector import AsyncCollector
+from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.collector import CollectError, Collector
+from megatron_vespo.types import Prompt, SamplingParams
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
+COMPLETIONS = 2
+
+
+class Engine:
+    """/generate of one token; the test decides what a request gets."""
+
+    def __init__(self):
+        self.version, self.failures, self.hanging = 0, 0, set()
+        self.asked: list[int] = []  # first prompt token of each request
+        self.cancelled = 0
+        self.url = ""
+
+    async def generate(self, request: web.Request) -> web.Response:
+        [number] = (await request.json())["input_ids"]
+        self.asked.append(number)
+        if self.failures > 0:
+            self.failures -= 1
+            return web.Response(status=500, text="out of luck")
+        if number in self.hanging:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        await asyncio.sleep(0.002)
+        meta = {
+            "id": "r",
+            "finish_reason": {"type": "stop"},
+            "output_token_logprobs": [[-0.5, 7, None]],
+            "weight_versions": [{"version": str(self.version), "start": 0, "end": 1}],
+        }
+        return web.json_response({"output_ids": [7], "meta_info": meta})
+
+
+@pytest.fixture()
+def engine():
+    engine, loop, ready = Engine(), asyncio.new_event_loop(), threading.Event()
+    done = asyncio.Event()
+
+    async def serve() -> None:
+        application = web.Application()
+        application.router.add_post("/generate", engine.generate)
+        runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        ready.set()
+        await done.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(10)
+    yield engine
+    loop.call_soon_threadsafe(done.set)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture()
+def start(engine):
+    started = []
+
+    def start(max_staleness=3, check=None, on_requests=None, **changes) -> AsyncCollector:
+        numbers = count()
+        buffer = RolloutBuffer(
+            lambda: Prompt(number := next(numbers), [number], "", ""),
+            batch_size=4, mini_batches=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
+        )  # fmt: skip
+        collector = Collector(
+            [engine.url], num_layers=None, topk=None, request_timeout_s=30.0, check=check,
+            on_requests=on_requests,
+        )  # fmt: skip
+        run = AsyncCollector(collector, buffer, SAMPLING, num_completions=COMPLETIONS, seed=1, **changes)
+        run.start()
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        run.stop(10)
+
+
+def metrics(run: AsyncCollector) -> dict[str, float]:
+    with run.held() as buffer:
+        return buffer.metrics()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_it_generates_ahead_as_far_as_the_bound_allows_and_no_further(engine, start):
+    run = start()
+    batch = run.take(10)
+    assert [group[0].prompt.prompt_id for group in batch] == [0, 1, 2, 3]
+    assert {len(group) for group in batch} == {COMPLETIONS}
+    until(lambda: metrics(run)["staleness/finished_groups"] == 4)
+    assert len(engine.asked) == 8 * COMPLETIONS  # steps 0..3 of two groups each
+    time.sleep(0.1)
+    assert len(engine.asked) == 8 * COMPLETIONS
+    engine.version = 2
+    run.serve(2)
+    until(lambda: metrics(run)["staleness/finished_groups"] == 8)
+    second = run.take(10)
+    assert {int(c.policy_versions[0]) for group in second for c in group} == {0}
+    assert {int(c.policy_versions[0]) for group in run.take(10) for c in group} == {2}
+    with run.held() as buffer:
+        assert buffer.pending() == []
+    assert metrics(run)["staleness/in_flight_groups"] == 0
+
+
+def test_the_engines_work_is_told_request_by_request(engine, start):
+    spans = []
+    before = time.time_ns()
+    run = start(on_requests=lambda *span: spans.append(span))
+    run.take(10)
+    until(lambda: metrics(run)["staleness/finished_groups"] == 4)
+    after = time.time_ns()
+    assert [(number, count) for number, _, _, count in spans] == [(0, 1)] * (8 * COMPLETIONS)
+    times = [before, *(moment for _, start, end, _ in spans for moment in (start, end)), after]
+    assert times == sorted(times)  # one after the other: a row of the timeline
+
+
+def test_a_batch_does_not_wait_for_the_longest(engine, start):
+    engine.hanging = {1, 2}
+    run = start()
+    assert [group[0].prompt.prompt_id for group in run.take(10)] == [0, 3, 4, 5]
+
+
+def test_a_failed_request_is_repeated_and_said(engine, start):
+    engine.failures = 1
+    run = start()
+    numbers = [group[0].prompt.prompt_id for group in run.take(10) + run.take(10)]
+    assert sorted(numbers) == list(range(8))
+    [message] = run.messages()
+    assert "generated again: engine http" in message and "answered 500" in message
+    assert metrics(run)["staleness/failed_groups"] == 1 and run.messages() == []
+
+
+def test_an_engine_that_always_fails_ends_it(engine, start):
+    engine.failures = 10**9
+    run = start(max_failures=12)
+    with pytest.raises(CollectError, match="^12 groups in a row have failed; the last one: engine http"):
+        run.take(20)
+
+
+def test_what_would_be_too_old_is_cancelled_and_dispatched_again(engine, start):
+    engine.hanging = {1}
+    run = start(max_staleness=2)
+    for version in (2, 4):
+        run.take(10)
+        run.serve(version)
+        engine.version = version
+        until(lambda: metrics(run)["staleness/in_flight_groups"] == 1)
+    engine.hanging = set()
+    until(lambda: engine.asked.count(1) == 2 * COMPLETIONS and engine.cancelled == COMPLETIONS)
+    assert metrics(run)["staleness/expired_groups"] == 1
+
+
+def test_a_dead_engine_and_a_deadline_are_raised(engine, start):
+    def dead() -> None:
+        raise RuntimeError("engine died")
+
+    engine.hanging = set(range(100))
+    with pytest.raises(
+        CollectError, match="^no rollout batch within 0.2 s: 0 groups have finished, 8 are in"
+    ):
+        start().take(0.2)
+    with pytest.raises(RuntimeError, match="engine died"):
+        start(check=dead).take(10)
+
+
+def test_stop_cancels_what_is_in_flight(engine, start):
+    engine.hanging = set(range(100))
+    run = start()
+    until(lambda: len(engine.asked) == 8 * COMPLETIONS)
+    began = time.monotonic()
+    run.stop(5)
+    assert time.monotonic() - began < 2
+    until(lambda: engine.cancelled == 8 * COMPLETIONS)
+    run.stop(5)

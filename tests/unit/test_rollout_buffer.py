@@ -1,0 +1,233 @@
+"""The buffer of asynchronous rollouts against engines that are slow, fail and change their weights."""
+
+import heapq
+import random
+from collections import Counter
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.types import Completion, Prompt
+
+
+def completion(prompt: Prompt, versions: list[int]) -> Completion:
+    zeros = np.zeros(len(versions), np.float32)
+    return Completion(prompt, [5] * len(versions), zeros, np.array(versions), None, "stop", 1.0)
+
+
+def make_buffer(**changes) -> RolloutBuffer:
+    numbers = count()
+    options = {"batch_size": 4, "mini_batches": 2, "max_staleness": 3, "requeue": True, "max_dispatches": 3}
+    return RolloutBuffer(lambda: Prompt(next(numbers), [1], "", ""), **(options | changes))
+
+
+def finish(buffer: RolloutBuffer, number: int) -> None:
+    for _ in range(number):
+        ticket = buffer.dispatch()
+        buffer.finish(ticket, [completion(ticket.prompt, [ticket.version])])
+
+
+def test_room_is_what_the_steps_up_to_the_bound_can_train():
+    buffer = make_buffer()
+    assert buffer.room() == 8  # steps 0..3, two groups each
+    finish(buffer, 4)
+    assert buffer.room() == 4
+    assert len(buffer.take()) == 4
+    assert buffer.room() == 4  # steps 2 and 3, while 0 and 1 are trained
+    finish(buffer, 4)
+    assert buffer.room() == 0
+    buffer.serve(2)
+    assert buffer.room() == 4  # steps 2..5, less the four that wait
+
+
+def test_older_groups_come_first_and_too_old_ones_not_at_all():
+    """Version 0 may be trained up to step 3: at step 2, 2, 3, 3 of the batch that starts at 2."""
+    buffer = make_buffer(requeue=False)
+    tickets = [buffer.dispatch() for _ in range(8)]
+    for ticket in tickets[:4]:
+        buffer.finish(ticket, [completion(ticket.prompt, [0])])
+    assert [group[0].prompt.prompt_id for group in buffer.take()] == [0, 1, 2, 3]
+    buffer.serve(2)
+    for ticket in tickets[4:6]:
+        buffer.finish(ticket, [completion(ticket.prompt, [1, 2])])
+    for ticket in tickets[6:]:
+        buffer.finish(ticket, [completion(ticket.prompt, [0, 1, 2]), completion(ticket.prompt, [2])])
+    assert [group[0].prompt.prompt_id for group in buffer.take()] == [6, 7, 4, 5]
+    assert buffer.counts.stale_dropped == 0
+    assert buffer.take() is None
+
+
+@pytest.mark.parametrize("requeue", [True, False])
+def test_a_finished_group_that_is_too_old_is_dropped_or_generated_again(requeue):
+    buffer = make_buffer(requeue=requeue, max_staleness=2)
+    late = [buffer.dispatch() for _ in range(2)]
+    finish(buffer, 4)
+    assert len(buffer.take()) == 4
+    buffer.serve(2)
+    finish(buffer, 4)
+    assert len(buffer.take()) == 4  # next step: 4, version 0 is out of reach
+    for ticket in late:
+        buffer.finish(ticket, [completion(ticket.prompt, [0])])
+    assert buffer.take() is None
+    assert (buffer.counts.stale_dropped, buffer.counts.stale_requeued) == ((0, 2) if requeue else (2, 0))
+    again = buffer.dispatch().prompt.prompt_id
+    assert again == (late[0].prompt.prompt_id if requeue else 10)
+
+
+def test_what_cannot_finish_in_time_is_generated_again_until_the_cap():
+    buffer = make_buffer(max_staleness=1, max_dispatches=2)
+    slow = buffer.dispatch()
+    buffer.next_step, buffer.served = 2, 2
+    assert buffer.expire() == [slow]
+    second = buffer.dispatch()
+    assert (second.prompt, second.dispatches) == (slow.prompt, 2)
+    buffer.next_step, buffer.served = 4, 4
+    assert buffer.expire() == [second]
+    assert buffer.counts.given_up == 1 and slow.prompt not in buffer.pending()
+
+
+class Simulation:
+    """Engines with random latencies and failures, a trainer that takes batches, weight syncs in between."""
+
+    def __init__(
+        self, seed, *, mini_batches, per_step, max_staleness, sync_interval, requeue, failures, tail
+    ):
+        self.random = random.Random(seed)
+        self.mini_batches, self.per_step, self.max_staleness = mini_batches, per_step, max_staleness
+        self.sync_interval, self.failures, self.tail = sync_interval, failures, tail
+        self.buffer = make_buffer(
+            batch_size=mini_batches * per_step, mini_batches=mini_batches, max_staleness=max_staleness,
+            requeue=requeue,
+        )  # fmt: skip
+        self.now, self.served_at, self.running = 0.0, [(0.0, 0)], []  # running: (end, ticket number, ticket)
+        self.trained = Counter()
+        self.requests = 0
+
+    def fill(self) -> None:
+        late = {ticket.number for ticket in self.buffer.expire()}
+        self.running = [entry for entry in self.running if entry[1] not in late]
+        heapq.heapify(self.running)
+        while self.buffer.room():
+            ticket = self.buffer.dispatch()
+            seconds = self.random.expovariate(1.0) * (self.tail if self.random.random() < 0.05 else 1.0)
+            heapq.heappush(self.running, (self.now + seconds, ticket.number, (ticket, self.now)))
+            self.requests += 1
+
+    def one_ends(self) -> None:
+        self.now, _, (ticket, started) = heapq.heappop(self.running)
+        if self.random.random() < self.failures:
+            self.buffer.fail(ticket)
+            return
+        # in place: the tokens before a sync keep their version
+        first = max(version for when, version in self.served_at if when <= started)
+        later = [version for when, version in self.served_at if started < when <= self.now]
+        self.buffer.finish(ticket, [completion(ticket.prompt, [first, *later])])
+
+    def run(self, num_batches: int) -> None:
+        step = 0
+        for _ in range(num_batches):
+            self.fill()
+            attempts = 0
+            while (batch := self.buffer.take()) is None:
+                self.fill()  # take may have dropped some
+                assert self.running, "nothing is in flight and the batch is not full"
+                self.one_ends()
+                self.fill()
+                attempts += 1
+                assert attempts < 20_000, "does not end"
+            assert len(batch) == self.mini_batches * self.per_step
+            for index in range(self.mini_batches):
+                for group in batch[index * self.per_step : (index + 1) * self.per_step]:
+                    versions = np.concatenate([c.policy_versions for c in group])
+                    assert 0 <= step - versions.min() <= self.max_staleness
+                    self.trained[group[0].prompt.prompt_id] += 1
+                self.train(step := step + 1)
+
+    def train(self, step: int) -> None:
+        until = self.now + self.random.expovariate(1.0)
+        self.fill()
+        while self.running and self.running[0][0] <= until:
+            self.one_ends()
+            self.fill()
+        self.now = until
+        if step % self.sync_interval == 0:
+            self.served_at.append((self.now, step))
+            self.buffer.serve(step)
+
+    def check_that_nothing_is_lost(self) -> None:
+        counts, pending = self.buffer.counts, Counter(p.prompt_id for p in self.buffer.pending())
+        assert max(self.trained.values()) == 1 and max(pending.values(), default=1) == 1
+        assert not self.trained.keys() & pending.keys()
+        assert sum(self.trained.values()) == counts.trained
+        assert counts.taken == counts.trained + counts.stale_dropped + counts.given_up + pending.total()
+        assert counts.dispatched == self.requests
+        numbers = sorted(entry[1] for entry in self.running)
+        assert numbers == sorted(ticket.number for ticket in self.buffer.tickets())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
+    mini_batches = data.draw(st.sampled_from([1, 2, 4]))
+    interval = mini_batches * data.draw(st.sampled_from([1, 2]))
+    if data.draw(st.booleans()):
+        interval = data.draw(st.sampled_from([k for k in (1, 2, 4) if mini_batches % k == 0]))
+    simulation = Simulation(
+        data.draw(st.integers(0, 2**32)),
+        mini_batches=mini_batches,
+        per_step=data.draw(st.integers(1, 4)),
+        max_staleness=max(mini_batches, interval) - 1 + data.draw(st.integers(0, 9)),
+        sync_interval=interval,
+        requeue=data.draw(st.booleans()),
+        failures=data.draw(st.sampled_from([0.0, 0.1, 0.4])),
+        tail=data.draw(st.sampled_from([1.0, 30.0])),
+    )
+    simulation.run(data.draw(st.integers(1, 30)))
+    simulation.check_that_nothing_is_lost()
+
+
+def test_thousands_of_requests():
+    simulation = Simulation(
+        1,
+        mini_batches=4,
+        per_step=8,
+        max_staleness=8,
+        sync_interval=4,
+        requeue=True,
+        failures=0.05,
+        tail=40.0,
+    )
+    simulation.run(150)
+    simulation.check_that_nothing_is_lost()
+    counts = simulation.buffer.counts
+    assert counts.dispatched > 5000 and counts.failed > 200 and counts.expired > 50
+    # admission: what finishes in the order it started is never too old
+    assert counts.stale_dropped == 0
+
+
+def test_without_tail_and_failures_nothing_is_generated_in_vain():
+    simulation = Simulation(
+        2, mini_batches=2, per_step=4, max_staleness=3, sync_interval=2, requeue=True, failures=0.0, tail=1.0
+    )
+    simulation.random.expovariate = lambda rate: 1.0
+    simulation.run(50)
+    counts = simulation.buffer.counts
+    assert counts.expired == counts.stale_requeued == 0
+    assert (
+        counts.dispatched == counts.trained + simulation.buffer.num_in_flight + simulation.buffer.num_finished
+    )
+
+
+def test_pending_prompts_are_generated_after_a_resume():
+    buffer = make_buffer()
+    finish(buffer, 5)
+    flying = buffer.dispatch()
+    assert len(buffer.take()) == 4
+    assert [p.prompt_id for p in buffer.pending()] == [4, 5] and flying.prompt.prompt_id == 5
+    resumed = make_buffer(version=2)
+    resumed.restore(buffer.pending())
+    assert [resumed.dispatch().prompt.prompt_id for _ in range(2)] == [4, 5]
