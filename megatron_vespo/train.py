@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +25,15 @@ from megatron_vespo.observability.metrics import MetricsWriter, batch_records, r
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.pool import RewardPool, RewardResult, load_reward_function
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.buffer_state import unpack_pending
 from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dynamic_sampling import teaches
+from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
-from megatron_vespo.types import Prompt, RunState, SamplingParams
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 STREAM_STOP_TIMEOUT_S = 5.0
 
@@ -145,6 +148,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
     if trainer is not None and urls:
         with display.phase("connect"):
             trainer.connect_engines(urls, engine_size)
+    rollout_buffer = stored.pop("rollout_buffer") if stored else None
     state = RunState(**stored) if stored else RunState()
     if args.train_from:
         check_recorded(args, state.iteration)
@@ -156,15 +160,18 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         )
     collector = _collector(args, urls, engines, trace) if urls else None
     cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None
+    scorer = _scorer(args, task, rewards) if rewards else None
+    stream = None
+    if urls:
+        stream = _stream(args, stack, collector, scorer, cursor, task, state, rollout_buffer, trace)
     mode = Replay if args.train_from else RolloutOnly if args.rollout_only else Controller
     return mode(
         args=args,
         trainer=trainer,
         collector=collector,
-        rewards=rewards,
+        scorer=scorer,
         cursor=cursor,
         heldout=task.heldout,
-        tokenizer=task.tokenizer,
         sampling=task.sampling,
         display=display,
         metrics=metrics,
@@ -172,7 +179,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         # what the alarms compare with survives a resume into the same folder
         history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
         record=Recorder(args, state.iteration) if args.save_rollouts else None,
-        stream=_stream(args, stack, collector, cursor, task, state) if urls else None,
+        stream=stream,
     )
 
 
@@ -187,17 +194,26 @@ def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Tr
     )
 
 
+def _scorer(args: Namespace, task: Task, rewards: RewardPool) -> Scorer:
+    return Scorer(
+        task.tokenizer, rewards, args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+    )
+
+
 def _stream(
     args: Namespace,
     stack: ExitStack,
     collector: Collector,
+    scorer: Scorer,
     cursor: PromptCursor,
     task: Task,
     state: RunState,
+    rollout_buffer: bytes | None,
+    trace: Trace,
 ) -> AsyncCollector | None:
     """What generates in the background; None in synchronous runs."""
     by_id = {prompt.prompt_id: prompt for prompt in task.prompts.prompts}
-    pending = [by_id[number] for number in state.pending_prompts]
+    pending = unpack_pending(rollout_buffer, by_id) if rollout_buffer else []
     if args.max_staleness == 0:
         if pending:
             raise ValueError(
@@ -205,18 +221,40 @@ def _stream(
                 "saved: go on with --max-staleness above 0"
             )
         return None
+    size = args.rollout_batch_size
     buffer = RolloutBuffer(
         lambda: cursor.take(1)[0],
-        batch_size=args.rollout_batch_size,
+        batch_size=size,
         mini_batches=args.mini_batches,
         max_staleness=args.max_staleness,
         requeue=args.stale_groups == "requeue",
         max_dispatches=args.max_dispatches,
         version=state.iteration,
+        serial=state.consumed_prompts,
+        max_held=args.over_subscription and int(args.over_subscription * size),
+        teaches=teaches,
+        max_left_out=(args.dynamic_sampling_max_batches - 1) * size if args.dynamic_sampling else 0,
     )
     buffer.restore(pending)
-    seed = args.seed + 1 + state.iteration
-    stream = AsyncCollector(collector, buffer, task.sampling, num_completions=args.num_completions, seed=seed)
+
+    def score(group: list[Completion]) -> Sequence[RewardResult]:
+        start = time.time_ns()
+        try:
+            return scorer.score(group)
+        finally:
+            trace.phase("score", start, time.time_ns())
+
+    stream = AsyncCollector(
+        collector,
+        buffer,
+        task.sampling,
+        score,
+        num_completions=args.num_completions,
+        seed=args.seed,
+        on_change=lambda buffer: trace.count(
+            "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished
+        ),
+    )
     stack.callback(stream.stop, STREAM_STOP_TIMEOUT_S)
     return stream
 

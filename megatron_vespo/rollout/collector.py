@@ -15,9 +15,11 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 30.0
+HOLD_POLL_S = 0.05
 # a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
+Drafts = list[Completion | None]  # of a group, a place each
 OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
 
 
@@ -63,6 +65,8 @@ class Engines:
         self._outstanding = dict.fromkeys(clients, 0)
         self._working_since = dict.fromkeys(clients, 0)
         self._free_places = asyncio.Semaphore(max_requests)
+        self._allowed = asyncio.Event()
+        self._allowed.set()
         self._timeout_s, self._check = timeout_s, check
 
     async def draw(
@@ -73,21 +77,41 @@ class Engines:
         index: int,
         num_completions: int,
         rejected: RejectedDraws,
+        drafts: Drafts | None = None,
     ) -> Completion:
-        """Completion `index` of a group; one with non-finite log-probs is drawn anew."""
+        """Completion `index` of a group; one with non-finite log-probs is drawn anew.
+
+        `drafts[index]` is where it begins and, at any time, as far as it has come. One that an engine hands
+        back unfinished goes on as soon as that is allowed.
+        """
+        drafts = [None] * num_completions if drafts is None else drafts
         rejections: tuple[str, ...] = ()
-        while True:
+        while (draft := drafts[index]) is None or draft.finish_reason == "abort":
             number = index + num_completions * len(rejections)
             try:
-                completion = await self._draw_once(
-                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number)
+                drafts[index] = await self._draw_once(
+                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number), draft
                 )
             except NonFiniteLogProbsError as error:
                 rejected.add(error)
                 rejections += (str(error),)
-            else:
-                completion.rejections = rejections
-                return completion
+        draft.rejections += rejections
+        return draft
+
+    async def hold(self, timeout_s: float) -> None:
+        """Makes engines hand back what they are at, and asks for nothing more until `release`."""
+        self._allowed.clear()
+        deadline = time.monotonic() + timeout_s
+        while any(self._outstanding.values()):
+            if time.monotonic() > deadline:
+                busy = ", ".join(client.url for client, number in self._outstanding.items() if number)
+                raise CollectError(f"{busy}: still at work {timeout_s:g} s after being asked to hand it back")
+            # again and again: a request may reach its engine after this does
+            await asyncio.gather(*(client.abort() for client in self._clients))
+            await asyncio.sleep(HOLD_POLL_S)
+
+    def release(self) -> None:
+        self._allowed.set()
 
     async def watch(self) -> None:
         """Never returns; raises what `check` raises."""
@@ -95,14 +119,17 @@ class Engines:
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
 
-    async def _draw_once(self, prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
+    async def _draw_once(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int, draft: Completion | None
+    ) -> Completion | None:
         async with self._free_places:
+            await self._allowed.wait()
             client = min(self._outstanding, key=self._outstanding.__getitem__)
             if self._outstanding[client] == 0:
                 self._working_since[client] = time.time_ns()
             self._outstanding[client] += 1
             try:
-                return await self._generate(client, prompt, sampling, seed)
+                return await self._generate(client, prompt, sampling, seed, draft)
             finally:
                 self._outstanding[client] -= 1
                 self._report(client)
@@ -113,9 +140,11 @@ class Engines:
         if self._on_requests is not None:
             self._on_requests(self._clients.index(client), start, end, 1)
 
-    async def _generate(self, client: EngineClient, prompt, sampling, seed: int) -> Completion:
+    async def _generate(
+        self, client: EngineClient, prompt, sampling, seed: int, draft: Completion | None
+    ) -> Completion | None:
         try:
-            return await client.generate(prompt, sampling, seed)
+            return await client.generate(prompt, sampling, seed, draft)
         except TimeoutError as error:
             await self._run_check()
             raise CollectError(

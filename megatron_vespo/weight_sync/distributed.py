@@ -19,8 +19,8 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from megatron_vespo.http import get_json, post_json
 
-# SGLang's words: running requests keep their keys and values, or compute them anew with the new weights
-PauseMode = Literal["in_place", "retract"]
+# SGLang's words: running requests keep their keys and values, compute them anew with the new weights, or end
+PauseMode = Literal["in_place", "retract", "abort"]
 
 
 class WeightSyncError(RuntimeError):
