@@ -31,6 +31,7 @@ from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import teaches
+from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
@@ -47,6 +48,7 @@ class Task:
     prompts: PromptSet | None = None
     heldout: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
+    generate: GenerateFunction | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -96,7 +98,9 @@ def _task(args: Namespace) -> Task:
     )
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
-    return Task(tokenizer, sampling, prompts, heldout, load_reward_function(args.reward_function))
+    reward = load_reward_function(args.reward_function)
+    generate = load_generate_function(args.generate_function) if args.generate_function else None
+    return Task(tokenizer, sampling, prompts, heldout, reward, generate)
 
 
 def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
@@ -158,7 +162,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         display.message(
             f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
         )
-    collector = _collector(args, urls, engines, trace) if urls else None
+    collector = _collector(args, urls, engines, trace, task) if urls else None
     cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None
     scorer = _scorer(args, task, rewards) if rewards else None
     stream = None
@@ -183,7 +187,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
     )
 
 
-def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Trace) -> Collector:
+def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Trace, task: Task) -> Collector:
     return Collector(
         urls,
         num_layers=args.num_layers,
@@ -191,6 +195,7 @@ def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Tr
         request_timeout_s=args.generate_timeout,
         check=engines.check,
         on_requests=trace.requests,
+        generate_function=task.generate,
     )
 
 

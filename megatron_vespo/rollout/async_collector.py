@@ -20,11 +20,12 @@ from megatron_vespo.rollout.collector import (
     RejectedDraws,
     TooManyRejectedError,
 )
+from megatron_vespo.rollout.generate_function import GenerateFunctionError
 from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.types import SamplingParams
 
 # a request that failed in one of these ways says nothing about the next one
-FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError)
+FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
 MAX_FAILURES_IN_A_ROW = 32  # groups; then it is not the requests
 RETRY_PAUSE_S = (
     0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second

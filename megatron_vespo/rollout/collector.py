@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 
 from megatron_vespo.rollout.client import EngineClient, NonFiniteLogProbsError
+from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
@@ -60,7 +61,9 @@ class Engines:
         timeout_s: float,
         check: Check | None,
         on_requests: OnRequests | None,
+        function: GenerateFunction | None,
     ):
+        self._function = function
         self._clients, self._on_requests = clients, on_requests
         self._outstanding = dict.fromkeys(clients, 0)
         self._working_since = dict.fromkeys(clients, 0)
@@ -85,6 +88,27 @@ class Engines:
         back unfinished goes on as soon as that is allowed.
         """
         drafts = [None] * num_completions if drafts is None else drafts
+        if self._function is None:
+            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, drafts)
+
+        async def ask(prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
+            return await self._complete(prompt, sampling, seed, 0, 1, rejected, [None])
+
+        if drafts[index] is None:
+            own_seed = completion_seed(seed, prompt.prompt_id, index)
+            drafts[index] = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
+        return drafts[index]
+
+    async def _complete(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int,
+        index: int,
+        num_completions: int,
+        rejected: RejectedDraws,
+        drafts: Drafts,
+    ) -> Completion:
         rejections: tuple[str, ...] = ()
         while (draft := drafts[index]) is None or draft.finish_reason == "abort":
             number = index + num_completions * len(rejections)
@@ -186,6 +210,7 @@ class Collector:
         check: Check | None = None,
         api_key: str | None = None,
         on_requests: OnRequests | None = None,
+        generate_function: GenerateFunction | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
@@ -196,6 +221,7 @@ class Collector:
         self._check = check
         self._api_key = api_key
         self._on_requests = on_requests
+        self._generate_function = generate_function
 
     def collect(
         self,
@@ -227,7 +253,9 @@ class Collector:
             ]
             places = self._max_requests_per_engine * len(clients)
             told = on_requests or self._on_requests
-            yield Engines(clients, places, self._request_timeout_s, self._check, told)
+            yield Engines(
+                clients, places, self._request_timeout_s, self._check, told, self._generate_function
+            )
 
     async def _collect(self, prompts, sampling, num_completions, seed, on_progress) -> list[list[Completion]]:
         total, done = len(prompts) * num_completions, 0

@@ -18,6 +18,7 @@ LAYERS = {
     "conversion": 1,
     "data": 1,
     "http": 1,
+    "import_path": 0,
     "layout": 1,
     "observability": 1,
     "rewards": 1,

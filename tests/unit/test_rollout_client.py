@@ -274,7 +274,7 @@ class FaultyEngine:
     def __init__(self, *_):
         self.url = "http://engine"
 
-    async def generate(self, prompt, sampling, seed):
+    async def generate(self, prompt, sampling, seed, begun=None):
         if seed in self.faulty:
             raise NonFiniteLogProbsError(f"seed {seed}: log-prob nan")
         return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
@@ -311,7 +311,7 @@ class SlowEngine(FaultyEngine):
     def __init__(self, url, *_):
         self.url = url
 
-    async def generate(self, prompt, sampling, seed):
+    async def generate(self, prompt, sampling, seed, begun=None):
         await asyncio.sleep(0.02)
         if "broken" in self.url:
             raise GenerateReplyError("broken")
