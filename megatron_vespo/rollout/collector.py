@@ -1,16 +1,16 @@
-"""Groups of completions from all engines at once: blocking, with deadlines, quick to notice a dead engine."""
+"""Groups of completions from all engines at once: blocking, with deadlines, whatever happens to an engine."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
 
 from megatron_vespo.rollout.client import EngineClient, NonFiniteLogProbsError
+from megatron_vespo.rollout.dispatch import CollectError, Dispatch, LostRequests, OnRequests
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
@@ -18,11 +18,6 @@ CONNECT_TIMEOUT_S = 30.0
 # a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
-OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
-
-
-class CollectError(RuntimeError):
-    """An engine that did not answer a generate request, or whose answers are not to be used."""
 
 
 class TooManyRejectedError(CollectError):
@@ -45,25 +40,10 @@ class RejectedDraws:
 
 
 class Engines:
-    """Open connections to all engines; usable inside one event loop only.
+    """Draws from all engines by `dispatch`; usable inside one event loop only."""
 
-    `on_requests` is told of every request when it ends, from the engine's last end on, or from where the
-    engine began to work: of one engine these times follow each other and together are all of its work.
-    """
-
-    def __init__(
-        self,
-        clients: list[EngineClient],
-        max_requests: int,
-        timeout_s: float,
-        check: Check | None,
-        on_requests: OnRequests | None,
-    ):
-        self._clients, self._on_requests = clients, on_requests
-        self._outstanding = dict.fromkeys(clients, 0)
-        self._working_since = dict.fromkeys(clients, 0)
-        self._free_places = asyncio.Semaphore(max_requests)
-        self._timeout_s, self._check = timeout_s, check
+    def __init__(self, dispatch: Dispatch, lost: LostRequests, check: Check | None):
+        self._dispatch, self._lost, self._check = dispatch, lost, check
 
     async def draw(
         self,
@@ -89,46 +69,26 @@ class Engines:
                 completion.rejections = rejections
                 return completion
 
-    async def watch(self) -> None:
-        """Never returns; raises what `check` raises."""
+    async def watch(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Never returns; raises what `check` raises. `meanwhile` may block the loop."""
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
+            if meanwhile is not None:
+                meanwhile()
+            self._dispatch.refresh()
+            self._lost.tell()
 
     async def _draw_once(self, prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
-        async with self._free_places:
-            client = min(self._outstanding, key=self._outstanding.__getitem__)
-            if self._outstanding[client] == 0:
-                self._working_since[client] = time.time_ns()
-            self._outstanding[client] += 1
-            try:
-                return await self._generate(client, prompt, sampling, seed)
-            finally:
-                self._outstanding[client] -= 1
-                self._report(client)
-
-    def _report(self, client: EngineClient) -> None:
-        start, end = self._working_since[client], time.time_ns()
-        self._working_since[client] = end
-        if self._on_requests is not None:
-            self._on_requests(self._clients.index(client), start, end, 1)
-
-    async def _generate(self, client: EngineClient, prompt, sampling, seed: int) -> Completion:
         try:
-            return await client.generate(prompt, sampling, seed)
-        except TimeoutError as error:
-            await self._run_check()
-            raise CollectError(
-                f"engine {client.url}: no completion of prompt {prompt.prompt_id} "
-                f"within {self._timeout_s:g} s"
-            ) from error
-        except aiohttp.ClientError as error:
+            return await self._dispatch.send(
+                lambda client: client.generate(prompt, sampling, seed), f"prompt {prompt.prompt_id}"
+            )
+        except CollectError:
             # The connection breaks a moment before the process can be seen to be dead.
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
-            raise CollectError(
-                f"engine {client.url}: connection lost at prompt {prompt.prompt_id} ({error})"
-            ) from error
+            raise
 
     async def _run_check(self) -> None:
         if self._check is not None:
@@ -136,11 +96,11 @@ class Engines:
 
 
 class Collector:
-    """Spreads generate requests over the engines at `urls`, each to the one with the fewest outstanding.
+    """Spreads generate requests over the engines at `urls`, which may change meanwhile: see Dispatch.
 
     One request is one completion: as fast as batched requests (the engine batches by itself), and every
-    completion frees its place as soon as it ends. `check`, called every second and after a lost connection,
-    raises when an engine's process is dead. `num_layers` and `topk` are None for a dense model.
+    completion frees its place as soon as it ends. `check`, called every second and after a request that is
+    given up, raises when nothing will come any more. `num_layers` and `topk` are None for a dense model.
     `on_requests(engine, start, end, number)` is told after every `collect` when an engine's first request
     was sent and its last one of `number` was answered, in nanoseconds since 1970; of what is drawn from
     `connect` it is told request by request.
@@ -148,19 +108,22 @@ class Collector:
 
     def __init__(
         self,
-        urls: list[str],
+        urls: Sequence[str | None],
         *,
         num_layers: int | None,
         topk: int | None,
         request_timeout_s: float,
         max_requests_per_engine: int = 512,
+        max_dispatches: int = 1,
         check: Check | None = None,
         api_key: str | None = None,
         on_requests: OnRequests | None = None,
+        lost: LostRequests | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
-        self._urls = urls
+        self.meanwhile: Callable[[], None] | None = None  # called every second while `collect` waits
+        self._urls, self._max_dispatches, self._lost = urls, max_dispatches, lost or LostRequests()
         self._num_layers, self._topk = num_layers, topk
         self._request_timeout_s = request_timeout_s
         self._max_requests_per_engine = max_requests_per_engine
@@ -193,12 +156,23 @@ class Collector:
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0)  # `Engines` has the bound
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            clients = [
-                EngineClient(url, session, self._num_layers, self._topk, self._api_key) for url in self._urls
-            ]
-            places = self._max_requests_per_engine * len(clients)
-            told = on_requests or self._on_requests
-            yield Engines(clients, places, self._request_timeout_s, self._check, told)
+
+            def client(url: str) -> EngineClient:
+                return EngineClient(url, session, self._num_layers, self._topk, self._api_key)
+
+            dispatch = Dispatch(
+                self._urls,
+                client,
+                max_requests=self._max_requests_per_engine * len(self._urls),
+                max_dispatches=self._max_dispatches,
+                timeout_s=self._request_timeout_s,
+                on_requests=on_requests or self._on_requests,
+                lost=self._lost,
+            )
+            try:
+                yield Engines(dispatch, self._lost, self._check)
+            finally:
+                self._lost.tell()
 
     async def _collect(self, prompts, sampling, num_completions, seed, on_progress) -> list[list[Completion]]:
         total, done = len(prompts) * num_completions, 0
@@ -221,7 +195,7 @@ class Collector:
         async with self.connect(add_work) as engines:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(engines.watch())
+                    watch = tasks.create_task(engines.watch(self.meanwhile))
                     groups = [
                         [tasks.create_task(draw(engines, prompt, index)) for index in range(num_completions)]
                         for prompt in prompts

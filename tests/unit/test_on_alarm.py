@@ -45,9 +45,6 @@ class Trainer:
     def __init__(self):
         self.saved: list[dict] = []
 
-    def sync_weights(self, version: int) -> float:
-        return 0.0
-
     def prepare(self, mini_batches: list) -> None:
         self._sizes = [len(samples) for samples in mini_batches]
 
@@ -71,6 +68,14 @@ class Trainer:
 
     def save(self, state: dict) -> None:
         self.saved.append(state)
+
+
+class EngineSync:
+    def sync(self, version: int) -> float:
+        return 1.0  # seconds of the weight check
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 class Rewards:
@@ -112,6 +117,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         args=args,
         trainer=Trainer(),
         collector=Collector(state, truncated),
+        engine_sync=EngineSync(),
         rewards=Rewards(),
         cursor=Cursor(),
         heldout=[],
