@@ -21,6 +21,7 @@ from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.engine import EngineError, flag_value
 
 LOOK_INTERVAL_S = 1.0
+DEATH_NOTICE_S = 3.0
 STOP_TIMEOUT_S = 5.0  # for the actors; the servers themselves hold nothing worth a grace period
 
 
@@ -106,7 +107,8 @@ class EngineGroup:
     def lose(self, member: Member, why: str) -> None:
         """It did not answer: kill what is left of it and start it again."""
         with self._changed:
-            if self._is_current(member):
+            # a connection breaks a moment before its process is seen to be dead, which says more
+            if not self._changed.wait_for(lambda: not self._is_current(member), DEATH_NOTICE_S):
                 self._ended(self._slots[member.number], EngineError(why))
 
     @contextmanager

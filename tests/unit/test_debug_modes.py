@@ -124,7 +124,9 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
 
 
 def replaying(args: Namespace) -> Replay:
-    nothing = dict.fromkeys(("engine_sync", "trainer", "collector", "rewards", "cursor", "tokenizer", "sampling"))
+    nothing = dict.fromkeys(
+        ("engine_sync", "trainer", "collector", "rewards", "cursor", "tokenizer", "sampling")
+    )
     return Replay(args=args, heldout=[], display=RunDisplay("test", 1), metrics=None, **nothing)
 
 
