@@ -78,12 +78,14 @@ class EngineGroup:
         with self._changed:
             while State.STARTING in self._states:
                 self._wait()
+            self.check()
 
     def members(self) -> list[Member]:
         """All servers that run; waits for one where there is none."""
         with self._changed:
             while not (found := self._running()):
                 self._wait()
+            self.check()
         return found
 
     def any_serves(self) -> bool:
@@ -147,7 +149,6 @@ class EngineGroup:
     def _wait(self) -> None:
         self.check()
         self._changed.wait(LOOK_INTERVAL_S)
-        self.check()
 
     def _look_after(self) -> None:
         with self._changed:
