@@ -72,6 +72,10 @@ class EngineControl:
     def call(self, path: str, payload: dict) -> list[dict]:
         return self.wait(self.post(path, payload))
 
+    def close(self) -> None:
+        """No more calls; those that run end by themselves."""
+        self._threads.shutdown(wait=False)
+
     def stop_generation(self) -> None:
         """Running requests wait until `go_on`."""
         if self.pause is not None:

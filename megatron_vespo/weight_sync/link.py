@@ -59,6 +59,8 @@ class EngineLink:
             self._sender.close()
             self._sender = None
         if self._is_sender:
+            if self.control is not None:
+                self.control.close()
             self.control = EngineControl(urls, self._timeout_s, self._pause)
         self.together(self._rank == 0, self._leave_old_groups, number - 1)
         for stage in range(self._num_stages):

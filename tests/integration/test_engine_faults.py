@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -123,3 +125,75 @@ def test_the_only_engine_is_killed(start):
     assert [record["engines/restarts"] for record in batches] == [0, 0, 1, 1, 1]
     assert batches[-1]["engines/lost_requests"] > 0
     assert "engine 0 serves again (1 of 1 engines serve)" in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_that_hangs_in_generation_is_started_again(start):
+    """In the background, while the rest of the run waits for a reward."""
+    port = find_free_port("127.0.0.1")
+    flags = ["--max-staleness", "1", "--engine-health-timeout", "15", "--rollout-port", str(port)]
+    run = start(*flags)
+    run.wait_for_step(1)
+    run.gate.touch()
+    time.sleep(0.5)
+    os.killpg(os.getpgid(run.engine(1).pid), signal.SIGSTOP)
+    run.wait_for_output(f"engine http://127.0.0.1:{port + 1} hangs: it has generated nothing for 15 s", 60)
+    wait_until_healthy(f"http://127.0.0.1:{port + 1}")
+    run.gate.unlink()
+    batches = run.finished()
+    assert batches[-1]["engines/serving"] == 2 and batches[-1]["engines/restarts"] == 1
+    assert all(record["staleness/total_max"] <= 1 for record in batches)
+    assert "engine 1 serves again (2 of 2 engines serve)" in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_an_engine_lost_in_a_sync(start, how):
+    """It hangs when the sync begins, and is killed in it or not: the other one gets the weights anew."""
+    run = start("--weight-sync-timeout", "60" if how == "killed" else "15")
+    run.wait_for_step(1)
+    run.gate.touch()
+    time.sleep(5)  # generation has ended, rewards wait
+    engine = run.engine(1)
+    engine.suspend()
+    run.gate.unlink()
+    if how == "killed":
+        time.sleep(5)
+        assert "\n2/" not in run.output
+        engine.kill()
+    batches = run.finished()
+    assert batches[1]["engines/restarts"] == 1 and batches[1]["engines/serving"] == 1
+    said = r" died \(signal SIGKILL\)" if how == "killed" else r": /begin_weight_update did not answer: .*"
+    assert re.search(rf"engine http://[\d.:]+{said}; 1 of 2 engines serve, engine 1 is st", run.output)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "ray::EngineWorker"])
+def test_an_engine_killed_while_it_starts(start, victim):
+    run = start("--rollout-engines", "1")
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (found := [p for p in run.survivors() if victim in " ".join(p.cmdline())]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(2)
+    found[0].kill()
+    batches = run.finished()
+    assert [record["engines/restarts"] for record in batches] == [1] * STEPS
+    assert "0 of 1 engines serve, engine 0 is started again (restart 1 of 3)" in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_wrong_flag_of_sglangs_ends_the_run_with_the_end_of_its_log(start):
+    run = start("--sglang-kv-cache-dtype", "fp99")
+    began = time.monotonic()
+    assert run.wait(START_TIMEOUT_S) == 1, run.output
+    print(f"{time.monotonic() - began:.0f} s", run.output[-2000:])
+    assert nothing_left(run)
+    assert re.search(
+        r"megatron-vespo: engine http://\S+ died \(exit status \d+\); the end of .*log:", run.output
+    )
+    assert "fp99" in run.output
