@@ -108,9 +108,9 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     sampling = SamplingParams(temperature=1.0, max_new_tokens=900, stop_token_ids=())
     with ThreadPoolExecutor() as threads:
         running = threads.submit(
-            collector.collect, [Prompt(0, [5, 7], "", "")], sampling, num_completions=8, seed=1
+            collector.collect, [Prompt(0, [5, 7], "", "")], sampling, num_completions=64, seed=1
         )
-        time.sleep(0.5)  # a few tokens of each
+        time.sleep(0.3)  # a few tokens of each
         pieces = interrupted(weights[1], lambda: os.killpg(second.pid, how))
         with pytest.raises(EnginesLostError) as error:
             link.sync(pieces, number + 1)
