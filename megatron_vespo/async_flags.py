@@ -27,7 +27,8 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stale-groups", choices=("requeue", "drop"), default="requeue",
         help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
     add("--max-dispatches", type=int, default=3,
-        help="how often a group that fails or gets too old is generated, then it is given up")  # fmt: skip
+        help="how often a group that fails or gets too old is generated, then it is given up; also how often "
+        "a request whose engine is lost is sent, then its group has failed")  # fmt: skip
 
 
 def check_asynchronous(args: Namespace) -> None:

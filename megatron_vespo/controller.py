@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
+from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
@@ -47,6 +48,7 @@ class Controller:
     sampling: SamplingParams
     display: RunDisplay
     metrics: MetricsWriter
+    engine_sync: EngineSync
     state: RunState = field(default_factory=RunState)
     history: list[dict[str, float]] = field(default_factory=list)  # of the rollout batches so far
     # told of every rollout batch: its groups, their metrics, the prompts consumed by then
@@ -79,11 +81,16 @@ class Controller:
 
     def sync_weights(self) -> dict[str, float]:
         with self.display.phase("sync"):
-            seconds = self.trainer.sync_weights(self.state.iteration)
+            seconds = self.engine_sync.sync(self.state.iteration)
         self.served = self.state.iteration
         if self.stream is not None:
             self.stream.serve(self.served)
         return {"sync/weight_check_seconds": seconds}
+
+    def heal(self, while_others_serve: bool) -> None:
+        """While generation waits, the last weights to engines that were started again; see EngineSync."""
+        if self.engine_sync.is_wanted(while_others_serve):
+            self.sync_weights()
 
     def sync_is_due(self) -> bool:
         interval = self.args.sync_interval or self.args.mini_batches
@@ -257,7 +264,7 @@ class Controller:
             metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(generating, 1e-9)
         if "train" in seconds:
             metrics["train/tokens_per_second"] = metrics["train/tokens"] / max(seconds["train"], 1e-9)
-        metrics["policy/version"] = float(self.served)
+        metrics |= self.engine_sync.metrics() | {"policy/version": float(self.served)}
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
 

@@ -49,6 +49,7 @@ class RolloutOnly(Controller):
 
     def sync_weights(self) -> dict[str, float]:
         """There is no trainer, the version stays 0."""
+        self.engine_sync.sync(0)
         return {}
 
     def maybe_save(self, alarms: list) -> None:

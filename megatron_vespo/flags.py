@@ -13,6 +13,7 @@ from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
+from megatron_vespo.engine_flags import add_engine_fault_arguments
 
 DESCRIPTION = """\
 Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
@@ -33,6 +34,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     _add_input_arguments(parser)
     _add_rollout_arguments(parser)
     add_asynchronous_arguments(parser)
+    add_engine_fault_arguments(parser)
     _add_algorithm_arguments(parser)
     _add_placement_arguments(parser)
     _add_output_arguments(parser)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import ray
 from transformers import AutoTokenizer
 
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster.engine_group import EngineGroup, start_engines
+from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.controller import Controller, StoppedByAlarm
@@ -135,7 +137,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         start_ray(args)
         engine_size = _engine_size(args.sglang_flags)
         placement = place(args, engine_size)
-    engines = EngineGroup(args, placement, _server_arguments(args), log_dir)
+    engines = start_engines(args, placement, _server_arguments(args), log_dir, display.message)
     stack.callback(engines.stop)
     trainer = stored = None
     if not args.rollout_only:
@@ -145,13 +147,9 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
             stored = trainer.start()
             for line in trainer.describe():
                 display.message(line)
-    urls: list[str] = []
     if args.rollout_engines:
         with display.phase("start SGLang"):
-            urls = engines.wait_until_ready()
-    if trainer is not None and urls:
-        with display.phase("connect"):
-            trainer.connect_engines(urls, engine_size)
+            engines.wait_until_ready()
     rollout_buffer = stored.pop("rollout_buffer") if stored else None
     state = RunState(**stored) if stored else RunState()
     if args.train_from:
@@ -162,14 +160,15 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         display.message(
             f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
         )
-    collector = _collector(args, urls, engines, trace, task) if urls else None
-    cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if urls else None
+    generates = args.rollout_engines > 0
+    collector = _collector(args, engines, trace, task) if generates else None
+    cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if generates else None
     scorer = _scorer(args, task, rewards) if rewards else None
     stream = None
-    if urls:
+    if generates:
         stream = _stream(args, stack, collector, scorer, cursor, task, state, rollout_buffer, trace)
     mode = Replay if args.train_from else RolloutOnly if args.rollout_only else Controller
-    return mode(
+    controller = mode(
         args=args,
         trainer=trainer,
         collector=collector,
@@ -184,17 +183,25 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
         history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
         record=Recorder(args, state.iteration) if args.save_rollouts else None,
         stream=stream,
+        engine_sync=EngineSync(engines, trainer, engine_size),
     )
+    if collector is not None:
+        collector.meanwhile = partial(controller.heal, while_others_serve=False)
+    if stream is not None:
+        stream.meanwhile = partial(controller.heal, while_others_serve=True)
+    return controller
 
 
-def _collector(args: Namespace, urls: list[str], engines: EngineGroup, trace: Trace, task: Task) -> Collector:
+def _collector(args: Namespace, engines: EngineGroup, trace: Trace, task: Task) -> Collector:
     return Collector(
-        urls,
+        engines.urls,
         num_layers=args.num_layers,
         topk=args.moe_router_topk if args.num_experts else None,
         request_timeout_s=args.generate_timeout,
+        max_dispatches=args.max_dispatches,
         check=engines.check,
         on_requests=trace.requests,
+        lost=engines.lost,
         generate_function=task.generate,
     )
 

@@ -12,6 +12,7 @@ from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.engine_flags import check_engine_faults
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
@@ -32,10 +33,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     for name in positive:
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
-    if args.weight_check_interval < 0:
-        raise ValueError(
-            f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
-        )
+    check_engine_faults(args)
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
     if args.num_completions < 2:

@@ -1,90 +1,251 @@
-"""SGLang servers, each supervised by a Ray actor on the node it runs on."""
+"""All engines: which of them run and serve, and what becomes of those that die, hang or fail to start."""
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from threading import Condition, Thread
 
 import ray
 
-from megatron_vespo.cluster.calls import WorkerError, gather
-from megatron_vespo.cluster.logs import log_tail, redirect_output
-from megatron_vespo.cluster.placement import Placement, host_address
-from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port
+from megatron_vespo.cluster.engine_slot import EngineSlot
+from megatron_vespo.cluster.engine_worker import EngineWorker
+from megatron_vespo.cluster.placement import Placement
+from megatron_vespo.rollout.dispatch import LostRequests
+from megatron_vespo.rollout.engine import EngineError, flag_value
 
-CHECK_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 5.0  # for the actor; the server itself holds nothing worth a grace period
+LOOK_INTERVAL_S = 1.0
+DEATH_NOTICE_S = 3.0
+STOP_TIMEOUT_S = 5.0  # for the actors; the servers themselves hold nothing worth a grace period
 
 
-class EngineWorker:
-    """One engine as a Ray actor; the server dies with it."""
+class State(Enum):
+    STARTING = "starting"
+    READY = "ready"  # runs, but has not the policy's weights
+    SERVING = "serving"
+    GONE = "gone"  # its restarts are used up
 
-    def __init__(self, args: Namespace, number: int, server_args: list[str], log_dir: Path, loopback: bool):
-        redirect_output(log_dir / f"engine-{number}-supervisor.log")
-        self._host = host_address(loopback)
-        self._args, self._number, self._server_args = args, number, server_args
-        self._log_path = log_dir / f"engine-{number}.log"
-        self._engine: SGLangEngine | None = None
 
-    def start(self) -> str:
-        """Blocks until the server is healthy; returns its url."""
-        port = (
-            self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
-        )
-        self._engine = SGLangEngine(
-            str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
-            self._args.engine_start_timeout,
-        )  # fmt: skip
-        self._engine.start()
-        return self._engine.url
+@dataclass(frozen=True)
+class Member:
+    """One server that runs: of engine `number`, its start number `start`."""
 
-    def check(self) -> None:
-        self._engine.check()
-
-    def stop(self) -> None:
-        if self._engine is not None:
-            self._engine.stop(timeout_s=0)
+    number: int
+    start: int
+    url: str
+    fresh: bool  # has not had a policy yet
 
 
 class EngineGroup:
-    """All engines: start together, be asked whether they live, stop together."""
+    """A thread of its own looks after the engines: what ends is started again, `restarts` times an engine.
 
-    def __init__(self, args: Namespace, placement: Placement, server_args: list[str], log_dir: Path):
-        self._start_timeout_s = args.engine_start_timeout + CHECK_TIMEOUT_S
-        self._log_dir = log_dir
-        remote = ray.remote(EngineWorker)
-        self._workers = [
-            remote.options(
-                **placement.options(args.trainer_ranks + number, placement.gpus_per_engine)
-            ).remote(args, number, server_args, log_dir, placement.loopback)
-            for number in range(args.rollout_engines)
-        ]
-        self._starting = [worker.start.remote() for worker in self._workers]
-        self.urls: list[str] = []
+    Methods may be called from any thread. `urls[number]` is None unless the engine serves: it changes while
+    others read it. With fewer than `min_engines` left the run is over: `check` raises EngineError, as it does
+    when an engine that never was healthy ends twice in the same way. `say` is told of everything else.
+    """
 
-    def wait_until_ready(self) -> list[str]:
-        """The servers start in the background from construction on; their urls when all are healthy."""
-        self.urls = self._gather(self._starting, "start", self._start_timeout_s)
-        return self.urls
+    def __init__(
+        self, slots: Sequence[EngineSlot], *, restarts: int, min_engines: int, say: Callable[[str], None]
+    ):
+        self.urls: list[str | None] = [None] * len(slots)
+        self.lost = LostRequests(say)
+        self._slots, self._restarts, self._min_engines, self._say = slots, restarts, min_engines, say
+        self._states = [State.STARTING] * len(slots)
+        self._been_healthy = [False] * len(slots)
+        self._last_ends: list[str | None] = [None] * len(slots)
+        self._changed = Condition()  # guards everything here
+        self._over: EngineError | None = None
+        self._stopping = False
+        self._quiet = 0
+        for slot in slots:
+            slot.start()
+        self._thread = Thread(target=self._look_after, name="engines", daemon=True)
+        self._thread.start()
 
     def check(self) -> None:
-        """Raise, with the end of the log, when a server has died. Engines still starting count as alive."""
-        if self.urls:
-            self._gather([worker.check.remote() for worker in self._workers], "check", CHECK_TIMEOUT_S)
+        """Raises EngineError when the run cannot go on."""
+        if self._over is not None:
+            raise EngineError(self._over.what, self._over.log)
+
+    def wait_until_ready(self) -> None:
+        """Until all engines run, but for those that are given up; their deadlines bound it."""
+        with self._changed:
+            while State.STARTING in self._states:
+                self._wait()
+            self.check()
+
+    def members(self) -> list[Member]:
+        """All servers that run; waits for one where there is none."""
+        with self._changed:
+            while not (found := self._running()):
+                self._wait()
+            self.check()
+        return found
+
+    def any_serves(self) -> bool:
+        return any(url is not None for url in self.urls)
+
+    def any_ready(self) -> bool:
+        """Whether a server runs that has not the policy's weights yet."""
+        with self._changed:
+            return State.READY in self._states
+
+    def serve(self, members: list[Member]) -> None:
+        """They have the current weights, requests may go to them."""
+        with self._changed:
+            for member in members:
+                if self._states[member.number] is State.READY and self._is_current(member):
+                    self._states[member.number] = State.SERVING
+                    self.urls[member.number] = member.url
+                    if member.start > 1:
+                        self._say(f"engine {member.number} serves again ({self._serving()})")
+
+    def lose(self, member: Member, why: str) -> None:
+        """It did not answer: kill what is left of it and start it again."""
+        with self._changed:
+            # a connection breaks a moment before its process is seen to be dead, which says more
+            if not self._changed.wait_for(lambda: not self._is_current(member), DEATH_NOTICE_S):
+                self._ended(self._slots[member.number], EngineError(why))
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Engines that answer nothing meanwhile are not taken for hung: their weights change."""
+        with self._changed:
+            self._quiet += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._quiet -= 1
+
+    def metrics(self) -> dict[str, float]:
+        """Of now, and of the run so far."""
+        if not self._slots:
+            return {}
+        return {
+            "engines/serving": float(sum(url is not None for url in self.urls)),
+            "engines/restarts": float(sum(slot.num_starts - 1 for slot in self._slots)),
+            "engines/lost_requests": float(self.lost.number),
+        }
 
     def stop(self) -> None:
         """Kills the servers; an actor that does not answer takes its server along when killed itself."""
-        stopping = [worker.stop.remote() for worker in self._workers]
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(STOP_TIMEOUT_S)
+        calls = [call for slot in self._slots if (call := slot.stop()) is not None]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
+        for slot in self._slots:
+            slot.drop_worker()
+
+    def _wait(self) -> None:
+        self.check()
+        self._changed.wait(LOOK_INTERVAL_S)
+
+    def _look_after(self) -> None:
+        with self._changed:
+            while not self._stopping and self._over is None:
+                for slot in self._slots:
+                    try:
+                        self._look_at(slot)
+                    except Exception as error:  # or nobody would look after the engines, unnoticed
+                        self._over = EngineError(f"engine {slot.number}: {type(error).__name__}: {error}")
+                self._changed.notify_all()
+                self._changed.wait(LOOK_INTERVAL_S)
+
+    def _look_at(self, slot: EngineSlot) -> None:
+        number = slot.number
+        if self._states[number] is State.GONE:
+            return
         try:
-            self._gather(stopping, "stop", STOP_TIMEOUT_S)
-        except (WorkerError, EngineError):
-            pass
-        for worker in self._workers:
-            ray.kill(worker)
+            slot.look(probing=self._quiet == 0)
+        except EngineError as error:
+            self._ended(slot, error)
+            return
+        if self._states[number] is State.STARTING and slot.url is not None:
+            self._states[number] = State.READY
+            self._been_healthy[number] = True
 
-    def _gather(self, refs: list, what: str, timeout_s: float) -> list:
-        names = [f"engine {number}" for number in range(len(refs))]
-        return gather(refs, names, what, timeout_s, self._explain, passed_on=(EngineError,))
+    def _ended(self, slot: EngineSlot, error: EngineError) -> None:
+        number = slot.number
+        self.urls[number] = None
+        way = re.sub(r"\d+", "", error.what)  # without ports
+        if not self._been_healthy[number] and self._last_ends[number] == way:
+            self._over = error  # a wrong flag will not get better
+            return
+        self._last_ends[number] = way
+        used = slot.num_starts - 1
+        if used < self._restarts:
+            self._states[number] = State.STARTING
+            self._say(
+                f"{error.what}; {self._serving()}, engine {number} is started again "
+                f"(restart {used + 1} of {self._restarts})"
+            )
+            slot.start()
+            return
+        self._states[number] = State.GONE
+        slot.stop()
+        left = sum(state is not State.GONE for state in self._states)
+        if left < self._min_engines:
+            self._over = EngineError(
+                f"{error.what} and has had its --engine-restarts {self._restarts}: {left} engines are left, "
+                f"--min-engines is {self._min_engines}; see {slot.log_path}"
+            )
+        else:
+            self._say(
+                f"{error.what} and has had its --engine-restarts {self._restarts}: "
+                f"the run goes on without it, {self._serving()}"
+            )
 
-    def _explain(self, number: int) -> str:
-        return log_tail(self._log_dir / f"engine-{number}.log")
+    def _running(self) -> list[Member]:
+        return [
+            Member(slot.number, slot.num_starts, slot.url, fresh=state is State.READY)
+            for slot, state in zip(self._slots, self._states, strict=True)
+            if state in (State.READY, State.SERVING)
+        ]
+
+    def _is_current(self, member: Member) -> bool:
+        running = self._states[member.number] in (State.READY, State.SERVING)
+        return running and self._slots[member.number].num_starts == member.start
+
+    def _serving(self) -> str:
+        return f"{self._states.count(State.SERVING)} of {len(self._states)} engines serve"
+
+
+def start_engines(
+    args: Namespace, placement: Placement, server_args: list[str], log_dir: Path, say: Callable[[str], None]
+) -> EngineGroup:
+    """Servers on the placement's last bundles; they start in the background."""
+    remote = ray.remote(EngineWorker)
+    probes = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
+
+    def slot(number: int) -> EngineSlot:
+        options = placement.options(args.trainer_ranks + number, placement.gpus_per_engine)
+
+        def make_worker():
+            return remote.options(**options).remote(args, number, server_args, log_dir, placement.loopback)
+
+        return EngineSlot(
+            number,
+            make_worker,
+            start_timeout_s=args.engine_start_timeout,
+            health_timeout_s=args.engine_health_timeout,
+            probes=probes,
+            log_path=log_dir / f"engine-{number}.log",
+            api_key=flag_value(server_args, "--api-key"),
+        )
+
+    return EngineGroup(
+        [slot(number) for number in range(args.rollout_engines)],
+        restarts=args.engine_restarts,
+        min_engines=args.min_engines,
+        say=say,
+    )

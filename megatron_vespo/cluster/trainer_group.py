@@ -17,8 +17,10 @@ from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.types import TrainingSample
+from megatron_vespo.weight_sync.distributed import EnginesLostError
 
 STOP_TIMEOUT_S = 60.0
+SYNC_DEADLINES = 4  # of a weight sync's several waits for engines
 
 
 class TrainerGroup:
@@ -54,14 +56,22 @@ class TrainerGroup:
         """What runs each part of the model on rank 0's machine, for people."""
         return self._call("describe", timeout_s=self._args.worker_start_timeout)
 
-    def connect_engines(self, urls: list[str], engine_size: int) -> None:
-        self._call("connect_engines", urls, engine_size, timeout_s=self._args.weight_sync_timeout)
+    def connect_engines(self, urls: list[str], fresh: list[str], number: int, engine_size: int) -> None:
+        """See EngineLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
+        self._call("connect_engines", urls, fresh, number, engine_size, timeout_s=self._sync_timeout_s())
 
-    def sync_weights(self, version: int) -> float:
-        """Every engine serves the current weights as `version` afterwards; seconds that checking took."""
-        self._call("sync_weights", version, timeout_s=self._args.weight_sync_timeout)
+    def sync_weights(self, version: int) -> None:
+        """Every engine that is connected serves the current weights as `version` afterwards."""
+        self._call("sync_weights", version, timeout_s=self._sync_timeout_s())
+
+    def check_weights(self, version: int) -> float:
+        """Compares what the engines hold; the seconds that it took."""
         export = (self._args.output_dir / "weight-check").resolve()
         return self._call("check_weights", version, export, timeout_s=self._args.train_timeout)
+
+    def _sync_timeout_s(self) -> float:
+        """The ranks' own deadlines come first: they know which engine they wait for."""
+        return SYNC_DEADLINES * self._args.weight_sync_timeout
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""
@@ -108,7 +118,8 @@ class TrainerGroup:
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]
-        return gather(refs, names, what, timeout_s, self._explain, self._watch)
+        passed_on = (ValueError, EnginesLostError)
+        return gather(refs, names, what, timeout_s, self._explain, self._watch, passed_on)
 
     def _explain(self, rank: int) -> str:
         return log_tail(self._log_dir / f"trainer-{rank}.log")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
@@ -31,6 +30,8 @@ class TrainerWorker:
         self._host = host_address(loopback)
         self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
         self._prepared: list = []
+        self._link = None  # to the engines
+        self._num_syncs = 0
         self._spans = Spans()
 
     def traced(self, method: str, *arguments: Any) -> tuple[Any, list[Span]]:
@@ -80,79 +81,69 @@ class TrainerWorker:
 
         return measure(self.policy, samples, num_steps)
 
-    def connect_engines(self, urls: list[str], engine_size: int) -> None:
-        """Join the broadcast groups with the engines, stage after stage: one global order cannot deadlock.
-
-        The engines' weights are random until the first sync, which therefore has to bring all of them.
-        """
+    def connect_engines(self, urls: list[str], fresh: list[str], number: int, engine_size: int) -> None:
+        """Join new broadcast groups with the engines; `fresh` ones have to get a policy first."""
         from megatron_vespo.trainer.initialize import device
-        from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
-        from megatron_vespo.weight_sync.verify import forget_weights
+        from megatron_vespo.weight_sync.link import EngineLink
 
-        groups = self.policy.groups
-        if self.policy.is_sender:
-            mode = self._args.on_weight_update.replace("-", "_")
-            pause = mode if self._args.max_staleness else None
-            self._control = EngineControl(urls, self._args.weight_sync_timeout, pause)
-        for stage in range(groups.pp.size()):
-            if self.policy.is_sender and groups.pp.rank() == stage:
-                self._sender = BucketSender(self._control, engine_size, stage, self._host, device())
-            dist.barrier()
-        self._num_syncs = 0
-        self._loaded = forget_weights(self._control) if self.rank == 0 else []
+        if self._link is None:
+            groups, mode = self.policy.groups, self._args.on_weight_update.replace("-", "_")
+            self._link = EngineLink(
+                rank=self.rank,
+                stage=groups.pp.rank(),
+                num_stages=groups.pp.size(),
+                is_sender=self.policy.is_sender,
+                engine_size=engine_size,
+                host=self._host,
+                device=device(),
+                timeout_s=self._args.weight_sync_timeout,
+                pause=mode if self._args.max_staleness else None,
+            )
+        self._link.connect(urls, fresh, number)
+        self._all_fresh = set(fresh) == set(urls)
 
     def sync_weights(self, version: int) -> None:
         """Make every engine serve the current weights as policy `version`."""
         from megatron_vespo.conversion.buckets import buckets
 
-        groups = self.policy.groups
-        last_stage = groups.pp.size() - 1
-        if self.rank == 0:
-            self._control.begin()
-        dist.barrier()
-        for stage in range(groups.pp.size()):
-            if groups.pp.rank() == stage:
-                held = None  # the last bucket of the last stage carries the version, so look one ahead
-                for bucket in buckets(self.policy.named_hf_weights(), self._bucket_bytes):
-                    if held is not None and self.policy.is_sender:
-                        self._sender.send(held, None)
-                    held = bucket
-                if self.policy.is_sender:
-                    self._sender.send(held, version if stage == last_stage else None)
-            dist.barrier()
-        if self.rank == 0:
-            self._control.finish(version)
-        dist.barrier()
+        self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), version)
 
     def check_weights(self, version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.
 
-        At the start these are what the engines have loaded themselves. After a resume and every so many syncs
-        the policy is written to `export`; the folder stays where weights differ.
+        At the start these are what the engines have loaded themselves. After a resume, where no engine had a
+        policy before, and every so many syncs the policy is written to `export`; the folder stays where
+        weights differ.
         """
+        started = time.monotonic()
+        first, interval = self._num_syncs == 0, self._args.weight_check_interval
+        known = first and self._all_fresh and self._engines_have_loaded_the_policy()
+        every_so_many = interval > 0 and (self._num_syncs + 1) % interval == 0
+        due = not known if first or self._all_fresh else every_so_many
+        if due:
+            self.export_hf(export)
+        self._link.together(self.rank == 0, self._compare, version, known, export if due else None)
+        if due and self.rank == 0:
+            shutil.rmtree(export)
+        self._num_syncs += 1
+        self._all_fresh = False
+        return time.monotonic() - started
+
+    def _compare(self, version: int, known: bool, export: Path | None) -> None:
         from megatron_vespo.weight_sync.verify import (
             check_against_checkpoint,
             check_engines_agree,
             compare_sums,
         )
 
-        started = time.monotonic()
-        first, interval = self._num_syncs == 0, self._args.weight_check_interval
-        self._num_syncs += 1
-        known = first and self._engines_have_loaded_the_policy()
-        due = not known if first else interval > 0 and self._num_syncs % interval == 0
-        if due:
-            self.export_hf(export)
-        if self.rank == 0:
-            all_sums = check_engines_agree(self._control, version)
-            if known:
-                for url, sums, loaded in zip(self._control.urls, all_sums, self._loaded, strict=True):
-                    compare_sums(url, sums, f"--hf-checkpoint {self._args.hf_checkpoint}", loaded, version)
-            if due:
-                check_against_checkpoint(self._control, all_sums[0], export, version)
-                shutil.rmtree(export)
-        dist.barrier()
-        return time.monotonic() - started
+        control = self._link.control
+        all_sums = check_engines_agree(control, version)
+        if known:
+            whose = f"--hf-checkpoint {self._args.hf_checkpoint}"
+            for url, sums in zip(control.urls, all_sums, strict=True):
+                compare_sums(url, sums, whose, self._link.loaded[url], version)
+        if export is not None:
+            check_against_checkpoint(control, all_sums[0], export, version)
 
     def _engines_have_loaded_the_policy(self) -> bool:
         """Engines and trainer have both started from --hf-checkpoint."""

@@ -183,7 +183,7 @@ class RunDisplay:
             self._print_line(step, metrics)
 
     def message(self, text: str) -> None:
-        """Prints `text` on lines of its own, above the live panel."""
+        """Prints `text` on lines of its own, above the live panel. Any thread may call it."""
         if self._live is None:
             self._print(text)
         else:
@@ -208,7 +208,7 @@ class RunDisplay:
     # Plain mode
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(text + "\n", end="", file=self._stream, flush=True)  # one piece: another thread may write, too
 
     def _print_line(self, step: int, metrics: dict[str, float]) -> None:
         digits = len(str(self._total_steps))

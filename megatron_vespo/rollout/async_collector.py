@@ -13,13 +13,9 @@ from megatron_vespo.http import EngineRequestError
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
 from megatron_vespo.rollout.client import GenerateReplyError
-from megatron_vespo.rollout.collector import (
-    CollectError,
-    Collector,
-    Engines,
-    RejectedDraws,
-    TooManyRejectedError,
-)
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
+from megatron_vespo.rollout.engines import Engines, RejectedDraws, TooManyRejectedError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
 from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.types import SamplingParams
@@ -27,6 +23,7 @@ from megatron_vespo.types import SamplingParams
 # a request that failed in one of these ways says nothing about the next one
 FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
 MAX_FAILURES_IN_A_ROW = 32  # groups; then it is not the requests
+MEANWHILE_INTERVAL_S = 1.0
 RETRY_PAUSE_S = (
     0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second
 )
@@ -58,6 +55,7 @@ class AsyncCollector:
     ):
         self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
+        self.meanwhile: Callable[[], None] = lambda: None  # called now and then by a `take` that waits
         self._changed = threading.Condition()  # guards the buffer and what follows
         self._on_change = on_change
         self._error: BaseException | None = None
@@ -79,8 +77,8 @@ class AsyncCollector:
     def take(self, timeout_s: float) -> list[Group]:
         """The next rollout batch, scored; waits until enough groups have finished."""
         deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while True:
+        while True:
+            with self._changed:
                 if self._error is not None:
                     raise self._error
                 batch = self._buffer.take()
@@ -94,7 +92,8 @@ class AsyncCollector:
                         f"no rollout batch within {timeout_s:g} s: {self._buffer.num_finished} groups have "
                         f"finished, {self._buffer.num_in_flight} are in flight"
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, MEANWHILE_INTERVAL_S))
+            self.meanwhile()
 
     def serve(self, version: int) -> None:
         """The engines serve `version` from now on."""

@@ -26,7 +26,14 @@ FAILED_PLUGIN = re.compile(r"Failed to (?:load plugin|execute general plugin:?) 
 
 
 class EngineError(RuntimeError):
-    """An engine that could not start, died, or would not stop."""
+    """An engine that could not start, died, or would not stop: what happened, and the end of its log."""
+
+    def __init__(self, what: str, log: str = ""):
+        super().__init__(what, log)
+        self.what, self.log = what, log
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.log}" if self.log else self.what
 
 
 class SGLangEngine:
@@ -98,7 +105,7 @@ class SGLangEngine:
         status = self._process.poll()
         if status is not None:
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            raise EngineError(f"engine {self.url} died ({how}); {self._log_tail()}")
+            raise EngineError(f"engine {self.url} died ({how})", self._log_tail())
 
     def stop(self, timeout_s: float) -> None:
         """End the whole process group: SIGTERM, up to `timeout_s` seconds of grace, then SIGKILL."""
@@ -139,8 +146,8 @@ class SGLangEngine:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise EngineError(
-                    f"engine {self.url} is not healthy {self.start_timeout_s:g} s after its start; "
-                    + self._log_tail()
+                    f"engine {self.url} is not healthy {self.start_timeout_s:g} s after its start",
+                    self._log_tail(),
                 )
             try:
                 get_json(self.url, "/health", min(HEALTH_TIMEOUT_S, remaining), api_key)

@@ -7,6 +7,7 @@ call, and only loads weights between /begin_weight_update and /end_weight_update
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -17,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
-from megatron_vespo.http import get_json, post_json
+from megatron_vespo.http import EngineRequestError, get_json, post_json
 
+ARRIVAL_POLL_S = 0.05
+RECOVERY_TIMEOUT_S = 60.0  # for what an engine that is well answers at once
 # SGLang's words: running requests keep their keys and values, compute them anew with the new weights, or end
 PauseMode = Literal["in_place", "retract", "abort"]
 
@@ -27,8 +30,22 @@ class WeightSyncError(RuntimeError):
     """Engines that did not take the weights; says which."""
 
 
+class EnginesLostError(WeightSyncError):
+    """Engines that did not answer: dead, hung or out of reach. `lost` says of each url why."""
+
+    def __init__(self, lost: dict[str, str]):
+        super().__init__(lost)
+        self.lost = lost
+
+    def __str__(self) -> str:
+        return "weight sync failed: " + "; ".join(self.lost.values())
+
+
 class EngineControl:
-    """The same call to all engines at once; the first failure is raised after all have answered."""
+    """The same call to all engines at once; failures are raised after all have answered.
+
+    EnginesLostError where there are engines without an answer, else WeightSyncError with the first refusal.
+    """
 
     def __init__(self, urls: Sequence[str], timeout_s: float, pause: PauseMode | None = None):
         """`pause` is what becomes of requests that run during an update; without it there must be none."""
@@ -44,14 +61,20 @@ class EngineControl:
 
     def wait(self, futures: list[Future]) -> list[dict]:
         """The engines' answers, in their order."""
-        errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise WeightSyncError(f"weight sync failed: {error}") from error
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        lost = {e.url: str(e) for e in errors if isinstance(e, EngineRequestError) and e.status is None}
+        if lost:
+            raise EnginesLostError(lost)
+        if errors:
+            raise WeightSyncError(f"weight sync failed: {errors[0]}") from errors[0]
         return [future.result() for future in futures]
 
     def call(self, path: str, payload: dict) -> list[dict]:
         return self.wait(self.post(path, payload))
+
+    def close(self) -> None:
+        """No more calls; those that run end by themselves."""
+        self._threads.shutdown(wait=False)
 
     def stop_generation(self) -> None:
         """Running requests wait until `go_on`."""
@@ -70,22 +93,33 @@ class EngineControl:
     def finish(self, version: int) -> None:
         """Close the engines' update, check that each now serves policy `version`, and let requests go on."""
         self.call("/end_weight_update", {})
-        for url in self.urls:
-            served = get_json(url, "/model_info", self.timeout_s).get("weight_version")
+        answers = self.wait([self.submit(get_json, url, "/model_info", self.timeout_s) for url in self.urls])
+        for url, answer in zip(self.urls, answers, strict=True):
+            served = answer.get("weight_version")
             if served != str(version):
                 raise WeightSyncError(
                     f"engine {url} serves weight version {served} after the sync of version {version}"
                 )
         self.go_on()
 
+    def settle(self, path: str, payload: dict) -> None:
+        """A call that engines may refuse, as there is nothing to do for them, but that all must answer."""
+        calls = [self.submit(post_json, url, path, payload, RECOVERY_TIMEOUT_S) for url in self.urls]
+        try:
+            self.wait(calls)
+        except EnginesLostError:
+            raise
+        except WeightSyncError:
+            pass
+
 
 class BucketSender:
-    """One pipeline stage's end of the broadcast group; lives on the rank that sends."""
+    """One pipeline stage's end of the broadcast group `name`; lives on the rank that sends."""
 
-    def __init__(self, control: EngineControl, engine_size: int, stage: int, host: str, device: torch.device):
+    def __init__(self, control: EngineControl, engine_size: int, name: str, host: str, device: torch.device):
         """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
-        self.control, self.device = control, device
-        self.name = f"megatron_vespo_stage_{stage}"
+        self.control, self.device, self.name = control, device, name
+        self.group: dist.ProcessGroup | None = None
         backend = "nccl" if device.type == "cuda" else "gloo"
         world_size = 1 + engine_size * len(control.urls)
         timeout = timedelta(seconds=control.timeout_s)
@@ -108,7 +142,14 @@ class BucketSender:
             )
             for number, url in enumerate(control.urls)
         ]
-        self.group = _join_as_rank_zero(backend, store, world_size, self.name, timeout)
+        if not _all_have_arrived(store, world_size - 1, joins, control.timeout_s):
+            del store  # the engines that wait at it for others give up
+            control.wait(joins)
+        try:
+            self.group = _join_as_rank_zero(backend, store, world_size, self.name, timeout)
+        except RuntimeError as error:
+            control.wait([join for join in joins if join.done()])
+            raise WeightSyncError(f"no group with {', '.join(control.urls)}: {error}") from error
         control.wait(joins)
 
     def send(self, bucket: dict[str, Tensor], version: int | None) -> None:
@@ -128,13 +169,40 @@ class BucketSender:
             payload["weight_version"] = str(version)
         receiving = self.control.post("/update_weights_from_distributed", payload)
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered])
+        broken = None
         try:
             dist.broadcast(flat, src=0, group=self.group)
         except RuntimeError as error:
-            # an engine's own words say more than a broken connection
-            self.control.wait([future for future in receiving if future.done()])
-            raise WeightSyncError(f"broadcast to {', '.join(self.control.urls)} failed: {error}") from error
+            broken = str(error)  # the error itself would keep the group alive
+            self.close()  # engines that wait for a part that will not come give up
+        # an engine's own words say more than a broken connection
         self.control.wait(receiving)
+        if broken is not None:
+            raise WeightSyncError(f"broadcast to {', '.join(self.control.urls)} failed: {broken}")
+
+    def close(self) -> None:
+        """Leave the group, without waiting for anybody."""
+        group, self.group = self.group, None
+        if group is not None:
+            group.abort()
+            dist.destroy_process_group(group)
+
+
+def _all_have_arrived(store: dist.TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
+    """Whether so many ranks came to the store, before one of `joins` failed, and wait there for rank 0.
+
+    gloo's ranks leave their addresses under keys that end in their number; NCCL's do not wait.
+    """
+    deadline = time.monotonic() + timeout_s
+    ranks = {str(rank) for rank in range(1, number + 1)}
+    while not ranks <= {key.rpartition("/")[2] for key in store.list_keys()}:
+        done = [join for join in joins if join.done()]
+        if any(join.exception() for join in done) or time.monotonic() > deadline:
+            return False
+        if len(done) == len(joins):
+            break
+        time.sleep(ARRIVAL_POLL_S)
+    return True
 
 
 def _join_as_rank_zero(

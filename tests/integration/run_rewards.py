@@ -1,5 +1,8 @@
 """A reward for whole runs, found by its name from the repository's folder."""
 
+import time
+from pathlib import Path
+
 
 def ended_and_wanted(response: str, answer: str, metadata: dict) -> float:
     """Responses that do not end are never asked about: a random model's ends are by chance."""
@@ -9,3 +12,10 @@ def ended_and_wanted(response: str, answer: str, metadata: dict) -> float:
 def first_letters(response: str, answer: str, metadata: dict) -> float:
     """Something to learn from for a random model: rewards that differ within a group."""
     return sum(map(ord, response[:3])) % 7 / 7
+
+
+def behind_a_gate(response: str, answer: str, metadata: dict) -> float:
+    """Comes when there is no file at `answer`; about one response in two is good."""
+    while Path(answer).exists():
+        time.sleep(0.1)
+    return float(len(response) % 2)

@@ -56,7 +56,11 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     )
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
     sender = BucketSender(
-        EngineControl([own_engine.url], START_TIMEOUT_S, mode), 1, version, HOST, torch.device("cpu")
+        EngineControl([own_engine.url], START_TIMEOUT_S, mode),
+        1,
+        f"policy_{version}",
+        HOST,
+        torch.device("cpu"),
     )
     folders = {v: make_tiny_model(tmp_path / str(v), seed=v) for v in (version - 1, version)}
     stream.start()

@@ -181,8 +181,8 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
     ],
 )
 def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_path, victim, named, log):
-    command = train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000")
-    run = Run(command, tmp_path / "log")
+    flags = ["--train-iters", "10000", "--engine-restarts", "0"]
+    run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
     try:
         run.wait_for_output(" 2/10000 ", START_S)
         found = [process for process in run.survivors() if victim in " ".join(process.cmdline())]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_on_alarm import EngineSync
 
 from megatron_vespo.controller import Controller
 from megatron_vespo.data.prompts import PromptCursor
@@ -116,6 +117,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
         heldout=[],
         sampling=SamplingParams(1.0, 3, ()),
         display=RunDisplay("test", args.train_iters),
+        engine_sync=EngineSync(),
         metrics=Metrics(),
         state=state,
         record=Recorder(args, iteration),
@@ -124,7 +126,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
 
 
 def replaying(args: Namespace) -> Replay:
-    nothing = dict.fromkeys(("trainer", "collector", "scorer", "cursor", "sampling"))
+    nothing = dict.fromkeys(("engine_sync", "trainer", "collector", "scorer", "cursor", "sampling"))
     return Replay(args=args, heldout=[], display=RunDisplay("test", 1), metrics=None, **nothing)
 
 

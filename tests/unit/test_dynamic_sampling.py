@@ -174,6 +174,7 @@ def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -
         heldout=[],
         sampling=SamplingParams(1.0, LONGEST, ()),
         display=Display(),
+        engine_sync=None,
         metrics=None,
         state=RunState(iteration=iteration, consumed_prompts=consumed),
         served=iteration,

@@ -34,6 +34,7 @@ LAYERS = {
     "cli": 5,
     "convert_cli": 5,
     "debug_modes": 4,
+    "engine_flags": 5,
     "flags": 5,
     "layout_check": 5,
     "logits_check": 5,

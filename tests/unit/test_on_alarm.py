@@ -47,9 +47,6 @@ class Trainer:
         self.saved: list[dict] = []
         self.saved_buffers: list[bytes | None] = []
 
-    def sync_weights(self, version: int) -> float:
-        return 0.0
-
     def prepare(self, mini_batches: list) -> None:
         self._sizes = [len(samples) for samples in mini_batches]
 
@@ -74,6 +71,14 @@ class Trainer:
     def save(self, state: dict, rollout_buffer: bytes | None) -> None:
         self.saved.append(state)
         self.saved_buffers.append(rollout_buffer)
+
+
+class EngineSync:
+    def sync(self, version: int) -> float:
+        return 1.0  # seconds of the weight check
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 class Rewards:
@@ -119,6 +124,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         scorer=Scorer(
             Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
         ),
+        engine_sync=EngineSync(),
         cursor=Cursor(),
         heldout=[],
         sampling=SamplingParams(1.0, 3, ()),

@@ -15,8 +15,10 @@ from megatron_vespo.rollout.client import (
     generate_payload,
     parse_generate_reply,
 )
-from megatron_vespo.rollout.collector import CollectError, Collector, completion_seed
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine
+from megatron_vespo.rollout.engines import completion_seed
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
 from megatron_vespo.types import Completion, Prompt, SamplingParams

@@ -123,6 +123,23 @@ def test_weights_are_checked_every_so_many_syncs_or_on_resumes_only(flags):
 
 
 @pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--engine-restarts -1", "--engine-restarts is -1, must be positive, or 0: none"),
+        ("--engine-health-timeout 0", "--engine-health-timeout is 0, must be positive"),
+        ("--min-engines 0", "--min-engines is 0, must be between 1 and --rollout-engines 1"),
+        (
+            "--rollout-engines 4 --min-engines 5",
+            "--min-engines is 5, must be between 1 and --rollout-engines 4",
+        ),
+    ],
+)
+def test_engine_faults(flags, argv, said):
+    check_flags(flags("--rollout-engines", "4", "--min-engines", "4", "--engine-restarts", "0"))
+    assert message_of(check_flags, flags(*argv.split())) == said
+
+
+@pytest.mark.parametrize(
     "flag",
     [
         "--rollout-temperature",

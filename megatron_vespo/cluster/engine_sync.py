@@ -1,0 +1,64 @@
+"""The trainer's weights to all engines that run, again without those that are lost on the way."""
+
+from __future__ import annotations
+
+from megatron_vespo.cluster.engine_group import EngineGroup, Member
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.weight_sync.distributed import EnginesLostError
+
+
+class EngineSync:
+    """What brings engines into service: nothing is asked of one that has not the current weights, compared.
+
+    Without a `trainer` the weights are those that the engines load themselves. `engine_size` is the ranks of
+    one engine.
+    """
+
+    def __init__(self, engines: EngineGroup, trainer: TrainerGroup | None, engine_size: int):
+        self._engines, self._trainer, self._engine_size = engines, trainer, engine_size
+        self._connected: list[tuple[int, int]] = []  # engines and their start numbers
+        self._num_connections = 0
+
+    def sync(self, version: int) -> float:
+        """Every engine that runs serves the current weights as `version`; seconds that checking took.
+
+        Waits for an engine where none runs. Must not be called inside an optimizer step.
+        """
+        while True:
+            members = self._engines.members()
+            try:
+                with self._engines.quiet():
+                    seconds = self._try(members, version)
+            except EnginesLostError as error:
+                self._connected = []
+                for member in members:
+                    if member.url in error.lost:
+                        self._engines.lose(member, error.lost[member.url])
+            else:
+                self._engines.serve(members)
+                return seconds
+
+    def is_wanted(self, while_others_serve: bool) -> bool:
+        """Whether an engine waits for the weights; by default only where no other can do its work."""
+        if not while_others_serve and self._trainer is not None and self._engines.any_serves():
+            return False
+        return self._engines.any_ready()
+
+    def metrics(self) -> dict[str, float]:
+        return self._engines.metrics()
+
+    def forget_connections(self) -> None:
+        """The trainer's ranks are new: they have to be connected whatever the old ones were."""
+        self._connected = []
+
+    def _try(self, members: list[Member], version: int) -> float:
+        if self._trainer is None:
+            return 0.0
+        servers = [(member.number, member.start) for member in members]
+        if servers != self._connected:
+            self._num_connections += 1
+            urls, fresh = [m.url for m in members], [m.url for m in members if m.fresh]
+            self._trainer.connect_engines(urls, fresh, self._num_connections, self._engine_size)
+            self._connected = servers
+        self._trainer.sync_weights(version)
+        return self._trainer.check_weights(version)

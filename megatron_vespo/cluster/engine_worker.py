@@ -1,0 +1,43 @@
+"""One SGLang server, supervised by a Ray actor on the node it runs on."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_vespo.cluster.logs import redirect_output
+from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
+
+
+class EngineWorker:
+    """The actor; the server dies with it."""
+
+    def __init__(self, args: Namespace, number: int, server_args: list[str], log_dir: Path, loopback: bool):
+        redirect_output(log_dir / f"engine-{number}-supervisor.log")
+        self._host = host_address(loopback)
+        self._args, self._number, self._server_args = args, number, server_args
+        self._log_path = log_dir / f"engine-{number}.log"
+        self._engine: SGLangEngine | None = None
+
+    def start(self) -> str:
+        """A new server in the place of the one there may be; blocks until it is healthy; returns its url."""
+        self.stop()
+        port = (
+            self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
+        )
+        self._engine = SGLangEngine(
+            str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
+            self._args.engine_start_timeout,
+        )  # fmt: skip
+        self._engine.start()
+        return self._engine.url
+
+    def check(self) -> None:
+        """Raises EngineError when the server's process has ended."""
+        self._engine.check()
+
+    def stop(self) -> None:
+        """Kills the whole process group."""
+        if self._engine is not None:
+            self._engine.stop(timeout_s=0)

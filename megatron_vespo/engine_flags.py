@@ -1,0 +1,33 @@
+"""Flags of engines that fail and of the check of their weights, their defaults and what goes together."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+
+def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engines that fail")
+    add = group.add_argument
+    add("--engine-health-timeout", type=float, default=120.0, metavar="SECONDS",
+        help="an engine that generates nothing for so long is taken for dead")  # fmt: skip
+    add("--engine-restarts", type=int, default=3, metavar="N",
+        help="how often each engine is started again, to serve when it has the current weights")  # fmt: skip
+    add("--min-engines", type=int, default=1, metavar="N",
+        help="the run ends when fewer are left that run or may be started again")  # fmt: skip
+
+
+def check_engine_faults(args: Namespace) -> None:
+    if args.weight_check_interval < 0:
+        raise ValueError(
+            f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
+        )
+    if not args.engine_health_timeout > 0:
+        raise ValueError(f"--engine-health-timeout is {args.engine_health_timeout:g}, must be positive")
+    if args.engine_restarts < 0:
+        raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
+    if not 1 <= args.min_engines <= args.rollout_engines:
+        raise ValueError(
+            f"--min-engines is {args.min_engines}, must be between 1 and --rollout-engines "
+            f"{args.rollout_engines}"
+        )

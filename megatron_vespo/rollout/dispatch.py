@@ -1,0 +1,175 @@
+"""Which engine a request goes to, and to which one next when that engine is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.types import Completion
+
+# an engine that lost a request is asked no other meanwhile: longer than it takes to be found dead
+AVOID_S = 10.0
+POLL_S = 0.5
+HOLD_POLL_S = 0.05
+ABORT_TIMEOUT_S = 5.0
+OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
+Request = Callable[[EngineClient], Awaitable[Completion | None]]
+
+
+class CollectError(RuntimeError):
+    """A generate request without an answer, or engines whose answers are not to be used."""
+
+
+class _LostError(Exception):
+    """A request that its engine will not answer; says which and why."""
+
+
+@dataclass(eq=False)
+class _Engine:
+    number: int
+    client: EngineClient
+    gone: asyncio.Future  # done when it is out of service
+    outstanding: int = 0
+    working_since: int = 0  # nanoseconds since 1970
+    avoid_until: float = 0.0
+
+
+class LostRequests:
+    """Counts requests that were sent again, from any thread, and says so in one line an engine."""
+
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self.number = 0
+        self._say, self._lock = say, threading.Lock()
+        self._unsaid: dict[str, tuple[int, str]] = {}  # by url: how many, and why the first one was lost
+
+    def add(self, url: str, why: str) -> None:
+        with self._lock:
+            self.number += 1
+            number, first = self._unsaid.get(url, (0, why))
+            self._unsaid[url] = number + 1, first
+
+    def tell(self) -> None:
+        """Says what was lost since the last time."""
+        with self._lock:
+            unsaid, self._unsaid = self._unsaid, {}
+        for number, why in unsaid.values():
+            if self._say is not None:
+                self._say(f"{why}; {number} of its requests are sent again")
+
+
+class Dispatch:
+    """Each request to the engine with the fewest of those at `urls`; usable inside one event loop only.
+
+    `urls[number]` may change at any time: None is an engine out of service, whose requests go to others. So
+    do those without an answer for `timeout_s`, each of them `max_dispatches` times at most. Where no engine
+    serves, requests wait for one, as long.
+
+    `on_requests` is told of every request when it ends, from the engine's last end on, or from where the
+    engine began to work: of one engine these times follow each other and together are all of its work.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str | None],
+        make_client: Callable[[str], EngineClient],
+        *,
+        max_requests: int,
+        max_dispatches: int,
+        timeout_s: float,
+        on_requests: OnRequests | None,
+        lost: LostRequests,
+    ):
+        self._urls, self._make_client = urls, make_client
+        self._max_dispatches, self._timeout_s = max_dispatches, timeout_s
+        self._on_requests, self._lost = on_requests, lost
+        self._engines: dict[int, _Engine] = {}
+        self._free_places = asyncio.Semaphore(max_requests)
+        self._allowed = asyncio.Event()
+        self._allowed.set()
+
+    async def send(self, request: Request, what: str) -> Completion | None:
+        """The answer to `request`, which is called with the client that it is for. `what` names it."""
+        async with self._free_places:
+            for dispatch in range(1, self._max_dispatches + 1):
+                engine = await self._choose(what)
+                try:
+                    return await self._ask(engine, request, what)
+                except _LostError as error:
+                    engine.avoid_until = time.monotonic() + AVOID_S
+                    if dispatch == self._max_dispatches:
+                        times = f"; {dispatch} engines in a row" if dispatch > 1 else ""
+                        raise CollectError(f"{error}{times}") from error.__cause__
+                    self._lost.add(engine.client.url, str(error))
+        raise AssertionError(f"--max-dispatches {self._max_dispatches}")
+
+    def refresh(self) -> None:
+        """Takes in what has changed in `urls`; to be called every second while requests run."""
+        for number, url in enumerate(self._urls):
+            engine = self._engines.get(number)
+            if engine is not None and engine.client.url != url:
+                del self._engines[number]
+                engine.gone.set_result(None)
+            if url is not None and number not in self._engines:
+                gone = asyncio.get_running_loop().create_future()
+                self._engines[number] = _Engine(number, self._make_client(url), gone)
+
+    async def hold(self, timeout_s: float) -> None:
+        """Makes engines hand back what they are at, and sends nothing more until `release`."""
+        self._allowed.clear()
+        deadline = time.monotonic() + timeout_s
+        while busy := [engine for engine in self._engines.values() if engine.outstanding]:
+            if time.monotonic() > deadline:
+                urls = ", ".join(engine.client.url for engine in busy)
+                raise CollectError(f"{urls}: still at work {timeout_s:g} s after being asked to hand it back")
+            # again and again: a request may reach its engine after this does. An engine that does not answer
+            # is found dead or hung by those who look after it.
+            aborts = [asyncio.create_task(engine.client.abort()) for engine in busy]
+            await asyncio.wait(aborts, timeout=ABORT_TIMEOUT_S)
+            for abort in aborts:
+                abort.cancel()
+            await asyncio.gather(*aborts, return_exceptions=True)
+            await asyncio.sleep(HOLD_POLL_S)
+
+    def release(self) -> None:
+        self._allowed.set()
+
+    async def _choose(self, what: str) -> _Engine:
+        await self._allowed.wait()
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            self.refresh()
+            now = time.monotonic()
+            engines = [engine for engine in self._engines.values() if engine.avoid_until <= now]
+            if engines:
+                return min(engines, key=lambda engine: engine.outstanding)
+            if now > deadline:
+                raise CollectError(f"{what}: no engine has served for {self._timeout_s:g} s")
+            await asyncio.sleep(POLL_S)
+
+    async def _ask(self, engine: _Engine, request: Request, what: str) -> Completion | None:
+        if engine.outstanding == 0:
+            engine.working_since = time.time_ns()
+        engine.outstanding += 1
+        url = engine.client.url
+        asking = asyncio.ensure_future(request(engine.client))
+        try:
+            await asyncio.wait((asking, engine.gone), return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise _LostError(f"engine {url}: taken out of service at {what}")
+            return asking.result()
+        except TimeoutError as error:
+            raise _LostError(f"engine {url}: no completion of {what} within {self._timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise _LostError(f"engine {url}: connection lost at {what} ({error})") from error
+        finally:
+            asking.cancel()
+            engine.outstanding -= 1
+            start, engine.working_since = engine.working_since, time.time_ns()
+            if self._on_requests is not None:
+                self._on_requests(engine.number, start, engine.working_since, 1)

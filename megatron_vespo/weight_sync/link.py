@@ -1,0 +1,150 @@
+"""All trainer ranks' way to all engines: connected, synced and checked as one, or failed as one.
+
+What goes wrong at one rank is known to all of them before any goes on, so none waits for one that gave up:
+every method is a collective that returns on all ranks or raises the same on all, and the ranks stay usable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vespo.weight_sync.distributed import (
+    BucketSender,
+    EngineControl,
+    EnginesLostError,
+    PauseMode,
+    WeightSyncError,
+)
+from megatron_vespo.weight_sync.verify import Sums, forget_weights
+
+
+class EngineLink:
+    """One rank's end. `stage` is its pipeline stage, of `num_stages`; each has one rank that sends.
+
+    `rank` is the trainer's; rank 0 is the first stage's sender and steers what is no broadcast.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        stage: int,
+        num_stages: int,
+        is_sender: bool,
+        engine_size: int,
+        host: str,
+        device: torch.device,
+        timeout_s: float,
+        pause: PauseMode | None,
+    ):
+        self._rank, self._stage, self._num_stages, self._is_sender = rank, stage, num_stages, is_sender
+        self._engine_size, self._host, self._device = engine_size, host, device
+        self._timeout_s, self._pause = timeout_s, pause
+        self._sender: BucketSender | None = None
+        self.control: EngineControl | None = None  # of the engines that are connected, on ranks that send
+        self.loaded: dict[str, Sums] = {}  # on rank 0: what engines without a policy had loaded, by url
+
+    def connect(self, urls: list[str], fresh: list[str], number: int) -> None:
+        """Build all broadcast groups anew with the engines at `urls`, stage after stage: no deadlock.
+
+        `number` is one more than the last time, also that of an earlier trainer. The weights of engines in
+        `fresh` are made random: the first sync has to bring all of them.
+        """
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if self._is_sender:
+            if self.control is not None:
+                self.control.close()
+            self.control = EngineControl(urls, self._timeout_s, self._pause)
+        self.together(self._rank == 0, self._leave_old_groups, number - 1)
+        for stage in range(self._num_stages):
+            mine = self._is_sender and stage == self._stage
+            self.together(mine, self._join, group_name(number, stage))
+        self.together(self._rank == 0, self._forget, fresh)
+
+    def sync(self, buckets: Iterable[dict[str, Tensor]], version: int) -> None:
+        """Make every engine serve the weights of all stages' `buckets` as policy `version`.
+
+        To iterate over `buckets` is a collective of the stage's ranks, so all do it to the end.
+        """
+        self.together(self._rank == 0, self._begin)
+        last_stage = self._num_stages - 1
+        for stage in range(self._num_stages):
+            error = None
+            if stage == self._stage:
+                error = self._send_all(buckets, version if stage == last_stage else None)
+            self._agree(error)
+        self.together(self._rank == 0, self._finish, version)
+
+    def together(self, mine: bool, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns on the ranks that it is for; all raise if it fails on one of them."""
+        result = error = None
+        if mine:
+            try:
+                result = action(*arguments)
+            except WeightSyncError as failure:
+                error = failure
+        self._agree(error)
+        return result
+
+    def _agree(self, error: WeightSyncError | None) -> None:
+        errors: list[WeightSyncError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        failures = [failure for failure in errors if failure is not None]
+        if failures:
+            lost: dict[str, str] = {}
+            for failure in failures:
+                lost |= failure.lost if isinstance(failure, EnginesLostError) else {}
+            raise EnginesLostError(lost) if lost else failures[0]
+
+    def _leave_old_groups(self, number: int) -> None:
+        """Close what an update that failed has left open, too; engines that hang in one do not answer.
+
+        Requests pause from here to the end of the next sync: engines let nothing of this happen beside them.
+        """
+        self.control.stop_generation()
+        self.control.settle("/end_weight_update", {})
+        for stage in range(self._num_stages):
+            self.control.settle("/destroy_weights_update_group", {"group_name": group_name(number, stage)})
+
+    def _join(self, name: str) -> None:
+        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._device)
+
+    def _forget(self, fresh: list[str]) -> None:
+        if fresh:
+            sums = forget_weights(EngineControl(fresh, self._timeout_s))
+            for url, loaded in zip(fresh, sums, strict=True):
+                self.loaded.setdefault(url, loaded)  # a second time it is what a failed sync has left
+
+    def _begin(self) -> None:
+        self.control.begin()
+
+    def _finish(self, version: int) -> None:
+        self.control.finish(version)
+
+    def _send_all(self, buckets: Iterable[dict[str, Tensor]], version: int | None) -> WeightSyncError | None:
+        """The last bucket carries the version, so look one ahead."""
+        held = error = None
+        for bucket in buckets:
+            if held is not None:
+                error = error or self._send(held, None)
+            held = bucket
+        return error or self._send(held, version)
+
+    def _send(self, bucket: dict[str, Tensor], version: int | None) -> WeightSyncError | None:
+        if self._is_sender:
+            try:
+                self._sender.send(bucket, version)
+            except WeightSyncError as error:
+                return error
+        return None
+
+
+def group_name(number: int, stage: int) -> str:
+    return f"megatron_vespo_{number}_stage_{stage}"

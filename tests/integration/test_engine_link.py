@@ -1,0 +1,130 @@
+"""Real engines that are lost while they are connected or get weights: they are named, the others go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from servers import HOST, NUM_LAYERS, TOPK, make_tiny_model, tiny_engine
+
+from megatron_vespo.conversion.buckets import buckets
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.engine import SGLangEngine
+from megatron_vespo.types import Prompt, SamplingParams
+from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
+from megatron_vespo.weight_sync.link import EngineLink
+from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
+
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangEngine, SGLangEngine]]:
+    folder = tmp_path_factory.mktemp("link")
+    first, second = (tiny_engine(tiny_model, folder / f"{number}.log") for number in (0, 1))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(SGLangEngine.start, (first, second)))
+    yield first, second
+    for engine in (first, second):
+        engine.stop(timeout_s=0)
+
+
+@pytest.fixture(scope="module")
+def link(tmp_path_factory) -> Iterator[EngineLink]:
+    """Of a trainer of one rank."""
+    store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield EngineLink(
+        rank=0, stage=0, num_stages=1, is_sender=True, engine_size=1, host=HOST, device=torch.device("cpu"),
+        timeout_s=TIMEOUT_S, pause="retract",
+    )  # fmt: skip
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> list[list[dict]]:
+    """The buckets of several policies."""
+    folders = [make_tiny_model(tmp_path_factory.mktemp("policy"), seed=seed) for seed in (1, 2, 3)]
+    return [list(buckets(load_file(f / "model.safetensors").items(), max_bytes=100_000)) for f in folders]
+
+
+def interrupted(pieces: list[dict], action: Callable[[], object]) -> Iterator[dict]:
+    """`action` happens in the middle."""
+    assert len(pieces) > 3
+    for number, piece in enumerate(pieces):
+        if number == 2:
+            action()
+        yield piece
+
+
+def sums(engine: SGLangEngine) -> Sums:
+    return weight_sums(EngineControl([engine.url], TIMEOUT_S))[0]
+
+
+def restart(engine: SGLangEngine) -> None:
+    engine.stop(timeout_s=0)
+    engine.start()
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weights):
+    first, second = engines
+    urls = [first.url, second.url]
+    second.stop(timeout_s=0)
+    began = time.monotonic()
+    with pytest.raises(EnginesLostError, match=f"engine {second.url}: .* did not answer") as error:
+        link.connect(urls, urls, 1)
+    assert list(error.value.lost) == [second.url]
+    assert time.monotonic() - began < TIMEOUT_S / 2
+    link.connect([first.url], [first.url], 2)
+    link.sync(weights[0], 1)
+    # as it was in the middle of nothing, its weights are those that came
+    second.start()
+    link.connect(urls, [second.url], 3)
+    before = sums(first)
+    assert sums(second) != before, "its weights should be random"
+    link.sync(weights[0], 2)
+    assert check_engines_agree(link.control, 2) == [before, before]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
+    first, second = engines
+    urls, number = [first.url, second.url], 10 * how
+    restart(second)
+    link.connect(urls, [second.url], number)
+    link.sync(weights[0], number)
+    before = sums(first)
+    collector = Collector([first.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=900, stop_token_ids=())
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(
+            collector.collect, [Prompt(0, [5, 7], "", "")], sampling, num_completions=64, seed=1
+        )
+        time.sleep(0.3)  # a few tokens of each
+        pieces = interrupted(weights[1], lambda: os.killpg(second.pid, how))
+        with pytest.raises(EnginesLostError) as error:
+            link.sync(pieces, number + 1)
+        assert list(error.value.lost) == [second.url]
+        link.connect([first.url], [], number + 1)
+        link.sync(weights[1], number + 1)
+        [group] = running.result()
+    versions = [set(np.unique(completion.policy_versions).tolist()) for completion in group]
+    print(versions)
+    # nothing was generated between the two, with a part of the weights
+    assert all(seen <= {number, number + 1} for seen in versions)
+    assert any(len(seen) == 2 for seen in versions)
+    restart(second)
+    link.connect(urls, [second.url], number + 2)
+    link.sync(weights[1], number + 2)
+    after, same = check_engines_agree(link.control, number + 2)
+    assert after == same and after != before
