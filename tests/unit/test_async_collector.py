@@ -200,3 +200,13 @@ def test_stop_cancels_what_is_in_flight(engine, start):
     assert time.monotonic() - began < 2
     until(lambda: engine.cancelled == 8 * COMPLETIONS)
     run.stop(5)
+
+
+def test_waiting_for_a_batch_keeps_no_core_busy(engine, start):
+    engine.hanging = set(range(100))
+    run = start()
+    until(lambda: len(engine.asked) == 8 * COMPLETIONS)
+    began = time.process_time()
+    with pytest.raises(CollectError):
+        run.take(1.0)
+    assert time.process_time() - began < 0.3
