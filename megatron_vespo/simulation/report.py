@@ -31,7 +31,7 @@ class Row:
 def format_table(rows: list[Row]) -> str:
     """A line a run; "faster" is against the first of the same machines."""
     head = ("where", "trainer", "bound", "s/step", "tokens/s", "samples/s", "faster", "trainer idle",
-            "engines idle", "lag mean", "max", "in vain")  # fmt: skip
+            "engines idle", "lag mean", "max", "in vain", "length")  # fmt: skip
     lines = [head]
     for _, group in groupby(rows, key=lambda row: row.where):
         runs = list(group)
@@ -45,6 +45,7 @@ def format_table(rows: list[Row]) -> str:
                 f"{result.tokens_per_second:,.0f}", f"{result.samples_per_second:,.1f}", f"{speed:.2f}x",
                 f"{sum(result.trainer_idle.values()):.0%}", f"{sum(result.engines_idle.values()):.0%}",
                 f"{mean:.2f}", str(int(shares.nonzero()[0].max())), f"{result.in_vain:.1%}",
+                f"{result.mean_length:,.0f}",
             ))  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -65,7 +66,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
         throughput, idle, lags = figure.subplots(1, 3)
         _plot_throughput(throughput, runs)
         _plot_idle(idle, runs)
-        _plot_lags(lags, next(iter(runs.values())), several=len(runs) > 1)
+        _plot_lags(lags, list(runs.values())[-1], several=len(runs) > 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
@@ -96,17 +97,24 @@ def _plot_idle(axes: Axes, runs: dict[str, list[Row]]) -> None:
 
 
 def _plot_lags(axes: Axes, group: list[Row], several: bool) -> None:
-    """Cumulative shares of one machine's runs."""
-    where = f", {group[0].where}" if several else ""
-    axes.set_title(f"Samples at most so old{where}")
-    for color, row in zip(_colors(group), group, strict=True):
-        shares = row.result.staleness.cumsum()
-        label = f"bound {row.max_staleness}" if row.max_staleness else SYNCHRONOUS
-        axes.step(range(len(shares)), shares, where="post", color=color, label=label)
+    """A strip for every run of one machine: the darker, the more samples are so old; a line at their mean."""
+    axes.set_title(f"Age of the samples{f', {group[0].where}' if several else ''}")
+    axes.grid(visible=False)
+    for place, row in enumerate(group):
+        shares = row.result.staleness
+        mean = sum(lag * share for lag, share in enumerate(shares))
+        for lag, share in enumerate(shares):
+            axes.barh(
+                place, 1, left=lag - 0.5, height=0.7, color=BLUE, alpha=share / shares.max(), linewidth=0
+            )
+        axes.plot([mean, mean], [place - 0.42, place + 0.42], color=RED, label="mean" if place == 0 else None)
+        axes.annotate(f"{mean:.1f}", (mean, place + 0.42), (0, 1), textcoords="offset points", ha="center",
+                      fontsize=9, color=RED)  # fmt: skip
+    axes.set_yticks(range(len(group)), [str(row.max_staleness or SYNCHRONOUS) for row in group])
+    axes.set_ylim(-0.6, len(group) - 0.3)
+    axes.set_ylabel("--max-staleness")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("total lag (optimizer steps)")
-    axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.legend(loc="lower right")
 
 
 def _bounds(group: list[Row]) -> list[int]:

@@ -78,6 +78,11 @@ class Result:
         return sum(len(batch.lags) for batch in self._steady) / (end - start)
 
     @property
+    def mean_length(self) -> float:
+        """Response tokens of a sample that was trained on; fewer than are made, where long ones expire."""
+        return self.tokens_per_second / self.samples_per_second
+
+    @property
     def staleness(self) -> np.ndarray:
         """[bound + 1] shares of the samples by their lag."""
         lags = np.concatenate([batch.lags for batch in self._steady])
