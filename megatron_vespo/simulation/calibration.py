@@ -47,7 +47,7 @@ def measure(folder: Path, rollouts: Path | None = None) -> Measured:
     engines, ranks = layout["engines"], layout["trainer_ranks"]
     rates = None
     if "staleness/total_mean" not in records[0]:
-        rates = _rates(phases, lengths, num, engines, end - start)
+        rates = _rates(phases, lengths, num, engines, ranks, end - start)
     return Measured(rates, lengths, engines, ranks, end - start, num)
 
 
@@ -78,7 +78,12 @@ def fit(seconds: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _rates(
-    phases: list[tuple[str, float, float]], lengths: Recorded, num_batches: int, engines: int, total: float
+    phases: list[tuple[str, float, float]],
+    lengths: Recorded,
+    num_batches: int,
+    engines: int,
+    ranks: int,
+    total: float,
 ) -> Rates:
     seconds = {name: np.array([end - start for n, start, end in phases if n == name]) for name in LOOP}
     for name in ("generate", "reward", "log-probs"):
@@ -91,13 +96,17 @@ def _rates(
     tokens = lengths.prompts.reshape(num_batches, -1).sum(1) * lengths.completions.shape[1] + responses.sum(1)
     steps = len(seconds["train"]) // num_batches
     train = seconds["train"].reshape(num_batches, steps).sum(1)
+    # no file says how fast prompts go in: as fast, a rank, as through the trainer's forward pass
+    passes = slice(1, None) if num_batches > 1 else slice(None)
+    prefill = float(tokens[passes].sum() / seconds["log-probs"][passes].sum()) / ranks
     # a batch that runs at once: r(v) requests are there at token v, and a + b r(v) summed over v is
-    # a times the longest response + b times all tokens; prompts are charged like tokens
-    decode, first = fit(seconds["generate"], np.stack([responses.max(1), tokens / engines], 1))
+    # a times the longest response + b times all tokens
+    sizes = np.stack([responses.max(1), responses.sum(1) / engines], 1)
+    decode, first = fit(seconds["generate"] - (tokens - responses.sum(1)) / engines / prefill, sizes)
     ones = np.ones(num_batches)
     known = sum(float(values.sum()) for values in seconds.values())
     return Rates(
-        engine=EngineRates(Cost(*decode.tolist(), first), prefill=1 / max(float(decode[1]), 1e-9)),
+        engine=EngineRates(Cost(*decode.tolist(), first), prefill),
         log_probs=_cost(seconds["log-probs"], np.stack([ones, tokens], 1)),
         train=_cost(train, np.stack([steps * ones, tokens], 1)),
         sync=_cost(seconds["sync"], np.ones((len(seconds["sync"]), 1))),

@@ -17,6 +17,8 @@ from megatron_vespo.types import Completion, Prompt
 
 SMALL = ["--rollout-batch-size", "16", "--num-completions", "2", "--rollout-batches", "4"]
 A, B = 0.004, 0.0002  # seconds a token of each of r requests: A + B r
+RANKS, FORWARD = 4, 2e-4  # seconds a token of the log-prob pass
+PREFILL = 1 / FORWARD / RANKS  # a rank's tokens a second
 BATCHES, PROMPTS, COMPLETIONS, STEPS, PROMPT_TOKENS = 12, 6, 3, 2, 5
 
 
@@ -36,11 +38,10 @@ def recorded_run(tmp_path_factory):
         lengths = random.integers(1, 200, (PROMPTS, COMPLETIONS))
         tokens = int(lengths.sum()) + PROMPTS * COMPLETIONS * PROMPT_TOKENS
         extra = 2.0 if batch == 0 else 0.0
-        # token by token; a prompt's tokens cost as much as those of responses
         decode = sum(A + B * (lengths > token).sum() for token in range(lengths.max()))
-        span("generate", extra + decode + B * PROMPTS * COMPLETIONS * PROMPT_TOKENS)
+        span("generate", extra + decode + PROMPTS * COMPLETIONS * PROMPT_TOKENS / PREFILL)
         span("reward", 0.01 * PROMPTS * COMPLETIONS)
-        span("log-probs", 0.3 + 2e-4 * tokens)
+        span("log-probs", FORWARD * tokens)
         for _ in range(STEPS):
             span("train", extra + 0.5 + 1e-3 * tokens / STEPS)
         span("sync", 0.4)
@@ -55,7 +56,7 @@ def recorded_run(tmp_path_factory):
         for name, start, end in spans:
             trace.phase(name, trace._origin + start, trace._origin + end)
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    layout = {"engines": 1, "trainer_ranks": 4}
+    layout = {"engines": 1, "trainer_ranks": RANKS}
     summary = {"layout": layout, "paths": {"rollouts": str(folder / "rollouts")}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -77,8 +78,8 @@ def test_a_runs_rates_are_what_its_files_say(recorded_run):
     measured = measure(recorded_run)
     rates = measured.rates
     assert_same(rates.engine.decode, Cost(A, B, 2.0))
-    assert rates.engine.prefill == pytest.approx(1 / B, rel=1e-6)
-    assert_same(rates.log_probs, Cost(0.3, 2e-4))
+    assert rates.engine.prefill == pytest.approx(PREFILL, rel=1e-6)
+    assert_same(rates.log_probs, Cost(0.0, FORWARD))
     assert_same(rates.train, Cost(0.5, 1e-3, 4.0))
     assert_same(rates.sync, Cost(0.4, 0.0, 0.4))
     assert_same(rates.reward, Cost(0.0, 0.01))
