@@ -6,6 +6,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from megatron_vespo.async_flags import add_asynchronous_arguments, check_asynchronous
@@ -62,8 +63,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     asynchronous = _training_defaults()
     add("--gpus", type=int, nargs="+", default=[64], metavar="N", help="simulate each (default: 64)")
-    add("--trainer-share", type=float, default=0.25, metavar="F",
-        help="of the GPUs; engines have the rest (default: 0.25)")  # fmt: skip
+    add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
+        help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
     add("--max-staleness", type=int, nargs="+", metavar="S",
         help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 4N with N --mini-batches)")  # fmt: skip
     add("--sync-interval", type=int, metavar="K", help="default: --mini-batches")
@@ -154,8 +155,10 @@ def _check(args: Namespace) -> None:
             f"{args.mini_batches}"
         )
     for name, most in {"trainer_share": 1.0, "length_prompt_share": 1.0, "lost_requests": 0.5}.items():
-        if not 0 <= getattr(args, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 to {most:g}")
+        value = getattr(args, name)
+        for share in value if isinstance(value, list) else [value]:
+            if not 0 <= share <= most:
+                raise ValueError(f"--{name.replace('_', '-')} {share}: must be 0 to {most:g}")
     if args.decode_ms and not sum(args.decode_ms):
         raise ValueError("--decode-ms 0 0: decoding takes time")
     others = {"train_from": None, "rollout_only": False, "dynamic_sampling": False, "routing_replay": None}
@@ -195,12 +198,13 @@ def _machines(args: Namespace, measured: Measured | None) -> Iterator[tuple[str,
         return
     preset = PRESETS[args.preset]()
     size = args.gpus_per_engine or preset.gpus_per_engine
-    for gpus in args.gpus:
-        engines = max((gpus - max(round(gpus * args.trainer_share), 1)) // size, 1)
+    for gpus, share in product(args.gpus, args.trainer_share):
+        engines = max((gpus - max(round(gpus * share), 1)) // size, 1)
         trainer = gpus - engines * size
         if trainer < 1:
             raise ValueError(f"--gpus {gpus}: an engine takes {size} of them and the trainer needs one")
-        yield f"{gpus} GPUs", gpus, trainer, engines, _override(args, preset.rates(trainer), trainer)
+        where = f"{gpus} GPUs" if len(args.trainer_share) == 1 else f"{gpus} GPUs, {trainer} train"
+        yield where, gpus, trainer, engines, _override(args, preset.rates(trainer), trainer)
 
 
 def _override(args: Namespace, rates: Rates, trainer: int) -> Rates:

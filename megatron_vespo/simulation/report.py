@@ -60,7 +60,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
     runs = {where: list(group) for where, group in groupby(rows, key=lambda row: row.where)}
     with rc_context(STYLE):
-        figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
+        figure = Figure(figsize=(13, 4.4), dpi=90, layout="constrained")
         figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         throughput, idle, lags = figure.subplots(1, 3)
@@ -100,6 +100,7 @@ def _plot_lags(axes: Axes, group: list[Row], several: bool) -> None:
     """A strip for every run of one machine: the darker, the more samples are so old; a line at their mean."""
     axes.set_title(f"Age of the samples{f', {group[0].where}' if several else ''}")
     axes.grid(visible=False)
+    beside = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "color": RED}
     for place, row in enumerate(group):
         shares = row.result.staleness
         mean = sum(lag * share for lag, share in enumerate(shares))
@@ -107,11 +108,11 @@ def _plot_lags(axes: Axes, group: list[Row], several: bool) -> None:
             axes.barh(
                 place, 1, left=lag - 0.5, height=0.7, color=BLUE, alpha=share / shares.max(), linewidth=0
             )
-        axes.plot([mean, mean], [place - 0.42, place + 0.42], color=RED, label="mean" if place == 0 else None)
-        axes.annotate(f"{mean:.1f}", (mean, place + 0.42), (0, 1), textcoords="offset points", ha="center",
-                      fontsize=9, color=RED)  # fmt: skip
+        axes.plot([mean, mean], [place - 0.42, place + 0.42], color=RED)
+        axes.annotate(f"{mean:.1f}", (1.01, place), va="center", **beside)
     axes.set_yticks(range(len(group)), [str(row.max_staleness or SYNCHRONOUS) for row in group])
-    axes.set_ylim(-0.6, len(group) - 0.3)
+    axes.annotate("mean", (1.01, len(group) - 0.4), **beside)
+    axes.set_ylim(-0.6, len(group) - 0.4)
     axes.set_ylabel("--max-staleness")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("total lag (optimizer steps)")
