@@ -19,7 +19,7 @@ LOOP = ("generate", "reward", "log-probs", "train", "sync", "evaluate", "save") 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run's folder says. `seconds` is from its first weight sync to the end of its last batch."""
+    """What a run's folder says. `seconds` is from its first phase, a weight sync, to its last one's end."""
 
     rates: Rates | None  # None: asynchronous, what each side costs alone cannot be told
     lengths: Recorded
@@ -32,6 +32,8 @@ class Measured:
 def measure(folder: Path, rollouts: Path | None = None) -> Measured:
     """Of the output folder of a finished run; `rollouts` instead of the record that its summary names."""
     summary = _json(folder / "summary.json")
+    if not {"layout", "paths"} <= summary.keys():
+        raise ValueError(f"{folder / 'summary.json'}: not what a run has written")
     if rollouts is None and "rollouts" not in summary["paths"]:
         raise ValueError(
             f"{folder}: how long its single responses were is not recorded; run it with --save-rollouts"
@@ -40,10 +42,9 @@ def measure(folder: Path, rollouts: Path | None = None) -> Measured:
     phases = driver_phases(folder / "trace.json")
     records = batch_records(read_metrics(folder / "metrics.jsonl"))
     num, layout = len(records), summary["layout"]
-    if not num or len(lengths.prompts) % num:
+    if not num or len(lengths.prompts) % num or not phases:
         raise ValueError(f"{folder}: {num} batches in metrics.jsonl, {len(lengths.prompts)} recorded groups")
-    start = min(start for name, start, _ in phases if name == "sync")
-    end = max(end for _, _, end in phases)
+    start, end = min(start for _, start, _ in phases), max(end for _, _, end in phases)
     engines, ranks = layout["engines"], layout["trainer_ranks"]
     rates = None
     if "staleness/total_mean" not in records[0]:
@@ -87,7 +88,7 @@ def _rates(
 ) -> Rates:
     seconds = {name: np.array([end - start for n, start, end in phases if n == name]) for name in LOOP}
     for name in ("generate", "reward", "log-probs"):
-        if len(seconds[name]) != num_batches:
+        if len(seconds[name]) != num_batches or len(seconds["train"]) % num_batches:
             raise ValueError(
                 f"{len(seconds[name])} phases {name!r} of {num_batches} batches: calibrate on a whole run, "
                 "not resumed and without --dynamic-sampling"

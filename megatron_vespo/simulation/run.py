@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -144,7 +144,7 @@ class _Run:
     def _is_last(self) -> bool:
         return self._step >= self._settings.train_steps
 
-    def _take(self) -> Iterator[None]:
+    def _take(self) -> Generator[None, None, list[Group]]:
         """The next rollout batch; engines generate for it already, or begin now."""
         started = self._clock.now
         self._stream.fill()
