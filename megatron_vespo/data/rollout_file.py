@@ -85,6 +85,18 @@ def read_record(path: Path) -> RolloutRecord:
     )
 
 
+def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the prompts, [groups], and of their completions, [groups, n], of all batches in `folder`."""
+    prompts, completions = [], []
+    for path in sorted(folder.glob("batch-*.npz")):
+        arrays = _load(path, "prompt_lengths", "completion_lengths")
+        prompts.append(arrays["prompt_lengths"])
+        completions.append(arrays["completion_lengths"].reshape(len(prompts[-1]), -1))
+    if not prompts or len({lengths.shape[1] for lengths in completions}) > 1:
+        raise ValueError(f"{folder}: not the batches of one run with --save-rollouts")
+    return np.concatenate(prompts), np.concatenate(completions)
+
+
 def check_record(path: Path, run: Mapping[str, Any]) -> None:
     """ValueError where the record is of a run that differs from `run` in one of its values."""
     recorded = json.loads(str(_load(path, "run")["run"]))

@@ -243,8 +243,9 @@ class AsyncCollector:
                     raise CollectError(
                         f"{self._failures_in_a_row} groups in a row have failed; the last one: {error}"
                     ) from error
-            self._tell()
-            self._changed.notify_all()
+            if done:  # `take` wakes the loop: two that wake each other for nothing keep a core busy
+                self._tell()
+                self._changed.notify_all()
         return failed
 
     def _tell(self) -> None:

@@ -264,3 +264,13 @@ def test_an_error_of_the_reward_pool_ends_it(start):
 
     with pytest.raises(RuntimeError, match="did not start"):
         start(score=score).take(10)
+
+
+def test_waiting_for_a_batch_keeps_no_core_busy(engine, start):
+    engine.hanging = set(range(100))
+    run = start()
+    until(lambda: len(engine.asked) == 8 * COMPLETIONS)
+    began = time.process_time()
+    with pytest.raises(CollectError):
+        run.take(1.0)
+    assert time.process_time() - began < 0.3
