@@ -75,6 +75,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--on-weight-update", choices=("retract", "in-place", "abort"), default=asynchronous.on_weight_update,
         help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default=asynchronous.stale_groups)
+    add("--over-subscription", type=float, metavar="FACTOR", help="default: all that the bound allows")
     add("--max-dispatches", type=int, default=asynchronous.max_dispatches)
     add("--save-interval", type=int, metavar="STEPS", help="default: no checkpoints")
     add("--heldout-prompts", type=int, default=0, help="default: no evaluation")
@@ -161,13 +162,12 @@ def _check(args: Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {share}: must be 0 to {most:g}")
     if args.decode_ms and not sum(args.decode_ms):
         raise ValueError("--decode-ms 0 0: decoding takes time")
-    others = {"train_from": None, "rollout_only": False, "dynamic_sampling": False, "routing_replay": None}
+    others = {"train_from": None, "rollout_only": False, "stop_generation": False, "routing_replay": None}
     for bound in _bounds(args):
-        interval = args.sync_interval if bound else None
-        check_asynchronous(
-            Namespace(**vars(args) | others
-                      | {"max_staleness": bound, "sync_interval": interval, "old_policy": "current"})
-        )  # fmt: skip
+        own = {"max_staleness": bound, "old_policy": "current"}
+        if not bound:  # flags of asynchronous runs, given for the others
+            own |= {"sync_interval": None, "over_subscription": None}
+        check_asynchronous(Namespace(**vars(args) | others | own))
 
 
 def _lengths(args: Namespace, measured: Measured | None) -> Lengths:
@@ -242,6 +242,7 @@ def _settings(args: Namespace, engines: int, bound: int) -> Settings:
         on_weight_update=args.on_weight_update,
         requeue=args.stale_groups == "requeue",
         max_dispatches=args.max_dispatches,
+        over_subscription=args.over_subscription if bound else None,
         save_interval=args.save_interval,
         heldout_prompts=args.heldout_prompts,
         heldout_interval=args.heldout_interval,

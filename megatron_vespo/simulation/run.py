@@ -38,6 +38,7 @@ class Settings:
     on_weight_update: str = "retract"  # or "in-place" or "abort"
     requeue: bool = True
     max_dispatches: int = 3
+    over_subscription: float | None = None  # rollout batches ahead or under way, at most
     save_interval: int | None = None
     heldout_prompts: int = 0
     heldout_interval: int = 1
@@ -45,6 +46,11 @@ class Settings:
     recovery_seconds: float = 60.0
     lost_share: float = 0.0  # of the requests
     seed: int = 1
+
+    @property
+    def max_held(self) -> int | None:
+        factor = self.over_subscription
+        return None if factor is None else int(factor * self.rollout_batch_size)
 
     @property
     def bound(self) -> int:
@@ -77,6 +83,7 @@ class _Run:
             self._next_prompt,
             batch_size=settings.rollout_batch_size, mini_batches=settings.mini_batches,
             max_staleness=settings.bound, requeue=settings.requeue, max_dispatches=settings.max_dispatches,
+            max_held=settings.max_held,
         )  # fmt: skip
         self._stream = Stream(
             self._pool, self._buffer, lengths, self._random,
