@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.preemption import Preempted, Preemption
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.collector import Collector
@@ -55,6 +57,7 @@ class Controller:
     record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
     stream: AsyncCollector | None = None  # generates in the background, with --max-staleness
     served: int = 0  # policy version that the engines have
+    preemption: Preemption = field(default_factory=Preemption)
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
@@ -62,9 +65,12 @@ class Controller:
         if self.heldout and self.state.heldout_before is None:
             self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
             self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
+        if self.state.evaluation_due:  # a preemption has interrupted it
+            self.metrics.write(self.state.iteration, self.maybe_evaluate())
         if self.stream is not None:
             self.stream.start()
         while self.state.iteration < self.args.train_iters:
+            self.preemption.stop_here()
             groups, metrics = self.rollout_batch()
             samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
             metrics |= self.update(samples)
@@ -113,6 +119,7 @@ class Controller:
             batch.metrics() if dynamic else {}
         )
         metrics["reward/error_count"] = float(num_errors)
+        self.state.consumed_prompts = self.cursor.consumed
         if self.record is not None:
             self.record(batch.groups(), metrics, self.state.consumed_prompts)
         return batch.groups(), metrics
@@ -120,7 +127,7 @@ class Controller:
     def stream_batch(self, stream: AsyncCollector) -> tuple[list[list[Completion]], dict[str, float]]:
         """The same from the background; generation goes on."""
         with self.display.phase("generate"):
-            groups = stream.take(self.args.train_timeout)
+            groups = stream.take(self.args.train_timeout, self.preemption.stop_here)
         for message in stream.messages():
             self.display.message(message)
         num_errors = self.score(groups)
@@ -137,7 +144,7 @@ class Controller:
 
     def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
         prompts = self.cursor.take(num_prompts)
-        with self.display.phase("generate"):
+        with self.display.phase("generate"), self.preemption.interruptible():
             groups = self.collector.collect(
                 prompts, self.sampling, num_completions=self.args.num_completions, seed=seed
             )
@@ -150,12 +157,13 @@ class Controller:
                     f"prompt {completion.prompt.prompt_id} was answered by policy versions "
                     f"{sorted(versions)}, the current one is {self.served}"
                 )
-        self.state.consumed_prompts = self.cursor.consumed
         return groups
 
     def score(self, groups: list[list[Completion]]) -> int:
         """Fills rewards and penalties in; how many rewards failed."""
-        with self.display.phase("reward"):
+        # what the stream has handed out is gone from it: such groups are trained on
+        free = self.preemption.interruptible() if self.stream is None else nullcontext()
+        with self.display.phase("reward"), free:
             completions = [completion for group in groups for completion in group]
             results = self._reward(completions)
         penalties = overlong_penalty(
@@ -205,7 +213,12 @@ class Controller:
         last = self.state.iteration >= self.args.train_iters
         if not self.heldout or (rollouts_done % self.args.heldout_interval and not last):
             return {}
-        evaluation = self.evaluate()
+        self.state.evaluation_due = True
+        try:
+            evaluation = self.evaluate()
+        except Preempted:
+            return {}
+        self.state.evaluation_due = False
         self.state.heldout_after = evaluation.accuracy
         return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
 
@@ -213,7 +226,7 @@ class Controller:
         def score(completions: list[Completion]) -> list[float]:
             return [result.value for result in self._reward(completions)]
 
-        with self.display.phase("evaluate"):
+        with self.display.phase("evaluate"), self.preemption.interruptible():
             return evaluate(self.collector, self.heldout, self.sampling, score, self._seed("evaluate"))
 
     def check_last_sync(self) -> None:
@@ -254,12 +267,16 @@ class Controller:
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
         stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
         if due or stopping or self.state.iteration >= self.args.train_iters:
-            if self.stream is not None:
-                with self.stream.held() as buffer:
-                    self.state.consumed_prompts = self.cursor.consumed
-                    self.state.pending_prompts = [prompt.prompt_id for prompt in buffer.pending()]
-            with self.display.phase("save"):
-                self.trainer.save(asdict(self.state))
+            self.save()
+
+    def save(self) -> None:
+        """Everything as of the end of the last rollout batch."""
+        if self.stream is not None:
+            with self.stream.held() as buffer:
+                self.state.consumed_prompts = self.cursor.consumed
+                self.state.pending_prompts = [prompt.prompt_id for prompt in buffer.pending()]
+        with self.display.phase("save"):
+            self.trainer.save(asdict(self.state))
 
     def report(self, metrics: dict[str, float]) -> None:
         seconds = self.display.phase_seconds()

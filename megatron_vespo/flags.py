@@ -13,6 +13,7 @@ from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
+from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 
 DESCRIPTION = """\
 Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
@@ -35,6 +36,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add_asynchronous_arguments(parser)
     _add_algorithm_arguments(parser)
     _add_placement_arguments(parser)
+    add_checkpoint_arguments(parser)
     _add_output_arguments(parser)
     return parser
 

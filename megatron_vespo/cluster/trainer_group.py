@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from megatron_vespo.cluster.calls import gather
+from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
-from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
+from megatron_vespo.data.checkpoint_folder import SaveReport
+from megatron_vespo.data.probe_file import ProbeMismatchError
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.types import TrainingSample
@@ -24,7 +26,8 @@ STOP_TIMEOUT_S = 60.0
 class TrainerGroup:
     """Each method runs on every rank and returns rank 0's answer. `watch` is called every second.
 
-    `on_calls(rank, spans)` is told after every method what the ranks have done when.
+    `on_calls(rank, spans)` is told after every method what the ranks have done when, `on_save` of every save
+    that has ended, well or not.
     """
 
     def __init__(
@@ -34,8 +37,12 @@ class TrainerGroup:
         log_dir: Path,
         watch: Callable[[], None],
         on_calls: Callable[[int, list[Span]], None] | None = None,
+        on_save: Callable[[SaveReport], None] | None = None,
     ):
-        self._args, self._log_dir, self._watch, self._on_calls = args, log_dir, watch, on_calls
+        self._args, self._log_dir, self._watch = args, log_dir, watch
+        self._on_calls, self._on_save = on_calls, on_save
+        self._last_save: SaveReport | None = None
+        self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
         self._workers = [
             remote.options(**placement.options(rank, placement.gpus_per_rank)).remote(
@@ -44,18 +51,23 @@ class TrainerGroup:
             for rank in range(args.trainer_ranks)
         ]
 
-    def start(self) -> dict | None:
-        """Bring Megatron up; returns the rollout state of the checkpoint that was resumed, if any."""
+    def start(self) -> Resumed | None:
+        """Bring Megatron up; what the checkpoint that was resumed has stored, if there was one."""
         timeout = self._args.worker_start_timeout
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
-        return self._call("start", host, port, timeout_s=timeout)
+        resumed = self._call("start", host, port, timeout_s=timeout)
+        if resumed is not None and self._args.load == self._args.save:
+            self.saved_iteration = resumed.rollout_state["iteration"]
+        return resumed
 
     def describe(self) -> list[str]:
         """What runs each part of the model on rank 0's machine, for people."""
         return self._call("describe", timeout_s=self._args.worker_start_timeout)
 
-    def connect_engines(self, urls: list[str], engine_size: int) -> None:
-        self._call("connect_engines", urls, engine_size, timeout_s=self._args.weight_sync_timeout)
+    def connect_engines(self, urls: list[str], engine_size: int, connection: int = 0) -> None:
+        """`connection` counts: those after 0 meet what a trainer that has died left in the engines."""
+        timeout = self._args.weight_sync_timeout
+        self._call("connect_engines", urls, engine_size, connection, timeout_s=timeout)
 
     def sync_weights(self, version: int) -> float:
         """Every engine serves the current weights as `version` afterwards; seconds that checking took."""
@@ -78,8 +90,32 @@ class TrainerGroup:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
         return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
 
-    def save(self, rollout_state: dict) -> None:
-        self._call("save", rollout_state, timeout_s=self._args.train_timeout)
+    def save(self, rollout_state: dict, rollout_buffer: bytes | None = None) -> None:
+        """One atomic checkpoint; with --async-save begun, and complete when `on_save` is told so.
+
+        One that fails is told there as well and the run goes on, but see `finish_save`.
+        """
+        # a reference in a list would reach the ranks unresolved; the others need not hold it
+        buffers = [None if rollout_buffer is None else ray.put(rollout_buffer)]
+        buffers += [None] * (len(self._workers) - 1)
+        refs = [
+            worker.traced.remote("save", rollout_state, buffer)
+            for worker, buffer in zip(self._workers, buffers, strict=True)
+        ]
+        self._answer(refs, "save", self._args.train_timeout)
+
+    def wait_for_save(self) -> None:
+        """Until a save that is going on has ended, well or not."""
+        self._call("finish_save", timeout_s=self._args.train_timeout)
+
+    def finish_save(self) -> None:
+        """The same; RuntimeError if the last save has failed."""
+        self.wait_for_save()
+        if self._last_save is not None and self._last_save.problem is not None:
+            raise RuntimeError(
+                f"the checkpoint of optimizer step {self._last_save.iteration} could not be saved: "
+                f"{self._last_save.problem}"
+            )
 
     def export_hf(self, target: Path) -> None:
         self._call("export_hf", target, timeout_s=self._args.train_timeout)
@@ -99,15 +135,26 @@ class TrainerGroup:
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         refs = [worker.traced.remote(method, *arguments) for worker in self._workers]
+        return self._answer(refs, method, timeout_s)
+
+    def _answer(self, refs: list, method: str, timeout_s: float) -> Any:
         answers = self._gather(refs, method, timeout_s)
         if self._on_calls is not None:
-            for rank, (_, spans) in enumerate(answers):
+            for rank, (_, spans, _) in enumerate(answers):
                 self._on_calls(rank, spans)
-        return answers[0][0]
+        result, _, reports = answers[0]
+        for report in reports:
+            self._last_save = report
+            if report.problem is None:
+                self.saved_iteration = report.iteration
+            if self._on_save is not None:
+                self._on_save(report)
+        return result
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]
-        return gather(refs, names, what, timeout_s, self._explain, self._watch)
+        passed_on = (ValueError, ProbeMismatchError)
+        return gather(refs, names, what, timeout_s, self._explain, self._watch, passed_on, TrainerError)
 
     def _explain(self, rank: int) -> str:
         return log_tail(self._log_dir / f"trainer-{rank}.log")

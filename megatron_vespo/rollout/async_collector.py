@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_vespo.http import EngineRequestError
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
 from megatron_vespo.rollout.client import GenerateReplyError
 from megatron_vespo.rollout.collector import (
+    CHECK_INTERVAL_S,
     CollectError,
     Collector,
     Engines,
@@ -61,8 +62,11 @@ class AsyncCollector:
     def start(self) -> None:
         self._thread.start()
 
-    def take(self, timeout_s: float) -> list[Group]:
-        """The next rollout batch; waits until enough groups have finished."""
+    def take(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> list[Group]:
+        """The next rollout batch; waits until enough groups have finished.
+
+        `check` is called every second meanwhile and may raise: nothing is taken then.
+        """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
@@ -78,7 +82,8 @@ class AsyncCollector:
                         f"no rollout batch within {timeout_s:g} s: {self._buffer.num_finished} groups have "
                         f"finished, {self._buffer.num_in_flight} are in flight"
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, CHECK_INTERVAL_S))
+                check()
 
     def serve(self, version: int) -> None:
         """The engines serve `version` from now on."""

@@ -62,6 +62,15 @@ class EngineControl:
         if self.pause is not None:
             self.call("/continue_generation", {})
 
+    def clear_up(self, group_names: Sequence[str]) -> None:
+        """End what a trainer that has died was doing; refusals only say that it was not doing it."""
+        steps = [("/destroy_weights_update_group", {"group_name": name}) for name in group_names]
+        steps += [("/end_weight_update", {}), ("/continue_generation", {})]
+        steps += [("/abort_request", {"abort_all": True})]
+        for path, payload in steps:
+            for future in self.post(path, payload):
+                future.exception()
+
     def begin(self) -> None:
         """Open the engines for new weights."""
         self.stop_generation()
@@ -79,13 +88,26 @@ class EngineControl:
         self.go_on()
 
 
+def group_name(connection: int, stage: int) -> str:
+    """Of a pipeline stage's broadcast group; connections that follow each other have names of their own."""
+    return f"megatron_vespo_{connection}_stage_{stage}"
+
+
 class BucketSender:
     """One pipeline stage's end of the broadcast group; lives on the rank that sends."""
 
-    def __init__(self, control: EngineControl, engine_size: int, stage: int, host: str, device: torch.device):
+    def __init__(
+        self,
+        control: EngineControl,
+        engine_size: int,
+        stage: int,
+        host: str,
+        device: torch.device,
+        connection: int = 0,
+    ):
         """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
         self.control, self.device = control, device
-        self.name = f"megatron_vespo_stage_{stage}"
+        self.name = group_name(connection, stage)
         backend = "nccl" if device.type == "cuda" else "gloo"
         world_size = 1 + engine_size * len(control.urls)
         timeout = timedelta(seconds=control.timeout_s)
