@@ -96,7 +96,7 @@ class Platform:
             stack.callback(ray.shutdown)
             with shielded():
                 start_ray(args)
-            preemption.listen()  # Ray has put a handler of its own in the place of ours
+                preemption.listen()  # Ray has put a handler of its own in the place of ours
             self.placement = place(args, self.engine_size)
         self.engines = EngineGroup(args, self.placement, _server_arguments(args), self.log_dir)
         stack.callback(self.engines.stop)

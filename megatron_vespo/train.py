@@ -122,10 +122,10 @@ class Run:
         except RuntimeError as error:
             self._end_unsaved(str(error).splitlines()[0], error)
         preemption.conclude(EXIT_RESUME)
-        saved = (
-            f"optimizer step {step} is saved, go on with --load {args.save}" if step else "at its beginning"
+        raise Preempted(
+            f"ended by {preemption.signal} at optimizer step {step}"
+            + (f", which is saved: go on with --load {args.save}" if step else ": nothing to save yet")
         )
-        raise Preempted(f"ended by {preemption.signal}; {saved}")
 
     def _end_unsaved(self, reason: str, error: Exception) -> None:
         preemption = self._platform.preemption
