@@ -75,10 +75,13 @@ def release_reserve(folder: Path) -> None:
 
 def why_no_room(save: Path, needed: int) -> str | None:
     """The reason not to begin, or None. `needed` bytes are still to be written."""
-    free = shutil.disk_usage(save).free
-    if free >= needed:
+    if shutil.disk_usage(save).free >= needed:
         return None
-    return f"{save} has {free / GIB:.2f} GiB free, {needed / GIB:.2f} GiB are needed"
+    return f"{free_space(save)}, {needed / GIB:.2f} GiB are needed"
+
+
+def free_space(save: Path) -> str:
+    return f"{save} has {shutil.disk_usage(save).free / GIB:.2f} GiB free"
 
 
 def read_file(folder: Path, name: str, entry: Entry) -> bytes:

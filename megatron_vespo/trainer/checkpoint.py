@@ -100,10 +100,14 @@ class Saver:
         try:
             action()
         except (SaveFailed, CheckpointException) as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            return [self._report(_on_rank_0(partial(_reason, error)))]
+            return [self._report(_on_rank_0(partial(self._clear, error)))]
         return []
+
+    def _clear(self, error: Exception) -> str:
+        """What to tell people, who learn from Megatron no more than the class of an error of the disk."""
+        room = checkpoint_folder.free_space(Path(self._args.save))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return str(error) if isinstance(error, SaveFailed) else f"{_first_failure(error)}; {room}"
 
     def _report(self, problem: str | None = None) -> SaveReport:
         return SaveReport(self._iteration, time.monotonic() - self._started, self._num_bytes, problem)
@@ -127,12 +131,9 @@ def _on_rank_0(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _reason(error: Exception) -> str:
-    """One line; Megatron and torch wrap what a rank has said several times."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = min(error.failures.items())
-        return f"rank {rank}: {' '.join(str(first).split())}"
-    return str(error)
+def _first_failure(error: CheckpointException) -> str:
+    rank = min(error.failures)
+    return f"rank {rank}: {' '.join(str(error.failures[rank][0]).split())}"
 
 
 def exists(folder: str | None) -> bool:

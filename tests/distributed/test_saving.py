@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from named_layouts import LAYOUTS
-from programs.saving import BUFFER, SLOW_S
 
 from megatron_vespo.data import checkpoint_folder
 
@@ -38,7 +37,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(on_task, saved, small_disk) -> list[dict]:
     num_ranks, flags = LAYOUTS[LAYOUT]
-    more = ["--save", str(saved), "--max-tokens-per-gpu", "256", *flags.split()]
+    more = ["--save", str(saved), "--max-tokens-per-gpu", "256", "--lr", "3e-5", *flags.split()]
     more += ["--small-disk", str(small_disk)] if small_disk else []
     return on_task("saving.py", num_ranks, *more)
 
@@ -52,12 +51,12 @@ def test_what_is_written_in_the_background_is_the_policy_of_then(train, results,
         np.testing.assert_array_equal(
             after["log_probs"][: len(before["saved_log_probs"])], before["saved_log_probs"]
         )
-        assert before["pause"] < SLOW_S < before["seconds"]
+        assert before["pause"] < before["slowed_by"] < before["seconds"]
 
 
 def test_the_size_is_known_before(results, saved):
     folder = saved / "iter_0000001"
-    data = sum(path.stat().st_size for path in folder.glob("*.distcp")) + len(BUFFER)
+    data = sum(path.stat().st_size for path in folder.glob("*.distcp")) + len(results[0]["buffer"])
     # the files have a head for each tensor as well
     assert 0.8 * data < results[0]["num_bytes"] <= data
 
@@ -71,19 +70,19 @@ def test_a_save_without_room_is_refused_by_all_ranks_and_leaves_nothing(results)
 
 def test_a_rank_that_cannot_write_fails_all(results):
     for result in results:
-        assert "rank 1" in str(result["failed"]) and "No space left on device" in str(result["failed"])
+        assert str(result["failed"]).startswith("rank 1: ") and "OSError" in str(result["failed"])
 
 
 def test_a_disk_that_fills_up(results, small_disk):
     if small_disk is None:
         pytest.skip("no file system can be mounted here")
     for result in results:
-        assert "No space left on device" in str(result["full"])
+        assert "OSError" in str(result["full"]) and "GiB free" in str(result["full"])
         assert list(result["left_on_full_disk"]) == []
         assert result["free_again"] > checkpoint_folder.RESERVE_BYTES
 
 
 def test_the_buffer_is_part_of_the_checkpoint(results, saved):
     folder = saved / "iter_0000001"
-    assert (folder / checkpoint_folder.BUFFER).read_bytes() == BUFFER
+    assert (folder / checkpoint_folder.BUFFER).read_bytes() == results[0]["buffer"].tobytes()
     assert not (folder / checkpoint_folder.RESERVE).exists()

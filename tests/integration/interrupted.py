@@ -9,13 +9,13 @@ from runs import train_command
 
 from megatron_vespo.observability.metrics import read_metrics
 
-STEPS, MINI_BATCHES = 12, 2
+STEPS, MINI_BATCHES = 24, 2
 LAST = f"{STEPS}/{STEPS} "
 # one request at a time: the engine's batches, and with them its rounding, do not depend on arrival times
 FLAGS = (
     f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --save-interval 4 --async-save --no-hf-export "
-    "--lr 1e-3 --heldout-interval 3 --heldout-prompts 2 --max-completion-tokens 16 --overlong-prompts error "
-    "--reward-function tests.integration.run_rewards:first_letters "
+    "--lr 1e-4 --heldout-interval 3 --heldout-prompts 2 --max-completion-tokens 16 --overlong-prompts error "
+    "--reward-function tests.integration.run_rewards:all_letters "
     "--sglang-enable-deterministic-inference --sglang-max-running-requests 1 --sglang-disable-radix-cache"
 ).split()
 # clocks, and the order in which things were written

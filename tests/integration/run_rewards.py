@@ -9,3 +9,8 @@ def ended_and_wanted(response: str, answer: str, metadata: dict) -> float:
 def first_letters(response: str, answer: str, metadata: dict) -> float:
     """Something to learn from for a random model: rewards that differ within a group."""
     return sum(map(ord, response[:3])) % 7 / 7
+
+
+def all_letters(response: str, answer: str, metadata: dict) -> float:
+    """The same, of everything that was said."""
+    return sum(map(ord, response)) % 7 / 7

@@ -31,7 +31,7 @@ def main() -> None:
 
     policy = MegatronPolicy(args)
     samples = read_samples(options.samples)[: args.global_batch_size]
-    results: dict[str, object] = {}
+    results: dict[str, object] = {"buffer": np.frombuffer(BUFFER, np.uint8), "slowed_by": SLOW_S}
     write = FileSystemWriterAsync.write_preloaded_data
 
     def train_step() -> None:
