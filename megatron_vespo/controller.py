@@ -65,12 +65,11 @@ class Controller:
         if self.heldout and self.state.heldout_before is None:
             self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
             self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
-        if self.state.evaluation_due:  # a preemption has interrupted it
-            self.metrics.write(self.state.iteration, self.maybe_evaluate())
+        if self.state.evaluation_due and (missed := self.maybe_evaluate()):
+            self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
             self.stream.start()
         while self.state.iteration < self.args.train_iters:
-            self.preemption.stop_here()
             groups, metrics = self.rollout_batch()
             samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
             metrics |= self.update(samples)
@@ -80,6 +79,7 @@ class Controller:
             self.maybe_save(alarms)
             self.report(metrics)
             self.maybe_stop(alarms)
+            self.preemption.stop_here()
         if self.stream is not None:
             self.stream.stop(self.args.generate_timeout)
         self.check_last_sync()

@@ -150,9 +150,15 @@ class Session:
             num_layers=args.num_layers,
             topk=args.moe_router_topk if args.num_experts else None,
             request_timeout_s=args.generate_timeout,
-            check=self._platform.engines.check,
+            check=self._check,
             on_requests=self._platform.trace.requests,
         )
+
+    def _check(self) -> None:
+        """Every second while engines generate."""
+        self._platform.engines.check()
+        if self._trainer is not None:
+            self._trainer.poll_save()
 
     def _stream(self, collector: Collector, cursor: PromptCursor, state: RunState) -> AsyncCollector | None:
         """What generates in the background; None in synchronous runs."""

@@ -103,7 +103,7 @@ class RunState:
     train_seconds: float = 0.0
     # of an asynchronous run: ids of prompts consumed and not trained on; a resumed run generates them first
     pending_prompts: list[int] = field(default_factory=list)
-    evaluation_due: bool = False  # one was interrupted
+    evaluation_due: bool = False  # a preemption has interrupted it
     heldout_before: float | None = None
     heldout_after: float | None = None
     max_logprob_difference: float = 0.0

@@ -10,6 +10,7 @@ import ray
 from megatron_vespo.cluster.calls import WorkerError, gather
 from megatron_vespo.cluster.logs import log_tail, redirect_output
 from megatron_vespo.cluster.placement import Placement, host_address
+from megatron_vespo.preemption import shield_process
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port
 
 CHECK_TIMEOUT_S = 60.0
@@ -20,6 +21,7 @@ class EngineWorker:
     """One engine as a Ray actor; the server dies with it."""
 
     def __init__(self, args: Namespace, number: int, server_args: list[str], log_dir: Path, loopback: bool):
+        shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
         self._host = host_address(loopback)
         self._args, self._number, self._server_args = args, number, server_args

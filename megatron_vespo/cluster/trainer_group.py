@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class TrainerGroup:
     ):
         self._args, self._log_dir, self._watch = args, log_dir, watch
         self._on_calls, self._on_save = on_calls, on_save
+        self._one_call = Lock()  # a collective of the ranks: all get their calls in the same order
+        self._saving: int | None = None  # iteration of a save that has not ended
         self._last_save: SaveReport | None = None
         self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
@@ -98,11 +101,20 @@ class TrainerGroup:
         # a reference in a list would reach the ranks unresolved; the others need not hold it
         buffers = [None if rollout_buffer is None else ray.put(rollout_buffer)]
         buffers += [None] * (len(self._workers) - 1)
-        refs = [
-            worker.traced.remote("save", rollout_state, buffer)
-            for worker, buffer in zip(self._workers, buffers, strict=True)
-        ]
-        self._answer(refs, "save", self._args.train_timeout)
+        with self._one_call:
+            self._saving = rollout_state["iteration"]
+            self._calls("save", [(rollout_state, buffer) for buffer in buffers], self._args.train_timeout)
+
+    def poll_save(self) -> None:
+        """Complete a save that has been written, unless a call is going on, which does so at its end.
+
+        From any thread: while engines generate nobody else calls.
+        """
+        if self._saving is not None and self._one_call.acquire(blocking=False):
+            try:
+                self._calls("poll_save", [()] * len(self._workers), self._args.train_timeout)
+            finally:
+                self._one_call.release()
 
     def wait_for_save(self) -> None:
         """Until a save that is going on has ended, well or not."""
@@ -134,22 +146,30 @@ class TrainerGroup:
             )
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        refs = [worker.traced.remote(method, *arguments) for worker in self._workers]
-        return self._answer(refs, method, timeout_s)
+        with self._one_call:
+            return self._calls(method, [arguments] * len(self._workers), timeout_s)
 
-    def _answer(self, refs: list, method: str, timeout_s: float) -> Any:
+    def _calls(self, method: str, arguments: Sequence[tuple], timeout_s: float) -> Any:
+        """Each rank has its own arguments; `_one_call` is held."""
+        pairs = zip(self._workers, arguments, strict=True)
+        refs = [worker.traced.remote(method, *own) for worker, own in pairs]
         answers = self._gather(refs, method, timeout_s)
         if self._on_calls is not None:
             for rank, (_, spans, _) in enumerate(answers):
                 self._on_calls(rank, spans)
         result, _, reports = answers[0]
+        self._hear(reports)
+        return result
+
+    def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
+            if report.iteration == self._saving:
+                self._saving = None
             self._last_save = report
             if report.problem is None:
                 self.saved_iteration = report.iteration
             if self._on_save is not None:
                 self._on_save(report)
-        return result
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]

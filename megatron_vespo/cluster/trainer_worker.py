@@ -57,7 +57,7 @@ class TrainerWorker:
         """What the method returns, when it did what on this machine's clock, and saves that have ended."""
         with self._spans.span(method):
             result = getattr(self, method)(*arguments)
-        if self.policy is not None and method not in ("save", "finish_save"):
+        if self.policy is not None and method != "save":
             self._reports += self.policy.saver.poll()
         reports, self._reports = self._reports, []
         return result, self._spans.take(), reports
@@ -207,6 +207,9 @@ class TrainerWorker:
         if self._probes:
             files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes))
         self._reports += self.policy.save(rollout_state, files)
+
+    def poll_save(self) -> None:
+        """Every call does, see `traced`."""
 
     def finish_save(self) -> None:
         """Wait for a save that is going on."""

@@ -97,3 +97,20 @@ def test_ten_kills_at_random_moments(tiny_model, tmp_path, uninterrupted):
         assert LAST not in run.output, "the run is too short for so many kills"
     finish(tiny_model, tmp_path)
     assert curve(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_trainer_rank_dies_while_engines_generate_in_the_background(tiny_model, tmp_path):
+    flags = ["--max-staleness", "4", "--trainer-restarts", "1"]
+    run = Run(command(tiny_model, tmp_path, *flags), tmp_path.with_suffix(".log"))
+    try:
+        run.wait_for_output(f" 6/{STEPS} ", START_S)
+        [first, *_] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
+        first.kill()
+        assert run.wait(START_S) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    assert "RESTART OF THE TRAINER from " in run.output
+    steps = [record["step"] for record in curve(tmp_path) if "train/loss" in record]
+    assert steps == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))
