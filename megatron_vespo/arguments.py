@@ -23,6 +23,7 @@ from unittest.mock import patch
 from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.checkpoint_flags import check_checkpoints, check_megatron_saving
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
@@ -37,6 +38,7 @@ def parse_args(
     """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours."""
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
     check_flags(args, required)
+    check_checkpoints(args)
     hf_config = read_hf_config(args.hf_checkpoint)
     sglang_flags, argv = parse_sglang_flags(argv)
     derived = _batch_arguments(args) | megatron_arguments(hf_config)
@@ -55,6 +57,7 @@ def parse_args(
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
     check_layout(args)
+    check_megatron_saving(args)
     _complete(args, explicit)
     _megatron_validate(args)
     return args
@@ -205,6 +208,7 @@ def _megatron_validate(args: Namespace) -> None:
 
     # it asserts on it for tensor parallelism; harmless without GPUs
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    background = args.async_save
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             validate_args(args, {})
@@ -212,4 +216,5 @@ def _megatron_validate(args: Namespace) -> None:
         # many of its assertions say nothing: then the source line does
         reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {reason}") from error
+    args.async_save = background  # it knows no way to save in the background but its own worker process
     check_virtual_pipeline(args)

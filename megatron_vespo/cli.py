@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from megatron_vespo.preemption import EndedBySignal
+
 USAGE = """\
 usage: megatron-vespo COMMAND [flags]
 
@@ -25,7 +27,10 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> int:
-    """The exit code: 0, 2 for a mistake in flags or data, 1 for a run that broke, 130 when interrupted."""
+    """The exit code: 0, 2 for a mistake in flags or data, 1 for a run that broke, 130 when interrupted.
+
+    Further ones are those of `preemption`.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else EXIT_USER_ERROR
@@ -48,6 +53,9 @@ def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except RuntimeError as error:
         print(f"megatron-vespo: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except EndedBySignal as stop:
+        print(f"megatron-vespo: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("megatron-vespo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

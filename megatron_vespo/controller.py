@@ -16,6 +16,7 @@ from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.preemption import Preempted, Preemption
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer_state import pack_pending
 from megatron_vespo.rollout.collector import Collector
@@ -55,6 +56,7 @@ class Controller:
     record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
     stream: AsyncCollector | None = None  # generates in the background, with --max-staleness
     served: int = 0  # policy version that the engines have
+    preemption: Preemption = field(default_factory=Preemption)
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
@@ -62,6 +64,8 @@ class Controller:
         if self.heldout and self.state.heldout_before is None:
             self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
             self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
+        if self.state.evaluation_due and (missed := self.maybe_evaluate()):
+            self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
             self.stream.start()
         while self.state.iteration < self.args.train_iters:
@@ -74,6 +78,7 @@ class Controller:
             self.maybe_save(alarms)
             self.report(metrics)
             self.maybe_stop(alarms)
+            self.preemption.stop_here()
         if self.stream is not None:
             self.stream.stop(self.args.generate_timeout)
         self.check_last_sync()
@@ -87,8 +92,9 @@ class Controller:
             self.stream.serve(self.served)
         return {"sync/weight_check_seconds": seconds}
 
-    def heal(self, while_others_serve: bool) -> None:
-        """While generation waits, the last weights to engines that were started again; see EngineSync."""
+    def meanwhile(self, while_others_serve: bool) -> None:
+        """While generation waits: a signal, or the last weights to engines that were started again."""
+        self.preemption.stop_here()
         if self.engine_sync.is_wanted(while_others_serve):
             self.sync_weights()
 
@@ -105,7 +111,7 @@ class Controller:
         seed = self._seed("rollout")
         while num_prompts := batch.num_wanted():
             groups = self.generate(num_prompts, seed)
-            with self.display.phase("reward"):
+            with self.display.phase("reward"), self.preemption.interruptible():
                 self.score([completion for group in groups for completion in group])
             batch.add(groups)
             seed += ROUND_SEEDS
@@ -117,6 +123,7 @@ class Controller:
         metrics = rollout_metrics(batch.generated, self.args.advantage_estimator) | (
             batch.metrics() if dynamic else {}
         )
+        self.state.consumed_prompts = self.cursor.consumed
         if self.record is not None:
             self.record(batch.groups(), metrics, self.state.consumed_prompts)
         return batch.groups(), metrics
@@ -142,7 +149,7 @@ class Controller:
 
     def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
         prompts = self.cursor.take(num_prompts)
-        with self.display.phase("generate"):
+        with self.display.phase("generate"), self.preemption.interruptible():
             groups = self.collector.collect(
                 prompts, self.sampling, num_completions=self.args.num_completions, seed=seed
             )
@@ -155,7 +162,6 @@ class Controller:
                     f"prompt {completion.prompt.prompt_id} was answered by policy versions "
                     f"{sorted(versions)}, the current one is {self.served}"
                 )
-        self.state.consumed_prompts = self.cursor.consumed
         return groups
 
     def score(self, completions: list[Completion]) -> list[float]:
@@ -196,12 +202,17 @@ class Controller:
         last = self.state.iteration >= self.args.train_iters
         if not self.heldout or (rollouts_done % self.args.heldout_interval and not last):
             return {}
-        evaluation = self.evaluate()
+        self.state.evaluation_due = True
+        try:
+            evaluation = self.evaluate()
+        except Preempted:
+            return {}
+        self.state.evaluation_due = False
         self.state.heldout_after = evaluation.accuracy
         return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
 
     def evaluate(self) -> Evaluation:
-        with self.display.phase("evaluate"):
+        with self.display.phase("evaluate"), self.preemption.interruptible():
             return evaluate(self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"))
 
     def check_last_sync(self) -> None:
@@ -242,9 +253,13 @@ class Controller:
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
         stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
         if due or stopping or self.state.iteration >= self.args.train_iters:
-            with self.display.phase("save"):
-                pending = None if self.stream is None else self.pending(self.stream)
-                self.trainer.save(asdict(self.state), pending)
+            self.save()
+
+    def save(self) -> None:
+        """Everything as of the end of the last rollout batch."""
+        with self.display.phase("save"):
+            pending = None if self.stream is None else self.pending(self.stream)
+            self.trainer.save(asdict(self.state), pending)
 
     def pending(self, stream: AsyncCollector) -> bytes:
         """All that the stream has, unfinished responses too; generation goes on with it."""

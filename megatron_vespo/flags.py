@@ -13,6 +13,7 @@ from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
+from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
 
 DESCRIPTION = """\
@@ -37,6 +38,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add_engine_fault_arguments(parser)
     _add_algorithm_arguments(parser)
     _add_placement_arguments(parser)
+    add_checkpoint_arguments(parser)
     _add_output_arguments(parser)
     return parser
 

@@ -102,6 +102,7 @@ class RunState:
     iteration: int = 0  # optimizer steps done
     consumed_prompts: int = 0
     train_seconds: float = 0.0
+    evaluation_due: bool = False  # a preemption has interrupted it
     heldout_before: float | None = None
     heldout_after: float | None = None
     max_logprob_difference: float = 0.0

@@ -15,6 +15,10 @@ class WorkerError(RuntimeError):
     """A remote process that failed, died or did not answer; names it."""
 
 
+class TrainerError(WorkerError):
+    """One of the trainer's ranks: the others cannot go on without it, the run can."""
+
+
 def gather(
     refs: Sequence[ray.ObjectRef],
     names: Sequence[str],
@@ -23,12 +27,13 @@ def gather(
     explain: Callable[[int], str],
     watch: Callable[[], None] | None = None,
     passed_on: tuple[type[Exception], ...] = (ValueError,),
+    failure: type[WorkerError] = WorkerError,
 ) -> list:
     """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
 
     `names[i]` is who answers ref i, `explain(i)` adds what is known about it, `watch` is called every second
     and may raise. Errors of the classes `passed_on` say everything themselves and are raised as they are: a
-    ValueError, for one, is the user's mistake.
+    ValueError, for one, is the user's mistake. Everything else is raised as a `failure`.
     """
     deadline = time.monotonic() + timeout_s
     pending = {ref: i for i, ref in enumerate(refs)}
@@ -42,22 +47,26 @@ def gather(
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, passed_on):
                     raise error.cause from None
-                _raise_if_one_died(pending, names, what, explain)
+                _raise_if_one_died(pending, names, what, explain, failure)
                 _watch_a_while(watch)
                 cause = f"{type(error.cause).__name__}: {error.cause}"
-                raise WorkerError(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
+                raise failure(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
             except ray.exceptions.RayActorError as error:
-                raise _death(error, names[i], what, explain(i)) from None
+                raise failure(_death(error, names[i], what, explain(i))) from None
         if watch is not None:
             watch()
         if pending and time.monotonic() > deadline:
             late = ", ".join(names[i] for i in pending.values())
-            raise WorkerError(f"no answer to {what} within {timeout_s:g} s from {late}")
+            raise failure(f"no answer to {what} within {timeout_s:g} s from {late}")
     return results
 
 
 def _raise_if_one_died(
-    pending: dict[ray.ObjectRef, int], names: Sequence[str], what: str, explain: Callable[[int], str]
+    pending: dict[ray.ObjectRef, int],
+    names: Sequence[str],
+    what: str,
+    explain: Callable[[int], str],
+    failure: type[WorkerError],
 ) -> None:
     """A broken connection is how the living learn of a death: name the dead, not who noticed."""
     ready, _ = (
@@ -69,7 +78,7 @@ def _raise_if_one_died(
         except ray.exceptions.RayTaskError:
             continue
         except ray.exceptions.RayActorError as error:
-            raise _death(error, names[pending[ref]], what, explain(pending[ref])) from None
+            raise failure(_death(error, names[pending[ref]], what, explain(pending[ref]))) from None
 
 
 def _watch_a_while(watch: Callable[[], None] | None) -> None:
@@ -80,6 +89,6 @@ def _watch_a_while(watch: Callable[[], None] | None) -> None:
         time.sleep(POLL_S / 2)
 
 
-def _death(error: ray.exceptions.RayActorError, name: str, what: str, explanation: str) -> WorkerError:
+def _death(error: ray.exceptions.RayActorError, name: str, what: str, explanation: str) -> str:
     reason = str(error).strip().splitlines()[-1]
-    return WorkerError(f"{name} died in {what}: {reason}\n{explanation}")
+    return f"{name} died in {what}: {reason}\n{explanation}"

@@ -10,12 +10,13 @@ from megatron_vespo.weight_sync.distributed import EnginesLostError
 class EngineSync:
     """What brings engines into service: nothing is asked of one that has not the current weights, compared.
 
-    Without a `trainer` the weights are those that the engines load themselves. `engine_size` is the ranks of
-    one engine.
+    Until `attach` the weights are those that the engines load themselves. `engine_size` is the ranks of one
+    engine.
     """
 
-    def __init__(self, engines: EngineGroup, trainer: TrainerGroup | None, engine_size: int):
-        self._engines, self._trainer, self._engine_size = engines, trainer, engine_size
+    def __init__(self, engines: EngineGroup, engine_size: int):
+        self._engines, self._engine_size = engines, engine_size
+        self._trainer: TrainerGroup | None = None
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
         self._num_connections = 0
 
@@ -47,9 +48,9 @@ class EngineSync:
     def metrics(self) -> dict[str, float]:
         return self._engines.metrics()
 
-    def forget_connections(self) -> None:
-        """The trainer's ranks are new: they have to be connected whatever the old ones were."""
-        self._connected = []
+    def attach(self, trainer: TrainerGroup) -> None:
+        """From now on the weights are its; whoever had them before, its ranks have to be connected."""
+        self._trainer, self._connected = trainer, []
 
     def _try(self, members: list[Member], version: int) -> float:
         if self._trainer is None:

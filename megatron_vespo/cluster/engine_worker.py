@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.preemption import shield_process
 from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
 
 
@@ -14,6 +15,7 @@ class EngineWorker:
     """The actor; the server dies with it."""
 
     def __init__(self, args: Namespace, number: int, server_args: list[str], log_dir: Path, loopback: bool):
+        shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
         self._host = host_address(loopback)
         self._args, self._number, self._server_args = args, number, server_args

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import ray
 
-from megatron_vespo.cluster.calls import gather
+from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
-from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
+from megatron_vespo.data.checkpoint_folder import SaveReport
+from megatron_vespo.data.probe_file import ProbeMismatchError
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.types import TrainingSample
@@ -26,7 +29,8 @@ SYNC_DEADLINES = 4  # of a weight sync's several waits for engines
 class TrainerGroup:
     """Each method runs on every rank and returns rank 0's answer. `watch` is called every second.
 
-    `on_calls(rank, spans)` is told after every method what the ranks have done when.
+    `on_calls(rank, spans)` is told after every method what the ranks have done when, `on_save` of every save
+    that has ended, well or not.
     """
 
     def __init__(
@@ -36,8 +40,14 @@ class TrainerGroup:
         log_dir: Path,
         watch: Callable[[], None],
         on_calls: Callable[[int, list[Span]], None] | None = None,
+        on_save: Callable[[SaveReport], None] | None = None,
     ):
-        self._args, self._log_dir, self._watch, self._on_calls = args, log_dir, watch, on_calls
+        self._args, self._log_dir, self._watch = args, log_dir, watch
+        self._on_calls, self._on_save = on_calls, on_save
+        self._one_call = Lock()  # a collective of the ranks: all get their calls in the same order
+        self._saving: int | None = None  # iteration of a save that has not ended
+        self._last_save: SaveReport | None = None
+        self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
         self._workers = [
             remote.options(**placement.options(rank, placement.gpus_per_rank)).remote(
@@ -46,11 +56,14 @@ class TrainerGroup:
             for rank in range(args.trainer_ranks)
         ]
 
-    def start(self) -> dict | None:
-        """Bring Megatron up; returns the rollout state of the checkpoint that was resumed, if any."""
+    def start(self) -> Resumed | None:
+        """Bring Megatron up; what the checkpoint that was resumed has stored, if there was one."""
         timeout = self._args.worker_start_timeout
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
-        return self._call("start", host, port, timeout_s=timeout)
+        resumed = self._call("start", host, port, timeout_s=timeout)
+        if resumed is not None and self._args.load == self._args.save:
+            self.saved_iteration = resumed.rollout_state["iteration"]
+        return resumed
 
     def describe(self) -> list[str]:
         """What runs each part of the model on rank 0's machine, for people."""
@@ -88,9 +101,41 @@ class TrainerGroup:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
         return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
 
-    def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
-        state = rollout_state | {"rollout_buffer": rollout_buffer}
-        self._call("save", state, timeout_s=self._args.train_timeout)
+    def save(self, rollout_state: dict, rollout_buffer: bytes | None = None) -> None:
+        """One atomic checkpoint; with --async-save begun, and complete when `on_save` is told so.
+
+        One that fails is told there as well and the run goes on, but see `finish_save`.
+        """
+        # a reference in a list would reach the ranks unresolved; the others need not hold it
+        buffers = [None if rollout_buffer is None else ray.put(rollout_buffer)]
+        buffers += [None] * (len(self._workers) - 1)
+        with self._one_call:
+            self._saving = rollout_state["iteration"]
+            self._calls("save", [(rollout_state, buffer) for buffer in buffers], self._args.train_timeout)
+
+    def poll_save(self) -> None:
+        """Complete a save that has been written, unless a call is going on, which does so at its end.
+
+        From any thread: while engines generate nobody else calls.
+        """
+        if self._saving is not None and self._one_call.acquire(blocking=False):
+            try:
+                self._calls("poll_save", [()] * len(self._workers), self._args.train_timeout)
+            finally:
+                self._one_call.release()
+
+    def wait_for_save(self) -> None:
+        """Until a save that is going on has ended, well or not."""
+        self._call("finish_save", timeout_s=self._args.train_timeout)
+
+    def finish_save(self) -> None:
+        """The same; RuntimeError if the last save has failed."""
+        self.wait_for_save()
+        if self._last_save is not None and self._last_save.problem is not None:
+            raise RuntimeError(
+                f"the checkpoint of optimizer step {self._last_save.iteration} could not be saved: "
+                f"{self._last_save.problem}"
+            )
 
     def export_hf(self, target: Path) -> None:
         self._call("export_hf", target, timeout_s=self._args.train_timeout)
@@ -109,17 +154,35 @@ class TrainerGroup:
             )
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        refs = [worker.traced.remote(method, *arguments) for worker in self._workers]
+        with self._one_call:
+            return self._calls(method, [arguments] * len(self._workers), timeout_s)
+
+    def _calls(self, method: str, arguments: Sequence[tuple], timeout_s: float) -> Any:
+        """Each rank has its own arguments; `_one_call` is held."""
+        pairs = zip(self._workers, arguments, strict=True)
+        refs = [worker.traced.remote(method, *own) for worker, own in pairs]
         answers = self._gather(refs, method, timeout_s)
         if self._on_calls is not None:
-            for rank, (_, spans) in enumerate(answers):
+            for rank, (_, spans, _) in enumerate(answers):
                 self._on_calls(rank, spans)
-        return answers[0][0]
+        result, _, reports = answers[0]
+        self._hear(reports)
+        return result
+
+    def _hear(self, reports: list[SaveReport]) -> None:
+        for report in reports:
+            if report.iteration == self._saving:
+                self._saving = None
+            self._last_save = report
+            if report.problem is None:
+                self.saved_iteration = report.iteration
+            if self._on_save is not None:
+                self._on_save(report)
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]
-        passed_on = (ValueError, EnginesLostError)
-        return gather(refs, names, what, timeout_s, self._explain, self._watch, passed_on)
+        passed_on = (ValueError, EnginesLostError, ProbeMismatchError)
+        return gather(refs, names, what, timeout_s, self._explain, self._watch, passed_on, TrainerError)
 
     def _explain(self, rank: int) -> str:
         return log_tail(self._log_dir / f"trainer-{rank}.log")

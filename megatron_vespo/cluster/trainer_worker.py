@@ -5,20 +5,36 @@ from __future__ import annotations
 import shutil
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, SaveReport
+from megatron_vespo.data.probe_file import NUM_PROBES, compare, decode, encode
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
+from megatron_vespo.preemption import shield_process
 from megatron_vespo.rollout.engine import find_free_port
 from megatron_vespo.types import TrainingSample
 
+if TYPE_CHECKING:
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
 # of SGLang: with these engines may have loaded other values than --hf-checkpoint's
 LOADING_FLAGS = {"--load-format", "--dtype"}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint has brought back beside weights and optimizer."""
+
+    rollout_state: dict
+    rollout_buffer: bytes | None  # rank 0 alone has read it
+    probe_difference: float | None  # of saved log-probs, see `probe_file`; None without
 
 
 class TrainerWorker:
@@ -29,30 +45,47 @@ class TrainerWorker:
         self._args, self.rank = args, rank
         self._host = host_address(loopback)
         self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
+        self.policy: MegatronPolicy | None = None
         self._prepared: list = []
         self._link = None  # to the engines
         self._num_syncs = 0
+        self._probes: list[TrainingSample] = []  # of the last rollout batch
+        self._reports: list[SaveReport] = []
         self._spans = Spans()
+        shield_process()
 
-    def traced(self, method: str, *arguments: Any) -> tuple[Any, list[Span]]:
-        """What the method returns, and when it did what on this machine's clock."""
+    def traced(self, method: str, *arguments: Any) -> tuple[Any, list[Span], list[SaveReport]]:
+        """What the method returns, when it did what on this machine's clock, and saves that have ended."""
         with self._spans.span(method):
             result = getattr(self, method)(*arguments)
-        return result, self._spans.take()
+        if self.policy is not None and method != "save":
+            self._reports += self.policy.saver.poll()
+        reports, self._reports = self._reports, []
+        return result, self._spans.take(), reports
 
     def rendezvous(self) -> tuple[str, int]:
         """Host and a free port for torch.distributed; asked of rank 0."""
         return self._host, find_free_port(self._host)
 
-    def start(self, master_address: str, master_port: int) -> dict | None:
-        """Bring Megatron up and load the weights; returns the rollout state of a resumed checkpoint."""
+    def start(self, master_address: str, master_port: int) -> Resumed | None:
+        """Bring Megatron up and load the weights; what the checkpoint has stored, where one is resumed."""
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.policy import MegatronPolicy
 
         # Ray shows this process its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)
-        return self.policy.rollout_state
+        if self.policy.stored is None:
+            return None
+        buffer = self.policy.stored.file(BUFFER) if self.rank == 0 else None
+        return Resumed(self.policy.rollout_state, buffer, self._check_probes())
+
+    def _check_probes(self) -> float | None:
+        content = self.policy.stored.file(PROBE)
+        if content is None:
+            return None
+        samples, saved = decode(content)
+        return compare(saved, self.policy.log_probs(samples), self._args.bf16, f"--load {self._args.load}")
 
     def describe(self) -> list[str]:
         """Which implementation runs each part of the model on this machine, and why."""
@@ -62,6 +95,7 @@ class TrainerWorker:
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
+        self._probes = mini_batches[-1][:NUM_PROBES]
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
         if self._args.ratio_denominator != "rollout":
@@ -149,10 +183,23 @@ class TrainerWorker:
         """Engines and trainer have both started from --hf-checkpoint."""
         from megatron_vespo.trainer import checkpoint
 
+        if self._connection > 0:
+            return False
         return not checkpoint.exists(self._args.load) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
 
-    def save(self, rollout_state: dict) -> None:
-        self.policy.save(rollout_state)
+    def save(self, rollout_state: dict, buffer: bytes | None) -> None:
+        """With --async-save only begun when this returns; rank 0 alone is given the buffer."""
+        files = {} if buffer is None else {BUFFER: buffer}
+        if self._probes:
+            files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes))
+        self._reports += self.policy.save(rollout_state, files)
+
+    def poll_save(self) -> None:
+        """Every call does, see `traced`."""
+
+    def finish_save(self) -> None:
+        """Wait for a save that is going on."""
+        self._reports += self.policy.saver.poll(blocking=True)
 
     def export_hf(self, target: Path) -> None:
         """Write the policy as an HF folder at `target`; it appears there only when complete."""

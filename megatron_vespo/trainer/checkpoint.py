@@ -2,41 +2,160 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 from megatron.training.global_vars import get_args
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vespo.conversion.hf_shards import copy_companions
-from megatron_vespo.conversion.sources import HF_FOLDER
+from megatron_vespo.data import checkpoint_folder
+from megatron_vespo.data.checkpoint_folder import Entry, SaveReport
+from megatron_vespo.trainer.background_save import SaveQueue
+
+FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
+
+
+class SaveFailed(RuntimeError):
+    """Raised on all ranks alike, before anything is written or when one could not write."""
+
+
+class Saver:
+    """Saves to `args.save`; with --async-save a thread of each rank writes while training goes on.
+
+    All methods are collectives. A save that fails, for lack of space above all, is reported and leaves
+    nothing: the tracker goes on naming the last complete checkpoint.
+    """
+
+    def __init__(self, args: Namespace):
+        self._args = args
+        self._queue = SaveQueue(args.async_save, self._admit, self._release_reserve)
+        self._iteration = 0  # of the save under way, as what follows
+        self._started = 0.0
+        self._num_bytes = 0
+
+    def save(
+        self, iteration: int, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]
+    ) -> list[SaveReport]:
+        """Begins to save; what has ended by now, a save before this one included.
+
+        `files` are stored beside Megatron's; rank 0 alone needs their content.
+        """
+        reports = self.poll(blocking=True)
+        self._iteration, self._started, self._num_bytes = iteration, time.monotonic(), 0
+        failed = self._attempt(lambda: self._schedule(model, optimizer, scheduler, state, files))
+        return reports + (failed or self.poll(blocking=not self._args.async_save))
+
+    def poll(self, blocking: bool = False) -> list[SaveReport]:
+        """The report of a save that has ended since the last call."""
+        if self._queue.get_num_unfinalized_calls() == 0:
+            return []
+        failed = self._attempt(lambda: self._queue.maybe_finalize_async_calls(blocking))
+        if failed or self._queue.get_num_unfinalized_calls():
+            return failed
+        return [self._report()]
+
+    def _schedule(self, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]) -> None:
+        args = self._args
+        args.rollout_state = state | {FILES: self._prepare(files)}
+        args.iteration = self._iteration
+        assert get_args() is args, "Megatron saves its global arguments"
+        background, args.async_save = args.async_save, True  # hand the writing to the queue, in any case
+        try:
+            checkpointing.save_checkpoint(
+                self._iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0
+            )
+        finally:
+            args.async_save = background
+
+    def _prepare(self, files: Mapping[str, bytes]) -> dict[str, Entry]:
+        def write() -> dict[str, Entry]:
+            self._num_bytes += sum(map(len, files.values()))
+            save, hf_checkpoint = Path(self._args.save), self._args.hf_checkpoint
+            return checkpoint_folder.prepare(save, self._folder, hf_checkpoint, files)
+
+        return _on_rank_0(write)
+
+    def _admit(self, num_bytes: int) -> None:
+        """Called with what all ranks will write, before they begin."""
+        self._num_bytes += num_bytes
+        reason = _on_rank_0(lambda: checkpoint_folder.why_no_room(Path(self._args.save), num_bytes))
+        if reason is not None:
+            raise SaveFailed(reason)
+
+    def _release_reserve(self) -> None:
+        if dist.get_rank() == 0:
+            checkpoint_folder.release_reserve(self._folder)
+
+    def _attempt(self, action: Callable[[], Any]) -> list[SaveReport]:
+        """The report of a failure, if it is one that all ranks have met together."""
+        try:
+            action()
+        except (SaveFailed, CheckpointException) as error:
+            return [self._report(_on_rank_0(partial(self._clear, error)))]
+        return []
+
+    def _clear(self, error: Exception) -> str:
+        """What to tell people, who learn from Megatron no more than the class of an error of the disk."""
+        room = checkpoint_folder.free_space(Path(self._args.save))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return str(error) if isinstance(error, SaveFailed) else f"{_first_failure(error)}; {room}"
+
+    def _report(self, problem: str | None = None) -> SaveReport:
+        return SaveReport(self._iteration, time.monotonic() - self._started, self._num_bytes, problem)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(checkpointing.get_checkpoint_name(self._args.save, self._iteration, return_base_dir=True))
+
+
+def _on_rank_0(function: Callable[[], Any]) -> Any:
+    """What it returns there, on all ranks; SaveFailed on all of them for an OSError there."""
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except OSError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise SaveFailed(outcome[1])
+    return outcome[0]
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank = min(error.failures)
+    return f"rank {rank}: {' '.join(str(error.failures[rank][0]).split())}"
 
 
 def exists(folder: str | None) -> bool:
     return folder is not None and checkpointing.checkpoint_exists(folder)
 
 
-def save(args: Namespace, iteration: int, model, optimizer, scheduler, rollout_state: dict) -> None:
-    """One atomic unit: the state travels with the arguments, and the tracker file names the folder last.
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint brings back beside weights and optimizer."""
 
-    The HF configuration and tokenizer follow, so that the checkpoint can be converted by itself.
-    """
-    args.rollout_state = rollout_state
-    args.iteration = iteration
-    assert get_args() is args, "Megatron saves its global arguments"
-    checkpointing.save_checkpoint(
-        iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0
-    )
-    if dist.get_rank() == 0:
-        folder = Path(checkpointing.get_checkpoint_name(args.save, iteration, return_base_dir=True))
-        (folder / HF_FOLDER).mkdir(exist_ok=True)
-        copy_companions(args.hf_checkpoint, folder / HF_FOLDER)
+    folder: Path
+    state: dict
+    files: dict[str, Entry]
+
+    def file(self, name: str) -> bytes | None:
+        """A file saved with it, None if there was none; ValueError if it is broken."""
+        entry = self.files.get(name)
+        return None if entry is None else checkpoint_folder.read_file(self.folder, name, entry)
 
 
-def rollout_state(args: Namespace) -> dict | None:
-    """The state stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed.
+def stored(args: Namespace) -> Stored | None:
+    """What is stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed.
 
     None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
     """
@@ -44,20 +163,20 @@ def rollout_state(args: Namespace) -> dict | None:
     iteration, release = checkpointing.read_metadata(tracker)
     if release:
         return None
-    folder = checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
-    stored = dist_checkpointing.load_common_state_dict(Path(folder))["args"]
-    if not hasattr(stored, "rollout_state"):
+    folder = Path(checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True))
+    saved = dist_checkpointing.load_common_state_dict(folder)["args"]
+    if not hasattr(saved, "rollout_state"):
         raise ValueError(f"--load {folder} was not written by this program: it has no rollout state")
-    if not args.no_load_optim and _separate_experts(stored) != _separate_experts(args):
+    if not args.no_load_optim and _separate_experts(saved) != _separate_experts(args):
         raise ValueError(
             f"--load {folder} was saved with --expert-model-parallel-size "
-            f"{stored.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
+            f"{saved.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
             "optimizer state only fits if both or none are above 1; --no-load-optim takes the weights alone "
             "and starts the optimizer afresh"
         )
     # it files the state of a parameter group under these, and finds nothing under other numbers
     for name in ("lr", "min_lr"):
-        before, now = getattr(stored, name), getattr(args, name)
+        before, now = getattr(saved, name), getattr(args, name)
         if not args.no_load_optim and before != now:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
@@ -65,7 +184,8 @@ def rollout_state(args: Namespace) -> dict | None:
                 "Megatron's optimizer state only fits the same; --no-load-optim takes the weights alone and "
                 "starts the optimizer afresh"
             )
-    return stored.rollout_state
+    files = saved.rollout_state.pop(FILES, {})  # checkpoints of before have none
+    return Stored(folder, saved.rollout_state, files)
 
 
 def _separate_experts(args: Namespace) -> bool:

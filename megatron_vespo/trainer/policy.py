@@ -22,6 +22,7 @@ from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.conversion.family import family_of, shape_of
+from megatron_vespo.data.checkpoint_folder import SaveReport
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
@@ -76,7 +77,8 @@ class MegatronPolicy:
         hf_config = read_hf_config(args.hf_checkpoint)
         self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
         resuming = checkpoint.exists(args.load)
-        self.rollout_state = checkpoint.rollout_state(args) if resuming else None
+        self.stored = checkpoint.stored(args) if resuming else None
+        self.rollout_state = self.stored.state if self.stored else None
         self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider(args, model_config(args))
@@ -93,6 +95,7 @@ class MegatronPolicy:
             self.optimizer.reload_model_params()
         self._old_policy = old_policy(args, self.model, self.optimizer, self.iteration)
         self._connect_schedule()
+        self.saver = checkpoint.Saver(args)
 
     def _connect_schedule(self) -> None:
         """The hooks by which Megatron's schedule reaches gradient reduction, as in Megatron's own loop."""
@@ -276,10 +279,11 @@ class MegatronPolicy:
         for chunk in unwrap_model(self.model):
             yield from iterate_hf_weights(chunk, self._family, self._shape, self.groups)
 
-    def save(self, rollout_state: dict) -> None:
-        """Weights, optimizer, schedule, RNG and `rollout_state` as a torch_dist checkpoint in `args.save`."""
+    def save(self, rollout_state: dict, files: dict[str, bytes] | None = None) -> list[SaveReport]:
+        """Weights, optimizer, schedule, RNG and what is given; see `checkpoint.Saver.save`."""
         state = rollout_state | self._adaptive_kernel.state()
-        checkpoint.save(self.args, self.iteration, self.model, self.optimizer, self.scheduler, state)
+        model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
+        return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {})
 
     def _run(self, mini_batch: MiniBatch, loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
         outputs = self._schedule.run(mini_batch.micro_batches, loss, forward_only, routing)

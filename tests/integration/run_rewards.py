@@ -19,3 +19,8 @@ def behind_a_gate(response: str, answer: str, metadata: dict) -> float:
     while Path(answer).exists():
         time.sleep(0.1)
     return float(len(response) % 2)
+
+
+def all_letters(response: str, answer: str, metadata: dict) -> float:
+    """The same, of everything that was said."""
+    return sum(map(ord, response)) % 7 / 7

@@ -13,7 +13,7 @@ import pytest
 from runs import ROOT, Run, nothing_left, train_command
 
 from megatron_vespo.http import EngineRequestError, post_json
-from megatron_vespo.observability.metrics import read_metrics
+from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.engine import find_free_port
 
 START_S = 300.0
@@ -139,7 +139,7 @@ def test_an_alarm_saves_and_stops(tiny_model, questions, tmp_path):
     assert last.startswith("megatron-vespo: stopped by alarm equal_groups at optimizer step 1: in 100% of ")
     assert last.endswith(f"; checkpoint in {saved}")
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "1"
-    [record] = read_metrics(output / "metrics.jsonl")
+    [record] = batch_records(read_metrics(output / "metrics.jsonl"))
     assert record["alarm/equal_groups"] == 1.0
     assert (output / "curves.png").stat().st_size > 10_000
 
@@ -181,7 +181,7 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
     ],
 )
 def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_path, victim, named, log):
-    flags = ["--train-iters", "10000", "--engine-restarts", "0"]
+    flags = ["--train-iters", "10000", "--engine-restarts", "0", "--trainer-restarts", "0"]
     run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
     try:
         run.wait_for_output(" 2/10000 ", START_S)

@@ -1,0 +1,66 @@
+"""A few samples whose log-probs are saved with a checkpoint: a resumed trainer must compute them again."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_vespo.types import TrainingSample
+
+NUM_PROBES = 8
+# Largest difference of a token in fp32, where layouts differ by rounding, 1e-5 at most in the tests. In
+# bfloat16, whose logits of 10 to 20 are rounded by 0.03 to 0.06 and whose routers may choose other experts,
+# single tokens say little: there it is the mean, to which errors of both signs and sizes contribute.
+MAX_DIFFERENCE_FP32, MEAN_DIFFERENCE_BF16 = 1e-4, 0.05
+_NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
+_ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
+_ROUTES = ("routed_experts", "routes_version")  # with --routing-replay
+
+
+class ProbeMismatchError(RuntimeError):
+    """The loaded policy is not the one that was saved."""
+
+
+def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -> bytes:
+    """As an .npz file; `log_probs` are float32 [C] a sample."""
+    arrays = {name: np.array([getattr(sample, name) for sample in samples]) for name in _NUMBERS}
+    for i, (sample, values) in enumerate(zip(samples, log_probs, strict=True)):
+        arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
+        arrays[f"log_probs_{i}"] = values
+        if sample.routed_experts is not None:
+            arrays |= {f"{name}_{i}": np.array(getattr(sample, name)) for name in _ROUTES}
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
+    """Samples and log-probs of `encode`."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    samples = [
+        TrainingSample(
+            **{name: arrays[name][i].item() for name in _NUMBERS},
+            **{name: arrays[f"{name}_{i}"] for name in _ARRAYS},
+            **{name: arrays[f"{name}_{i}"] for name in _ROUTES if f"{name}_{i}" in arrays},
+        )
+        for i in range(len(arrays["prompt_length"]))
+    ]
+    return samples, [arrays[f"log_probs_{i}"] for i in range(len(samples))]
+
+
+def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:
+    """The largest difference of a token; ProbeMismatchError where it is too much for rounding."""
+    differences = np.abs(np.concatenate(list(saved)) - np.concatenate(list(now)))
+    largest = float(differences.max())
+    found, bound = (
+        (float(differences.mean()), MEAN_DIFFERENCE_BF16) if bf16 else (largest, MAX_DIFFERENCE_FP32)
+    )
+    if not found <= bound:
+        raise ProbeMismatchError(
+            f"{where} does not bring back the policy that was saved: its log-probs of {len(saved)} samples "
+            f"differ by {found:.2e} ({'mean' if bf16 else 'largest'}), more than {bound:g}"
+        )
+    return largest

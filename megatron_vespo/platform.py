@@ -1,0 +1,138 @@
+"""Ray, engines and rewards: what lives as long as the run, whatever becomes of its trainer."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers import AutoTokenizer
+
+from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.data.prompts import PromptSet, load_prompts
+from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.observability.tracing import Trace
+from megatron_vespo.preemption import Preemption, shielded
+from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
+from megatron_vespo.rollout.scoring import Scorer
+from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.types import Prompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is generated and how it is judged; empty for a run that does not generate."""
+
+    tokenizer: Any = None
+    sampling: SamplingParams | None = None
+    prompts: PromptSet | None = None
+    heldout: list[Prompt] = field(default_factory=list)
+    reward: Callable[..., float] | None = None
+    generate: GenerateFunction | None = None  # None: one request is one completion
+
+
+def load_task(args: Namespace) -> Task:
+    if args.train_from:
+        return Task()
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
+    prompts = _prompts(args, args.prompt_data, tokenizer)
+    heldout = (
+        _prompts(args, args.heldout_data, tokenizer).prompts[: args.heldout_prompts]
+        if args.heldout_data
+        else []
+    )
+    stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
+    sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
+    reward = load_reward_function(args.reward_function)
+    generate = load_generate_function(args.generate_function) if args.generate_function else None
+    return Task(tokenizer, sampling, prompts, heldout, reward, generate)
+
+
+def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
+    loaded = load_prompts(
+        path,
+        tokenizer,
+        prompt_key=args.prompt_key,
+        answer_key=args.answer_key,
+        answer_pattern=args.answer_pattern,
+        apply_chat_template=args.apply_chat_template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        overlong=args.overlong_prompts,
+    )
+    largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
+    if largest >= args.vocab_size:  # SGLang's scheduler would die of it
+        raise ValueError(
+            f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer makes token id {largest} of {path}, but "
+            f"the model's vocabulary has {args.vocab_size} entries"
+        )
+    return loaded
+
+
+class Platform:
+    """The engines start in the background from construction on; `stack` ends what has started."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        task: Task,
+        display: RunDisplay,
+        trace: Trace,
+        preemption: Preemption,
+        stack: ExitStack,
+    ):
+        self.task, self.display, self.trace, self.preemption = task, display, trace, preemption
+        self.log_dir = (args.output_dir / "logs").resolve()
+        self.scorer: Scorer | None = None
+        if task.reward is not None:
+            limits = args.reward_workers, args.reward_timeout, args.reward_memory_gb
+            rewards = RewardPool(task.reward, *limits)
+            stack.callback(rewards.close)
+            lengths = args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+            self.scorer = Scorer(task.tokenizer, rewards, *lengths)
+        engine_size = _engine_size(args.sglang_flags)
+        with display.phase("start Ray"):
+            stack.callback(ray.shutdown)
+            with shielded():
+                start_ray(args)
+                preemption.listen()  # Ray has put a handler of its own in the place of ours
+            self.placement = place(args, engine_size)
+        self.engines = start_engines(
+            args, self.placement, _server_arguments(args), self.log_dir, display.message
+        )
+        stack.callback(self.engines.stop)
+        self.engine_sync = EngineSync(self.engines, engine_size)
+        self.generates = args.rollout_engines > 0
+
+    def wait_for_engines(self) -> None:
+        """Until they have started, once."""
+        if self.generates:
+            with self.display.phase("start SGLang"):
+                self.engines.wait_until_ready()
+
+
+def _server_arguments(args: Namespace) -> list[str]:
+    return server_arguments(
+        args.sglang_flags,
+        device="cuda" if args.distributed_backend == "nccl" else "cpu",
+        is_moe=args.num_experts is not None,
+        dtype="bfloat16" if args.bf16 else "float32",
+        seed=args.seed,
+        # prefixes in the cache would be older than the request that meets them knows
+        prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
+    )
+
+
+def _engine_size(sglang_flags: list[str]) -> int:
+    """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
+    for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
+        if name in sglang_flags:
+            return int(sglang_flags[sglang_flags.index(name) + 1])
+    return 1

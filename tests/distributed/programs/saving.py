@@ -1,0 +1,93 @@
+"""Saves in the background, refused ones and failing ones, with what all ranks say of them."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch.distributed as dist
+from common import hand_back, read_samples, start_megatron
+
+SLOW_S = 2.0
+BUFFER = b"groups in flight" * 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--small-disk", type=Path)  # a file system that fills up while it is written to
+    options, flags = parser.parse_known_args()
+    args = start_megatron([*flags, "--async-save"])
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_vespo.data import checkpoint_folder
+    from megatron_vespo.trainer.policy import MegatronPolicy
+
+    policy = MegatronPolicy(args)
+    samples = read_samples(options.samples)[: args.global_batch_size]
+    results: dict[str, object] = {"buffer": np.frombuffer(BUFFER, np.uint8), "slowed_by": SLOW_S}
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def train_step() -> None:
+        policy.train_step(policy.pack(samples))
+
+    def save() -> list:
+        files = {checkpoint_folder.BUFFER: BUFFER if dist.get_rank() == 0 else b""}
+        return policy.save({"iteration": policy.iteration, "consumed_prompts": 7}, files)
+
+    def slow(*arguments, **named):
+        time.sleep(SLOW_S)
+        return write(*arguments, **named)
+
+    def failing_on_rank_1(*arguments, **named):
+        if dist.get_rank() == 1:
+            return named["local_proc_idx"], OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments, **named)
+
+    def patched(function):
+        return mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(function))
+
+    args.ratio_denominator = "rollout"  # pi_old is not what this is about
+    train_step()
+    with patched(slow):
+        started = time.monotonic()
+        assert save() == []
+        results["pause"] = time.monotonic() - started
+        results["saved_log_probs"] = np.concatenate(policy.log_probs(samples))
+        train_step()  # while what was before is written
+        assert policy.saver.poll() == [] and not (Path(args.save) / checkpoint_folder.TRACKER_NAME).exists()
+        [report] = policy.saver.poll(blocking=True)
+    results |= {"seconds": report.seconds, "num_bytes": report.num_bytes, "problem": str(report.problem)}
+
+    train_step()
+    with mock.patch.object(checkpoint_folder, "why_no_room", lambda save, needed: f"no room for {needed}"):
+        [report] = save()
+    results["refused"] = report.problem
+    with patched(failing_on_rank_1):
+        reports = save()
+        reports += policy.saver.poll(blocking=True)
+    results["failed"] = reports[0].problem
+    dist.barrier()
+    results["folders"] = sorted(os.listdir(args.save))
+
+    if options.small_disk:
+        args.save = str(options.small_disk / "saved")
+        dist.barrier()
+        with mock.patch.object(checkpoint_folder, "why_no_room", lambda save, needed: None):
+            reports = save()
+            reports += policy.saver.poll(blocking=True)
+        results["full"] = reports[0].problem
+        dist.barrier()
+        results["left_on_full_disk"] = sorted(os.listdir(args.save))
+        results["free_again"] = shutil.disk_usage(args.save).free
+    hand_back(**results)
+
+
+if __name__ == "__main__":
+    main()
