@@ -122,7 +122,7 @@ class _Run:
             mini_batches=self._settings.mini_batches,
             bound=self._settings.bound,
             counts=self._buffer.counts,
-            pending=[prompt.prompt_id for prompt in self._buffer.pending()],
+            pending=[pending.prompt.prompt_id for pending in self._buffer.pending()],
         )
 
     # what follows are generators: they yield where time passes

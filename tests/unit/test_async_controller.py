@@ -25,7 +25,7 @@ class Stream:
     def start(self) -> None:
         self.log.append("start")
 
-    def take(self, timeout_s: float, check):
+    def take(self, timeout_s: float):
         batch = self.buffer.take()
         while self.buffer.room():
             ticket = self.buffer.dispatch()

@@ -93,12 +93,18 @@ class Trainer:
 A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
 
 
+def engine_sync(group: EngineGroup, trainer, engine_size: int = 1) -> EngineSync:
+    sync = EngineSync(group, engine_size)
+    sync.attach(trainer)
+    return sync
+
+
 def test_engines_serve_when_they_have_the_weights(start):
     group, said = start(Slot(0), Slot(1))
     group.wait_until_ready()
     assert group.urls == [None, None] and group.any_ready() and not group.any_serves()
     trainer = Trainer()
-    sync = EngineSync(group, trainer, engine_size=2)
+    sync = engine_sync(group, trainer, engine_size=2)
     assert sync.sync(0) == 0.5
     assert group.urls == [A1, B1] and not group.any_ready()
     assert sync.sync(4) == 0.5
@@ -114,7 +120,7 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
     first, second = Slot(0), Slot(1)
     group, said = start(first, second)
     trainer = Trainer()
-    sync = EngineSync(group, trainer, 1)
+    sync = engine_sync(group, trainer)
     group.wait_until_ready()
     sync.sync(0)
     second.may_start, second.end = False, "died (signal SIGKILL)"
@@ -147,7 +153,7 @@ def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
     group.wait_until_ready()
     trainer = Trainer()
     trainer.lose[where] = [B1]
-    sync = EngineSync(group, trainer, 1)
+    sync = engine_sync(group, trainer)
     second.may_start = False
     sync.sync(5)
     assert group.urls == [A1, None] and second.num_starts == 2
@@ -164,7 +170,7 @@ def test_where_no_engine_is_left_a_sync_waits_for_one(start):
     group, _ = start(slot)
     trainer = Trainer()
     trainer.lose["sync"] = [A1]
-    EngineSync(group, trainer, 1).sync(0)
+    engine_sync(group, trainer).sync(0)
     assert group.urls == ["http://engine-0-2"]
     again = "http://engine-0-2"
     assert trainer.calls == [
@@ -183,7 +189,7 @@ def test_what_no_restart_mends_ends_the_sync(start, error):
 
     trainer.sync_weights = refuse
     with pytest.raises(type(error), match=str(error)):
-        EngineSync(group, trainer, 1).sync(0)
+        engine_sync(group, trainer).sync(0)
     assert group.urls == [None]
 
 
@@ -275,7 +281,7 @@ def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):
 def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
     group, _ = start(Slot(0))
     group.wait_until_ready()
-    sync = EngineSync(group, None, 1)
+    sync = EngineSync(group, 1)
     assert sync.is_wanted(while_others_serve=False)
     assert sync.sync(0) == 0.0
     assert group.urls == [A1]

@@ -46,9 +46,9 @@ def train_until_preempted(run: Controller) -> dict:
 
 
 # calls of `collect` and `score`: held-out prompts before the run, then each batch's, then held-out ones
-@pytest.mark.parametrize(("part", "call"), [("collector", 4), ("rewards", 4)])
+@pytest.mark.parametrize(("part", "call"), [("collector", 4), ("scorer", 4)])
 def test_a_batch_under_way_is_given_up(run, part, call, tmp_path):
-    name = {"collector": "collect", "rewards": "score"}[part]
+    name = {"collector": "collect", "scorer": "score"}[part]
     interrupt(getattr(run, part), name, call)
     state = train_until_preempted(run)
     assert state["iteration"] == MINI_BATCHES
@@ -58,9 +58,10 @@ def test_a_batch_under_way_is_given_up(run, part, call, tmp_path):
     assert [record["step"] for record in records] == [MINI_BATCHES]
 
 
-@pytest.mark.parametrize("part", ["prepare", "train_step", "sync_weights"])
+@pytest.mark.parametrize("part", ["prepare", "train_step", "sync"])
 def test_a_batch_in_training_is_finished(run, part, tmp_path):
-    interrupt(run.trainer, part, {"prepare": 2, "train_step": 3, "sync_weights": 3}[part])
+    owner = run.engine_sync if part == "sync" else run.trainer
+    interrupt(owner, part, {"prepare": 2, "train_step": 3, "sync": 3}[part])
     state = train_until_preempted(run)
     assert state["iteration"] == 2 * MINI_BATCHES
     assert state["consumed_prompts"] == 2 * len(PROMPTS)
