@@ -78,3 +78,20 @@ def test_weights_are_synced_at_the_interval_and_at_the_end(tmp_path, interval, m
     assert recorded == [(len(PROMPTS), record["reward/mean"]) for record in records]
     [saved] = run.trainer.saved
     assert saved["pending_prompts"] == [0] * stream.buffer.num_finished
+
+
+def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
+    run = controller(tmp_path, "warn", 3, set())
+    run.stream, run.state.iteration = Stream(3), 2
+    asked = []
+
+    def is_wanted(while_others_serve: bool) -> bool:
+        asked.append(while_others_serve)
+        return while_others_serve
+
+    run.engine_sync.is_wanted = is_wanted
+    run.heal(while_others_serve=False)
+    assert run.stream.log == [] and run.served == 0
+    run.heal(while_others_serve=True)
+    assert run.stream.log == ["serve 2"] and run.served == 2
+    assert asked == [False, True]
