@@ -15,9 +15,15 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sync-interval", type=int, metavar="K",
         help="optimizer steps between weight syncs, a divisor or a multiple of --mini-batches; default: "
         "--mini-batches")  # fmt: skip
-    add("--on-weight-update", choices=("retract", "in-place"), default="retract",
+    add("--on-weight-update", choices=("retract", "in-place", "abort"), default="retract",
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
-        "weights, or with those they have, then without prefix cache")  # fmt: skip
+        "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
+    add("--over-subscription", type=float, metavar="FACTOR",
+        help="rollout batches generated ahead or under way, at most; default: all that --max-staleness "
+        "allows")  # fmt: skip
+    add("--stop-generation-while-training", dest="stop_generation", action="store_true",
+        help="when a batch is complete the others' requests stop, and go on from there with the next "
+        "batch")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default="requeue",
         help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
     add("--max-dispatches", type=int, default=3,
@@ -34,8 +40,19 @@ def check_asynchronous(args: Namespace) -> None:
         raise ValueError(f"--sync-interval is {interval}, must be positive")
     if args.max_dispatches <= 0:
         raise ValueError(f"--max-dispatches is {args.max_dispatches}, must be positive")
+    if args.over_subscription is not None and args.over_subscription < 1:
+        raise ValueError(f"--over-subscription is {args.over_subscription:g}, a batch alone needs 1")
     interval = interval or steps
     if staleness == 0:
+        for flag, given in {
+            "--over-subscription": args.over_subscription,
+            "--stop-generation-while-training": args.stop_generation,
+        }.items():
+            if given:
+                raise ValueError(
+                    f"{flag} leaves responses for a later batch, whose policy is another one: it needs "
+                    f"--max-staleness {max(interval, steps)} at least"
+                )
         if interval != steps:
             raise ValueError(
                 f"--sync-interval {interval}: without --max-staleness weights are synced after every rollout "
@@ -60,8 +77,6 @@ def _check_combinations(args: Namespace, where: str) -> None:
     for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
         if given:
             raise ValueError(f"{where} trains while engines generate, {flag} does one of them: leave one out")
-    if args.dynamic_sampling:
-        raise ValueError(f"{where} does not go with --dynamic-sampling yet: leave one out")
     if args.routing_replay:
         raise ValueError(
             f"{where}: a response may have routes of several policies, --routing-replay replays those of "

@@ -13,6 +13,7 @@ commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
+  simulate        how fast a run would be (megatron-vespo simulate --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
@@ -75,13 +76,25 @@ def _convert(argv: list[str]) -> int:
     return convert(argv)
 
 
+def _simulate(argv: list[str]) -> int:
+    from megatron_vespo.simulate_cli import main as simulate
+
+    return simulate(argv)
+
+
 def _args(argv: list[str]) -> int:
     from megatron_vespo.model_flags import main as args
 
     return args(argv)
 
 
-COMMANDS = {"train": _train, "check layout": _check_layout, "convert": _convert, "args": _args}
+COMMANDS = {
+    "train": _train,
+    "check layout": _check_layout,
+    "convert": _convert,
+    "simulate": _simulate,
+    "args": _args,
+}
 
 
 if __name__ == "__main__":

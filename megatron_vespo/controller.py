@@ -7,22 +7,21 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
-from megatron_vespo.algorithms.advantages import overlong_penalty
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
-from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
+from megatron_vespo.rollout.buffer_state import pack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import Evaluation, evaluate
+from megatron_vespo.rollout.scoring import Scorer, describe_failures
 from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
 from megatron_vespo.training_samples import training_sample, training_samples
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
@@ -43,10 +42,9 @@ class Controller:
     args: Namespace
     trainer: TrainerGroup
     collector: Collector
-    rewards: RewardPool
+    scorer: Scorer
     cursor: PromptCursor
     heldout: list[Prompt]
-    tokenizer: Any
     sampling: SamplingParams
     display: RunDisplay
     metrics: MetricsWriter
@@ -104,11 +102,11 @@ class Controller:
             return self.stream_batch(self.stream)
         size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
         batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
-        num_errors = 0
         seed = self._seed("rollout")
         while num_prompts := batch.num_wanted():
             groups = self.generate(num_prompts, seed)
-            num_errors += self.score(groups)
+            with self.display.phase("reward"):
+                self.score([completion for group in groups for completion in group])
             batch.add(groups)
             seed += ROUND_SEEDS
         if dynamic and batch.shortfall:
@@ -119,25 +117,25 @@ class Controller:
         metrics = rollout_metrics(batch.generated, self.args.advantage_estimator) | (
             batch.metrics() if dynamic else {}
         )
-        metrics["reward/error_count"] = float(num_errors)
         if self.record is not None:
             self.record(batch.groups(), metrics, self.state.consumed_prompts)
         return batch.groups(), metrics
 
     def stream_batch(self, stream: AsyncCollector) -> tuple[list[list[Completion]], dict[str, float]]:
-        """The same from the background; generation goes on."""
+        """The same from the background; generation goes on, unless it is to stop while there is training."""
+        stream.resume()
         with self.display.phase("generate"):
             groups = stream.take(self.args.train_timeout)
+            if self.args.stop_generation:
+                stream.suspend(self.args.weight_sync_timeout)
         for message in stream.messages():
             self.display.message(message)
-        num_errors = self.score(groups)
         with stream.held() as buffer:
             metrics, consumed = buffer.metrics(), self.cursor.consumed
         metrics |= rollout_metrics(groups, self.args.advantage_estimator)
         metrics |= staleness_metrics(
             groups, self.state.iteration, self.args.mini_batches, self.args.max_staleness
         )
-        metrics["reward/error_count"] = float(num_errors)
         if self.record is not None:
             self.record(groups, metrics, consumed)
         return groups, metrics
@@ -160,25 +158,11 @@ class Controller:
         self.state.consumed_prompts = self.cursor.consumed
         return groups
 
-    def score(self, groups: list[list[Completion]]) -> int:
-        """Fills rewards and penalties in; how many rewards failed."""
-        with self.display.phase("reward"):
-            completions = [completion for group in groups for completion in group]
-            results = self._reward(completions)
-        penalties = overlong_penalty(
-            np.array([len(completion.token_ids) for completion in completions]),
-            np.array([completion.finish_reason == "length" for completion in completions]),
-            self.args.max_completion_tokens,
-            self.args.overlong_buffer,
-        )
-        for completion, penalty in zip(completions, penalties, strict=True):
-            completion.overlong_penalty = float(self.args.overlong_penalty * penalty)
-        errors = [result for result in results if result.status != "ok"]
-        if errors:
-            self.display.message(
-                f"{len(errors)} rewards failed, the first one: {errors[0].status} {errors[0].detail}"
-            )
-        return len(errors)
+    def score(self, completions: list[Completion]) -> list[float]:
+        failures = self.scorer.score(completions)
+        if failures:
+            self.display.message(describe_failures(failures))
+        return [completion.reward for completion in completions]
 
     def update(self, samples: list[TrainingSample]) -> dict[str, float]:
         """N optimizer steps; whole groups stay together in a mini-batch."""
@@ -217,11 +201,8 @@ class Controller:
         return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
 
     def evaluate(self) -> Evaluation:
-        def score(completions: list[Completion]) -> list[float]:
-            return [result.value for result in self._reward(completions)]
-
         with self.display.phase("evaluate"):
-            return evaluate(self.collector, self.heldout, self.sampling, score, self._seed("evaluate"))
+            return evaluate(self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"))
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""
@@ -261,17 +242,24 @@ class Controller:
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
         stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
         if due or stopping or self.state.iteration >= self.args.train_iters:
-            if self.stream is not None:
-                with self.stream.held() as buffer:
-                    self.state.consumed_prompts = self.cursor.consumed
-                    self.state.pending_prompts = [prompt.prompt_id for prompt in buffer.pending()]
             with self.display.phase("save"):
-                self.trainer.save(asdict(self.state))
+                pending = None if self.stream is None else self.pending(self.stream)
+                self.trainer.save(asdict(self.state), pending)
+
+    def pending(self, stream: AsyncCollector) -> bytes:
+        """All that the stream has, unfinished responses too; generation goes on with it."""
+        stream.suspend(self.args.weight_sync_timeout)
+        with stream.held() as buffer:
+            self.state.consumed_prompts = self.cursor.consumed
+            pending = buffer.pending()
+        if not self.args.stop_generation:
+            stream.resume()
+        return pack_pending(pending)
 
     def report(self, metrics: dict[str, float]) -> None:
         seconds = self.display.phase_seconds()
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
-        if "generate" in seconds:  # see debug_modes
+        if self.collector is not None:  # see debug_modes
             generating = seconds["generate"] if self.stream is None else sum(seconds.values())
             metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(generating, 1e-9)
         if "train" in seconds:
@@ -279,17 +267,6 @@ class Controller:
         metrics |= self.engine_sync.metrics() | {"policy/version": float(self.served)}
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
-
-    def _reward(self, completions: list[Completion]) -> list[RewardResult]:
-        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-        items = [
-            RewardItem(text, c.prompt.answer, c.prompt.metadata, ended=c.finish_reason == "stop")
-            for text, c in zip(texts, completions, strict=True)
-        ]
-        results = self.rewards.score(items)
-        for completion, result in zip(completions, results, strict=True):
-            completion.reward = result.value
-        return results
 
     def _check_logprobs(self, difference: float) -> None:
         self.state.max_logprob_difference = max(self.state.max_logprob_difference, difference)

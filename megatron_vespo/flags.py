@@ -66,6 +66,8 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rollout-port", type=int, default=0, help="of the first server, others follow; 0: free ports")
     add("--engine-start-timeout", type=float, default=600.0, metavar="SECONDS")
     add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
+    add("--generate-function", metavar="PATH",
+        help="package.module:function that makes a completion; default: a request")  # fmt: skip
     add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")

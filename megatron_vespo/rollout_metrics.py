@@ -21,6 +21,8 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
     lengths = np.array([len(completion.token_ids) for completion in completions])
     return {
         "reward/mean": float(rewards.mean()),
+        "reward/error_count": float(sum(c.reward_status == "error" for c in completions)),
+        "reward/timeout_count": float(sum(c.reward_status == "timeout" for c in completions)),
         "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
         "rollout/zero_advantage_share": float((advantages(shaped, estimator) == 0.0).all(axis=1).mean()),
         "response/length_mean": float(lengths.mean()),

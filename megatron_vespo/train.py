@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,12 +27,16 @@ from megatron_vespo.observability.metrics import MetricsWriter, batch_records, r
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.pool import RewardPool, RewardResult, load_reward_function
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.buffer_state import unpack_pending
 from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dynamic_sampling import teaches
+from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
+from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
-from megatron_vespo.types import Prompt, RunState, SamplingParams
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 STREAM_STOP_TIMEOUT_S = 5.0
 
@@ -46,6 +50,7 @@ class Task:
     prompts: PromptSet | None = None
     heldout: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
+    generate: GenerateFunction | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -95,7 +100,9 @@ def _task(args: Namespace) -> Task:
     )
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
-    return Task(tokenizer, sampling, prompts, heldout, load_reward_function(args.reward_function))
+    reward = load_reward_function(args.reward_function)
+    generate = load_generate_function(args.generate_function) if args.generate_function else None
+    return Task(tokenizer, sampling, prompts, heldout, reward, generate)
 
 
 def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
@@ -143,6 +150,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
     if args.rollout_engines:
         with display.phase("start SGLang"):
             engines.wait_until_ready()
+    rollout_buffer = stored.pop("rollout_buffer") if stored else None
     state = RunState(**stored) if stored else RunState()
     if args.train_from:
         check_recorded(args, state.iteration)
@@ -153,18 +161,20 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
             f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed"
         )
     generates = args.rollout_engines > 0
-    collector = _collector(args, engines, trace) if generates else None
+    collector = _collector(args, engines, trace, task) if generates else None
     cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts) if generates else None
+    scorer = _scorer(args, task, rewards) if rewards else None
+    stream = None
+    if generates:
+        stream = _stream(args, stack, collector, scorer, cursor, task, state, rollout_buffer, trace)
     mode = Replay if args.train_from else RolloutOnly if args.rollout_only else Controller
-    stream = _stream(args, stack, collector, cursor, task, state) if generates else None
     controller = mode(
         args=args,
         trainer=trainer,
         collector=collector,
-        rewards=rewards,
+        scorer=scorer,
         cursor=cursor,
         heldout=task.heldout,
-        tokenizer=task.tokenizer,
         sampling=task.sampling,
         display=display,
         metrics=metrics,
@@ -182,7 +192,7 @@ def _start(args: Namespace, stack: ExitStack, display: RunDisplay, trace: Trace,
     return controller
 
 
-def _collector(args: Namespace, engines: EngineGroup, trace: Trace) -> Collector:
+def _collector(args: Namespace, engines: EngineGroup, trace: Trace, task: Task) -> Collector:
     return Collector(
         engines.urls,
         num_layers=args.num_layers,
@@ -192,6 +202,13 @@ def _collector(args: Namespace, engines: EngineGroup, trace: Trace) -> Collector
         check=engines.check,
         on_requests=trace.requests,
         lost=engines.lost,
+        generate_function=task.generate,
+    )
+
+
+def _scorer(args: Namespace, task: Task, rewards: RewardPool) -> Scorer:
+    return Scorer(
+        task.tokenizer, rewards, args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
     )
 
 
@@ -199,13 +216,16 @@ def _stream(
     args: Namespace,
     stack: ExitStack,
     collector: Collector,
+    scorer: Scorer,
     cursor: PromptCursor,
     task: Task,
     state: RunState,
+    rollout_buffer: bytes | None,
+    trace: Trace,
 ) -> AsyncCollector | None:
     """What generates in the background; None in synchronous runs."""
     by_id = {prompt.prompt_id: prompt for prompt in task.prompts.prompts}
-    pending = [by_id[number] for number in state.pending_prompts]
+    pending = unpack_pending(rollout_buffer, by_id) if rollout_buffer else []
     if args.max_staleness == 0:
         if pending:
             raise ValueError(
@@ -213,18 +233,40 @@ def _stream(
                 "saved: go on with --max-staleness above 0"
             )
         return None
+    size = args.rollout_batch_size
     buffer = RolloutBuffer(
         lambda: cursor.take(1)[0],
-        batch_size=args.rollout_batch_size,
+        batch_size=size,
         mini_batches=args.mini_batches,
         max_staleness=args.max_staleness,
         requeue=args.stale_groups == "requeue",
         max_dispatches=args.max_dispatches,
         version=state.iteration,
+        serial=state.consumed_prompts,
+        max_held=args.over_subscription and int(args.over_subscription * size),
+        teaches=teaches,
+        max_left_out=(args.dynamic_sampling_max_batches - 1) * size if args.dynamic_sampling else 0,
     )
     buffer.restore(pending)
-    seed = args.seed + 1 + state.iteration
-    stream = AsyncCollector(collector, buffer, task.sampling, num_completions=args.num_completions, seed=seed)
+
+    def score(group: list[Completion]) -> Sequence[RewardResult]:
+        start = time.time_ns()
+        try:
+            return scorer.score(group)
+        finally:
+            trace.phase("score", start, time.time_ns())
+
+    stream = AsyncCollector(
+        collector,
+        buffer,
+        task.sampling,
+        score,
+        num_completions=args.num_completions,
+        seed=args.seed,
+        on_change=lambda buffer: trace.count(
+            "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished
+        ),
+    )
     stack.callback(stream.stop, STREAM_STOP_TIMEOUT_S)
     return stream
 

@@ -52,9 +52,10 @@ class Completion:
     log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
     policy_versions: np.ndarray  # [C] int64, the version of the weights that made each token
     routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None if dense; the last token never enters
-    finish_reason: str  # "stop", "length" or "abort"
+    finish_reason: str  # "stop", "length", or "abort": a beginning, to be continued
     temperature: float
     reward: float | None = None  # the task's
+    reward_status: str = "ok"  # or "timeout", "error": then the reward is 0.0 for want of one
     overlong_penalty: float = 0.0  # of --overlong-buffer, at most 0
     rejections: tuple[str, ...] = ()  # draws in its place before, whose log-probs were not finite
 
@@ -101,8 +102,6 @@ class RunState:
     iteration: int = 0  # optimizer steps done
     consumed_prompts: int = 0
     train_seconds: float = 0.0
-    # of an asynchronous run: ids of prompts consumed and not trained on; a resumed run generates them first
-    pending_prompts: list[int] = field(default_factory=list)
     heldout_before: float | None = None
     heldout_after: float | None = None
     max_logprob_difference: float = 0.0

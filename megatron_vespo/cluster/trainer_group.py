@@ -88,8 +88,9 @@ class TrainerGroup:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
         return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
 
-    def save(self, rollout_state: dict) -> None:
-        self._call("save", rollout_state, timeout_s=self._args.train_timeout)
+    def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
+        state = rollout_state | {"rollout_buffer": rollout_buffer}
+        self._call("save", state, timeout_s=self._args.train_timeout)
 
     def export_hf(self, target: Path) -> None:
         self._call("export_hf", target, timeout_s=self._args.train_timeout)

@@ -53,6 +53,7 @@ ROWS = (
     Row("rollout/tokens_per_second", "tokens/s generated", "8,.0f", "sampled/s"),
     Row("check/max_logprob_difference", "max log-prob difference", "8.1e", "maxdiff"),
     Row("reward/error_count", "reward errors", "6.0f"),
+    Row("reward/timeout_count", "reward time-outs", "6.0f"),
 )
 PHASE_COLUMNS = {  # phases of a step -> heading in plain mode; any other phase is start-up
     "generate": "gen",

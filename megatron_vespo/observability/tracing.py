@@ -120,6 +120,14 @@ class Trace:
             self._busy[ENGINES][row].extend((start, end))
             self._write(ENGINES, row, [("generate", start, end)], completions=number)
 
+    def count(self, name: str, **values: float) -> None:
+        """Values that go up and down, as they are from now on."""
+        with self._lock:
+            if not self._file.closed:
+                when = (time.time_ns() - self._origin) / 1000
+                event = {"name": name, "ph": "C", "pid": ROWS.index(DRIVER), "ts": when, "args": values}
+                self._file.write(",\n" + json.dumps(event))
+
     def idle(self, start: int, end: int) -> dict[str, dict[str, float]]:
         """By "trainer" and "engines": shares of [start, end) that they waited, by cause, mean of the rows.
 

@@ -10,7 +10,6 @@ multiprocessing's spawn and forkserver import the parent's main program again, t
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
+from megatron_vespo.import_path import import_function
 from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
 
 _START_DEADLINE_S = 120.0  # importing the function's module, sympy or more, on a loaded machine
@@ -35,6 +35,7 @@ _MAX_CHUNK = 32
 _WORKER_COMMAND = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
+from megatron_vespo.import_path import import_function
 from megatron_vespo.rewards.worker import worker_main
 worker_main(int(sys.argv[1]))
 """
@@ -67,22 +68,10 @@ def load_reward_function(import_path: str) -> RewardFunction:
     Raises:
         ValueError: the module or the function is not there, or it is not callable.
     """
-    target = "megatron_vespo.rewards.math:math_reward" if import_path == "math" else import_path
-    module_name, _, name = target.partition(":")
-    if not (module_name and name):
-        raise ValueError(f'reward function {import_path!r}: write "math" or "package.module:function"')
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward function {import_path!r}: cannot import {module_name} ({error}); is it on PYTHONPATH?"
-        ) from error
-    function = getattr(module, name, None)
-    if function is None:
-        raise ValueError(f"reward function {import_path!r}: {module_name} has no {name!r}")
-    if not callable(function):
-        raise ValueError(f"reward function {import_path!r}: is a {type(function).__name__}, not a function")
-    return function
+    builtin = "math"
+    if import_path == builtin:
+        import_path = "megatron_vespo.rewards.math:math_reward"
+    return import_function(import_path, "reward function", builtin)
 
 
 class RewardPool:

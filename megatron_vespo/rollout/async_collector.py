@@ -5,35 +5,40 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from megatron_vespo.http import EngineRequestError
+from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
 from megatron_vespo.rollout.client import GenerateReplyError
-from megatron_vespo.rollout.collector import (
-    CollectError,
-    Collector,
-    Engines,
-    RejectedDraws,
-    TooManyRejectedError,
-)
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
+from megatron_vespo.rollout.engines import Engines, RejectedDraws, TooManyRejectedError
+from megatron_vespo.rollout.generate_function import GenerateFunctionError
+from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.types import SamplingParams
 
 # a request that failed in one of these ways says nothing about the next one
-FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError)
+FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
 MAX_FAILURES_IN_A_ROW = 32  # groups; then it is not the requests
 MEANWHILE_INTERVAL_S = 1.0
 RETRY_PAUSE_S = (
     0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second
 )
+# between the dispatches of one prompt; more than a run takes prompts
+DISPATCH_SEEDS = 2**40
+Score = Callable[[Group], Sequence[RewardResult]]
 
 
 class AsyncCollector:
     """Fills `buffer`, which nothing else touches while the thread runs, until `stop`.
 
     All methods may be called from the thread that trains. What ends generation, a dead engine for one, is
-    raised by the next `take`. `seed` is that of the first dispatch, every other one has its own.
+    raised by the next `take`. `score` fills rewards in and returns those that failed, `on_change` is told
+    when groups have finished or were taken. The seed of a prompt is its own, wherever and when it is
+    generated: that of its place in the run and of its dispatch.
     """
 
     def __init__(
@@ -41,21 +46,27 @@ class AsyncCollector:
         collector: Collector,
         buffer: RolloutBuffer,
         sampling: SamplingParams,
+        score: Score,
         *,
         num_completions: int,
         seed: int,
         max_failures: int = MAX_FAILURES_IN_A_ROW,
+        on_change: Callable[[RolloutBuffer], None] | None = None,
     ):
-        self._collector, self._buffer, self._sampling = collector, buffer, sampling
+        self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
         self.meanwhile: Callable[[], None] = lambda: None  # called now and then by a `take` that waits
         self._changed = threading.Condition()  # guards the buffer and what follows
+        self._on_change = on_change
         self._error: BaseException | None = None
         self._messages: list[str] = []
+        self._failed_rewards: list[RewardResult] = []
         self._failures_in_a_row = 0
-        self._stopping = False
+        self._stopping = self._suspended = False
+        self._engines: Engines | None = None  # while the thread runs
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
+        self._scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
         self._rejected = RejectedDraws(0)
         # daemon: a program that dies of something else does not wait for it
         self._thread = threading.Thread(target=self._main, name="async-rollout", daemon=True)
@@ -64,7 +75,7 @@ class AsyncCollector:
         self._thread.start()
 
     def take(self, timeout_s: float) -> list[Group]:
-        """The next rollout batch; waits until enough groups have finished."""
+        """The next rollout batch, scored; waits until enough groups have finished."""
         deadline = time.monotonic() + timeout_s
         while True:
             with self._changed:
@@ -73,6 +84,7 @@ class AsyncCollector:
                 batch = self._buffer.take()
                 self._notify_loop()  # taking makes room, also where it dropped something
                 if batch is not None:
+                    self._tell()
                     return batch
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -93,13 +105,32 @@ class AsyncCollector:
         """What has happened since the last call, for people."""
         with self._changed:
             messages, self._messages = self._messages, []
-        return messages
+            failures, self._failed_rewards = self._failed_rewards, []
+        return messages + ([describe_failures(failures)] if failures else [])
 
     @contextmanager
     def held(self) -> Iterator[RolloutBuffer]:
         """The buffer, which does not change meanwhile: nothing is dispatched, no prompt is taken."""
         with self._changed:
             yield self._buffer
+
+    def suspend(self, timeout_s: float) -> None:
+        """Engines hand back what they are at, and rest: the buffer then has all tokens that were made."""
+        with self._changed:
+            self._suspended = True
+            engines, error = self._engines, self._error
+        if error is not None:
+            raise error
+        if engines is not None:
+            asyncio.run_coroutine_threadsafe(engines.hold(timeout_s), self._loop).result(2 * timeout_s)
+
+    def resume(self) -> None:
+        """Goes on where `suspend` has stopped."""
+        with self._changed:
+            self._suspended = False
+            if self._engines is not None:
+                self._loop.call_soon_threadsafe(self._engines.release)
+            self._notify_loop()
 
     def stop(self, timeout_s: float) -> None:
         """Cancels what is in flight and ends the thread. Harmless when called twice, or before `start`."""
@@ -124,11 +155,15 @@ class AsyncCollector:
                 self._error = error
                 self._changed.notify_all()
         finally:
+            self._scoring.shutdown(wait=False, cancel_futures=True)
             with self._changed:
+                self._engines = None
                 self._loop.close()
 
     async def _run(self) -> None:
         async with self._collector.connect() as engines:
+            with self._changed:
+                self._engines = engines
             watch = asyncio.create_task(engines.watch())
             groups: dict[asyncio.Task, Ticket] = {}
             try:
@@ -151,6 +186,8 @@ class AsyncCollector:
 
     def _dispatch(self, engines: Engines, groups: dict[asyncio.Task, Ticket]) -> None:
         with self._changed:
+            if self._suspended:
+                return
             expired = {ticket.number for ticket in self._buffer.expire()}
             fresh = [self._buffer.dispatch() for _ in range(self._buffer.room())]
         for task, ticket in list(groups.items()):
@@ -159,33 +196,41 @@ class AsyncCollector:
                 task.cancel()
         for ticket in fresh:
             self._rejected.total += self._num_completions
-            groups[asyncio.create_task(self._draw_group(engines, ticket))] = ticket
+            groups[asyncio.create_task(self._make_group(engines, ticket))] = ticket
 
-    async def _draw_group(self, engines: Engines, ticket: Ticket) -> Group:
-        seed = self._seed + ticket.number
+    async def _make_group(self, engines: Engines, ticket: Ticket) -> tuple[Group, Sequence[RewardResult]]:
+        seed = self._seed + ticket.serial + DISPATCH_SEEDS * ticket.dispatches
+        ticket.drafts.extend([None] * (self._num_completions - len(ticket.drafts)))
         try:
             async with asyncio.TaskGroup() as tasks:
                 draws = [
                     tasks.create_task(
                         engines.draw(
-                            ticket.prompt, self._sampling, seed, index, self._num_completions, self._rejected
+                            ticket.prompt, self._sampling, seed, index, self._num_completions, self._rejected,
+                            ticket.drafts,
                         )
                     )
                     for index in range(self._num_completions)
-                ]
+                ]  # fmt: skip
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [draw.result() for draw in draws]
+        group = [draw.result() for draw in draws]
+        return group, await self._loop.run_in_executor(self._scoring, self._score, group)
 
     def _settle(self, done: dict[asyncio.Task, Ticket]) -> bool:
         """Hands finished groups to the buffer; whether one has failed."""
         failed = False
+        errors = [
+            task.exception() for task in done
+        ]  # of all, else asyncio complains of those behind the first
         with self._changed:
-            for task, ticket in done.items():
-                error = task.exception()
+            for (task, ticket), error in zip(done.items(), errors, strict=True):
                 if error is None:
                     self._failures_in_a_row = 0
-                    self._buffer.finish(ticket, task.result())
+                    group, failed_rewards = task.result()
+                    self._failed_rewards += failed_rewards
+                    self._messages += [f"drawn anew: {reason}" for c in group for reason in c.rejections]
+                    self._buffer.finish(ticket, group)
                     continue
                 if isinstance(error, TooManyRejectedError) or not isinstance(error, FAILED_REQUEST):
                     raise error
@@ -198,5 +243,11 @@ class AsyncCollector:
                     raise CollectError(
                         f"{self._failures_in_a_row} groups in a row have failed; the last one: {error}"
                     ) from error
-            self._changed.notify_all()
+            if done:  # `take` wakes the loop: two that wake each other for nothing keep a core busy
+                self._tell()
+                self._changed.notify_all()
         return failed
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self._buffer)

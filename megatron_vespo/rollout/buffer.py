@@ -20,8 +20,8 @@ mini_batches - 1 <= max_staleness when the batch is waited for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 
 from megatron_vespo.types import Completion, Prompt
 
@@ -32,23 +32,42 @@ Group = list[Completion]
 class Ticket:
     """One dispatch of one prompt.
 
-    Example, the second dispatch of a prompt, while the engines serve version 12:
-        Ticket(number=31, prompt=..., dispatches=2, version=12)
+    Example, the second dispatch of the prompt that was taken as the 18th of the run, while the engines serve
+    version 12:
+        Ticket(number=31, serial=17, prompt=..., dispatches=2, version=12, drafts=[None, None])
     """
 
     number: int  # of all dispatches, from 0
+    serial: int  # place of this prompt in the order in which prompts are taken: whatever becomes of it
     prompt: Prompt
     dispatches: int  # of this prompt, this one included
-    version: int  # served at the dispatch: no token of it can be older
+    version: int  # served at the dispatch, or of an older draft: no token of it can be older
+    drafts: list[Completion | None] = field(compare=False)  # what has been made of it by now
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A prompt that is not done with; for a finished group `drafts` is that group, with its rewards."""
+
+    serial: int
+    prompt: Prompt
+    dispatches: int  # in vain so far
+    drafts: list[Completion | None]  # to go on from
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.drafts) and all(draft and draft.reward is not None for draft in self.drafts)
 
 
 @dataclass
 class Counts:
-    """Groups since the start. A prompt taken ends in exactly one of trained, stale_dropped and given_up."""
+    """Groups since the start. A prompt taken ends in exactly one of trained, left_out, stale_dropped and
+    given_up."""
 
     taken: int = 0  # prompts
     dispatched: int = 0
     trained: int = 0
+    left_out: int = 0  # finished, but they teach nothing
     stale_dropped: int = 0  # finished, but too old for every step
     stale_requeued: int = 0  # the same, and their prompts are generated once more
     expired: int = 0  # too old before they had finished
@@ -56,13 +75,17 @@ class Counts:
     given_up: int = 0  # prompts that were dispatched as often as allowed
 
 
-def oldest_version(group: Group) -> int:
-    return min(int(completion.policy_versions.min()) for completion in group)
+def oldest_version(completions: Iterable[Completion]) -> int:
+    return min(int(completion.policy_versions.min()) for completion in completions)
 
 
 class RolloutBuffer:
     """Groups waiting, in flight and finished. `next_prompt` gives a new prompt, `requeue` says whether those
-    of finished groups that are too old are generated again, `max_dispatches` how often one prompt may be.
+    of finished groups that are too old are generated again, `max_dispatches` how often one prompt may be,
+    `serial` is that of the first new prompt.
+
+    At most `max_held` groups are in flight or finished at a time. A finished group for which `teaches` is
+    false is left out, `max_left_out` of them before a batch is complete, and further ones fill it then.
     """
 
     def __init__(
@@ -75,6 +98,10 @@ class RolloutBuffer:
         requeue: bool,
         max_dispatches: int,
         version: int = 0,
+        serial: int = 0,
+        max_held: int | None = None,
+        teaches: Callable[[Group], bool] = lambda group: True,
+        max_left_out: int = 0,
     ):
         assert batch_size % mini_batches == 0, (batch_size, mini_batches)
         self._next_prompt = next_prompt
@@ -82,10 +109,13 @@ class RolloutBuffer:
         self._step_size = batch_size // mini_batches
         self._max_staleness = max_staleness
         self._requeue, self._max_dispatches = requeue, max_dispatches
+        self._max_held, self._teaches, self._max_left_out = max_held, teaches, max_left_out
         self.served = version  # by the engines
         self.next_step = version  # the first that the next batch trains
         self.counts = Counts()
-        self._waiting: deque[tuple[Prompt, int]] = deque()  # to be dispatched again, and how often they were
+        self._next_serial = serial
+        self._left_out_of_batch = 0
+        self._waiting: deque[Pending] = deque()
         self._in_flight: dict[int, Ticket] = {}
         self._finished: list[tuple[int, Ticket, Group]] = []  # version first
 
@@ -100,18 +130,21 @@ class RolloutBuffer:
     def room(self) -> int:
         """How many groups may be dispatched now."""
         num_steps = self.served + self._max_staleness - self.next_step + 1
-        return max(num_steps * self._step_size - self.num_in_flight - self.num_finished, 0)
+        places = num_steps * self._step_size
+        if self._max_held is not None:
+            places = min(places, self._max_held)
+        return max(places - self.num_in_flight - self.num_finished, 0)
 
     def dispatch(self) -> Ticket:
         """The next prompt is in flight from now on: one to be generated again before a new one."""
         assert self.room() > 0, "nothing may be dispatched"
         if self._waiting:
-            prompt, dispatches = self._waiting.popleft()
+            pending = self._waiting.popleft()
         else:
-            prompt, dispatches = self._next_prompt(), 0
+            pending = Pending(self._next_serial, self._next_prompt(), 0, [])
+            self._next_serial += 1
             self.counts.taken += 1
-        ticket = Ticket(self.counts.dispatched, prompt, dispatches + 1, self.served)
-        self.counts.dispatched += 1
+        ticket = self._ticket(pending)
         self._in_flight[ticket.number] = ticket
         return ticket
 
@@ -119,13 +152,17 @@ class RolloutBuffer:
         del self._in_flight[ticket.number]
         version = oldest_version(group)
         assert version >= ticket.version, f"{ticket} has a token of version {version}"
-        self._finished.append((version, ticket, group))
+        if self._left_out_of_batch < self._max_left_out and not self._teaches(group):
+            self._left_out_of_batch += 1
+            self.counts.left_out += 1
+        else:
+            self._finished.append((version, ticket, group))
 
     def fail(self, ticket: Ticket) -> bool:
-        """A request of the group failed; False if its prompt is given up."""
+        """A request of the group failed, what it has come to is kept; False if its prompt is given up."""
         del self._in_flight[ticket.number]
         self.counts.failed += 1
-        return self._again(ticket)
+        return self._again(ticket, ticket.drafts)
 
     def serve(self, version: int) -> None:
         """The engines serve another policy."""
@@ -142,7 +179,7 @@ class RolloutBuffer:
         for ticket in late:
             del self._in_flight[ticket.number]
             self.counts.expired += 1
-            self._again(ticket)
+            self._again(ticket, [])
         return late
 
     def take(self) -> list[Group] | None:
@@ -153,17 +190,31 @@ class RolloutBuffer:
         batch, self._finished = self._finished[: self._batch_size], self._finished[self._batch_size :]
         self.counts.trained += self._batch_size
         self.next_step += self._mini_batches
+        self._left_out_of_batch = 0
         return [group for _, _, group in batch]
 
-    def pending(self) -> list[Prompt]:
-        """Prompts taken and not trained on, dropped or given up, in the order they were taken from here."""
-        held = sorted([*self._in_flight.values(), *(t for _, t, _ in self._finished)], key=lambda t: t.number)
-        return [ticket.prompt for ticket in held] + [prompt for prompt, _ in self._waiting]
+    def pending(self) -> list[Pending]:
+        """Everything taken and not trained on, left out, dropped or given up, in the order of dispatches.
 
-    def restore(self, prompts: list[Prompt]) -> None:
-        """Generates what was pending when a checkpoint was written."""
-        self._waiting.extend((prompt, 0) for prompt in prompts)
-        self.counts.taken += len(prompts)
+        What is in flight was not dispatched in vain if it goes on from here, and is not counted.
+        """
+        held = [(t.number, Pending(t.serial, t.prompt, t.dispatches - 1, list(t.drafts)))
+                for t in self._in_flight.values()]  # fmt: skip
+        held += [
+            (t.number, Pending(t.serial, t.prompt, t.dispatches - 1, list(group)))
+            for _, t, group in self._finished
+        ]
+        return [pending for _, pending in sorted(held, key=lambda entry: entry[0])] + list(self._waiting)
+
+    def restore(self, all_pending: Iterable[Pending]) -> None:
+        """What was pending when a checkpoint was written: finished groups are, the others are generated."""
+        for pending in all_pending:
+            self.counts.taken += 1
+            if pending.is_finished:
+                ticket = self._ticket(pending)
+                self._finished.append((ticket.version, ticket, pending.drafts))
+            else:
+                self._waiting.append(pending)
 
     def metrics(self) -> dict[str, float]:
         counts = {f"staleness/{name}_groups": float(value) for name, value in asdict(self.counts).items()}
@@ -173,6 +224,16 @@ class RolloutBuffer:
             "staleness/finished_groups": float(self.num_finished),
         }
 
+    def _ticket(self, pending: Pending) -> Ticket:
+        begun = [draft for draft in pending.drafts if draft is not None]
+        version = min(self.served, oldest_version(begun)) if begun else self.served
+        ticket = Ticket(
+            self.counts.dispatched, pending.serial, pending.prompt, pending.dispatches + 1, version,
+            pending.drafts,
+        )  # fmt: skip
+        self.counts.dispatched += 1
+        return ticket
+
     def _drop_stale(self) -> None:
         self._finished.sort(key=lambda entry: (entry[0], entry[1].number))
         kept: list[tuple[int, Ticket, Group]] = []
@@ -181,15 +242,15 @@ class RolloutBuffer:
                 kept.append(entry)
             elif not self._requeue:
                 self.counts.stale_dropped += 1
-            elif self._again(entry[1]):
+            elif self._again(entry[1], []):
                 self.counts.stale_requeued += 1
         self._finished = kept
 
-    def _again(self, ticket: Ticket) -> bool:
+    def _again(self, ticket: Ticket, drafts: list[Completion | None]) -> bool:
         if ticket.dispatches >= self._max_dispatches:
             self.counts.given_up += 1
             return False
-        self._waiting.append((ticket.prompt, ticket.dispatches))
+        self._waiting.append(Pending(ticket.serial, ticket.prompt, ticket.dispatches, drafts))
         return True
 
     def tickets(self) -> Iterator[Ticket]:

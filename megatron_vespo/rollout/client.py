@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from dataclasses import replace
 
 import aiohttp
 import numpy as np
@@ -45,13 +46,18 @@ class EngineClient:
         self._num_layers, self._topk = num_layers, topk
         self._headers = auth_headers(api_key)
 
-    async def generate(self, prompt: Prompt, sampling: SamplingParams, seed: int | None) -> Completion:
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int | None, begun: Completion | None = None
+    ) -> Completion | None:
         """One sampled completion. `seed` takes effect when the engine runs --enable-deterministic-inference.
 
+        `begun` are the tokens that there are already, and the completion goes on from there. What comes back
+        with finish reason "abort" is such a beginning; None is one without a token.
         Raises EngineRequestError when the engine refuses, GenerateReplyError for an unusable reply, and lets
         aiohttp.ClientError and TimeoutError (the session's deadline) through.
         """
-        payload = generate_payload(prompt, sampling, seed, routed_experts=self._topk is not None)
+        asked, left = _after(prompt, sampling, begun)
+        payload = generate_payload(asked, left, seed, routed_experts=self._topk is not None)
         async with self._session.post(
             self.url + "/generate", json=payload, headers=self._headers
         ) as response:
@@ -59,7 +65,54 @@ class EngineClient:
                 body = f"prompt {prompt.prompt_id}: {await response.text()}"
                 raise EngineRequestError(self.url, "/generate", response.status, body)
             reply = await response.json()
-        return parse_generate_reply(reply, prompt, sampling.temperature, self._num_layers, self._topk)
+        if _is_aborted_in_queue(reply, self._topk is not None):
+            return begun
+        rest = parse_generate_reply(reply, asked, sampling.temperature, self._num_layers, self._topk)
+        return rest if begun is None else _joined(begun, rest)
+
+    async def abort(self) -> None:
+        """Every request that this engine has comes back with what it has by then."""
+        async with self._session.post(
+            self.url + "/abort_request", json={"abort_all": True}, headers=self._headers
+        ) as response:
+            if response.status != 200:
+                raise EngineRequestError(self.url, "/abort_request", response.status, await response.text())
+
+
+def _after(
+    prompt: Prompt, sampling: SamplingParams, begun: Completion | None
+) -> tuple[Prompt, SamplingParams]:
+    """What to ask an engine for, so that it goes on from `begun`."""
+    if begun is None:
+        return prompt, sampling
+    left = sampling.max_new_tokens - len(begun.token_ids)
+    return replace(prompt, token_ids=prompt.token_ids + begun.token_ids), replace(
+        sampling, max_new_tokens=left
+    )
+
+
+def _joined(begun: Completion, rest: Completion) -> Completion:
+    """`rest` was made with `begun` in its prompt. Tokens of `begun` keep what they were made with."""
+    routes = rest.routed_experts
+    if routes is not None:
+        routes = np.concatenate([begun.routed_experts, routes[len(begun.routed_experts) :]])
+    return replace(
+        rest,
+        prompt=begun.prompt,
+        token_ids=begun.token_ids + rest.token_ids,
+        log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
+        policy_versions=np.concatenate([begun.policy_versions, rest.policy_versions]),
+        routed_experts=routes,
+    )
+
+
+def _is_aborted_in_queue(reply: dict, routed_experts: bool) -> bool:
+    """Then nothing new was made, or its log-probs and routes have not come along."""
+    meta, token_ids = reply.get("meta_info", {}), reply.get("output_ids")
+    if meta.get("finish_reason", {}).get("type") != "abort":
+        return False
+    missing = routed_experts and meta.get("routed_experts") is None
+    return missing or not token_ids or len(meta.get("output_token_logprobs") or ()) != len(token_ids)
 
 
 def generate_payload(

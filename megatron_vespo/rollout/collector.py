@@ -3,96 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
 
-from megatron_vespo.rollout.client import EngineClient, NonFiniteLogProbsError
-from megatron_vespo.rollout.dispatch import CollectError, Dispatch, LostRequests, OnRequests
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.dispatch import Dispatch, LostRequests, OnRequests
+from megatron_vespo.rollout.engines import Check, Engines, RejectedDraws
+from megatron_vespo.rollout.generate_function import GenerateFunction
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
-CHECK_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 30.0
-# a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
-MAX_REJECTED_SHARE = 0.03
-Check = Callable[[], None]
-
-
-class TooManyRejectedError(CollectError):
-    """Completions whose log-probs are no numbers, so many that the engine or the weights must be broken."""
-
-
-class RejectedDraws:
-    """Counts the completions that had to be drawn anew among `total`; an error when they are too many."""
-
-    def __init__(self, total: int):
-        self.total, self._num = total, 0
-
-    def add(self, error: NonFiniteLogProbsError) -> None:
-        self._num += 1
-        if self._num > max(1, MAX_REJECTED_SHARE * self.total):
-            raise TooManyRejectedError(
-                f"{self._num} of {self.total} completions had non-finite log-probs, more than "
-                f"{MAX_REJECTED_SHARE:.0%}; the last one: {error}"
-            ) from error
-
-
-class Engines:
-    """Draws from all engines by `dispatch`; usable inside one event loop only."""
-
-    def __init__(self, dispatch: Dispatch, lost: LostRequests, check: Check | None):
-        self._dispatch, self._lost, self._check = dispatch, lost, check
-
-    async def draw(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        seed: int,
-        index: int,
-        num_completions: int,
-        rejected: RejectedDraws,
-    ) -> Completion:
-        """Completion `index` of a group; one with non-finite log-probs is drawn anew."""
-        rejections: tuple[str, ...] = ()
-        while True:
-            number = index + num_completions * len(rejections)
-            try:
-                completion = await self._draw_once(
-                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number)
-                )
-            except NonFiniteLogProbsError as error:
-                rejected.add(error)
-                rejections += (str(error),)
-            else:
-                completion.rejections = rejections
-                return completion
-
-    async def watch(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Never returns; raises what `check` raises. `meanwhile` may block the loop."""
-        while True:
-            await asyncio.sleep(CHECK_INTERVAL_S)
-            await self._run_check()
-            if meanwhile is not None:
-                meanwhile()
-            self._dispatch.refresh()
-            self._lost.tell()
-
-    async def _draw_once(self, prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
-        try:
-            return await self._dispatch.send(
-                lambda client: client.generate(prompt, sampling, seed), f"prompt {prompt.prompt_id}"
-            )
-        except CollectError:
-            # The connection breaks a moment before the process can be seen to be dead.
-            await asyncio.sleep(CHECK_INTERVAL_S)
-            await self._run_check()
-            raise
-
-    async def _run_check(self) -> None:
-        if self._check is not None:
-            await asyncio.to_thread(self._check)
 
 
 class Collector:
@@ -119,6 +41,7 @@ class Collector:
         api_key: str | None = None,
         on_requests: OnRequests | None = None,
         lost: LostRequests | None = None,
+        generate_function: GenerateFunction | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
@@ -130,6 +53,7 @@ class Collector:
         self._check = check
         self._api_key = api_key
         self._on_requests = on_requests
+        self._generate_function = generate_function
 
     def collect(
         self,
@@ -170,7 +94,7 @@ class Collector:
                 lost=self._lost,
             )
             try:
-                yield Engines(dispatch, self._lost, self._check)
+                yield Engines(dispatch, self._lost, self._check, self._generate_function)
             finally:
                 self._lost.tell()
 
@@ -210,9 +134,3 @@ class Collector:
                     for engine in sorted(work):
                         self._on_requests(engine, *work[engine])
         return [[task.result() for task in group] for group in groups]
-
-
-def completion_seed(seed: int, prompt_id: int, index: int) -> int:
-    """31-bit sampling seed of completion `index` of a prompt: the same from whichever engine and when."""
-    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -16,8 +16,10 @@ from megatron_vespo.types import Completion
 # an engine that lost a request is asked no other meanwhile: longer than it takes to be found dead
 AVOID_S = 10.0
 POLL_S = 0.5
+HOLD_POLL_S = 0.05
+ABORT_TIMEOUT_S = 5.0
 OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
-Request = Callable[[EngineClient], Awaitable[Completion]]
+Request = Callable[[EngineClient], Awaitable[Completion | None]]
 
 
 class CollectError(RuntimeError):
@@ -88,8 +90,10 @@ class Dispatch:
         self._on_requests, self._lost = on_requests, lost
         self._engines: dict[int, _Engine] = {}
         self._free_places = asyncio.Semaphore(max_requests)
+        self._allowed = asyncio.Event()
+        self._allowed.set()
 
-    async def send(self, request: Request, what: str) -> Completion:
+    async def send(self, request: Request, what: str) -> Completion | None:
         """The answer to `request`, which is called with the client that it is for. `what` names it."""
         async with self._free_places:
             for dispatch in range(1, self._max_dispatches + 1):
@@ -115,7 +119,28 @@ class Dispatch:
                 gone = asyncio.get_running_loop().create_future()
                 self._engines[number] = _Engine(number, self._make_client(url), gone)
 
+    async def hold(self, timeout_s: float) -> None:
+        """Makes engines hand back what they are at, and sends nothing more until `release`."""
+        self._allowed.clear()
+        deadline = time.monotonic() + timeout_s
+        while busy := [engine for engine in self._engines.values() if engine.outstanding]:
+            if time.monotonic() > deadline:
+                urls = ", ".join(engine.client.url for engine in busy)
+                raise CollectError(f"{urls}: still at work {timeout_s:g} s after being asked to hand it back")
+            # again and again: a request may reach its engine after this does. An engine that does not answer
+            # is found dead or hung by those who look after it.
+            aborts = [asyncio.create_task(engine.client.abort()) for engine in busy]
+            await asyncio.wait(aborts, timeout=ABORT_TIMEOUT_S)
+            for abort in aborts:
+                abort.cancel()
+            await asyncio.gather(*aborts, return_exceptions=True)
+            await asyncio.sleep(HOLD_POLL_S)
+
+    def release(self) -> None:
+        self._allowed.set()
+
     async def _choose(self, what: str) -> _Engine:
+        await self._allowed.wait()
         deadline = time.monotonic() + self._timeout_s
         while True:
             self.refresh()
@@ -127,7 +152,7 @@ class Dispatch:
                 raise CollectError(f"{what}: no engine has served for {self._timeout_s:g} s")
             await asyncio.sleep(POLL_S)
 
-    async def _ask(self, engine: _Engine, request: Request, what: str) -> Completion:
+    async def _ask(self, engine: _Engine, request: Request, what: str) -> Completion | None:
         if engine.outstanding == 0:
             engine.working_since = time.time_ns()
         engine.outstanding += 1

@@ -17,6 +17,11 @@ from megatron_vespo.types import Completion
 Group = list[Completion]
 
 
+def teaches(group: Group) -> bool:
+    """Whether its rewards differ."""
+    return bool(has_variance(np.array([[completion.reward for completion in group]]))[0])
+
+
 @dataclass
 class RolloutBatch:
     """Collects scored groups until `size` of them have variance or `max_prompts` prompts were generated.
@@ -44,7 +49,7 @@ class RolloutBatch:
 
     def add(self, groups: list[Group]) -> None:
         self.generated += groups
-        self.varied += has_variance(np.array([[c.reward for c in group] for group in groups])).tolist()
+        self.varied += [teaches(group) for group in groups]
 
     def groups(self) -> list[Group]:
         """`size` groups as they were generated: the first ones with variance, then, if too few, others."""

@@ -22,8 +22,8 @@ from megatron_vespo.http import EngineRequestError, get_json, post_json
 
 ARRIVAL_POLL_S = 0.05
 RECOVERY_TIMEOUT_S = 60.0  # for what an engine that is well answers at once
-# SGLang's words: running requests keep their keys and values, or compute them anew with the new weights
-PauseMode = Literal["in_place", "retract"]
+# SGLang's words: running requests keep their keys and values, compute them anew with the new weights, or end
+PauseMode = Literal["in_place", "retract", "abort"]
 
 
 class WeightSyncError(RuntimeError):

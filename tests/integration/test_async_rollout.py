@@ -17,7 +17,8 @@ from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, ti
 from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.rollout.async_collector import AsyncCollector
-from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
+from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Prompt, SamplingParams
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
@@ -41,7 +42,7 @@ def transformers_log_probs(model, prompt: list[int], token_ids: list[int]) -> np
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("mode", "version"), [("retract", 1), ("in_place", 2)])
+@pytest.mark.parametrize(("mode", "version"), [("retract", 1), ("abort", 2), ("in_place", 3)])
 def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp_path, mode, version):
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +54,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     collector = Collector(
         [own_engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0, check=own_engine.check
     )
-    stream = AsyncCollector(collector, buffer, SAMPLING, num_completions=2, seed=1)
+    stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
     sender = BucketSender(
         EngineControl([own_engine.url], START_TIMEOUT_S, mode),
         1,
@@ -91,10 +92,61 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
             expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
             difference = np.abs(completion.log_probs - expected)[versions == number]
             # keys and values of the old weights are what in_place goes on with
-            if len(difference) and (mode == "retract" or number < version):
+            if len(difference) and (mode != "in_place" or number < version):
                 assert difference.max() <= 1e-4, (number, versions)
     print(f"{mixed} of {len(completions)} completions were made by two policies")
     assert mixed > 0
+
+
+@pytest.mark.timeout(300)
+def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_model):
+    """Also through the bytes of a checkpoint: log-probs, versions and routes are those of one piece."""
+    from transformers import AutoModelForCausalLM
+
+    prompts = {number: Prompt(number, [number, 7], "", "") for number in range(3, 20)}
+    numbers = iter(prompts)
+
+    def start(state: list[Pending]) -> AsyncCollector:
+        buffer = RolloutBuffer(
+            lambda: prompts[next(numbers)],
+            batch_size=4, mini_batches=1, max_staleness=0, requeue=True, max_dispatches=2,
+        )  # fmt: skip
+        buffer.restore(state)
+        collector = Collector([engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+        stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
+        stream.start()
+        return stream
+
+    state: list[Pending] = []
+    lengths, unfinished = [], []
+    for _ in range(3):  # stops twice on the way
+        stream = start(state)
+        if len(lengths) == 2:
+            break
+        time.sleep(0.15)
+        stream.suspend(30)
+        with stream.held() as buffer:
+            state = unpack_pending(pack_pending(buffer.pending()), prompts)
+        stream.stop(10)
+        lengths.append([len(d.token_ids) for p in state for d in p.drafts])
+        unfinished.append(sum(d.finish_reason == "abort" for p in state for d in p.drafts))
+    try:
+        groups = stream.take(120)
+    finally:
+        stream.stop(10)
+    print("tokens at the two stops:", lengths, "unfinished:", unfinished)
+    assert all(0 < first <= second for first, second in zip(*lengths, strict=True))
+    assert sum(lengths[0]) < sum(lengths[1]) and unfinished[0] >= unfinished[1] > 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    whole = Collector([engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+    for completion in (c for group in groups for c in group):
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
+        expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
+        assert np.abs(completion.log_probs - expected).max() < 1e-4
+        longer = Prompt(0, completion.prompt.token_ids + completion.token_ids[:-1], "", "")
+        one = SamplingParams(1.0, 1, ())
+        [[forced]] = whole.collect([longer], one, num_completions=1, seed=0)
+        assert (np.sort(completion.routed_experts) == np.sort(forced.routed_experts)).all()
 
 
 @pytest.fixture(scope="module")

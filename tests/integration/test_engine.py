@@ -17,7 +17,8 @@ import torch
 from servers import HOST, NUM_LAYERS, TOPK, VOCAB_SIZE, tiny_engine
 
 from megatron_vespo.http import EngineRequestError, get_json, post_json
-from megatron_vespo.rollout.collector import CollectError, Collector
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port, group_members
 from megatron_vespo.types import SamplingParams
 

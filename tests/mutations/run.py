@@ -301,10 +301,31 @@ MUTATIONS = [
     ),
     Mutation(
         "recorded rollouts: the engine's log-probs are rounded",
-        "data/rollout_file.py",
-        "np.concatenate([c.log_probs for c in completions])",
-        "np.concatenate([c.log_probs for c in completions]).astype(np.float16)",
+        "data/completion_arrays.py",
+        "end_to_end([c.log_probs for c in completions], np.float32)",
+        "end_to_end([c.log_probs for c in completions], np.float16)",
         ("tests/unit/test_rollout_file.py", "every_bit"),
+    ),
+    Mutation(
+        "partial responses: what was begun is asked for again, and there twice",
+        "rollout/client.py",
+        "token_ids=prompt.token_ids + begun.token_ids), replace(",
+        "token_ids=prompt.token_ids), replace(",
+        ("tests/unit/test_async_collector.py", "suspended"),
+    ),
+    Mutation(
+        "partial responses: all tokens get the version that finished them",
+        "rollout/client.py",
+        "np.concatenate([begun.policy_versions, rest.policy_versions])",
+        "np.full(len(begun.token_ids) + len(rest.token_ids), rest.policy_versions[-1])",
+        ("tests/unit/test_async_collector.py", "suspended"),
+    ),
+    Mutation(
+        "asynchronous: the bound of a group that goes on forgets its older tokens",
+        "rollout/buffer.py",
+        "version = min(self.served, oldest_version(begun)) if begun else self.served",
+        "version = self.served",
+        ("tests/unit/test_rollout_buffer.py", "keeps_what"),
     ),
     Mutation(
         "recorded rollouts: a batch is trained on twice",
@@ -393,8 +414,8 @@ MUTATIONS = [
     Mutation(
         "asynchronous: more in flight than the steps up to the bound can train",
         "rollout/buffer.py",
-        "num_steps * self._step_size - self.num_in_flight - self.num_finished",
-        "num_steps * self._step_size - self.num_in_flight",
+        "places - self.num_in_flight - self.num_finished",
+        "places - self.num_in_flight",
         ("tests/unit/test_rollout_buffer.py", "room_is"),
     ),
 ]

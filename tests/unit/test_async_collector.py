@@ -8,10 +8,12 @@ from itertools import count
 import pytest
 from aiohttp import web
 
+from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout import async_collector
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
-from megatron_vespo.rollout.collector import CollectError, Collector
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.types import Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
@@ -24,29 +26,44 @@ class Engine:
     def __init__(self):
         self.version, self.failures, self.hanging = 0, 0, set()
         self.asked: list[int] = []  # first prompt token of each request
+        self.begun: list[int] = []  # further ones
         self.cancelled = 0
         self.url = ""
+        self.writing: dict[int, asyncio.Event] = {}  # requests of `hanging` prompts, by their number
 
     async def generate(self, request: web.Request) -> web.Response:
-        [number] = (await request.json())["input_ids"]
+        body = await request.json()
+        number, *begun = body["input_ids"]
         self.asked.append(number)
+        self.begun.append(len(begun))
         if self.failures > 0:
             self.failures -= 1
             return web.Response(status=500, text="out of luck")
         if number in self.hanging:
             try:
-                await asyncio.sleep(60)
+                event = self.writing[len(self.asked)] = asyncio.Event()
+                await asyncio.wait_for(event.wait(), 60)
+                return self.reply([3, 4], "abort")
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
         await asyncio.sleep(0.002)
+        return self.reply([7], "stop")
+
+    def reply(self, token_ids: list[int], reason: str) -> web.Response:
         meta = {
             "id": "r",
-            "finish_reason": {"type": "stop"},
-            "output_token_logprobs": [[-0.5, 7, None]],
-            "weight_versions": [{"version": str(self.version), "start": 0, "end": 1}],
+            "finish_reason": {"type": reason},
+            "output_token_logprobs": [[-0.1 * token, token, None] for token in token_ids],
+            "weight_versions": [{"version": str(self.version), "start": 0, "end": len(token_ids)}],
         }
-        return web.json_response({"output_ids": [7], "meta_info": meta})
+        return web.json_response({"output_ids": token_ids, "meta_info": meta})
+
+    async def abort(self, request: web.Request) -> web.Response:
+        assert (await request.json()) == {"abort_all": True}
+        for event in self.writing.values():
+            event.set()
+        return web.Response()
 
 
 @pytest.fixture()
@@ -57,6 +74,7 @@ def engine():
     async def serve() -> None:
         application = web.Application()
         application.router.add_post("/generate", engine.generate)
+        application.router.add_post("/abort_request", engine.abort)
         runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -89,7 +107,10 @@ def start(engine):
             [engine.url], num_layers=None, topk=None, request_timeout_s=30.0, check=check,
             on_requests=on_requests,
         )  # fmt: skip
-        run = AsyncCollector(collector, buffer, SAMPLING, num_completions=COMPLETIONS, seed=1, **changes)
+        score = changes.pop("score", lambda group: [])
+        run = AsyncCollector(
+            collector, buffer, SAMPLING, score, num_completions=COMPLETIONS, seed=1, **changes
+        )
         run.start()
         started.append(run)
         return run
@@ -218,3 +239,56 @@ def test_stop_cancels_what_is_in_flight(engine, start):
     assert time.monotonic() - began < 2
     until(lambda: engine.cancelled == 8 * COMPLETIONS)
     run.stop(5)
+
+
+def test_responses_go_on_from_where_a_suspended_run_has_stopped(engine, start):
+    engine.hanging = {2}
+    run = start()
+    until(lambda: len(engine.asked) == 8 * COMPLETIONS and metrics(run)["staleness/finished_groups"] == 7)
+    run.suspend(5)
+    with run.held() as buffer:
+        [pending] = [p for p in buffer.pending() if p.serial == 2]
+    assert [(d.token_ids, d.finish_reason) for d in pending.drafts] == [([3, 4], "abort")] * COMPLETIONS
+    asked = len(engine.asked)
+    time.sleep(0.1)
+    assert len(engine.asked) == asked  # it rests
+    engine.hanging, engine.version = set(), 2
+    run.serve(2)
+    run.resume()
+    groups = run.take(10) + run.take(10)
+    assert engine.begun[asked : asked + COMPLETIONS] == [2] * COMPLETIONS
+    [group] = [group for group in groups if group[0].prompt.prompt_id == 2]
+    for completion in group:
+        assert completion.prompt.token_ids == [2] and completion.finish_reason == "stop"
+        assert completion.token_ids == [3, 4, 7] and completion.policy_versions.tolist() == [0, 0, 2]
+        assert completion.log_probs == pytest.approx([-0.3, -0.4, -0.7])
+
+
+def test_groups_are_scored_in_the_background_and_failures_said_once(engine, start):
+    def score(group):
+        for completion in group:
+            completion.reward = 2.0
+        return [RewardResult(0.0, "timeout", "no reward within 1 s")]
+
+    run = start(score=score)
+    assert {c.reward for group in run.take(10) for c in group} == {2.0}
+    until(lambda: metrics(run)["staleness/finished_groups"] == 4)
+    assert run.messages() == ["8 rewards failed, the first one: timeout no reward within 1 s"]
+
+
+def test_an_error_of_the_reward_pool_ends_it(start):
+    def score(group):
+        raise RuntimeError("a reward worker did not start")
+
+    with pytest.raises(RuntimeError, match="did not start"):
+        start(score=score).take(10)
+
+
+def test_waiting_for_a_batch_keeps_no_core_busy(engine, start):
+    engine.hanging = set(range(100))
+    run = start()
+    until(lambda: len(engine.asked) == 8 * COMPLETIONS)
+    began = time.process_time()
+    with pytest.raises(CollectError):
+        run.take(1.0)
+    assert time.process_time() - began < 0.3

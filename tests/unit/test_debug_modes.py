@@ -21,6 +21,7 @@ from megatron_vespo.debug_modes import (
 )
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.training_samples import training_samples
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
@@ -109,10 +110,11 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
         args=args,
         trainer=None,
         collector=Engines(None if mode is RolloutOnly else state),
-        rewards=Rewards(),
+        scorer=Scorer(
+            Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+        ),
         cursor=PromptCursor(PROMPTS, 0, state.consumed_prompts),
         heldout=[],
-        tokenizer=Tokenizer(),
         sampling=SamplingParams(1.0, 3, ()),
         display=RunDisplay("test", args.train_iters),
         engine_sync=EngineSync(),
@@ -124,9 +126,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
 
 
 def replaying(args: Namespace) -> Replay:
-    nothing = dict.fromkeys(
-        ("engine_sync", "trainer", "collector", "rewards", "cursor", "tokenizer", "sampling")
-    )
+    nothing = dict.fromkeys(("engine_sync", "trainer", "collector", "scorer", "cursor", "sampling"))
     return Replay(args=args, heldout=[], display=RunDisplay("test", 1), metrics=None, **nothing)
 
 

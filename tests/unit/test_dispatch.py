@@ -7,10 +7,10 @@ import time
 import pytest
 from aiohttp import web
 
-from megatron_vespo.rollout import collector as collecting
 from megatron_vespo.rollout import dispatch
-from megatron_vespo.rollout.collector import CollectError, Collector
-from megatron_vespo.rollout.dispatch import LostRequests
+from megatron_vespo.rollout import engines as drawing
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError, LostRequests
 from megatron_vespo.types import Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
@@ -46,7 +46,7 @@ class Engine:
 
 @pytest.fixture()
 def engines(monkeypatch):
-    monkeypatch.setattr(collecting, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(drawing, "CHECK_INTERVAL_S", 0.02)
     monkeypatch.setattr(dispatch, "POLL_S", 0.02)
     engines, loop, ready = (Engine(), Engine()), asyncio.new_event_loop(), threading.Event()
     done = asyncio.Event()
@@ -95,7 +95,7 @@ def later(seconds: float, action) -> None:
 
 
 def test_requests_with_a_broken_connection_go_to_another_engine(engines, monkeypatch):
-    monkeypatch.setattr(collecting, "CHECK_INTERVAL_S", 60.0)  # all in one line, at the end
+    monkeypatch.setattr(drawing, "CHECK_INTERVAL_S", 60.0)  # all in one line, at the end
     said = []
     engines[0].breaking = 10**9
     run = collector([engine.url for engine in engines], said)

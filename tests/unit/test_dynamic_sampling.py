@@ -12,6 +12,7 @@ from megatron_vespo.controller import Controller
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
+from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.training_samples import training_samples
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
@@ -162,10 +163,15 @@ def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -
         args=args,
         trainer=None,
         collector=Engines(),
-        rewards=Rewards(every),
+        scorer=Scorer(
+            Tokenizer(),
+            Rewards(every),
+            args.max_completion_tokens,
+            args.overlong_buffer,
+            args.overlong_penalty,
+        ),
         cursor=PromptCursor(PROMPTS, args.seed, consumed),
         heldout=[],
-        tokenizer=Tokenizer(),
         sampling=SamplingParams(1.0, LONGEST, ()),
         display=Display(),
         engine_sync=None,

@@ -18,11 +18,13 @@ LAYERS = {
     "conversion": 1,
     "data": 1,
     "http": 1,
+    "import_path": 0,
     "layout": 1,
     "observability": 1,
     "rewards": 1,
     "runtime": 1,
     "rollout": 2,
+    "simulation": 2,
     "trainer": 2,
     "weight_sync": 2,
     "cluster": 3,
@@ -39,6 +41,7 @@ LAYERS = {
     "logits_check": 5,
     "model_flags": 5,
     "modelopt_export": 5,
+    "simulate_cli": 5,
     "train": 5,
     "training_samples": 4,
     "validation": 5,
@@ -49,6 +52,9 @@ SIBLINGS = {
     ("rollout", "trainer"),
     ("weight_sync", "trainer"),
     ("weight_sync", "rollout"),
+    ("rollout", "simulation"),
+    ("simulation", "trainer"),
+    ("simulation", "weight_sync"),
 }
 
 

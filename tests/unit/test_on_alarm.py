@@ -11,6 +11,7 @@ from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=[1, 2], answer="", text="") for i in range(2)]
@@ -44,6 +45,7 @@ class Collector:
 class Trainer:
     def __init__(self):
         self.saved: list[dict] = []
+        self.saved_buffers: list[bytes | None] = []
 
     def prepare(self, mini_batches: list) -> None:
         self._sizes = [len(samples) for samples in mini_batches]
@@ -66,8 +68,9 @@ class Trainer:
     def log_probs(self, samples: list) -> list[np.ndarray]:
         return [np.zeros(sample.completion_length, np.float32) for sample in samples]
 
-    def save(self, state: dict) -> None:
+    def save(self, state: dict, rollout_buffer: bytes | None) -> None:
         self.saved.append(state)
+        self.saved_buffers.append(rollout_buffer)
 
 
 class EngineSync:
@@ -109,6 +112,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         save_interval=1000,
         on_alarm=on_alarm,
         sync_interval=None,
+        stop_generation=False,
         seed=0,
     )
     vars(args).update(changes)
@@ -117,11 +121,12 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         args=args,
         trainer=Trainer(),
         collector=Collector(state, truncated),
+        scorer=Scorer(
+            Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+        ),
         engine_sync=EngineSync(),
-        rewards=Rewards(),
         cursor=Cursor(),
         heldout=[],
-        tokenizer=Tokenizer(),
         sampling=SamplingParams(1.0, 3, ()),
         display=RunDisplay("test", args.train_iters),
         metrics=MetricsWriter(tmp_path, None),

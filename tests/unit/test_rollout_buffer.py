@@ -87,7 +87,7 @@ def test_what_cannot_finish_in_time_is_generated_again_until_the_cap():
     assert (second.prompt, second.dispatches) == (slow.prompt, 2)
     buffer.next_step, buffer.served = 4, 4
     assert buffer.expire() == [second]
-    assert buffer.counts.given_up == 1 and slow.prompt not in buffer.pending()
+    assert buffer.counts.given_up == 1 and slow.serial not in [p.serial for p in buffer.pending()]
 
 
 class Simulation:
@@ -159,7 +159,7 @@ class Simulation:
             self.buffer.serve(step)
 
     def check_that_nothing_is_lost(self) -> None:
-        counts, pending = self.buffer.counts, Counter(p.prompt_id for p in self.buffer.pending())
+        counts, pending = self.buffer.counts, Counter(p.serial for p in self.buffer.pending())
         assert max(self.trained.values()) == 1 and max(pending.values(), default=1) == 1
         assert not self.trained.keys() & pending.keys()
         assert sum(self.trained.values()) == counts.trained
@@ -222,12 +222,61 @@ def test_without_tail_and_failures_nothing_is_generated_in_vain():
     )
 
 
-def test_pending_prompts_are_generated_after_a_resume():
+def test_what_is_pending_goes_on_after_a_resume():
+    """Two finished groups, one of them scored, one in flight that has come some way, one that waits."""
     buffer = make_buffer()
-    finish(buffer, 5)
-    flying = buffer.dispatch()
+    finish(buffer, 4)
+    scored, unscored, flying, failed = (buffer.dispatch() for _ in range(4))
+    for ticket in (scored, unscored):
+        buffer.finish(ticket, [completion(ticket.prompt, [0, 0])])
+    group = buffer._finished[-2][2]
+    group[0].reward = 1.0
+    begun = completion(flying.prompt, [0])
+    begun.finish_reason = "abort"
+    flying.drafts.extend([None, begun])
+    buffer.fail(failed)
     assert len(buffer.take()) == 4
-    assert [p.prompt_id for p in buffer.pending()] == [4, 5] and flying.prompt.prompt_id == 5
-    resumed = make_buffer(version=2)
-    resumed.restore(buffer.pending())
-    assert [resumed.dispatch().prompt.prompt_id for _ in range(2)] == [4, 5]
+    state = buffer.pending()
+    assert [(p.serial, p.dispatches) for p in state] == [(4, 0), (5, 0), (6, 0), (7, 1)]
+    resumed = make_buffer(version=2, serial=8)
+    resumed.restore(state)
+    assert resumed.num_finished == 1 and resumed.counts.taken == 4
+    tickets = [resumed.dispatch() for _ in range(3)]
+    assert [(t.serial, t.dispatches, t.version) for t in tickets] == [(5, 1, 0), (6, 1, 0), (7, 2, 2)]
+    assert tickets[1].drafts == [None, begun]
+    assert resumed.dispatch().serial == 8
+    assert {p.serial for p in resumed.pending()} == {4, 5, 6, 7, 8}
+
+
+def test_a_failed_group_keeps_what_it_has_and_one_that_is_too_old_does_not():
+    buffer = make_buffer(max_staleness=2)
+    ticket = buffer.dispatch()
+    done = completion(ticket.prompt, [0])
+    ticket.drafts.extend([done, None])
+    buffer.serve(1)
+    assert buffer.fail(ticket)
+    again = buffer.dispatch()
+    assert (again.drafts, again.version) == ([done, None], 0)  # its bound is the draft's
+    buffer.next_step, buffer.served = 3, 3
+    assert buffer.expire() == [again]
+    anew = buffer.dispatch()
+    assert (anew.drafts, anew.version, anew.serial) == ([], 3, ticket.serial)
+
+
+def test_groups_that_teach_nothing_are_left_out_up_to_the_cap():
+    buffer = make_buffer(teaches=lambda group: group[0].prompt.prompt_id % 2 == 0, max_left_out=3)
+    for _ in range(2):
+        finish(buffer, 7)
+        # of serials 0..6 and 7..13: three odd ones are left out, then everything fills the batch
+        assert len(buffer.take()) == 4
+    assert buffer.counts.left_out == 6 and buffer.num_finished == 0
+    assert buffer.counts.taken == 14 == buffer.counts.trained + buffer.counts.left_out
+
+
+def test_over_subscription_bounds_what_is_held():
+    buffer = make_buffer(max_held=6)
+    assert buffer.room() == 6
+    finish(buffer, 5)
+    assert buffer.room() == 1
+    assert len(buffer.take()) == 4
+    assert buffer.room() == 3  # version 0 reaches steps 2 and 3, four places, and one is finished

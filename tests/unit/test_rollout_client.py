@@ -15,8 +15,10 @@ from megatron_vespo.rollout.client import (
     generate_payload,
     parse_generate_reply,
 )
-from megatron_vespo.rollout.collector import CollectError, Collector, completion_seed
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine
+from megatron_vespo.rollout.engines import completion_seed
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
 from megatron_vespo.types import Completion, Prompt, SamplingParams
@@ -274,7 +276,7 @@ class FaultyEngine:
     def __init__(self, *_):
         self.url = "http://engine"
 
-    async def generate(self, prompt, sampling, seed):
+    async def generate(self, prompt, sampling, seed, begun=None):
         if seed in self.faulty:
             raise NonFiniteLogProbsError(f"seed {seed}: log-prob nan")
         return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
@@ -311,7 +313,7 @@ class SlowEngine(FaultyEngine):
     def __init__(self, url, *_):
         self.url = url
 
-    async def generate(self, prompt, sampling, seed):
+    async def generate(self, prompt, sampling, seed, begun=None):
         await asyncio.sleep(0.02)
         if "broken" in self.url:
             raise GenerateReplyError("broken")

@@ -31,6 +31,8 @@ def test_rollout_metrics():
     groups[0][1].rejections, groups[2][0].rejections = ("NaN", "NaN"), ("inf",)
     assert rollout_metrics(groups, "group-mean-std") == {
         "reward/mean": 3 / 8,
+        "reward/error_count": 0.0,
+        "reward/timeout_count": 0.0,
         "reward/overlong_penalty_mean": 0.0,
         "rollout/zero_advantage_share": 2 / 4,
         "response/length_mean": 32 / 8,

@@ -1,0 +1,64 @@
+"""Completions as plain arrays, what differs in length end to end, and back bit by bit.
+
+N completions of C tokens each, P those of their prompts, L layers, E experts a token:
+
+    completion_lengths int64 [N], completion_tokens int64, log_probs float32, policy_versions int64 [sum C]
+    rewards (NaN: none yet), overlong_penalties, temperatures float64 [N]
+    finish_reasons, reward_statuses str [N]
+    routes uint8 [sum (P + C - 1), L, E], absent where the model is dense
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_vespo.types import Completion, Prompt
+
+
+def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    rewards = [np.nan if c.reward is None else c.reward for c in completions]
+    arrays = {
+        "completion_lengths": np.array([len(c.token_ids) for c in completions], np.int64),
+        "completion_tokens": end_to_end([c.token_ids for c in completions], np.int64),
+        "log_probs": end_to_end([c.log_probs for c in completions], np.float32),
+        "policy_versions": end_to_end([c.policy_versions for c in completions], np.int64),
+        "rewards": np.array(rewards, np.float64),
+        "overlong_penalties": np.array([c.overlong_penalty for c in completions], np.float64),
+        "temperatures": np.array([c.temperature for c in completions], np.float64),
+        "finish_reasons": np.array([c.finish_reason for c in completions], str),
+        "reward_statuses": np.array([c.reward_status for c in completions], str),
+    }
+    if completions and completions[0].routed_experts is not None:
+        arrays["routes"] = np.concatenate([c.routed_experts for c in completions])
+    return arrays
+
+
+def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
+    """`prompts` are those of the completions, one each."""
+    lengths = arrays["completion_lengths"]
+    routes: Sequence[np.ndarray | None] = [None] * len(lengths)
+    if "routes" in arrays:
+        routes = split(
+            arrays["routes"], np.array([len(prompt.token_ids) for prompt in prompts]) + lengths - 1
+        )
+    return [
+        Completion(prompt, tokens.tolist(), log_probs, versions, experts, str(finish), float(temperature),
+                   None if np.isnan(reward) else float(reward), str(status), float(penalty))
+        for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty in zip(
+            prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], lengths),
+            split(arrays["policy_versions"], lengths), routes, arrays["finish_reasons"],
+            arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"],
+            arrays["overlong_penalties"], strict=True,
+        )
+    ]  # fmt: skip
+
+
+def end_to_end(parts: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])
+
+
+def split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The pieces of `values` that lie end to end."""
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -1,0 +1,31 @@
+"""Functions that a user names on the command line."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+
+def import_function(import_path: str, what: str, builtin: str | None = None) -> Callable:
+    """The function named "package.module:function".
+
+    `what` it is and the name of a `builtin` one, for messages.
+
+    Raises:
+        ValueError: the module or the function is not there, or it is not callable.
+    """
+    where = f"{what} {import_path!r}"
+    module_name, _, name = import_path.partition(":")
+    if not (module_name and name):
+        names = f'"{builtin}" or ' if builtin else ""
+        raise ValueError(f'{where}: write {names}"package.module:function"')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{where}: cannot import {module_name} ({error}); is it on PYTHONPATH?") from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise ValueError(f"{where}: {module_name} has no {name!r}")
+    if not callable(function):
+        raise ValueError(f"{where}: is a {type(function).__name__}, not a function")
+    return function

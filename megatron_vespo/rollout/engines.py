@@ -1,0 +1,144 @@
+"""What the engines make together: draws that outlive a lost engine, a held run and odd log-probs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+
+from megatron_vespo.rollout.client import NonFiniteLogProbsError
+from megatron_vespo.rollout.dispatch import CollectError, Dispatch, LostRequests
+from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+CHECK_INTERVAL_S = 1.0
+# a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
+MAX_REJECTED_SHARE = 0.03
+Check = Callable[[], None]
+Drafts = list[Completion | None]  # of a group, a place each
+
+
+class TooManyRejectedError(CollectError):
+    """Completions whose log-probs are no numbers, so many that the engine or the weights must be broken."""
+
+
+class RejectedDraws:
+    """Counts the completions that had to be drawn anew among `total`; an error when they are too many."""
+
+    def __init__(self, total: int):
+        self.total, self._num = total, 0
+
+    def add(self, error: NonFiniteLogProbsError) -> None:
+        self._num += 1
+        if self._num > max(1, MAX_REJECTED_SHARE * self.total):
+            raise TooManyRejectedError(
+                f"{self._num} of {self.total} completions had non-finite log-probs, more than "
+                f"{MAX_REJECTED_SHARE:.0%}; the last one: {error}"
+            ) from error
+
+
+class Engines:
+    """Draws from all engines by `dispatch`; usable inside one event loop only.
+
+    `function` makes a completion from draws; without it each is one.
+    """
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        lost: LostRequests,
+        check: Check | None,
+        function: GenerateFunction | None,
+    ):
+        self._dispatch, self._lost, self._check = dispatch, lost, check
+        self._function = function
+
+    async def draw(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int,
+        index: int,
+        num_completions: int,
+        rejected: RejectedDraws,
+        drafts: Drafts | None = None,
+    ) -> Completion:
+        """Completion `index` of a group; one with non-finite log-probs is drawn anew.
+
+        `drafts[index]` is where it begins and, at any time, as far as it has come. One that an engine hands
+        back unfinished goes on as soon as that is allowed.
+        """
+        drafts = [None] * num_completions if drafts is None else drafts
+        if self._function is None:
+            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, drafts)
+
+        async def ask(prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
+            return await self._complete(prompt, sampling, seed, 0, 1, rejected, [None])
+
+        if drafts[index] is None:
+            own_seed = completion_seed(seed, prompt.prompt_id, index)
+            drafts[index] = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
+        return drafts[index]
+
+    async def hold(self, timeout_s: float) -> None:
+        """Makes engines hand back what they are at, and asks for nothing more until `release`."""
+        await self._dispatch.hold(timeout_s)
+
+    def release(self) -> None:
+        self._dispatch.release()
+
+    async def watch(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Never returns; raises what `check` raises. `meanwhile` may block the loop."""
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            await self._run_check()
+            if meanwhile is not None:
+                meanwhile()
+            self._dispatch.refresh()
+            self._lost.tell()
+
+    async def _complete(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        seed: int,
+        index: int,
+        num_completions: int,
+        rejected: RejectedDraws,
+        drafts: Drafts,
+    ) -> Completion:
+        rejections: tuple[str, ...] = ()
+        while (draft := drafts[index]) is None or draft.finish_reason == "abort":
+            number = index + num_completions * len(rejections)
+            try:
+                drafts[index] = await self._draw_once(
+                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number), draft
+                )
+            except NonFiniteLogProbsError as error:
+                rejected.add(error)
+                rejections += (str(error),)
+        draft.rejections += rejections
+        return draft
+
+    async def _draw_once(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int, draft: Completion | None
+    ) -> Completion | None:
+        try:
+            return await self._dispatch.send(
+                lambda client: client.generate(prompt, sampling, seed, draft), f"prompt {prompt.prompt_id}"
+            )
+        except CollectError:
+            # The connection breaks a moment before the process can be seen to be dead.
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            await self._run_check()
+            raise
+
+    async def _run_check(self) -> None:
+        if self._check is not None:
+            await asyncio.to_thread(self._check)
+
+
+def completion_seed(seed: int, prompt_id: int, index: int) -> int:
+    """31-bit sampling seed of completion `index` of a prompt: the same from whichever engine and when."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

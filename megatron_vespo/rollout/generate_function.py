@@ -1,0 +1,69 @@
+"""Completions made by a user's own function: several drafts and the best one, an environment in between.
+
+    async def generate(draw, prompt, sampling, seed):
+        first, second = [await draw(prompt, sampling, seed + i) for i in range(2)]
+        return min(first, second, key=lambda completion: len(completion.token_ids))
+
+`draw(prompt, sampling, seed)` is one finished Completion of an engine. The function may ask for several, of
+other prompts too, and returns one of them or one put together from theirs: every token of it is trained on,
+so every token needs the log-prob and the policy version with which an engine has sampled it. Its time counts
+as generation. What it has under way when a run is saved begins anew after the resume.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from megatron_vespo.import_path import import_function
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+Draw = Callable[[Prompt, SamplingParams, int], Awaitable[Completion]]
+GenerateFunction = Callable[[Draw, Prompt, SamplingParams, int], Awaitable[Completion]]
+
+
+class GenerateFunctionError(RuntimeError):
+    """A user's function that raised or made something that cannot be trained on; says which prompt."""
+
+
+def load_generate_function(import_path: str) -> GenerateFunction:
+    """The coroutine function named "package.module:function"; ValueError if there is none."""
+    function = import_function(import_path, "generate function")
+    if not inspect.iscoroutinefunction(function):
+        raise ValueError(f"generate function {import_path!r}: must be defined with async def")
+    return function
+
+
+async def run_generate_function(
+    function: GenerateFunction, draw: Draw, prompt: Prompt, sampling: SamplingParams, seed: int
+) -> Completion:
+    try:
+        completion = await function(draw, prompt, sampling, seed)
+    except Exception as error:  # it may raise anything; what an engine has raised says where by itself
+        if type(error).__module__.startswith("megatron_vespo."):
+            raise
+        raise GenerateFunctionError(
+            f"the generate function failed at prompt {prompt.prompt_id}: {type(error).__name__}: {error}"
+        ) from error
+    problem = _problem(completion, prompt)
+    if problem:
+        raise GenerateFunctionError(f"the generate function returned for prompt {prompt.prompt_id} {problem}")
+    return completion
+
+
+def _problem(completion: Completion, prompt: Prompt) -> str | None:
+    if not isinstance(completion, Completion):
+        return f"a {type(completion).__name__}, not a Completion"
+    length = len(completion.token_ids)
+    if completion.prompt.prompt_id != prompt.prompt_id:
+        return f"a completion of prompt {completion.prompt.prompt_id}"
+    if length == 0:
+        return "no tokens"
+    for name in ("log_probs", "policy_versions"):
+        if len(getattr(completion, name)) != length:
+            return f"{length} tokens and {len(getattr(completion, name))} {name}"
+    if not np.isfinite(completion.log_probs).all():
+        return "log-probs that are no numbers"
+    return None

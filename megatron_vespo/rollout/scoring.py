@@ -1,0 +1,49 @@
+"""What completions have earned: the reward function's answers, and the penalty for length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.algorithms.advantages import overlong_penalty
+from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
+from megatron_vespo.types import Completion
+
+
+class Scorer:
+    """Decodes completions and has `rewards` judge them; several threads may.
+
+    `longest` is --max-completion-tokens; the penalty falls over the last `buffer` tokens before it, to
+    -`factor`.
+    """
+
+    def __init__(self, tokenizer: Any, rewards: RewardPool, longest: int, buffer: int, factor: float):
+        self._tokenizer, self._rewards = tokenizer, rewards
+        self._longest, self._buffer, self._factor = longest, buffer, factor
+
+    def score(self, completions: Sequence[Completion]) -> list[RewardResult]:
+        """Fills rewards and penalties in; returns the results that are none, a time-out for one."""
+        texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        items = [
+            RewardItem(text, c.prompt.answer, c.prompt.metadata, ended=c.finish_reason == "stop")
+            for text, c in zip(texts, completions, strict=True)
+        ]
+        results = self._rewards.score(items)
+        penalties = overlong_penalty(
+            np.array([len(completion.token_ids) for completion in completions]),
+            np.array([completion.finish_reason == "length" for completion in completions]),
+            self._longest,
+            self._buffer,
+        )
+        for completion, result, penalty in zip(completions, results, penalties, strict=True):
+            completion.overlong_penalty = float(self._factor * penalty)
+            completion.reward_status = result.status
+            completion.reward = result.value  # last: with it the completion is done
+        return [result for result in results if result.status != "ok"]
+
+
+def describe_failures(failures: Sequence[RewardResult]) -> str:
+    """In one line, for people."""
+    return f"{len(failures)} rewards failed, the first one: {failures[0].status} {failures[0].detail}"

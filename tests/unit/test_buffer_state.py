@@ -1,0 +1,59 @@
+"""A rollout buffer's state as bytes: everything comes back, and other prompts are refused."""
+
+import numpy as np
+import pytest
+
+from megatron_vespo.rollout.buffer import Pending
+from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
+from megatron_vespo.types import Completion, Prompt
+
+PROMPTS = {number: Prompt(number, [number, 1, 2], "42", "six by seven") for number in (3, 5, 8)}
+LAYERS, EXPERTS = 2, 2
+
+
+def draft(prompt: Prompt, length: int, reason: str, reward: float | None, moe: bool) -> Completion:
+    rng = np.random.default_rng(length)
+    routes = rng.integers(0, 256, (len(prompt.token_ids) + length - 1, LAYERS, EXPERTS)).astype(np.uint8)
+    return Completion(
+        prompt, rng.integers(0, 99, length).tolist(), -rng.random(length, np.float32),
+        rng.integers(0, 9, length), routes if moe else None, reason, 0.7, reward, "timeout", -0.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_drafts_come_back_bit_by_bit_in_their_places(moe):
+    finished = [draft(PROMPTS[3], 4, "stop", 1.0, moe), draft(PROMPTS[3], 2, "length", 0.0, moe)]
+    begun = [None, draft(PROMPTS[8], 3, "abort", None, moe)]
+    state = [
+        Pending(17, PROMPTS[3], 0, finished),
+        Pending(18, PROMPTS[5], 2, []),
+        Pending(20, PROMPTS[8], 1, begun),
+        Pending(21, PROMPTS[8], 0, [None, None]),
+    ]
+    back = unpack_pending(pack_pending(state), PROMPTS)
+    assert [(p.serial, p.prompt, p.dispatches, len(p.drafts), p.is_finished) for p in back] == [
+        (17, PROMPTS[3], 0, 2, True), (18, PROMPTS[5], 2, 0, False), (20, PROMPTS[8], 1, 2, False),
+        (21, PROMPTS[8], 0, 2, False),
+    ]  # fmt: skip
+    for before, after in zip(state, back, strict=True):
+        for one, other in zip(before.drafts, after.drafts, strict=True):
+            assert (one is None) == (other is None)
+            for name, value in vars(one).items() if one else ():
+                found = getattr(other, name)
+                if isinstance(value, np.ndarray):
+                    assert found.dtype == value.dtype and found.tobytes() == value.tobytes(), name
+                else:
+                    assert found == value, name
+
+
+def test_nothing_pending_is_a_state_too():
+    assert unpack_pending(pack_pending([]), PROMPTS) == []
+
+
+def test_other_prompts_and_broken_bytes_are_refused():
+    packed = pack_pending([Pending(0, PROMPTS[5], 0, [])])
+    for prompts in ({}, {5: Prompt(5, [9], "", "")}):
+        with pytest.raises(ValueError, match="^prompt 5 was in flight .* --prompt-data, the tokenizer"):
+            unpack_pending(packed, prompts)
+    with pytest.raises(ValueError, match="^the checkpoint's rollout buffer cannot be read"):
+        unpack_pending(packed[:-30], PROMPTS)

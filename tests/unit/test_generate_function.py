@@ -1,0 +1,61 @@
+"""A user's own way of making a completion, around a stand-in for the engine."""
+
+import asyncio
+
+import custom_generate
+import numpy as np
+import pytest
+
+from megatron_vespo.rollout.generate_function import (
+    GenerateFunctionError,
+    load_generate_function,
+    run_generate_function,
+)
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+PROMPT = Prompt(7, [1, 2], "", "")
+SAMPLING = SamplingParams(1.0, 8, ())
+
+
+def run(function) -> tuple[Completion, list[int]]:
+    seeds = []
+
+    async def draw(prompt, sampling, seed):
+        seeds.append(seed)
+        length = 3 - len(seeds)  # the second one is shorter
+        return Completion(
+            prompt, [9] * length, np.zeros(length, np.float32), np.zeros(length, np.int64), None, "stop", 1.0
+        )
+
+    return asyncio.run(run_generate_function(function, draw, PROMPT, SAMPLING, 40)), seeds
+
+
+def test_it_may_draw_as_often_as_it_wants():
+    completion, seeds = run(load_generate_function("custom_generate:shorter_of_two"))
+    assert len(completion.token_ids) == 1 and seeds == [40, 41]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (custom_generate.raises, "^the generate function failed at prompt 7: KeyError: 'no key'$"),
+        (custom_generate.forgets, "returned for prompt 7 3 tokens and 2 log_probs$"),
+        (custom_generate.nothing, "returned for prompt 7 a NoneType, not a Completion$"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said(function, message):
+    with pytest.raises(GenerateFunctionError, match=message):
+        run(function)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("custom_generate", "generate function 'custom_generate': write \"package.module:function\""),
+        ("custom_generate:no_coroutine", "must be defined with async def"),
+        ("no_such_module:f", "is it on PYTHONPATH"),
+    ],
+)
+def test_a_wrong_name_is_a_line(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_generate_function(path)
