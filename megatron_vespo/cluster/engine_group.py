@@ -115,7 +115,10 @@ class EngineGroup:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Engines that answer nothing meanwhile are not taken for hung: their weights change."""
+        """While their weights change, engines are not taken for hung.
+
+        SGLang's /health generates a token, which a paused engine does not: it answers 503 after 20 s.
+        """
         with self._changed:
             self._quiet += 1
         try:

@@ -82,7 +82,7 @@ class EngineSlot:
             if time.monotonic() > self._answer_due:
                 self.drop_worker()
                 raise EngineError(
-                    f"engine {self.number}: no answer to {self._asked}", log_tail(self.log_path)
+                    f"engine {self.number}'s actor: no answer to {self._asked}", log_tail(self.log_path)
                 )
             return
         try:

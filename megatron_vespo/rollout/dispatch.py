@@ -158,6 +158,8 @@ class Dispatch:
         engine.outstanding += 1
         url = engine.client.url
         asking = asyncio.ensure_future(request(engine.client))
+        # where nobody waits any more, its error is nobody's
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait((asking, engine.gone), return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():

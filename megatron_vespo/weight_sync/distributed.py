@@ -175,8 +175,11 @@ class BucketSender:
         except RuntimeError as error:
             broken = str(error)  # the error itself would keep the group alive
             self.close()  # engines that wait for a part that will not come give up
-        # an engine's own words say more than a broken connection
-        self.control.wait(receiving)
+        try:
+            self.control.wait(receiving)  # an engine's own words say more than a broken connection
+        except WeightSyncError:
+            self.close()  # with NCCL it is the GPU that waits, and all work behind it
+            raise
         if broken is not None:
             raise WeightSyncError(f"broadcast to {', '.join(self.control.urls)} failed: {broken}")
 

@@ -13,11 +13,17 @@ START_TIMEOUT_S = 300.0
 NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
 
 
-def make_tiny_model(folder: Path, seed: int) -> Path:
-    """A random fp32 Qwen3-MoE in HF format, with a character tokenizer and a chat template."""
+def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
+    """A random fp32 Qwen3-MoE, or Qwen3, in HF format, with a character tokenizer and a chat template."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     special = ["<pad>", "<eos>", "<unk>"]
     characters = [chr(code) for code in range(32, 127)]
@@ -29,29 +35,35 @@ def make_tiny_model(folder: Path, seed: int) -> Path:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOPK,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        mlp_only_layers=[],
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.2,  # large enough that the experts and the sampled tokens vary
-    )
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # large enough that the experts and the sampled tokens vary
+    }
+    experts = {
+        "moe_intermediate_size": 32,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOPK,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+    }
     torch.manual_seed(seed)
-    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
+    if dense:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+    model.float().save_pretrained(folder)
     return folder
 
 

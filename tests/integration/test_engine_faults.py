@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runs import Run, nothing_left, train_command
-from servers import START_TIMEOUT_S
+from servers import START_TIMEOUT_S, make_tiny_model
 
 from megatron_vespo.http import EngineRequestError, get_json
 from megatron_vespo.observability.metrics import read_metrics
@@ -61,12 +61,18 @@ class Faulty(Run):
         return batches
 
 
+@pytest.fixture(scope="module")
+def dense_model(tmp_path_factory) -> Path:
+    """In completions so long two experts come so close that engine and trainer may choose differently."""
+    return make_tiny_model(tmp_path_factory.mktemp("dense"), seed=0, dense=True)
+
+
 @pytest.fixture()
-def start(tiny_model, tmp_path):
+def start(dense_model, tmp_path):
     runs = []
 
     def start(*flags: str) -> Faulty:
-        runs.append(Faulty(tiny_model, tmp_path, *flags))
+        runs.append(Faulty(dense_model, tmp_path, *flags))
         return runs[-1]
 
     yield start

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout import async_collector
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
@@ -210,6 +211,23 @@ def test_a_dead_engine_and_a_deadline_are_raised(engine, start):
         start().take(0.2)
     with pytest.raises(RuntimeError, match="engine died"):
         start(check=dead).take(10)
+
+
+def test_a_take_that_waits_lets_others_work(engine, start, monkeypatch):
+    """`meanwhile` may call what the stream offers."""
+    monkeypatch.setattr(async_collector, "MEANWHILE_INTERVAL_S", 0.01)
+    engine.hanging = {1}
+    run = start(max_staleness=1)
+    seen = []
+
+    def meanwhile() -> None:
+        seen.append(metrics(run)["staleness/in_flight_groups"])
+        run.serve(0)
+
+    run.meanwhile = meanwhile
+    with pytest.raises(CollectError, match="no rollout batch within 0.3 s"):
+        run.take(0.3)
+    assert len(seen) > 3
 
 
 def test_stop_cancels_what_is_in_flight(engine, start):

@@ -108,3 +108,20 @@ def test_generation_stops_for_a_save_and_where_it_is_to_stop_while_there_is_trai
     batch = ["resume", "suspend"] if stop else ["resume"]
     save = ["suspend"] if stop else ["suspend", "resume"]
     assert log == ["start", *batch * 3, *save, "stop"]
+
+
+def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
+    run = controller(tmp_path, "warn", 3, set())
+    run.stream, run.state.iteration = Stream(3), 2
+    asked = []
+
+    def is_wanted(while_others_serve: bool) -> bool:
+        asked.append(while_others_serve)
+        return while_others_serve
+
+    run.engine_sync.is_wanted = is_wanted
+    run.heal(while_others_serve=False)
+    assert run.stream.log == [] and run.served == 0
+    run.heal(while_others_serve=True)
+    assert run.stream.log == ["serve 2"] and run.served == 2
+    assert asked == [False, True]
