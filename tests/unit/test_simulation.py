@@ -227,8 +227,8 @@ def test_more_staleness_is_not_slower():
 
 
 def test_the_h100_rates_are_near_a_published_step():
-    """NeMo-RL, Qwen3-30B-A3B, 2,048 samples of 3.1k tokens in four optimizer steps on 32 H100s: 192 s when all
-    of them generate and then train, 152 s one batch ahead. Ours are optimistic, by less than a third.
+    """NeMo-RL, Qwen3-30B-A3B, 2,048 samples of 3.1k tokens in four optimizer steps on 32 H100s: 192 s when
+    all of them generate and then train, 152 s one batch ahead. Ours are optimistic, by less than a third.
     """
     preset = PRESETS["h100"]()
     lengths = LogNormal(3300, 0.3, 4096, 150, 0.3)
