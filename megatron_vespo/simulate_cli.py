@@ -76,7 +76,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
         help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
     add("--max-staleness", type=int, nargs="+", metavar="S",
-        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 2N and 4N, N --mini-batches)")  # fmt: skip
+        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 2N, 4N; N: --mini-batches)")  # fmt: skip
     add("--sync-interval", type=int, metavar="K", help="default: --mini-batches")
     for name, default in SCALE.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N",

@@ -175,7 +175,7 @@ def test_flags_win_over_a_run(recorded_run, capsys):
 
     def step_seconds(*flags: str) -> float:
         assert run([*command, *flags]) == 0
-        return float(capsys.readouterr().out.splitlines()[1].split()[6])
+        return float(capsys.readouterr().out.splitlines()[1].split()[4])
 
     base = step_seconds()
     assert step_seconds("--sync-seconds", "10.4") == pytest.approx(base + 5.0, abs=0.02)
