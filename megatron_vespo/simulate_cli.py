@@ -17,6 +17,7 @@ from megatron_vespo.simulation.rates import PRESETS, Cost, Rates, SharedCores
 from megatron_vespo.simulation.report import Row, format_table, plot
 from megatron_vespo.simulation.run import Settings, simulate
 
+SCALE = {"rollout_batches": 20, "rollout_batch_size": 512, "num_completions": 8, "mini_batches": 4}
 _DESCRIPTION = """\
 Simulate synchronous and asynchronous runs: throughput, idle shares and staleness, in seconds.
 
@@ -27,8 +28,9 @@ by tokens, engines that share their speed among running requests, weight syncs, 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    _check(args)
     measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
+    _complete(args, measured)
+    _check(args)
     lengths = _lengths(args, measured)
     rows = []
     for where, gpus, trainer, engines, rates in _machines(args, measured):
@@ -36,6 +38,12 @@ def main(argv: list[str]) -> int:
             settings = _settings(args, engines, bound)
             rows.append(Row(where, gpus, trainer, bound, simulate(settings, rates, lengths)))
     print(format_table(rows))
+    for row in rows:
+        if measured is not None and row.max_staleness == 0:
+            print(
+                f"{args.from_run} took {measured.seconds:,.1f} s for {measured.num_batches} rollout batches; "
+                f"simulated: {row.result.seconds:,.1f} s for {args.rollout_batches}"
+            )
     if args.picture is not None:
         plot(rows, args.picture, _title(args))
         print(f"picture: {args.picture}")
@@ -54,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_rate_flags(parser)
     _add_failure_flags(parser)
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results there")
-    parser.add_argument("--seed", type=int, default=1, help="the same one gives the same (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=1, help="the same one gives the same (default: 1)"
+    )
     return parser
 
 
@@ -66,31 +76,42 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
         help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
     add("--max-staleness", type=int, nargs="+", metavar="S",
-        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 4N with N --mini-batches)")  # fmt: skip
+        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 2N, 4N; N: --mini-batches)")  # fmt: skip
     add("--sync-interval", type=int, metavar="K", help="default: --mini-batches")
-    add("--mini-batches", type=int, default=4, help="default: 4")
-    add("--rollout-batch-size", type=int, default=512, help="prompts (default: 512)")
-    add("--num-completions", type=int, default=8, help="default: 8")
-    add("--rollout-batches", type=int, default=20, help="how many to simulate (default: 20)")
+    for name, default in SCALE.items():
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N",
+            help=f"default: {default}, or what --from-run had")  # fmt: skip
     add("--on-weight-update", choices=("retract", "in-place", "abort"), default=asynchronous.on_weight_update,
         help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default=asynchronous.stale_groups)
-    add("--max-dispatches", type=int, default=asynchronous.max_dispatches)
+    add("--max-dispatches", type=int, metavar="N", default=asynchronous.max_dispatches)
     add("--save-interval", type=int, metavar="STEPS", help="default: no checkpoints")
-    add("--heldout-prompts", type=int, default=0, help="default: no evaluation")
-    add("--heldout-interval", type=int, default=5, help="rollout batches (default: 5)")
+    add("--heldout-prompts", type=int, metavar="N", default=0, help="default: no evaluation")
+    add("--heldout-interval", type=int, metavar="N", default=5, help="rollout batches (default: 5)")
 
 
 def _add_length_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lengths in tokens")
     add = group.add_argument
     add("--lengths-from", type=Path, metavar="DIR", help="a folder that --save-rollouts has written")
-    add("--length-mean", type=float, default=3200.0, help="of log-normal responses (default: 3200)")
-    add("--length-sigma", type=float, default=0.8, help="of the length's logarithm (default: 0.8)")
+    add(
+        "--length-mean",
+        type=float,
+        metavar="X",
+        default=3200.0,
+        help="of log-normal responses (default: 3200)",
+    )
+    add(
+        "--length-sigma",
+        type=float,
+        metavar="X",
+        default=0.8,
+        help="of the length's logarithm (default: 0.8)",
+    )
     add("--length-prompt-share", type=float, default=0.3, metavar="F",
         help="of its variance is the prompt's (default: 0.3)")  # fmt: skip
-    add("--max-completion-tokens", type=int, default=16384, help="default: 16384")
-    add("--prompt-tokens", type=int, default=512, help="default: 512")
+    add("--max-completion-tokens", type=int, metavar="N", default=16384, help="default: 16384")
+    add("--prompt-tokens", type=int, metavar="N", default=512, help="default: 512")
 
 
 def _add_rate_flags(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +154,23 @@ def _training_defaults() -> Namespace:
 
 def _bounds(args: Namespace) -> list[int]:
     n = args.mini_batches
-    return args.max_staleness or sorted({0, max(n, args.sync_interval or n), 2 * n - 1, 4 * n})
+    return args.max_staleness or sorted(
+        {0, *(max(bound, args.sync_interval or n) for bound in (n, 2 * n - 1, 2 * n, 4 * n))}
+    )
+
+
+def _complete(args: Namespace, measured: Measured | None) -> None:
+    """Fills in what was not given and a run knows."""
+    scale = SCALE
+    if measured is not None:
+        num_groups, num_completions = measured.lengths.completions.shape
+        size = num_groups // measured.num_batches
+        scale = dict(
+            zip(SCALE, (measured.num_batches, size, num_completions, measured.mini_batches), strict=True)
+        )
+    for name, value in scale.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _check(args: Namespace) -> None:
@@ -189,7 +226,7 @@ def _machines(args: Namespace, measured: Measured | None) -> Iterator[tuple[str,
             )
         ranks, engines = measured.trainer_ranks, measured.num_engines
         yield (
-            f"{ranks} ranks, {engines} engines",
+            "that run",
             ranks + engines,
             ranks,
             engines,

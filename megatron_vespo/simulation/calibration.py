@@ -27,6 +27,7 @@ class Measured:
     trainer_ranks: int
     seconds: float
     num_batches: int
+    mini_batches: int
 
 
 def measure(folder: Path, rollouts: Path | None = None) -> Measured:
@@ -49,7 +50,8 @@ def measure(folder: Path, rollouts: Path | None = None) -> Measured:
     rates = None
     if "staleness/total_mean" not in records[0]:
         rates = _rates(phases, lengths, num, engines, ranks, end - start)
-    return Measured(rates, lengths, engines, ranks, end - start, num)
+    steps = sum(name == "train" for name, _, _ in phases)
+    return Measured(rates, lengths, engines, ranks, end - start, num, steps // num)
 
 
 def driver_phases(path: Path) -> list[tuple[str, float, float]]:

@@ -162,9 +162,9 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     picture = tmp_path / "new" / "throughput.png"
     assert run(["simulate", *SMALL, "--gpus", "8", "16", "--picture", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in lines[1:9]] == [
+    assert [line.split()[:4] for line in lines[1:11]] == [
         [gpus, "GPUs", trainer, bound]
-        for gpus, trainer in (("8", "2"), ("16", "4")) for bound in ("sync", "4", "7", "16")
+        for gpus, trainer in (("8", "2"), ("16", "4")) for bound in ("sync", "4", "7", "8", "16")
     ]  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 150_000
 
@@ -175,11 +175,18 @@ def test_flags_win_over_a_run(recorded_run, capsys):
 
     def step_seconds(*flags: str) -> float:
         assert run([*command, *flags]) == 0
-        return float(capsys.readouterr().out.splitlines()[1].split()[6])
+        return float(capsys.readouterr().out.splitlines()[1].split()[4])
 
     base = step_seconds()
     assert step_seconds("--sync-seconds", "10.4") == pytest.approx(base + 5.0, abs=0.02)
     assert step_seconds("--decode-ms", "400", "0") > 5 * base
+
+
+def test_a_run_tells_its_own_scale(recorded_run, capsys):
+    assert run(["simulate", "--from-run", str(recorded_run), "--max-staleness", "0", "3"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    took, simulated = (float(part.split(" s for 12")[0].split()[-1]) for part in last.split(";"))
+    assert simulated == pytest.approx(took, rel=0.05)
 
 
 def test_the_help_fits_on_a_few_screens(capsys):
