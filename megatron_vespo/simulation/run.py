@@ -136,7 +136,8 @@ class _Run:
             self._stream.fill()
         while self._step < settings.train_steps:
             groups = yield from self._take()
-            yield from self._phase("reward", len(groups) * settings.num_completions)
+            if not settings.max_staleness:  # else in the background, as groups finish
+                yield from self._phase("reward", len(groups) * settings.num_completions)
             yield from self._update(groups)
             if (self._step // settings.mini_batches) % settings.heldout_interval == 0 or self._is_last():
                 yield from self._evaluate()

@@ -1,0 +1,71 @@
+"""An asynchronous run that is killed and goes on trains on every prompt once."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from runs import Run, nothing_left, train_command
+from transformers import AutoTokenizer
+
+from megatron_vespo.data.checkpoint_folder import BUFFER, newest_save
+from megatron_vespo.data.prompts import PromptCursor, load_prompts
+from megatron_vespo.data.rollout_file import batch_path, read_record
+from megatron_vespo.observability.metrics import read_metrics
+
+START_S = 300.0
+STEPS, MINI_BATCHES, BATCH_SIZE, SEED = 40, 2, 4, 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(400)]  # more than are taken
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
+    flags = f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
+    flags += f"--save {saved} --load {saved} --save-rollouts {rollouts} --no-hf-export --async-save "
+    flags += f"--max-completion-tokens 200 --max-dispatches 1000 --seed {SEED}"
+    command = train_command(tiny_model, questions, tmp_path / "out", *flags.split())
+    draw = random.Random(1)
+    resumed_with = []
+    for number in range(5):
+        run = Run(command, tmp_path / f"log-{number}")
+        try:
+            if number < 4:
+                run.wait_for_output(f"\n{4 * (number + 1)}/{STEPS} ", START_S)
+                time.sleep(draw.uniform(0.0, 3.0))
+                run.process.kill()
+                run.process.wait()
+            else:
+                assert run.wait(START_S) == 0, run.output
+            assert nothing_left(run, timeout_s=30.0)
+        finally:
+            run.kill()
+        resumed_with += [line for line in run.output.splitlines() if "resumed at" in line]
+    print(*resumed_with, sep="\n")
+    assert len(resumed_with) == 4
+    batches = STEPS // MINI_BATCHES
+    trained = [
+        group[0].prompt.prompt_id
+        for batch in range(batches)
+        for group in read_record(batch_path(rollouts, batch)).groups
+    ]
+    assert len(trained) == len(set(trained)) == batches * BATCH_SIZE
+    state = np.load(newest_save(saved) / BUFFER)
+    pending = state["prompt_ids"].tolist()
+    print(f"{len(pending)} prompts are pending at the end, with {len(state['places'])} drafts")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompts = load_prompts(
+        questions, tokenizer, prompt_key="question", answer_key="answer", answer_pattern=None,
+        apply_chat_template=True, max_prompt_tokens=512, overlong="error",
+    ).prompts  # fmt: skip
+    taken = PromptCursor(prompts, SEED).take(len(trained) + len(pending))
+    assert sorted(trained + pending) == sorted(prompt.prompt_id for prompt in taken)
+    records = [r for r in read_metrics(tmp_path / "out/metrics.jsonl") if "reward/mean" in r]
+    assert [r["step"] for r in records] == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))
+    assert max(r["staleness/total_max"] for r in records) <= 4
