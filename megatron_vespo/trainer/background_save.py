@@ -7,7 +7,8 @@ that lives as long as the rank. A thread instead
 * works where there is no CUDA: the process would receive tensors of the CPU as shared memory that the next
   optimizer steps go on changing;
 * ends with its rank, however that ends: nobody writes into a checkpoint any more when a run comes back;
-* needs no second interpreter with the memory of one a rank, and no server process for its results.
+* needs no second interpreter with the memory of one a rank, and no server process for its results, which
+  outlives a rank that is killed.
 
 It holds the interpreter's lock only between writes: the bytes of a tensor are copied and written without it.
 """
