@@ -183,8 +183,6 @@ class TrainerWorker:
         """Engines and trainer have both started from --hf-checkpoint."""
         from megatron_vespo.trainer import checkpoint
 
-        if self._connection > 0:
-            return False
         return not checkpoint.exists(self._args.load) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
 
     def save(self, rollout_state: dict, buffer: bytes | None) -> None:

@@ -86,7 +86,7 @@ def test_ten_kills_at_random_moments(tiny_model, tmp_path, uninterrupted):
     for kill in range(10):
         run = Run(command(tiny_model, folder), tmp_path.with_suffix(f".{kill}"))
         try:
-            run.wait_for_output("connect ...", START_S)
+            run.wait_for_output("start SGLang ...", START_S)
             # some fall into the start, most into training or a save of it
             time.sleep(draw.uniform(0.4, 4.0))
             run.process.kill()
