@@ -241,13 +241,17 @@ class Restarts:
     def __init__(self, args: Namespace):
         self._args, self._left = args, args.trainer_restarts
         self._first = self._newest = self._tracker()
+        self._last_failure: str | None = None
 
     def next(self, error: TrainerError) -> tuple[Namespace, str]:
         """The next session's arguments, and what to tell people; raises `error` when it has to end."""
         newest = self._tracker()
         if newest != self._newest:  # it has come further
             self._newest, self._left = newest, self._args.trainer_restarts
-        if self._left == 0:
+        first_line = str(error).splitlines()[0]
+        repeated = not error.died and first_line == self._last_failure  # the next time would be no better
+        self._last_failure = first_line
+        if self._left == 0 or repeated:
             raise error
         self._left -= 1
         args, where = copy.copy(self._args), "from the beginning, there is no checkpoint yet"
@@ -255,7 +259,6 @@ class Restarts:
             args.load = args.save
         if args.load and (folder := newest_save(Path(args.load))):
             where = f"from {folder}"
-        first_line = str(error).splitlines()[0]
         return args, (
             f"RESTART OF THE TRAINER {where} ({self._left} more without a new checkpoint): {first_line}"
         )

@@ -14,6 +14,8 @@ DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice that a proc
 class WorkerError(RuntimeError):
     """A remote process that failed, died or did not answer; names it."""
 
+    died = False
+
 
 class TrainerError(WorkerError):
     """One of the trainer's ranks: the others cannot go on without it, the run can."""
@@ -52,7 +54,7 @@ def gather(
                 cause = f"{type(error.cause).__name__}: {error.cause}"
                 raise failure(f"{names[i]} failed in {what}: {cause}\n{explain(i)}") from None
             except ray.exceptions.RayActorError as error:
-                raise failure(_death(error, names[i], what, explain(i))) from None
+                raise _death(failure, error, names[i], what, explain(i)) from None
         if watch is not None:
             watch()
         if pending and time.monotonic() > deadline:
@@ -78,7 +80,7 @@ def _raise_if_one_died(
         except ray.exceptions.RayTaskError:
             continue
         except ray.exceptions.RayActorError as error:
-            raise failure(_death(error, names[pending[ref]], what, explain(pending[ref]))) from None
+            raise _death(failure, error, names[pending[ref]], what, explain(pending[ref])) from None
 
 
 def _watch_a_while(watch: Callable[[], None] | None) -> None:
@@ -89,6 +91,10 @@ def _watch_a_while(watch: Callable[[], None] | None) -> None:
         time.sleep(POLL_S / 2)
 
 
-def _death(error: ray.exceptions.RayActorError, name: str, what: str, explanation: str) -> str:
+def _death(
+    failure: type[WorkerError], error: ray.exceptions.RayActorError, name: str, what: str, explanation: str
+) -> WorkerError:
     reason = str(error).strip().splitlines()[-1]
-    return f"{name} died in {what}: {reason}\n{explanation}"
+    death = failure(f"{name} died in {what}: {reason}\n{explanation}")
+    death.died = True
+    return death

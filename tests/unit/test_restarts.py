@@ -10,6 +10,7 @@ from megatron_vespo.data.checkpoint_folder import TRACKER_NAME
 from megatron_vespo.session import Restarts
 
 ERROR = TrainerError("trainer rank 1 died in train_step: killed\nend of its log: ...")
+ERROR.died = True
 
 
 def save(folder, iteration: int, when: int = 0) -> None:
@@ -68,3 +69,14 @@ def test_no_restarts_at_all_without_any_allowed(args):
     args.trainer_restarts, args.save = 0, None
     with pytest.raises(TrainerError):
         Restarts(args).next(ERROR)
+
+
+def test_what_fails_in_the_same_way_again_is_not_repeated(args, tmp_path):
+    """No death: the trainer itself raises, and would once more."""
+    restarts = Restarts(args)
+    first, second = (TrainerError(f"trainer rank 0 failed in train_step: no {i}\n...") for i in range(2))
+    restarts.next(first)
+    restarts.next(second)
+    save(tmp_path / "saved", 4)
+    with pytest.raises(TrainerError, match="no 1"):
+        restarts.next(second)
