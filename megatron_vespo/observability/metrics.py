@@ -66,6 +66,16 @@ def batch_records(records: list[dict]) -> list[dict]:
     return [record for record in records if "policy/version" in record]
 
 
+def _is_before(record: dict, resume_step: int) -> bool:
+    """Whether a run that resumes there does not write the record again.
+
+    After the save of a step come only checks and evaluations of its weights, which have records of their own.
+    """
+    checks = {"check/last_sync_logprob_difference", "heldout/accuracy"} & record.keys()
+    after_save = resume_step > 0 and checks and not batch_records([record])
+    return record["step"] < resume_step or (record["step"] == resume_step and not after_save)
+
+
 class MetricsWriter:
     """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
 
@@ -80,7 +90,7 @@ class MetricsWriter:
             if resume_step is None:
                 path.replace(directory / "metrics.previous.jsonl")
             else:
-                kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+                kept = [record for record in read_metrics(path) if _is_before(record, resume_step)]
                 write_atomically(path, "".join(dump_json(record) + "\n" for record in kept))
         self._lines = path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(directory / "tensorboard"))

@@ -426,3 +426,21 @@ def test_write_summary_keeps_unknown_keys(tmp_path):
     write_summary(path, SUMMARY)
     assert json.loads(path.read_text()) == SUMMARY | {"seed": "NaN"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_resume_drops_checks_that_came_after_the_save_it_goes_on_from(tmp_path):
+    records = [
+        (0, {"heldout/accuracy": 0.1}),
+        (4, {"policy/version": 4.0, "heldout/accuracy": 0.2}),
+        (8, {"policy/version": 8.0, "heldout/accuracy": 0.3}),
+        (8, {"checkpoint/seconds": 1.0}),
+        (8, {"heldout/accuracy": 0.3}),
+        (8, {"check/last_sync_logprob_difference": 0.0}),
+    ]
+    writer = MetricsWriter(tmp_path, None)
+    for step, metrics in records:
+        writer.write(step, metrics)
+    writer.close()
+    MetricsWriter(tmp_path, 8).close()
+    kept = [(record["step"], record.keys()) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kept == [(step, {"step", "time", *metrics}) for step, metrics in records[:4]]
