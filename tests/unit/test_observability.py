@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_vespo.algorithms.alarms import RULES
 from megatron_vespo.observability import progress
@@ -43,6 +44,12 @@ STEP_METRICS = {
 
 
 # Metrics on disk
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """Files of one second are read in the order of a counter's text, where 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def write_steps(directory, resume_step, steps, offset=0.0):
