@@ -197,6 +197,11 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
         advice = "it is in W: use --ratio-denominator recomputed or --routing-replay R3"
     else:
         advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
+    age = _get(metrics, "staleness/asynchronous_mean")
+    if age > 0.0:
+        advice = (
+            f"samples are {age:.1f} steps old, which is in it but for --old-policy snapshot; else {advice}"
+        )
     return Alarm(
         "engine_mismatch",
         f"engine and trainer differ by sigma {sigma:.2g} a token, which spreads log(pi_old / mu) of "

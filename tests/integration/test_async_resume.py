@@ -29,6 +29,7 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
     flags = f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
     flags += f"--save {saved} --load {saved} --save-rollouts {rollouts} --no-hf-export --async-save "
+    flags += "--reward-function tests.integration.run_rewards:all_letters "
     flags += "--stop-generation-while-training --over-subscription 2 "
     flags += f"--max-completion-tokens 200 --max-dispatches 1000 --seed {SEED}"
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split())
@@ -38,8 +39,8 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
         run = Run(command, tmp_path / f"log-{number}")
         try:
             if number < 4:
-                run.wait_for_output(f"\n{4 * (number + 1)}/{STEPS} ", START_S)
-                time.sleep(draw.uniform(0.0, 3.0))
+                run.wait_for_output(f"\n{4 * (number + 1):>2}/{STEPS} ", START_S)
+                time.sleep(draw.uniform(0.0, 2.0))
                 run.process.kill()
                 run.process.wait()
             else:

@@ -198,6 +198,10 @@ def test_a_sigma_that_the_length_makes_too_large(mismatch_std, advice):
     assert alarm.advice.startswith(advice) and "--routing-replay R3" in alarm.advice
     assert check(metrics | {"response/length_p90": 1024.0}, []) == []
     assert check(metrics | {"ratio/engine_token_sigma": 0.01}, []) == []
+    old = only(check(metrics | {"staleness/asynchronous_mean": 2.25}, []), "engine_mismatch").advice
+    assert old.startswith(
+        "samples are 2.2 steps old, which is in it but for --old-policy snapshot; else it is"
+    )
 
 
 @pytest.mark.parametrize(
