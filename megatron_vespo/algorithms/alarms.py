@@ -199,9 +199,7 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
         advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
     age = _get(metrics, "staleness/asynchronous_mean")
     if age > 0.0:
-        advice = (
-            f"samples are {age:.1f} steps old, which is in it but for --old-policy snapshot; else {advice}"
-        )
+        advice = f"samples are {age:.1f} steps old, which is in it unless --old-policy snapshot; {advice}"
     return Alarm(
         "engine_mismatch",
         f"engine and trainer differ by sigma {sigma:.2g} a token, which spreads log(pi_old / mu) of "

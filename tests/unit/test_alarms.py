@@ -199,9 +199,7 @@ def test_a_sigma_that_the_length_makes_too_large(mismatch_std, advice):
     assert check(metrics | {"response/length_p90": 1024.0}, []) == []
     assert check(metrics | {"ratio/engine_token_sigma": 0.01}, []) == []
     old = only(check(metrics | {"staleness/asynchronous_mean": 2.25}, []), "engine_mismatch").advice
-    assert old.startswith(
-        "samples are 2.2 steps old, which is in it but for --old-policy snapshot; else it is"
-    )
+    assert old.startswith("samples are 2.2 steps old, which is in it unless --old-policy snapshot; ")
 
 
 @pytest.mark.parametrize(
