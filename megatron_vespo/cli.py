@@ -13,6 +13,7 @@ usage: megatron-vespo COMMAND [flags]
 
 commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
+  evaluate        avg@k and pass@k of a checkpoint (megatron-vespo evaluate --help)
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
@@ -71,6 +72,12 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
+def _evaluate(argv: list[str]) -> int:
+    from megatron_vespo.evaluate_cli import main as evaluate
+
+    return evaluate(argv)
+
+
 def _check_layout(argv: list[str]) -> int:
     from megatron_vespo.layout_check import main as check
     from megatron_vespo.layout_check import print_help
@@ -98,6 +105,7 @@ def _args(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": _train,
+    "evaluate": _evaluate,
     "check layout": _check_layout,
     "convert": _convert,
     "simulate": _simulate,

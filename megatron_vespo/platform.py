@@ -97,18 +97,18 @@ class Platform:
             stack.callback(rewards.close)
             lengths = args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
             self.scorer = Scorer(task.tokenizer, rewards, *lengths)
-        engine_size = _engine_size(args.sglang_flags)
+        engine_ranks = engine_size(args.sglang_flags)
         with display.phase("start Ray"):
             stack.callback(ray.shutdown)
             with shielded():
                 start_ray(args)
                 preemption.listen()  # Ray has put a handler of its own in the place of ours
-            self.placement = place(args, engine_size)
+            self.placement = place(args, engine_ranks)
         self.engines = start_engines(
             args, self.placement, _server_arguments(args), self.log_dir, display.message
         )
         stack.callback(self.engines.stop)
-        self.engine_sync = EngineSync(self.engines, engine_size)
+        self.engine_sync = EngineSync(self.engines, engine_ranks)
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:
@@ -130,7 +130,7 @@ def _server_arguments(args: Namespace) -> list[str]:
     )
 
 
-def _engine_size(sglang_flags: list[str]) -> int:
+def engine_size(sglang_flags: list[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
     for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
         if name in sglang_flags:

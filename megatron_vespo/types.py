@@ -31,11 +31,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Log-probs, the engine's and the trainer's, are those after `temperature`."""
+    """How tokens are drawn. Log-probs, the engine's and the trainer's, are those after `temperature`.
 
-    temperature: float
+    `top_p` and `top_k` are for evaluation alone: log-probs do not know of them.
+    """
+
+    temperature: float  # 0: the likeliest token
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = -1  # all
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vespo.algorithms.accuracy import wilson_interval
 from megatron_vespo.observability.metrics import batch_records, dump_json, write_atomically
 from megatron_vespo.observability.progress import PHASE_COLUMNS
 
@@ -207,15 +208,6 @@ def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))  # all panels share it
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-
-
-def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a success probability: `share` of `num_trials` succeeded."""
-    z = 1.959963984540054  # the normal distribution's 97.5% quantile
-    center = share + z * z / (2 * num_trials)
-    margin = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2))
-    scale = 1 + z * z / num_trials
-    return (center - margin) / scale, (center + margin) / scale
 
 
 def write_summary(path: Path, summary: dict) -> None:

@@ -120,15 +120,15 @@ def generate_payload(
 ) -> dict:
     """The body of one /generate request.
 
-    Truncated sampling stays off whatever the model's generation_config says: its log-probs would not be those
-    of the distribution that was sampled.
+    Truncated sampling is off in training whatever the model's generation_config says: its log-probs would not
+    be those of the distribution that was sampled.
     """
     sampling_params = {
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "top_p": 1.0,
-        "top_k": -1,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
         "min_p": 0.0,
     }
     if seed is not None:

@@ -55,6 +55,11 @@ class Collector:
         self._on_requests = on_requests
         self._generate_function = generate_function
 
+    @property
+    def max_requests(self) -> int:
+        """How many are under way at once, at most."""
+        return self._max_requests_per_engine * len(self._urls)
+
     def collect(
         self,
         prompts: list[Prompt],
@@ -87,7 +92,7 @@ class Collector:
             dispatch = Dispatch(
                 self._urls,
                 client,
-                max_requests=self._max_requests_per_engine * len(self._urls),
+                max_requests=self.max_requests,
                 max_dispatches=self._max_dispatches,
                 timeout_s=self._request_timeout_s,
                 on_requests=on_requests or self._on_requests,

@@ -19,7 +19,6 @@ from megatron_vespo.observability.report import (
     _mark_alarms,
     format_summary,
     plot_curves,
-    wilson_interval,
     write_summary,
 )
 
@@ -301,18 +300,6 @@ def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch, terminal, enc
 
 
 # The report
-
-
-def test_wilson_interval_solves_its_defining_equation():
-    # The ends are the p with |share - p| = z * sqrt(p (1 - p) / n).
-    z = 1.959963984540054
-    for share, n in [(0.33, 200), (0.95, 200), (0.5, 3)]:
-        for p in wilson_interval(share, n):
-            assert abs(share - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), rel=1e-12)
-        low, high = wilson_interval(share, n)
-        assert 0 < low < share < high < 1
-    assert wilson_interval(0.0, 10) == pytest.approx((0.0, z * z / (10 + z * z)), abs=1e-15)
-    assert wilson_interval(1.0, 10) == pytest.approx((10 / (10 + z * z), 1.0), abs=1e-15)
 
 
 def png_size(path):

@@ -1,0 +1,179 @@
+"""`megatron-vespo evaluate`: avg@k and pass@k of a checkpoint, as a job that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_vespo.data.prompts import PromptSet, load_prompts
+from megatron_vespo.data.result_file import ResultFile
+from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.evaluate_flags import parse_args
+from megatron_vespo.evaluation_engines import Serving, serving
+from megatron_vespo.evaluation_settings import evaluation_settings, tokenizer_folder
+from megatron_vespo.observability.evaluation_report import (
+    Progress,
+    format_table,
+    prompt_set_summary,
+    reservations,
+)
+from megatron_vespo.observability.report import write_summary
+from megatron_vespo.preemption import Preempted, Preemption
+from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.worker import RewardFunction
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.evaluation_stream import stream_groups
+from megatron_vespo.rollout.scoring import Scorer, describe_failures
+from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+RESULTS_NAME, SUMMARY_NAME = "prompts.jsonl", "summary.json"
+INTERVALS = "intervals: 95%, over prompts"
+
+
+def main(argv: list[str]) -> int:
+    started = time.monotonic()
+    args = parse_args(argv)
+    with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
+        load_runtime_plugins()
+    preemption = Preemption()
+    preemption.listen()
+    folder = tokenizer_folder(args)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stops = stop_token_ids(folder, tokenizer.eos_token_id)
+    sampling = SamplingParams(args.temperature, args.max_completion_tokens, stops, args.top_p, args.top_k)
+    sets = {name: _prompts(args, path, tokenizer) for name, path in args.data.items()}
+    reward = load_reward_function(args.reward_function)
+    settings = evaluation_settings(args, stops)
+    with ResultFile(args.output_dir / RESULTS_NAME, settings) as results:
+        evaluation = _Evaluation(args, sets, results, tokenizer)
+        if evaluation.left:
+            evaluation.run(sampling, reward, preemption)
+        _report(args, evaluation, settings, time.monotonic() - started)
+    return 0
+
+
+def _prompts(args: Namespace, path: Path, tokenizer: Any) -> list[Prompt]:
+    loaded: PromptSet = load_prompts(
+        path,
+        tokenizer,
+        prompt_key=args.prompt_key,
+        answer_key=args.answer_key,
+        answer_pattern=args.answer_pattern,
+        apply_chat_template=args.apply_chat_template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        overlong="error",  # a set without its longest prompts is another set
+    )
+    return loaded.prompts[: args.num_prompts]
+
+
+class _Evaluation:
+    """Which prompts are left, and what becomes of one that has finished."""
+
+    def __init__(self, args: Namespace, sets: dict[str, list[Prompt]], results: ResultFile, tokenizer: Any):
+        self._args, self._results, self._tokenizer = args, results, tokenizer
+        self._total = sum(map(len, sets.values()))
+        done = {(record["set"], record["prompt"]) for record in results.records}
+        self.left = [
+            (name, prompt)
+            for name, prompts in sets.items()
+            for prompt in prompts
+            if (name, prompt.prompt_id) not in done
+        ]
+
+    def run(self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption) -> None:
+        """Until none is left. What has started ends with it, whatever happens."""
+        with ExitStack() as stack:
+            try:
+                self._run(sampling, reward, preemption, stack)
+            except Preempted as stop:
+                preemption.conclude(stop.exit_code)  # before the stack ends all, which takes seconds
+                raise Preempted(f"{stop}: {self._kept()}") from None
+            except KeyboardInterrupt:
+                print(self._kept(), file=sys.stderr)
+                raise
+
+    def _run(
+        self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption, stack: ExitStack
+    ) -> None:
+        args = self._args
+        progress = Progress(self._total, self._total - len(self.left))
+        stack.callback(progress.close)
+        if progress.done:
+            progress.message(f"{progress.done} of {self._total} prompts were finished before")
+        rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
+        stack.callback(rewards.close)
+        scorer = Scorer(self._tokenizer, rewards, args.max_completion_tokens, 0, 1.0)
+        served = stack.enter_context(serving(args, progress.message, preemption))
+
+        def finish(index: int, group: list[Completion]) -> None:
+            if failures := scorer.score(group):
+                progress.message(describe_failures(failures))
+            self._results.append(self._record(*self.left[index], group))
+            progress.finished([completion.reward for completion in group])
+
+        prompts = [prompt for _, prompt in self.left]
+        stream_groups(
+            _collector(args, served), prompts, sampling, finish,
+            num_completions=args.num_completions, seed=args.seed,
+        )  # fmt: skip
+
+    def by_set(self) -> dict[str, list[dict]]:
+        return {
+            name: [record for record in self._results.records if record["set"] == name]
+            for name in self._args.data
+        }
+
+    def _kept(self) -> str:
+        number = len(self._results.records)
+        return f"{number} of {self._total} prompts are finished and kept: the same command goes on"
+
+    def _record(self, name: str, prompt: Prompt, group: Sequence[Completion]) -> dict[str, Any]:
+        versions = [int(version) for completion in group for version in completion.policy_versions[[0, -1]]]
+        record = {
+            "set": name,
+            "prompt": prompt.prompt_id,
+            "rewards": [completion.reward for completion in group],
+            "lengths": [len(completion.token_ids) for completion in group],
+            "finish_reasons": [completion.finish_reason for completion in group],
+            "statuses": [completion.reward_status for completion in group],
+            "policy_versions": [min(versions), max(versions)],
+            "drawn_anew": sum(len(completion.rejections) for completion in group),
+        }
+        if self._args.save_responses:
+            tokens = [completion.token_ids for completion in group]
+            record["responses"] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return record
+
+
+def _collector(args: Namespace, served: Serving) -> Collector:
+    collector = Collector(
+        served.urls,
+        num_layers=None,  # nobody asks which experts were chosen
+        topk=None,
+        request_timeout_s=args.generate_timeout,
+        max_dispatches=args.max_dispatches,
+        check=served.check,
+        api_key=served.api_key,
+        lost=served.lost,
+    )
+    collector.meanwhile = served.meanwhile
+    return collector
+
+
+def _report(args: Namespace, evaluation: _Evaluation, settings: dict[str, Any], seconds: float) -> None:
+    found = {
+        name: prompt_set_summary(records, args.pass_reward) for name, records in evaluation.by_set().items()
+    }
+    path = args.output_dir / SUMMARY_NAME
+    write_summary(path, {"settings": settings, "sets": found, "seconds": seconds})
+    print(format_table(found))
+    print("\n".join([INTERVALS, *reservations(found), f"summary: {path}"]))

@@ -1,0 +1,103 @@
+"""Who answers an evaluation: engines that it starts, or those that run already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.conversion.config import read_unchecked
+from megatron_vespo.conversion.convert import Options, megatron_to_hf
+from megatron_vespo.conversion.ranks import Ranks
+from megatron_vespo.conversion.sources import is_hf, is_megatron
+from megatron_vespo.platform import engine_size
+from megatron_vespo.preemption import Preemption, shielded
+from megatron_vespo.rollout.dispatch import LostRequests
+from megatron_vespo.rollout.server_arguments import server_arguments
+
+CONVERTED_NAME = "converted"  # in the output folder, as engines on other nodes must see it
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a Collector needs to know; `urls` may change."""
+
+    urls: Sequence[str | None]
+    lost: LostRequests
+    check: Callable[[], None] | None = None
+    meanwhile: Callable[[], None] | None = None
+    api_key: str | None = None
+
+
+@contextmanager
+def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption) -> Iterator[Serving]:
+    """Ends what it has started."""
+    if args.engine_url:
+        urls = [url.rstrip("/") for url in args.engine_url]
+        yield Serving(urls, LostRequests(say), api_key=api_key(args))
+        return
+    with ExitStack() as stack:
+        args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, say, stack), "trainer_ranks": 0})
+        say("starting Ray ...")
+        stack.callback(ray.shutdown)
+        with shielded():
+            start_ray(args)
+            preemption.listen()  # Ray has put a handler of its own in the place of ours
+        size = engine_size(args.sglang_flags)
+        say(f"starting SGLang: {args.rollout_engines} engines ...")
+        log_dir = (args.output_dir / "logs").resolve()
+        engines = start_engines(args, place(args, size), _server_arguments(args), log_dir, say)
+        stack.callback(engines.stop)
+        engines.wait_until_ready()
+        sync = EngineSync(engines, size)  # the weights are those that the engines have loaded
+        sync.sync(0)
+
+        def meanwhile() -> None:
+            if sync.is_wanted(while_others_serve=True):
+                sync.sync(0)
+
+        yield Serving(engines.urls, engines.lost, engines.check, meanwhile)
+
+
+def api_key(args: Namespace) -> str | None:
+    return os.environ[args.api_key_env] if args.api_key_env else None
+
+
+def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) -> Path:
+    """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
+    if is_hf(args.checkpoint) or not is_megatron(args.checkpoint):
+        return args.checkpoint.resolve()
+    folder = (args.output_dir / CONVERTED_NAME).resolve()
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    if not is_hf(folder):  # one that is there is whole, and of the same weights, as the settings are
+        say(f"converting {args.checkpoint} ...")
+        megatron_to_hf(args.checkpoint, folder, Options(quiet=True), Ranks(), args.hf_config)
+    return folder
+
+
+def _server_arguments(args: Namespace) -> list[str]:
+    return server_arguments(
+        args.sglang_flags,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        is_moe=False,  # nobody asks which experts were chosen
+        dtype=_dtype(args.hf_checkpoint),
+        seed=args.seed,
+    )
+
+
+def _dtype(folder: Path) -> str:
+    """As stored: left alone, SGLang makes float16 of float32."""
+    config = read_unchecked(folder)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return stored if stored in DTYPES else "auto"

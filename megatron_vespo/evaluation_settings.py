@@ -1,0 +1,105 @@
+"""What an evaluation's numbers depend on: a job that goes on must have the same."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.conversion.megatron_checkpoint import checkpoint_folder
+from megatron_vespo.conversion.sources import HF_FOLDER, is_hf, is_megatron
+from megatron_vespo.http import EngineRequestError, get_json
+
+MODEL_INFO_TIMEOUT_S = 30.0
+_SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
+_WEIGHT_FILES = (".safetensors", ".distcp", ".bin", ".metadata", "config.json")
+# by the words of messages
+_FLAGS = {
+    "--num-completions": "num_completions",
+    "--temperature": "temperature",
+    "--top-p": "top_p",
+    "--top-k": "top_k",
+    "--max-completion-tokens": "max_completion_tokens",
+    "--max-prompt-tokens": "max_prompt_tokens",
+    "--seed": "seed",
+    "--num-prompts": "num_prompts",
+    "--prompt-key": "prompt_key",
+    "--answer-key": "answer_key",
+    "--answer-pattern": "answer_pattern",
+    "a chat template": "apply_chat_template",
+    "--reward-function": "reward_function",
+    "--reward-timeout": "reward_timeout",
+    "--save-responses": "save_responses",
+    "SGLang's flags": "sglang_flags",
+}
+
+
+def evaluation_settings(args: Namespace, stops: Sequence[int]) -> dict[str, Any]:
+    """JSON values. How many engines there are, and where, does not matter."""
+    settings: dict[str, Any] = {name: getattr(args, attribute) for name, attribute in _FLAGS.items()}
+    settings["end tokens"] = list(stops)
+    settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
+    settings["weights"] = _live_weights(args) if args.engine_url else _weights(args.checkpoint)
+    return settings
+
+
+def tokenizer_folder(args: Namespace) -> Path:
+    """The HF folder of a checkpoint of either format."""
+    if is_hf(args.checkpoint) or args.engine_url or not is_megatron(args.checkpoint):
+        return args.checkpoint
+    folder = args.hf_config or checkpoint_folder(args.checkpoint) / HF_FOLDER
+    if not folder.is_dir():
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} holds no HF config: --hf-config DIR names its model's HF folder"
+        )
+    return folder
+
+
+def _weights(checkpoint: Path) -> str:
+    """Names one folder of weights: by files' names, sizes and ends."""
+    folder = checkpoint
+    if is_megatron(checkpoint) and not is_hf(checkpoint):
+        folder = checkpoint_folder(checkpoint)
+    total = hashlib.blake2b(digest_size=8)
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHT_FILES) and path.is_file())
+    if not any(path.name.endswith(_WEIGHT_FILES[:3]) for path in files):
+        raise ValueError(
+            f"--checkpoint {checkpoint}: neither an HF folder with weights nor a Megatron checkpoint"
+        )
+    for path in files:
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            total.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            total.update(file.read(_SAMPLED_BYTES))
+    return f"{folder.name} {total.hexdigest()}"
+
+
+def _live_weights(args: Namespace) -> str:
+    """What the engines say of themselves; ValueError where their replies could not be used."""
+    from megatron_vespo.evaluation_engines import api_key
+
+    seen = set()
+    for url in args.engine_url:
+        try:
+            info = get_json(url.rstrip("/"), "/model_info", MODEL_INFO_TIMEOUT_S, api_key(args))
+        except EngineRequestError as error:
+            raise ValueError(f"--engine-url {url}: {error}") from error
+        version = str(info.get("weight_version"))
+        if not version.isdecimal():
+            raise ValueError(
+                f"--engine-url {url}: its weight version is {version!r}, no number: "
+                "start it with --weight-version 0"
+            )
+        seen.add(f"{info.get('model_path')}")
+    if len(seen) > 1:
+        raise ValueError(f"--engine-url: the engines serve different models, {', '.join(sorted(seen))}")
+    return f"of {seen.pop()}, served by others"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]

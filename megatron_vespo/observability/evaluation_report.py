@@ -1,0 +1,175 @@
+"""What an evaluation found: numbers a prompt set, a table for people, and a line of progress.
+
+Shapes: P prompts, K completions a prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TextIO
+
+import numpy as np
+
+from megatron_vespo.algorithms.accuracy import mean_interval, pass_at_k, repeat_error
+from megatron_vespo.observability.progress import clock
+
+PLAIN_INTERVAL_S = 30.0  # between lines of progress that is no terminal's
+TERMINAL_INTERVAL_S = 0.5
+CLEAR_LINE = "\r\x1b[K"
+
+
+def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dict[str, Any]:
+    """Of one set's finished prompts, all with K completions.
+
+    A record has lists of K: "rewards", "lengths" (tokens), "finish_reasons", "statuses" of the rewards, and
+    "policy_versions", the lowest and the highest. A completion is correct, for pass@k, if its reward is at
+    least `pass_reward`. Truncated responses, and rewards that timed out or failed, count as 0 in everything.
+    """
+    rewards_PK = np.array([record["rewards"] for record in records], dtype=np.float64)
+    lengths_PK = np.array([record["lengths"] for record in records], dtype=np.float64)
+    num_completions = rewards_PK.shape[1]
+    num_correct_P = (rewards_PK >= pass_reward).sum(axis=1)
+    ends = [end for record in records for end in record["finish_reasons"]]
+    statuses = [status for record in records for status in record["statuses"]]
+    versions = [version for record in records for version in record["policy_versions"]]
+    low, high = mean_interval(rewards_PK.mean(axis=1), num_completions)
+    summary = {
+        "prompts": len(records),
+        "completions": num_completions,
+        "avg": float(rewards_PK.mean()),
+        "avg_interval": [low, high],
+        "repeat_error": repeat_error(rewards_PK) if num_completions > 1 else None,
+        "pass": {},
+        "pass_interval": {},
+        "length_mean": float(lengths_PK.mean()),
+        "length_max": int(lengths_PK.max()),
+        "truncated_share": ends.count("length") / len(ends),
+        "truncated": ends.count("length"),
+        "reward_errors": statuses.count("error"),
+        "reward_timeouts": statuses.count("timeout"),
+        "drawn_anew": sum(record["drawn_anew"] for record in records),
+        "policy_versions": [min(versions), max(versions)],
+    }
+    for k in range(1, num_completions + 1):
+        by_number = np.array([pass_at_k(c, num_completions, k) for c in range(num_completions + 1)])
+        values_P = by_number[num_correct_P]
+        summary["pass"][str(k)] = float(values_P.mean())
+        summary["pass_interval"][str(k)] = list(mean_interval(values_P, num_completions))
+    return summary
+
+
+def shown_ks(num_completions: int) -> list[int]:
+    """Powers of two, and K itself."""
+    powers = [2**power for power in range(num_completions.bit_length())]
+    return sorted({*powers, num_completions})
+
+
+def format_table(sets: dict[str, dict[str, Any]]) -> str:
+    """A line a prompt set."""
+    num_completions = max(found["completions"] for found in sets.values())
+    ks = shown_ks(num_completions)
+    heading = ["set", "prompts", f"avg@{num_completions}", "95% interval", *(f"pass@{k}" for k in ks)]
+    heading += ["tokens", "truncated", "errors", "time-outs"]
+    rows = [heading]
+    for name, found in sets.items():
+        low, high = found["avg_interval"]
+        rows.append(
+            [
+                name,
+                str(found["prompts"]),
+                _share(found["avg"]),
+                f"{_share(low)} to {_share(high)}",
+                *(_share(found["pass"][str(k)]) for k in ks),
+                f"{found['length_mean']:,.0f}",
+                _share(found["truncated_share"]),
+                str(found["reward_errors"]),
+                str(found["reward_timeouts"]),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    lines = []
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row, widths, strict=True)),
+        ]
+        del cells[1]  # the name, once more
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def reservations(sets: dict[str, dict[str, Any]]) -> list[str]:
+    """What makes numbers less than they seem."""
+    lines = []
+    for name, found in sets.items():
+        total = found["prompts"] * found["completions"]
+        if found["truncated"]:
+            lines.append(
+                f"{name}: {found['truncated']} of {total} responses reached --max-completion-tokens and "
+                "count as 0"
+            )
+        if failed := found["reward_errors"] + found["reward_timeouts"]:
+            lines.append(f"{name}: {failed} of {total} rewards timed out or failed and count as 0")
+        if found["drawn_anew"]:
+            lines.append(
+                f"{name}: {found['drawn_anew']} responses had log-probs that are no numbers, drawn anew"
+            )
+        low, high = found["policy_versions"]
+        if low != high:
+            lines.append(f"{name}: the engine's weights changed meanwhile, from version {low} to {high}")
+    return lines
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+@dataclass
+class Progress:
+    """`done` of `total` prompts; on a terminal a line that changes, elsewhere a line now and then."""
+
+    total: int
+    done: int = 0
+    stream: TextIO | None = None
+    now: Callable[[], float] = monotonic
+
+    def __post_init__(self) -> None:
+        self.stream = sys.stderr if self.stream is None else self.stream
+        self._terminal = self.stream.isatty()
+        self._started, self._first = self.now(), self.done
+        self._said = self._started
+        self._reward_sum = self._num_rewards = 0.0
+
+    def finished(self, rewards: list[float]) -> None:
+        """Of one prompt more."""
+        self.done += 1
+        self._reward_sum += sum(rewards)
+        self._num_rewards += len(rewards)
+        interval = TERMINAL_INTERVAL_S if self._terminal else PLAIN_INTERVAL_S
+        if self.done == self.total or self.now() - self._said >= interval:
+            self._said = self.now()
+            line = self._line()
+            self._write(CLEAR_LINE + line if self._terminal else line + "\n")
+
+    def message(self, text: str) -> None:
+        """On lines of its own. Any thread may call it."""
+        self._write((CLEAR_LINE if self._terminal else "") + text + "\n")
+
+    def close(self) -> None:
+        if self._terminal and self.done > self._first:
+            self._write("\n")
+
+    def _line(self) -> str:
+        passed = self.now() - self._started
+        left = passed / (self.done - self._first) * (self.total - self.done)
+        return (
+            f"{self.done}/{self.total} prompts, mean reward {self._reward_sum / self._num_rewards:.3f}, "
+            f"{clock(passed)} passed, about {clock(left)} left"
+        )
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)  # one piece: another thread may write, too
+        self.stream.flush()

@@ -1,0 +1,83 @@
+"""Groups of completions of many prompts, scored and handed on one by one: nothing piles up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.engines import Engines, RejectedDraws
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+Finish = Callable[[int, list[Completion]], None]
+
+
+def stream_groups(
+    collector: Collector,
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    finish: Finish,
+    *,
+    num_completions: int,
+    seed: int,
+) -> None:
+    """Calls `finish(index, group)` for every prompt, as its `num_completions` completions are there.
+
+    All calls come from one other thread, one after another, so that `finish` may take its time: rewards are
+    computed there while engines generate. Prompts begin in their order, as engines have places; completions
+    are kept until their group has finished, no longer.
+    Blocks the calling thread; raises the first failure, as Collector.collect does, or what `finish` raises.
+    """
+    stream = _Stream(sampling, finish, num_completions, seed, len(prompts), collector.max_requests)
+    try:
+        asyncio.run(stream.run(collector, prompts))
+    finally:
+        stream.scoring.shutdown(wait=False, cancel_futures=True)
+
+
+class _Stream:
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        finish: Finish,
+        num_completions: int,
+        seed: int,
+        num_prompts: int,
+        max_requests: int,
+    ):
+        self._sampling, self._finish = sampling, finish
+        self._num_completions, self._seed = num_completions, seed
+        self._rejected = RejectedDraws(num_prompts * num_completions)
+        self._room = asyncio.Semaphore(max_requests)
+        self.scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
+
+    async def run(self, collector: Collector, prompts: Iterable[Prompt]) -> None:
+        async with collector.connect() as engines:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    watch = tasks.create_task(engines.watch(collector.meanwhile))
+                    groups = []
+                    for index, prompt in enumerate(prompts):
+                        draws = []
+                        for number in range(self._num_completions):
+                            await self._room.acquire()
+                            draws.append(tasks.create_task(self._draw(engines, prompt, number)))
+                        groups.append(tasks.create_task(self._group(index, draws)))
+                    await asyncio.gather(*groups)
+                    watch.cancel()
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+
+    async def _draw(self, engines: Engines, prompt: Prompt, number: int) -> Completion:
+        try:
+            return await engines.draw(
+                prompt, self._sampling, self._seed, number, self._num_completions, self._rejected
+            )
+        finally:
+            self._room.release()
+
+    async def _group(self, index: int, draws: list[asyncio.Task[Completion]]) -> None:
+        completions = [await draw for draw in draws]
+        draws.clear()
+        await asyncio.get_running_loop().run_in_executor(self.scoring, self._finish, index, completions)
