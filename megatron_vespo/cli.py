@@ -14,6 +14,7 @@ usage: megatron-vespo COMMAND [flags]
 commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
   evaluate        avg@k and pass@k of a checkpoint (megatron-vespo evaluate --help)
+  prepare-data    a public prompt set as JSONL, cleaned (megatron-vespo prepare-data --help)
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
@@ -78,6 +79,12 @@ def _evaluate(argv: list[str]) -> int:
     return evaluate(argv)
 
 
+def _prepare_data(argv: list[str]) -> int:
+    from megatron_vespo.prepare_cli import main as prepare_data
+
+    return prepare_data(argv)
+
+
 def _check_layout(argv: list[str]) -> int:
     from megatron_vespo.layout_check import main as check
     from megatron_vespo.layout_check import print_help
@@ -106,6 +113,7 @@ def _args(argv: list[str]) -> int:
 COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "prepare-data": _prepare_data,
     "check layout": _check_layout,
     "convert": _convert,
     "simulate": _simulate,

@@ -62,8 +62,9 @@ class Controller:
         started = time.monotonic() - self.state.train_seconds
         self.sync_weights()
         if self.heldout and self.state.heldout_before is None:
-            self.state.heldout_before = self.state.heldout_after = self.evaluate().accuracy
-            self.metrics.write(self.state.iteration, {"heldout/accuracy": self.state.heldout_before})
+            evaluation = self.evaluate()
+            self.state.heldout_before = self.state.heldout_after = evaluation.accuracy
+            self.metrics.write(self.state.iteration, evaluation.metrics())
         if self.state.evaluation_due and (missed := self.maybe_evaluate()):
             self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
@@ -207,13 +208,15 @@ class Controller:
             evaluation = self.evaluate()
         except Preempted:
             return {}
-        self.state.evaluation_due = False
-        self.state.heldout_after = evaluation.accuracy
-        return {"heldout/accuracy": evaluation.accuracy, "heldout/length_mean": evaluation.mean_length}
+        self.state.evaluation_due, self.state.heldout_after = False, evaluation.accuracy
+        return evaluation.metrics()
 
     def evaluate(self) -> Evaluation:
         with self.display.phase("evaluate"), self.preemption.interruptible():
-            return evaluate(self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"))
+            how = self.args.heldout_completions, self.args.heldout_temperature
+            return evaluate(
+                self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"), *how
+            )
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""

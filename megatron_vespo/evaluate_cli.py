@@ -71,6 +71,7 @@ def _prompts(args: Namespace, path: Path, tokenizer: Any) -> list[Prompt]:
         apply_chat_template=args.apply_chat_template,
         max_prompt_tokens=args.max_prompt_tokens,
         overlong="error",  # a set without its longest prompts is another set
+        flag="--data",
     )
     return loaded.prompts[: args.num_prompts]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.flags import add_vespo_arguments
+from megatron_vespo.heldout_flags import check_temperature
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 
 DESCRIPTION = """\
@@ -107,18 +107,13 @@ def _named_files(given: list[str]) -> dict[str, Path]:
 
 
 def _check_sampling(args: Namespace) -> None:
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature:g}: must be positive, or 0 for greedy")
+    check_temperature("--temperature", args.temperature, args.num_completions)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p:g}: must be above 0, at most 1")
     if args.top_k != -1 and args.top_k < 1:
         raise ValueError(f"--top-k {args.top_k}: must be positive, or -1 for all tokens")
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num-prompts {args.num_prompts}: must be positive")
-    if args.temperature == 0 and args.num_completions > 1:
-        raise ValueError(
-            f"--temperature 0 makes the same completion {args.num_completions} times: --num-completions 1"
-        )
 
 
 def _check_engines(args: Namespace) -> None:

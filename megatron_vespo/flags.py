@@ -15,6 +15,7 @@ from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
 from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
+from megatron_vespo.heldout_flags import add_heldout_arguments
 
 DESCRIPTION = """\
 Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
@@ -34,6 +35,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Add them all to `parser`."""
     _add_input_arguments(parser)
     _add_rollout_arguments(parser)
+    add_heldout_arguments(parser)
     add_asynchronous_arguments(parser)
     add_engine_fault_arguments(parser)
     _add_algorithm_arguments(parser)
@@ -48,7 +50,6 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--hf-checkpoint", type=Path, metavar="DIR", help="HF checkpoint to start from (required)")
     add("--prompt-data", type=Path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
-    add("--heldout-data", type=Path, metavar="FILE", help="prompts to evaluate on; without it none are")
     add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
     add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
     add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
@@ -83,8 +84,6 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
         help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
         help="at most so many times --rollout-batch-size prompts; left-out groups fill it then")  # fmt: skip
-    add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
-    add("--heldout-prompts", type=int, default=512, help="how many of the held-out prompts, at most")
 
 
 def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_vespo.data.jsonl import jsonl_rows, kind
+from megatron_vespo.data.rows import answer_text, file_rows, lookup, messages_of, user_text
 from megatron_vespo.types import Prompt
 
 
@@ -35,6 +32,7 @@ def load_prompts(
     apply_chat_template: bool,
     max_prompt_tokens: int,
     overlong: Literal["skip", "error"],
+    flag: str = "--prompt-data",
 ) -> PromptSet:
     """Read a .jsonl or .parquet file and tokenise its prompts.
 
@@ -44,6 +42,7 @@ def load_prompts(
             The prompt is a string (one user message) or a list of {"role", "content"} messages.
         answer_pattern: regular expression whose one group is the reference inside the answer cell.
         overlong: what happens to a prompt of more than max_prompt_tokens: left out and counted, or refused.
+        flag: the one that named the file, for messages.
 
     Raises:
         ValueError: one line with the file and the line (JSONL) or row (parquet), from 1, that is wrong.
@@ -55,9 +54,9 @@ def load_prompts(
 
     prompts: list[Prompt] = []
     num_overlong = 0
-    for prompt_id, (where, row) in enumerate(_rows(path)):
-        messages = _messages(_lookup(row, prompt_key, "--prompt-key", where), prompt_key, where)
-        answer = _answer(_lookup(row, answer_key, "--answer-key", where), answer_key, pattern, where)
+    for prompt_id, (where, row) in enumerate(file_rows(path, flag)):
+        messages = messages_of(lookup(row, prompt_key, "--prompt-key", where), prompt_key, where)
+        answer = answer_text(lookup(row, answer_key, "--answer-key", where), answer_key, pattern, where)
         token_ids = _tokenize(messages, tokenizer, apply_chat_template, where)
         if len(token_ids) > max_prompt_tokens:
             if overlong == "error":
@@ -68,14 +67,14 @@ def load_prompts(
             num_overlong += 1
             continue
         metadata = {key: value for key, value in row.items() if key not in (prompt_key, answer_key)}
-        prompts.append(Prompt(prompt_id, token_ids, answer, _user_text(messages), metadata))
+        prompts.append(Prompt(prompt_id, token_ids, answer, user_text(messages), metadata))
 
     if num_overlong and not prompts:
         raise ValueError(
             f"{path}: all {num_overlong} prompts are longer than --max-prompt-tokens {max_prompt_tokens}"
         )
     if not prompts:
-        raise ValueError(f"{path}: the file is empty; --prompt-data needs one prompt a row")
+        raise ValueError(f"{path}: the file is empty; {flag} needs one prompt a row")
     return PromptSet(prompts, num_overlong, path)
 
 
@@ -118,88 +117,6 @@ def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(num_prompts), kind="stable")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row); `where` starts error messages, e.g. "train.jsonl line 3"."""
-    readers = {".jsonl": jsonl_rows, ".parquet": _parquet_rows}
-    if not path.exists():
-        raise ValueError(f"--prompt-data {path}: no such file")
-    if path.is_dir():
-        raise ValueError(f"--prompt-data {path}: is a folder; name one .jsonl or .parquet file in it")
-    if path.suffix not in readers:
-        raise ValueError(f"--prompt-data {path}: must be a .jsonl or .parquet file")
-    return readers[path.suffix](path)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from error
-    with file:
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-
-
-def _lookup(row: dict, key: str, flag: str, where: str) -> Any:
-    """The cell `key`, which may be a column name with dots in it or a path through nested objects."""
-    if key in row:
-        return row[key]
-    cell: Any = row
-    for depth, part in enumerate(parts := key.split(".")):
-        if not isinstance(cell, dict):
-            parent = ".".join(parts[:depth])
-            raise ValueError(f"{where}: {flag} {key}: {parent} is {kind(cell)}, not an object")
-        if part not in cell:
-            near = difflib.get_close_matches(part, cell, n=1)
-            raise ValueError(
-                f"{where}: no key {part!r} ({flag} {key}); the keys are {', '.join(map(str, cell)) or 'none'}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        cell = cell[part]
-    return cell
-
-
-def _messages(cell: Any, key: str, where: str) -> list[dict]:
-    if isinstance(cell, str):
-        cell = [{"role": "user", "content": cell}]
-    if not isinstance(cell, list):
-        raise ValueError(f"{where}: {key} must be a string or a list of chat messages, it is {kind(cell)}")
-    for message in cell:
-        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(field, str) for field in fields):
-            raise ValueError(
-                f"{where}: each message of {key} must be an object of strings 'role' and 'content'"
-            )
-    if not cell or not cell[-1]["content"].strip():
-        raise ValueError(f"{where}: {key} is an empty prompt")
-    # Parquet fills absent fields with None, which chat templates read as present.
-    return [{name: value for name, value in message.items() if value is not None} for message in cell]
-
-
-def _answer(cell: Any, key: str, pattern: re.Pattern[str] | None, where: str) -> str:
-    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
-        cell = int(cell)  # data sets stored through pandas say 14.0 where they mean 14
-    if isinstance(cell, bool) or not isinstance(cell, str | int | float) or cell != cell:
-        raise ValueError(f"{where}: {key} must be a string or a number, it is {kind(cell)}")
-    answer = str(cell)
-    if pattern is not None:
-        match = pattern.search(answer)
-        if match is None or match.group(1) is None:
-            raise ValueError(
-                f"{where}: --answer-pattern {pattern.pattern!r} finds nothing in {key} {answer[-60:]!r}"
-            )
-        answer = match.group(1)
-    if not answer.strip():
-        raise ValueError(f"{where}: {key} is an empty answer")
-    return answer.strip()
-
-
 def _compile_pattern(answer_pattern: str | None) -> re.Pattern[str] | None:
     if answer_pattern is None:
         return None
@@ -229,7 +146,3 @@ def _tokenize(messages: list[dict], tokenizer: Any, apply_chat_template: bool, w
     if not token_ids:
         raise ValueError(f"{where}: the tokenizer makes no tokens of the prompt")
     return list(token_ids)
-
-
-def _user_text(messages: list[dict]) -> str:
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])

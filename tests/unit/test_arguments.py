@@ -435,7 +435,8 @@ def test_help_megatron_lists_megatrons_flags(child):
             ["serve"],
             2,
             "",
-            "megatron-vespo: no command 'serve'; there are: train, check layout, convert, simulate, args\n",
+            "megatron-vespo: no command 'serve'; there are: train, evaluate, prepare-data, "
+            "check layout, convert, simulate, args\n",
         ),
     ],
 )

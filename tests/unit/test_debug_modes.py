@@ -45,6 +45,8 @@ def arguments(**changes) -> Namespace:
         max_logprob_difference=None,
         routing_replay="R3",
         heldout_interval=5,
+        heldout_completions=1,
+        heldout_temperature=None,
         heldout_data=None,
         save=None,
         load=None,

@@ -108,6 +108,8 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         max_logprob_difference=None,
         routing_replay=None,
         heldout_interval=5,
+        heldout_completions=1,
+        heldout_temperature=None,
         save="folder",
         save_interval=1000,
         on_alarm=on_alarm,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vespo.algorithms.accuracy import mean_interval
 from megatron_vespo.rollout.client import (
     GenerateReplyError,
     NonFiniteLogProbsError,
@@ -340,30 +341,38 @@ def test_collector_says_when_each_engine_was_at_work(monkeypatch, urls):
 
 
 class FixedCollector:
-    """Completions of 2 and 4 tokens, whatever the prompts."""
+    """Two completions of 2 and 4 tokens, whatever the prompts."""
 
     def collect(self, prompts, sampling, *, num_completions, seed):
-        assert (num_completions, seed) == (1, 9)
-        lengths = (2, 4)
+        assert (num_completions, seed) == (2, 9)
         return [
             [
                 Completion(
-                    prompt,
-                    [1] * length,
-                    np.zeros(length),
-                    np.zeros(length),
-                    None,
-                    "stop",
-                    sampling.temperature,
+                    prompt, [1] * n, np.zeros(n), np.zeros(n), None, "stop", temperature=sampling.temperature
                 )
+                for n in (2, 4)
             ]
-            for prompt, length in zip(prompts, lengths, strict=True)
-        ]
+            for prompt in prompts
+        ]  # fmt: skip
 
 
 def test_evaluate():
-    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, lambda completions: [1.0, 0.0], seed=9)
-    assert (result.accuracy, result.num_prompts, result.mean_length) == (0.5, 2, 3.0)
-    assert [completion.reward for completion in result.completions] == [1.0, 0.0]
+    rewards = [1.0, 0.0, 1.0, 1.0]
+    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, lambda completions: rewards, 9, 2, None)
+    assert (result.accuracy, result.num_prompts, result.mean_length) == (0.75, 2, 3.0)
+    assert [completion.reward for completion in result.completions] == rewards
+    assert {completion.temperature for completion in result.completions} == {SAMPLING.temperature}
+    assert result.interval == mean_interval(np.array([0.5, 1.0]), 2)
+    assert result.metrics() == {
+        "heldout/accuracy": 0.75,
+        "heldout/interval_low": result.interval[0],
+        "heldout/interval_high": result.interval[1],
+        "heldout/length_mean": 3.0,
+    }
     with pytest.raises(ValueError, match="^evaluation needs at least one prompt$"):
-        evaluate(FixedCollector(), [], SAMPLING, lambda completions: [], seed=9)
+        evaluate(FixedCollector(), [], SAMPLING, lambda completions: [], 9, 1, None)
+
+
+def test_evaluate_at_its_own_temperature():
+    result = evaluate(FixedCollector(), [PROMPT], SAMPLING, lambda completions: [1.0, 1.0], 9, 2, 0.5)
+    assert {completion.temperature for completion in result.completions} == {0.5}

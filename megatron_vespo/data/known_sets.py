@@ -1,0 +1,62 @@
+"""Public prompt sets: where they are on the Hugging Face hub and what their rows look like.
+
+Columns may be dotted paths; of several the first that a row has counts, as copies name them differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """`files` is a pattern of paths in the repository: one split, "train" or "test"."""
+
+    repo: str
+    split: str
+    files: str
+    question: tuple[str, ...]  # text, or chat messages: then the user's last one
+    answer: tuple[str, ...]
+    identity: tuple[str, ...] = ()  # the row's own id; without one, its number
+    question_pattern: str | None = None  # its group 1 is the problem, without what the set asks for around it
+    answer_pattern: str | None = None  # its group 1 is the answer inside the cell
+    num_problems: int | None = None  # different ones, where that is well known
+
+
+# every problem is in there a hundred times, between two sentences about how to answer
+_DAPO_PROBLEM = (
+    r"(?s)\A(?:Solve the following math problem step by step\. .*?\n\n)?(.+?)"
+    r"(?:\n\nRemember to put your answer on its own line after \"Answer:\"\.)?\s*\Z"
+)
+_PROBLEM = ("problem", "question", "Problem", "Question")
+_ANSWER = ("answer", "Answer")
+
+KNOWN_SETS = {
+    "dapo-math-17k": KnownSet(
+        "BytedTsinghua-SIA/DAPO-Math-17k",
+        "train",
+        "data/dapo-math-17k.parquet",
+        ("prompt",),
+        ("reward_model.ground_truth",),
+        ("extra_info.index",),
+        question_pattern=_DAPO_PROBLEM,
+    ),
+    "deepscaler": KnownSet(
+        "agentica-org/DeepScaleR-Preview-Dataset", "train", "deepscaler.json", _PROBLEM, _ANSWER
+    ),
+    "aime24": KnownSet(
+        "HuggingFaceH4/aime_2024", "train", "data/train*", _PROBLEM, _ANSWER, ("id", "ID"), num_problems=30
+    ),
+    "aime25": KnownSet("math-ai/aime25", "test", "*test*", _PROBLEM, _ANSWER, ("id",), num_problems=30),
+    "amc23": KnownSet("math-ai/amc23", "test", "*test*", _PROBLEM, _ANSWER, ("id",), num_problems=40),
+    "math-500": KnownSet(
+        "HuggingFaceH4/MATH-500", "test", "test.jsonl", _PROBLEM, _ANSWER, ("unique_id",), num_problems=500
+    ),
+    "gsm8k": KnownSet(
+        "openai/gsm8k", "train", "main/train*", _PROBLEM, _ANSWER, answer_pattern=r"####\s*(.+)"
+    ),
+    "gsm8k-test": KnownSet(
+        "openai/gsm8k", "test", "main/test*", _PROBLEM, _ANSWER, answer_pattern=r"####\s*(.+)",
+        num_problems=1319,
+    ),
+}  # fmt: skip

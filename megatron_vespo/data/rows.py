@@ -1,0 +1,102 @@
+"""Rows of JSONL and parquet files, and what their cells may hold; errors name the file and the line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.data.jsonl import jsonl_rows, kind
+
+
+class Absent(ValueError):
+    """A cell that a row does not have."""
+
+
+def file_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row); `where` starts error messages, e.g. "train.jsonl line 3". `flag` names the file."""
+    readers = {".jsonl": jsonl_rows, ".parquet": _parquet_rows}
+    if not path.exists():
+        raise ValueError(f"{flag} {path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; name one .jsonl or .parquet file in it")
+    if path.suffix not in readers:
+        raise ValueError(f"{flag} {path}: must be a .jsonl or .parquet file")
+    return readers[path.suffix](path)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from error
+    with file:
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+
+
+def lookup(row: dict, key: str, flag: str, where: str) -> Any:
+    """The cell `key`, which may be a column name with dots in it or a path through nested objects."""
+    if key in row:
+        return row[key]
+    cell: Any = row
+    for depth, part in enumerate(parts := key.split(".")):
+        if not isinstance(cell, dict):
+            parent = ".".join(parts[:depth])
+            raise Absent(f"{where}: {flag} {key}: {parent} is {kind(cell)}, not an object")
+        if part not in cell:
+            near = difflib.get_close_matches(part, cell, n=1)
+            raise Absent(
+                f"{where}: no key {part!r} ({flag} {key}); the keys are {', '.join(map(str, cell)) or 'none'}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        cell = cell[part]
+    return cell
+
+
+def messages_of(cell: Any, key: str, where: str) -> list[dict]:
+    if isinstance(cell, str):
+        cell = [{"role": "user", "content": cell}]
+    if not isinstance(cell, list):
+        raise ValueError(f"{where}: {key} must be a string or a list of chat messages, it is {kind(cell)}")
+    for message in cell:
+        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError(
+                f"{where}: each message of {key} must be an object of strings 'role' and 'content'"
+            )
+    if not cell or not cell[-1]["content"].strip():
+        raise ValueError(f"{where}: {key} is an empty prompt")
+    # Parquet fills absent fields with None, which chat templates read as present.
+    return [{name: value for name, value in message.items() if value is not None} for message in cell]
+
+
+def answer_text(cell: Any, key: str, pattern: re.Pattern[str] | None, where: str) -> str:
+    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
+        cell = int(cell)  # data sets stored through pandas say 14.0 where they mean 14
+    if isinstance(cell, bool) or not isinstance(cell, str | int | float) or cell != cell:
+        raise ValueError(f"{where}: {key} must be a string or a number, it is {kind(cell)}")
+    answer = str(cell)
+    if pattern is not None:
+        match = pattern.search(answer)
+        if match is None or match.group(1) is None:
+            raise ValueError(
+                f"{where}: --answer-pattern {pattern.pattern!r} finds nothing in {key} {answer[-60:]!r}"
+            )
+        answer = match.group(1)
+    if not answer.strip():
+        raise ValueError(f"{where}: {key} is an empty answer")
+    return answer.strip()
+
+
+def user_text(messages: list[dict]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])
