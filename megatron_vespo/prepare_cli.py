@@ -87,7 +87,7 @@ def _ending(instruction: str | None) -> str:
 def _line(problem: Problem, instruction: str | None) -> str:
     question = problem.question + _ending(instruction)
     row = {"question": question, "answer": problem.answer, "source": problem.source}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n"  # ASCII: U+2028 ends a line for some readers
 
 
 def _same_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:
