@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
+from megatron_vespo.rollout.api_key import API_KEY_CHOICES
+
 
 def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engines that fail")
@@ -13,6 +15,9 @@ def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
         help="an engine that generates nothing for so long is taken for dead")  # fmt: skip
     add("--engine-restarts", type=int, default=3, metavar="N",
         help="how often each engine is started again, to serve when it has the current weights")  # fmt: skip
+    add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
+        help="engines answer this run only, by a key that it draws; auto: where they listen off "
+        "loopback")  # fmt: skip
     add("--min-engines", type=int, default=1, metavar="N",
         help="the run ends when fewer are left that run or may be started again")  # fmt: skip
 

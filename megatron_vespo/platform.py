@@ -21,6 +21,7 @@ from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.preemption import Preemption, shielded
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
@@ -104,11 +105,15 @@ class Platform:
                 start_ray(args)
                 preemption.listen()  # Ray has put a handler of its own in the place of ours
             self.placement = place(args, engine_ranks)
+        # not in args: they go into logs and checkpoints
+        self.api_key = new_api_key(args.engine_api_key, self.placement.loopback)
+        if self.api_key is not None:
+            check_flags_with_key(args.sglang_flags)
         self.engines = start_engines(
-            args, self.placement, _server_arguments(args), self.log_dir, display.message
+            args, self.placement, _server_arguments(args), self.api_key, self.log_dir, display.message
         )
         stack.callback(self.engines.stop)
-        self.engine_sync = EngineSync(self.engines, engine_ranks)
+        self.engine_sync = EngineSync(self.engines, engine_ranks, self.api_key)
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:

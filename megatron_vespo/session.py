@@ -169,6 +169,7 @@ class Session:
             on_requests=self._platform.trace.requests,
             lost=engines.lost,
             generate_function=self._platform.task.generate,
+            api_key=self._platform.api_key,
         )
 
     def _check(self) -> None:

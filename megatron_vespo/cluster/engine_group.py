@@ -18,7 +18,7 @@ from megatron_vespo.cluster.engine_slot import EngineSlot
 from megatron_vespo.cluster.engine_worker import EngineWorker
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.rollout.dispatch import LostRequests
-from megatron_vespo.rollout.engine import EngineError, flag_value
+from megatron_vespo.rollout.engine import EngineError
 
 LOOK_INTERVAL_S = 1.0
 DEATH_NOTICE_S = 3.0
@@ -224,7 +224,12 @@ class EngineGroup:
 
 
 def start_engines(
-    args: Namespace, placement: Placement, server_args: list[str], log_dir: Path, say: Callable[[str], None]
+    args: Namespace,
+    placement: Placement,
+    server_args: list[str],
+    api_key: str | None,
+    log_dir: Path,
+    say: Callable[[str], None],
 ) -> EngineGroup:
     """Servers on the placement's last bundles; they start in the background."""
     remote = ray.remote(EngineWorker)
@@ -234,7 +239,9 @@ def start_engines(
         options = placement.options(args.trainer_ranks + number, placement.gpus_per_engine)
 
         def make_worker():
-            return remote.options(**options).remote(args, number, server_args, log_dir, placement.loopback)
+            return remote.options(**options).remote(
+                args, number, server_args, log_dir, placement.loopback, api_key
+            )
 
         return EngineSlot(
             number,
@@ -243,7 +250,7 @@ def start_engines(
             health_timeout_s=args.engine_health_timeout,
             probes=probes,
             log_path=log_dir / f"engine-{number}.log",
-            api_key=flag_value(server_args, "--api-key"),
+            api_key=api_key,
         )
 
     return EngineGroup(

@@ -11,11 +11,11 @@ class EngineSync:
     """What brings engines into service: nothing is asked of one that has not the current weights, compared.
 
     Until `attach` the weights are those that the engines load themselves. `engine_size` is the ranks of one
-    engine.
+    engine, `api_key` what they want to be shown.
     """
 
-    def __init__(self, engines: EngineGroup, engine_size: int):
-        self._engines, self._engine_size = engines, engine_size
+    def __init__(self, engines: EngineGroup, engine_size: int, api_key: str | None = None):
+        self._engines, self._engine_size, self._api_key = engines, engine_size, api_key
         self._trainer: TrainerGroup | None = None
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
         self._num_connections = 0
@@ -59,7 +59,9 @@ class EngineSync:
         if servers != self._connected:
             self._num_connections += 1
             urls, fresh = [m.url for m in members], [m.url for m in members if m.fresh]
-            self._trainer.connect_engines(urls, fresh, self._num_connections, self._engine_size)
+            self._trainer.connect_engines(
+                urls, fresh, self._num_connections, self._engine_size, self._api_key
+            )
             self._connected = servers
         self._trainer.sync_weights(version)
         return self._trainer.check_weights(version)

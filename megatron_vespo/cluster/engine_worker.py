@@ -14,11 +14,20 @@ from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
 class EngineWorker:
     """The actor; the server dies with it."""
 
-    def __init__(self, args: Namespace, number: int, server_args: list[str], log_dir: Path, loopback: bool):
+    def __init__(
+        self,
+        args: Namespace,
+        number: int,
+        server_args: list[str],
+        log_dir: Path,
+        loopback: bool,
+        api_key: str | None,
+    ):
         shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
         self._host = host_address(loopback)
         self._args, self._number, self._server_args = args, number, server_args
+        self._api_key = api_key
         self._log_path = log_dir / f"engine-{number}.log"
         self._engine: SGLangEngine | None = None
 
@@ -30,7 +39,7 @@ class EngineWorker:
         )
         self._engine = SGLangEngine(
             str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
-            self._args.engine_start_timeout,
+            self._args.engine_start_timeout, self._api_key,
         )  # fmt: skip
         self._engine.start()
         return self._engine.url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -49,6 +50,9 @@ def _init(args: Namespace) -> None:
     if args.ray_address:
         ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR")
         return
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # Ray listens on all interfaces and asks for a token, but leaves its own in a file that all may read
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # bundles of one CPU are only Ray's bookkeeping: two cores may carry more processes
     needed = args.trainer_ranks + args.rollout_engines
     ray.init(

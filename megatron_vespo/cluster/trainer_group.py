@@ -69,9 +69,12 @@ class TrainerGroup:
         """What runs each part of the model on rank 0's machine, for people."""
         return self._call("describe", timeout_s=self._args.worker_start_timeout)
 
-    def connect_engines(self, urls: list[str], fresh: list[str], number: int, engine_size: int) -> None:
+    def connect_engines(
+        self, urls: list[str], fresh: list[str], number: int, engine_size: int, api_key: str | None
+    ) -> None:
         """See EngineLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
-        self._call("connect_engines", urls, fresh, number, engine_size, timeout_s=self._sync_timeout_s())
+        arguments = urls, fresh, number, engine_size, api_key
+        self._call("connect_engines", *arguments, timeout_s=self._sync_timeout_s())
 
     def sync_weights(self, version: int) -> None:
         """Every engine that is connected serves the current weights as `version` afterwards."""

@@ -115,7 +115,9 @@ class TrainerWorker:
 
         return measure(self.policy, samples, num_steps)
 
-    def connect_engines(self, urls: list[str], fresh: list[str], number: int, engine_size: int) -> None:
+    def connect_engines(
+        self, urls: list[str], fresh: list[str], number: int, engine_size: int, api_key: str | None
+    ) -> None:
         """Join new broadcast groups with the engines; `fresh` ones have to get a policy first."""
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.link import EngineLink
@@ -132,6 +134,7 @@ class TrainerWorker:
                 device=device(),
                 timeout_s=self._args.weight_sync_timeout,
                 pause=mode if self._args.max_staleness else None,
+                api_key=api_key,
             )
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from megatron_vespo.http import EngineRequestError, get_json
+from megatron_vespo.rollout.api_key import hand_over
 
 LOG_TAIL_LINES = 15
 HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
@@ -51,6 +52,7 @@ class SGLangEngine:
         server_args: list[str],
         log_path: Path,
         start_timeout_s: float,
+        api_key: str | None = None,
     ):
         self.model_path = model_path
         self.host = host
@@ -58,6 +60,7 @@ class SGLangEngine:
         self.server_args = server_args
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
+        self._api_key = api_key
         self._process: subprocess.Popen | None = None
         self._log_start = 0  # bytes of earlier starts in the same file
 
@@ -87,12 +90,13 @@ class SGLangEngine:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         try:
+            hand_over(self._api_key, self._process.stdin)
             self._wait_until_healthy()
         except BaseException:
             self.stop(timeout_s=0)
@@ -139,7 +143,6 @@ class SGLangEngine:
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.start_timeout_s
-        api_key = flag_value(self.server_args, "--api-key")
         while True:
             self._check_plugins()
             self.check()
@@ -150,7 +153,7 @@ class SGLangEngine:
                     self._log_tail(),
                 )
             try:
-                get_json(self.url, "/health", min(HEALTH_TIMEOUT_S, remaining), api_key)
+                get_json(self.url, "/health", min(HEALTH_TIMEOUT_S, remaining), self._api_key)
                 break
             except EngineRequestError:
                 time.sleep(0.25)  # still starting
@@ -196,11 +199,6 @@ def find_free_port(host: str) -> int:
             continue
         return port
     raise EngineError(f"no free port on {host} in {PORT_RANGE.start}..{PORT_RANGE.stop - 1}")
-
-
-def flag_value(argv: list[str], flag: str) -> str | None:
-    """The value after `flag` in a list of command-line arguments."""
-    return argv[argv.index(flag) + 1] if flag in argv else None
 
 
 def group_members(process_group: int) -> list[int]:

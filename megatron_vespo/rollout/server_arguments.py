@@ -21,6 +21,8 @@ OWNED = {
     "--enable-return-routed-experts",
     "--weight-version",
     "--config",
+    "--api-key",  # on a command line, in logs and in checkpoints others could read them
+    "--admin-api-key",
 }
 ARITY_NONE, ARITY_ONE, ARITY_MANY = "none", "one", "many"
 

@@ -5,6 +5,8 @@
 Whatever ends first, the starting process or this one, and however it ends, a guard in a session of its own
 kills the whole group. PR_SET_PDEATHSIG would not do: it reaches only this process, not SGLang's children, and
 it fires when the starting *thread* ends, which in an actor may be long before its process.
+
+Standard input is a line with the API key that the server is to ask for, or nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import runpy
 import select
 import signal
 import sys
+
+from megatron_vespo.rollout.api_key import keep_out_of_logs, receive
 
 
 def _start_guard(parent_pid: int) -> None:
@@ -41,6 +45,9 @@ def main() -> None:
     _start_guard(parent_pid)
     if os.getppid() != parent_pid:
         sys.exit(f"process {parent_pid}, which wanted this server, has ended")
+    if (api_key := receive(sys.stdin)) is not None:
+        keep_out_of_logs(api_key)
+        sys.argv += ["--api-key", api_key]  # /proc shows the arguments that the process was started with
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

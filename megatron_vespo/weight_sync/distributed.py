@@ -47,17 +47,28 @@ class EngineControl:
     EnginesLostError where there are engines without an answer, else WeightSyncError with the first refusal.
     """
 
-    def __init__(self, urls: Sequence[str], timeout_s: float, pause: PauseMode | None = None):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        timeout_s: float,
+        pause: PauseMode | None = None,
+        api_key: str | None = None,
+    ):
         """`pause` is what becomes of requests that run during an update; without it there must be none."""
-        self.urls, self.timeout_s, self.pause = list(urls), timeout_s, pause
+        self.urls, self.timeout_s, self.pause, self._api_key = list(urls), timeout_s, pause, api_key
         self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
 
-    def submit(self, function, *arguments) -> Future:
-        return self._threads.submit(function, *arguments)
+    def of(self, urls: Sequence[str]) -> EngineControl:
+        """The same for other engines of the run."""
+        return type(self)(urls, self.timeout_s, self.pause, self._api_key)
+
+    def submit(self, url: str, path: str, payload: dict, timeout_s: float | None = None) -> Future:
+        """One call to one engine, without waiting."""
+        return self._threads.submit(post_json, url, path, payload, timeout_s or self.timeout_s, self._api_key)
 
     def post(self, path: str, payload: dict) -> list[Future]:
         """Send without waiting; pass the result to `wait`."""
-        return [self.submit(post_json, url, path, payload, self.timeout_s) for url in self.urls]
+        return [self.submit(url, path, payload) for url in self.urls]
 
     def wait(self, futures: list[Future]) -> list[dict]:
         """The engines' answers, in their order."""
@@ -93,7 +104,11 @@ class EngineControl:
     def finish(self, version: int) -> None:
         """Close the engines' update, check that each now serves policy `version`, and let requests go on."""
         self.call("/end_weight_update", {})
-        answers = self.wait([self.submit(get_json, url, "/model_info", self.timeout_s) for url in self.urls])
+        asked = [
+            self._threads.submit(get_json, url, "/model_info", self.timeout_s, self._api_key)
+            for url in self.urls
+        ]
+        answers = self.wait(asked)
         for url, answer in zip(self.urls, answers, strict=True):
             served = answer.get("weight_version")
             if served != str(version):
@@ -104,7 +119,7 @@ class EngineControl:
 
     def settle(self, path: str, payload: dict) -> None:
         """A call that engines may refuse, as there is nothing to do for them, but that all must answer."""
-        calls = [self.submit(post_json, url, path, payload, RECOVERY_TIMEOUT_S) for url in self.urls]
+        calls = [self.submit(url, path, payload, RECOVERY_TIMEOUT_S) for url in self.urls]
         try:
             self.wait(calls)
         except EnginesLostError:
@@ -127,7 +142,6 @@ class BucketSender:
         store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         joins = [
             control.submit(
-                post_json,
                 url,
                 "/init_weights_update_group",
                 {
@@ -138,7 +152,6 @@ class BucketSender:
                     "group_name": self.name,
                     "backend": backend,
                 },
-                control.timeout_s,
             )
             for number, url in enumerate(control.urls)
         ]

@@ -41,10 +41,11 @@ class EngineLink:
         device: torch.device,
         timeout_s: float,
         pause: PauseMode | None,
+        api_key: str | None = None,
     ):
         self._rank, self._stage, self._num_stages, self._is_sender = rank, stage, num_stages, is_sender
         self._engine_size, self._host, self._device = engine_size, host, device
-        self._timeout_s, self._pause = timeout_s, pause
+        self._timeout_s, self._pause, self._api_key = timeout_s, pause, api_key
         self._sender: BucketSender | None = None
         self.control: EngineControl | None = None  # of the engines that are connected, on ranks that send
         self.loaded: dict[str, Sums] = {}  # on rank 0: what engines without a policy had loaded, by url
@@ -61,7 +62,7 @@ class EngineLink:
         if self._is_sender:
             if self.control is not None:
                 self.control.close()
-            self.control = EngineControl(urls, self._timeout_s, self._pause)
+            self.control = EngineControl(urls, self._timeout_s, self._pause, self._api_key)
         self.together(self._rank == 0, self._leave_old_groups, number - 1)
         for stage in range(self._num_stages):
             mine = self._is_sender and stage == self._stage
@@ -118,7 +119,7 @@ class EngineLink:
 
     def _forget(self, fresh: list[str]) -> None:
         if fresh:
-            sums = forget_weights(EngineControl(fresh, self._timeout_s))
+            sums = forget_weights(self.control.of(fresh))
             for url, loaded in zip(fresh, sums, strict=True):
                 self.loaded.setdefault(url, loaded)  # a second time it is what a failed sync has left
 

@@ -46,7 +46,7 @@ def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, v
     Requests that run are paused meanwhile: none may meet the random weights. The caches stay, they belong to
     equal weights.
     """
-    engine = EngineControl(control.urls[:1], control.timeout_s, control.pause)
+    engine = control.of(control.urls[:1])
     engine.stop_generation()
     forget_weights(engine)
     payload = {

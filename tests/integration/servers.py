@@ -67,10 +67,11 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
     return folder
 
 
-def tiny_engine(model: Path, log_path: Path) -> SGLangEngine:
+def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangEngine:
     flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
-    arguments = server_arguments(flags, device="cpu", is_moe=True, dtype="float32", seed=1)
-    return SGLangEngine(str(model), HOST, find_free_port(HOST), arguments, log_path, START_TIMEOUT_S)
+    arguments = server_arguments([*flags, *more], device="cpu", is_moe=True, dtype="float32", seed=1)
+    port = find_free_port(HOST)
+    return SGLangEngine(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
 
 
 def start_in_short_lived_thread(engine: SGLangEngine) -> None:

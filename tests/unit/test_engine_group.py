@@ -79,7 +79,8 @@ class Trainer:
         if name in self.lose:
             raise EnginesLostError({url: f"engine {url}: gone" for url in self.lose.pop(name)})
 
-    def connect_engines(self, urls, fresh, number, engine_size) -> None:
+    def connect_engines(self, urls, fresh, number, engine_size, api_key) -> None:
+        assert api_key == KEY
         self._call("connect", urls, fresh, number, engine_size)
 
     def sync_weights(self, version: int) -> None:
@@ -90,11 +91,12 @@ class Trainer:
         return 0.5
 
 
+KEY = "key"
 A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
 
 
 def engine_sync(group: EngineGroup, trainer, engine_size: int = 1) -> EngineSync:
-    sync = EngineSync(group, engine_size)
+    sync = EngineSync(group, engine_size, KEY)
     sync.attach(trainer)
     return sync
 

@@ -62,7 +62,7 @@ def test_ranks_of_an_engine_are_compared_one_by_one():
 
 
 @pytest.mark.parametrize("pause", ["retract", None])
-def test_no_request_runs_while_the_weights_are_random(monkeypatch, tmp_path, pause):
+def test_no_request_runs_while_the_weights_are_random(tmp_path, pause):
     calls = []
 
     class Recording(EngineControl):
@@ -70,8 +70,7 @@ def test_no_request_runs_while_the_weights_are_random(monkeypatch, tmp_path, pau
             calls.append((self.urls, path, payload.get("mode") or payload.get("action")))
             return [answer({"embed": "0a"})]
 
-    monkeypatch.setattr(verify, "EngineControl", Recording)
-    verify.check_against_checkpoint(EngineControl([A, B], 1.0, pause), {"embed": "0a"}, tmp_path, 3)
+    verify.check_against_checkpoint(Recording([A, B], 1.0, pause), {"embed": "0a"}, tmp_path, 3)
     loading = [
         ([A], "/weights_checker", "checksum"),
         ([A], "/weights_checker", "reset_tensors"),
