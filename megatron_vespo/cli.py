@@ -18,6 +18,7 @@ commands:
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
+  doctor          check a machine, or by srun all nodes (megatron-vespo doctor --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
@@ -104,6 +105,12 @@ def _simulate(argv: list[str]) -> int:
     return simulate(argv)
 
 
+def _doctor(argv: list[str]) -> int:
+    from megatron_vespo.doctor.command import main as doctor
+
+    return doctor(argv)
+
+
 def _args(argv: list[str]) -> int:
     from megatron_vespo.model_flags import main as args
 
@@ -117,6 +124,7 @@ COMMANDS = {
     "check layout": _check_layout,
     "convert": _convert,
     "simulate": _simulate,
+    "doctor": _doctor,
     "args": _args,
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from megatron_vespo.slurm_step import current_step, first_host
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=12)  # one rank may copy for long while another has nothing left to do
@@ -69,24 +70,12 @@ def joined_ranks():
 
 
 def _from_environment() -> tuple[int, int]:
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        # an sbatch script's own shell has SLURM's variables too: only a step's tasks have the third
-        if (
-            rank in os.environ
-            and size in os.environ
-            and (rank == "RANK" or "SLURM_STEP_NODELIST" in os.environ)
-        ):
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    step = current_step()
+    return (0, 1) if step is None else (step.rank, step.size)
 
 
 def _first_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if nodes is None:
-        return "127.0.0.1"
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60
-    )
-    if listed.returncode:
-        raise RuntimeError(f"scontrol cannot list {nodes}: {listed.stderr.strip()}")
-    return listed.stdout.split()[0]
+    step = current_step()
+    return "127.0.0.1" if step is None else first_host(step.nodes)

@@ -1,0 +1,74 @@
+"""Imports a package and looks for what we need of it, in a process that may die of it.
+
+    python -m megatron_vespo.doctor.probe PACKAGE
+
+The last line of standard output is a JSON list of what is wrong, or of nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from typing import Any
+
+from megatron_vespo.doctor.surface import missing_in_sglang, surface
+from megatron_vespo.runtime import load_runtime_plugins
+
+MARK = "megatron_vespo.doctor.probe:"
+
+
+def main(package: str) -> None:
+    load_runtime_plugins()  # as before a run
+    uses = surface(package)
+    wrong = [text for (module, name), keywords in uses.items() if (text := problem(module, name, keywords))]
+    if package == "sglang" and not wrong:
+        wrong = missing_in_sglang()
+    print(f"\n{MARK}{json.dumps({'wrong': wrong, 'number': len(uses)})}", flush=True)
+    os._exit(0)  # whatever threads and handlers the package has left
+
+
+def problem(module: str, name: str, keywords: set[str]) -> str | None:
+    """What is wrong with `name` of `module`, in a few words."""
+    try:
+        found = _found(module, name)
+    except AttributeError:
+        return f"no {module}.{name}"
+    except Exception as error:
+        return f"{module}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    lacking = keywords - _accepted(found, keywords)
+    return f"{module}.{name} takes no {', '.join(sorted(lacking))}" if lacking else None
+
+
+def _found(module: str, name: str) -> Any:
+    found = importlib.import_module(module)
+    for part in name.split(".") if name else ():
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            if not inspect.ismodule(found):
+                raise
+            try:
+                found = importlib.import_module(f"{found.__name__}.{part}")
+            except ModuleNotFoundError as error:
+                raise AttributeError(part) from error
+    return found
+
+
+def _accepted(found: Any, keywords: set[str]) -> set[str]:
+    """Those of the keywords that a call of it may have; all where its signature is not known."""
+    if not keywords:
+        return set()
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return keywords
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return keywords
+    return {parameter.name for parameter in parameters}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,81 @@
+"""Environment variables that break a run far from where they were set, and the way to the model hub."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+
+import requests
+
+from megatron_vespo.doctor.finding import Finding
+
+HUB_TIMEOUT_S = 5.0
+OFFLINE_WORDS = {"1", "true", "yes", "on"}
+
+
+def environment(has_gpu_files: bool) -> Finding:
+    interfaces = {name for _, name in socket.if_nameindex()}
+    addresses = ["127.0.0.1"]
+    try:
+        addresses.append(socket.gethostbyname(socket.gethostname()))
+    except OSError:
+        pass
+    return judge_environment(os.environ, addresses, interfaces, has_gpu_files, _goes_through_a_proxy)
+
+
+def judge_environment(
+    env: Mapping[str, str],
+    addresses: list[str],
+    interfaces: set[str],
+    has_gpu_files: bool,
+    proxied: Callable[[str], bool],
+) -> Finding:
+    """`proxied(address)`: whether an HTTP call to it would go to a proxy."""
+    broken, doubtful = [], []  # what it is, and what to do
+    if through := [address for address in addresses if proxied(address)]:
+        said = f"calls to engines at {', '.join(through)} go to a proxy"
+        broken.append((said, f"export no_proxy={','.join(addresses)}"))
+    if has_gpu_files and env.get("CUDA_VISIBLE_DEVICES") == "":
+        broken.append(("CUDA_VISIBLE_DEVICES is empty, no GPU is seen", "unset it"))
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if name in env and not _names_an_interface(env[name], interfaces):
+            fix = f"one of {', '.join(sorted(interfaces))}"
+            broken.append((f"{name}={env[name]}: there is no such interface", fix))
+    if env.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        doubtful.append(("RAY_AUTH_MODE=disabled: whoever reaches Ray's ports runs code as you", "unset it"))
+    if "RAY_ADDRESS" in env:
+        said = "RAY_ADDRESS is set: a run without --ray-address joins that cluster"
+        doubtful.append((said, "unset it"))
+    if broken or doubtful:
+        texts, fixes = zip(*(broken + doubtful), strict=True)
+        return Finding("environment", "FAIL" if broken else "warn", "; ".join(texts), "; ".join(fixes))
+    return Finding("environment", "ok", "no variable that is known to break runs")
+
+
+def _names_an_interface(value: str, interfaces: set[str]) -> bool:
+    """NCCL takes beginnings of names, "=" before exact ones and "^" before those to leave out."""
+    wanted = value.removeprefix("=").split(",")
+    return value.startswith("^") or any(have.startswith(want) for want in wanted for have in interfaces)
+
+
+def _goes_through_a_proxy(address: str) -> bool:
+    url = f"http://{address}:30000"
+    return requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) is not None
+
+
+def hub() -> Finding:
+    """Only of use for models and tokenizers that are no local folders."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").lower() in OFFLINE_WORDS:
+            return Finding("hub", "ok", f"off by {name}: models are local folders")
+    from huggingface_hub.constants import ENDPOINT
+
+    fix = "use local folders and HF_HUB_OFFLINE=1, or let the node reach it"
+    try:
+        answer = requests.head(ENDPOINT, timeout=HUB_TIMEOUT_S, allow_redirects=True)
+    except requests.RequestException as error:
+        return Finding("hub", "warn", f"{ENDPOINT} is out of reach ({type(error).__name__})", fix)
+    if answer.status_code >= 500:
+        return Finding("hub", "warn", f"{ENDPOINT} answers {answer.status_code}", fix)
+    return Finding("hub", "ok", f"{ENDPOINT} answers")

@@ -1,0 +1,39 @@
+"""What this program was tested with."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_vespo.doctor.finding import Finding
+
+TESTED = {
+    "python": "3.12",
+    "torch": "2.14.1",
+    "megatron-core": "0.19.2",
+    "sglang": "0.5.23",
+    "ray": "2.60.0",
+    "transformers": "5.19.0",
+}
+# without them something else runs; package -> what
+OPTIONAL = {
+    "transformer-engine": "Megatron's local layers run",
+    "apex": "torch's or Transformer Engine's kernels run",
+    "nvidia-modelopt": "only convert modelopt needs it",
+}
+
+
+def installed(package: str) -> str | None:
+    """Its version, without what a build adds to it (2.14.1+cu130)."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def python_version() -> Finding:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    tested = TESTED["python"]
+    if f"{found}.".startswith(f"{tested}."):
+        return Finding("python", "ok", found, alike=True)
+    return Finding("python", "warn", f"{found}, tested with {tested}", f"use Python {tested}", alike=True)

@@ -1,0 +1,44 @@
+"""What SLURM's variables say about this process. Only the tasks of srun are meant, not an sbatch script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SCONTROL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of several tasks; tasks are numbered node by node or around them, the first is on the first."""
+
+    rank: int
+    size: int
+    local_rank: int
+    word: str  # names this step among all of the cluster
+    nodes: str  # compressed list
+
+
+def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
+    """None for a process that srun has not started, an sbatch script's shell among them."""
+    if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
+        return None
+    return Step(
+        rank=int(env["SLURM_PROCID"]),
+        size=int(env["SLURM_STEP_NUM_TASKS"] if "SLURM_STEP_NUM_TASKS" in env else env["SLURM_NTASKS"]),
+        local_rank=int(env.get("SLURM_LOCALID", 0)),
+        word=f"{env.get('SLURM_JOB_ID', 0)}.{env.get('SLURM_STEP_ID', 0)}",
+        nodes=env["SLURM_STEP_NODELIST"],
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Of a compressed list of nodes."""
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
+    )
+    if listed.returncode:
+        raise RuntimeError(f"scontrol cannot list {nodes}: {listed.stderr.strip()}")
+    return listed.stdout.split()[0]

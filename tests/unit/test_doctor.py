@@ -1,0 +1,290 @@
+"""The doctor's judgements, its deadlines and its table."""
+
+import ast
+import resource
+import time
+
+import pytest
+from test_layers import PACKAGE
+
+from megatron_vespo.doctor import gpus, machine, packages, patches, shared_folder, traps
+from megatron_vespo.doctor.finding import Check, Finding, run_checks
+from megatron_vespo.doctor.own_source import uses_in
+from megatron_vespo.doctor.probe import problem
+from megatron_vespo.doctor.surface import ROUTES
+from megatron_vespo.doctor.table import as_text, lines_of
+from megatron_vespo.doctor.versions import TESTED
+from megatron_vespo.slurm_step import Step, current_step
+
+GIB = 2**30
+
+
+def test_a_check_that_hangs_or_raises_is_a_finding():
+    def raises() -> Finding:
+        raise OSError("no such disk")
+
+    def hangs() -> Finding:
+        time.sleep(30)
+        raise AssertionError
+
+    started = time.monotonic()
+    checks = [
+        Check("hangs", hangs, 0.2),
+        Check("raises", raises, 5.0),
+        Check("fine", lambda: Finding("fine", "ok", "yes"), 5.0),
+    ]
+    hung, raised, fine = run_checks(checks)
+    assert time.monotonic() - started < 5
+    assert (hung.check, hung.status, hung.text) == ("hangs", "FAIL", "no answer within 0.2 s")
+    assert raised == Finding("raises", "FAIL", "the check itself failed: OSError: no such disk")
+    assert fine.status == "ok"
+
+
+def test_what_a_source_uses_of_a_library():
+    tree = ast.parse(
+        "import ray\nimport ray.util as u\nfrom ray.x import A as B, c\nimport os\n"
+        "ray.get(f(y), timeout=1)\nray.a.b\nu.z(k=2)\n"
+        "def f():\n    from ray import late\n    B.make(p=1)\n    c(q=1, **more)\n"
+        "    os.remove(x, dir_fd=1)\n"
+    )
+    assert uses_in(tree, "ray") == {
+        ("ray", ""): set(), ("ray.util", ""): set(), ("ray.x", "A"): set(), ("ray.x", "c"): {"q"},
+        ("ray", "late"): set(), ("ray", "get"): {"timeout"}, ("ray", "a"): set(), ("ray", "a.b"): set(),
+        ("ray.util", "z"): {"k"}, ("ray.x", "A.make"): {"p"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "keywords", "said"),
+    [
+        ("json", "dumps", {"obj", "indent"}, None),
+        ("json", "dumps", {"anything"}, None),  # takes **kw
+        ("json", "decoder.JSONDecoder", {"strict"}, None),
+        ("xml", "dom.minidom.parse", {"file"}, None),  # a submodule that nobody has imported
+        ("textwrap", "dedent", {"text", "deep"}, "textwrap.dedent takes no deep"),
+        ("json", "write", set(), "no json.write"),
+        ("json", "decoder.Nothing", set(), "no json.decoder.Nothing"),
+        ("json.nothing", "", set(), "json.nothing: ModuleNotFoundError: No module named 'json.nothing'"),
+    ],
+)
+def test_what_is_wrong_with_a_name(module, name, keywords, said):
+    assert problem(module, name, keywords) == said
+
+
+def test_every_endpoint_that_is_called_is_looked_for():
+    called = set()
+    for folder in ("weight_sync", "rollout", "cluster"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call):
+                    values = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant)]
+                    called |= {v for v in values if isinstance(v, str) and v.startswith("/") and len(v) > 1}
+    assert {path for path in called if not path.startswith("/proc")} == set(ROUTES)
+
+
+def test_tested_versions_are_those_that_are_installed_by_setup():
+    setup = (PACKAGE.parent / "setup.py").read_text()
+    for name in ("megatron-core", "sglang", "transformers"):
+        assert f'"{name}=={TESTED[name]}"' in setup
+    assert f'"ray[default]=={TESTED["ray"]}"' in setup
+    assert f'python_requires=">={TESTED["python"]}"' in setup
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """`found(name, version, wrong)`: the finding about a package."""
+
+    def judge(name: str, version: str | None, wrong: tuple[str, ...] = ()) -> Finding:
+        monkeypatch.setattr(packages, "installed", lambda package: version)
+        monkeypatch.setattr(packages, "_look", lambda package: (list(wrong), 7))
+        return packages.package(name)
+
+    return judge
+
+
+def test_packages(found):
+    assert found("ray", TESTED["ray"]).status == "ok"
+    other = found("ray", "1.0")
+    assert other.status == "warn" and "tested with" in other.text and other.fix == "pip install ray==2.60.0"
+    assert found("ray", None).status == "FAIL"
+    assert found("transformer-engine", None).status == "ok"
+    broken = found("transformer-engine", "9", ("no a.b", "no a.c", "no a.d", "no a.e"))
+    assert broken.status == "FAIL" and broken.text == "9: no a.b; no a.c and 2 more"
+    assert "PyPI's apex is another project" in found("apex", "0.9", ("no apex.optimizers",)).fix
+
+
+def test_a_package_that_kills_its_process(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif any('doctor.probe' in a for a in sys.orig_argv):\n"
+        "    print('dying', file=sys.stderr, flush=True)\n    import os\n    os.abort()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wrong, _ = packages._look("ray")
+    assert wrong[0].startswith("its import ended with status -6")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "status", "fix"),
+    [
+        (65536, 65536, "ok", ""),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, "ok", ""),
+        (1024, 1048576, "warn", "ulimit -n 65536"),
+        (4096, 4096, "warn", "hard limit of 4096"),
+        (256, 20000, "FAIL", "ulimit -n 20000"),
+    ],
+)
+def test_open_files(soft, hard, status, fix):
+    finding = machine.judge_open_files(soft, hard)
+    assert finding.status == status and fix in finding.fix
+
+
+def test_locked_memory_matters_to_infiniband():
+    assert machine.judge_locked_memory(8 * 2**20, infiniband=False).status == "ok"
+    assert machine.judge_locked_memory(8 * 2**20, infiniband=True).status == "FAIL"
+    assert machine.judge_locked_memory(resource.RLIM_INFINITY, infiniband=True).status == "ok"
+
+
+@pytest.mark.parametrize(("free", "status"), [(10 * GIB, "ok"), (2 * GIB, "warn"), (64 * 2**20, "FAIL")])
+def test_space(free, status):
+    assert machine.judge_space("x", free, GIB, 10 * GIB, "make room").status == status
+
+
+@pytest.mark.parametrize(
+    ("free", "ephemeral", "status"),
+    [(1000, 32768, "ok"), (64, 32768, "ok"), (63, 32768, "warn"), (0, 32768, "FAIL"), (1000, 31000, "warn")],
+)
+def test_ports(free, ephemeral, status):
+    assert machine.judge_ports(free, 30000, 31999, ephemeral).status == status
+
+
+@pytest.mark.parametrize(
+    ("env", "gpu", "proxied", "status", "said"),
+    [
+        ({}, True, "", "ok", ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False, "", "ok", ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, "", "FAIL", "no GPU is seen"),
+        ({}, False, "127.0.0.1", "FAIL", "engines at 127.0.0.1 go to a proxy"),
+        ({"GLOO_SOCKET_IFNAME": "eth"}, False, "", "ok", ""),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, False, "", "FAIL", "GLOO_SOCKET_IFNAME=ib0: there is no such"),
+        ({"NCCL_SOCKET_IFNAME": "^lo"}, False, "", "ok", ""),
+        ({"RAY_AUTH_MODE": "disabled"}, False, "", "warn", "runs code as you"),
+        ({"RAY_ADDRESS": "auto"}, False, "", "warn", "joins that cluster"),
+    ],
+)
+def test_environment(env, gpu, proxied, status, said):
+    addresses = ["127.0.0.1", "10.0.0.1"]
+    finding = traps.judge_environment(env, addresses, {"lo", "eth0"}, gpu, lambda address: address == proxied)
+    assert finding.status == status and said in finding.text
+
+
+def test_a_proxy_for_loopback_is_seen(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    assert traps._goes_through_a_proxy("127.0.0.1")
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    assert not traps._goes_through_a_proxy("127.0.0.1")
+
+
+def seen(count: int, without_peer=()) -> dict:
+    return {
+        "names": ["H100"] * count, "bytes": [80 * GIB] * count, "built_for": "13.0",
+        "without_peer": without_peer,
+    }  # fmt: skip
+
+
+TOPOLOGY = (
+    "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV18\t0-31\nGPU1\tNV18\t X \t0-31\n\nLegend:\n  SYS = ...\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "topology", "files", "wanted", "status", "said"),
+    [
+        (seen(0), "", False, 0, "ok", "none"),
+        (seen(0), "", True, 0, "FAIL", "torch sees none"),
+        (seen(0), "", False, 8, "FAIL", "torch sees none"),
+        (seen(1), "", True, 1, "ok", "1 x H100, 80 GiB, driver 580"),
+        (seen(2), TOPOLOGY, True, 2, "ok", "NVLink, peer access"),
+        (seen(2), TOPOLOGY.replace("NV18", "SYS"), True, 2, "ok", "no NVLink"),
+        (seen(2, [(0, 1)]), "", True, 2, "warn", "1 pairs without peer access"),
+        (seen(2), "", True, 8, "FAIL", "SLURM has allocated 8"),
+    ],
+)
+def test_gpus(answer, topology, files, wanted, status, said):
+    finding = gpus.judge_gpus(answer, "580", topology, files, wanted)
+    assert finding.status == status and said in finding.text
+
+
+def test_patches():
+    good = patches.judge_patches(0, "applied: m 1 a\napplied: m 1 b\n", "")
+    assert (good.status, good.text) == ("ok", "all 2 applied")
+    missing = patches.judge_patches(1, "applied: m 1 a\nnot applied: m 1 b\n", "")
+    assert (missing.status, missing.text) == ("FAIL", "not applied: b")
+    other = patches.judge_patches(1, "", "patches: m 2 is installed\n")
+    assert (other.status, other.text) == ("FAIL", "m 2 is installed")
+
+
+def test_shared_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_folder, "SIZE_BYTES", 2 * 2**20)
+    monkeypatch.setattr(shared_folder, "VISIBLE_WITHIN_S", 0.0)
+    for rank in (0, 1):
+        assert shared_folder.write(tmp_path, "7.0", rank) > 0
+    finding = shared_folder.look(tmp_path, "7.0", 1, [0, 1], 2, 1.0)
+    assert finding.status == "ok" and "all 2 ranks see each other" in finding.text
+    assert shared_folder.look(tmp_path, "7.0", 0, [0, 1], 2, 0.01).status == "warn"
+    with pytest.raises(ValueError, match="the file of rank 1 has other content"):
+        shared_folder.path_of(tmp_path, "7.0", 0).replace(shared_folder.path_of(tmp_path, "7.0", 1))
+        shared_folder.read(tmp_path, "7.0", 1)
+    assert shared_folder.unseen(tmp_path, "7.0", [0, 1, 2], 0.0) == [0, 2]
+
+
+def nodes(**texts: str) -> dict[str, list[Finding]]:
+    return {node: [Finding("driver", "ok", text, alike=True)] for node, text in texts.items()}
+
+
+def test_the_odd_one_out_is_named():
+    [line] = lines_of(nodes(n1="580", n2="580", n3="535"))
+    assert line.status == "FAIL" and line.text == "n3: 535; the others: 580"
+    [line] = lines_of(nodes(n1="580", n2="580"))
+    assert (line.status, line.text) == ("ok", "580")
+
+
+def test_failures_name_their_nodes_and_the_worst_counts():
+    bad = Finding("disk", "FAIL", "0 GiB free", "make room")
+    warn = Finding("disk", "warn", "5 GiB free", "make some room")
+    good = Finding("disk", "ok", "50 GiB free")
+    [line] = lines_of({"n1": [good], "n2": [bad], "n3": [warn], "n4": [bad]})
+    assert (line.status, line.text) == ("FAIL", "n2, n4: 0 GiB free; n3: 5 GiB free")
+    assert line.fix == "make room"
+    [line] = lines_of({"n1": [bad], "n2": [bad]})
+    assert line.text == "0 GiB free"
+
+
+def test_a_node_that_is_much_slower():
+    def speed(value: float) -> list[Finding]:
+        return [Finding("folder", "ok", f"{value} GB/s", measured=value)]
+
+    [line] = lines_of({"n1": speed(1.0), "n2": speed(0.9), "n3": speed(0.2)})
+    assert line.status == "warn" and line.text == "n3 0.20 GB/s, others up to 1.00"
+    assert lines_of({"n1": speed(1.0), "n2": speed(0.5)})[0].status == "ok"
+
+
+def test_the_table():
+    findings = [Finding("disk", "FAIL", "full", "make room"), Finding("open files", "ok", "at most 65536")]
+    assert as_text(lines_of({"n1": findings}), 80).splitlines() == [
+        "disk        FAIL  full",
+        "                  -> make room",
+        "open files  ok    at most 65536",
+        "2 checks: 1 FAIL",
+    ]
+
+
+def test_a_step_of_slurm():
+    script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-4]"}
+    assert current_step(script) is None
+    task = script | {
+        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "3",
+        "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    assert current_step(task) == Step(rank=1, size=2, local_rank=0, word="7.3", nodes="n[1-2]")
