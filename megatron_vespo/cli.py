@@ -19,6 +19,7 @@ commands:
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
   doctor          check a machine, or by srun all nodes (megatron-vespo doctor --help)
+  submit          a training run as a SLURM job (megatron-vespo submit --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
@@ -111,6 +112,12 @@ def _doctor(argv: list[str]) -> int:
     return doctor(argv)
 
 
+def _submit(argv: list[str]) -> int:
+    from megatron_vespo.submit_cli import main as submit
+
+    return submit(argv)
+
+
 def _args(argv: list[str]) -> int:
     from megatron_vespo.model_flags import main as args
 
@@ -125,6 +132,7 @@ COMMANDS = {
     "convert": _convert,
     "simulate": _simulate,
     "doctor": _doctor,
+    "submit": _submit,
     "args": _args,
 }
 

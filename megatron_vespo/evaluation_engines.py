@@ -20,10 +20,10 @@ from megatron_vespo.conversion.config import read_unchecked
 from megatron_vespo.conversion.convert import Options, megatron_to_hf
 from megatron_vespo.conversion.ranks import Ranks
 from megatron_vespo.conversion.sources import is_hf, is_megatron
-from megatron_vespo.platform import engine_size
 from megatron_vespo.preemption import Preemption, shielded
+from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.dispatch import LostRequests
-from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
 
 CONVERTED_NAME = "converted"  # in the output folder, as engines on other nodes must see it
 DTYPES = ("float32", "float16", "bfloat16")
@@ -57,17 +57,21 @@ def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption)
         size = engine_size(args.sglang_flags)
         say(f"starting SGLang: {args.rollout_engines} engines ...")
         log_dir = (args.output_dir / "logs").resolve()
-        engines = start_engines(args, place(args, size), _server_arguments(args), log_dir, say)
+        placement = place(args, size)
+        key = new_api_key("auto", placement.loopback)
+        if key is not None:
+            check_flags_with_key(args.sglang_flags)
+        engines = start_engines(args, placement, _server_arguments(args), key, log_dir, say)
         stack.callback(engines.stop)
         engines.wait_until_ready()
-        sync = EngineSync(engines, size)  # the weights are those that the engines have loaded
+        sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
         sync.sync(0)
 
         def meanwhile() -> None:
             if sync.is_wanted(while_others_serve=True):
                 sync.sync(0)
 
-        yield Serving(engines.urls, engines.lost, engines.check, meanwhile)
+        yield Serving(engines.urls, engines.lost, engines.check, meanwhile, key)
 
 
 def api_key(args: Namespace) -> str | None:

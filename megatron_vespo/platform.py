@@ -24,7 +24,7 @@ from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
 from megatron_vespo.rollout.scoring import Scorer
-from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
 from megatron_vespo.types import Prompt, SamplingParams
 
 
@@ -98,13 +98,13 @@ class Platform:
             stack.callback(rewards.close)
             lengths = args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
             self.scorer = Scorer(task.tokenizer, rewards, *lengths)
-        engine_ranks = engine_size(args.sglang_flags)
+        size = engine_size(args.sglang_flags)
         with display.phase("start Ray"):
             stack.callback(ray.shutdown)
             with shielded():
                 start_ray(args)
                 preemption.listen()  # Ray has put a handler of its own in the place of ours
-            self.placement = place(args, engine_ranks)
+            self.placement = place(args, size)
         # not in args: they go into logs and checkpoints
         self.api_key = new_api_key(args.engine_api_key, self.placement.loopback)
         if self.api_key is not None:
@@ -113,7 +113,7 @@ class Platform:
             args, self.placement, _server_arguments(args), self.api_key, self.log_dir, display.message
         )
         stack.callback(self.engines.stop)
-        self.engine_sync = EngineSync(self.engines, engine_ranks, self.api_key)
+        self.engine_sync = EngineSync(self.engines, size, self.api_key)
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:
@@ -133,11 +133,3 @@ def _server_arguments(args: Namespace) -> list[str]:
         # prefixes in the cache would be older than the request that meets them knows
         prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
     )
-
-
-def engine_size(sglang_flags: list[str]) -> int:
-    """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
-    for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
-        if name in sglang_flags:
-            return int(sglang_flags[sglang_flags.index(name) + 1])
-    return 1

@@ -16,11 +16,12 @@ for argument in "$@"; do
     fi
 done
 if ((${#paths[@]} == 0)); then
-    for folder in tests/{unit,distributed,golden,gpu,integration}; do
+    for folder in tests/{unit,distributed,golden,gpu,integration,slurm}; do
         if [[ -d $folder ]]; then paths+=("$folder"); fi
     done
 fi
 
 bash patches/cpu/setup_env.sh
+case " ${paths[*]}" in *" tests/slurm"*) bash tests/slurm/install.sh ;; esac
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"

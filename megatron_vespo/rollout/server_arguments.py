@@ -157,3 +157,11 @@ def _field_flags(field: str, annotation: ast.expr) -> dict[str, str]:
 
 def _keyword(call: ast.Call, name: str) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+def engine_size(sglang_flags: list[str]) -> int:
+    """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
+    for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
+        if name in sglang_flags:
+            return int(sglang_flags[sglang_flags.index(name) + 1])
+    return 1

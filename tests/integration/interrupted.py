@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runs import train_command
-
 from megatron_vespo.observability.metrics import read_metrics
+from tests.integration.runs import train_command
 
 STEPS, MINI_BATCHES = 24, 2
 LAST = f"{STEPS}/{STEPS} "

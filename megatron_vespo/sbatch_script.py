@@ -1,0 +1,63 @@
+"""A job script of slurm/ filled in: other #SBATCH lines, variables, the flags of the command. Pure text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+_DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(\S+))?")
+_BEGIN = "set -euo pipefail\n"  # what is filled in stands behind it
+
+
+def directives(script: str) -> dict[str, str | None]:
+    """The options of its #SBATCH lines; None for one without a value.
+
+    Example: "#SBATCH --nodes=1\\n#SBATCH --requeue\\n" -> {"nodes": "1", "requeue": None}
+    """
+    found = (_DIRECTIVE.fullmatch(line) for line in script.splitlines())
+    return {match[1]: match[2] for match in found if match}
+
+
+def render(
+    template: str,
+    options: Mapping[str, str | None],
+    leave_out: Sequence[str],
+    variables: Mapping[str, str],
+    flags: Sequence[str],
+) -> str:
+    """`template` with `options` in place of its own or behind them, without those of `leave_out`.
+
+    `variables` are exported and `flags` become the script's arguments.
+    """
+    assert template.count(_BEGIN) == 1, f"a job script says {_BEGIN!r} once"
+    wanted = directives(template) | dict(options)
+    lines = [
+        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
+        for name, value in wanted.items()
+        if name not in leave_out
+    ]
+    head, body = template.split(_BEGIN)
+    head = "".join(f"{line}\n" for line in head.splitlines() if not line.startswith("#SBATCH "))
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    filled_in = "\n".join([*exports, "set -- \\\n" + " \\\n".join(_by_flag(flags))])
+    return head + "\n".join(lines) + f"\n{_BEGIN}\n{filled_in}\n" + body
+
+
+def _by_flag(flags: Sequence[str]) -> list[str]:
+    """A line for each flag with its values."""
+    lines: list[str] = []
+    for word in flags:
+        if word.startswith("--") or not lines:
+            lines.append("    " + shlex.quote(word))
+        else:
+            lines[-1] += " " + shlex.quote(word)
+    return lines
+
+
+def seconds_before_limit(script: str) -> int:
+    """How long before its time limit the script is told, by --signal=B:USR1@SECONDS."""
+    match = re.fullmatch(r"B:USR1@(\d+)", directives(script).get("signal") or "")
+    if match is None:
+        raise ValueError("--signal: the script's own form is B:USR1@SECONDS")
+    return int(match[1])

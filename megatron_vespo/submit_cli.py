@@ -1,0 +1,163 @@
+"""`megatron-vespo submit RECIPE --nodes N`: a training run as a SLURM job, shown, checked and queued."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import megatron_vespo
+from megatron_vespo.recipe import read_recipe
+from megatron_vespo.sbatch_script import render, seconds_before_limit
+
+DESCRIPTION = """\
+Fills slurm/train.sbatch in with the flags of a recipe, shows it, checks flags and GPUs, and submits it.
+
+Flags of train that follow count after the recipe's: megatron-vespo submit R.flags --nodes 4 --train-iters 800
+"""
+SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
+SUBMIT_TIMEOUT_S = 120.0
+END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
+
+
+def main(argv: list[str]) -> int:
+    args, more = _parser().parse_known_args(argv)
+    if args.chain < 1:
+        raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
+    flags = read_recipe(args.recipe) + more
+    run = checked_run(flags)
+    script = job_script(args, flags, run.preemption_deadline)
+    print(script, flush=True)
+    print(described_use(run, args.nodes, args.gpus_per_node))
+    if args.dry_run:
+        return 0
+    for line in submit(script, args.chain):
+        print(line)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-vespo submit",
+        usage="megatron-vespo submit RECIPE --nodes N [options] [flags of train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("recipe", type=Path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="0: the job asks for none")
+    add("--time", metavar="LIMIT", help="of one job, as sbatch takes it; default: the script's")
+    add("--sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
+        help="more options of sbatch, without dashes: partition=h100 account=rl exclude=node7")  # fmt: skip
+    add("--chain", type=int, default=1, metavar="JOBS",
+        help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
+        "do not let jobs go back into the queue")  # fmt: skip
+    add("--venv", type=Path, default=Path(sys.prefix), help="default: the one that this runs in")
+    add("--container", metavar="IMAGE", help="instead of --venv")
+    add("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
+    add("--mounts", nargs="+", default=[], metavar="DIR", help="what the container sees beside this folder")
+    add("--dry-run", action="store_true", help="show and check only")
+    return parser
+
+
+def checked_run(flags: list[str]) -> Namespace:
+    """The run that train would make of the flags; ValueError for what would only show when the job runs."""
+    from megatron_vespo.arguments import parse_args  # takes seconds
+
+    run = parse_args(flags)
+    if run.ray_address:
+        raise ValueError("--ray-address is the job script's to say: leave it out")
+    if run.save is None or run.save != run.load:
+        raise ValueError(
+            f"--save {run.save} and --load {run.load} must be one folder: a job that is started again "
+            "goes on there"
+        )
+    return run
+
+
+def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) -> str:
+    """slurm/train.sbatch as `args` and the flags want it."""
+    if not SCRIPT.is_file():
+        raise ValueError(f"{SCRIPT}: no such file; job scripts come with a clone (pip install -e .)")
+    options: dict[str, str | None] = {"job-name": args.recipe.stem, "nodes": str(args.nodes)}
+    leave_out = []
+    if args.gpus_per_node:
+        options["gpus-per-node"] = str(args.gpus_per_node)
+    else:
+        leave_out.append("gpus-per-node")
+    if args.time:
+        options["time"] = args.time
+    template, needed = SCRIPT.read_text(), math.ceil(preemption_deadline_s + END_S)
+    if seconds_before_limit(template) < needed:
+        options["signal"] = f"B:USR1@{needed}"
+    variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
+    if args.container:
+        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *args.mounts]
+        variables |= {
+            "VESPO_CONTAINER": args.container,
+            "VESPO_CONTAINER_RUNTIME": args.container_runtime,
+            "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
+        }
+    else:
+        variables["VESPO_VENV"] = str(args.venv.resolve())
+    if args.chain > 1:  # the next job goes on, not this one once more
+        options["no-requeue"] = None
+        leave_out.append("requeue")
+        variables["VESPO_MAX_RESTARTS"] = "0"
+    for option in args.sbatch:
+        name, equals, value = option.partition("=")
+        options[name.lstrip("-")] = value if equals else None
+    script = render(template, options, leave_out, variables, flags)
+    if (seconds := seconds_before_limit(script)) < needed:
+        raise ValueError(
+            f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
+            f"the end need {needed}"
+        )
+    return script
+
+
+def described_use(run: Namespace, nodes: int, gpus_per_node: int) -> str:
+    """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
+    from megatron_vespo.rollout.server_arguments import engine_size
+
+    ranks = 0 if run.rollout_only else run.trainer_ranks
+    engines = 0 if run.train_from else run.rollout_engines
+    size = engine_size(run.sglang_flags)
+    used, there = ranks + engines * size, nodes * gpus_per_node
+    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs"
+    if not gpus_per_node:
+        return f"checked: {what}, none of them on a GPU"
+    if used > there:
+        raise ValueError(
+            f"{what} need {used} GPUs, --nodes {nodes} x --gpus-per-node {gpus_per_node} = {there}"
+        )
+    if engines and gpus_per_node % size:
+        raise ValueError(f"an engine of {size} GPUs must fit into a node of {gpus_per_node} without a rest")
+    return f"checked: {what} use {used} of {there} GPUs"
+
+
+def submit(script: str, jobs: int) -> list[str]:
+    """One line for each job that is in the queue then."""
+    if shutil.which("sbatch") is None:
+        raise RuntimeError("sbatch is not on PATH: submit where the cluster's jobs are submitted")
+    lines: list[str] = []
+    before: str | None = None
+    for _ in range(jobs):
+        command = ["sbatch", "--parsable"]
+        if before is not None:
+            # when that one has finished the run this one never begins, and goes
+            command += [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
+        told = subprocess.run(command, input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+        if told.returncode:
+            queued = f" (in the queue already: {', '.join(lines)})" if lines else ""
+            raise RuntimeError(f"sbatch refuses the job: {' '.join(told.stderr.split())}{queued}")
+        number = told.stdout.strip().split(";")[0]
+        lines.append(f"job {number}" + (f", begins if {before} does not finish the run" if before else ""))
+        before = number
+    return lines

@@ -1,0 +1,84 @@
+# Sourced by train.sbatch and eval.sbatch: a command with Ray on all nodes, and what its exit code means.
+
+# The command runs on the first node; returns its exit code. SIGUSR1 for this shell is passed to it.
+run_with_ray() {
+    local first code
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    VESPO_FIRST_NODE=$(address_of "$first") || exit 1
+    export VESPO_FIRST_NODE
+    say "attempt $((restarts + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), Ray's logs in $VESPO_LOGS"
+    local exit_code=$VESPO_LOGS/exit-code
+    rm -f "$exit_code"
+    # --wait: the first task to end is the first node's; the others follow by themselves, or are killed, and then
+    # srun's exit code is theirs
+    "${step[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        --wait=60 "${enter[@]}" bash "$root/slurm/ray_node.sh" "$@" &
+    local started=$!
+    trap 'asked=1; say "SIGUSR1: the run is to save and end"; kill -USR2 "$started" || true' USR1
+    # signals are heard between the sleeps: a `wait` that one interrupts can hang
+    while kill -0 "$started" 2>/dev/null; do sleep 1 || true; done
+    code=0
+    wait "$started" || code=$?
+    trap '' USR1
+    if [[ -s $exit_code ]]; then code=$(<"$exit_code"); fi
+    # so early that no task could hear it: nothing has begun
+    if [[ $asked ]] && ((code == 128 + 12)); then code=75; fi
+    return "$code"
+}
+
+# IPv4 address of a node, as the others reach it.
+address_of() {
+    local name address
+    name=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    address=$(getent ahostsv4 "$name" | awk '$1 !~ /^127\./ {print $1; exit}')
+    # /etc/hosts may call this very node 127.0.1.1
+    if [[ -z $address && $1 == "${SLURMD_NODENAME:-}" ]]; then address=$(hostname -I | awk '{print $1}'); fi
+    [[ $address ]] || die "node $1 has no address that others could reach"
+    echo "$address"
+}
+
+# A node that is lost ends the run before SLURM has noticed: does each still start a task?
+nodes_answer() {
+    timeout --kill-after=10 120 srun --overlap --input=none --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+        --ntasks-per-node=1 true
+}
+
+# Ends the job by the program's exit code: 75 means saved, and that the same command goes on from there.
+end_job() {
+    local code=$1 why
+    case $code in
+        0) exit 0 ;;
+        75) why="all is saved" ;;
+        76) # without a signal from here somebody else has ended the run
+            [[ $asked ]] || { say "exit code $code"; exit "$code"; }
+            why="not saved in time, the last checkpoint counts (--preemption-deadline, --signal)"
+            ;;
+        2 | 130)
+            say "exit code $code"
+            exit "$code"
+            ;;
+        *)
+            if nodes_answer; then
+                say "exit code $code, all nodes answer: not started again"
+                exit "$code"
+            fi
+            why="a node does not answer"
+            ;;
+    esac
+    if ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+        say "$why; the job was cancelled"
+    elif ((restarts >= VESPO_MAX_RESTARTS)); then
+        say "$why; started again $restarts times (VESPO_MAX_RESTARTS), not once more: submit the job anew to go on"
+    else
+        say "$why: back into the queue" # before SLURM ends this shell for it
+        if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
+        say "SLURM does not let the job back: submit it anew to go on"
+    fi
+    exit "$code"
+}
+
+asked= # SLURM's signal that the time is up has come
+restarts=${SLURM_RESTART_COUNT:-0}
+if ((restarts > VESPO_MAX_RESTARTS)); then
+    die "started again $restarts times, more than VESPO_MAX_RESTARTS $VESPO_MAX_RESTARTS"
+fi

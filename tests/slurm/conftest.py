@@ -1,0 +1,43 @@
+"""A SLURM of three nodes for all tests here, each skipped with the reason where there can be none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, why_not
+
+from megatron_vespo.runtime import load_runtime_plugins
+from tests.integration.servers import make_tiny_model
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    if reason := why_not():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=3)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(autouse=True)
+def all_nodes_serve(slurm):
+    """What a test has killed is back for the next one, and nothing runs there."""
+    yield
+    slurm.revive()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    load_runtime_plugins()
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)

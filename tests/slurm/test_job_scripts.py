@@ -1,0 +1,153 @@
+"""What the scripts of slurm/ do on a real SLURM with a program that does nothing but end in its ways."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from jobs import Job, stub_venv
+
+WAIT_S = 120.0
+# until it is asked to save; with its number of the attempt, and what it was given
+UNTIL_ASKED = """
+echo "running on $SLURMD_NODENAME: $*"
+trap 'echo asked $((++asked)); sleep 1; exit 75' USR1
+((${SLURM_RESTART_COUNT:-0} < ${ATTEMPTS:-1})) || { echo resumed; exit 0; }
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+exit 9
+"""
+
+
+@pytest.fixture
+def job(slurm, tmp_path):
+    """A job of a stub program."""
+    jobs = []
+
+    def submit(program: str, *flags: str, script: str = "train.sbatch", options=(), **variables: str) -> Job:
+        venv = stub_venv(tmp_path / f"venv{len(jobs)}", program)
+        folder = tmp_path / f"job{len(jobs)}"
+        jobs.append(Job(slurm, folder, script, *flags, options=options, VESPO_VENV=venv, **variables))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        job.cancel()
+    assert all(job.nothing_left() for job in jobs)
+
+
+def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
+    done = job('echo "on $SLURMD_NODENAME: $*"', "--lr", "1e-6", "--vespo-positive", "2 3")
+    assert done.wait(WAIT_S)["JobState"] == "COMPLETED", done.logs()
+    said = re.findall(
+        r"on (\S+): train --lr 1e-6 --vespo-positive 2 3 --ray-address (\S+):6379\n", done.output
+    )
+    [(node, address)] = said
+    assert done.state()["BatchHost"] == node
+    assert address == done.slurm.address(node)
+    assert {file.name for file in done.folder.glob("slurm-logs/*/ray-*")} == {"ray-n1.log", "ray-n2.log"}
+
+
+@pytest.mark.parametrize("code", [1, 2, 76])
+def test_a_program_that_fails_fails_the_job_with_its_code(job, code):
+    failed = job(f"exit {code}")
+    state = failed.wait(WAIT_S)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert f"exit code {code}" in failed.output
+
+
+def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job):
+    asked = job(UNTIL_ASKED)
+    asked.wait_for_output("running on", WAIT_S)
+    asked.ask_to_save()
+    state = asked.wait(WAIT_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), asked.logs()
+    assert asked.output.count("asked 1\n") == 1 and "asked 2" not in asked.output  # twice means: at once
+    assert "all is saved: back into the queue" in asked.output
+    assert "attempt 2: 2 nodes" in asked.output and "resumed" in asked.output
+
+
+def test_no_more_often_than_it_may(job):
+    asked = job(UNTIL_ASKED, VESPO_MAX_RESTARTS="1", ATTEMPTS="9")
+    for attempt in (1, 2):
+        asked.wait_for_output(f"(?s)attempt {attempt}:.*running on", WAIT_S)
+        asked.ask_to_save()
+        if attempt == 1:
+            asked.wait_for_output("back into the queue", WAIT_S)
+    state = asked.wait(WAIT_S)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "1")
+    assert "started again 1 times (VESPO_MAX_RESTARTS), not once more" in asked.output
+
+
+def test_a_cancelled_job_does_not_come_back(job):
+    cancelled = job(UNTIL_ASKED.replace("USR1", "USR1 TERM"))
+    cancelled.wait_for_output("running on", WAIT_S)
+    cancelled.cancel()
+    assert cancelled.nothing_left()
+    state = cancelled.wait(WAIT_S)
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cancelled.logs()
+
+
+def test_a_node_is_lost_and_the_job_goes_on_with_another(job):
+    lost = job(UNTIL_ASKED)
+    lost.wait_for_output("running on n1", WAIT_S)
+    lost.slurm.kill_node("n2")
+    state = lost.wait(WAIT_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), lost.logs()
+    assert state["NodeList"] == "n[1,3]"
+    assert "resumed" in lost.output
+
+
+def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job):
+    """Ray hears of it before SLURM does."""
+    program = "if [[ ${SLURM_RESTART_COUNT-} ]]; then echo resumed; else echo go; read -t 20; exit 1; fi"
+    failed = job(program, options=["--time=10"])
+    failed.wait_for_output("go", WAIT_S)
+    failed.slurm.kill_node("n2")
+    state = failed.wait(240)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), failed.logs()
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_node_without_ray_ends_the_job(job, node):
+    program = "echo never"
+    failed = job(program, RAY_FAILS_ON=node, VESPO_START_SECONDS="10")
+    state = failed.wait(WAIT_S)
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "1:0"), failed.logs()
+    assert "no Ray today" in failed.logs()
+
+
+def test_jobs_in_a_chain_go_on_until_one_has_finished(job):
+    """As `submit --chain` says it to sbatch."""
+    once = {"VESPO_MAX_RESTARTS": "0"}
+    first = job("echo first; exit 75", options=["--no-requeue"], **once)
+    chain = ["--no-requeue", "--kill-on-invalid-dep=yes"]
+    second = job("echo second", options=[*chain, f"--dependency=afternotok:{first.number}"], **once)
+    third = job("echo third", options=[*chain, f"--dependency=afternotok:{second.number}"], **once)
+    assert first.wait(WAIT_S)["ExitCode"] == "75:0"
+    assert second.wait(WAIT_S)["JobState"] == "COMPLETED"
+    assert third.wait(WAIT_S)["JobState"] == "CANCELLED"
+    assert "second" in second.output and not third.output
+
+
+def test_evaluation(job):
+    done = job('echo "$1"; exit 3', script="eval.sbatch")
+    assert done.wait(WAIT_S)["ExitCode"] == "3:0", done.logs()
+    assert "evaluate\n" in done.output
+
+
+def test_conversion_has_several_tasks_a_node(job):
+    options = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem-per-cpu=100"]
+    done = job(
+        'echo "$SLURM_PROCID of $SLURM_NTASKS: $*"', "inspect", "x", script="convert.sbatch", options=options
+    )
+    assert done.wait(WAIT_S)["JobState"] == "COMPLETED", done.logs()
+    lines = sorted(line for line in done.output.splitlines() if " of " in line)
+    assert lines == ["0 of 2: convert inspect x", "1 of 2: convert inspect x"]
+
+
+def test_no_environment(job):
+    failed = job("true", VESPO_ROOT="")
+    assert failed.wait(WAIT_S)["JobState"] == "FAILED"
+    failed = Job(failed.slurm, failed.folder, "train.sbatch", VESPO_VENV="/nowhere")
+    assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
+    assert "/nowhere has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER" in failed.output

@@ -1,0 +1,93 @@
+"""Every recipe of examples/ is a run that this version accepts, on the model's real shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.arguments import parse_args
+from megatron_vespo.recipe import read_recipe
+from megatron_vespo.rollout.server_arguments import engine_size
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COMMON = {"torch_dtype": "bfloat16", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+CONFIGS = {
+    "qwen3_30b_a3b": COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936,
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+    },
+    "qwen3_8b": COMMON
+    | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+    },
+    "llama3_2_3b": COMMON
+    | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+    },
+}  # fmt: skip
+# folder/recipe -> GPUs of its nodes
+RECIPES = {
+    "qwen3_30b_a3b/synchronous_n8": 32,
+    "qwen3_30b_a3b/synchronous_n16": 32,
+    "qwen3_30b_a3b/synchronous_n32": 32,
+    "qwen3_30b_a3b/synchronous_n64": 32,
+    "qwen3_30b_a3b/asynchronous": 64,
+    "qwen3_30b_a3b/one_node_80gb": 8,
+    "qwen3_8b/synchronous_n8": 16,
+    "qwen3_8b/one_node": 8,
+    "llama3_2_3b/synchronous_n8": 8,
+}
+
+
+def parse(recipe: str, folder: Path):
+    (folder / "config.json").write_text(json.dumps(CONFIGS[recipe.partition("/")[0]]))
+    flags = read_recipe(EXAMPLES / f"{recipe}.flags")
+    # as on a machine with GPUs
+    return parse_args([*flags, "--hf-checkpoint", str(folder), "--distributed-backend", "nccl"])
+
+
+def test_all_are_here():
+    found = {path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.flags")}
+    assert found == RECIPES.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
+    args = parse(recipe, tmp_path)
+    assert args.trainer_ranks + args.rollout_engines * engine_size(args.sglang_flags) == RECIPES[recipe]
+    assert args.global_batch_size == 256 * 8 and args.lr == 1e-6 and 1500 <= args.train_iters <= 1536
+    assert (args.max_prompt_tokens, args.max_completion_tokens) == (1024, 15360)
+    assert (args.policy_loss, args.vespo_positive, args.vespo_negative) == ("vespo", [2.0, 3.0], [3.0, 2.0])
+    assert args.loss_aggregation == "token-mean"
+    assert args.bf16 and args.save == args.load
+    # a rollout batch is given up or saved as a whole
+    assert args.save_interval % args.mini_batches == args.save_retain_interval % args.save_interval == 0
+    assert args.generate_timeout > args.preemption_deadline
+
+
+@pytest.mark.parametrize("steps", [8, 16, 32, 64])
+def test_a_recipe_is_called_by_its_steps(tmp_path, steps):
+    args = parse(f"qwen3_30b_a3b/synchronous_n{steps}", tmp_path)
+    assert args.mini_batches == steps and args.rollout_batch_size == 256 * steps
+    assert args.max_staleness == 0 and args.ratio_denominator == "recomputed"
+
+
+def test_the_asynchronous_one(tmp_path):
+    args = parse("qwen3_30b_a3b/asynchronous", tmp_path)
+    assert args.sync_interval == args.mini_batches == 4 and args.max_staleness == 8
+    assert args.ratio_denominator == "rollout" and args.on_weight_update == "retract"

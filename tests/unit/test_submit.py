@@ -1,0 +1,188 @@
+"""`megatron-vespo submit`: the script it renders, what it refuses, and the jobs it queues."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.cli import run
+from megatron_vespo.sbatch_script import directives, render, seconds_before_limit
+from megatron_vespo.submit_cli import SCRIPT
+from tests.unit.test_recipes import CONFIGS
+
+TEMPLATE = """\
+#!/usr/bin/env bash
+# words
+#SBATCH --job-name=vespo
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+set -euo pipefail
+
+run "$@"
+"""
+
+
+def test_a_script_is_filled_in():
+    options = {"job-name": "x", "time": "1:00:00", "no-requeue": None}
+    flags = ["--lr", "1e-6", "--vespo-positive", "2", "3", "--bf16", "--prompt-key", "it's"]
+    assert render(TEMPLATE, options, ["requeue"], {"VESPO_ROOT": "/a b"}, flags) == (
+        """\
+#!/usr/bin/env bash
+# words
+#SBATCH --job-name=x
+#SBATCH --signal=B:USR1@600
+#SBATCH --time=1:00:00
+#SBATCH --no-requeue
+set -euo pipefail
+
+export VESPO_ROOT='/a b'
+set -- \\
+    --lr 1e-6 \\
+    --vespo-positive 2 3 \\
+    --bf16 \\
+    --prompt-key 'it'"'"'s'
+
+run "$@"
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "flags", [["--a", "b c", "--d", "$HOME `x` \\"], ["--text", "two\nlines", "--e", "'"]]
+)
+def test_the_shell_reads_the_same_flags(flags):
+    script = render(TEMPLATE, {}, [], {"V": flags[1]}, flags).replace('run "$@"', 'printf "%s\\0" "$V" "$@"')
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout.split("\0")[:-1] == [flags[1], *flags]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("*.sbatch")), ids=lambda path: path.name)
+def test_the_scripts_headers_are_read(script):
+    text = script.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert len(directives(text)) == len(lines) > 5
+    rendered = render(text, {}, [], {}, ["--x"])
+    assert [line for line in rendered.splitlines() if line.startswith("#SBATCH")] == lines
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
+
+
+def test_the_training_script_asks_for_its_signal_in_time():
+    assert seconds_before_limit(SCRIPT.read_text()) == 600
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """24 GPUs; the checkpoint is a config."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
+    path = tmp_path / "small.flags"
+    path.write_text(
+        f"--hf-checkpoint {model} --prompt-data d --output-dir o --save c --load c # where\n"
+        "--trainer-ranks 8 --rollout-engines 8 --sglang-tp-size 2 --train-iters 8 --lr 1e-6\n"
+    )
+    return path
+
+
+def submit(recipe: Path, *more: str) -> int:
+    return run(["submit", str(recipe), "--nodes", "3", *more])
+
+
+def test_a_dry_run_shows_and_checks(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    more = "--dry-run --venv / --time 30 --sbatch partition=h100 exclusive=user --lr 1e-5".split()
+    assert submit(recipe, *more) == 0
+    shown = capsys.readouterr().out
+    head = directives(shown)
+    assert (head["nodes"], head["gpus-per-node"], head["time"], head["job-name"]) == ("3", "8", "30", "small")
+    assert (head["partition"], head["exclusive"], head["requeue"]) == ("h100", "user", None)
+    assert shown.count("    --lr 1e-5\n") == 1 and shown.count("--lr 1e-6") == 1
+    assert "export VESPO_VENV=/\n" in shown and "VESPO_CONTAINER" not in shown
+    assert shown.splitlines()[-1] == "checked: 8 trainer ranks and 8 engines of 2 GPUs use 24 of 24 GPUs"
+
+
+def test_a_container(recipe, capsys):
+    flags = "--dry-run --container x.sif --container-runtime apptainer --mounts /data /models".split()
+    assert submit(recipe, *flags) == 0
+    shown = capsys.readouterr().out
+    assert "export VESPO_CONTAINER=x.sif\nexport VESPO_CONTAINER_RUNTIME=apptainer\n" in shown
+    [mounts] = [line for line in shown.splitlines() if line.startswith("export VESPO_MOUNTS=")]
+    assert mounts.endswith(",/data,/models") and str(SCRIPT.parents[1]) in mounts
+    assert "VESPO_VENV" not in shown.split("source")[0]
+
+
+def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
+    assert submit(recipe, "--dry-run", "--preemption-deadline", "1500") == 0
+    assert directives(capsys.readouterr().out)["signal"] == "B:USR1@1560"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nodes 2", "engines of 2 GPUs need 24 GPUs, --nodes 2 x --gpus-per-node 8 = 16"),
+        ("--load other", "must be one folder: a job that is started again goes on there"),
+        ("--ray-address auto", "--ray-address is the job script's to say: leave it out"),
+        ("--nodes 9 --gpus-per-node 3", "an engine of 2 GPUs must fit into a node of 3 without a rest"),
+        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
+        ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
+        ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
+        ("--sbatch signal=B:USR1@100", "leaves 100 seconds, --preemption-deadline 300 and the end need 360"),
+    ],
+)  # fmt: skip
+def test_what_would_only_show_when_the_job_runs(recipe, capsys, flags, message):
+    # the other folder has a checkpoint
+    (recipe.parent / "other").mkdir()
+    (recipe.parent / "other/latest_checkpointed_iteration.txt").write_text("8")
+    flags = flags.replace("other", str(recipe.parent / "other"))
+    assert submit(recipe, "--dry-run", *flags.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_sbatch(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submit(recipe) == 1
+    assert capsys.readouterr().err == (
+        "megatron-vespo: sbatch is not on PATH: submit where the cluster's jobs are submitted\n"
+    )
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """An sbatch that keeps what it gets and counts from 7; the folder where it does."""
+    program = tmp_path / "bin/sbatch"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/bash\ncd "${0%/*}"; n=$((7 + $(ls | grep -c job)))\n'
+        "[[ $n != 9 ]] || { echo full >&2; exit 1; }\n"
+        'echo "$*" >job$n; cat >script$n; echo "$n;cluster"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    return program.parent
+
+
+def test_it_is_queued(recipe, sbatch, capsys):
+    assert submit(recipe) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("\njob 7\n")
+    assert shown.startswith((sbatch / "script7").read_text())
+    assert (sbatch / "job7").read_text() == "--parsable\n"
+
+
+def test_a_chain_goes_on_where_a_job_has_not_finished(recipe, sbatch, capsys):
+    assert submit(recipe, "--chain", "2") == 0
+    assert capsys.readouterr().out.endswith("\njob 7\njob 8, begins if 7 does not finish the run\n")
+    assert (sbatch / "job8").read_text() == (
+        "--parsable --dependency=afternotok:7 --kill-on-invalid-dep=yes\n"
+    )
+    head = directives((sbatch / "script8").read_text())
+    assert "no-requeue" in head and "requeue" not in head
+    assert "export VESPO_MAX_RESTARTS=0\n" in (sbatch / "script8").read_text()
+
+
+def test_a_refused_job_says_what_is_queued_already(recipe, sbatch, capsys):
+    assert submit(recipe, "--chain", "3") == 1
+    assert "sbatch refuses the job: full (in the queue already: job 7, job 8" in capsys.readouterr().err
