@@ -15,6 +15,7 @@ commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
   evaluate        avg@k and pass@k of a checkpoint (megatron-vespo evaluate --help)
   prepare-data    a public prompt set as JSONL, cleaned (megatron-vespo prepare-data --help)
+  plan            check a run before it waits in a queue (megatron-vespo plan --help)
   check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
@@ -67,7 +68,9 @@ def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def _train(argv: list[str]) -> int:
     from megatron_vespo.arguments import print_help
+    from megatron_vespo.recipe import with_recipes
 
+    argv = with_recipes(argv)
     if not print_help(argv):
         from megatron_vespo.train import main as train  # takes seconds
 
@@ -85,6 +88,12 @@ def _prepare_data(argv: list[str]) -> int:
     from megatron_vespo.prepare_cli import main as prepare_data
 
     return prepare_data(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from megatron_vespo.plan_cli import main as plan
+
+    return plan(argv)
 
 
 def _check_layout(argv: list[str]) -> int:
@@ -128,6 +137,7 @@ COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "prepare-data": _prepare_data,
+    "plan": _plan,
     "check layout": _check_layout,
     "convert": _convert,
     "simulate": _simulate,

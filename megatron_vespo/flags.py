@@ -23,6 +23,7 @@ Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang g
 Three families of flags:
   the groups below          this program's own
   Megatron's own flags      training, parallelism, precision, checkpoints: --help-megatron lists them all
+  --recipe FILE             more flags, of any family, from a file with # comments; the later of two wins
   --sglang-<flag>           handed to every SGLang server as --<flag>, e.g. --sglang-mem-fraction-static 0.7
 
 The model's shape comes from the HF config; a Megatron flag that contradicts it is an error.

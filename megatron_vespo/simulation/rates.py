@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from megatron_vespo.hardware import GPUS, Gpu
 
 
 @dataclass(frozen=True)
@@ -94,28 +96,55 @@ class Preset:
         )
 
 
-def _h100() -> Preset:
-    """Qwen3-30B-A3B in bf16 on H100: 3.3 B parameters active, 61 GB, engines of two GPUs.
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model's speed depends on."""
 
-    Training at 133 TFLOP/s a GPU, what Megatron reaches untuned (tuned: 299), 6 FLOP a parameter and token,
-    a third of it for the log-prob pass. A decode step reads all weights once, and of each request the keys
-    and values of 2,048 tokens (48 layers x 4 heads x 128 x 2 tensors x 2 bytes a token), at half of
-    2 x 3.35 TB/s: derived, not measured. Prefill: 2 FLOP a parameter and token at 2 x 133 TFLOP/s. Published
-    weight syncs between GPUs of their own take 0.7 to 7 s: 2.5. A checkpoint: 30.5 B x 14 bytes at 20 GB/s.
+    parameters: float
+    active: float  # that a token meets
+    cache_bytes: float  # keys and values of a token
+
+    @property
+    def weight_bytes(self) -> float:
+        return 2 * self.parameters
+
+
+# of the most that a GPU can: 133 of 989.4 TFLOP/s are what Megatron reaches untuned (tuned: 299)
+TRAINING_EFFICIENCY = 133 / 989.4
+MEMORY_EFFICIENCY = 0.5
+CACHED_TOKENS = 2048  # of a request, while it runs, in the mean
+QWEN3_30B_A3B = ModelCost(30.53e9, 3.3e9, 48 * 4 * 128 * 2 * 2)  # layers x heads x width x (K, V) x bytes
+
+
+def derived(gpu: Gpu, model: ModelCost, gpus_per_engine: int) -> Preset:
+    """A model in bf16 on a kind of GPU: derived, not measured.
+
+    Training is 6 FLOP an active parameter and token at TRAINING_EFFICIENCY, a third of it for the log-prob
+    pass. A decode step reads all weights once, and of each request the keys and values of CACHED_TOKENS, at
+    MEMORY_EFFICIENCY. Prefill is 2 FLOP a parameter and token at the efficiency of training. Published weight
+    syncs of 30 B parameters between GPUs of their own take 0.7 to 7 s: 2.5. A checkpoint is 14 bytes a
+    parameter at 20 GB/s.
     """
-    flops, active, bandwidth = 133e12, 3.3e9, 0.5 * 2 * 3.35e12
-    train = flops / (6 * active)
+    flops, bandwidth = (
+        TRAINING_EFFICIENCY * gpu.flops,
+        MEMORY_EFFICIENCY * gpus_per_engine * gpu.memory_bandwidth,
+    )
+    train = flops / (6 * model.active)
     return Preset(
         train=train,
         log_probs=3 * train,
-        decode=Cost(61.06e9 / bandwidth, 2048 * 48 * 4 * 128 * 2 * 2 / bandwidth),
-        prefill=2 * flops / (2 * active),
+        decode=Cost(model.weight_bytes / bandwidth, CACHED_TOKENS * model.cache_bytes / bandwidth),
+        prefill=gpus_per_engine * flops / (2 * model.active),
         sync=2.5,
-        save=30.5e9 * 14 / 20e9,
-        gpus_per_engine=2,
+        save=model.parameters * 14 / 20e9,
+        gpus_per_engine=gpus_per_engine,
         max_running=256,
-        source="Qwen3-30B-A3B on H100: 133 TFLOP/s a GPU, half the memory bandwidth",
     )
+
+
+def _h100() -> Preset:
+    source = "Qwen3-30B-A3B on H100: 133 TFLOP/s a GPU, half the memory bandwidth"
+    return replace(derived(GPUS["h100"], QWEN3_30B_A3B, 2), source=source)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"h100": _h100}

@@ -1,0 +1,39 @@
+"""What a GPU has, for plans and simulations. The only place where such numbers stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a machine with eight.
+
+    `memory` is what torch sees of it, in its words the "total capacity". `flops` are dense bf16 at most.
+    Bandwidths are bytes a second at most, in one direction: of its memory, of NVLink, and of the network card
+    that it has for itself in a DGX.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    nvlink: float
+    network: float
+
+
+# Memory: torch's out-of-memory messages. Others: NVIDIA's data sheets; these print NVLink in both directions
+# together, and FLOP of the newer ones with sparsity, twice the dense. Network: DGX A100 has a ConnectX-6 of
+# 200 Gb/s a GPU, DGX H100, H200 and B200 a ConnectX-7 of 400 Gb/s.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40gb", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9),
+        Gpu("a100", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9),
+        Gpu("h100", 79.1 * GIB, 989.4e12, 3.35e12, 450e9, 50e9),
+        Gpu("h200", 139.7 * GIB, 989.4e12, 4.8e12, 450e9, 50e9),
+        Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9),
+    )
+}

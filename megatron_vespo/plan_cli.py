@@ -1,0 +1,137 @@
+"""`megatron-vespo plan`: checks a run before it waits in a queue; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_vespo.arguments import parse_args
+from megatron_vespo.hardware import GIB, GPUS
+from megatron_vespo.planning import findings
+from megatron_vespo.planning.engine_memory import flag_value
+from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
+from megatron_vespo.planning.report import format_plan
+from megatron_vespo.planning.speed import Lengths
+from megatron_vespo.recipe import read_recipe
+from megatron_vespo.runtime import load_runtime_plugins
+
+DESCRIPTION = """\
+Check a run of `megatron-vespo train` before it waits in a queue. Needs no GPU and no data; of --hf-checkpoint
+only config.json.
+
+Megatron itself parses the flags and builds the model of every pipeline stage at the real number of ranks,
+on tensors without memory. What the parameters take follows from that exactly; activations, engines and
+seconds are estimates: even routing, full micro-batches, rates derived from data sheets, nothing measured.
+
+Exit code: 0 for a run that fits, 1 for one that does not, 2 for flags that are refused.
+"""
+# what a machine with GPUs would choose by itself; a recipe's own flags come later and win
+ON_GPUS = ["--distributed-backend", "nccl", "--transformer-impl", "transformer_engine"]
+ENGINE_SIZE = ("--tensor-parallel-size", "--tp-size", "--tp")
+
+
+def main(argv: list[str]) -> int:
+    options, flags = _parser().parse_known_args(argv)
+    if options.nodes < 1 or options.gpus_per_node < 1:
+        raise ValueError("--nodes and --gpus-per-node must be positive")
+    flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
+    cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
+    plan = _plan(flags, cluster, options)
+    print(format_plan(plan))
+    errors = [*_memory_errors(plan, flags), *findings.errors(plan)]
+    print()
+    for error in errors:
+        print(f"DOES NOT FIT: {error}")
+    for warning in findings.warnings(plan):
+        print(f"warning: {warning}")
+    if not errors:
+        print("fits")
+    return 1 if errors else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-vespo plan",
+        usage="megatron-vespo plan RECIPE --nodes N [--gpus-per-node 8] [--gpu h100] [flags of train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("recipe", type=Path, metavar="RECIPE", help="file of flags of `megatron-vespo train`, # for comments")
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    add("--gpu", choices=GPUS, default="h100", help="default: h100")
+    add("--mean-completion-tokens", type=float, metavar="X",
+        help="default: a quarter of --max-completion-tokens")  # fmt: skip
+    add("--mean-prompt-tokens", type=float, metavar="X", help="default: a quarter of --max-prompt-tokens")
+    return parser
+
+
+def _plan(flags: list[str], cluster: Cluster, options: Namespace) -> Plan:
+    args, stages = _parsed(flags)
+    lengths = Lengths(
+        options.mean_prompt_tokens or args.max_prompt_tokens / 4,
+        options.mean_completion_tokens or args.max_completion_tokens / 4,
+    )
+    size = int(flag_value(args.sglang_flags, *ENGINE_SIZE) or 1)
+    return make_plan(args, stages, cluster, size, lengths)
+
+
+def _parsed(flags: list[str]) -> tuple[Namespace, list]:
+    """The run's arguments and its pipeline stages, by Megatron."""
+    with warnings.catch_warnings(action="ignore"):
+        load_runtime_plugins()
+        from megatron_vespo.trainer.meta_model import build_stages, planned_machine
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with planned_machine():
+        # a checkpoint to go on from need not be there yet
+        args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
+        if args.train_from or args.rollout_only:
+            raise ValueError(
+                "plan is for runs that train and generate: leave --train-from, --rollout-only out"
+            )
+        return args, build_stages(args)
+
+
+def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
+    index = plan.tightest
+    headroom = plan.headroom(index)
+    if headroom >= 0:
+        return
+    where = f" on pipeline stage {index}" if len(plan.stages) > 1 else ""
+    fixes = [
+        f"{' '.join(fix)} (headroom {left / GIB:.1f} GiB)"
+        for fix in _candidates(plan.args)
+        if (left := _headroom(plan, [*flags, *fix])) is not None and left >= 0
+    ]
+    hint = ", or ".join(fixes) or "no single flag helps: more trainer ranks, or another layout"
+    yield f"trainer headroom is {headroom / GIB:.1f} GiB{where}: {hint}"
+
+
+def _candidates(args: Namespace) -> Iterator[list[str]]:
+    """Flags that save memory, the cheaper first."""
+    if args.recompute_granularity != "full":
+        yield "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    for name in ("expert_model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if name != "expert_model_parallel_size" or args.num_experts is not None:
+            yield [f"--{name.replace('_', '-')}", str(2 * getattr(args, name))]
+    longest = -(-args.seq_length // args.context_parallel_size)
+    if longest < args.max_tokens_per_gpu:
+        yield ["--max-tokens-per-gpu", str(longest)]
+    if not args.optimizer_cpu_offload and args.bf16:
+        yield ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+
+
+def _headroom(plan: Plan, flags: list[str]) -> float | None:
+    """Of the fullest rank with these flags; None where they are refused."""
+    try:
+        args, stages = _parsed(flags)
+    except ValueError:
+        return None
+    return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(args, stages))

@@ -1,0 +1,98 @@
+"""What is wrong with a plan, and what would be right. A line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vespo.hardware import GIB
+from megatron_vespo.planning.plan import Plan
+
+# engines and trainer wait for each other; beyond this share the GPUs are better split otherwise
+IDLE_SHARE = 0.4
+
+
+def errors(plan: Plan) -> list[str]:
+    """What will not run; memory of the trainer aside, which has fixes to try."""
+    return [*_placement(plan), *_engines(plan)]
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What will run, and not well."""
+    return [*_tight_engines(plan), *_layout(plan), *_balance(plan)]
+
+
+def _placement(plan: Plan) -> Iterator[str]:
+    cluster, needed, size = plan.cluster, plan.gpus_needed, plan.engine_size
+    engines = plan.args.rollout_engines
+    have = f"{cluster.nodes} nodes x {cluster.gpus_per_node}"
+    if size > cluster.gpus_per_node:
+        yield (
+            f"an engine of {size} GPUs does not fit a node of {cluster.gpus_per_node}: lower --sglang-tp-size"
+        )
+    elif needed > cluster.gpus:
+        nodes = -(-needed // cluster.gpus_per_node)
+        left = (cluster.gpus - plan.args.trainer_ranks) // size
+        fix = f"--nodes {nodes}" + (f" or --rollout-engines {left}" if left > 0 else " or a smaller layout")
+        yield f"{needed} GPUs are needed, {have} = {cluster.gpus} are there: {fix}"
+    elif engines > cluster.nodes * (cluster.gpus_per_node // size):
+        most = cluster.nodes * (cluster.gpus_per_node // size)
+        yield f"{have} hold {most} engines of {size} GPUs, none across nodes: --rollout-engines {most}"
+
+
+def _engines(plan: Plan) -> Iterator[str]:
+    engine, args = plan.engine, plan.args
+    longest = args.max_prompt_tokens + args.max_completion_tokens
+    if engine.tokens < longest:
+        yield (
+            f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
+            f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
+        )
+    if engine.rest < 2 * engine.bucket:
+        yield (
+            f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
+            f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"
+        )
+
+
+def _tight_engines(plan: Plan) -> Iterator[str]:
+    engine, running = plan.engine, plan.speed.running
+    assigned = plan.requests_per_engine
+    fits = int(engine.tokens // plan.lengths.sample)
+    if fits < min(assigned, 64):
+        yield (
+            f"the KV cache of an engine holds {fits} mean requests, a batch brings it {assigned}: a larger "
+            "--sglang-mem-fraction-static or --sglang-tp-size"
+        )
+    if plan.args.rollout_engines > 1 and assigned < 8:
+        yield f"a rollout batch gives an engine {assigned} requests ({running} fit): fewer --rollout-engines"
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    args, per_node = plan.args, plan.cluster.gpus_per_node
+    if args.tensor_model_parallel_size > per_node:
+        yield (
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} crosses nodes of {per_node} "
+            "GPUs: at most that many, the rest by --pipeline-model-parallel-size"
+        )
+    rest = plan.cluster.gpus - plan.gpus_needed
+    if rest >= plan.engine_size:
+        yield (
+            f"{rest} of {plan.cluster.gpus} GPUs stay empty: --rollout-engines "
+            f"{args.rollout_engines + rest // plan.engine_size}"
+        )
+
+
+def _balance(plan: Plan) -> Iterator[str]:
+    waiting = plan.speed.result.trainer_idle.get("generation", 0.0)
+    engines = plan.speed.result.engines_idle.get("training", 0.0)
+    if plan.args.max_staleness:
+        if waiting > IDLE_SHARE:
+            yield f"the trainer waits for engines {waiting:.0%} of the time: more of the GPUs for engines"
+        if engines > IDLE_SHARE:
+            yield f"engines wait for the trainer {engines:.0%} of the time: more of the GPUs for the trainer"
+    elif min(waiting, engines) > 0.2:
+        bound = 2 * plan.args.mini_batches
+        yield (
+            f"engines idle {engines:.0%} of the time while the trainer works, it {waiting:.0%} while they "
+            f"do: --max-staleness {bound} lets both work"
+        )

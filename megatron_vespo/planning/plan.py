@@ -1,0 +1,110 @@
+"""A plan: everything that was worked out for a run, and what is wrong with it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_vespo.conversion.config import read_hf_config
+from megatron_vespo.conversion.family import family_of, shape_of
+from megatron_vespo.conversion.table import ModelShape
+from megatron_vespo.hardware import Gpu
+from megatron_vespo.planning.engine_memory import EngineMemory, engine_memory, flag_value
+from megatron_vespo.planning.speed import Lengths, Speed, WeightSync, model_cost, preset, speed, weight_sync
+from megatron_vespo.planning.trainer_memory import Stage, TrainerMemory, trainer_memory
+
+MAX_RUNNING = 256  # of an engine, where --sglang-max-running-requests is not given
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    args: Namespace
+    cluster: Cluster
+    engine_size: int
+    parameters: int  # of the whole model
+    stages: list[Stage]
+    trainer: list[TrainerMemory]  # by pipeline stage
+    engine: EngineMemory
+    lengths: Lengths
+    sync: WeightSync
+    speed: Speed
+
+    @property
+    def gpus_needed(self) -> int:
+        return self.args.trainer_ranks + self.args.rollout_engines * self.engine_size
+
+    def headroom(self, index: int) -> float:
+        """Bytes left on a rank of that stage."""
+        return self.cluster.gpu.memory - self.trainer[index].total
+
+    @property
+    def tightest(self) -> int:
+        """The stage with the least of it."""
+        return min(range(len(self.stages)), key=self.headroom)
+
+    @property
+    def requests_per_engine(self) -> int:
+        """Of one rollout batch."""
+        return -(-self.args.rollout_batch_size * self.args.num_completions // self.args.rollout_engines)
+
+
+def make_plan(
+    args: Namespace, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
+) -> Plan:
+    """`stages` are Megatron's; AssertionError where their sum is not the HF checkpoint's."""
+    shape, parameters = model_of(args)
+    built = sum(stage.whole for stage in stages)
+    padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
+    padding *= 1 if shape.tied_embeddings else 2
+    assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
+    engine = engine_memory(args, shape, parameters, cluster.gpu, engine_size)
+    sync = weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes)
+    cost = model_cost(shape, parameters, args.moe_router_topk, 2 if args.bf16 else 4)
+    rates = preset(cost, cluster.gpu, engine_size, sync, max_running(args, engine, lengths))
+    return Plan(
+        args=args,
+        cluster=cluster,
+        engine_size=engine_size,
+        parameters=parameters,
+        stages=stages,
+        trainer=memory_of(args, stages),
+        engine=engine,
+        lengths=lengths,
+        sync=sync,
+        speed=speed(args, rates, lengths),
+    )
+
+
+def memory_of(args: Namespace, stages: list[Stage]) -> list[TrainerMemory]:
+    return [trainer_memory(args, stage, index) for index, stage in enumerate(stages)]
+
+
+def model_of(args: Namespace) -> tuple[ModelShape, int]:
+    """The shape and the number of parameters of the HF checkpoint, from its config.json."""
+    config = read_hf_config(args.hf_checkpoint)
+    shape = shape_of(config)
+    count = 0
+    for dimensions in family_of(config).hf_tensors(shape).values():
+        size = 1
+        for dimension in dimensions:
+            size *= dimension
+        count += size
+    return shape, count
+
+
+def max_running(args: Namespace, engine: EngineMemory, lengths: Lengths) -> int:
+    """Requests that an engine runs at once: its limit, or as many mean ones as its cache holds."""
+    given = flag_value(args.sglang_flags, "--max-running-requests")
+    limit = MAX_RUNNING if given is None else int(given)
+    return max(min(limit, int(engine.tokens // lengths.sample)), 1)

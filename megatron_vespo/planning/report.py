@@ -1,0 +1,103 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vespo.hardware import GIB
+from megatron_vespo.planning.plan import Plan
+from megatron_vespo.planning.trainer_memory import RESERVE
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs")
+
+
+def format_plan(plan: Plan) -> str:
+    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_engine(plan), "", *_speed(plan)])
+
+
+def _run(plan: Plan) -> Iterator[str]:
+    args, cluster = plan.args, plan.cluster
+    gpu = cluster.gpu
+    name = args.hf_checkpoint.name
+    yield f"model      {name}: {plan.parameters:,} parameters over all ranks, as in its config"
+    yield (
+        f"cluster    {cluster.nodes} nodes x {cluster.gpus_per_node} {gpu.name} of {gpu.memory / GIB:.1f} "
+        f"GiB = {cluster.gpus} GPUs; {args.trainer_ranks} train, {args.rollout_engines} engines x "
+        f"{plan.engine_size} generate"
+    )
+    sizes = {
+        "tp": args.tensor_model_parallel_size,
+        "pp": args.pipeline_model_parallel_size,
+        "vpp": args.virtual_pipeline_model_parallel_size or 1,
+        "cp": args.context_parallel_size,
+        "dp": args.data_parallel_size,
+        "ep": args.expert_model_parallel_size,
+        "etp": args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+    }
+    yield "layout     " + ", ".join(f"{name}{size}" for name, size in sizes.items())
+
+
+def _trainer(plan: Plan) -> Iterator[str]:
+    """First, last and the fullest stage."""
+    last = len(plan.stages) - 1
+    shown = sorted({0, last, plan.tightest})
+    yield "trainer, GiB a GPU".ljust(26) + "".join(_stage_name(index, last).rjust(16) for index in shown)
+
+    def row(name: str, values: list[float]) -> str:
+        return f"  {name:<24}" + "".join(f"{value / GIB:16.2f}" for value in values)
+
+    counts = "".join(f"{plan.stages[index].parameters:16,}" for index in shown)
+    yield f"  {'parameters':<24}" + counts
+    yield f"  {'of them experts':<24}" + "".join(f"{plan.stages[index].experts:16,}" for index in shown)
+    for part in PARTS:
+        yield row(part.replace("_", "-"), [getattr(plan.trainer[index], part) for index in shown])
+    yield row("CUDA, NCCL, gaps", [RESERVE] * len(shown))
+    yield row("headroom", [plan.headroom(index) for index in shown])
+    if plan.trainer[0].host:
+        yield row("in CPU memory", [plan.trainer[index].host for index in shown])
+
+
+def _stage_name(index: int, last: int) -> str:
+    if last == 0:
+        return "all ranks"
+    return f"stage {index}" + (" (last)" if index == last else "")
+
+
+def _engine(plan: Plan) -> Iterator[str]:
+    engine = plan.engine
+    source = "assumed" if engine.assumed else "given"
+    longest = plan.args.max_prompt_tokens + plan.args.max_completion_tokens
+    mean = plan.lengths.sample
+    yield f"engine of {engine.size} GPUs, GiB a GPU, mem-fraction-static {engine.fraction:g} ({source})"
+    yield f"  {'weights':<24}{engine.weights / GIB:16.2f}"
+    yield (
+        f"  {'keys and values':<24}{engine.cache / GIB:16.2f}   {engine.tokens:,} tokens: "
+        f"{engine.tokens // longest:,} requests of {longest:,}, {engine.tokens // mean:,.0f} of {mean:,.0f}"
+    )
+    bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
+    yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {bucket}"
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    speed, sync, args = plan.speed, plan.sync, plan.args
+    samples = args.rollout_batch_size * args.num_completions
+    yield (
+        f"weight sync       {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets, gathered and broadcast at "
+        f"{sync.bandwidth / 1e9:.0f} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
+    )
+    yield (
+        f"tokens            {plan.lengths.completion:,.0f} a response and {plan.lengths.prompt:,.0f} a "
+        "prompt, in the mean; log-normal"
+    )
+    yield f"trainer           {speed.trainer_tokens:,.0f} tokens/s while it trains"
+    yield (
+        f"engines           {speed.engine_tokens:,.0f} tokens/s together, each with {speed.running} requests"
+    )
+    idle = speed.result
+    yield (
+        f"a rollout batch   {speed.batch_seconds:,.0f} s for {samples:,} responses and {args.mini_batches} "
+        f"optimizer steps; trainer idle {sum(idle.trainer_idle.values()):.0%}, engines "
+        f"{sum(idle.engines_idle.values()):.0%}"
+    )
+    hours = speed.batch_seconds * args.train_iters / args.mini_batches / 3600
+    yield f"the run           {hours:,.1f} h for {args.train_iters:,} optimizer steps"
