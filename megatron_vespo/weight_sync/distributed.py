@@ -7,6 +7,7 @@ call, and only loads weights between /begin_weight_update and /end_weight_update
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,8 +139,7 @@ class BucketSender:
         backend = "nccl" if device.type == "cuda" else "gloo"
         world_size = 1 + engine_size * len(control.urls)
         timeout = timedelta(seconds=control.timeout_s)
-        # port 0: the store takes a free one and keeps it, no other process can come between
-        store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = _store(host, world_size, timeout)
         joins = [
             control.submit(
                 url,
@@ -202,6 +202,16 @@ class BucketSender:
         if group is not None:
             group.abort()
             dist.destroy_process_group(group)
+
+
+def _store(host: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """On a port that is free, and on this address only: by itself torch listens on all interfaces."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
 
 
 def _all_have_arrived(store: dist.TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
