@@ -34,6 +34,8 @@ LOOPBACK = "127.0.0.1"
 def main(argv: list[str]) -> int:
     args = _parse(argv)
     step = current_step()
+    if sys.stderr.isatty():
+        print("packages are imported and networks tried: about a minute", file=sys.stderr)
     try:
         host, meeting = _meet(step)
     except (MeetingError, RuntimeError) as error:
@@ -65,9 +67,7 @@ def _parse(argv: list[str]) -> Namespace:
                         help="folder that all nodes share; default: the current one")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings of all nodes there")
     args = parser.parse_args(argv)
-    args.shared_dir = args.shared_dir.resolve()
-    if not args.shared_dir.is_dir():
-        raise ValueError(f"--shared-dir {args.shared_dir}: no such folder on {socket.gethostname()}")
+    args.shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
     return args
 
 
@@ -125,21 +125,26 @@ def _shared(folder: Path, word: str, meeting: Meeting) -> Finding:
 
     def write() -> Finding:
         nonlocal speed
+        if not folder.is_dir():
+            return Finding("shared folder", "FAIL", f"{folder}: no such folder here", shared_folder.FIX)
         speed = shared_folder.write(folder, word, meeting.rank)
         return Finding("shared folder", "ok", "")
 
+    def remove() -> Finding:
+        shared_folder.path_of(folder, word, meeting.rank).unlink(missing_ok=True)
+        return Finding("shared folder", "ok", "")
+
     try:
-        written = with_deadline("shared folder", write, QUICK_S)
-        told = meeting.exchange(written.status, 2 * QUICK_S)
+        found = with_deadline("shared folder", write, QUICK_S)
+        told = meeting.exchange(found.status, 2 * QUICK_S)
         writers = [rank for rank, status in told.items() if status == "ok"]
-        found = written
-        if written.status == "ok":
+        if found.status == "ok":
             look = partial(shared_folder.look, folder, word, meeting.rank, writers, meeting.size, speed)
             found = with_deadline("shared folder", look, QUICK_S)
         meeting.exchange(None, 2 * QUICK_S)
         return found
     finally:
-        shared_folder.path_of(folder, word, meeting.rank).unlink(missing_ok=True)
+        with_deadline("shared folder", remove, QUICK_S)
 
 
 def judge_processes(meeting: Meeting) -> Finding:

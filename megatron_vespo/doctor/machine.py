@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import socket
@@ -61,7 +60,8 @@ def shared_memory() -> Finding:
 
 def free_disk(folder: Path) -> Finding:
     """The fuller one of `folder` and the folder for temporary files, where Ray's sessions are."""
-    free, where = min((shutil.disk_usage(f).free, str(f)) for f in (Path(tempfile.gettempdir()), folder))
+    folders = [place for place in (Path(tempfile.gettempdir()), folder) if place.is_dir()]
+    free, where = min((shutil.disk_usage(place).free, str(place)) for place in folders)
     fix = "make room, or set TMPDIR to a larger disk"
     found = judge_space("disk", free, FEWEST_DISK_BYTES, DISK_BYTES, fix)
     return Finding("disk", found.status, f"{found.text} in {where}", found.fix)
@@ -110,7 +110,3 @@ def _is_free(port: int) -> bool:
 
 def _limit(value: int, unit: int = 1, name: str = "") -> str:
     return "any number" if value == resource.RLIM_INFINITY else f"{value // unit}{name}"
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

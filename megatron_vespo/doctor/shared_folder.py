@@ -12,6 +12,7 @@ from megatron_vespo.doctor.finding import Finding
 SIZE_BYTES = 64 * 2**20
 BLOCK = 2**20
 SLOW_GB_S = 0.1
+FIX = "--shared-dir: a folder on the cluster's file system, mounted on every node"
 VISIBLE_WITHIN_S = 10.0  # NFS remembers for some seconds that a file was not there
 
 
@@ -62,9 +63,8 @@ def look(folder: Path, word: str, rank: int, writers: list[int], size: int, writ
     """After all `writers` have written, of `size` processes: theirs are there, and the next one's is read."""
     name = "shared folder"
     if missing := unseen(folder, word, writers):
-        fix = "--shared-dir: a folder on the cluster's file system, mounted on every node"
         text = f"{folder}: the files of ranks {', '.join(map(str, missing))} are not seen"
-        return Finding(name, "FAIL", text, fix)
+        return Finding(name, "FAIL", text, FIX)
     later = [other for other in writers if other > rank]
     read_speed = read(folder, word, (later or writers)[0])
     text = f"{folder}: writes {write_speed:.2f}, reads {read_speed:.2f} GB/s"

@@ -89,5 +89,11 @@ def test_exit_code_and_json(tmp_path, capsys, status, code):
 
 
 def test_a_shared_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="--shared-dir .*nowhere: no such folder on"):
-        command.main(["--shared-dir", str(tmp_path / "nowhere")])
+    finding = command._shared(tmp_path / "nowhere", "7.0", Meeting())
+    assert finding.status == "FAIL" and "no such folder here" in finding.text
+
+
+def test_the_shared_folder_is_left_as_it_was(tmp_path):
+    finding = command._shared(tmp_path, "7.0", Meeting())
+    assert finding.status in ("ok", "warn") and str(tmp_path) in finding.text
+    assert list(tmp_path.iterdir()) == []
