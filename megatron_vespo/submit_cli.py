@@ -21,6 +21,7 @@ Flags of train that follow count after the recipe's: megatron-vespo submit R.fla
 """
 SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
 SUBMIT_TIMEOUT_S = 120.0
+ON_GPUS = ["--distributed-backend", "nccl"]  # what a node with GPUs chooses by itself
 END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 
 
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
     if args.chain < 1:
         raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
     flags = read_recipe(args.recipe) + more
-    run = checked_run(flags)
+    # the machine that jobs are submitted on may have no GPU
+    run = checked_run([*(ON_GPUS if args.gpus_per_node else []), *flags])
     script = job_script(args, flags, run.preemption_deadline)
     print(script, flush=True)
     print(described_use(run, args.nodes, args.gpus_per_node))

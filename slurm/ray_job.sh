@@ -6,6 +6,9 @@ run_with_ray() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     VESPO_FIRST_NODE=$(address_of "$first") || exit 1
     export VESPO_FIRST_NODE
+    # who is not of this job does not get into its Ray
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+    RAY_AUTH_TOKEN=$(od -An -vtx1 -N32 /dev/urandom | tr -d ' \n')
     say "attempt $((restarts + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), Ray's logs in $VESPO_LOGS"
     local exit_code=$VESPO_LOGS/exit-code
     rm -f "$exit_code"

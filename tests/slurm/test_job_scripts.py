@@ -36,7 +36,8 @@ def job(slurm, tmp_path):
 
 
 def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
-    done = job('echo "on $SLURMD_NODENAME: $*"', "--lr", "1e-6", "--vespo-positive", "2 3")
+    program = 'echo "on $SLURMD_NODENAME: $*"; echo "token $RAY_AUTH_TOKEN"'
+    done = job(program, "--lr", "1e-6", "--vespo-positive", "2 3")
     assert done.wait(WAIT_S)["JobState"] == "COMPLETED", done.logs()
     said = re.findall(
         r"on (\S+): train --lr 1e-6 --vespo-positive 2 3 --ray-address (\S+):6379\n", done.output
@@ -44,6 +45,8 @@ def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
     [(node, address)] = said
     assert done.state()["BatchHost"] == node
     assert address == done.slurm.address(node)
+    tokens = re.findall("token (.*)", done.output)
+    assert len(tokens[0]) == 64
     assert {file.name for file in done.folder.glob("slurm-logs/*/ray-*")} == {"ray-n1.log", "ray-n2.log"}
 
 
@@ -64,6 +67,25 @@ def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job):
     assert asked.output.count("asked 1\n") == 1 and "asked 2" not in asked.output  # twice means: at once
     assert "all is saved: back into the queue" in asked.output
     assert "attempt 2: 2 nodes" in asked.output and "resumed" in asked.output
+
+
+@pytest.mark.slow
+def test_the_limit_itself(job):
+    """SLURM's signal may come a minute early, and limits are whole minutes."""
+    limited = job(UNTIL_ASKED, options=["--time=2", "--signal=B:USR1@50"])
+    state = limited.wait(300)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), limited.logs()
+    assert limited.output.count("asked 1\n") == 1
+
+
+def test_not_saved_in_time(job):
+    """The checkpoint before counts then."""
+    late = job(UNTIL_ASKED.replace("exit 75", "exit 76"))
+    late.wait_for_output("running on", WAIT_S)
+    late.ask_to_save()
+    state = late.wait(WAIT_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), late.logs()
+    assert "not saved in time, the last checkpoint counts" in late.output
 
 
 def test_no_more_often_than_it_may(job):

@@ -1,40 +1,85 @@
-"""Training runs over two nodes of a real SLURM, as slurm/train.sbatch starts them."""
+"""Training runs on two nodes of a real SLURM, as slurm/train.sbatch starts them, end with the same numbers."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import Cluster
 from jobs import Job
 
 from megatron_vespo.observability.metrics import read_metrics
-from tests.integration.interrupted import MINI_BATCHES, command
+from tests.integration.interrupted import MINI_BATCHES, command, curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 12
 LONG_S = 900.0
 
 
-def train(slurm: Cluster, model: Path, folder: Path, *flags: str, **variables: str) -> Job:
-    """The run of the tests of interrupted runs, shorter, on two nodes."""
-    all_flags = command(model, folder, "--train-iters", str(STEPS), *flags)
-    return Job(slurm, folder, "train.sbatch", *all_flags[all_flags.index("train") + 1 :], **variables)
+def train(slurm: Cluster, model: Path, folder: Path, *flags: str) -> Job:
+    """The run of the tests of interrupted runs, shorter."""
+    words = command(model, folder, "--train-iters", str(STEPS), *flags)
+    return Job(slurm, folder, "train.sbatch", *words[words.index("train") + 1 :])
 
 
-def steps(folder: Path) -> list[int]:
-    return [r["step"] for r in read_metrics(folder / "out/metrics.jsonl") if "train/loss" in r]
+def nodes_of(job: Job, actor: str) -> set[str]:
+    """Where the Ray actors of a class are."""
+    found = set()
+    for process in job.survivors():
+        try:
+            if f"ray::{actor}" in " ".join(process.cmdline()):
+                found.add(process.environ()["SLURMD_NODENAME"])
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(slurm, tiny_model, tmp_path_factory) -> Path:
+def uninterrupted(slurm, tiny_model, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     job = train(slurm, tiny_model, folder)
+    job.wait_for_output(f" 4/{STEPS} ", LONG_S)
+    trainer, engine = nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineWorker")
+    print(f"trainer on {trainer}, engine on {engine}")
+    assert trainer and engine and trainer | engine == {"n1", "n2"}
     assert job.wait(LONG_S)["JobState"] == "COMPLETED", job.logs()
     assert job.nothing_left()
-    return folder
+    steps = [r["step"] for r in read_metrics(folder / "out/metrics.jsonl") if "train/loss" in r]
+    assert steps == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))
+    return curve(folder)
 
 
-def test_trainer_and_engine_are_on_different_nodes(slurm, uninterrupted):
-    assert steps(uninterrupted) == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))
-    print(sorted(uninterrupted.rglob("*.log")))
+def test_a_run_near_its_limit_is_saved_queued_again_and_ends_as_it_would_have(
+    slurm, tiny_model, tmp_path, uninterrupted
+):
+    job = train(slurm, tiny_model, tmp_path)
+    job.wait_for_output(f" 6/{STEPS} ", LONG_S)
+    job.ask_to_save()
+    state = job.wait(LONG_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    [step] = re.findall(r"ended by SIGUSR1 at optimizer step (\d+), which is saved: ", job.output)
+    assert f"resumed at optimizer step {step}," in job.output
+    assert curve(tmp_path) == uninterrupted
+    assert job.nothing_left()
+
+
+def test_a_run_that_loses_a_node_goes_on_with_another(slurm, tiny_model, tmp_path, uninterrupted):
+    job = train(slurm, tiny_model, tmp_path)
+    job.wait_for_output(f" 6/{STEPS} ", LONG_S)
+    slurm.kill_node("n2")
+    state = job.wait(LONG_S)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    assert state["NodeList"] == "n[1,3]"
+    assert re.search("resumed at optimizer step [48],", job.output)
+    assert curve(tmp_path) == uninterrupted
+    assert job.nothing_left()
+
+
+def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
+    job = train(slurm, tiny_model, tmp_path, "--lr", "-1", "--num-completions", "1")
+    state = job.wait(LONG_S)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), job.logs()
+    assert "--num-completions 1: a group needs at least 2" in job.output
+    assert job.nothing_left()

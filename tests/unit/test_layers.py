@@ -26,7 +26,6 @@ LAYERS = {
     "slurm_step": 0,
     "rewards": 1,
     "runtime": 1,
-    "recipe": 0,
     "rollout": 2,
     "simulation": 2,
     "trainer": 2,
