@@ -62,7 +62,15 @@ fail() {
 run_on_first() {
     start_ray --head --port="$port" --include-dashboard=false
     deaf python3 -m megatron_vespo.cluster.wait_for_nodes "$first:$port" "$SLURM_NNODES" "$((deadline - SECONDS))" &
-    wait_for $! || fail "Ray does not run on all $SLURM_NNODES nodes; see $VESPO_LOGS"
+    local waiting=$!
+    while kill -0 "$waiting" 2>/dev/null; do
+        if ! kill -0 "$ray" 2>/dev/null; then
+            end "$waiting"
+            fail "Ray has ended"
+        fi
+        sleep 0.5 || true
+    done
+    wait "$waiting" || fail "Ray does not run on all $SLURM_NNODES nodes; see $VESPO_LOGS"
     if [[ $signalled ]]; then return 75; fi # nothing has begun, nothing is to be saved
     deaf "$@" --ray-address "$first:$port" &
     program=$!
@@ -82,10 +90,11 @@ run_on_other() {
         sleep 1
     done
     start_ray --address="$first:$port"
-    # Ray may end here while the run goes on elsewhere; this task ends with the first node's
-    local misses=0
+    # later Ray may end here while the run goes on elsewhere; this task ends with the first node's
+    local misses=0 begun=$SECONDS
     while ((misses < 3)); do
         sleep 2
+        if ((SECONDS < begun + 60)) && ! kill -0 "$ray" 2>/dev/null; then fail "Ray has ended"; fi
         if first_answers; then misses=0; else misses=$((misses + 1)); fi
     done
 }

@@ -9,6 +9,7 @@ from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
 from megatron_vespo.preemption import shield_process
 from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
+from megatron_vespo.runtime import load_runtime_plugins
 
 
 class EngineWorker:
@@ -25,6 +26,8 @@ class EngineWorker:
     ):
         shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
+        if args.ray_address:  # else Ray is the driver's child, and its environment what the plugins have set
+            load_runtime_plugins()
         self._host = host_address(loopback)
         self._args, self._number, self._server_args = args, number, server_args
         self._api_key = api_key

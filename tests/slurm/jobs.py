@@ -21,15 +21,18 @@ class Job:
     """A script of slurm/, submitted from `folder`, which gets its output."""
 
     def __init__(self, slurm: Cluster, folder: Path, script: str, *flags: str, options=(), **variables: str):
-        folder.mkdir(parents=True, exist_ok=True)
         self.slurm, self.folder = slurm, folder
-        environment = slurm.environment | {
+        command = ["sbatch", "--parsable", "--nodes=2", "--time=30", "--output=job.log", *options]
+        self.number = int(self.call(*command, str(ROOT / "slurm" / script), *flags, **variables))
+
+    def call(self, *command: str, **variables: str) -> str:
+        """As a user does in `folder`, with these variables."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = self.slurm.environment | {
             "VESPO_ROOT": str(ROOT), "VESPO_RAY_OPTIONS": RAY_OPTIONS, "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT), **variables,
         }  # fmt: skip
-        command = ["sbatch", "--parsable", "--nodes=2", "--time=30", "--output=job.log", *options]
-        told = slurm.call(*command, str(ROOT / "slurm" / script), *flags, cwd=folder, env=environment)
-        self.number = int(told)
+        return self.slurm.call(*command, cwd=self.folder, env=environment)
 
     @property
     def output(self) -> str:
@@ -88,6 +91,16 @@ class Job:
                 return False
             time.sleep(0.2)
         return True
+
+
+class SubmittedJob(Job):
+    """The same by `megatron-vespo submit`."""
+
+    def __init__(self, slurm: Cluster, folder: Path, *words: str):
+        self.slurm, self.folder = slurm, folder
+        command = [sys.executable, "-m", "megatron_vespo.cli", "submit", *words, "--sbatch", "output=job.log"]
+        self.told = self.call(*command)
+        self.number = int(re.search(r"^job (\d+)$", self.told, re.MULTILINE)[1])
 
 
 PYTHON = f"""\

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
-from jobs import Job, stub_venv
+from jobs import Job, SubmittedJob, stub_venv
+
+from tests.unit.test_recipes import CONFIGS
 
 WAIT_S = 120.0
 # until it is asked to save; with its number of the attempt, and what it was given
@@ -173,3 +176,45 @@ def test_no_environment(job):
     failed = Job(failed.slurm, failed.folder, "train.sbatch", VESPO_VENV="/nowhere")
     assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
     assert "/nowhere has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER" in failed.output
+
+
+def test_a_recipe_is_submitted(slurm, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
+    recipe = tmp_path / "two_nodes.flags"
+    recipe.write_text("--prompt-data d --output-dir o --save c --load c  # all beside it\n--lr 1e-6")
+    venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME: $*"')
+    words = [
+        recipe,
+        "--hf-checkpoint",
+        tmp_path,
+        "--nodes",
+        "2",
+        "--venv",
+        venv,
+        "--time",
+        "20",
+        "--train-iters",
+        "8",
+    ]
+    job = SubmittedJob(slurm, tmp_path / "job", *map(str, words))
+    state = job.wait(WAIT_S)
+    assert (state["JobState"], state["NumNodes"], state["TimeLimit"]) == ("COMPLETED", "2", "00:20:00"), (
+        job.logs()
+    )
+    flags = f"--lr 1e-6 --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
+    assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
+
+
+def test_in_an_image_of_apptainer(slurm, tmp_path):
+    """A stand-in for apptainer, which shows what it was given and does the rest without an image."""
+    venv = stub_venv(tmp_path / "venv", 'echo "in it: $*"; exit 5')
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text(f'#!/bin/bash\necho "given: ${{@:1:8}}"\nPATH={venv}/bin:$PATH\nexec "${{@:8}}"\n')
+    apptainer.chmod(0o755)
+    variables = {"VESPO_CONTAINER": "x.sif", "VESPO_CONTAINER_RUNTIME": "apptainer", "VESPO_MOUNTS": "/data"}
+    path = f"{apptainer.parent}:{slurm.environment['PATH']}"
+    job = Job(slurm, tmp_path / "job", "train.sbatch", "--lr", "1", PATH=path, **variables)
+    assert job.wait(WAIT_S)["ExitCode"] == "5:0", job.logs()
+    given = f"given: exec --nv --pwd {tmp_path}/job --bind /data x.sif bash\n"
+    assert job.output.count(given) == 2 and "in it: train --lr 1 --ray-address" in job.output
