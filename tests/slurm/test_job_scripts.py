@@ -11,6 +11,12 @@ from jobs import Job, SubmittedJob, stub_venv
 from tests.unit.test_recipes import CONFIGS
 
 WAIT_S = 120.0
+
+
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 # until it is asked to save; with its number of the attempt, and what it was given
 UNTIL_ASKED = """
 echo "running on $SLURMD_NODENAME: $*"
@@ -53,7 +59,7 @@ def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
     assert {file.name for file in done.folder.glob("slurm-logs/*/ray-*")} == {"ray-n1.log", "ray-n2.log"}
 
 
-@pytest.mark.parametrize("code", [1, 2, 76])
+@pytest.mark.parametrize("code", [1, slow(2), slow(76)])
 def test_a_program_that_fails_fails_the_job_with_its_code(job, code):
     failed = job(f"exit {code}")
     state = failed.wait(WAIT_S)
@@ -61,14 +67,17 @@ def test_a_program_that_fails_fails_the_job_with_its_code(job, code):
     assert f"exit code {code}" in failed.output
 
 
-def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job):
-    asked = job(UNTIL_ASKED)
+@pytest.mark.parametrize("script", ["train.sbatch", slow("eval.sbatch")])
+def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job, script):
+    asked = job(UNTIL_ASKED, script=script)
     asked.wait_for_output("running on", WAIT_S)
     asked.ask_to_save()
     state = asked.wait(WAIT_S)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), asked.logs()
     assert asked.output.count("asked 1\n") == 1 and "asked 2" not in asked.output  # twice means: at once
     assert "all is saved: back into the queue" in asked.output
+    command = {"train.sbatch": "train", "eval.sbatch": "evaluate"}[script]
+    assert f"running on n1: {command} --ray-address" in asked.output
     assert "attempt 2: 2 nodes" in asked.output and "resumed" in asked.output
 
 
@@ -81,6 +90,7 @@ def test_the_limit_itself(job):
     assert limited.output.count("asked 1\n") == 1
 
 
+@pytest.mark.slow
 def test_not_saved_in_time(job):
     """The checkpoint before counts then."""
     late = job(UNTIL_ASKED.replace("exit 75", "exit 76"))
@@ -91,6 +101,7 @@ def test_not_saved_in_time(job):
     assert "not saved in time, the last checkpoint counts" in late.output
 
 
+@pytest.mark.slow
 def test_no_more_often_than_it_may(job):
     asked = job(UNTIL_ASKED, VESPO_MAX_RESTARTS="1", ATTEMPTS="9")
     for attempt in (1, 2):
@@ -112,6 +123,7 @@ def test_a_cancelled_job_does_not_come_back(job):
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cancelled.logs()
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_the_job_goes_on_with_another(job):
     lost = job(UNTIL_ASKED)
     lost.wait_for_output("running on n1", WAIT_S)
@@ -122,6 +134,7 @@ def test_a_node_is_lost_and_the_job_goes_on_with_another(job):
     assert "resumed" in lost.output
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job):
     """Ray hears of it before SLURM does."""
     program = "if [[ ${SLURM_RESTART_COUNT-} ]]; then echo resumed; else echo go; read -t 20; exit 1; fi"
@@ -132,7 +145,7 @@ def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job):
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), failed.logs()
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
+@pytest.mark.parametrize("node", ["n1", slow("n2")])
 def test_a_node_without_ray_ends_the_job(job, node):
     program = "echo never"
     failed = job(program, RAY_FAILS_ON=node, VESPO_START_SECONDS="10")
@@ -141,6 +154,7 @@ def test_a_node_without_ray_ends_the_job(job, node):
     assert "no Ray today" in failed.logs()
 
 
+@pytest.mark.slow
 def test_jobs_in_a_chain_go_on_until_one_has_finished(job):
     """As `submit --chain` says it to sbatch."""
     once = {"VESPO_MAX_RESTARTS": "0"}
@@ -152,12 +166,6 @@ def test_jobs_in_a_chain_go_on_until_one_has_finished(job):
     assert second.wait(WAIT_S)["JobState"] == "COMPLETED"
     assert third.wait(WAIT_S)["JobState"] == "CANCELLED"
     assert "second" in second.output and not third.output
-
-
-def test_evaluation(job):
-    done = job('echo "$1"; exit 3', script="eval.sbatch")
-    assert done.wait(WAIT_S)["ExitCode"] == "3:0", done.logs()
-    assert "evaluate\n" in done.output
 
 
 def test_conversion_has_several_tasks_a_node(job):
