@@ -1,4 +1,4 @@
-"""Training runs on two nodes of a real SLURM, started by slurm/train.sbatch, end with the same numbers."""
+"""Training runs on two nodes of a real SLURM, as slurm/train.sbatch starts them: the same numbers."""
 
 from __future__ import annotations
 
