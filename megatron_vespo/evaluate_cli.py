@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,13 +25,12 @@ from megatron_vespo.observability.evaluation_report import (
     reservations,
 )
 from megatron_vespo.observability.report import write_summary
-from megatron_vespo.preemption import Preempted, Preemption
+from megatron_vespo.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
-from megatron_vespo.runtime import load_runtime_plugins
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 RESULTS_NAME, SUMMARY_NAME = "prompts.jsonl", "summary.json"
@@ -42,8 +40,6 @@ INTERVALS = "intervals: 95%, over prompts"
 def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = parse_args(argv)
-    with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
-        load_runtime_plugins()
     preemption = Preemption()
     preemption.listen()
     folder = tokenizer_folder(args)
@@ -95,9 +91,9 @@ class _Evaluation:
         with ExitStack() as stack:
             try:
                 self._run(sampling, reward, preemption, stack)
-            except Preempted as stop:
-                preemption.conclude(stop.exit_code)  # before the stack ends all, which takes seconds
-                raise Preempted(f"{stop}: {self._kept()}") from None
+            except EndedBySignal:
+                preemption.conclude(EXIT_RESUME)  # before the stack ends all, which takes seconds
+                raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
             except KeyboardInterrupt:
                 print(self._kept(), file=sys.stderr)
                 raise
@@ -122,6 +118,7 @@ class _Evaluation:
             progress.finished([completion.reward for completion in group])
 
         prompts = [prompt for _, prompt in self.left]
+        progress.start()
         stream_groups(
             _collector(args, served), prompts, sampling, finish,
             num_completions=args.num_completions, seed=args.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from megatron_vespo.preemption import Preemption, shielded
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
+from megatron_vespo.runtime import load_runtime_plugins
 
 CONVERTED_NAME = "converted"  # in the output folder, as engines on other nodes must see it
 DTYPES = ("float32", "float16", "bfloat16")
@@ -50,6 +52,8 @@ def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption)
     with ExitStack() as stack:
         args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, say, stack), "trainer_ranks": 0})
         say("starting Ray ...")
+        with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
+            load_runtime_plugins()
         stack.callback(ray.shutdown)
         with shielded():
             start_ray(args)

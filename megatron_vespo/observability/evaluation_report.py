@@ -139,9 +139,13 @@ class Progress:
     def __post_init__(self) -> None:
         self.stream = sys.stderr if self.stream is None else self.stream
         self._terminal = self.stream.isatty()
-        self._started, self._first = self.now(), self.done
-        self._said = self._started
+        self._first = self.done
         self._reward_sum = self._num_rewards = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Time counts from now on."""
+        self._started = self._said = self.now()
 
     def finished(self, rewards: list[float]) -> None:
         """Of one prompt more."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.engines import Engines, RejectedDraws
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
+STOP_TIMEOUT_S = 10.0
 Finish = Callable[[int, list[Completion]], None]
 
 
@@ -31,9 +34,32 @@ def stream_groups(
     """
     stream = _Stream(sampling, finish, num_completions, seed, len(prompts), collector.max_requests)
     try:
-        asyncio.run(stream.run(collector, prompts))
+        _run_in_thread(stream.run(collector, prompts))
     finally:
         stream.scoring.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:
+    """A signal's exception comes up here, in the main thread, and never in the middle of the loop's work."""
+    loop, ended = asyncio.new_event_loop(), threading.Event()
+    task = loop.create_task(work)
+
+    def main() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait([task]))
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            loop.close()
+            ended.set()
+
+    threading.Thread(target=main, name="evaluation", daemon=True).start()
+    try:
+        ended.wait()
+    except BaseException:
+        loop.call_soon_threadsafe(task.cancel)
+        ended.wait(STOP_TIMEOUT_S)
+        raise
+    task.result()
 
 
 class _Stream:
