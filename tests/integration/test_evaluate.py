@@ -1,4 +1,4 @@
-"""megatron-vespo evaluate on real engines: killed and gone on with; a Megatron checkpoint and its HF folder."""
+"""megatron-vespo evaluate on real engines: killed and gone on with; a Megatron checkpoint like its HF folder."""
 
 from __future__ import annotations
 
