@@ -1,4 +1,4 @@
-"""megatron-vespo evaluate on real engines: killed and gone on with; a Megatron checkpoint like its HF folder."""
+"""Evaluations on real engines: killed and gone on with; a Megatron checkpoint against its HF folder."""
 
 from __future__ import annotations
 

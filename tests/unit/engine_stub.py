@@ -10,14 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 Answer = Callable[[dict], tuple[list[int], str]]  # a request's body -> token ids, finish reason
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *where: object) -> None:
+        """Who asked has gone, or the answer was made to fail."""
+
+
 class EngineStub:
     """Serves on `url` between `with` and its end; `requests` are the bodies that came."""
 
     def __init__(self, answer: Answer, *, api_key: str | None = None, version: str = "0"):
         self.answer, self.api_key, self.version = answer, api_key, version
         self.requests: list[dict] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> EngineStub:
