@@ -162,6 +162,12 @@ def test_real_numbers_are_positive(flags, flag, value):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ("--heldout-completions 0", "--heldout-completions is 0, must be positive"),
+        ("--heldout-temperature -1", "--heldout-temperature -1: must be positive, or 0 for greedy"),
+        (
+            "--heldout-temperature 0 --heldout-completions 4",
+            "--heldout-temperature 0 makes the same completion 4 times: one is enough",
+        ),
         ("--num-completions 1", "--num-completions 1: a group needs at least 2, its mean is the baseline"),
         (
             "--rollout-batch-size 32 --mini-batches 5",
