@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_stub import HubStub
 
 from megatron_vespo.cli import run
 from megatron_vespo.data.known_sets import KNOWN_SETS
@@ -185,11 +186,30 @@ def test_which_file_of_a_folder(tmp_path, capsys):
     )
 
 
-def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
+def from_hub(folder: Path, url: str, name: str) -> subprocess.CompletedProcess:
     program = "import sys; from megatron_vespo.cli import run; sys.exit(run(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "prepare-data", "aime24", str(tmp_path / "out.jsonl")]
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    command = [sys.executable, "-c", program, "prepare-data", name, str(folder / "out.jsonl")]
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_from_a_hub(tmp_path):
+    """Of the repository's files only those of the split."""
+    rows = [{"problem": f"{i} + 1 = ?", "answer": str(i + 1), "id": i} for i in range(30)]
+    files = {
+        "README.md": b"about",
+        "test.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "train.jsonl": b"no JSON",
+    }
+    with HubStub("math-ai/aime25", files) as hub:
+        done = from_hub(tmp_path, hub.url, "aime25")
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout, "written") == 30 and "WARNING" not in done.stdout
+    assert not [path for path in hub.asked if path.endswith(("README.md", "train.jsonl"))]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
+    done = from_hub(tmp_path, "http://127.0.0.1:9", "aime24")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("megatron-vespo:")]
     assert line.startswith("megatron-vespo: HuggingFaceH4/aime_2024 cannot be downloaded (")
