@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from argparse import Namespace
@@ -20,14 +19,15 @@ from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.conversion.config import read_unchecked
 from megatron_vespo.conversion.convert import Options, megatron_to_hf
 from megatron_vespo.conversion.ranks import Ranks
-from megatron_vespo.conversion.sources import is_hf, is_megatron
+from megatron_vespo.conversion.sources import is_hf
+from megatron_vespo.evaluation_settings import api_key, weights_digest
 from megatron_vespo.preemption import Preemption, shielded
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
 from megatron_vespo.runtime import load_runtime_plugins
 
-CONVERTED_NAME = "converted"  # in the output folder, as engines on other nodes must see it
+CONVERTED_NAME = "converted-{}"  # in the output folder, as engines on other nodes must see it
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -78,17 +78,13 @@ def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption)
         yield Serving(engines.urls, engines.lost, engines.check, meanwhile, key)
 
 
-def api_key(args: Namespace) -> str | None:
-    return os.environ[args.api_key_env] if args.api_key_env else None
-
-
 def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) -> Path:
     """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
-    if is_hf(args.checkpoint) or not is_megatron(args.checkpoint):
+    if is_hf(args.checkpoint):
         return args.checkpoint.resolve()
-    folder = (args.output_dir / CONVERTED_NAME).resolve()
+    folder = (args.output_dir / CONVERTED_NAME.format(weights_digest(args.checkpoint))).resolve()
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    if not is_hf(folder):  # one that is there is whole, and of the same weights, as the settings are
+    if not is_hf(folder):  # one that a killed job has left is whole
         say(f"converting {args.checkpoint} ...")
         megatron_to_hf(args.checkpoint, folder, Options(quiet=True), Ranks(), args.hf_config)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_vespo.http import EngineRequestError, get_json
 
 MODEL_INFO_TIMEOUT_S = 30.0
 _SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
-_WEIGHT_FILES = (".safetensors", ".distcp", ".bin", ".metadata", "config.json")
+_WEIGHT_FILES = (".safetensors", ".distcp", ".metadata", "config.json")
 # by the words of messages
 _FLAGS = {
     "--num-completions": "num_completions",
@@ -41,14 +42,18 @@ def evaluation_settings(args: Namespace, stops: Sequence[int]) -> dict[str, Any]
     settings: dict[str, Any] = {name: getattr(args, attribute) for name, attribute in _FLAGS.items()}
     settings["end tokens"] = list(stops)
     settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
-    settings["weights"] = _live_weights(args) if args.engine_url else _weights(args.checkpoint)
+    settings["weights"] = _live_weights(args) if args.engine_url else weights_digest(args.checkpoint)
     return settings
 
 
 def tokenizer_folder(args: Namespace) -> Path:
     """The HF folder of a checkpoint of either format."""
-    if is_hf(args.checkpoint) or args.engine_url or not is_megatron(args.checkpoint):
+    if is_hf(args.checkpoint) or args.engine_url:
         return args.checkpoint
+    if not is_megatron(args.checkpoint):
+        raise ValueError(
+            f"--checkpoint {args.checkpoint}: neither an HF folder with safetensors nor a Megatron checkpoint"
+        )
     folder = args.hf_config or checkpoint_folder(args.checkpoint) / HF_FOLDER
     if not folder.is_dir():
         raise ValueError(
@@ -57,17 +62,13 @@ def tokenizer_folder(args: Namespace) -> Path:
     return folder
 
 
-def _weights(checkpoint: Path) -> str:
-    """Names one folder of weights: by files' names, sizes and ends."""
+def weights_digest(checkpoint: Path) -> str:
+    """Tells folders of weights apart: by files' names, sizes and ends."""
     folder = checkpoint
     if is_megatron(checkpoint) and not is_hf(checkpoint):
         folder = checkpoint_folder(checkpoint)
     total = hashlib.blake2b(digest_size=8)
     files = sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHT_FILES) and path.is_file())
-    if not any(path.name.endswith(_WEIGHT_FILES[:3]) for path in files):
-        raise ValueError(
-            f"--checkpoint {checkpoint}: neither an HF folder with weights nor a Megatron checkpoint"
-        )
     for path in files:
         size = path.stat().st_size
         total.update(f"{path.name} {size}\n".encode())
@@ -75,13 +76,15 @@ def _weights(checkpoint: Path) -> str:
             total.update(file.read(_SAMPLED_BYTES))
             file.seek(max(0, size - _SAMPLED_BYTES))
             total.update(file.read(_SAMPLED_BYTES))
-    return f"{folder.name} {total.hexdigest()}"
+    return total.hexdigest()
+
+
+def api_key(args: Namespace) -> str | None:
+    return os.environ[args.api_key_env] if args.api_key_env else None
 
 
 def _live_weights(args: Namespace) -> str:
     """What the engines say of themselves; ValueError where their replies could not be used."""
-    from megatron_vespo.evaluation_engines import api_key
-
     seen = set()
     for url in args.engine_url:
         try:

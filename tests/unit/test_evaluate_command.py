@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vespo.cli import run
+from megatron_vespo.evaluation_settings import weights_digest
 from megatron_vespo.observability.evaluation_report import (
     Progress,
     format_table,
@@ -228,6 +229,31 @@ def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, sets, cap
 def test_mistakes(checkpoint, tmp_path, capsys, flags, message):
     assert run(command(checkpoint, tmp_path / "out", "http://127.0.0.1:9", *flags)) == 2
     assert capsys.readouterr().err == f"megatron-vespo: {message}\n"
+
+
+def test_a_folder_without_weights(checkpoint, tmp_path, capsys):
+    line = ["evaluate", "--checkpoint", str(checkpoint), "--data", "a=x", "--output-dir", str(tmp_path)]
+    assert run(line) == 2
+    assert capsys.readouterr().err == (
+        f"megatron-vespo: --checkpoint {checkpoint}: neither an HF folder with safetensors nor a Megatron "
+        "checkpoint\n"
+    )
+
+
+def test_weights_are_told_apart(tmp_path):
+    digests = set()
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        content = bytearray(3 * 2**20)
+        content[-1] = number  # the end alone
+        (folder / "model.safetensors").write_bytes(content)
+        (folder / "tokenizer.json").write_text(str(number))
+        digests.add(weights_digest(folder))
+    assert len(digests) == 3
+    (folder / "tokenizer.json").write_text("another")
+    assert weights_digest(folder) in digests
 
 
 def record(rewards: list[float], **changes) -> dict:
