@@ -14,7 +14,7 @@ from megatron_vespo.hardware import GIB, GPUS
 from megatron_vespo.planning import findings
 from megatron_vespo.planning.engine_memory import flag_value
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
-from megatron_vespo.planning.report import format_plan
+from megatron_vespo.planning.report import format_memory, format_speed
 from megatron_vespo.planning.speed import Lengths
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.runtime import load_runtime_plugins
@@ -41,16 +41,16 @@ def main(argv: list[str]) -> int:
     flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
     cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
     plan = _plan(flags, cluster, options)
-    print(format_plan(plan))
-    errors = [*_memory_errors(plan, flags), *findings.errors(plan)]
-    print()
-    for error in errors:
-        print(f"DOES NOT FIT: {error}")
+    print(format_memory(plan), end="\n\n")
+    if errors := [*_memory_errors(plan, flags), *findings.errors(plan)]:
+        for error in errors:
+            print(f"DOES NOT FIT: {error}")
+        return 1
+    print(format_speed(plan), end="\n\n")
     for warning in findings.warnings(plan):
         print(f"warning: {warning}")
-    if not errors:
-        print("fits")
-    return 1 if errors else 0
+    print("fits")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(flags: list[str], cluster: Cluster, options: Namespace) -> Plan:
-    args, stages = _parsed(flags)
+    args, stages = parsed(flags)
     lengths = Lengths(
         options.mean_prompt_tokens or args.max_prompt_tokens / 4,
         options.mean_completion_tokens or args.max_completion_tokens / 4,
@@ -82,7 +82,7 @@ def _plan(flags: list[str], cluster: Cluster, options: Namespace) -> Plan:
     return make_plan(args, stages, cluster, size, lengths)
 
 
-def _parsed(flags: list[str]) -> tuple[Namespace, list]:
+def parsed(flags: list[str]) -> tuple[Namespace, list]:
     """The run's arguments and its pipeline stages, by Megatron."""
     with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
@@ -131,7 +131,7 @@ def _candidates(args: Namespace) -> Iterator[list[str]]:
 def _headroom(plan: Plan, flags: list[str]) -> float | None:
     """Of the fullest rank with these flags; None where they are refused."""
     try:
-        args, stages = _parsed(flags)
+        args, stages = parsed(flags)
     except ValueError:
         return None
     return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(args, stages))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.plan import Plan
 
-# engines and trainer wait for each other; beyond this share the GPUs are better split otherwise
-IDLE_SHARE = 0.4
+# of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
+IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
 
 
 def errors(plan: Plan) -> list[str]:
@@ -83,16 +83,15 @@ def _layout(plan: Plan) -> Iterator[str]:
 
 
 def _balance(plan: Plan) -> Iterator[str]:
-    waiting = plan.speed.result.trainer_idle.get("generation", 0.0)
-    engines = plan.speed.result.engines_idle.get("training", 0.0)
-    if plan.args.max_staleness:
-        if waiting > IDLE_SHARE:
-            yield f"the trainer waits for engines {waiting:.0%} of the time: more of the GPUs for engines"
-        if engines > IDLE_SHARE:
-            yield f"engines wait for the trainer {engines:.0%} of the time: more of the GPUs for the trainer"
-    elif min(waiting, engines) > 0.2:
-        bound = 2 * plan.args.mini_batches
+    result = plan.speed.result
+    waiting, engines = result.trainer_idle.get("generation", 0.0), result.engines_idle.get("training", 0.0)
+    most = IDLE_SHARE if plan.args.max_staleness else IDLE_SHARE_IN_TURN
+    if waiting > most:
+        yield f"the trainer waits for engines {waiting:.0%} of the time: more of the GPUs for engines"
+    elif engines > most:
+        yield f"engines wait for the trainer {engines:.0%} of the time: more of the GPUs for the trainer"
+    elif not plan.args.max_staleness:
         yield (
-            f"engines idle {engines:.0%} of the time while the trainer works, it {waiting:.0%} while they "
-            f"do: --max-staleness {bound} lets both work"
+            f"engines wait for the trainer {engines:.0%} of the time and it for them {waiting:.0%}: "
+            f"--max-staleness {2 * plan.args.mini_batches} lets both work"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.conversion.family import family_of, shape_of
@@ -32,13 +33,22 @@ class Plan:
     args: Namespace
     cluster: Cluster
     engine_size: int
+    shape: ModelShape
     parameters: int  # of the whole model
     stages: list[Stage]
     trainer: list[TrainerMemory]  # by pipeline stage
     engine: EngineMemory
     lengths: Lengths
     sync: WeightSync
-    speed: Speed
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Simulated when it is asked for: takes a second."""
+        cost = model_cost(self.shape, self.parameters, self.args.moe_router_topk, 2 if self.args.bf16 else 4)
+        running = max_running(self.args, self.engine, self.lengths)
+        return speed(
+            self.args, preset(cost, self.cluster.gpu, self.engine_size, self.sync, running), self.lengths
+        )
 
     @property
     def gpus_needed(self) -> int:
@@ -68,21 +78,17 @@ def make_plan(
     padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
     padding *= 1 if shape.tied_embeddings else 2
     assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
-    engine = engine_memory(args, shape, parameters, cluster.gpu, engine_size)
-    sync = weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes)
-    cost = model_cost(shape, parameters, args.moe_router_topk, 2 if args.bf16 else 4)
-    rates = preset(cost, cluster.gpu, engine_size, sync, max_running(args, engine, lengths))
     return Plan(
         args=args,
         cluster=cluster,
         engine_size=engine_size,
+        shape=shape,
         parameters=parameters,
         stages=stages,
         trainer=memory_of(args, stages),
-        engine=engine,
+        engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size),
         lengths=lengths,
-        sync=sync,
-        speed=speed(args, rates, lengths),
+        sync=weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes),
     )
 
 

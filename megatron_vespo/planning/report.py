@@ -11,8 +11,12 @@ from megatron_vespo.planning.trainer_memory import RESERVE
 PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs")
 
 
-def format_plan(plan: Plan) -> str:
-    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_engine(plan), "", *_speed(plan)])
+def format_memory(plan: Plan) -> str:
+    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_engine(plan)])
+
+
+def format_speed(plan: Plan) -> str:
+    return "\n".join(_speed(plan))
 
 
 def _run(plan: Plan) -> Iterator[str]:

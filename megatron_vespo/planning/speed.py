@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from megatron_vespo.conversion.table import ModelShape
 from megatron_vespo.hardware import Gpu
 from megatron_vespo.simulation.lengths import LogNormal
-from megatron_vespo.simulation.rates import EngineRates, ModelCost, Preset, Rates, derived
+from megatron_vespo.simulation.rates import Cost, EngineRates, ModelCost, Preset, Rates, derived
 from megatron_vespo.simulation.result import Result
 from megatron_vespo.simulation.run import Settings, simulate
 
-SIMULATED_BATCHES = 4
 # of log-normal responses, as `megatron-vespo simulate` has them
 LENGTH_SIGMA, PROMPT_SHARE = 0.8, 0.3
 
@@ -78,8 +77,9 @@ def preset(model: ModelCost, gpu: Gpu, engine_size: int, sync: WeightSync, max_r
 
 def speed(args: Namespace, rates: Preset, lengths: Lengths) -> Speed:
     """Simulated: the controller's own buffer, engines and a trainer at these rates."""
+    warm_up = math.ceil(args.max_staleness / args.mini_batches) + 1  # batches until the buffer is full
     settings = Settings(
-        train_steps=SIMULATED_BATCHES * args.mini_batches,
+        train_steps=2 * warm_up * args.mini_batches,
         mini_batches=args.mini_batches,
         rollout_batch_size=args.rollout_batch_size,
         num_completions=args.num_completions,
@@ -92,15 +92,16 @@ def speed(args: Namespace, rates: Preset, lengths: Lengths) -> Speed:
         over_subscription=args.over_subscription if args.max_staleness else None,
     )
     of_run = rates.rates(args.trainer_ranks)
+    if args.ratio_denominator == "rollout":
+        of_run = replace(of_run, log_probs=Cost())
     responses = LogNormal(
         lengths.completion, LENGTH_SIGMA, args.max_completion_tokens, round(lengths.prompt), PROMPT_SHARE
     )
     result = simulate(settings, of_run, responses)
-    passes = of_run.train.each + (of_run.log_probs.each if args.ratio_denominator != "rollout" else 0.0)
     return Speed(
         rates=of_run,
         result=result,
-        trainer_tokens=1 / passes,
+        trainer_tokens=1 / (of_run.train.each + of_run.log_probs.each),
         engine_tokens=args.rollout_engines * _generated(of_run.engine, lengths),
         running=of_run.engine.max_running,
     )

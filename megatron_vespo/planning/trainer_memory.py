@@ -71,9 +71,9 @@ def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
 def optimizer_bytes(args: Namespace) -> tuple[float, float]:
     """Of a parameter in the optimizer's shard: on the GPU, in CPU memory.
 
-    Adam has two moments and, for bf16, the fp32 weights. --use-precision-aware-optimizer stores each in its
-    own type; Transformer Engine then keeps of fp32 weights only the 2 bytes that bf16 lacks. Offloaded ones
-    live in CPU memory, with copies of weight and gradient.
+    Adam has two moments and, for bf16, the fp32 weights. --use-precision-aware-optimizer stores each moment
+    in its own type; Transformer Engine then keeps of fp32 weights only the 2 bytes that bf16 lacks. Offloaded
+    ones live in CPU memory, in fp32, with copies of weight and gradient.
     """
     if not args.bf16:
         return 8.0, 0.0
@@ -82,9 +82,7 @@ def optimizer_bytes(args: Namespace) -> tuple[float, float]:
         return 12.0 + copy_of_gradient, 0.0
     moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     offloaded = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
-    weights = args.main_params_dtype.itemsize
-    if weights == 4 and args.store_param_remainders and not args.optimizer_cpu_offload:
-        weights = 2
+    weights = 2  # of fp32 as of fp16
     return (1 - offloaded) * (weights + moments), offloaded * (4 + 4 + 4 + 4)
 
 

@@ -1,0 +1,308 @@
+"""Plans against closed forms for Qwen3-30B-A3B.
+
+Plans import Megatron, which changes the process: one child does it for all tests.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vespo.hardware import GPUS
+from megatron_vespo.plan_cli import ON_GPUS, parsed
+from megatron_vespo.planning.engine_memory import engine_memory
+from megatron_vespo.planning.layer_activations import kept_by_layer
+from megatron_vespo.planning.plan import memory_of, model_of
+from megatron_vespo.planning.speed import Lengths, model_cost, weight_sync
+from megatron_vespo.planning.trainer_memory import activation_bytes, in_flight, log_prob_bytes
+
+LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
+    48,
+    2048,
+    32,
+    4,
+    128,
+    128,
+    8,
+    768,
+    151936,
+)
+PARAMETERS = 30_532_122_624
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": WIDTH,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": FFN,
+    "norm_topk_prob": True,
+    "num_attention_heads": HEADS,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": GROUPS,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+RUN = """
+--prompt-data none.parquet --output-dir none --load none --bf16 --train-iters 64 --lr 1e-6  # nothing is there
+--mini-batches 4 --rollout-batch-size 512 --num-completions 8
+--max-prompt-tokens 1024 --max-completion-tokens 15360 --max-tokens-per-gpu 16384
+"""
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# ranks, then tp, pp, virtual stages, cp, ep, etp
+LAYOUTS = [
+    (8, 1, 1, 1, 1, 8, 1),
+    (16, 2, 1, 1, 2, 16, 1),
+    (16, 4, 1, 1, 1, 8, 2),
+    (64, 4, 2, 1, 2, 8, 1),
+    (64, 2, 4, 3, 1, 4, 2),
+    (1024, 2, 4, 1, 4, 32, 1),
+]
+PRECISE = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+
+
+def plan_here(flags: str) -> tuple[list, list, int]:
+    """Stages, their memory and the parameters that the HF checkpoint has."""
+    args, stages = parsed([*ON_GPUS, *flags.split()])
+    return stages, memory_of(args, stages), model_of(args)[1]
+
+
+@pytest.fixture(scope="module")
+def child():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("Qwen3-30B-A3B")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(child, checkpoint):
+    text = RUN.replace("  # nothing is there", "")
+    return lambda flags: child(plan_here, f"--hf-checkpoint {checkpoint} {text} {flags}")
+
+
+def flags_of(ranks, tensor, pipeline, virtual, context, expert, expert_tensor) -> str:
+    flags = (
+        f"--trainer-ranks {ranks} --tensor-model-parallel-size {tensor} --context-parallel-size {context} "
+        f"--pipeline-model-parallel-size {pipeline} --expert-model-parallel-size {expert} "
+        f"--expert-tensor-parallel-size {expert_tensor}"
+    )
+    return flags + (f" --num-virtual-stages-per-pipeline-rank {virtual}" if virtual > 1 else "")
+
+
+def held(stage: int, tensor: int, pipeline: int, expert: int, expert_tensor: int) -> tuple[int, int]:
+    """Parameters of a rank: dense ones and those of experts, written down from the model's formula."""
+    sharded = HIDDEN * (HEADS + 2 * GROUPS) * WIDTH + HEADS * WIDTH * HIDDEN
+    replicated = 2 * HIDDEN + 2 * WIDTH + EXPERTS * HIDDEN  # norms of layer, queries and keys; router
+    layers = LAYERS // pipeline
+    dense = layers * (sharded // tensor + replicated)
+    if stage == 0:
+        dense += VOCABULARY * HIDDEN // tensor
+    if stage == pipeline - 1:
+        dense += VOCABULARY * HIDDEN // tensor + HIDDEN
+    return dense, layers * EXPERTS // expert * 3 * HIDDEN * FFN // expert_tensor
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parameters_and_bytes_of_every_stage(plan, layout):
+    ranks, tensor, pipeline, virtual, context, expert, expert_tensor = layout
+    stages, memory, in_checkpoint = plan(flags_of(*layout))
+    assert len(stages) == pipeline
+    assert sum(stage.whole for stage in stages) == in_checkpoint == PARAMETERS
+    for index, (stage, bytes_) in enumerate(zip(stages, memory, strict=True)):
+        dense, experts = held(index, tensor, pipeline, expert, expert_tensor)
+        assert (stage.layers, stage.dense, stage.experts) == (LAYERS // pipeline, dense, experts)
+        assert bytes_.weights == 2 * (dense + experts)
+        assert bytes_.gradients == 4 * (dense + experts)
+        data = ranks // (tensor * pipeline)  # context parallelism shards the optimizer, too
+        expert_data = ranks // (expert_tensor * expert * pipeline)
+        assert bytes_.optimizer == 12 * (dense / data + experts / expert_data)
+        assert bytes_.host == 0
+
+
+def test_flags_of_the_optimizer(plan):
+    layout = flags_of(*LAYOUTS[0])
+    dense, experts = held(0, 1, 1, 8, 1)
+    shard = dense / 8 + experts
+    of = {flags: plan(f"{layout} {flags}")[1][0] for flags in (
+        "--grad-reduce-in-bf16", PRECISE, "--use-precision-aware-optimizer --optimizer-cpu-offload",
+        f"{PRECISE} --main-grads-dtype bf16",
+    )}  # fmt: skip
+    bf16, precise, offloaded, small_gradients = of.values()
+    assert bf16.gradients == 2 * (dense + experts) and bf16.optimizer == 16 * shard  # a copy in fp32
+    assert precise.gradients == 4 * (dense + experts) and precise.optimizer == (2 + 2 + 2) * shard
+    assert offloaded.optimizer == 0 and offloaded.host == 16 * shard
+    assert small_gradients.gradients == 2 * (dense + experts) and small_gradients.optimizer == 6 * shard
+
+
+def model(**changes) -> Namespace:
+    plain = {
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None, "microbatch_group_size_per_vp_stage": None,
+        "expert_tensor_parallel_size": 1, "sequence_parallel": False, "distribute_saved_activations": False,
+        "params_dtype": torch.bfloat16, "bf16": True, "hidden_size": HIDDEN, "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS, "kv_channels": WIDTH, "qk_layernorm": True, "num_experts": EXPERTS,
+        "moe_router_topk": TOP, "moe_ffn_hidden_size": FFN, "ffn_hidden_size": 6144,
+        "max_tokens_per_gpu": 1000, "padded_vocab_size": VOCABULARY, "log_prob_chunk_size": 1024,
+        "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
+        "recompute_modules": None, "global_batch_size": 1024, "data_parallel_size": 1,
+        "weight_sync_bucket_mb": 512, "sglang_flags": [],
+    }  # fmt: skip
+    return Namespace(**(plain | changes))
+
+
+def test_what_a_layer_keeps():
+    # bf16 a token: four of the hidden size; queries, keys before and after their norms, values, output
+    attention = 2 * (4 * 2048 + 2 * (4096 + 512) + 512 + 4096) + 4 * 32
+    experts = 2 * 8 * (2048 + 3 * 768) + 8 * 128
+    assert sum(kept.bytes for kept in kept_by_layer(model())) == attention + experts
+    # two ranks with sequence parallelism: a half of everything
+    halves = model(tensor_model_parallel_size=2, sequence_parallel=True)
+    assert sum(kept.bytes for kept in kept_by_layer(halves)) == (attention + experts) / 2
+    # expert tensor parallelism gathers the tokens of both, of which the rank has half the widths
+    gathered = model(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
+    assert sum(kept.bytes for kept in kept_by_layer(gathered)) == (attention + experts) / 2 + 8 * 2048
+    dense = sum(kept.bytes for kept in kept_by_layer(model(num_experts=None)))
+    assert dense == attention + 2 * 3 * 6144
+
+
+def test_recomputation():
+    everything, tokens = sum(kept.bytes for kept in kept_by_layer(model())), 1000
+    largest = 2 * 8 * 2 * 768 if 2 * 768 > 2048 else 2 * 8 * 2048
+    assert activation_bytes(model(), 48, 0) == tokens * (48 * everything + largest)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    assert activation_bytes(model(**full), 48, 0) == tokens * (48 * 2 * 2048 + everything + largest)
+    by_three = full | {"recompute_num_layers": 3}
+    assert activation_bytes(model(**by_three), 48, 0) == tokens * (16 * 4096 + 3 * everything + largest)
+    block = full | {"recompute_method": "block", "recompute_num_layers": 40}
+    stored = 40 * 4096 + 8 * everything
+    assert activation_bytes(model(**block), 48, 0) == tokens * (stored + everything + largest)
+    freed = 2 * 8 * 768 + 2 * 2 * 2048
+    selective = {"recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}
+    assert activation_bytes(model(**selective), 48, 0) == tokens * (
+        48 * (everything - freed) + freed + largest
+    )
+
+
+def peak(warm_up: int, total: int) -> int:
+    """Forward passes that wait for their backward pass, at most, in a schedule with that warm-up."""
+    waiting = most = 0
+    for step in range(total):
+        waiting += 1
+        most = max(most, waiting)
+        if step >= warm_up:
+            waiting -= 1
+    return most
+
+
+@pytest.mark.parametrize("stages", (1, 2, 4))
+def test_micro_batches_in_flight(stages):
+    for batch in (2, 32):
+        for stage in range(stages):
+            args = model(pipeline_model_parallel_size=stages, global_batch_size=batch)
+            assert in_flight(args, stage) == peak(stages - stage - 1, batch)
+            if stages > 1 and batch >= stages:
+                args.virtual_pipeline_model_parallel_size = 3
+                warm_up = (stages - stage - 1) * 2 + 2 * stages
+                assert in_flight(args, stage) == pytest.approx(peak(warm_up, 3 * batch) / 3)
+
+
+def test_the_output_layer():
+    rows, tokens = VOCABULARY // 2, 1000
+    hidden = tokens * HIDDEN
+    expected = 2 * hidden + (2 + 4) * hidden + 1024 * rows * 2 + 6 * 8 * tokens + rows * HIDDEN * 2
+    assert log_prob_bytes(model(tensor_model_parallel_size=2)) == expected
+
+
+def test_engines(checkpoint):
+    shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
+    gpu, free = GPUS["h100"], GPUS["h100"].memory - 2**30
+    given = ["--mem-fraction-static", "0.8"]
+    engine = engine_memory(model(sglang_flags=given), shape, parameters, gpu, 2)
+    assert (engine.weights, engine.assumed) == (PARAMETERS, False)  # two bytes over two GPUs
+    assert engine.token_bytes == 48 * 2 * 128 * 2 * 2  # 4 heads over two GPUs
+    assert engine.cache == pytest.approx(0.8 * free - PARAMETERS)
+    assert engine.tokens == int((0.8 * free - PARAMETERS) // engine.token_bytes)
+    wide = engine_memory(model(sglang_flags=["--kv-cache-dtype", "fp8_e5m2"]), shape, parameters, gpu, 8)
+    assert wide.token_bytes == 48 * 1 * 128 * 2 and wide.assumed  # heads are not cut
+    assert engine_memory(model(), shape, parameters, GPUS["a100-40gb"], 1).tokens == 0
+    cost = model_cost(shape, parameters, TOP, 2)
+    assert cost.active == PARAMETERS - 48 * 120 * 3 * 2048 * 768
+    assert cost.cache_bytes == 48 * 4 * 128 * 2 * 2
+
+
+def test_weight_sync():
+    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4)
+    assert (sync.bytes, sync.link) == (2 * PARAMETERS, "network")
+    assert sync.buckets == 2 * -(-PARAMETERS // 2**29)
+    assert sync.seconds == pytest.approx(2 * 2 * PARAMETERS / 50e9)
+    assert weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1).link == "NVLink"
+    assert Lengths(256, 3840).sample == 4096
+
+
+def command(recipe: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_vespo.cli", "plan", str(recipe), *flags],
+        capture_output=True, text=True, timeout=120, env=os.environ,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "run.flags"
+    layout = flags_of(16, 2, 1, 1, 1, 8, 1)
+    engines = "--rollout-engines 8 --sglang-tp-size 2 --sglang-mem-fraction-static 0.8"
+    path.write_text(f"--hf-checkpoint {checkpoint}\n{RUN}{layout}\n{engines}\n{FULL}\n")
+    return path
+
+
+def test_the_command(recipe):
+    started = time.monotonic()
+    done = command(recipe, "--nodes", "4")
+    print(done.stdout, done.stderr, time.monotonic() - started)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "30,532,122,624 parameters over all ranks" in done.stdout
+    assert "4 nodes x 8 h100" in done.stdout and "tp2, pp1, vpp1, cp1, dp8, ep8, etp1" in done.stdout
+    assert done.stdout.rstrip().endswith("fits")
+
+
+def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
+    done = command(recipe, "--nodes", "1", "--gpu", "a100-40gb", "--trainer-ranks", "8")
+    print(done.stdout, done.stderr)
+    assert done.returncode == 1
+    assert "DOES NOT FIT: 24 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 3" in done.stdout
+    assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
+
+
+def test_refused_flags_are_one_line(recipe, tmp_path):
+    for flags, message in (
+        (["--expert-model-parallel-size", "6"], "expert"),
+        (["--hf-checkpoint", str(tmp_path / "none")], "no such folder"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ):
+        done = command(recipe, "--nodes", "4", *flags)
+        assert done.returncode == 2 and done.stdout == "", done.stderr
+        assert message in done.stderr
