@@ -51,9 +51,9 @@ def _line(check: str, by_node: dict[str, Finding]) -> Line:
 
 
 def _of_the_bad(check: str, status: Status, by_node: dict[str, Finding]) -> Line:
-    """Nodes with the same words together."""
+    """Nodes with the same words together, the worst first."""
     nodes_of: dict[str, list[str]] = {}
-    for node, finding in by_node.items():
+    for node, finding in sorted(by_node.items(), key=lambda item: -ORDER.index(item[1].status)):
         if finding.status != "ok":
             nodes_of.setdefault(finding.text, []).append(node)
     fix = next(finding.fix for finding in by_node.values() if finding.status == status)
@@ -87,9 +87,5 @@ def as_text(lines: Sequence[Line], width: int) -> str:
         if line.status != "ok" and line.fix:
             rows.append(f"{'':{widest}}        -> {line.fix}")
     counts = Counter(line.status for line in lines)
-    bad = [
-        f"{counts[status]} {word}"
-        for status, word in (("FAIL", "FAIL"), ("warn", "warnings"))
-        if counts[status]
-    ]
-    return "\n".join([*rows, f"{len(lines)} checks: {', '.join(bad) or 'all ok'}"])
+    bad = ", ".join(f"{counts[status]} {status}" for status in reversed(ORDER[1:]) if counts[status])
+    return "\n".join([*rows, f"{len(lines)} checks: {bad or 'all ok'}"])
