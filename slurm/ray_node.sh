@@ -68,7 +68,7 @@ run_on_first() {
             end "$waiting"
             fail "Ray has ended"
         fi
-        sleep 0.5 || true
+        (deaf sleep 0.5)
     done
     wait "$waiting" || fail "Ray does not run on all $SLURM_NNODES nodes; see $VESPO_LOGS"
     if [[ $signalled ]]; then return 75; fi # nothing has begun, nothing is to be saved
@@ -79,7 +79,7 @@ run_on_first() {
 
 # The exit code of a child. Signals are heard between the sleeps: a `wait` that one interrupts can hang.
 wait_for() {
-    while kill -0 "$1" 2>/dev/null; do sleep 0.5 || true; done
+    while kill -0 "$1" 2>/dev/null; do (deaf sleep 0.5); done
     wait "$1"
 }
 
