@@ -72,7 +72,8 @@ def test_a_run_that_loses_a_node_goes_on_with_another(slurm, tiny_model, tmp_pat
     state = job.wait(LONG_S)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.logs()
     assert state["NodeList"] == "n[1,3]"
-    assert re.search("resumed at optimizer step [48],", job.output)
+    # 4 where the trainer is lost; the engine alone leaves time to save step 6
+    assert re.search("resumed at optimizer step [46],", job.output)
     assert curve(tmp_path) == uninterrupted
     assert job.nothing_left()
 
