@@ -297,12 +297,15 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
     assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
 
 
-def test_refused_flags_are_one_line(recipe, tmp_path):
+def test_refused_flags_are_one_line(plan, recipe, tmp_path):
+    layout = flags_of(*LAYOUTS[0])
     for flags, message in (
-        (["--expert-model-parallel-size", "6"], "expert"),
-        (["--hf-checkpoint", str(tmp_path / "none")], "no such folder"),
-        (["--no-such-flag"], "--no-such-flag"),
+        ("--expert-model-parallel-size 6", "--trainer-ranks 8"),
+        (f"--hf-checkpoint {tmp_path}/none", "no such folder"),
+        ("--rollout-only", "plan is for runs that train and generate"),
     ):
-        done = command(recipe, "--nodes", "4", *flags)
-        assert done.returncode == 2 and done.stdout == "", done.stderr
-        assert message in done.stderr
+        with pytest.raises(ValueError, match=message) as refused:
+            plan(f"{layout} {flags}")
+        assert "\n" not in str(refused.value)
+    done = command(recipe, "--nodes", "4", "--hf-checkpoint", str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
