@@ -63,6 +63,7 @@ def test_alone(environment, tmp_path):
     assert not list(tmp_path.glob(".megatron-vespo-doctor*"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
     """The second has another transformers, and sends the calls to its engines to a proxy."""
@@ -87,6 +88,7 @@ def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
     assert [each.returncode for each in tasks] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_task_that_never_comes(environment, tmp_path):
     program = (
