@@ -109,7 +109,7 @@ class Controller:
             return self.stream_batch(self.stream)
         size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
         batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
-        seed = self._seed("rollout")
+        seed = self._seed()
         while num_prompts := batch.num_wanted():
             groups = self.generate(num_prompts, seed)
             with self.display.phase("reward"), self.preemption.interruptible():
@@ -213,15 +213,14 @@ class Controller:
 
     def evaluate(self) -> Evaluation:
         with self.display.phase("evaluate"), self.preemption.interruptible():
-            how = self.args.heldout_completions, self.args.heldout_temperature
-            return evaluate(
-                self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"), *how
-            )
+            args = self.args
+            how = args.seed, args.heldout_completions, args.heldout_temperature
+            return evaluate(self.collector, self.heldout, self.sampling, self.score, *how)
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""
         prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
-        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed("rollout"))
+        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed())
         samples = [
             training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
         ]
@@ -295,6 +294,6 @@ class Controller:
                 f"more than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
             )
 
-    def _seed(self, purpose: str) -> int:
-        """A new stream every rollout batch; held-out prompts always draw the same one."""
-        return self.args.seed if purpose == "evaluate" else self.args.seed + 1 + self.state.iteration
+    def _seed(self) -> int:
+        """A new stream every rollout batch; --seed itself is the held-out prompts', always."""
+        return self.args.seed + 1 + self.state.iteration

@@ -7,6 +7,8 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_vespo.flag_checks import check_positive
+
 
 def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out prompts")
@@ -19,9 +21,7 @@ def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_heldout(args: Namespace) -> None:
-    for name in ("heldout_interval", "heldout_prompts", "heldout_completions"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    check_positive(args, ("heldout_interval", "heldout_prompts", "heldout_completions"))
     check_temperature("--heldout-temperature", args.heldout_temperature, args.heldout_completions)
 
 
