@@ -21,7 +21,7 @@ from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer_state import pack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
-from megatron_vespo.rollout.evaluate import Evaluation, evaluate
+from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
 from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
 from megatron_vespo.training_samples import training_sample, training_samples
@@ -62,9 +62,8 @@ class Controller:
         started = time.monotonic() - self.state.train_seconds
         self.sync_weights()
         if self.heldout and self.state.heldout_before is None:
-            evaluation = self.evaluate()
-            self.state.heldout_before = self.state.heldout_after = evaluation.accuracy
-            self.metrics.write(self.state.iteration, evaluation.metrics())
+            self.state.heldout_before = self.state.heldout_after = self.evaluate()
+            self.metrics.write(self.state.iteration, self.state.heldout_before)
         if self.state.evaluation_due and (missed := self.maybe_evaluate()):
             self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
@@ -205,17 +204,17 @@ class Controller:
             return {}
         self.state.evaluation_due = True
         try:
-            evaluation = self.evaluate()
+            self.state.heldout_after = self.evaluate()
         except Preempted:
             return {}
-        self.state.evaluation_due, self.state.heldout_after = False, evaluation.accuracy
-        return evaluation.metrics()
+        self.state.evaluation_due = False
+        return self.state.heldout_after
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> dict[str, float]:
         with self.display.phase("evaluate"), self.preemption.interruptible():
             args = self.args
-            how = args.seed, args.heldout_completions, args.heldout_temperature
-            return evaluate(self.collector, self.heldout, self.sampling, self.score, *how)
+            how = args.seed, args.heldout_completions, args.heldout_temperature, args.heldout_pass_reward
+            return evaluate(self.collector, self.heldout, self.sampling, self.score, *how).metrics()
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""

@@ -17,6 +17,8 @@ def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of them, at most")
     add("--heldout-completions", type=int, default=1, metavar="K", help="of each: accuracy is avg@K")
+    add("--heldout-pass-reward", type=float, default=1.0, metavar="R",
+        help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
     add("--heldout-temperature", type=float, metavar="T", help="0: greedy; default: --rollout-temperature")
 
 

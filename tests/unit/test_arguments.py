@@ -494,7 +494,11 @@ def test_runtime_plugins_are_called_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "size"),
-    [("", 1), ("--sglang-tp-size 2", 2), ("--sglang-tp-size 2 --sglang-tensor-parallel-size 8 --sglang-dtype float32", 8)],
+    [
+        ("", 1),
+        ("--sglang-tp-size 2", 2),
+        ("--sglang-tp-size 2 --sglang-tensor-parallel-size 8 --sglang-dtype float32", 8),
+    ],
 )
 def test_the_last_of_sglangs_sizes_counts(flags, size):
     assert engine_size(parse_sglang_flags(flags.split())[0]) == size
