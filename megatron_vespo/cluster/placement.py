@@ -12,6 +12,8 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_vespo.cluster.roles import by_role, shortage
+
 START_TIMEOUT_S = 120.0
 # Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -71,6 +73,7 @@ def place(args: Namespace, engine_size: int) -> Placement:
     bundles = [{"CPU": 1, "GPU": per_rank}] * args.trainer_ranks
     bundles += [{"CPU": 1, "GPU": per_engine}] * args.rollout_engines
     bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
+    bundles = by_role(bundles, args.trainer_ranks, ray.cluster_resources())
     group = placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=START_TIMEOUT_S)
@@ -82,7 +85,7 @@ def place(args: Namespace, engine_size: int) -> Placement:
         )
         raise ValueError(
             f"{args.trainer_ranks} trainer ranks{engines} found no place within {START_TIMEOUT_S:g} s: "
-            f"the Ray cluster has {have}"
+            f"the Ray cluster has {have}{shortage(bundles, ray.nodes())}"
         ) from None
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return Placement(group, per_rank, per_engine, loopback)
