@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import megatron_vespo
+from megatron_vespo import engine_nodes
 from megatron_vespo.hardware import ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import render, seconds_before_limit
@@ -30,11 +31,12 @@ def main(argv: list[str]) -> int:
     if args.chain < 1:
         raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
     flags = read_recipe(args.recipe) + more
+    engine_nodes.check(args, flags)
     # the machine that jobs are submitted on may have no GPU
     run = checked_run([*(ON_GPUS if args.gpus_per_node else []), *flags])
     script = job_script(args, flags, run.preemption_deadline)
     print(script, flush=True)
-    print(described_use(run, args.nodes, args.gpus_per_node))
+    print(described_use(run, args))
     if args.dry_run:
         return 0
     for line in submit(script, args.chain):
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--time", metavar="LIMIT", help="of one job, as sbatch takes it; default: the script's")
     add("--sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="more options of sbatch, without dashes: partition=h100 account=rl exclude=node7")  # fmt: skip
+    engine_nodes.add_flags(parser)
     add("--chain", type=int, default=1, metavar="JOBS",
         help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
         "do not let jobs go back into the queue")  # fmt: skip
@@ -112,10 +115,8 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
         options["no-requeue"] = None
         leave_out.append("requeue")
         variables["VESPO_MAX_RESTARTS"] = "0"
-    for option in args.sbatch:
-        name, equals, value = option.partition("=")
-        options[name.lstrip("-")] = value if equals else None
-    script = render(template, options, leave_out, variables, flags)
+    options |= engine_nodes.options_of_sbatch(args.sbatch)
+    script = render(template, options, leave_out, variables, flags, engine_nodes.component(args))
     if (seconds := seconds_before_limit(script)) < needed:
         raise ValueError(
             f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
@@ -124,13 +125,16 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
     return script
 
 
-def described_use(run: Namespace, nodes: int, gpus_per_node: int) -> str:
+def described_use(run: Namespace, args: Namespace) -> str:
     """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
     from megatron_vespo.rollout.server_arguments import engine_size
 
     ranks = 0 if run.rollout_only else run.trainer_ranks
     engines = 0 if run.train_from else run.rollout_engines
     size = engine_size(run.sglang_flags)
+    nodes, gpus_per_node = args.nodes, args.gpus_per_node
+    if args.engine_nodes is not None and gpus_per_node:
+        return engine_nodes.described_use(args, ranks, engines, size)
     used, there = ranks + engines * size, nodes * gpus_per_node
     what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs"
     if not gpus_per_node:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from jobs import ALL_OF_A_NODE, UNTIL_ASKED, WAIT_S, Job, two_kinds
+from jobs import ALL_OF_A_NODE, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv, two_kinds
+
+from tests.unit.test_recipes import CONFIGS
 
 
 def rays_of(job: Job, attempt: str = "") -> dict[str, str]:
@@ -74,3 +78,29 @@ def test_three_components_are_one_too_many(job):
     failed = job("echo never", options=[*two_kinds("n1", "n2"), ":", "--nodes=1"])
     assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
     assert "a job of 3 components: two, the trainer's and the engines', or one for both" in failed.output
+
+
+@pytest.mark.slow
+def test_the_limit_of_both_components(job):
+    """SLURM's signal may come a minute early, and limits are whole minutes."""
+    options = ["--time=2", "--signal=B:USR1@50", "--nodes=1", ":", "--nodes=1", *ALL_OF_A_NODE]
+    limited = job(UNTIL_ASKED, options=options)
+    state = limited.wait(300)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), limited.logs()
+    assert limited.output.count("asked 1\n") == 1
+
+
+@pytest.mark.slow
+def test_it_is_submitted(slurm, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
+    recipe = tmp_path / "two_kinds.flags"
+    recipe.write_text(
+        f"--hf-checkpoint {tmp_path} --prompt-data d --output-dir o --save c --load c --lr 1e-6"
+    )
+    venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME on $SLURMD_NODENAME: $*"')
+    words = ["--nodes", "2", "--engine-nodes", "1", "--engine-sbatch", "nodelist=n1", "--venv", venv]
+    job = SubmittedJob(slurm, tmp_path / "job", str(recipe), *words, "--train-iters", "8")
+    assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
+    assert "3 nodes (n[2-3] for the trainer, n1 for engines)" in job.output
+    assert "two_kinds on n2: train --hf-checkpoint" in job.output
+    assert all("--num-cpus=2" in told for told in rays_of(job).values())  # whole nodes, of both components
