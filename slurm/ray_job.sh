@@ -4,14 +4,15 @@
 # components the first one's nodes are the trainer's, VESPO_TRAINER_NODES, and the second one's the engines'.
 look_at_allocation() {
     nodelist=$SLURM_JOB_NODELIST
-    export VESPO_NODES=$SLURM_NNODES VESPO_TRAINER_NODES=
+    export VESPO_NODES=$SLURM_NNODES VESPO_TRAINER_NODES=''
     on_all=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
     [[ ${SLURM_HET_SIZE:-1} != 1 ]] || return 0
-    [[ $SLURM_HET_SIZE == 2 ]] || die "a job of $SLURM_HET_SIZE components: two, the trainer's and the engines', or one for both"
+    [[ $SLURM_HET_SIZE == 2 ]] || die "a job of $SLURM_HET_SIZE components: must be two, the trainer's and the engines'"
     VESPO_TRAINER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | tr '\n' ' ')
     nodelist="$SLURM_JOB_NODELIST_HET_GROUP_0 for the trainer, $SLURM_JOB_NODELIST_HET_GROUP_1 for engines"
     VESPO_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0,$SLURM_JOB_NODELIST_HET_GROUP_1" | wc -l)
-    on_all=("--het-group=0,1" --ntasks-per-node=1) # each component's own numbers count
+    # each component's own numbers count; not every MPI of SLURM's knows such steps
+    on_all=("--het-group=0,1" --ntasks-per-node=1 --mpi=none)
 }
 
 # The command runs on the first node; returns its exit code. SIGUSR1 for this shell is passed to it.

@@ -77,7 +77,7 @@ def test_a_cancelled_heterogeneous_job_does_not_come_back(job):
 def test_three_components_are_one_too_many(job):
     failed = job("echo never", options=[*two_kinds("n1", "n2"), ":", "--nodes=1"])
     assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
-    assert "a job of 3 components: two, the trainer's and the engines', or one for both" in failed.output
+    assert "a job of 3 components: must be two, the trainer's and the engines'" in failed.output
 
 
 @pytest.mark.slow
