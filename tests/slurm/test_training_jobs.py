@@ -87,7 +87,7 @@ def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
 
 
 def test_trainer_and_engine_on_nodes_of_their_own(slurm, tiny_model, tmp_path, uninterrupted):
-    """The trainer on the second node: whoever fills nodes in order puts it on the first."""
+    """The trainer has the second node, and with it Ray's head."""
     words = command(tiny_model, tmp_path, "--train-iters", str(STEPS))
     flags, options = words[words.index("train") + 1 :], two_kinds("n2", "n1")
     job = Job(slurm, tmp_path, "train.sbatch", *flags, options=options)
