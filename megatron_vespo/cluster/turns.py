@@ -1,9 +1,9 @@
 """Engines and trainer ranks on the same GPUs: whose turn it is, and what engines give back meanwhile.
 
 While the trainer trains the engines have given back everything: SGLang takes the memory from under its
-weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on a
-CPU, it only empties its caches). What was in it is lost, so engines come back by a weight sync alone: room for
-the weights, the weights, then room for the rest. Where the trainer computes log-probs only, as for a
+weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on
+CPUs, it only empties its caches). What was in it is lost, so engines come back by a weight sync alone: room
+for the weights, the weights, then room for the rest. Where the trainer computes log-probs only, as for a
 checkpoint, that rest is room enough, and the weights stay.
 """
 

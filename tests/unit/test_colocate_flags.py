@@ -29,8 +29,8 @@ def test_what_goes_together():
     [
         (
             run(max_staleness=8),
-            "--colocate: generation and training take turns on a GPU, --max-staleness 8 lets both work: leave "
-            "one out",
+            "--colocate: generation and training take turns on a GPU, --max-staleness 8 lets both work: "
+            "leave one out",
         ),
         (run(train_from="x"), "--colocate is for trainer and engines, --train-from has one of them: "),
         (run(rollout_only=True), "--colocate is for trainer and engines, --rollout-only has one of them: "),
