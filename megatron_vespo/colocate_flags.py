@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_vespo.rollout.server_arguments import engine_size
+from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 
 
 def check_colocation(args: Namespace) -> None:
@@ -27,7 +27,8 @@ def check_colocation(args: Namespace) -> None:
             f"--colocate: --rollout-engines {args.rollout_engines} of {size} GPUs lie on those of "
             f"--trainer-ranks {args.trainer_ranks}: {fix}"
         )
-    if args.distributed_backend == "nccl" and "--mem-fraction-static" not in args.sglang_flags:
+    fraction = flag_value(args.sglang_flags, "--mem-fraction-static")
+    if args.distributed_backend == "nccl" and fraction is None:
         raise ValueError(
             "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where the "
             "trainer's weights and optimizer stay; megatron-vespo plan says how much is left"

@@ -115,7 +115,7 @@ class EngineLink:
             self.control.settle("/destroy_weights_update_group", {"group_name": group_name(number, stage)})
 
     def _join(self, name: str) -> None:
-        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._device)
+        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._backend)
 
     def _forget(self, fresh: list[str]) -> None:
         if fresh:
