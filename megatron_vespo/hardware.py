@@ -40,3 +40,5 @@ GPUS = {
         Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9),
     )
 }
+# bytes a second of one hop of a gloo broadcast, through the hosts' memory and TCP: see slurm/README.md
+GLOO = 1e9

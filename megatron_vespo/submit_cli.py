@@ -131,8 +131,8 @@ def described_use(run: Namespace, nodes: int, gpus_per_node: int) -> str:
     ranks = 0 if run.rollout_only else run.trainer_ranks
     engines = 0 if run.train_from else run.rollout_engines
     size = engine_size(run.sglang_flags)
-    used, there = ranks + engines * size, nodes * gpus_per_node
-    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs"
+    used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
+    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs" + " in turn" * run.colocate
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
     if used > there:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.hardware import GPUS, ON_GPUS
+from megatron_vespo.hardware import GLOO, GPUS, ON_GPUS
 from megatron_vespo.plan_cli import parsed
 from megatron_vespo.planning.engine_memory import engine_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
@@ -169,7 +169,7 @@ def model(**changes) -> Namespace:
         "max_tokens_per_gpu": 1000, "padded_vocab_size": VOCABULARY, "log_prob_chunk_size": 1024,
         "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
         "recompute_modules": None, "global_batch_size": 1024, "data_parallel_size": 1,
-        "weight_sync_bucket_mb": 512, "sglang_flags": [],
+        "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False,
     }  # fmt: skip
     return Namespace(**(plain | changes))
 
@@ -255,11 +255,15 @@ def test_engines(checkpoint):
 
 
 def test_weight_sync():
-    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4)
+    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4, receivers=8)
     assert (sync.bytes, sync.link) == (2 * PARAMETERS, "network")
     assert sync.buckets == 2 * -(-PARAMETERS // 2**29)
     assert sync.seconds == pytest.approx(2 * 2 * PARAMETERS / 50e9)
-    assert weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1).link == "NVLink"
+    alone = weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
+    assert alone.link == "NVLink"
+    # a binomial tree over the sender and eight receivers has four hops
+    shared = weight_sync(model(colocate=True), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
+    assert shared.seconds == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 4 / GLOO))
     assert Lengths(256, 3840).sample == 4096
 
 
