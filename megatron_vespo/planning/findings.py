@@ -51,7 +51,7 @@ def _engines(plan: Plan) -> Iterator[str]:
             f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
             f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
         )
-    if engine.rest < 2 * engine.bucket:
+    if engine.rest < 2 * engine.bucket and not plan.args.colocate:
         yield (
             f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
             f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"

@@ -90,7 +90,7 @@ def _speed(plan: Plan) -> Iterator[str]:
     samples = args.rollout_batch_size * args.num_completions
     yield (
         f"weight sync       {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets, gathered and broadcast at "
-        f"{sync.broadcast / 1e9:.2g} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
+        f"{sync.broadcast / 1e9:.3g} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
     )
     yield (
         f"tokens            {plan.lengths.completion:,.0f} a response and {plan.lengths.prompt:,.0f} a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -35,9 +36,11 @@ print(json.dumps([seen[engines:engines + ranks], [seat.devices for seat in place
 @pytest.mark.parametrize(("ranks", "engines", "size", "gpus"), [(8, 3, 2, 8), (4, 1, 4, 5)])
 def test_every_rank_has_a_gpu_and_an_engine_those_of_its_ranks(ranks, engines, size, gpus):
     numbers = [str(number) for number in (ranks, engines, size, gpus)]
+    there = ",".join(str(2 + number) for number in range(gpus))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *numbers], capture_output=True, text=True, timeout=180
-    )
+        [sys.executable, "-c", PROGRAM, *numbers],
+        capture_output=True, text=True, timeout=180, env=os.environ | {"CUDA_VISIBLE_DEVICES": there},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     of_ranks, of_engines = json.loads(done.stdout.splitlines()[-1])
     print(of_ranks, of_engines)

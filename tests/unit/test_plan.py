@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,13 @@ from megatron_vespo.planning.engine_memory import engine_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
 from megatron_vespo.planning.plan import memory_of, model_of
 from megatron_vespo.planning.speed import Lengths, model_cost, weight_sync
-from megatron_vespo.planning.trainer_memory import activation_bytes, in_flight, log_prob_bytes
+from megatron_vespo.planning.trainer_memory import (
+    ENGINE_AT_REST,
+    RESERVE,
+    activation_bytes,
+    in_flight,
+    log_prob_bytes,
+)
 
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
     48,
@@ -299,6 +306,36 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
     assert done.returncode == 1
     assert "DOES NOT FIT: 24 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 3" in done.stdout
     assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
+
+
+def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
+    colocated = "--colocate --rollout-engines 8 --sglang-tp-size 2 --sglang-mem-fraction-static"
+    [stage], [memory], _ = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {colocated} 0.5 {FULL}")
+    [apart] = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {FULL}")[1]
+    # training: all that it has apart, and an engine at rest
+    assert memory.total == apart.total + ENGINE_AT_REST
+    # generating: gradients and activations are given back
+    assert memory.at_rest == memory.weights + memory.optimizer + RESERVE
+    shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
+    given = model(sglang_flags=["--mem-fraction-static", "0.5"])
+    alone, beside = (
+        engine_memory(given, shape, parameters, GPUS["h100"], 2, trainer) for trainer in (0.0, memory.at_rest)
+    )
+    assert (beside.cache, beside.rest) == (alone.cache, alone.rest - memory.at_rest)
+
+    refused = command(recipe, "--nodes", "2", *colocated.split(), "0.8")
+    assert refused.returncode == 1 and "GPUs are needed" not in refused.stdout
+    [error] = [line for line in refused.stdout.splitlines() if "DOES NOT FIT" in line]
+    fraction = re.search(r"5 are wanted: --sglang-mem-fraction-static (0\.\d+)$", error)[1]
+    free = GPUS["h100"].memory - 2**30
+    assert (1 - float(fraction)) * free - memory.at_rest >= 5 * 2**30  # and a hundredth more would not do
+    assert (0.99 - float(fraction)) * free - memory.at_rest < 5 * 2**30
+    done = command(recipe, "--nodes", "2", *colocated.split(), fraction)
+    print(done.stdout, done.stderr)
+    assert (
+        done.returncode == 0 and "16 train, 8 engines x 2 generate, in turn on the same GPUs" in done.stdout
+    )
+    assert "--max-staleness" not in done.stdout
 
 
 def test_refused_flags_are_one_line(plan, recipe, tmp_path):
