@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.engine_memory import CONTEXT
 from megatron_vespo.planning.plan import Plan
+from megatron_vespo.planning.trainer_memory import ENGINE_AT_REST
 
 # an engine's activations and CUDA graphs, where a trainer's memory is beside it: an allowance
 ENGINE_AT_WORK = 5 * GIB
@@ -59,9 +60,18 @@ def _engines(plan: Plan) -> Iterator[str]:
 
 
 def _turns(plan: Plan) -> Iterator[str]:
-    """Weights and optimizer of the trainer, and all of the engine."""
+    """Weights and optimizer of the trainer, and all of the engine; for log-probs all but keys and values."""
     engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
-    if not plan.args.colocate or engine.rest >= ENGINE_AT_WORK:
+    if not plan.args.colocate:
+        return
+    forward = max(memory.activations + memory.log_probs for memory in plan.trainer)  # and more: of a step
+    if forward > engine.cache + engine.rest - ENGINE_AT_REST:
+        yield (
+            f"a checkpoint's log-probs may take {forward / GIB:.1f} GiB, an engine's weights leave "
+            f"{(engine.cache + engine.rest - ENGINE_AT_REST) / GIB:.1f}: lower --max-tokens-per-gpu, or "
+            "engines of more GPUs"
+        )
+    if engine.rest >= ENGINE_AT_WORK:
         return
     most = math.floor(100 * (engine.fraction + (engine.rest - ENGINE_AT_WORK) / free)) / 100
     needed = (engine.weights + plan.longest * engine.token_bytes) / free

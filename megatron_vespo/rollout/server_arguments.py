@@ -94,8 +94,9 @@ def server_arguments(
             "--attention-backend": ["torch_native"],
             "--max-running-requests": ["256"],
             "--max-total-tokens": ["32768"],  # left alone, the KV cache takes most of the machine's memory
-            "--sleep-on-idle": [],  # an idle scheduler spins on a core that the trainer needs
         }
+    if device == "cpu" or memory_saver:
+        defaults["--sleep-on-idle"] = []  # an idle scheduler spins on a core that the trainer needs
     arguments = [
         part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
     ]

@@ -15,6 +15,7 @@ from interrupted import command, curve
 from runs import Run, nothing_left
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
+from megatron_vespo.preemption import EXIT_RESUME
 
 START_S = 300.0
 STEPS = 6  # three rollout batches of two
@@ -145,4 +146,28 @@ def test_a_dead_trainer_rank_is_replaced_beside_the_engines(tiny_model, tmp_path
     finally:
         run.kill()
     assert len(re.findall(r"RESTART OF THE TRAINER from .*iter_0000004 .* died in ", run.output)) == 1
+    assert numbers(folder) == separate
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_preempted_run_goes_on_beside_the_engines(tiny_model, tmp_path, lost_memory, separate):
+    """In the engines' turn: what they still do must not keep them from giving way for the checkpoint."""
+    folder = tmp_path / "run"
+    run = Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log")
+    try:
+        run.wait_for_output(f" 2/{STEPS} ", START_S)
+        deadline = time.monotonic() + 30
+        said = len(calls(folder, 0))
+        while len(calls(folder, 0)) == said:  # it has answered the first of the next batch
+            assert run.process.poll() is None and time.monotonic() < deadline, run.output
+            time.sleep(0.02)
+        run.process.terminate()
+        assert run.wait(60) == EXIT_RESUME, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    assert "is started again" not in run.output
+    said = run_to_the_end(tiny_model, folder, "--colocate")
+    assert "resumed at optimizer step" in said
     assert numbers(folder) == separate
