@@ -94,7 +94,9 @@ def test_colocated_is_bit_for_bit_what_it_is_apart(tiny_model, tmp_path, lost_me
     assert all(record["sync/weight_check_seconds"] > 0 for record in records)
     assert records[-1]["engines/turn_seconds"] > 0
     for engine in (0, 1):
-        assert "Executed general plugin: lost_memory" in log_of(tmp_path / "run", engine)
+        lost = re.findall("^lost: (.*)", log_of(tmp_path / "run", engine), re.MULTILINE)
+        rest = "kv_cache cuda_graph"
+        assert lost == [*[f"{rest} weights"] * 3, rest, f"{rest} weights", rest, rest]
         said = calls(tmp_path / "run", engine)
         assert [call for call in said if call != "generate"] == (
             TURN + TURN + TURN + LENT + TURN + LENT + LENT

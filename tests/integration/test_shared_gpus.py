@@ -24,11 +24,17 @@ class Process:
     def sees(self):
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-# as in a run: the engines first, twice, as one may be started again beside the trainer
-seats = [*placement.engines, *placement.trainer, *placement.engines]
-processes = [Process.options(**placement.options(seat)).remote() for seat in seats]
-seen = ray.get([process.sees.remote() for process in processes], timeout=120)
-print(json.dumps([seen[engines:engines + ranks], [seat.devices for seat in placement.engines]]))
+def start(seats):
+    processes = [Process.options(**placement.options(seat)).remote() for seat in seats]
+    return processes, ray.get([process.sees.remote() for process in processes], timeout=60)
+
+# as in a run: the engines first, and again beside the trainer
+first, _ = start(placement.engines)
+of_trainer, seen = start(placement.trainer)
+for process in first:
+    ray.kill(process)
+start(placement.engines)
+print(json.dumps([seen, [seat.devices for seat in placement.engines]]))
 """
 
 

@@ -18,6 +18,7 @@ def activate() -> None:
         if "kv_cache" in request.tags:
             pool = runner.token_to_kv_pool
             _lose([*pool.k_buffer, *pool.v_buffer])
+        print(f"lost: {' '.join(request.tags)}", flush=True)
         return answer
 
     SchedulerWeightUpdaterManager.release_memory_occupation = release_and_lose
