@@ -21,7 +21,7 @@ from megatron_vespo.weight_sync.verify import Sums, weight_sums
 
 WEIGHTS = ("weights",)  # SGLang's names
 REST = ("kv_cache", "cuda_graph")
-IDLE_TIMEOUT_S = 60  # for requests that nobody waits for any more
+IDLE_TIMEOUT = "?timeout=60"  # seconds, for requests that nobody waits for any more
 
 
 class Turns:
@@ -89,7 +89,7 @@ class Turns:
             payloads = _payloads(there)
             # SGLang's scheduler dies of an assertion where it still has something to do
             self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
-            self._ask(f"/flush_cache?timeout={IDLE_TIMEOUT_S}", dict.fromkeys(payloads, {}))
+            self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
             self._ask("/release_memory_occupation", payloads, lambda m: self._given[_key(m)].update(there[m]))
 
         self._surviving(members, give)
