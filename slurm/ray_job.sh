@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154 # environment.sh sets step, enter, root
 # Sourced by train.sbatch and eval.sbatch: a command with Ray on all nodes, and what its exit code means.
 
 # The command runs on the first node; returns its exit code. SIGUSR1 for this shell is passed to it.
