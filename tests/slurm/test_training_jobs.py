@@ -111,6 +111,7 @@ def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
     assert job.nothing_left()
 
 
+@pytest.mark.slow
 def test_the_doctor_on_two_nodes(slurm, tmp_path):
     """srun starts it on both; each checks itself, then they meet."""
     report = tmp_path / "findings.json"

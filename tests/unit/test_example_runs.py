@@ -12,7 +12,6 @@ import io
 import json
 import multiprocessing
 import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -90,8 +89,9 @@ def test_all_scripts_are_here():
 def test_the_runs_of_a_script(child, tmp_path, monkeypatch, script):
     monkeypatch.syspath_prepend(EXAMPLES / "tiny")
     make_base_model = importlib.import_module("make_base_model")
-    config = make_base_model.make_model(make_base_model.Recipe(), make_base_model.make_tokenizer()).config
-    model = write_config(tmp_path, config.to_dict())
+    base = make_base_model.make_model(make_base_model.Recipe(), make_base_model.make_tokenizer())
+    # what saving it adds
+    model = write_config(tmp_path, base.config.to_dict() | {"architectures": [type(base).__name__]})
     runs = given_flags(script, tmp_path)
     assert (len(runs), *{child(ranks_of, [*run, "--hf-checkpoint", model]) for run in runs}) == SCRIPTS[
         script
