@@ -69,9 +69,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
         usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
         description=DESCRIPTION,
         # as wide as the usage line: the page stays one that is read
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=36),
+        formatter_class=partial(_OwnHelp, width=110, max_help_position=36),
         allow_abbrev=False,
     )
+
+
+class _OwnHelp(argparse.RawDescriptionHelpFormatter):
+    """A number is called N: most flags then fit on a line with their help."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
 
 
 class _MegatronHelp(argparse.HelpFormatter):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
+from megatron_vespo.flag_checks import check_positive
+
 
 def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("asynchronous rollout")
@@ -36,10 +38,7 @@ def check_asynchronous(args: Namespace) -> None:
     where = f"--max-staleness {staleness}"
     if staleness < 0:
         raise ValueError(f"{where}: must not be negative")
-    if interval is not None and interval <= 0:
-        raise ValueError(f"--sync-interval is {interval}, must be positive")
-    if args.max_dispatches <= 0:
-        raise ValueError(f"--max-dispatches is {args.max_dispatches}, must be positive")
+    check_positive(args, ("sync_interval", "max_dispatches"))
     if args.over_subscription is not None and args.over_subscription < 1:
         raise ValueError(f"--over-subscription is {args.over_subscription:g}, a batch alone needs 1")
     interval = interval or steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
+from megatron_vespo.flag_checks import check_positive
+
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and failures, beside Megatron's --save, --async-save ...")
@@ -18,8 +20,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_checkpoints(args: Namespace) -> None:
-    if not args.preemption_deadline > 0:
-        raise ValueError(f"--preemption-deadline is {args.preemption_deadline:g}, must be positive")
+    check_positive(args, ("preemption_deadline",))
     if args.trainer_restarts < 0:
         raise ValueError(f"--trainer-restarts is {args.trainer_restarts}, must not be negative")
 

@@ -21,7 +21,7 @@ from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer_state import pack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
-from megatron_vespo.rollout.evaluate import Evaluation, evaluate
+from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
 from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
 from megatron_vespo.training_samples import training_sample, training_samples
@@ -62,9 +62,8 @@ class Controller:
         started = time.monotonic() - self.state.train_seconds
         self.sync_weights()
         if self.heldout and self.state.heldout_before is None:
-            evaluation = self.evaluate()
-            self.state.heldout_before = self.state.heldout_after = evaluation.accuracy
-            self.metrics.write(self.state.iteration, evaluation.metrics())
+            self.state.heldout_before = self.state.heldout_after = self.evaluate()
+            self.metrics.write(self.state.iteration, self.state.heldout_before)
         if self.state.evaluation_due and (missed := self.maybe_evaluate()):
             self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
@@ -109,7 +108,7 @@ class Controller:
             return self.stream_batch(self.stream)
         size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
         batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
-        seed = self._seed("rollout")
+        seed = self._seed()
         while num_prompts := batch.num_wanted():
             groups = self.generate(num_prompts, seed)
             with self.display.phase("reward"), self.preemption.interruptible():
@@ -205,23 +204,22 @@ class Controller:
             return {}
         self.state.evaluation_due = True
         try:
-            evaluation = self.evaluate()
+            self.state.heldout_after = self.evaluate()
         except Preempted:
             return {}
-        self.state.evaluation_due, self.state.heldout_after = False, evaluation.accuracy
-        return evaluation.metrics()
+        self.state.evaluation_due = False
+        return self.state.heldout_after
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> dict[str, float]:
         with self.display.phase("evaluate"), self.preemption.interruptible():
-            how = self.args.heldout_completions, self.args.heldout_temperature
-            return evaluate(
-                self.collector, self.heldout, self.sampling, self.score, self._seed("evaluate"), *how
-            )
+            args = self.args
+            how = args.seed, args.heldout_completions, args.heldout_temperature, args.heldout_pass_reward
+            return evaluate(self.collector, self.heldout, self.sampling, self.score, *how).metrics()
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""
         prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
-        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed("rollout"))
+        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed())
         samples = [
             training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
         ]
@@ -295,6 +293,6 @@ class Controller:
                 f"more than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
             )
 
-    def _seed(self, purpose: str) -> int:
-        """A new stream every rollout batch; held-out prompts always draw the same one."""
-        return self.args.seed if purpose == "evaluate" else self.args.seed + 1 + self.state.iteration
+    def _seed(self) -> int:
+        """A new stream every rollout batch; --seed itself is the held-out prompts', always."""
+        return self.args.seed + 1 + self.state.iteration

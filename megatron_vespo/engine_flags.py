@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
+from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.rollout.api_key import API_KEY_CHOICES
 
 
@@ -14,7 +15,7 @@ def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine-health-timeout", type=float, default=120.0, metavar="SECONDS",
         help="an engine that generates nothing for so long is taken for dead")  # fmt: skip
     add("--engine-restarts", type=int, default=3, metavar="N",
-        help="how often each engine is started again, to serve when it has the current weights")  # fmt: skip
+        help="how often each is started again; it serves when it has the current weights")  # fmt: skip
     add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
         help="engines answer this run only, by a key that it draws; auto: where they listen off "
         "loopback")  # fmt: skip
@@ -27,8 +28,7 @@ def check_engine_faults(args: Namespace) -> None:
         raise ValueError(
             f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
         )
-    if not args.engine_health_timeout > 0:
-        raise ValueError(f"--engine-health-timeout is {args.engine_health_timeout:g}, must be positive")
+    check_positive(args, ("engine_health_timeout",))
     if args.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
     if not 1 <= args.min_engines <= args.rollout_engines:

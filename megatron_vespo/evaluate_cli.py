@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_vespo.data.prompts import PromptSet, load_prompts
 from megatron_vespo.data.result_file import ResultFile
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.evaluate_flags import parse_args
@@ -26,6 +25,7 @@ from megatron_vespo.observability.evaluation_report import (
 )
 from megatron_vespo.observability.report import write_summary
 from megatron_vespo.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
+from megatron_vespo.prompt_data import prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
@@ -58,18 +58,8 @@ def main(argv: list[str]) -> int:
 
 
 def _prompts(args: Namespace, path: Path, tokenizer: Any) -> list[Prompt]:
-    loaded: PromptSet = load_prompts(
-        path,
-        tokenizer,
-        prompt_key=args.prompt_key,
-        answer_key=args.answer_key,
-        answer_pattern=args.answer_pattern,
-        apply_chat_template=args.apply_chat_template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        overlong="error",  # a set without its longest prompts is another set
-        flag="--data",
-    )
-    return loaded.prompts[: args.num_prompts]
+    # a set without its longest prompts is another set
+    return prompt_data(args, path, tokenizer, overlong="error", flag="--data").prompts[: args.num_prompts]
 
 
 class _Evaluation:

@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.flags import add_vespo_arguments
 from megatron_vespo.heldout_flags import check_temperature
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
@@ -34,7 +35,8 @@ SHARED = {
 }  # fmt: skip
 _POSITIVE = (
     "num_completions max_prompt_tokens max_completion_tokens generate_timeout max_dispatches reward_workers "
-    "reward_timeout reward_memory_gb rollout_engines engine_start_timeout engine_health_timeout min_engines"
+    "reward_timeout reward_memory_gb rollout_engines engine_start_timeout engine_health_timeout min_engines "
+    "num_prompts"
 ).split()
 
 
@@ -44,9 +46,7 @@ def parse_args(argv: list[str]) -> Namespace:
     args = _parser().parse_args(rest)
     args.sglang_flags = sglang_flags
     args.data = _named_files(args.data)
-    for name in _POSITIVE:
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    check_positive(args, _POSITIVE)
     _check_sampling(args)
     _check_engines(args)
     return args
@@ -112,8 +112,6 @@ def _check_sampling(args: Namespace) -> None:
         raise ValueError(f"--top-p {args.top_p:g}: must be above 0, at most 1")
     if args.top_k != -1 and args.top_k < 1:
         raise ValueError(f"--top-k {args.top_k}: must be positive, or -1 for all tokens")
-    if args.num_prompts is not None and args.num_prompts < 1:
-        raise ValueError(f"--num-prompts {args.num_prompts}: must be positive")
 
 
 def _check_engines(args: Namespace) -> None:

@@ -72,7 +72,8 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
     add("--generate-function", metavar="PATH",
         help="package.module:function that makes a completion; default: a request")  # fmt: skip
-    add("--reward-function", default="math", help="'math' (math-verify) or package.module:function")
+    add("--reward-function", default="math", metavar="PATH",
+        help="'math' (math-verify) or package.module:function")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
@@ -84,7 +85,7 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-sampling", action="store_true",
         help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
-        help="at most so many times --rollout-batch-size prompts; left-out groups fill it then")  # fmt: skip
+        help="at most so many times --rollout-batch-size prompts; left-out ones fill it")  # fmt: skip
 
 
 def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,14 +124,14 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         help="policy versions (one an optimizer step) that snapshot keeps in CPU memory; a token of "
         "an older one is an error")  # fmt: skip
     add("--ewma-decay", type=float, default=0.889,
-        help="what an optimizer step leaves of older weights' share in the average (ewma)")  # fmt: skip
+        help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
     add("--mismatch-correction", choices=CORRECTIONS, default="none",
         help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
     add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
-        help="train on recorded expert choices: R2 pi_old's, R3 the engine's, for pi_old too")  # fmt: skip
+        help="replay expert choices: R2 pi_old's; R3 the engine's, for pi_old too")  # fmt: skip
     add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default="group-mean",
         help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
         "rollout batch's mean, over the batch's std")  # fmt: skip
@@ -151,7 +152,7 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
     add("--weight-sync-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
-        help="compare an engine with an export that it loads, as on every resume; 0: only then")  # fmt: skip
+        help="compare an engine with an export, as on every resume; 0: only then")  # fmt: skip
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +164,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
     add("--save-rollouts", type=Path, metavar="DIR", help="record every rollout batch there")
     add("--train-from", type=Path, metavar="DIR",
-        help="train on batches that --save-rollouts recorded; no engines, no --prompt-data")  # fmt: skip
+        help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip
     add("--rollout-only", action="store_true",
         help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+# What train chooses by itself where there are GPUs, for commands that run elsewhere; a recipe's flags come
+# later and win.
+ON_GPUS = ("--distributed-backend", "nccl", "--transformer-impl", "transformer_engine")
 
 
 @dataclass(frozen=True)

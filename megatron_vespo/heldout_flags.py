@@ -7,6 +7,8 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_vespo.flag_checks import check_positive
+
 
 def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out prompts")
@@ -15,13 +17,13 @@ def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of them, at most")
     add("--heldout-completions", type=int, default=1, metavar="K", help="of each: accuracy is avg@K")
+    add("--heldout-pass-reward", type=float, default=1.0, metavar="R",
+        help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
     add("--heldout-temperature", type=float, metavar="T", help="0: greedy; default: --rollout-temperature")
 
 
 def check_heldout(args: Namespace) -> None:
-    for name in ("heldout_interval", "heldout_prompts", "heldout_completions"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    check_positive(args, ("heldout_interval", "heldout_prompts", "heldout_completions"))
     check_temperature("--heldout-temperature", args.heldout_temperature, args.heldout_completions)
 
 

@@ -22,6 +22,7 @@ from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.sample_file import random_samples, read_samples, with_noisy_behavior
+from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.layout import FLAGS, WORDS, Layout
 from megatron_vespo.observability.layout_report import (
     Differences,
@@ -140,9 +141,7 @@ def _check(options: Namespace, flags: Sequence[str]) -> None:
         raise ValueError(f"--hf-checkpoint {options.hf_checkpoint}: no such folder")
     if not options.candidate:
         raise ValueError("--candidate is required: a layout such as tp2,pp2,ep2; see --help")
-    for name in ("samples", "max_prompt_tokens", "max_completion_tokens", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, must be positive")
+    check_positive(options, ("samples", "max_prompt_tokens", "max_completion_tokens", "steps"))
     given = {word.partition("=")[0] for word in flags}
     for flag in FLAGS:
         if flag in given:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from megatron_vespo.conversion.first_layers import link_first_layers
 from megatron_vespo.conversion.hf_shards import copy_companions
 from megatron_vespo.conversion.sources import opened_hf
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.rollout.engine import find_free_port
 
 NUM_LAYERS = 2
 BOUND = 1e-5  # of the largest logit
@@ -109,10 +109,8 @@ def _megatron_logits(model: Path, num_tokens: int, checkpoint: str) -> Tensor:
     argv = ["--hf-checkpoint", str(model), "--mini-batches", "1", "--max-prompt-tokens", "1"]
     argv += ["--max-completion-tokens", str(num_tokens), "--train-iters", "1", "--lr", "0"]
     argv += ["--transformer-impl", "local"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    args = initialize(parse_args(argv, required=("hf_checkpoint",)), 0, 0, "127.0.0.1", port)
+    host = "127.0.0.1"
+    args = initialize(parse_args(argv, required=("hf_checkpoint",)), 0, 0, host, find_free_port(host))
     gpt = load_model(args, Path(checkpoint))
     tokens = _tokens(args.vocab_size, num_tokens).to(device())
     cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32, device=device())

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.hardware import GIB, GPUS
+from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.hardware import GIB, GPUS, ON_GPUS
 from megatron_vespo.planning import findings
-from megatron_vespo.planning.engine_memory import flag_value
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
 from megatron_vespo.planning.report import format_memory, format_speed
 from megatron_vespo.planning.speed import Lengths
 from megatron_vespo.recipe import read_recipe
+from megatron_vespo.rollout.server_arguments import engine_size
 from megatron_vespo.runtime import load_runtime_plugins
 
 DESCRIPTION = """\
@@ -29,15 +30,11 @@ seconds are estimates: even routing, full micro-batches, rates derived from data
 
 Exit code: 0 for a run that fits, 1 for one that does not, 2 for flags that are refused.
 """
-# what a machine with GPUs would choose by itself; a recipe's own flags come later and win
-ON_GPUS = ["--distributed-backend", "nccl", "--transformer-impl", "transformer_engine"]
-ENGINE_SIZE = ("--tensor-parallel-size", "--tp-size", "--tp")
 
 
 def main(argv: list[str]) -> int:
     options, flags = _parser().parse_known_args(argv)
-    if options.nodes < 1 or options.gpus_per_node < 1:
-        raise ValueError("--nodes and --gpus-per-node must be positive")
+    check_positive(options, ("nodes", "gpus_per_node"))
     flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
     cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
     plan = _plan(flags, cluster, options)
@@ -78,8 +75,7 @@ def _plan(flags: list[str], cluster: Cluster, options: Namespace) -> Plan:
         options.mean_prompt_tokens or args.max_prompt_tokens / 4,
         options.mean_completion_tokens or args.max_completion_tokens / 4,
     )
-    size = int(flag_value(args.sglang_flags, *ENGINE_SIZE) or 1)
-    return make_plan(args, stages, cluster, size, lengths)
+    return make_plan(args, stages, cluster, engine_size(args.sglang_flags), lengths)
 
 
 def parsed(flags: list[str]) -> tuple[Namespace, list]:

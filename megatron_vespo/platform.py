@@ -15,11 +15,12 @@ from transformers import AutoTokenizer
 from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
-from megatron_vespo.data.prompts import PromptSet, load_prompts
+from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.preemption import Preemption, shielded
+from megatron_vespo.prompt_data import prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
@@ -44,12 +45,11 @@ def load_task(args: Namespace) -> Task:
     if args.train_from:
         return Task()
     tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
-    prompts = _prompts(args, args.prompt_data, tokenizer)
-    heldout = (
-        _prompts(args, args.heldout_data, tokenizer).prompts[: args.heldout_prompts]
-        if args.heldout_data
-        else []
-    )
+    prompts = _prompts(args, "--prompt-data", args.prompt_data, tokenizer)
+    heldout: list[Prompt] = []
+    if args.heldout_data:
+        loaded = _prompts(args, "--heldout-data", args.heldout_data, tokenizer)
+        heldout = loaded.prompts[: args.heldout_prompts]
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
     reward = load_reward_function(args.reward_function)
@@ -57,17 +57,8 @@ def load_task(args: Namespace) -> Task:
     return Task(tokenizer, sampling, prompts, heldout, reward, generate)
 
 
-def _prompts(args: Namespace, path: Path, tokenizer) -> PromptSet:
-    loaded = load_prompts(
-        path,
-        tokenizer,
-        prompt_key=args.prompt_key,
-        answer_key=args.answer_key,
-        answer_pattern=args.answer_pattern,
-        apply_chat_template=args.apply_chat_template,
-        max_prompt_tokens=args.max_prompt_tokens,
-        overlong=args.overlong_prompts,
-    )
+def _prompts(args: Namespace, flag: str, path: Path, tokenizer) -> PromptSet:
+    loaded = prompt_data(args, path, tokenizer, overlong=args.overlong_prompts, flag=flag)
     largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
     if largest >= args.vocab_size:  # SGLang's scheduler would die of it
         raise ValueError(

@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import megatron_vespo
+from megatron_vespo.hardware import ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import render, seconds_before_limit
 
@@ -21,7 +22,6 @@ Flags of train that follow count after the recipe's: megatron-vespo submit R.fla
 """
 SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
 SUBMIT_TIMEOUT_S = 120.0
-ON_GPUS = ["--distributed-backend", "nccl"]  # what a node with GPUs chooses by itself
 END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 
 

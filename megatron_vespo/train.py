@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.cluster.calls import TrainerError
@@ -139,6 +140,13 @@ def _draw(args: Namespace) -> Path:
     return picture
 
 
+def _heldout(when: str, metrics: dict[str, float] | None) -> dict[str, Any]:
+    if metrics is None:
+        return {}
+    interval = [metrics["heldout/interval_low"], metrics["heldout/interval_high"]]
+    return {f"heldout_accuracy_{when}": metrics["heldout/accuracy"], f"heldout_interval_{when}": interval}
+
+
 def _report(
     args: Namespace, state: RunState, num_heldout: int, setup_seconds: float, idle: dict[str, dict]
 ) -> None:
@@ -158,8 +166,8 @@ def _report(
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     context = args.context_parallel_size
     summary = {
-        "heldout_accuracy_before": state.heldout_before,
-        "heldout_accuracy_after": state.heldout_after,
+        **_heldout("before", state.heldout_before),
+        **_heldout("after", state.heldout_after),
         "heldout_prompts": num_heldout,
         "train_seconds": state.train_seconds,
         "setup_seconds": setup_seconds,

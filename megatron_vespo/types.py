@@ -108,6 +108,6 @@ class RunState:
     consumed_prompts: int = 0
     train_seconds: float = 0.0
     evaluation_due: bool = False  # a preemption has interrupted it
-    heldout_before: float | None = None
-    heldout_after: float | None = None
+    heldout_before: dict[str, float] | None = None  # metrics of the first evaluation
+    heldout_after: dict[str, float] | None = None  # of the last one
     max_logprob_difference: float = 0.0

@@ -13,6 +13,7 @@ from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.engine_flags import check_engine_faults
+from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.heldout_flags import check_heldout
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
@@ -31,9 +32,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout "
         "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
     ).split()
-    for name in positive:
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    check_positive(args, positive)
     check_engine_faults(args)
     check_heldout(args)
     if not args.hf_checkpoint.is_dir():
@@ -160,10 +159,8 @@ def _check_old_policy(args: Namespace) -> None:
 
 def check_layout(args: Namespace) -> None:
     """Megatron's flags with ours and with the model. Megatron refuses much of it too, not in these words."""
-    for size in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context"):
-        name = f"{size}_parallel_size"
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be positive")
+    parallel = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
+    check_positive(args, [f"{size}_parallel_size" for size in parallel])
     _check_training(args)
     _check_lengths(args)
     _check_divisions(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +19,14 @@ from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.types import Completion, Prompt, TrainingSample
+from megatron_vespo.rollout.engine import find_free_port
+from megatron_vespo.training_samples import training_sample
+from megatron_vespo.types import Prompt, TrainingSample
 
 if TYPE_CHECKING:
     from megatron_vespo.trainer.policy import MegatronPolicy, StepResult
 
+HOST = "127.0.0.1"
 GROUP_SIZE = 8  # completions a prompt
 PROMPTS_PER_STEP = 4  # 32 completions an optimizer step
 ADVANTAGES = "group-mean-std"
@@ -82,7 +84,7 @@ def run(trial: Trial, base: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     started = time.monotonic()
-    args = initialize(parse_args(flags(trial, base)), 0, 0, "127.0.0.1", _free_port())
+    args = initialize(parse_args(flags(trial, base)), 0, 0, HOST, find_free_port(HOST))
     policy = MegatronPolicy(args)
     loop = _Loop(trial, policy, base)
     error = None
@@ -140,7 +142,7 @@ class _Loop:
         rewards = np.array([completion.reward for completion in completions]).reshape(-1, GROUP_SIZE)
         estimated = advantages.advantages(rewards, ADVANTAGES).flatten()
         return [
-            _training_sample(completion, float(advantage), i // GROUP_SIZE)
+            training_sample(completion, float(advantage), i // GROUP_SIZE, "R3")
             for i, (completion, advantage) in enumerate(zip(completions, estimated, strict=True))
         ]
 
@@ -180,24 +182,3 @@ def _numbers(step: StepResult, samples: list[TrainingSample]) -> dict[str, float
         "ess": effective_sample_share(np.exp(np.minimum(step.log_w, MAX_LOG_W))),
         "weight_ess": effective_sample_share(step.phi),
     }
-
-
-def _training_sample(completion: Completion, advantage: float, group_id: int) -> TrainingSample:
-    return TrainingSample(
-        token_ids=np.array(completion.prompt.token_ids + completion.token_ids),
-        prompt_length=len(completion.prompt.token_ids),
-        behavior_log_probs=completion.log_probs,
-        policy_versions=completion.policy_versions,
-        advantage=advantage,
-        reward=completion.reward,
-        temperature=completion.temperature,
-        group_id=group_id,
-        routed_experts=completion.routed_experts,
-        routes_version=int(completion.policy_versions[-1]),
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -29,6 +29,19 @@ def pass_at_k(num_correct: int, num_drawn: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / place for place in range(wrong + 1, num_drawn + 1))
 
 
+def passes_at_k(rewards_PK: np.ndarray, pass_reward: float, k: int) -> np.ndarray:
+    """pass@k of every prompt, float64 [P]; a completion is correct from a reward of `pass_reward` on."""
+    num_completions = rewards_PK.shape[1]
+    by_number = np.array([pass_at_k(c, num_completions, k) for c in range(num_completions + 1)])
+    return by_number[(rewards_PK >= pass_reward).sum(axis=1)]
+
+
+def shown_ks(num_completions: int) -> list[int]:
+    """Powers of two, and K itself."""
+    powers = [2**power for power in range(num_completions.bit_length())]
+    return sorted({*powers, num_completions})
+
+
 def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
     """The 95% Wilson score interval of a success probability: `share` of `num_trials` succeeded."""
     center = share + Z_95 * Z_95 / (2 * num_trials)

@@ -104,7 +104,7 @@ class TrainerGroup:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
         return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
 
-    def save(self, rollout_state: dict, rollout_buffer: bytes | None = None) -> None:
+    def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
         """One atomic checkpoint; with --async-save begun, and complete when `on_save` is told so.
 
         One that fails is told there as well and the run goes on, but see `finish_save`.

@@ -85,7 +85,8 @@ class TrainerWorker:
         if content is None:
             return None
         samples, saved = decode(content)
-        return compare(saved, self.policy.log_probs(samples), self._args.bf16, f"--load {self._args.load}")
+        now = self.policy.log_probs(samples, False)
+        return compare(saved, now, self._args.bf16, f"--load {self._args.load}")
 
     def describe(self) -> list[str]:
         """Which implementation runs each part of the model on this machine, and why."""
@@ -192,7 +193,7 @@ class TrainerWorker:
         """With --async-save only begun when this returns; rank 0 alone is given the buffer."""
         files = {} if buffer is None else {BUFFER: buffer}
         if self._probes:
-            files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes))
+            files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes, False))
         self._reports += self.policy.save(rollout_state, files)
 
     def poll_save(self) -> None:

@@ -36,7 +36,7 @@ class Ranks:
         result, failure = None, None
         try:
             result = work()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others wait to hear of it
             failure = error
         theirs = isinstance(failure, ValueError | OSError)  # the user's: data or disk
         failures = self.gather(None if failure is None else (theirs, str(failure)))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vespo.conversion.ranks import Ranks
+from megatron_vespo.disk import sync
 
 _LOCK_NAME = ".lock"
 # one of them is in every folder that --force may replace; config.json is in other folders too
@@ -109,12 +110,3 @@ def _finish(target: Path, staging: Path) -> None:
 def _replaced(target: Path) -> Path:
     """Where the older folder is while the new one takes its place."""
     return target.with_name(f".{target.name}.replaced")
-
-
-def sync(path: Path) -> None:
-    """Bytes of a file, or names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,7 @@
-"""A few samples whose log-probs are saved with a checkpoint: a resumed trainer must compute them again."""
+"""A few samples whose log-probs are saved with a checkpoint: a resumed trainer must compute them again.
+
+Their routes are not: routers choose for themselves, so that a run may go on with another --routing-replay.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ NUM_PROBES = 8
 MAX_DIFFERENCE_FP32, MEAN_DIFFERENCE_BF16 = 1e-4, 0.05
 _NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
 _ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
-_ROUTES = ("routed_experts", "routes_version")  # with --routing-replay
 
 
 class ProbeMismatchError(RuntimeError):
@@ -29,22 +31,19 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
     for i, (sample, values) in enumerate(zip(samples, log_probs, strict=True)):
         arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
         arrays[f"log_probs_{i}"] = values
-        if sample.routed_experts is not None:
-            arrays |= {f"{name}_{i}": np.array(getattr(sample, name)) for name in _ROUTES}
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
 def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
-    """Samples and log-probs of `encode`."""
+    """Samples of `encode`, without routes, and log-probs."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = dict(file)
     samples = [
         TrainingSample(
             **{name: arrays[name][i].item() for name in _NUMBERS},
             **{name: arrays[f"{name}_{i}"] for name in _ARRAYS},
-            **{name: arrays[f"{name}_{i}"] for name in _ROUTES if f"{name}_{i}" in arrays},
         )
         for i in range(len(arrays["prompt_length"]))
     ]

@@ -32,7 +32,7 @@ def load_prompts(
     apply_chat_template: bool,
     max_prompt_tokens: int,
     overlong: Literal["skip", "error"],
-    flag: str = "--prompt-data",
+    flag: str,
 ) -> PromptSet:
     """Read a .jsonl or .parquet file and tokenise its prompts.
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_vespo.data.jsonl import jsonl_rows
+from megatron_vespo.disk import sync
 
 _SETTINGS = "settings"
 
@@ -89,7 +90,7 @@ class ResultFile:
             return [row for _, row in rows[1:]]
         os.ftruncate(self._descriptor, 0)  # nothing has finished: any settings will do
         self._write({_SETTINGS: settings})
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         return []
 
     def _check_same(self, made_with: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -110,11 +111,3 @@ class ResultFile:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -42,7 +42,7 @@ def run_checks(checks: Sequence[Check]) -> list[Finding]:
         check = checks[number]
         try:
             found[number] = check.function()
-        except Exception as error:
+        except Exception as error:  # a check that breaks says something about the machine, too
             text = f"the check itself failed: {type(error).__name__}: {error}"
             found[number] = Finding(check.name, "FAIL", text)
 

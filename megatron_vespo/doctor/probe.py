@@ -36,7 +36,7 @@ def problem(module: str, name: str, keywords: set[str]) -> str | None:
         found = _found(module, name)
     except AttributeError:
         return f"no {module}.{name}"
-    except Exception as error:
+    except Exception as error:  # a package may raise anything while it is imported
         return f"{module}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     lacking = keywords - _accepted(found, keywords)
     return f"{module}.{name} takes no {', '.join(sorted(lacking))}" if lacking else None

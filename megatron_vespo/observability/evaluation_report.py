@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_vespo.algorithms.accuracy import mean_interval, pass_at_k, repeat_error
+from megatron_vespo.algorithms.accuracy import mean_interval, passes_at_k, repeat_error, shown_ks
 from megatron_vespo.observability.progress import clock
 
 PLAIN_INTERVAL_S = 30.0  # between lines of progress that is no terminal's
@@ -31,7 +31,6 @@ def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dic
     rewards_PK = np.array([record["rewards"] for record in records], dtype=np.float64)
     lengths_PK = np.array([record["lengths"] for record in records], dtype=np.float64)
     num_completions = rewards_PK.shape[1]
-    num_correct_P = (rewards_PK >= pass_reward).sum(axis=1)
     ends = [end for record in records for end in record["finish_reasons"]]
     statuses = [status for record in records for status in record["statuses"]]
     versions = [version for record in records for version in record["policy_versions"]]
@@ -54,17 +53,10 @@ def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dic
         "policy_versions": [min(versions), max(versions)],
     }
     for k in range(1, num_completions + 1):
-        by_number = np.array([pass_at_k(c, num_completions, k) for c in range(num_completions + 1)])
-        values_P = by_number[num_correct_P]
+        values_P = passes_at_k(rewards_PK, pass_reward, k)
         summary["pass"][str(k)] = float(values_P.mean())
         summary["pass_interval"][str(k)] = list(mean_interval(values_P, num_completions))
     return summary
-
-
-def shown_ks(num_completions: int) -> list[int]:
-    """Powers of two, and K itself."""
-    powers = [2**power for power in range(num_completions.bit_length())]
-    return sorted({*powers, num_completions})
 
 
 def format_table(sets: dict[str, dict[str, Any]]) -> str:

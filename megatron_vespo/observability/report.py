@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vespo.algorithms.accuracy import wilson_interval
 from megatron_vespo.observability.metrics import batch_records, dump_json, write_atomically
 from megatron_vespo.observability.progress import PHASE_COLUMNS
 
@@ -224,24 +223,26 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _accuracy(share: float, num_prompts: int | None) -> str:
-    if not num_prompts:
-        return f"{share:6.1%}"
-    low, high = wilson_interval(share, num_prompts)
+def _accuracy(share: float, interval: list[float], num_prompts: int) -> str:
+    low, high = interval
     return f"{share:6.1%}   95% interval {low:.1%} to {high:.1%} ({num_prompts} prompts)"
 
 
 def format_summary(summary: dict) -> str:
     """One screen of aligned text about a run; what `summary` lacks is left out.
 
-    Known keys: heldout_accuracy_before, heldout_accuracy_after (shares), heldout_prompts, steps,
-    train_seconds, setup_seconds, max_logprob_difference, exported_max_logprob_difference,
-    layout (name -> size), idle (who -> cause -> share) and paths (label -> path).
+    Known keys: heldout_accuracy_before, heldout_accuracy_after (shares), with them heldout_interval_before,
+    heldout_interval_after (their bounds) and heldout_prompts; steps, train_seconds, setup_seconds,
+    max_logprob_difference, exported_max_logprob_difference, layout (name -> size), idle (who -> cause ->
+    share) and paths (label -> path).
     """
     lines: list[tuple[str, str]] = []
     for when in ("before", "after"):
         if (share := summary.get(f"heldout_accuracy_{when}")) is not None:
-            lines.append((f"held-out accuracy {when}", _accuracy(share, summary.get("heldout_prompts"))))
+            interval = summary[f"heldout_interval_{when}"]
+            lines.append(
+                (f"held-out accuracy {when}", _accuracy(share, interval, summary["heldout_prompts"]))
+            )
     if (steps := summary.get("steps")) is not None:
         lines.append(("steps", str(steps)))
     if (seconds := summary.get("train_seconds")) is not None:

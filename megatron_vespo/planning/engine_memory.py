@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.conversion.table import ModelShape
 from megatron_vespo.hardware import GIB, Gpu
+from megatron_vespo.rollout.server_arguments import flag_value
 
 # where --sglang-mem-fraction-static is not given: about what SGLang takes on GPUs of 80 GB and more
 DEFAULT_STATIC_FRACTION = 0.83
@@ -53,12 +54,3 @@ def engine_memory(args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu,
         bucket=args.weight_sync_bucket_mb * 2**20,
         token_bytes=shape.num_layers * heads * shape.head_dim * 2 * cache_item,
     )
-
-
-def flag_value(sglang_flags: list[str], *names: str) -> str | None:
-    """What stands behind the last of these flags; None without."""
-    found = None
-    for name, value in zip(sglang_flags, sglang_flags[1:], strict=False):
-        if name in names:
-            found = value
-    return found

@@ -10,9 +10,10 @@ from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.conversion.family import family_of, shape_of
 from megatron_vespo.conversion.table import ModelShape
 from megatron_vespo.hardware import Gpu
-from megatron_vespo.planning.engine_memory import EngineMemory, engine_memory, flag_value
+from megatron_vespo.planning.engine_memory import EngineMemory, engine_memory
 from megatron_vespo.planning.speed import Lengths, Speed, WeightSync, model_cost, preset, speed, weight_sync
 from megatron_vespo.planning.trainer_memory import Stage, TrainerMemory, trainer_memory
+from megatron_vespo.rollout.server_arguments import flag_value
 
 MAX_RUNNING = 256  # of an engine, where --sglang-max-running-requests is not given
 

@@ -11,6 +11,8 @@ import logging
 import secrets
 from typing import IO, TextIO
 
+from megatron_vespo.rollout.server_arguments import flag_value
+
 API_KEY_CHOICES = ("auto", "always", "never")
 KEY_BYTES = 32
 REPLACEMENT = "<API key>"
@@ -26,7 +28,7 @@ def new_api_key(choice: str, loopback: bool) -> str | None:
 def check_flags_with_key(sglang_flags: list[str]) -> None:
     """ValueError for what SGLang cannot do while it asks for a key."""
     flag = "--tokenizer-worker-num"
-    if flag in sglang_flags and sglang_flags[sglang_flags.index(flag) + 1] != "1":
+    if flag_value(sglang_flags, flag) not in (None, "1"):
         raise ValueError(
             f"--sglang{flag[1:]}: with several workers SGLang asks nobody for a key; use 1, or "
             "--engine-api-key never"

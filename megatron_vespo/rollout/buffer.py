@@ -20,7 +20,7 @@ mini_batches - 1 <= max_staleness when the batch is waited for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
 from megatron_vespo.types import Completion, Prompt
@@ -252,7 +252,3 @@ class RolloutBuffer:
             return False
         self._waiting.append(Pending(ticket.serial, ticket.prompt, ticket.dispatches, drafts))
         return True
-
-    def tickets(self) -> Iterator[Ticket]:
-        """In flight."""
-        return iter(self._in_flight.values())

@@ -1,4 +1,4 @@
-"""Accuracy of the current policy: the mean reward of one or more completions a prompt."""
+"""Accuracy of the current policy: avg@K, the mean reward of K completions a prompt, and pass@k."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_vespo.algorithms.accuracy import mean_interval
+from megatron_vespo.algorithms.accuracy import mean_interval, passes_at_k, shown_ks
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 
 @dataclass
 class Evaluation:
-    """What one pass over the evaluation prompts gave."""
+    """What one pass over the evaluation prompts gave. Intervals are 95%, over prompts."""
 
-    accuracy: float  # mean reward, avg@k
-    interval: tuple[float, float]  # 95%, over prompts
-    num_prompts: int
+    accuracy: float  # mean reward, avg@K
+    interval: tuple[float, float]
+    passes: dict[int, tuple[float, float, float]]  # k > 1 -> pass@k and its interval
     mean_length: float  # completion tokens
-    completions: list[Completion]  # in prompt order, each one's together, `reward` filled in
 
     def metrics(self) -> dict[str, float]:
         low, high = self.interval
-        return {
+        found = {
             "heldout/accuracy": self.accuracy,
             "heldout/interval_low": low,
             "heldout/interval_high": high,
             "heldout/length_mean": self.mean_length,
         }
+        for k, (share, low, high) in self.passes.items():
+            name = f"heldout/pass_at_{k}"
+            found |= {name: share, f"{name}_interval_low": low, f"{name}_interval_high": high}
+        return found
 
 
 def evaluate(
@@ -40,10 +43,12 @@ def evaluate(
     seed: int,
     num_completions: int,
     temperature: float | None,
+    pass_reward: float,
 ) -> Evaluation:
     """Sample completions of each prompt and score them; the same seed draws the same seeds.
 
-    `temperature` in the place of that of `sampling`, if it is given.
+    `temperature` in the place of that of `sampling`, if it is given. A completion is correct, for pass@k, if
+    its reward is at least `pass_reward`.
     """
     if not prompts:
         raise ValueError("evaluation needs at least one prompt")
@@ -52,15 +57,14 @@ def evaluate(
     groups = collector.collect(prompts, sampling, num_completions=num_completions, seed=seed)
     completions = [completion for group in groups for completion in group]
     rewards = score(completions)
-    assert len(rewards) == len(completions), f"{len(rewards)} rewards for {len(completions)} completions"
-    for completion, reward in zip(completions, rewards, strict=True):
-        completion.reward = reward
     rewards_PK = np.array(rewards, np.float64).reshape(len(prompts), num_completions)
-    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    passes = {}
+    for k in shown_ks(num_completions)[1:]:
+        values_P = passes_at_k(rewards_PK, pass_reward, k)
+        passes[k] = float(values_P.mean()), *mean_interval(values_P, num_completions)
     return Evaluation(
         accuracy=float(rewards_PK.mean()),
         interval=mean_interval(rewards_PK.mean(axis=1), num_completions),
-        num_prompts=len(prompts),
-        mean_length=num_tokens / len(completions),
-        completions=completions,
+        passes=passes,
+        mean_length=sum(len(completion.token_ids) for completion in completions) / len(completions),
     )

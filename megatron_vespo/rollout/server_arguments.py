@@ -159,9 +159,15 @@ def _keyword(call: ast.Call, name: str) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
 
 
+def flag_value(sglang_flags: list[str], *names: str) -> str | None:
+    """What stands behind the last of these flags, spellings of one, as SGLang reads them; None without."""
+    found = None
+    for name, value in zip(sglang_flags, sglang_flags[1:], strict=False):
+        if name in names:
+            found = value
+    return found
+
+
 def engine_size(sglang_flags: list[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
-    for name in ("--tensor-parallel-size", "--tp-size", "--tp"):
-        if name in sglang_flags:
-            return int(sglang_flags[sglang_flags.index(name) + 1])
-    return 1
+    return int(flag_value(sglang_flags, "--tensor-parallel-size", "--tp-size") or 1)

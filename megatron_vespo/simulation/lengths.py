@@ -8,8 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-Z90 = 1.2815515655446004  # the normal distribution's 90% quantile
-
 
 class Lengths(Protocol):
     def prompt(self, random: np.random.Generator) -> tuple[int, float]:
@@ -57,13 +55,3 @@ class Recorded:
     def responses(self, random: np.random.Generator, common: float, number: int) -> list[int]:
         lengths = self.completions[int(common)]
         return (lengths if number == len(lengths) else random.choice(lengths, number)).tolist()
-
-
-def sigma_of(mean: float, p90: float) -> float:
-    """Of the log-normal distribution with this mean and 90% quantile.
-
-    log(p90 / mean) = z sigma - sigma^2 / 2; of its two solutions the smaller one. A quantile further out than
-    any log-normal has it gives the largest: sigma = z.
-    """
-    ratio = math.log(max(p90, mean) / mean)
-    return Z90 - math.sqrt(max(Z90**2 - 2 * ratio, 0.0))

@@ -68,10 +68,13 @@ class Packer:
         virtual = args.virtual_pipeline_model_parallel_size is not None
         self._micro_batch_multiple = groups.pp.size() if virtual else 1
 
-    def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
-        """ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`."""
+    def pack(self, samples: Sequence[TrainingSample], replay: bool = True) -> MiniBatch:
+        """ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`.
+
+        Without `replay` the engine's routes are left out.
+        """
         args, layout = self._args, self.layout
-        engine_routes = args.routing_replay == "R3"
+        engine_routes = replay and args.routing_replay == "R3"
         for index, sample in enumerate(samples):
             check_sample(sample, f"sample {index}", args, engine_routes)
         lengths = [sample.num_tokens for sample in samples]

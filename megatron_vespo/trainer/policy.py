@@ -211,14 +211,17 @@ class MegatronPolicy:
         return torch.tensor([1.0 - options["low"], 1.0 + options["high"]], dtype=torch.float64)
 
     @torch.no_grad()
-    def log_probs(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
-        """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks."""
+    def log_probs(self, samples: Sequence[TrainingSample], replay: bool = True) -> list[np.ndarray]:
+        """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks.
+
+        Without `replay` the routers choose for themselves, whatever --routing-replay says.
+        """
         filled = self._packer.fill(samples)
-        mini_batch = self.pack(filled)
+        mini_batch = self._packer.pack(filled, replay)
         longest = max(sample.completion_length for sample in samples)
         table = torch.zeros(len(filled), longest, device=device())
         prompt_lengths = torch.tensor([sample.prompt_length for sample in filled], device=device())
-        outputs = self._run(mini_batch, log_prob_only, True, self._routing)
+        outputs = self._run(mini_batch, log_prob_only, True, self._routing if replay else free_routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             predicting = micro_batch.loss_positions
             index, place = token_places(micro_batch, predicting)

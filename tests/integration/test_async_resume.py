@@ -64,7 +64,7 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = load_prompts(
         questions, tokenizer, prompt_key="question", answer_key="answer", answer_pattern=None,
-        apply_chat_template=True, max_prompt_tokens=512, overlong="error",
+        apply_chat_template=True, max_prompt_tokens=512, overlong="error", flag="--prompt-data",
     ).prompts  # fmt: skip
     taken = PromptCursor(prompts, SEED).take(len(trained) + len(pending))
     assert sorted(trained + pending) == sorted(prompt.prompt_id for prompt in taken)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from runs import ROOT, Run, nothing_left
 from safetensors.torch import load_file, save_file
@@ -90,19 +91,21 @@ def test_a_bound_that_is_exceeded_on_a_given_batch(model, tmp_path):
     assert re.search(r"tp2: 2 ranks, \d+ s, above the bound: log_w\n", output)
 
 
+def writers(run: Run, folder: Path) -> list[psutil.Process]:
+    """The run's processes whose output goes to a file in `folder`."""
+    return [p for p in run.survivors() if Path(f"/proc/{p.pid}/fd/1").resolve().parent == folder]
+
+
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_layout_that_breaks_does_not_stop_the_others(model, tmp_path):
     flags = ["--hf-checkpoint", str(model), "--candidate", "tp2", "dp2", "--samples", "8"]
     output_flags = ["--output-dir", str(tmp_path / "out"), "--markdown", str(tmp_path / "table.md")]
     run = Run([*COMMAND, *flags, *output_flags], tmp_path / "check.log")
     try:
-        run.wait_for_output("tp1: 1 ranks", TIMEOUT_S)
-        ranks, before = [], []
-        # the two that stay: on a busy machine the first layout's rank may still be ending
-        while (len(ranks) < 2 or ranks != before) and run.process.poll() is None:
-            time.sleep(1)
-            before = ranks
-            ranks = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (ranks := writers(run, tmp_path / "out" / "tp2")):
+            assert run.process.poll() is None and time.monotonic() < deadline, run.output
+            time.sleep(0.1)
         ranks[0].kill()
         assert run.wait(TIMEOUT_S) == 1, run.output
         assert nothing_left(run)

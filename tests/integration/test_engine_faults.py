@@ -40,6 +40,12 @@ class Faulty(Run):
     def wait_for_step(self, step: int) -> None:
         self.wait_for_output(f"\n{step}/{STEPS} ", START_TIMEOUT_S)
 
+    def wait_until_generating(self, url: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not sum(load["num_running_reqs"] for load in get_json(url, "/v1/loads", 30)["loads"]):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
     def engine(self, number: int) -> psutil.Process:
         """The scheduler, an engine's innermost process."""
         [found] = [p for p in self.survivors() if is_scheduler(p) and engine_number(p) == number]
@@ -106,7 +112,7 @@ def test_an_engine_killed_in_generation_serves_again(start):
     port = find_free_port("127.0.0.1")
     run = start("--rollout-port", str(port))
     run.wait_for_step(1)
-    time.sleep(0.5)  # in the middle of the next batch
+    run.wait_until_generating(f"http://127.0.0.1:{port + 1}")
     run.engine(1).kill()
     run.gate.touch()
     run.wait_for_output("is started again", 30)
@@ -123,9 +129,10 @@ def test_an_engine_killed_in_generation_serves_again(start):
 @pytest.mark.timeout(600)
 def test_the_only_engine_is_killed(start):
     """Nobody else can go on: the batch waits until it is back, with the weights that began it."""
-    run = start("--rollout-engines", "1")
+    port = find_free_port("127.0.0.1")
+    run = start("--rollout-engines", "1", "--rollout-port", str(port))
     run.wait_for_step(2)
-    time.sleep(0.5)
+    run.wait_until_generating(f"http://127.0.0.1:{port}")
     run.engine(0).kill()
     batches = run.finished()
     assert [record["engines/restarts"] for record in batches] == [0, 0, 1, 1, 1]

@@ -90,6 +90,7 @@ def test_a_wrong_call_of_logging_does_no_more_harm_than_before(log, monkeypatch)
 
 def test_several_tokenizer_workers_would_ask_for_no_key():
     check_flags_with_key(["--tp-size", "2", "--tokenizer-worker-num", "1"])
+    check_flags_with_key(["--tokenizer-worker-num", "2", "--tokenizer-worker-num", "1"])
     with pytest.raises(ValueError, match="--sglang-tokenizer-worker-num.*--engine-api-key never"):
         check_flags_with_key(["--tokenizer-worker-num", "2"])
 

@@ -26,6 +26,7 @@ from megatron_vespo.algorithms.losses.weighted import vespo
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.conversion.config import megatron_arguments
+from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
 from megatron_vespo.runtime import load_runtime_plugins
 
 CONFIG = {
@@ -489,3 +490,15 @@ def test_runtime_plugins_are_called_once(monkeypatch):
     finally:
         load_runtime_plugins.cache_clear()
     assert calls == ["plugin", "plugin"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ("", 1),
+        ("--sglang-tp-size 2", 2),
+        ("--sglang-tp-size 2 --sglang-tensor-parallel-size 8 --sglang-dtype float32", 8),
+    ],
+)
+def test_the_last_of_sglangs_sizes_counts(flags, size):
+    assert engine_size(parse_sglang_flags(flags.split())[0]) == size

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.hardware import GPUS
-from megatron_vespo.plan_cli import ON_GPUS, parsed
+from megatron_vespo.hardware import GPUS, ON_GPUS
+from megatron_vespo.plan_cli import parsed
 from megatron_vespo.planning.engine_memory import engine_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
 from megatron_vespo.planning.plan import memory_of, model_of

@@ -38,6 +38,7 @@ def load(path: Path, **overrides) -> PromptSet:
         "apply_chat_template": True,
         "max_prompt_tokens": 1000,
         "overlong": "error",
+        "flag": "--prompt-data",
     } | overrides
     return load_prompts(path, options.pop("tokenizer", None) or make_tokenizer(), **options)
 

@@ -357,22 +357,32 @@ class FixedCollector:
 
 
 def test_evaluate():
-    rewards = [1.0, 0.0, 1.0, 1.0]
-    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, lambda completions: rewards, 9, 2, None)
-    assert (result.accuracy, result.num_prompts, result.mean_length) == (0.75, 2, 3.0)
-    assert [completion.reward for completion in result.completions] == rewards
-    assert {completion.temperature for completion in result.completions} == {SAMPLING.temperature}
-    assert result.interval == mean_interval(np.array([0.5, 1.0]), 2)
+    rewards, seen = [1.0, 0.0, 0.5, 1.0], []
+
+    def score(completions):
+        seen.extend(completions)
+        return rewards
+
+    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, score, 9, 2, None, 1.0)
+    assert {completion.temperature for completion in seen} == {SAMPLING.temperature}
+    low, high = mean_interval(np.array([0.5, 0.75]), 2)
+    pass_low, pass_high = mean_interval(np.array([1.0, 1.0]), 2)
     assert result.metrics() == {
-        "heldout/accuracy": 0.75,
-        "heldout/interval_low": result.interval[0],
-        "heldout/interval_high": result.interval[1],
+        "heldout/accuracy": 0.625,
+        "heldout/interval_low": low,
+        "heldout/interval_high": high,
         "heldout/length_mean": 3.0,
+        "heldout/pass_at_2": 1.0,
+        "heldout/pass_at_2_interval_low": pass_low,
+        "heldout/pass_at_2_interval_high": pass_high,
     }
+    result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, score, 9, 2, None, 1.5)
+    assert result.passes[2][0] == 0.0
     with pytest.raises(ValueError, match="^evaluation needs at least one prompt$"):
-        evaluate(FixedCollector(), [], SAMPLING, lambda completions: [], 9, 1, None)
+        evaluate(FixedCollector(), [], SAMPLING, lambda completions: [], 9, 1, None, 1.0)
 
 
 def test_evaluate_at_its_own_temperature():
-    result = evaluate(FixedCollector(), [PROMPT], SAMPLING, lambda completions: [1.0, 1.0], 9, 2, 0.5)
-    assert {completion.temperature for completion in result.completions} == {0.5}
+    seen = []
+    evaluate(FixedCollector(), [PROMPT], SAMPLING, lambda cs: seen.extend(cs) or [1.0, 1.0], 9, 2, 0.5, 1.0)
+    assert [completion.temperature for completion in seen] == [0.5, 0.5]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vespo.simulation.clock import Clock, Work
 from megatron_vespo.simulation.engine import Request
-from megatron_vespo.simulation.lengths import LogNormal, Recorded, sigma_of
+from megatron_vespo.simulation.lengths import LogNormal, Recorded
 from megatron_vespo.simulation.pool import Pool
 from megatron_vespo.simulation.rates import PRESETS, Cost, EngineRates, Rates, SharedCores
 from megatron_vespo.simulation.run import Settings, simulate
@@ -296,7 +296,9 @@ def test_log_normal_lengths_have_their_mean_and_quantile():
         lengths = LogNormal(1000, 0.6, 10**6, 7, share)
         drawn = [lengths.responses(random, lengths.prompt(random)[1], 8) for _ in range(4000)]
         assert np.mean(drawn) == pytest.approx(1000, rel=0.03)
-        assert sigma_of(np.mean(drawn), np.quantile(drawn, 0.9)) == pytest.approx(0.6, rel=0.1)
+        assert np.log(drawn).std() == pytest.approx(0.6, rel=0.1)
+        # the 90% quantile: log q = log mean - sigma^2 / 2 + 1.2816 sigma
+        assert np.quantile(drawn, 0.9) == pytest.approx(1000 * np.exp(1.2816 * 0.6 - 0.18), rel=0.05)
         between = np.log(drawn).mean(1).var() / np.log(drawn).var()
         assert between == pytest.approx(share + (1 - share) / 8, abs=0.04)
     assert max(LogNormal(100, 2.0, 150, 7).responses(random, 0.0, 1000)) == 150

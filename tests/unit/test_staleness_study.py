@@ -167,6 +167,7 @@ def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
         apply_chat_template=False,
         max_prompt_tokens=running_sum.LENGTH + 1,
         overlong="error",
+        flag="--prompt-data",
     ).prompts
     assert [(one.token_ids, one.answer) for one in read] == [(one.token_ids, one.answer) for one in ours]
     assert len(tokenizer) == running_sum.VOCAB_SIZE and tokenizer.eos_token_id == running_sum.EOS

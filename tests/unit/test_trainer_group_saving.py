@@ -36,18 +36,18 @@ def test_the_buffer_is_sent_to_rank_0_as_an_argument_of_its_own(group):
         [("save", {"iteration": 4}, None)],
         [("save", {"iteration": 4}, None)],
     ]
-    group.save({"iteration": 8})
+    group.save({"iteration": 8}, None)
     assert group._workers[0].calls[1] == ("save", {"iteration": 8}, None)
 
 
 def test_a_failed_save_is_told_and_the_last_one_counts_in_the_end(group):
     good, bad = SaveReport(4, 1.0, 10), SaveReport(8, 1.0, 10, "no room")
     group._workers = [Rank([good]), Rank([])]
-    group.save({"iteration": 4})
+    group.save({"iteration": 4}, None)
     group.finish_save()
     assert group.saved_iteration == 4
     group._workers = [Rank([bad]), Rank([])]
-    group.save({"iteration": 8})  # the run goes on
+    group.save({"iteration": 8}, None)  # the run goes on
     assert group.told == [good, good, bad] and group.saved_iteration == 4
     group._workers = [Rank([]), Rank([])]
     group.wait_for_save()
@@ -65,7 +65,7 @@ def test_only_a_save_under_way_is_polled_and_never_during_a_call(group):
     assert rank.calls == []
     # what the save before it has come to is heard first
     group._workers = [Rank([SaveReport(4, 1.0, 10)])]
-    group.save({"iteration": 8})
+    group.save({"iteration": 8}, None)
     group._workers = [rank]
     with group._one_call:
         group.poll_save()
