@@ -82,7 +82,8 @@ def recipe(tmp_path) -> Path:
     path = tmp_path / "small.flags"
     path.write_text(
         f"--hf-checkpoint {model} --prompt-data d --output-dir o --save c --load c # where\n"
-        "--trainer-ranks 8 --rollout-engines 8 --sglang-tp-size 2 --train-iters 8 --lr 1e-6 --bf16 --max-tokens-per-gpu 2048\n"
+        "--trainer-ranks 8 --rollout-engines 8 --sglang-tp-size 2 --train-iters 8 --lr 1e-6\n"
+        "--bf16 --max-tokens-per-gpu 2048\n"
     )
     return path
 
@@ -125,9 +126,9 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
         ("--nodes 2", "24 GPUs are needed, 2 nodes x 8 = 16 are there: --nodes 3 or --rollout-engines 4"),
         ("--load other", "must be one folder: a job that is started again goes on there"),
         ("--ray-address auto", "--ray-address is the job script's to say: leave it out"),
-        ("--nodes 8 --gpus-per-node 3 --trainer-ranks 6 --rollout-engines 9", "8 nodes x 3 hold 8 engines"),
+        ("--nodes 8 --gpus-per-node 3 --trainer-ranks 4 --rollout-engines 9", "8 nodes x 3 hold 8 engines"),
         ("--gpu a100-40gb", "does not fit --gpu a100-40gb: trainer headroom is -"),
-        ("--sglang-mem-fraction-static 0.1", "does not fit --gpu h100: an engine holds keys and values of 0 "),
+        ("--sglang-mem-fraction-static 0.05", "--gpu h100: an engine holds keys and values of 0 "),
         ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
         ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
         ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
