@@ -201,6 +201,8 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
         venv,
         "--time",
         "20",
+        "--gpu",
+        "other",
         "--train-iters",
         "8",
     ]
