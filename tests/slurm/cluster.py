@@ -6,9 +6,11 @@ Needs root. GPUs are device files that nothing drives.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -123,7 +125,8 @@ class Cluster:
             node.wait(30)
         for file in ("slurmctld.pid", "munge.pid"):
             if (self.root / file).exists():
-                self.call("kill", (self.root / file).read_text().strip(), check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int((self.root / file).read_text()), signal.SIGTERM)
         for name in self.names:
             self.call("ip", "netns", "del", self._namespace(name), check=False)
         self.call("ip", "link", "del", self._tag, check=False)
