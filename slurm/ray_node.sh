@@ -11,12 +11,13 @@ first=$VESPO_FIRST_NODE port=$VESPO_RAY_PORT
 node=${SLURMD_NODENAME:-$(hostname -s)}
 log=$VESPO_LOGS/ray-$node.log
 deadline=$((SECONDS + VESPO_START_SECONDS))
-ray= program= signalled=
+ray='' program='' signalled=''
 
 say() { printf '%(%F %T)T %s: %s\n' -1 "$node" "$*" >&2; }
 
 # SIGUSR2 asks the command to save. SLURM sends it to this shell, or to all processes of the step, as its
 # ProctrackType says: so all ignore it, and this shell tells the command, once, by SIGUSR1.
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 ask_to_save() {
     signalled+=x
     if [[ $program ]]; then kill -USR1 "$program" 2>/dev/null || true; fi

@@ -172,6 +172,8 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
         venv,
         "--time",
         "20",
+        "--gpu",
+        "other",
         "--train-iters",
         "8",
     ]
