@@ -146,11 +146,11 @@ def described_use(run: Namespace, args: Namespace) -> str:
     nodes, gpus_per_node = args.nodes, args.gpus_per_node
     if args.engine_nodes is not None and gpus_per_node:
         return engine_nodes.described_use(args, ranks, engines, size)
-    used, there = ranks + engines * size, nodes * gpus_per_node
-    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs"
+    used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
+    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs" + " in turn" * run.colocate
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
-    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node):
+    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, run.colocate):
         raise ValueError(wrong)
     return f"checked: {what} use {used} of {there} GPUs"
 

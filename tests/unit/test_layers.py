@@ -37,6 +37,7 @@ LAYERS = {
     "async_flags": 5,
     "checkpoint_flags": 5,
     "cli": 5,
+    "colocate_flags": 5,
     "convert_cli": 5,
     "debug_modes": 4,
     "disk": 0,
