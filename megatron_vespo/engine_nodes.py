@@ -9,12 +9,15 @@ import argparse
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 
+from megatron_vespo.hardware import GPUS
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine-nodes", type=int, metavar="N",
         help="so many nodes for the engines; --nodes and --gpus-per-node are the trainer's then")  # fmt: skip
     add("--engine-gpus-per-node", type=int, metavar="N", help="default: --gpus-per-node")
+    add("--engine-gpu", choices=(*GPUS, "other"), help="theirs, as --gpu is the trainer's; default: --gpu")
     add("--engine-sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="options of sbatch for the engines' nodes: partition=l40s constraint=l40s. They take account, "
         "qos, reservation, time and the like from --sbatch, but nothing that says which nodes")  # fmt: skip
@@ -23,8 +26,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def check(args: Namespace, flags: Sequence[str]) -> None:
     """ValueError for flags that do not go together. `flags` are the run's."""
     if args.engine_nodes is None:
-        if args.engine_gpus_per_node is not None or args.engine_sbatch:
-            raise ValueError("--engine-gpus-per-node and --engine-sbatch are for --engine-nodes N")
+        if args.engine_gpus_per_node is not None or args.engine_gpu or args.engine_sbatch:
+            raise ValueError(
+                "--engine-gpus-per-node, --engine-gpu and --engine-sbatch are for --engine-nodes N"
+            )
         return
     if args.engine_nodes < 1:
         raise ValueError(f"--engine-nodes {args.engine_nodes}: must be at least 1")
@@ -44,6 +49,13 @@ def component(args: Namespace) -> dict[str, str | None] | None:
 
 def gpus_per_node(args: Namespace) -> int:
     return args.gpus_per_node if args.engine_gpus_per_node is None else args.engine_gpus_per_node
+
+
+def all_nodes(args: Namespace) -> tuple[int, int]:
+    """Nodes and GPUs a node, as a plan counts them: what fits on the nodes of each role fits on these."""
+    if args.engine_nodes is None:
+        return args.nodes, args.gpus_per_node
+    return args.nodes + args.engine_nodes, max(args.gpus_per_node, gpus_per_node(args))
 
 
 def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:

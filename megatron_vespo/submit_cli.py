@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import megatron_vespo
@@ -155,21 +156,21 @@ def described_use(run: Namespace, args: Namespace) -> str:
 
 
 def check_plan(flags: list[str], args: Namespace) -> None:
-    """ValueError for a run that `megatron-vespo plan` refuses. Takes seconds.
-
-    Of engines on nodes of another kind the memory is not checked.
-    """
-    from megatron_vespo.plan_cli import parsed, planned, trainer_does_not_fit, what_does_not_fit
+    """ValueError for a run that `megatron-vespo plan` refuses. Takes seconds."""
+    from megatron_vespo.plan_cli import parsed, planned, what_does_not_fit
     from megatron_vespo.planning.plan import Cluster
 
     if not args.gpus_per_node or args.gpu == "other":
         parsed(flags)
         return
-    plan = planned(flags, Cluster(args.nodes, args.gpus_per_node, GPUS[args.gpu]))
-    look = what_does_not_fit if args.engine_nodes is None else trainer_does_not_fit
-    if wrong := list(look(plan, flags)):
+    cluster = Cluster(*engine_nodes.all_nodes(args), GPUS[args.gpu])
+    plan, of_engines = planned(flags, cluster), args.engine_gpu or args.gpu
+    if of_engines not in (args.gpu, "other"):
+        plan = replace(plan, engine=planned(flags, replace(cluster, gpu=GPUS[of_engines])).engine)
+    if wrong := what_does_not_fit(plan, flags, with_engines=of_engines != "other"):
+        gpus = f"--gpu {args.gpu}" + (f" --engine-gpu {args.engine_gpu}" if args.engine_gpu else "")
         more = f"; and {len(wrong) - 1} more, see megatron-vespo plan" if wrong[1:] else ""
-        raise ValueError(f"does not fit --gpu {args.gpu}: {wrong[0]}{more}")
+        raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
 
 
 def submit(script: str, jobs: int) -> list[str]:

@@ -29,8 +29,11 @@ def warnings(plan: Plan) -> list[str]:
 
 def _placement(plan: Plan) -> Iterator[str]:
     cluster, args = plan.cluster, plan.args
-    run = args.trainer_ranks, args.rollout_engines, plan.engine_size
-    if wrong := too_few_gpus(*run, cluster.nodes, cluster.gpus_per_node, args.colocate):
+    wrong = too_few_gpus(
+        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node,
+        args.colocate,
+    )  # fmt: skip
+    if wrong:
         yield wrong
 
 

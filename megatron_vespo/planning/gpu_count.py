@@ -9,8 +9,8 @@ def too_few_gpus(
     """What is wrong, in a line; None for what Ray can place.
 
     An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Ray places larger bundles
-    first, so trainer ranks, of one GPU each, take what is left anywhere: the sum decides. With `colocate`
-    an engine is on the GPUs of trainer ranks.
+    first, so trainer ranks, of one GPU each, take what is left anywhere: the sum decides. With `colocate` the
+    engines have GPUs of trainer ranks.
     """
     needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
     have = f"{nodes} nodes x {gpus_per_node}"
@@ -19,7 +19,7 @@ def too_few_gpus(
             f"an engine of {engine_size} GPUs does not fit a node of {gpus_per_node}: lower --sglang-tp-size"
         )
     if needed > there:
-        left = 0 if colocate else (there - ranks) // engine_size
+        left = (there - ranks) // engine_size * (not colocate)
         fix = f"--nodes {-(-needed // gpus_per_node)}"
         fix += f" or --rollout-engines {left}" if left > 0 else " or a smaller layout"
         return f"{needed} GPUs are needed, {have} = {there} are there: {fix}"

@@ -124,6 +124,13 @@ def test_engines_on_nodes_of_another_kind(recipe, capsys):
     )
 
 
+@pytest.mark.parametrize("gpu", ["h100", "other"])
+def test_gpus_of_engines_that_fit(recipe, gpu):
+    """With those of the tests of refusals they do not."""
+    flags = f"--engine-nodes 9 --engine-gpu {gpu} --sglang-mem-fraction-static 0.2"
+    assert submit(recipe, "--dry-run", *flags.split()) == 0
+
+
 def test_engines_on_other_nodes_without_gpus(recipe, capsys):
     assert submit(recipe, "--dry-run", "--engine-nodes", "1", "--gpus-per-node", "0") == 0
     shown = capsys.readouterr().out
@@ -153,8 +160,10 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
         ("--nodes 1 --gpus-per-node 4 --engine-nodes 9", "--nodes 1 x --gpus-per-node 4 = 4"),
         ("--engine-nodes 1", "--engine-nodes 1 x --engine-gpus-per-node 8 hold 4 of them"),
         ("--engine-nodes 9 --engine-gpus-per-node 1", "x --engine-gpus-per-node 1 hold 0 of them"),
+        ("--engine-nodes 9 --engine-gpu a100-40gb --sglang-mem-fraction-static 0.2", "a100-40gb: an engine"),
+        ("--engine-nodes 9 --engine-gpu other --gpu a100-40gb", "--engine-gpu other: trainer headroom is -"),
         ("--engine-nodes 0", "--engine-nodes 0: must be at least 1"),
-        ("--engine-sbatch x=y", "--engine-gpus-per-node and --engine-sbatch are for --engine-nodes N"),
+        ("--engine-sbatch x=y", "--engine-gpu and --engine-sbatch are for --engine-nodes N"),
         ("--engine-nodes 2 --colocate", "--colocate puts engines on the trainer's GPUs: leave it or"),
         ("--load other", "must be one folder: a job that is started again goes on there"),
         ("--ray-address auto", "--ray-address is the job script's to say: leave it out"),
@@ -171,7 +180,7 @@ def test_what_would_only_show_when_the_job_runs(recipe, capsys, flags, message):
     # the other folder has a checkpoint
     (recipe.parent / "other").mkdir()
     (recipe.parent / "other/latest_checkpointed_iteration.txt").write_text("8")
-    flags = flags.replace("other", str(recipe.parent / "other"))
+    flags = flags.replace("--load other", f"--load {recipe.parent / 'other'}")
     assert submit(recipe, "--dry-run", *flags.split()) == 2
     assert message in capsys.readouterr().err
 
