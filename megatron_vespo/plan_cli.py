@@ -105,8 +105,7 @@ def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -
     return [*_memory_errors(plan, flags), *(findings.errors(plan) if with_engines else [])]
 
 
-def trainer_does_not_fit(plan: Plan, flags: list[str]) -> Iterator[str]:
-    """The trainer's part of it."""
+def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
     index = plan.tightest
     headroom = plan.headroom(index)
     if headroom >= 0:
