@@ -7,7 +7,7 @@
 #   VESPO_CONTAINER_RUNTIME  pyxis (srun --container-image) or apptainer
 #   VESPO_MOUNTS             folders the container sees, comma-separated: models, data, outputs
 #   VESPO_LOGS               Ray's logs, one a node, and this job's marks
-#   VESPO_RAY_PORT           of the first node
+#   VESPO_RAY_PORT           of the first node; default: one that is free there
 #   VESPO_RAY_OPTIONS        further flags of `ray start`, the same on every node
 #   VESPO_START_SECONDS      until Ray runs on all nodes
 #   VESPO_MAX_RESTARTS       how often a job goes on after its time limit or a lost node
@@ -17,7 +17,7 @@ root=${VESPO_ROOT:-$SLURM_SUBMIT_DIR}
 : "${VESPO_CONTAINER_RUNTIME:=pyxis}"
 : "${VESPO_MOUNTS:=$root,$SLURM_SUBMIT_DIR}"
 : "${VESPO_LOGS:=$SLURM_SUBMIT_DIR/slurm-logs/$SLURM_JOB_ID}"
-: "${VESPO_RAY_PORT:=6379}"
+: "${VESPO_RAY_PORT:=}"
 : "${VESPO_RAY_OPTIONS:=}"
 : "${VESPO_START_SECONDS:=600}"
 : "${VESPO_MAX_RESTARTS:=20}"

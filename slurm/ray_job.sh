@@ -21,6 +21,7 @@ run_with_ray() {
     local first code
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # of the first component, if there are two
     VESPO_FIRST_NODE=$(address_of "$first") || exit 1
+    VESPO_RAY_PORT=${VESPO_RAY_PORT:-$(free_port "$VESPO_FIRST_NODE")} || exit 1
     export VESPO_FIRST_NODE
     # who is not of this job does not get into its Ray
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
@@ -54,6 +55,20 @@ address_of() {
     if [[ -z $address && $1 == "${SLURMD_NODENAME:-}" ]]; then address=$(hostname -I | awk '{print $1}'); fi
     [[ $address ]] || die "node $1 has no address that others could reach"
     echo "$address"
+}
+
+# One that nobody listens at, of an address of this machine: a job's script runs on its first node. Neither Linux nor
+# Ray gives ports of this range away by itself.
+free_port() {
+    local port tries
+    for ((tries = 0; tries < 100; tries++)); do
+        port=$((20000 + RANDOM % 10000))
+        if ! (exec 3<>"/dev/tcp/$1/$port") 2>/dev/null; then
+            echo "$port"
+            return
+        fi
+    done
+    die "no free port at $1"
 }
 
 # A node that is lost ends the run before SLURM has noticed: does each still start a task?
