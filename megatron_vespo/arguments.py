@@ -24,6 +24,7 @@ from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.checkpoint_flags import check_checkpoints, check_megatron_saving
+from megatron_vespo.colocate_flags import check_colocation
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
@@ -57,6 +58,7 @@ def parse_args(
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
     check_layout(args)
+    check_colocation(args)
     check_megatron_saving(args)
     _complete(args, explicit)
     _megatron_validate(args)

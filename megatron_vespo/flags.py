@@ -142,6 +142,9 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("placement and weight sync")
     add = group.add_argument
     add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
+    add("--colocate", action="store_true",
+        help="engines on the trainer's GPUs: generation and training take turns, each gives memory "
+        "back")  # fmt: skip
     add("--max-tokens-per-gpu", type=int, default=8192,
         help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",

@@ -40,3 +40,6 @@ GPUS = {
         Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9),
     )
 }
+# Bytes a second of one hop of a gloo broadcast, through the hosts' memory and TCP: an assumption, half of the
+# 4.3e9 that two processes on two CPU cores had over loopback.
+GLOO = 2e9

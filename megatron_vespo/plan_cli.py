@@ -100,9 +100,9 @@ def parsed(flags: list[str]) -> tuple[Namespace, list]:
         return args, build_stages(args)
 
 
-def what_does_not_fit(plan: Plan, flags: list[str]) -> list[str]:
-    """A line each, with what would be right. `flags` are the plan's."""
-    return [*_memory_errors(plan, flags), *findings.errors(plan)]
+def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:
+    """A line each, with what would be right. `flags` are the plan's; without engines the trainer's only."""
+    return [*_memory_errors(plan, flags), *(findings.errors(plan) if with_engines else [])]
 
 
 def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:

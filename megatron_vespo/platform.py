@@ -12,9 +12,11 @@ from typing import Any
 import ray
 from transformers import AutoTokenizer
 
+from megatron_vespo.cluster.colocated import ColocatedSync
 from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.observability.progress import RunDisplay
@@ -95,7 +97,7 @@ class Platform:
             with shielded():
                 start_ray(args)
                 preemption.listen()  # Ray has put a handler of its own in the place of ours
-            self.placement = place(args, size)
+            self.placement = place(args, size, args.colocate)
         # not in args: they go into logs and checkpoints
         self.api_key = new_api_key(args.engine_api_key, self.placement.loopback)
         if self.api_key is not None:
@@ -104,7 +106,11 @@ class Platform:
             args, self.placement, _server_arguments(args), self.api_key, self.log_dir, display.message
         )
         stack.callback(self.engines.stop)
+        self.turns: Turns | None = None  # where engines and trainer share GPUs
         self.engine_sync = EngineSync(self.engines, size, self.api_key)
+        if args.colocate:
+            self.turns = Turns(self.engines, self.api_key, args.weight_sync_timeout, trace.phase)
+            self.engine_sync = ColocatedSync(self.engines, size, self.api_key, self.turns)
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:
@@ -115,12 +121,14 @@ class Platform:
 
 
 def _server_arguments(args: Namespace) -> list[str]:
+    device = "cuda" if args.distributed_backend == "nccl" else "cpu"
     return server_arguments(
         args.sglang_flags,
-        device="cuda" if args.distributed_backend == "nccl" else "cpu",
+        device=device,
         is_moe=args.num_experts is not None,
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
         # prefixes in the cache would be older than the request that meets them knows
         prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
+        memory_saver=args.colocate and device == "cuda",
     )

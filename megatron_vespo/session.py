@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vespo.cluster.calls import TrainerError
+from megatron_vespo.cluster.colocated import ColocatedTrainer
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.trainer_worker import Resumed
 from megatron_vespo.controller import Controller
@@ -63,8 +64,10 @@ class Session:
 
     def _start(self) -> None:
         args, platform = self._args, self._platform
+        if self._number == 0 and args.colocate:  # engines take their share of a GPU that is empty
+            platform.wait_for_engines()
         resumed = self._start_trainer()
-        if self._number == 0:
+        if self._number == 0 and not args.colocate:
             platform.wait_for_engines()
         if self._trainer is not None:
             platform.engine_sync.attach(self._trainer)
@@ -86,7 +89,8 @@ class Session:
             platform.display.message(
                 f"{args.load}: a kill has left its tracker empty, {repaired} is complete"
             )
-        self._trainer = TrainerGroup(
+        group = TrainerGroup if platform.turns is None else partial(ColocatedTrainer, turns=platform.turns)
+        self._trainer = group(
             args, platform.placement, platform.log_dir, platform.engines.check, platform.trace.calls,
             self._on_save,
         )  # fmt: skip

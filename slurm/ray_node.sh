@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # One task of a job on each of its nodes: Ray; on the first node, when Ray has all, the command too.
 #
-#     ray_node.sh COMMAND ...     gets --ray-address ADDRESS appended
+#     ray_node.sh "COMMAND ..."     quoted for a shell; gets --ray-address ADDRESS appended
 #
 # Ends with the command's exit code there, and with 0 on the others as soon as the first node has ended.
 set -euo pipefail
 
+eval "set -- $1"
 first=$VESPO_FIRST_NODE port=$VESPO_RAY_PORT
 node=${SLURMD_NODENAME:-$(hostname -s)}
 log=$VESPO_LOGS/ray-$node.log
@@ -36,9 +37,19 @@ s.connect((sys.argv[1], 1)); print(s.getsockname()[0])' "$first"
 
 first_answers() { timeout 10 bash -c "exec 3<>/dev/tcp/$first/$port" 2>/dev/null; }
 
+# Where trainer and engines have nodes of their own, Ray knows each by a resource. Its names are those of
+# megatron_vespo/cluster/roles.py, and of no other file.
+role() {
+    [[ $VESPO_TRAINER_NODES ]] || return 0
+    case " $VESPO_TRAINER_NODES" in
+        *" $node "*) echo '--resources={"vespo_trainer":1}' ;;
+        *) echo '--resources={"vespo_engine":1}' ;;
+    esac
+}
+
 start_ray() {
     local options
-    read -ra options <<<"$VESPO_RAY_OPTIONS"
+    read -ra options <<<"$(role) $VESPO_RAY_OPTIONS"
     deaf ray start --block --node-ip-address="$address" --num-cpus="${SLURM_CPUS_ON_NODE:-$(nproc)}" \
         --disable-usage-stats "$@" "${options[@]}" </dev/null >>"$log" 2>&1 &
     ray=$!
@@ -62,7 +73,7 @@ fail() {
 
 run_on_first() {
     start_ray --head --port="$port" --include-dashboard=false
-    deaf python3 -m megatron_vespo.cluster.wait_for_nodes "$first:$port" "$SLURM_NNODES" "$((deadline - SECONDS))" &
+    deaf python3 -m megatron_vespo.cluster.wait_for_nodes "$first:$port" "$VESPO_NODES" "$((deadline - SECONDS))" &
     local waiting=$!
     while kill -0 "$waiting" 2>/dev/null; do
         if ! kill -0 "$ray" 2>/dev/null; then
@@ -71,7 +82,7 @@ run_on_first() {
         fi
         (deaf sleep 0.5)
     done
-    wait "$waiting" || fail "Ray does not run on all $SLURM_NNODES nodes; see $VESPO_LOGS"
+    wait "$waiting" || fail "Ray does not run on all $VESPO_NODES nodes; see $VESPO_LOGS"
     if [[ $signalled ]]; then return 75; fi # nothing has begun, nothing is to be saved
     deaf "$@" --ray-address "$first:$port" &
     program=$!

@@ -63,6 +63,8 @@ class EngineGroup:
         self._over: EngineError | None = None
         self._stopping = False
         self._quiet = 0
+        self._held = self._starts_wait = False
+        self._to_start: list[EngineSlot] = []
         for slot in slots:
             slot.start()
         self._thread = Thread(target=self._look_after, name="engines", daemon=True)
@@ -127,6 +129,38 @@ class EngineGroup:
             with self._changed:
                 self._quiet -= 1
 
+    def hold(self) -> list[Member]:
+        """All that run. Nobody is asked for a sign of life until `let_go`, or started until `start_waiting`.
+
+        Waits for those that start, and for signs of life that are asked for: engines generate them.
+        """
+        with self._changed:
+            while self._states.count(State.STARTING) > len(self._to_start):
+                self._wait()
+            if not self._held:
+                self._quiet += 1
+            self._held = self._starts_wait = True
+            while any(slot.is_probed for slot in self._slots):
+                self._wait()
+            self.check()
+            return self._running()
+
+    def start_waiting(self) -> None:
+        """Start again what has ended since `hold`."""
+        with self._changed:
+            self._starts_wait = False
+            waiting, self._to_start = self._to_start, []
+            for slot in waiting:
+                slot.start()
+
+    def let_go(self) -> None:
+        """The end of `hold`, if there was one."""
+        self.start_waiting()
+        with self._changed:
+            if self._held:
+                self._quiet -= 1
+            self._held = False
+
     def metrics(self) -> dict[str, float]:
         """Of now, and of the run so far."""
         if not self._slots:
@@ -166,7 +200,7 @@ class EngineGroup:
 
     def _look_at(self, slot: EngineSlot) -> None:
         number = slot.number
-        if self._states[number] is State.GONE:
+        if self._states[number] is State.GONE or slot in self._to_start:
             return
         try:
             slot.look(probing=self._quiet == 0)
@@ -192,7 +226,10 @@ class EngineGroup:
                 f"{error.what}; {self._serving()}, engine {number} is started again "
                 f"(restart {used + 1} of {self._restarts})"
             )
-            slot.start()
+            if self._starts_wait:
+                self._to_start.append(slot)
+            else:
+                slot.start()
             return
         self._states[number] = State.GONE
         slot.stop()
@@ -231,16 +268,16 @@ def start_engines(
     log_dir: Path,
     say: Callable[[str], None],
 ) -> EngineGroup:
-    """Servers on the placement's last bundles; they start in the background."""
+    """Servers on the placement's seats for engines; they start in the background."""
     remote = ray.remote(EngineWorker)
     probes = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
 
     def slot(number: int) -> EngineSlot:
-        options = placement.options(args.trainer_ranks + number, placement.gpus_per_engine)
+        seat = placement.engines[number]
 
         def make_worker():
-            return remote.options(**options).remote(
-                args, number, server_args, log_dir, placement.loopback, api_key
+            return remote.options(**placement.options(seat)).remote(
+                args, number, server_args, log_dir, placement.loopback, api_key, seat.devices
             )
 
         return EngineSlot(

@@ -62,6 +62,11 @@ class EngineSlot:
         if self.url is not None:
             self._look_at_health(probing)
 
+    @property
+    def is_probed(self) -> bool:
+        """Whether the server has been asked for a sign of life and not answered."""
+        return self._probe is not None and not self._probe.done()
+
     def stop(self) -> ray.ObjectRef | None:
         """Begins to kill the server."""
         return None if self._worker is None else self._worker.stop.remote()

@@ -12,6 +12,9 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_vespo.cluster.roles import by_role, shortage
+from megatron_vespo.cluster.seats import Bundle, Seat, separate, shared, shared_sizes
+
 START_TIMEOUT_S = 120.0
 # Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -19,16 +22,15 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Placement:
-    """Bundle i < trainer_ranks is trainer rank i, the others are engines. `loopback`: all on one machine."""
+    """Seats of the trainer's ranks and of the engines. `loopback`: all on one machine."""
 
     group: PlacementGroup
-    gpus_per_rank: int
-    gpus_per_engine: int
+    trainer: list[Seat]
+    engines: list[Seat]
     loopback: bool
 
-    def options(self, bundle: int, num_gpus: int) -> dict:
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
-        return {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+    def options(self, seat: Seat) -> dict:
+        return _options(self.group, seat.bundle, seat.num_gpus)
 
     def release(self) -> None:
         """Give the bundles back to the cluster; whoever still runs in them is killed."""
@@ -64,28 +66,56 @@ def _init(args: Namespace) -> None:
     )
 
 
-def place(args: Namespace, engine_size: int) -> Placement:
-    """Reserve a bundle for every rank and engine; ValueError when the cluster is too small."""
+def place(args: Namespace, engine_size: int, colocate: bool = False) -> Placement:
+    """Reserve places for every rank and engine; ValueError when the cluster is too small.
+
+    With `colocate` an engine shares the GPUs of as many trainer ranks, else everybody has GPUs of their own.
+    """
+    ranks, engines = args.trainer_ranks, args.rollout_engines
     with_gpus = ray.cluster_resources().get("GPU", 0) > 0 or torch.cuda.is_available()
-    per_rank, per_engine = (1, engine_size) if with_gpus else (0, 0)
-    bundles = [{"CPU": 1, "GPU": per_rank}] * args.trainer_ranks
-    bundles += [{"CPU": 1, "GPU": per_engine}] * args.rollout_engines
+    if colocate:
+        sizes = shared_sizes(ranks, engines, engine_size)
+        bundles = [{"CPU": size + (i < engines), "GPU": size * with_gpus} for i, size in enumerate(sizes)]
+    else:
+        gpus = (1, engine_size) if with_gpus else (0, 0)
+        bundles = [{"CPU": 1, "GPU": gpus[0]}] * ranks + [{"CPU": 1, "GPU": gpus[1]}] * engines
     bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
+    bundles = by_role(bundles, ranks, ray.cluster_resources(), colocate)
     group = placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         remove_placement_group(group)
-        engines = (
-            f" and {args.rollout_engines} engines of {engine_size} ranks" if args.rollout_engines else ""
-        )
+        where = " on their GPUs" if colocate else ""
+        beside = f" and {engines} engines of {engine_size} ranks{where}" if engines else ""
         raise ValueError(
-            f"{args.trainer_ranks} trainer ranks{engines} found no place within {START_TIMEOUT_S:g} s: "
-            f"the Ray cluster has {have}"
+            f"{ranks} trainer ranks{beside} found no place within {START_TIMEOUT_S:g} s: "
+            f"the Ray cluster has {have}{shortage(bundles, ray.nodes())}"
         ) from None
+    seats = shared(sizes, engines, _located(group, bundles)) if colocate else separate(ranks, engines, *gpus)
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return Placement(group, per_rank, per_engine, loopback)
+    return Placement(group, *seats, loopback)
+
+
+def _options(group: PlacementGroup, bundle: int, num_gpus: float) -> dict:
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    return {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+
+
+def _located(group: PlacementGroup, bundles: list[dict[str, int]]) -> list[Bundle]:
+    """Asked inside each bundle, while nobody else is there."""
+    look = ray.remote(_look_around)
+    calls = [
+        look.options(**_options(group, index, bundle.get("GPU", 0))).remote()
+        for index, bundle in enumerate(bundles)
+    ]
+    return ray.get(calls, timeout=START_TIMEOUT_S)
+
+
+def _look_around() -> Bundle:
+    context = ray.get_runtime_context()
+    return Bundle(context.get_node_id(), tuple(context.get_accelerator_ids()["GPU"]))
 
 
 def host_address(loopback: bool) -> str:

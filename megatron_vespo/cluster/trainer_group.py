@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.types import TrainingSample
 from megatron_vespo.weight_sync.distributed import EnginesLostError
+from megatron_vespo.weight_sync.verify import Sums
 
 STOP_TIMEOUT_S = 60.0
 SYNC_DEADLINES = 4  # of a weight sync's several waits for engines
@@ -50,10 +51,8 @@ class TrainerGroup:
         self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
         self._workers = [
-            remote.options(**placement.options(rank, placement.gpus_per_rank)).remote(
-                args, rank, log_dir, placement.loopback
-            )
-            for rank in range(args.trainer_ranks)
+            remote.options(**placement.options(seat)).remote(args, rank, log_dir, placement.loopback)
+            for rank, seat in enumerate(placement.trainer)
         ]
 
     def start(self) -> Resumed | None:
@@ -70,10 +69,16 @@ class TrainerGroup:
         return self._call("describe", timeout_s=self._args.worker_start_timeout)
 
     def connect_engines(
-        self, urls: list[str], fresh: list[str], number: int, engine_size: int, api_key: str | None
+        self,
+        urls: list[str],
+        fresh: list[str],
+        number: int,
+        engine_size: int,
+        api_key: str | None,
+        loaded: Mapping[str, Sums] | None = None,
     ) -> None:
         """See EngineLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
-        arguments = urls, fresh, number, engine_size, api_key
+        arguments = urls, fresh, number, engine_size, api_key, loaded
         self._call("connect_engines", *arguments, timeout_s=self._sync_timeout_s())
 
     def sync_weights(self, version: int) -> None:
@@ -96,6 +101,10 @@ class TrainerGroup:
     def train_step(self, index: int) -> dict[str, Any]:
         """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
         return self._call("train_step", index, timeout_s=self._args.train_timeout)
+
+    def give_memory_back(self) -> None:
+        """Of the GPUs, all but weights and optimizer, until the next `prepare`."""
+        self._call("give_memory_back", timeout_s=self._args.train_timeout)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)

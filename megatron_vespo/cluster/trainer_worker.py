@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
     from megatron_vespo.trainer.policy import MegatronPolicy
+    from megatron_vespo.weight_sync.verify import Sums
 
 # of SGLang: with these engines may have loaded other values than --hf-checkpoint's
 LOADING_FLAGS = {"--load-format", "--dtype"}
@@ -96,6 +98,9 @@ class TrainerWorker:
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
+        from megatron_vespo.trainer.memory import take_memory
+
+        take_memory(self.policy.model)
         self._probes = mini_batches[-1][:NUM_PROBES]
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
@@ -108,6 +113,13 @@ class TrainerWorker:
         """One optimizer step; the fields of StepResult."""
         return vars(self.policy.train_step(self._prepared[index]))
 
+    def give_memory_back(self) -> None:
+        """To an engine on the same GPU, until the next `prepare`."""
+        from megatron_vespo.trainer.memory import give_memory_back
+
+        self._prepared = []
+        give_memory_back(self.policy.model, self.policy.optimizer)
+
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self.policy.log_probs(samples)
 
@@ -117,10 +129,20 @@ class TrainerWorker:
         return measure(self.policy, samples, num_steps)
 
     def connect_engines(
-        self, urls: list[str], fresh: list[str], number: int, engine_size: int, api_key: str | None
+        self,
+        urls: list[str],
+        fresh: list[str],
+        number: int,
+        engine_size: int,
+        api_key: str | None,
+        loaded: Mapping[str, Sums] | None = None,
     ) -> None:
-        """Join new broadcast groups with the engines; `fresh` ones have to get a policy first."""
+        """Join new broadcast groups with the engines; `fresh` ones have to get a policy first.
+
+        `loaded` says what those had loaded that have given their weights' memory back since.
+        """
         from megatron_vespo.trainer.initialize import device
+        from megatron_vespo.weight_sync.distributed import sync_backend
         from megatron_vespo.weight_sync.link import EngineLink
 
         if self._link is None:
@@ -132,11 +154,12 @@ class TrainerWorker:
                 is_sender=self.policy.is_sender,
                 engine_size=engine_size,
                 host=self._host,
-                device=device(),
+                backend=sync_backend(device().type == "cuda", self._args.colocate),
                 timeout_s=self._args.weight_sync_timeout,
                 pause=mode if self._args.max_staleness else None,
                 api_key=api_key,
             )
+        self._link.loaded |= loaded or {}
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
 

@@ -32,10 +32,13 @@ class EngineMemory:
         return max(int(self.cache // self.token_bytes), 0)
 
 
-def engine_memory(args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu, size: int) -> EngineMemory:
+def engine_memory(
+    args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
+) -> EngineMemory:
     """As SGLang profiles it: fraction x what is free before it loads, less the weights.
 
-    Tensor parallelism cuts the weights, and keys and values down to one head a rank.
+    Tensor parallelism cuts the weights, and keys and values down to one head a rank. `trainer` are the bytes
+    of a rank on the same GPU, which starts later.
     """
     item = 2 if args.bf16 else 4
     given = flag_value(args.sglang_flags, "--mem-fraction-static")
@@ -50,7 +53,7 @@ def engine_memory(args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu,
         assumed=given is None,
         weights=weights,
         cache=fraction * free - weights,
-        rest=(1 - fraction) * free,
+        rest=(1 - fraction) * free - trainer,
         bucket=args.weight_sync_bucket_mb * 2**20,
         token_bytes=shape.num_layers * heads * shape.head_dim * 2 * cache_item,
     )

@@ -2,47 +2,91 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_vespo.hardware import GIB
+from megatron_vespo.planning.engine_memory import CONTEXT
 from megatron_vespo.planning.gpu_count import too_few_gpus
 from megatron_vespo.planning.plan import Plan
+from megatron_vespo.planning.trainer_memory import ENGINE_AT_REST
 
+# an engine's activations and CUDA graphs, where a trainer's memory is beside it: an allowance
+ENGINE_AT_WORK = 5 * GIB
 # of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
 IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
 
 
 def errors(plan: Plan) -> list[str]:
     """What will not run; memory of the trainer aside, which has fixes to try."""
-    return [*_placement(plan), *_engines(plan)]
+    return [*_placement(plan), *_engines(plan), *_turns(plan)]
 
 
 def warnings(plan: Plan) -> list[str]:
     """What will run, and not well."""
-    return [*_tight_engines(plan), *_layout(plan), *_balance(plan)]
+    return [*_tight_engines(plan), *_restarts(plan), *_layout(plan), *_balance(plan)]
 
 
 def _placement(plan: Plan) -> Iterator[str]:
     cluster, args = plan.cluster, plan.args
     wrong = too_few_gpus(
-        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node
-    )
+        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node,
+        args.colocate,
+    )  # fmt: skip
     if wrong:
         yield wrong
 
 
 def _engines(plan: Plan) -> Iterator[str]:
-    engine, args = plan.engine, plan.args
-    longest = args.max_prompt_tokens + args.max_completion_tokens
+    engine, longest = plan.engine, plan.longest
     if engine.tokens < longest:
         yield (
             f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
             f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
         )
-    if engine.rest < 2 * engine.bucket:
+    if engine.rest < 2 * engine.bucket and not plan.args.colocate:
         yield (
             f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
             f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"
+        )
+
+
+def _turns(plan: Plan) -> Iterator[str]:
+    """Weights and optimizer of the trainer, and all of the engine; for log-probs all but keys and values."""
+    engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
+    if not plan.args.colocate:
+        return
+    forward = max(memory.activations + memory.log_probs for memory in plan.trainer)  # and more: of a step
+    if forward > engine.cache + engine.rest - ENGINE_AT_REST:
+        yield (
+            f"a checkpoint's log-probs may take {forward / GIB:.1f} GiB, an engine's weights leave "
+            f"{(engine.cache + engine.rest - ENGINE_AT_REST) / GIB:.1f}: lower --max-tokens-per-gpu, or "
+            "engines of more GPUs"
+        )
+    if engine.rest >= ENGINE_AT_WORK:
+        return
+    most = math.floor(100 * (engine.fraction + (engine.rest - ENGINE_AT_WORK) / free)) / 100
+    needed = (engine.weights + plan.longest * engine.token_bytes) / free
+    fix = (
+        f"--sglang-mem-fraction-static {most:g}"
+        if most > needed
+        else "more trainer ranks, engines of more GPUs, or --use-precision-aware-optimizer "
+        "--optimizer-cpu-offload"
+    )
+    yield (
+        f"while an engine generates, trainer and --sglang-mem-fraction-static {engine.fraction:g} leave it "
+        f"{engine.rest / GIB:.1f} GiB for activations and graphs, {ENGINE_AT_WORK / GIB:g} are wanted: {fix}"
+    )
+
+
+def _restarts(plan: Plan) -> Iterator[str]:
+    """An engine that is started again finds the trainer there, and takes its share of the rest."""
+    engine = plan.engine
+    again = engine.cache - engine.fraction * plan.beside
+    if plan.args.colocate and again < plan.longest * engine.token_bytes:
+        yield (
+            "an engine that fails cannot be started again: its share of what the trainer leaves "
+            "holds no request; engines of more GPUs, or more trainer ranks"
         )
 
 
@@ -67,7 +111,15 @@ def _layout(plan: Plan) -> Iterator[str]:
             "GPUs: at most that many, the rest by --pipeline-model-parallel-size"
         )
     rest = plan.cluster.gpus - plan.gpus_needed
-    if rest >= plan.engine_size:
+    if args.colocate:
+        if rest:
+            yield f"{rest} of {plan.cluster.gpus} GPUs stay empty: more --trainer-ranks"
+        if (beside := args.trainer_ranks - args.rollout_engines * plan.engine_size) >= plan.engine_size:
+            yield (
+                f"{beside} trainer ranks have no engine on their GPU: --rollout-engines "
+                f"{args.trainer_ranks // plan.engine_size}"
+            )
+    elif rest >= plan.engine_size:
         yield (
             f"{rest} of {plan.cluster.gpus} GPUs stay empty: --rollout-engines "
             f"{args.rollout_engines + rest // plan.engine_size}"
@@ -75,6 +127,8 @@ def _layout(plan: Plan) -> Iterator[str]:
 
 
 def _balance(plan: Plan) -> Iterator[str]:
+    if plan.args.colocate:
+        return
     result = plan.speed.result
     waiting, engines = result.trainer_idle.get("generation", 0.0), result.engines_idle.get("training", 0.0)
     most = IDLE_SHARE if plan.args.max_staleness else IDLE_SHARE_IN_TURN

@@ -41,6 +41,7 @@ class Plan:
     engine: EngineMemory
     lengths: Lengths
     sync: WeightSync
+    beside: float  # bytes of the trainer on an engine's GPU, while it generates
 
     @cached_property
     def speed(self) -> Speed:
@@ -53,6 +54,8 @@ class Plan:
 
     @property
     def gpus_needed(self) -> int:
+        if self.args.colocate:
+            return self.args.trainer_ranks
         return self.args.trainer_ranks + self.args.rollout_engines * self.engine_size
 
     def headroom(self, index: int) -> float:
@@ -63,6 +66,11 @@ class Plan:
     def tightest(self) -> int:
         """The stage with the least of it."""
         return min(range(len(self.stages)), key=self.headroom)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request, at most."""
+        return self.args.max_prompt_tokens + self.args.max_completion_tokens
 
     @property
     def requests_per_engine(self) -> int:
@@ -79,6 +87,9 @@ def make_plan(
     padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
     padding *= 1 if shape.tied_embeddings else 2
     assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
+    trainer = memory_of(args, stages)
+    beside = max(memory.at_rest for memory in trainer) if args.colocate else 0.0
+    receivers = args.rollout_engines * engine_size
     return Plan(
         args=args,
         cluster=cluster,
@@ -86,10 +97,11 @@ def make_plan(
         shape=shape,
         parameters=parameters,
         stages=stages,
-        trainer=memory_of(args, stages),
-        engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size),
+        trainer=trainer,
+        engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size, beside),
         lengths=lengths,
-        sync=weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes),
+        sync=weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes, receivers),
+        beside=beside,
     )
 
 

@@ -27,7 +27,7 @@ def _run(plan: Plan) -> Iterator[str]:
     yield (
         f"cluster    {cluster.nodes} nodes x {cluster.gpus_per_node} {gpu.name} of {gpu.memory / GIB:.1f} "
         f"GiB = {cluster.gpus} GPUs; {args.trainer_ranks} train, {args.rollout_engines} engines x "
-        f"{plan.engine_size} generate"
+        f"{plan.engine_size} generate" + (", in turn on the same GPUs" if args.colocate else "")
     )
     sizes = {
         "tp": args.tensor_model_parallel_size,
@@ -56,6 +56,8 @@ def _trainer(plan: Plan) -> Iterator[str]:
     for part in PARTS:
         yield row(part.replace("_", "-"), [getattr(plan.trainer[index], part) for index in shown])
     yield row("CUDA, NCCL, gaps", [RESERVE] * len(shown))
+    if plan.args.colocate:
+        yield row("the engine, at rest", [plan.trainer[index].engine for index in shown])
     yield row("headroom", [plan.headroom(index) for index in shown])
     if plan.trainer[0].host:
         yield row("in CPU memory", [plan.trainer[index].host for index in shown])
@@ -70,14 +72,15 @@ def _stage_name(index: int, last: int) -> str:
 def _engine(plan: Plan) -> Iterator[str]:
     engine = plan.engine
     source = "assumed" if engine.assumed else "given"
-    longest = plan.args.max_prompt_tokens + plan.args.max_completion_tokens
-    mean = plan.lengths.sample
+    longest, mean = plan.longest, plan.lengths.sample
     yield f"engine of {engine.size} GPUs, GiB a GPU, mem-fraction-static {engine.fraction:g} ({source})"
     yield f"  {'weights':<24}{engine.weights / GIB:16.2f}"
     yield (
         f"  {'keys and values':<24}{engine.cache / GIB:16.2f}   {engine.tokens:,} tokens: "
         f"{engine.tokens // longest:,} requests of {longest:,}, {engine.tokens // mean:,.0f} of {mean:,.0f}"
     )
+    if plan.args.colocate:
+        yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   weights and optimizer"
     bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
     yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {bucket}"
 
@@ -87,7 +90,7 @@ def _speed(plan: Plan) -> Iterator[str]:
     samples = args.rollout_batch_size * args.num_completions
     yield (
         f"weight sync       {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets, gathered and broadcast at "
-        f"{sync.bandwidth / 1e9:.0f} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
+        f"{sync.broadcast / 1e9:.3g} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
     )
     yield (
         f"tokens            {plan.lengths.completion:,.0f} a response and {plan.lengths.prompt:,.0f} a "

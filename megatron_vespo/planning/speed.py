@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_vespo.conversion.table import ModelShape
-from megatron_vespo.hardware import Gpu
+from megatron_vespo.hardware import GLOO, Gpu
 from megatron_vespo.simulation.lengths import LogNormal
 from megatron_vespo.simulation.rates import Cost, EngineRates, ModelCost, Preset, Rates, derived
 from megatron_vespo.simulation.result import Result
@@ -34,13 +34,14 @@ class Lengths:
 class WeightSync:
     bytes: float
     buckets: int
-    bandwidth: float
-    link: str  # its name
+    gathered: float  # bytes a second
+    broadcast: float
+    link: str  # its name, of the broadcast
 
     @property
     def seconds(self) -> float:
         """Gathered from the ranks that share the tensors, then broadcast; stage after stage."""
-        return 2 * self.bytes / self.bandwidth
+        return self.bytes / self.gathered + self.bytes / self.broadcast
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,20 @@ class Speed:
         return self.result.step_seconds * self.result.mini_batches
 
 
-def weight_sync(args: Namespace, stage_parameters: Iterable[int], gpu: Gpu, nodes: int) -> WeightSync:
-    """At the speed of the network as soon as there are several nodes."""
+def weight_sync(
+    args: Namespace, stage_parameters: Iterable[int], gpu: Gpu, nodes: int, receivers: int
+) -> WeightSync:
+    """At the speed of the network as soon as there are several nodes. `receivers` are the engines' ranks.
+
+    With --colocate gloo broadcasts: hop after hop down a binomial tree.
+    """
     item, bucket = 2 if args.bf16 else 4, args.weight_sync_bucket_mb * 2**20
     sizes = [parameters * item for parameters in stage_parameters]
     bandwidth, link = (gpu.network, "network") if nodes > 1 else (gpu.nvlink, "NVLink")
-    return WeightSync(sum(sizes), sum(math.ceil(size / bucket) for size in sizes), bandwidth, link)
+    broadcast = bandwidth
+    if args.colocate:
+        broadcast, link = GLOO / math.ceil(math.log2(1 + receivers)), "gloo, through the hosts"
+    return WeightSync(sum(sizes), sum(math.ceil(size / bucket) for size in sizes), bandwidth, broadcast, link)
 
 
 def model_cost(shape: ModelShape, parameters: int, top_k: int | None, item: int) -> ModelCost:

@@ -11,6 +11,8 @@ from megatron_vespo.planning.layer_activations import kept_by_layer
 
 # CUDA's context, NCCL's buffers, libraries' workspaces, fragmentation: an allowance, not measured
 RESERVE = 4 * GIB
+# what an engine on the same GPU keeps while the trainer has its turn: its context and buffers; an allowance
+ENGINE_AT_REST = 3 * GIB
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,17 @@ class TrainerMemory:
     log_probs: float
     sync: float  # in a weight sync, when there are no activations
     host: float
+    engine: float = 0.0  # on the same GPU, at rest
 
     @property
     def total(self) -> float:
         at_once = max(self.activations + self.log_probs, self.sync)
-        return self.weights + self.gradients + self.optimizer + at_once + RESERVE
+        return self.weights + self.gradients + self.optimizer + at_once + self.engine + RESERVE
+
+    @property
+    def at_rest(self) -> float:
+        """What stays while an engine on the same GPU has its turn."""
+        return self.weights + self.optimizer + RESERVE
 
 
 def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
@@ -65,6 +73,7 @@ def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
         log_probs=log_prob_bytes(args) if index == args.pipeline_model_parallel_size - 1 else 0.0,
         sync=2 * args.weight_sync_bucket_mb * 2**20,  # a bucket, and flattened
         host=shard * host,
+        engine=ENGINE_AT_REST if args.colocate else 0.0,
     )
 
 

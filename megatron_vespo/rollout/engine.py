@@ -23,6 +23,7 @@ PORT_RANGE = range(
 # SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
 # start together could draw the same one. Distinct HTTP ports make these distinct.
 RENDEZVOUS_PORT_OFFSET = 1000
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 FAILED_PLUGIN = re.compile(r"Failed to (?:load plugin|execute general plugin:?) (\S+)")
 
 
@@ -41,7 +42,8 @@ class SGLangEngine:
     """An SGLang server on this machine, in a session of its own.
 
     `server_args` are SGLang's own flags (see `server_arguments`), without model path, host and ports.
-    The server's output is appended to `log_path`. The server dies with the process that started it.
+    The server's output is appended to `log_path`. The server dies with the process that started it. It sees
+    the GPUs `devices` (as in CUDA_VISIBLE_DEVICES), or those that this process does.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SGLangEngine:
         log_path: Path,
         start_timeout_s: float,
         api_key: str | None = None,
+        devices: str | None = None,
     ):
         self.model_path = model_path
         self.host = host
@@ -60,7 +63,7 @@ class SGLangEngine:
         self.server_args = server_args
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
-        self._api_key = api_key
+        self._api_key, self._devices = api_key, devices
         self._process: subprocess.Popen | None = None
         self._log_start = 0  # bytes of earlier starts in the same file
 
@@ -93,6 +96,7 @@ class SGLangEngine:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=os.environ if self._devices is None else os.environ | {VISIBLE: self._devices},
                 start_new_session=True,
             )
         try:

@@ -69,16 +69,20 @@ def server_arguments(
     seed: int,
     weight_version: int = 0,
     prefix_cache: bool = True,
+    memory_saver: bool = False,
 ) -> list[str]:
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
     `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
+    `memory_saver` lets it give GPU memory back while it runs; there is none for CPUs.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
     if is_moe:
         owned.append("--enable-return-routed-experts")
     if not prefix_cache:
         owned.append("--disable-radix-cache")
+    if memory_saver:
+        owned.append("--enable-memory-saver")
     defaults = {
         "--device": [device],
         "--dtype": [dtype],
@@ -90,8 +94,9 @@ def server_arguments(
             "--attention-backend": ["torch_native"],
             "--max-running-requests": ["256"],
             "--max-total-tokens": ["32768"],  # left alone, the KV cache takes most of the machine's memory
-            "--sleep-on-idle": [],  # an idle scheduler spins on a core that the trainer needs
         }
+    if device == "cpu" or memory_saver:
+        defaults["--sleep-on-idle"] = []  # an idle scheduler spins on a core that the trainer needs
     arguments = [
         part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
     ]

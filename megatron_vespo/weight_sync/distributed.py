@@ -1,4 +1,4 @@
-"""Broadcasts from one trainer rank to all engines (NCCL between GPUs, gloo without), steered over HTTP.
+"""Broadcasts from one trainer rank to all engines, steered over HTTP.
 
 Every pipeline stage has one sender and one process group: the sender is rank 0, the engines' ranks follow.
 SGLang joins on /init_weights_update_group, receives one flattened bucket a /update_weights_from_distributed
@@ -25,6 +25,12 @@ ARRIVAL_POLL_S = 0.05
 RECOVERY_TIMEOUT_S = 60.0  # for what an engine that is well answers at once
 # SGLang's words: running requests keep their keys and values, compute them anew with the new weights, or end
 PauseMode = Literal["in_place", "retract", "abort"]
+SyncBackend = Literal["nccl", "gloo"]
+
+
+def sync_backend(on_gpus: bool, colocated: bool) -> SyncBackend:
+    """NCCL refuses two processes of a group on one GPU; gloo broadcasts a GPU's tensors through the host."""
+    return "nccl" if on_gpus and not colocated else "gloo"
 
 
 class WeightSyncError(RuntimeError):
@@ -132,11 +138,10 @@ class EngineControl:
 class BucketSender:
     """One pipeline stage's end of the broadcast group `name`; lives on the rank that sends."""
 
-    def __init__(self, control: EngineControl, engine_size: int, name: str, host: str, device: torch.device):
+    def __init__(self, control: EngineControl, engine_size: int, name: str, host: str, backend: SyncBackend):
         """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
-        self.control, self.device, self.name = control, device, name
+        self.control, self.name = control, name
         self.group: dist.ProcessGroup | None = None
-        backend = "nccl" if device.type == "cuda" else "gloo"
         world_size = 1 + engine_size * len(control.urls)
         timeout = timedelta(seconds=control.timeout_s)
         store = _store(host, world_size, timeout)

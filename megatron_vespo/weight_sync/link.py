@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from megatron_vespo.weight_sync.distributed import (
     EngineControl,
     EnginesLostError,
     PauseMode,
+    SyncBackend,
     WeightSyncError,
 )
 from megatron_vespo.weight_sync.verify import Sums, forget_weights
@@ -38,13 +38,13 @@ class EngineLink:
         is_sender: bool,
         engine_size: int,
         host: str,
-        device: torch.device,
+        backend: SyncBackend,
         timeout_s: float,
         pause: PauseMode | None,
         api_key: str | None = None,
     ):
         self._rank, self._stage, self._num_stages, self._is_sender = rank, stage, num_stages, is_sender
-        self._engine_size, self._host, self._device = engine_size, host, device
+        self._engine_size, self._host, self._backend = engine_size, host, backend
         self._timeout_s, self._pause, self._api_key = timeout_s, pause, api_key
         self._sender: BucketSender | None = None
         self.control: EngineControl | None = None  # of the engines that are connected, on ranks that send
@@ -115,7 +115,7 @@ class EngineLink:
             self.control.settle("/destroy_weights_update_group", {"group_name": group_name(number, stage)})
 
     def _join(self, name: str) -> None:
-        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._device)
+        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._backend)
 
     def _forget(self, fresh: list[str]) -> None:
         if fresh:

@@ -60,7 +60,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
         1,
         f"policy_{version}",
         HOST,
-        torch.device("cpu"),
+        "gloo",
     )
     folders = {v: make_tiny_model(tmp_path / str(v), seed=v) for v in (version - 1, version)}
     stream.start()

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from servers import HOST, NUM_LAYERS, TOPK, make_tiny_model, tiny_engine
@@ -43,7 +42,7 @@ def link(tmp_path_factory) -> Iterator[EngineLink]:
     store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield EngineLink(
-        rank=0, stage=0, num_stages=1, is_sender=True, engine_size=1, host=HOST, device=torch.device("cpu"),
+        rank=0, stage=0, num_stages=1, is_sender=True, engine_size=1, host=HOST, backend="gloo",
         timeout_s=TIMEOUT_S, pause="retract",
     )  # fmt: skip
     dist.destroy_process_group()

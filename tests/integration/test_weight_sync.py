@@ -51,7 +51,7 @@ def own_engine(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sender(own_engine):
     control = EngineControl([own_engine.url], timeout_s=START_TIMEOUT_S)
-    return BucketSender(control, engine_size=1, name="stage_0", host=HOST, device=torch.device("cpu"))
+    return BucketSender(control, engine_size=1, name="stage_0", host=HOST, backend="gloo")
 
 
 def changed_checkpoint(model: Path, folder: Path, change: Callable[[dict], object]) -> Path:

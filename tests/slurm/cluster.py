@@ -160,8 +160,8 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: int) -> dict[str, str]:
-        """What scontrol says about it."""
-        told = self.call("scontrol", "--oneliner", "show", "job", str(number))
+        """What scontrol says about it; of a heterogeneous job about its first component."""
+        told = self.call("scontrol", "--oneliner", "show", "job", str(number)).splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", told))
 
     def wait_for_state(self, number: int, states: set[str], timeout_s: float) -> dict[str, str]:

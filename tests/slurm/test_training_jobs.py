@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster
-from jobs import ROOT, Job
+from jobs import ROOT, Job, two_kinds
 
 from megatron_vespo.observability.metrics import read_metrics
 from tests.integration.interrupted import MINI_BATCHES, command, curve
@@ -108,6 +108,19 @@ def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
     state = job.wait(LONG_S)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), job.logs()
     assert "--num-completions 1: a group needs at least 2" in job.output
+    assert job.nothing_left()
+
+
+@pytest.mark.slow
+def test_trainer_and_engine_on_nodes_of_their_own(slurm, tiny_model, tmp_path, uninterrupted):
+    """The trainer has the second node, and with it Ray's head."""
+    words = command(tiny_model, tmp_path, "--train-iters", str(STEPS))
+    flags, options = words[words.index("train") + 1 :], two_kinds("n2", "n1")
+    job = Job(slurm, tmp_path, "train.sbatch", *flags, options=options)
+    job.wait_for_output(f" 4/{STEPS} ", LONG_S)
+    assert (nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineWorker")) == ({"n2"}, {"n1"})
+    assert job.wait(LONG_S)["JobState"] == "COMPLETED", job.logs()
+    assert curve(tmp_path) == uninterrupted
     assert job.nothing_left()
 
 

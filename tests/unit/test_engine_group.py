@@ -1,5 +1,6 @@
 """What becomes of engines that end, and how the weights get to those that run; servers are stood in for."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Slot:
         self.num_starts, self.url = 0, None
         self.may_start, self.end = True, None
         self.always_ends: str | None = None
-        self.stopped = self.dropped = False
+        self.stopped = self.dropped = self.is_probed = False
         self.probed: list[bool] = []
 
     def start(self) -> None:
@@ -266,6 +267,44 @@ def test_nobody_is_taken_for_hung_while_the_weights_change(start):
     slot.probed.clear()
     until(lambda: slot.probed)
     assert all(slot.probed)
+
+
+def test_held_engines_are_neither_probed_nor_started(start):
+    first, second = Slot(0), Slot(1)
+    group, said = start(first, second)
+    assert [member.url for member in group.hold()] == [A1, B1]  # it waited for them
+    for slot in (first, second):
+        slot.probed.clear()
+    second.end = "died"
+    until(lambda: said)
+    assert second.num_starts == 1
+    # again, as by another trainer: the one that is to be started later is not waited for
+    assert [member.url for member in group.hold()] == [A1]
+    until(lambda: len(first.probed) > 3)
+    assert not any(first.probed)
+    group.start_waiting()
+    until(lambda: second.url == B2)
+    assert not any(second.probed)
+    assert [member.url for member in group.hold()] == [A1, B2]
+    group.let_go()
+    group.let_go()
+    until(lambda: first.probed[-1] and second.probed[-1])
+    assert group._quiet == 0
+
+
+def test_to_hold_waits_for_signs_of_life(start):
+    slot = Slot(0)
+    group, _ = start(slot)
+    group.wait_until_ready()
+    slot.is_probed = True
+    held = []
+    thread = threading.Thread(target=lambda: held.append(group.hold()))
+    thread.start()
+    time.sleep(0.05)
+    assert not held
+    slot.is_probed = False
+    thread.join(5)
+    assert [member.url for member in held[0]] == [A1]
 
 
 def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):

@@ -1,5 +1,6 @@
 """What is seen of an engine from afar; its actor and its /health are stood in for."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -146,3 +147,16 @@ def test_silence_does_not_count_while_nobody_asks(slot, health):
     look_for(slot, 0.6, probing=False)
     health.clear()
     look_for(slot, 0.6)
+
+
+def test_it_says_that_it_waits_for_a_sign_of_life(slot, monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(engine_slot, "get_json", lambda *arguments: asked.wait(5))
+    slot.start()
+    slot.look(True)
+    assert slot.is_probed
+    asked.set()
+    deadline = time.monotonic() + 5
+    while slot.is_probed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

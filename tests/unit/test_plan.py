@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,13 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.hardware import GPUS, ON_GPUS
+from megatron_vespo.hardware import GLOO, GPUS, ON_GPUS
 from megatron_vespo.plan_cli import parsed
 from megatron_vespo.planning.engine_memory import engine_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
 from megatron_vespo.planning.plan import memory_of, model_of
 from megatron_vespo.planning.speed import Lengths, model_cost, weight_sync
-from megatron_vespo.planning.trainer_memory import activation_bytes, in_flight, log_prob_bytes
+from megatron_vespo.planning.trainer_memory import (
+    ENGINE_AT_REST,
+    RESERVE,
+    activation_bytes,
+    in_flight,
+    log_prob_bytes,
+)
 
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
     48,
@@ -169,7 +176,7 @@ def model(**changes) -> Namespace:
         "max_tokens_per_gpu": 1000, "padded_vocab_size": VOCABULARY, "log_prob_chunk_size": 1024,
         "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
         "recompute_modules": None, "global_batch_size": 1024, "data_parallel_size": 1,
-        "weight_sync_bucket_mb": 512, "sglang_flags": [],
+        "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False,
     }  # fmt: skip
     return Namespace(**(plain | changes))
 
@@ -255,11 +262,15 @@ def test_engines(checkpoint):
 
 
 def test_weight_sync():
-    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4)
+    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4, receivers=8)
     assert (sync.bytes, sync.link) == (2 * PARAMETERS, "network")
     assert sync.buckets == 2 * -(-PARAMETERS // 2**29)
     assert sync.seconds == pytest.approx(2 * 2 * PARAMETERS / 50e9)
-    assert weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1).link == "NVLink"
+    alone = weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
+    assert alone.link == "NVLink"
+    # a binomial tree over the sender and eight receivers has four hops
+    shared = weight_sync(model(colocate=True), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
+    assert shared.seconds == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 4 / GLOO))
     assert Lengths(256, 3840).sample == 4096
 
 
@@ -295,6 +306,36 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
     assert done.returncode == 1
     assert "DOES NOT FIT: 24 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 3" in done.stdout
     assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
+
+
+def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
+    colocated = "--colocate --rollout-engines 8 --sglang-tp-size 2 --sglang-mem-fraction-static"
+    [stage], [memory], _ = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {colocated} 0.5 {FULL}")
+    [apart] = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {FULL}")[1]
+    # training: all that it has apart, and an engine at rest
+    assert memory.total == apart.total + ENGINE_AT_REST
+    # generating: gradients and activations are given back
+    assert memory.at_rest == memory.weights + memory.optimizer + RESERVE
+    shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
+    given = model(sglang_flags=["--mem-fraction-static", "0.5"])
+    alone, beside = (
+        engine_memory(given, shape, parameters, GPUS["h100"], 2, trainer) for trainer in (0.0, memory.at_rest)
+    )
+    assert (beside.cache, beside.rest) == (alone.cache, alone.rest - memory.at_rest)
+
+    refused = command(recipe, "--nodes", "2", *colocated.split(), "0.8")
+    assert refused.returncode == 1 and "GPUs are needed" not in refused.stdout
+    [error] = [line for line in refused.stdout.splitlines() if "DOES NOT FIT" in line]
+    fraction = re.search(r"5 are wanted: --sglang-mem-fraction-static (0\.\d+)$", error)[1]
+    free = GPUS["h100"].memory - 2**30
+    assert (1 - float(fraction)) * free - memory.at_rest >= 5 * 2**30  # and a hundredth more would not do
+    assert (0.99 - float(fraction)) * free - memory.at_rest < 5 * 2**30
+    done = command(recipe, "--nodes", "2", *colocated.split(), fraction)
+    print(done.stdout, done.stderr)
+    assert (
+        done.returncode == 0 and "16 train, 8 engines x 2 generate, in turn on the same GPUs" in done.stdout
+    )
+    assert "--max-staleness" not in done.stdout
 
 
 def test_refused_flags_are_one_line(plan, recipe, tmp_path):

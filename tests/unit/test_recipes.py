@@ -48,8 +48,10 @@ RECIPES = {
     "qwen3_30b_a3b/synchronous_n64": 32,
     "qwen3_30b_a3b/asynchronous": 64,
     "qwen3_30b_a3b/one_node_80gb": 8,
+    "qwen3_30b_a3b/colocated_n8": 32,
     "qwen3_8b/synchronous_n8": 16,
     "qwen3_8b/one_node": 8,
+    "qwen3_8b/colocated_one_node": 8,
     "llama3_2_3b/synchronous_n8": 8,
 }
 
@@ -69,7 +71,9 @@ def test_all_are_here():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     args = parse(recipe, tmp_path)
-    assert args.trainer_ranks + args.rollout_engines * engine_size(args.sglang_flags) == RECIPES[recipe]
+    of_engines = args.rollout_engines * engine_size(args.sglang_flags)
+    gpus = args.trainer_ranks if args.colocate else args.trainer_ranks + of_engines
+    assert gpus == RECIPES[recipe] and args.colocate == ("colocated" in recipe)
     assert args.global_batch_size == 256 * 8 and args.lr == 1e-6 and 1500 <= args.train_iters <= 1536
     assert (args.max_prompt_tokens, args.max_completion_tokens) == (1024, 15360)
     assert (args.policy_loss, args.vespo_positive, args.vespo_negative) == ("vespo", [2.0, 3.0], [3.0, 2.0])

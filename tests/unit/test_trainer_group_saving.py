@@ -22,7 +22,8 @@ class Rank:
 def group(monkeypatch) -> TrainerGroup:
     monkeypatch.setattr(trainer_group, "gather", lambda refs, *others: refs)
     monkeypatch.setattr(trainer_group.ray, "put", lambda value: ("reference", value))
-    group = TrainerGroup(Namespace(trainer_ranks=0, train_timeout=1.0), None, None, lambda: None)
+    nowhere = SimpleNamespace(trainer=[])
+    group = TrainerGroup(Namespace(train_timeout=1.0), nowhere, None, lambda: None)
     group.told = []
     group._on_save = group.told.append
     return group

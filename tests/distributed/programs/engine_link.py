@@ -49,7 +49,7 @@ def main() -> None:
     stage, sends = rank // 2, rank % 2 == 0
     link = EngineLink(
         rank=rank, stage=stage, num_stages=2, is_sender=sends, engine_size=1, host="127.0.0.1",
-        device=torch.device("cpu"), timeout_s=1.0, pause=None,
+        backend="gloo", timeout_s=1.0, pause=None,
     )  # fmt: skip
     link._sender, link.control = sender, control = Sender(), Control()
     gathered = 0

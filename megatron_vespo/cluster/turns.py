@@ -1,0 +1,159 @@
+"""Engines and trainer ranks on the same GPUs: whose turn it is, and what engines give back meanwhile.
+
+While the trainer trains the engines have given back everything: SGLang takes the memory from under its
+weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on
+CPUs, it only empties its caches). What was in it is lost, so engines come back by a weight sync alone: room
+for the weights, the weights, then room for the rest. Where the trainer computes log-probs only, as for a
+checkpoint, that rest is room enough, and the weights stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+
+from megatron_vespo.cluster.engine_group import EngineGroup, Member
+from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
+from megatron_vespo.weight_sync.verify import Sums, weight_sums
+
+WEIGHTS = ("weights",)  # SGLang's names
+REST = ("kv_cache", "cuda_graph")
+IDLE_TIMEOUT = "?timeout=60"  # seconds, for requests that nobody waits for any more
+
+
+class Turns:
+    """What engines have of their memory; one that has just started has all of it.
+
+    `trace(name, start, end)`, in nanoseconds since 1970, is told of every change.
+    """
+
+    def __init__(
+        self,
+        engines: EngineGroup,
+        api_key: str | None,
+        timeout_s: float,
+        trace: Callable[[str, int, int], None],
+    ):
+        self._engines, self._api_key, self._timeout_s, self._trace = engines, api_key, timeout_s, trace
+        self._given: dict[tuple[int, int], set[str]] = defaultdict(set)  # back, by engine and start number
+        self._training = False
+        self.loaded: dict[str, Sums] = {}  # by url, of engines that gave their weights back without a policy
+        self.seconds = 0.0  # that all changes have taken
+
+    def train(self) -> None:
+        """The trainer's turn, from here to the end of the next weight sync."""
+        with self._measured("release"):
+            members, self._training = self._engines.hold(), True
+            self._note_loaded(members)
+            self._give(members, (*REST, *WEIGHTS))
+
+    @contextmanager
+    def lent(self, give_memory_back: Callable[[], None]) -> Iterator[None]:
+        """Room for log-probs in the engines' turn, too; `give_memory_back` is the trainer's."""
+        if self._training:
+            yield
+            return
+        with self._measured("release"):
+            members = self._engines.hold()
+            self._give(members, REST)
+        yield  # a trainer that fails in here is followed by one that starts with its turn
+        give_memory_back()
+        self._surviving(members, lambda those: self.resume(those, REST))
+        self._engines.let_go()
+
+    def restart(self) -> None:
+        """A weight sync begins: engines that have ended in the trainer's turn are started."""
+        self._engines.start_waiting()
+
+    def generate(self) -> None:
+        """It has ended, all engines that run have their memory."""
+        self._training = False
+        self._engines.let_go()
+
+    def resume(self, members: Sequence[Member], tags: Sequence[str]) -> None:
+        """Memory again for what engines have given back of `tags`; raises EnginesLostError."""
+        wanted = {m: [tag for tag in tags if tag in self._given[_key(m)]] for m in members}
+
+        def resumed(member: Member) -> None:
+            self._given[_key(member)] -= set(wanted[member])
+
+        with self._measured("resume"):
+            self._ask("/resume_memory_occupation", _payloads(wanted), resumed)
+
+    def _give(self, members: Sequence[Member], tags: Sequence[str]) -> None:
+        def give(members: Sequence[Member]) -> None:
+            there = {m: [tag for tag in tags if tag not in self._given[_key(m)]] for m in members}
+            payloads = _payloads(there)
+            # SGLang's scheduler dies of an assertion where it still has something to do
+            self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
+            self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
+            self._ask("/release_memory_occupation", payloads, lambda m: self._given[_key(m)].update(there[m]))
+
+        self._surviving(members, give)
+
+    def _note_loaded(self, members: Sequence[Member]) -> None:
+        """The first weight check compares with it what the trainer has loaded."""
+
+        def note(members: Sequence[Member]) -> None:
+            for member in members:
+                if member.fresh and member.url not in self.loaded:
+                    with self._control([member]) as control:
+                        [self.loaded[member.url]] = weight_sums(control)
+
+        self._surviving(members, note)
+
+    def _surviving(self, members: Sequence[Member], action: Callable[[Sequence[Member]], None]) -> None:
+        """`action` on the engines without those that it finds lost; they are started again later."""
+        lost: dict[str, str] = {}
+        while True:
+            try:
+                action([member for member in members if member.url not in lost])
+                return
+            except EnginesLostError as error:
+                lost |= error.lost
+                for member in members:
+                    if member.url in error.lost:
+                        self._engines.lose(member, error.lost[member.url])
+
+    def _ask(
+        self, path: str, payloads: Mapping[Member, dict], done: Callable[[Member], None] | None = None
+    ) -> None:
+        """All at once; `done` is told who has answered well, also where others have not."""
+        if not payloads:
+            return
+        with self._control(list(payloads)) as control:
+            calls = {m: control.submit(m.url, path, payload) for m, payload in payloads.items()}
+            futures.wait(calls.values())
+            for member, call in calls.items():
+                if done is not None and call.exception() is None:
+                    done(member)
+            control.wait(list(calls.values()))
+
+    @contextmanager
+    def _control(self, members: Sequence[Member]) -> Iterator[EngineControl]:
+        control = EngineControl([member.url for member in members], self._timeout_s, api_key=self._api_key)
+        try:
+            yield control
+        finally:
+            control.close()
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        start = time.time_ns()
+        try:
+            yield
+        finally:
+            end = time.time_ns()
+            self.seconds += (end - start) / 1e9
+            self._trace(name, start, end)
+
+
+def _key(member: Member) -> tuple[int, int]:
+    return member.number, member.start
+
+
+def _payloads(tags: Mapping[Member, list[str]]) -> dict[Member, dict]:
+    return {member: {"tags": own} for member, own in tags.items() if own}

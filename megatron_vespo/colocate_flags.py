@@ -1,0 +1,35 @@
+"""What goes together with --colocate."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_vespo.rollout.server_arguments import engine_size, flag_value
+
+
+def check_colocation(args: Namespace) -> None:
+    """With Megatron's and SGLang's flags; whether engines lie inside nodes is seen when they are placed."""
+    if not args.colocate:
+        return
+    if args.max_staleness:
+        raise ValueError(
+            f"--colocate: generation and training take turns on a GPU, --max-staleness {args.max_staleness} "
+            "lets both work: leave one out"
+        )
+    for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
+        if given:
+            raise ValueError(f"--colocate is for trainer and engines, {flag} has one of them: leave one out")
+    size = engine_size(args.sglang_flags)
+    if args.rollout_engines * size > args.trainer_ranks:
+        most = args.trainer_ranks // size
+        fix = f"at most --rollout-engines {most}" if most else "a smaller --sglang-tp-size"
+        raise ValueError(
+            f"--colocate: --rollout-engines {args.rollout_engines} of {size} GPUs lie on those of "
+            f"--trainer-ranks {args.trainer_ranks}: {fix}"
+        )
+    fraction = flag_value(args.sglang_flags, "--mem-fraction-static")
+    if args.distributed_backend == "nccl" and fraction is None:
+        raise ValueError(
+            "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where the "
+            "trainer's weights and optimizer stay; megatron-vespo plan says how much is left"
+        )
