@@ -153,6 +153,10 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
     assert directives(capsys.readouterr().out)["signal"] == "B:USR1@1560"
 
 
+# what only Megatron's model finds
+NONSENSE = "--recompute-granularity selective --recompute-modules nonsense"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -170,6 +174,9 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
         ("--nodes 8 --gpus-per-node 3 --trainer-ranks 4 --rollout-engines 9", "8 nodes x 3 hold 8 engines"),
         ("--gpu a100-40gb", "does not fit --gpu a100-40gb: trainer headroom is -"),
         ("--sglang-mem-fraction-static 0.05", "--gpu h100: an engine holds keys and values of 0 "),
+        (NONSENSE, "Megatron cannot build this model on 8 ranks: Invalid choices for recompute_modules"),
+        (f"{NONSENSE} --gpus-per-node 0", "Megatron cannot build this model on 8 ranks: "),
+        (f"{NONSENSE} --gpu other", "Megatron cannot build this model on 8 ranks: "),
         ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
         ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
         ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
