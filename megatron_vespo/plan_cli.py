@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
     check_positive(options, ("nodes", "gpus_per_node"))
     flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
     cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
-    plan = _plan(flags, cluster, options)
+    plan = planned(flags, cluster, options.mean_prompt_tokens, options.mean_completion_tokens)
     print(format_memory(plan), end="\n\n")
-    if errors := [*_memory_errors(plan, flags), *findings.errors(plan)]:
+    if errors := what_does_not_fit(plan, flags):
         for error in errors:
             print(f"DOES NOT FIT: {error}")
         return 1
@@ -69,11 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(flags: list[str], cluster: Cluster, options: Namespace) -> Plan:
+def planned(
+    flags: list[str],
+    cluster: Cluster,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+) -> Plan:
+    """The plan of a run; tokens are means. ValueError for what this program or Megatron refuses."""
     args, stages = parsed(flags)
     lengths = Lengths(
-        options.mean_prompt_tokens or args.max_prompt_tokens / 4,
-        options.mean_completion_tokens or args.max_completion_tokens / 4,
+        prompt_tokens or args.max_prompt_tokens / 4, completion_tokens or args.max_completion_tokens / 4
     )
     return make_plan(args, stages, cluster, engine_size(args.sglang_flags), lengths)
 
@@ -93,6 +98,11 @@ def parsed(flags: list[str]) -> tuple[Namespace, list]:
                 "plan is for runs that train and generate: leave --train-from, --rollout-only out"
             )
         return args, build_stages(args)
+
+
+def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:
+    """A line each, with what would be right. `flags` are the plan's; without engines the trainer's only."""
+    return [*_memory_errors(plan, flags), *(findings.errors(plan) if with_engines else [])]
 
 
 def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:

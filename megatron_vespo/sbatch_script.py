@@ -8,14 +8,18 @@ from collections.abc import Mapping, Sequence
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(\S+))?")
 _BEGIN = "set -euo pipefail\n"  # what is filled in stands behind it
+_HETJOB = "#SBATCH hetjob"  # between the components of a heterogeneous job
+# what a component does not take from the one before
+_OF_A_COMPONENT = ("ntasks-per-node", "gpus-per-node", "exclusive", "mem")
 
 
 def directives(script: str) -> dict[str, str | None]:
-    """The options of its #SBATCH lines; None for one without a value.
+    """The options of its #SBATCH lines, of the first component's; None for one without a value.
 
     Example: "#SBATCH --nodes=1\\n#SBATCH --requeue\\n" -> {"nodes": "1", "requeue": None}
     """
-    found = (_DIRECTIVE.fullmatch(line) for line in script.splitlines())
+    first = script.partition(f"\n{_HETJOB}\n")[0]
+    found = (_DIRECTIVE.fullmatch(line) for line in first.splitlines())
     return {match[1]: match[2] for match in found if match}
 
 
@@ -25,23 +29,32 @@ def render(
     leave_out: Sequence[str],
     variables: Mapping[str, str],
     flags: Sequence[str],
+    second: Mapping[str, str | None] | None = None,
 ) -> str:
     """`template` with `options` in place of its own or behind them, without those of `leave_out`.
 
-    `variables` are exported and `flags` become the script's arguments.
+    `variables` are exported and `flags` become the script's arguments. With `second` it is a heterogeneous
+    job, whose second component has these options, and the template's where SLURM does not hand them on.
     """
     assert template.count(_BEGIN) == 1, f"a job script says {_BEGIN!r} once"
-    wanted = directives(template) | dict(options)
-    lines = [
-        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
-        for name, value in wanted.items()
-        if name not in leave_out
-    ]
+    own = directives(template)
+    lines = _header(own | dict(options), leave_out)
+    if second is not None:
+        of_both = {name: own[name] for name in _OF_A_COMPONENT if name in own}
+        lines += [_HETJOB, *_header(of_both | dict(second), leave_out)]
     head, body = template.split(_BEGIN)
     head = "".join(f"{line}\n" for line in head.splitlines() if not line.startswith("#SBATCH "))
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     filled_in = "\n".join([*exports, "set -- \\\n" + " \\\n".join(_by_flag(flags))])
     return head + "\n".join(lines) + f"\n{_BEGIN}\n{filled_in}\n" + body
+
+
+def _header(options: Mapping[str, str | None], leave_out: Sequence[str]) -> list[str]:
+    return [
+        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
+        for name, value in options.items()
+        if name not in leave_out
+    ]
 
 
 def _by_flag(flags: Sequence[str]) -> list[str]:

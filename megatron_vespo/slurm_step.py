@@ -18,7 +18,7 @@ class Step:
     size: int
     local_rank: int
     word: str  # names this step among all of the cluster
-    nodes: str  # compressed list
+    nodes: str  # compressed list; the first has rank 0
 
 
 def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
@@ -30,8 +30,17 @@ def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
         size=int(env["SLURM_STEP_NUM_TASKS"] if "SLURM_STEP_NUM_TASKS" in env else env["SLURM_NTASKS"]),
         local_rank=int(env.get("SLURM_LOCALID", 0)),
         word=f"{env.get('SLURM_JOB_ID', 0)}.{env.get('SLURM_STEP_ID', 0)}",
-        nodes=env["SLURM_STEP_NODELIST"],
+        nodes=_nodes(env),
     )
+
+
+def _nodes(env: Mapping[str, str]) -> str:
+    """Of a step on all components of a heterogeneous job the first one's: the step's own list is sorted."""
+    groups = range(int(env.get("SLURM_HET_SIZE", 0)))
+    of_all = sum(int(env.get(f"SLURM_JOB_NUM_NODES_HET_GROUP_{group}", 0)) for group in groups)
+    if of_all and env.get("SLURM_STEP_NUM_NODES") == str(of_all):
+        return env["SLURM_JOB_NODELIST_HET_GROUP_0"]
+    return env["SLURM_STEP_NODELIST"]
 
 
 def first_host(nodes: str) -> str:

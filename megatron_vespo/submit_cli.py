@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import megatron_vespo
-from megatron_vespo.hardware import ON_GPUS
+from megatron_vespo import engine_nodes
+from megatron_vespo.hardware import GPUS, ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import render, seconds_before_limit
 
 DESCRIPTION = """\
-Fills slurm/train.sbatch in with the flags of a recipe, shows it, checks flags and GPUs, and submits it.
+Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it if megatron-vespo plan says
+that the run fits.
 
 Flags of train that follow count after the recipe's: megatron-vespo submit R.flags --nodes 4 --train-iters 800
 """
@@ -30,11 +33,16 @@ def main(argv: list[str]) -> int:
     if args.chain < 1:
         raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
     flags = read_recipe(args.recipe) + more
+    engine_nodes.check(args, flags)
     # the machine that jobs are submitted on may have no GPU
-    run = checked_run([*(ON_GPUS if args.gpus_per_node else []), *flags])
+    there = [*(ON_GPUS if args.gpus_per_node else []), *flags]
+    run = checked_run(there)
     script = job_script(args, flags, run.preemption_deadline)
     print(script, flush=True)
-    print(described_use(run, args.nodes, args.gpus_per_node))
+    use = described_use(run, args)
+    if not (run.train_from or run.rollout_only):
+        check_plan(there, args)
+    print(use)
     if args.dry_run:
         return 0
     for line in submit(script, args.chain):
@@ -54,9 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", type=Path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
     add("--nodes", type=int, required=True, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="0: the job asks for none")
+    add("--gpu", choices=(*GPUS, "other"), default="h100",
+        help="whose memory the run must fit; other: that is not checked; default: h100")  # fmt: skip
     add("--time", metavar="LIMIT", help="of one job, as sbatch takes it; default: the script's")
     add("--sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
         help="more options of sbatch, without dashes: partition=h100 account=rl exclude=node7")  # fmt: skip
+    engine_nodes.add_flags(parser)
     add("--chain", type=int, default=1, metavar="JOBS",
         help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
         "do not let jobs go back into the queue")  # fmt: skip
@@ -71,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 def checked_run(flags: list[str]) -> Namespace:
     """The run that train would make of the flags; ValueError for what would only show when the job runs."""
     from megatron_vespo.arguments import parse_args  # takes seconds
+    from megatron_vespo.trainer.meta_model import planned_machine
 
-    run = parse_args(flags)
+    with planned_machine():
+        run = parse_args(flags)
     if run.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
     if run.save is None or run.save != run.load:
@@ -112,10 +125,8 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
         options["no-requeue"] = None
         leave_out.append("requeue")
         variables["VESPO_MAX_RESTARTS"] = "0"
-    for option in args.sbatch:
-        name, equals, value = option.partition("=")
-        options[name.lstrip("-")] = value if equals else None
-    script = render(template, options, leave_out, variables, flags)
+    options |= engine_nodes.options_of_sbatch(args.sbatch)
+    script = render(template, options, leave_out, variables, flags, engine_nodes.component(args))
     if (seconds := seconds_before_limit(script)) < needed:
         raise ValueError(
             f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
@@ -124,24 +135,42 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
     return script
 
 
-def described_use(run: Namespace, nodes: int, gpus_per_node: int) -> str:
+def described_use(run: Namespace, args: Namespace) -> str:
     """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
+    from megatron_vespo.planning.gpu_count import too_few_gpus
     from megatron_vespo.rollout.server_arguments import engine_size
 
     ranks = 0 if run.rollout_only else run.trainer_ranks
     engines = 0 if run.train_from else run.rollout_engines
     size = engine_size(run.sglang_flags)
+    nodes, gpus_per_node = args.nodes, args.gpus_per_node
+    if args.engine_nodes is not None and gpus_per_node:
+        return engine_nodes.described_use(args, ranks, engines, size)
     used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
     what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs" + " in turn" * run.colocate
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
-    if used > there:
-        raise ValueError(
-            f"{what} need {used} GPUs, --nodes {nodes} x --gpus-per-node {gpus_per_node} = {there}"
-        )
-    if engines and gpus_per_node % size:
-        raise ValueError(f"an engine of {size} GPUs must fit into a node of {gpus_per_node} without a rest")
+    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, run.colocate):
+        raise ValueError(wrong)
     return f"checked: {what} use {used} of {there} GPUs"
+
+
+def check_plan(flags: list[str], args: Namespace) -> None:
+    """ValueError for a run that `megatron-vespo plan` refuses. Takes seconds."""
+    from megatron_vespo.plan_cli import parsed, planned, what_does_not_fit
+    from megatron_vespo.planning.plan import Cluster
+
+    if not args.gpus_per_node or args.gpu == "other":
+        parsed(flags)
+        return
+    cluster = Cluster(*engine_nodes.all_nodes(args), GPUS[args.gpu])
+    plan, of_engines = planned(flags, cluster), args.engine_gpu or args.gpu
+    if of_engines not in (args.gpu, "other"):
+        plan = replace(plan, engine=planned(flags, replace(cluster, gpu=GPUS[of_engines])).engine)
+    if wrong := what_does_not_fit(plan, flags, with_engines=of_engines != "other"):
+        gpus = f"--gpu {args.gpu}" + (f" --engine-gpu {args.engine_gpu}" if args.engine_gpu else "")
+        more = f"; and {len(wrong) - 1} more, see megatron-vespo plan" if wrong[1:] else ""
+        raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
 
 
 def submit(script: str, jobs: int) -> list[str]:

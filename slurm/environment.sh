@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034 # enter and step are used where this is sourced
 # Sourced by the scripts of this folder: where the program runs, and small words that they share.
 #
 # Set these before sbatch (megatron-vespo submit does it), or change the defaults here:

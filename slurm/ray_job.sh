@@ -1,21 +1,37 @@
+# shellcheck shell=bash disable=SC2154 # environment.sh sets step, enter, root
 # Sourced by train.sbatch and eval.sbatch: a command with Ray on all nodes, and what its exit code means.
+
+# What is this job's: `on_all`, the options of a step with one task on each of its nodes. Of a heterogeneous job's two
+# components the first one's nodes are the trainer's, VESPO_TRAINER_NODES, and the second one's the engines'.
+look_at_allocation() {
+    nodelist=$SLURM_JOB_NODELIST
+    export VESPO_NODES=$SLURM_NNODES VESPO_TRAINER_NODES=''
+    on_all=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+    [[ ${SLURM_HET_SIZE:-1} != 1 ]] || return 0
+    [[ $SLURM_HET_SIZE == 2 ]] || die "a job of $SLURM_HET_SIZE components: must be two, the trainer's and the engines'"
+    VESPO_TRAINER_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | tr '\n' ' ')
+    nodelist="$SLURM_JOB_NODELIST_HET_GROUP_0 for the trainer, $SLURM_JOB_NODELIST_HET_GROUP_1 for engines"
+    VESPO_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0,$SLURM_JOB_NODELIST_HET_GROUP_1" | wc -l)
+    # each component's own numbers count; not every MPI of SLURM's knows such steps
+    on_all=("--het-group=0,1" --ntasks-per-node=1 --mpi=none)
+}
 
 # The command runs on the first node; returns its exit code. SIGUSR1 for this shell is passed to it.
 run_with_ray() {
     local first code
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # of the first component, if there are two
     VESPO_FIRST_NODE=$(address_of "$first") || exit 1
     export VESPO_FIRST_NODE
     # who is not of this job does not get into its Ray
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
     RAY_AUTH_TOKEN=$(od -An -vtx1 -N32 /dev/urandom | tr -d ' \n')
-    say "attempt $((restarts + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), Ray's logs in $VESPO_LOGS"
+    say "attempt $((restarts + 1)): $VESPO_NODES nodes ($nodelist), Ray's logs in $VESPO_LOGS"
     local exit_code=$VESPO_LOGS/exit-code
     rm -f "$exit_code"
     # --wait: the first task to end is the first node's; the others follow by themselves, or are killed, and then
-    # srun's exit code is theirs
-    "${step[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        --wait=60 "${enter[@]}" bash "$root/slurm/ray_node.sh" "$@" &
+    # srun's exit code is theirs. The command is one word: srun takes a lone colon among its words for its own.
+    "${step[@]}" "${on_all[@]}" --kill-on-bad-exit=0 --wait=60 "${enter[@]}" \
+        bash "$root/slurm/ray_node.sh" "$(printf '%q ' "$@")" &
     local started=$!
     trap 'asked=1; say "SIGUSR1: the run is to save and end"; kill -USR2 "$started" || true' USR1
     # signals are heard between the sleeps: a `wait` that one interrupts can hang
@@ -42,8 +58,7 @@ address_of() {
 
 # A node that is lost ends the run before SLURM has noticed: does each still start a task?
 nodes_answer() {
-    timeout --kill-after=10 120 srun --overlap --input=none --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
-        --ntasks-per-node=1 true
+    timeout --kill-after=10 120 srun --overlap --input=none "${on_all[@]}" true
 }
 
 # Ends the job by the program's exit code: 75 means saved, and that the same command goes on from there.
@@ -85,3 +100,4 @@ restarts=${SLURM_RESTART_COUNT:-0}
 if ((restarts > VESPO_MAX_RESTARTS)); then
     die "started again $restarts times, more than VESPO_MAX_RESTARTS $VESPO_MAX_RESTARTS"
 fi
+look_at_allocation

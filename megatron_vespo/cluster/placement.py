@@ -12,6 +12,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_vespo.cluster.roles import by_role, shortage
 from megatron_vespo.cluster.seats import Bundle, Seat, separate, shared, shared_sizes
 
 START_TIMEOUT_S = 120.0
@@ -79,6 +80,7 @@ def place(args: Namespace, engine_size: int, colocate: bool = False) -> Placemen
         gpus = (1, engine_size) if with_gpus else (0, 0)
         bundles = [{"CPU": 1, "GPU": gpus[0]}] * ranks + [{"CPU": 1, "GPU": gpus[1]}] * engines
     bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
+    bundles = by_role(bundles, ranks, ray.cluster_resources(), colocate)
     group = placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=START_TIMEOUT_S)
@@ -89,7 +91,7 @@ def place(args: Namespace, engine_size: int, colocate: bool = False) -> Placemen
         beside = f" and {engines} engines of {engine_size} ranks{where}" if engines else ""
         raise ValueError(
             f"{ranks} trainer ranks{beside} found no place within {START_TIMEOUT_S:g} s: "
-            f"the Ray cluster has {have}"
+            f"the Ray cluster has {have}{shortage(bundles, ray.nodes())}"
         ) from None
     seats = shared(sizes, engines, _located(group, bundles)) if colocate else separate(ranks, engines, *gpus)
     loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1

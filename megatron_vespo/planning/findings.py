@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.engine_memory import CONTEXT
+from megatron_vespo.planning.gpu_count import too_few_gpus
 from megatron_vespo.planning.plan import Plan
 from megatron_vespo.planning.trainer_memory import ENGINE_AT_REST
 
@@ -27,22 +28,13 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def _placement(plan: Plan) -> Iterator[str]:
-    cluster, needed, size = plan.cluster, plan.gpus_needed, plan.engine_size
-    engines = plan.args.rollout_engines
-    have = f"{cluster.nodes} nodes x {cluster.gpus_per_node}"
-    if size > cluster.gpus_per_node:
-        yield (
-            f"an engine of {size} GPUs does not fit a node of {cluster.gpus_per_node}: lower --sglang-tp-size"
-        )
-    elif needed > cluster.gpus:
-        nodes = -(-needed // cluster.gpus_per_node)
-        left = (cluster.gpus - plan.args.trainer_ranks) // size
-        left *= not plan.args.colocate
-        fix = f"--nodes {nodes}" + (f" or --rollout-engines {left}" if left > 0 else " or a smaller layout")
-        yield f"{needed} GPUs are needed, {have} = {cluster.gpus} are there: {fix}"
-    elif engines > cluster.nodes * (cluster.gpus_per_node // size):
-        most = cluster.nodes * (cluster.gpus_per_node // size)
-        yield f"{have} hold {most} engines of {size} GPUs, none across nodes: --rollout-engines {most}"
+    cluster, args = plan.cluster, plan.args
+    wrong = too_few_gpus(
+        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node,
+        args.colocate,
+    )  # fmt: skip
+    if wrong:
+        yield wrong
 
 
 def _engines(plan: Plan) -> Iterator[str]:

@@ -6,9 +6,11 @@ Needs root. GPUs are device files that nothing drives.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -62,6 +64,11 @@ BOOT = """\
 hostname {name} && mount --bind {root}/hosts /etc/hosts && mount -t tmpfs -o size=2g tmpfs /dev/shm &&
 mkdir -p /tmp/ray && mount -t tmpfs -o size=2g tmpfs /tmp/ray && {{ slurmd -D -N {name} & wait; }}
 """
+# what a node is made of, in namespaces that go with the shell
+PROBE = """\
+set -e; hostname probe; mount -t tmpfs tmpfs /dev/shm; mknod /dev/shm/gpu0 c 195 0
+ip link add bridge type bridge; ip link add one type veth peer name other
+"""
 
 
 def why_not() -> str | None:
@@ -71,8 +78,11 @@ def why_not() -> str | None:
         return f"{', '.join(missing)} missing: see tests/slurm/install.sh"
     if os.geteuid() != 0:
         return "a node needs namespaces of its own, and only root makes them"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], timeout=60)
-    return "no namespaces can be made here" if probe.returncode else None
+    probe = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "bash", "-c", PROBE],
+        env=os.environ | {"PATH": _path()}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return f"no node can be made here: {probe.stderr.strip()}" if probe.returncode else None
 
 
 def _path() -> str:
@@ -115,7 +125,8 @@ class Cluster:
             node.wait(30)
         for file in ("slurmctld.pid", "munge.pid"):
             if (self.root / file).exists():
-                self.call("kill", (self.root / file).read_text().strip(), check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int((self.root / file).read_text()), signal.SIGTERM)
         for name in self.names:
             self.call("ip", "netns", "del", self._namespace(name), check=False)
         self.call("ip", "link", "del", self._tag, check=False)
@@ -149,8 +160,8 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: int) -> dict[str, str]:
-        """What scontrol says about it."""
-        told = self.call("scontrol", "--oneliner", "show", "job", str(number))
+        """What scontrol says about it; of a heterogeneous job about its first component."""
+        told = self.call("scontrol", "--oneliner", "show", "job", str(number)).splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", told))
 
     def wait_for_state(self, number: int, states: set[str], timeout_s: float) -> dict[str, str]:

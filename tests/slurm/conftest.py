@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
+from jobs import Job, stub_venv
 
 from megatron_vespo.runtime import load_runtime_plugins
 from tests.integration.servers import make_tiny_model
@@ -41,3 +42,20 @@ def all_nodes_serve(slurm):
 def tiny_model(tmp_path_factory) -> Path:
     load_runtime_plugins()
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"), seed=0)
+
+
+@pytest.fixture
+def job(slurm, tmp_path):
+    """A job of a stub program."""
+    jobs = []
+
+    def submit(program: str, *flags: str, script: str = "train.sbatch", options=(), **variables: str) -> Job:
+        venv = stub_venv(tmp_path / f"venv{len(jobs)}", program)
+        folder = tmp_path / f"job{len(jobs)}"
+        jobs.append(Job(slurm, folder, script, *flags, options=options, VESPO_VENV=venv, **variables))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        job.cancel()
+    assert all(job.nothing_left() for job in jobs)

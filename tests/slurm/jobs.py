@@ -13,8 +13,11 @@ from cluster import Cluster
 ROOT = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 START_S = 600.0
+WAIT_S = 120.0  # for a program that does nothing
 # two raylets beside each other on a small machine
 RAY_OPTIONS = "--object-store-memory=200000000"
+# of a second component: a script's own options are the first one's
+ALL_OF_A_NODE = ("--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0")
 
 
 class Job:
@@ -93,6 +96,12 @@ class Job:
         return True
 
 
+def two_kinds(trainer: str, engines: str) -> list[str]:
+    """Options of a heterogeneous job on these nodes, for instance n2 and n[1,3]."""
+    sizes = ["--nodes=2" if "[" in nodes else "--nodes=1" for nodes in (trainer, engines)]
+    return [sizes[0], f"--nodelist={trainer}", ":", sizes[1], f"--nodelist={engines}", *ALL_OF_A_NODE]
+
+
 class SubmittedJob(Job):
     """The same by `megatron-vespo submit`."""
 
@@ -121,7 +130,7 @@ esac
 RAY = """\
 #!/bin/bash
 [[ -z ${RAY_FAILS_ON-} || $RAY_FAILS_ON != "$SLURMD_NODENAME" ]] || { echo "no Ray today"; exit 1; }
-touch "$VESPO_LOGS/attempt-$SLURM_RESTART_COUNT-$SLURMD_NODENAME"
+echo "$*" >"$VESPO_LOGS/attempt-$SLURM_RESTART_COUNT-$SLURMD_NODENAME"
 case "$*" in
     *--head*) exec python3 -m http.server "$VESPO_RAY_PORT" ;;
     *) exec sleep 1000 ;;
@@ -137,3 +146,13 @@ def stub_venv(folder: Path, program: str) -> str:
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
     return str(folder)
+
+
+# until it is asked to save; with its number of the attempt, and what it was given
+UNTIL_ASKED = """
+echo "running on $SLURMD_NODENAME: $*"
+trap 'echo asked $((++asked)); sleep 1; exit 75' USR1
+((${SLURM_RESTART_COUNT:-0} < ${ATTEMPTS:-1})) || { echo resumed; exit 0; }
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+exit 9
+"""

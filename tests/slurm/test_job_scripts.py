@@ -6,42 +6,13 @@ import json
 import re
 
 import pytest
-from jobs import Job, SubmittedJob, stub_venv
+from jobs import UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
 
 from tests.unit.test_recipes import CONFIGS
-
-WAIT_S = 120.0
 
 
 def slow(case):
     return pytest.param(case, marks=pytest.mark.slow)
-
-
-# until it is asked to save; with its number of the attempt, and what it was given
-UNTIL_ASKED = """
-echo "running on $SLURMD_NODENAME: $*"
-trap 'echo asked $((++asked)); sleep 1; exit 75' USR1
-((${SLURM_RESTART_COUNT:-0} < ${ATTEMPTS:-1})) || { echo resumed; exit 0; }
-for ((i = 0; i < 600; i++)); do sleep 0.1; done
-exit 9
-"""
-
-
-@pytest.fixture
-def job(slurm, tmp_path):
-    """A job of a stub program."""
-    jobs = []
-
-    def submit(program: str, *flags: str, script: str = "train.sbatch", options=(), **variables: str) -> Job:
-        venv = stub_venv(tmp_path / f"venv{len(jobs)}", program)
-        folder = tmp_path / f"job{len(jobs)}"
-        jobs.append(Job(slurm, folder, script, *flags, options=options, VESPO_VENV=venv, **variables))
-        return jobs[-1]
-
-    yield submit
-    for job in jobs:
-        job.cancel()
-    assert all(job.nothing_left() for job in jobs)
 
 
 def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
@@ -189,7 +160,7 @@ def test_no_environment(job):
 def test_a_recipe_is_submitted(slurm, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
     recipe = tmp_path / "two_nodes.flags"
-    recipe.write_text("--prompt-data d --output-dir o --save c --load c  # all beside it\n--lr 1e-6")
+    recipe.write_text("--prompt-data d --output-dir o --save c --load c # beside it\n--answer-pattern :")
     venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME: $*"')
     words = [
         recipe,
@@ -201,6 +172,8 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
         venv,
         "--time",
         "20",
+        "--gpu",
+        "other",
         "--train-iters",
         "8",
     ]
@@ -209,7 +182,7 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
     assert (state["JobState"], state["NumNodes"], state["TimeLimit"]) == ("COMPLETED", "2", "00:20:00"), (
         job.logs()
     )
-    flags = f"--lr 1e-6 --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
+    flags = f"--answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
     assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
 
 

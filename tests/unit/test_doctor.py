@@ -14,7 +14,6 @@ from megatron_vespo.doctor.probe import problem
 from megatron_vespo.doctor.surface import ROUTES
 from megatron_vespo.doctor.table import as_text, lines_of
 from megatron_vespo.doctor.versions import TESTED
-from megatron_vespo.slurm_step import Step, current_step
 
 GIB = 2**30
 
@@ -278,13 +277,3 @@ def test_the_table():
         "open files  ok    at most 65536",
         "2 checks: 1 FAIL",
     ]
-
-
-def test_a_step_of_slurm():
-    script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-4]"}
-    assert current_step(script) is None
-    task = script | {
-        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "3",
-        "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-    }  # fmt: skip
-    assert current_step(task) == Step(rank=1, size=2, local_rank=0, word="7.3", nodes="n[1-2]")

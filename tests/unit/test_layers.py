@@ -43,6 +43,7 @@ LAYERS = {
     "disk": 0,
     "doctor": 5,
     "engine_flags": 5,
+    "engine_nodes": 5,
     "evaluate_cli": 5,
     "evaluate_flags": 5,
     "evaluation_engines": 5,

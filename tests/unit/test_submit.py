@@ -83,6 +83,7 @@ def recipe(tmp_path) -> Path:
     path.write_text(
         f"--hf-checkpoint {model} --prompt-data d --output-dir o --save c --load c # where\n"
         "--trainer-ranks 8 --rollout-engines 8 --sglang-tp-size 2 --train-iters 8 --lr 1e-6\n"
+        "--bf16 --max-tokens-per-gpu 2048\n"
     )
     return path
 
@@ -104,6 +105,39 @@ def test_a_dry_run_shows_and_checks(recipe, capsys, monkeypatch):
     assert shown.splitlines()[-1] == "checked: 8 trainer ranks and 8 engines of 2 GPUs use 24 of 24 GPUs"
 
 
+def test_engines_on_nodes_of_another_kind(recipe, capsys):
+    """What SLURM hands on from the first component is said once."""
+    more = "--nodes 1 --sbatch account=rl constraint=h100 --engine-nodes 4 --engine-gpus-per-node 4".split()
+    assert submit(recipe, "--dry-run", *more, "--engine-sbatch", "constraint=l40s", "exclusive=user") == 0
+    shown = capsys.readouterr().out
+    trainer, engines = shown.split("\n#SBATCH hetjob\n")
+    assert directives(shown) == directives(trainer)
+    assert {"nodes": "1", "gpus-per-node": "8", "constraint": "h100"}.items() <= directives(shown).items()
+    header = [line for line in engines.splitlines() if line.startswith("#")]
+    assert header == [
+        "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=4", "#SBATCH --exclusive=user",
+        "#SBATCH --mem=0", "#SBATCH --nodes=4", "#SBATCH --constraint=l40s",
+    ]  # fmt: skip
+    assert engines.count("set -euo pipefail\n") == 1 and "hetjob" not in engines
+    assert shown.splitlines()[-1] == (
+        "checked: 8 trainer ranks use 8 of 8 GPUs, 8 engines of 2 GPUs use 16 of 16 on nodes of their own"
+    )
+
+
+@pytest.mark.parametrize("gpu", ["h100", "other"])
+def test_gpus_of_engines_that_fit(recipe, gpu):
+    """With those of the tests of refusals they do not."""
+    flags = f"--engine-nodes 9 --engine-gpu {gpu} --sglang-mem-fraction-static 0.2"
+    assert submit(recipe, "--dry-run", *flags.split()) == 0
+
+
+def test_engines_on_other_nodes_without_gpus(recipe, capsys):
+    assert submit(recipe, "--dry-run", "--engine-nodes", "1", "--gpus-per-node", "0") == 0
+    shown = capsys.readouterr().out
+    assert "gpus-per-node" not in shown.split("set -euo")[0]
+    assert shown.splitlines()[-1].endswith("8 engines of 2 GPUs, none of them on a GPU")
+
+
 def test_a_container(recipe, capsys):
     flags = "--dry-run --container x.sif --container-runtime apptainer --mounts /data /models".split()
     assert submit(recipe, *flags) == 0
@@ -122,10 +156,20 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--nodes 2", "engines of 2 GPUs need 24 GPUs, --nodes 2 x --gpus-per-node 8 = 16"),
+        ("--nodes 2", "24 GPUs are needed, 2 nodes x 8 = 16 are there: --nodes 3 or --rollout-engines 4"),
+        ("--nodes 1 --gpus-per-node 4 --engine-nodes 9", "--nodes 1 x --gpus-per-node 4 = 4"),
+        ("--engine-nodes 1", "--engine-nodes 1 x --engine-gpus-per-node 8 hold 4 of them"),
+        ("--engine-nodes 9 --engine-gpus-per-node 1", "x --engine-gpus-per-node 1 hold 0 of them"),
+        ("--engine-nodes 9 --engine-gpu a100-40gb --sglang-mem-fraction-static 0.2", "a100-40gb: an engine"),
+        ("--engine-nodes 9 --engine-gpu other --gpu a100-40gb", "--engine-gpu other: trainer headroom is -"),
+        ("--engine-nodes 0", "--engine-nodes 0: must be at least 1"),
+        ("--engine-sbatch x=y", "--engine-gpu and --engine-sbatch are for --engine-nodes N"),
+        ("--engine-nodes 2 --colocate", "--colocate puts engines on the trainer's GPUs: leave it or"),
         ("--load other", "must be one folder: a job that is started again goes on there"),
         ("--ray-address auto", "--ray-address is the job script's to say: leave it out"),
-        ("--nodes 9 --gpus-per-node 3", "an engine of 2 GPUs must fit into a node of 3 without a rest"),
+        ("--nodes 8 --gpus-per-node 3 --trainer-ranks 4 --rollout-engines 9", "8 nodes x 3 hold 8 engines"),
+        ("--gpu a100-40gb", "does not fit --gpu a100-40gb: trainer headroom is -"),
+        ("--sglang-mem-fraction-static 0.05", "--gpu h100: an engine holds keys and values of 0 "),
         ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
         ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
         ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
@@ -136,9 +180,17 @@ def test_what_would_only_show_when_the_job_runs(recipe, capsys, flags, message):
     # the other folder has a checkpoint
     (recipe.parent / "other").mkdir()
     (recipe.parent / "other/latest_checkpointed_iteration.txt").write_text("8")
-    flags = flags.replace("other", str(recipe.parent / "other"))
+    flags = flags.replace("--load other", f"--load {recipe.parent / 'other'}")
     assert submit(recipe, "--dry-run", *flags.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_gpus_that_no_plan_knows(recipe, capsys):
+    """Flags are still checked, memory is not."""
+    huge = "--max-tokens-per-gpu 16384 --gpu".split()
+    assert submit(recipe, "--dry-run", *huge, "h100") == 2
+    assert "does not fit --gpu h100: trainer headroom is -" in capsys.readouterr().err
+    assert submit(recipe, "--dry-run", *huge, "other") == 0
 
 
 def test_without_sbatch(recipe, capsys, monkeypatch):

@@ -1,0 +1,30 @@
+"""Whether the nodes have the GPUs of a run: the one rule, for plans and for jobs."""
+
+from __future__ import annotations
+
+
+def too_few_gpus(
+    ranks: int, engines: int, engine_size: int, nodes: int, gpus_per_node: int, colocate: bool = False
+) -> str | None:
+    """What is wrong, in a line; None for what Ray can place.
+
+    An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Ray places larger bundles
+    first, so trainer ranks, of one GPU each, take what is left anywhere: the sum decides. With `colocate` the
+    engines have GPUs of trainer ranks.
+    """
+    needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
+    have = f"{nodes} nodes x {gpus_per_node}"
+    if engines and engine_size > gpus_per_node:
+        return (
+            f"an engine of {engine_size} GPUs does not fit a node of {gpus_per_node}: lower --sglang-tp-size"
+        )
+    if needed > there:
+        left = (there - ranks) // engine_size * (not colocate)
+        fix = f"--nodes {-(-needed // gpus_per_node)}"
+        fix += f" or --rollout-engines {left}" if left > 0 else " or a smaller layout"
+        return f"{needed} GPUs are needed, {have} = {there} are there: {fix}"
+    if engines > (most := nodes * (gpus_per_node // engine_size)):
+        return (
+            f"{have} hold {most} engines of {engine_size} GPUs, none across nodes: --rollout-engines {most}"
+        )
+    return None
