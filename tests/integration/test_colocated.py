@@ -177,3 +177,14 @@ def test_a_preempted_run_goes_on_beside_the_engines(tiny_model, tmp_path, lost_m
     said = run_to_the_end(tiny_model, folder, "--colocate")
     assert "resumed at optimizer step" in said
     assert numbers(folder) == separate
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_engine_of_two_ranks_beside_two(tiny_model, tmp_path, lost_memory):
+    flags = ["--colocate", "--rollout-engines", "1", "--sglang-tp-size", "2"]
+    run_to_the_end(tiny_model, tmp_path / "run", *flags)
+    lost = log_of(tmp_path / "run", 0).count("lost: kv_cache cuda_graph weights\n")
+    assert lost == 2 * 4  # by both of its ranks
+    records = read_metrics(tmp_path / "run/out/metrics.jsonl")
+    assert records[-1]["check/last_sync_logprob_difference"] <= 1e-4
