@@ -26,6 +26,16 @@ def test_what_can_be_placed(size):
         assert (wrong is None) == can_be_placed(ranks, engines, size, nodes, per_node), wrong
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_can_be_placed_in_turn(size):
+    """An engine's ranks are with it, the others anywhere."""
+    for ranks, engines, nodes, per_node in product((1, 3, 4, 9), range(4), (1, 2, 3), (1, 2, 3, 4, 7)):
+        if engines * size <= ranks:
+            wrong = too_few_gpus(ranks, engines, size, nodes, per_node, colocate=True)
+            alone = ranks - engines * size
+            assert (wrong is None) == can_be_placed(alone, engines, size, nodes, per_node), wrong
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -36,6 +46,10 @@ def test_what_can_be_placed(size):
             "9 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 2 or a smaller layout",
         ),
         ((4, 1, 16, 3, 8), "an engine of 16 GPUs does not fit a node of 8: lower --sglang-tp-size"),
+        (
+            (16, 4, 2, 1, 8, True),
+            "16 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 2 or a smaller layout",
+        ),
         ((6, 9, 2, 8, 3), "8 nodes x 3 hold 8 engines of 2 GPUs, none across nodes: --rollout-engines 8"),
     ],
 )
