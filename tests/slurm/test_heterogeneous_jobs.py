@@ -99,7 +99,9 @@ def test_it_is_submitted(slurm, tmp_path):
     )
     venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME on $SLURMD_NODENAME: $*"')
     words = ["--nodes", "2", "--engine-nodes", "1", "--engine-sbatch", "nodelist=n1", "--venv", venv]
-    job = SubmittedJob(slurm, tmp_path / "job", str(recipe), *words, "--train-iters", "8")
+    job = SubmittedJob(
+        slurm, tmp_path / "job", str(recipe), *words, *"--gpu other --train-iters 8 --lr 1".split()
+    )
     assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
     assert "3 nodes (n[2-3] for the trainer, n1 for engines)" in job.output
     assert "two_kinds on n2: train --hf-checkpoint" in job.output

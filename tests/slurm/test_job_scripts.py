@@ -160,7 +160,7 @@ def test_no_environment(job):
 def test_a_recipe_is_submitted(slurm, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
     recipe = tmp_path / "two_nodes.flags"
-    recipe.write_text("--prompt-data d --output-dir o --save c --load c # beside it\n--answer-pattern :")
+    recipe.write_text("--prompt-data d --output-dir o --save c --load c # all\n--lr 1 --answer-pattern :")
     venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME: $*"')
     words = [
         recipe,
@@ -182,7 +182,7 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
     assert (state["JobState"], state["NumNodes"], state["TimeLimit"]) == ("COMPLETED", "2", "00:20:00"), (
         job.logs()
     )
-    flags = f"--answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
+    flags = f"--lr 1 --answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
     assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
 
 
