@@ -126,6 +126,7 @@ def test_an_engine_killed_in_generation_serves_again(start):
     assert "engine 1 serves again (2 of 2 engines serve)" in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_only_engine_is_killed(start):
     """Nobody else can go on: the batch waits until it is back, with the weights that began it."""

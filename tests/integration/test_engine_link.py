@@ -100,7 +100,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     first, second = engines
     urls, number = [first.url, second.url], 10 * how
