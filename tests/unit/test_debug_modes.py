@@ -47,6 +47,7 @@ def arguments(**changes) -> Namespace:
         heldout_interval=5,
         heldout_completions=1,
         heldout_temperature=None,
+        heldout_pass_reward=1.0,
         heldout_data=None,
         save=None,
         load=None,

@@ -110,6 +110,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         heldout_interval=5,
         heldout_completions=1,
         heldout_temperature=None,
+        heldout_pass_reward=1.0,
         save="folder",
         save_interval=1000,
         on_alarm=on_alarm,
