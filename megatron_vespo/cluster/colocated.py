@@ -36,7 +36,7 @@ class ColocatedTrainer(TrainerGroup):
         with self._turns.lent(self.give_memory_back):
             return super().log_probs(samples)
 
-    def save(self, rollout_state: dict, rollout_buffer: bytes | None = None) -> None:
+    def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
         with self._turns.lent(self.give_memory_back):
             super().save(rollout_state, rollout_buffer)
 
