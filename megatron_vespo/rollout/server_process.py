@@ -47,7 +47,8 @@ def main() -> None:
         sys.exit(f"process {parent_pid}, which wanted this server, has ended")
     if (api_key := receive(sys.stdin)) is not None:
         keep_out_of_logs(api_key)
-        sys.argv += ["--api-key", api_key]  # /proc shows the arguments that the process was started with
+        # one word, as a key may begin with a dash; /proc shows what the process was started with, not this
+        sys.argv.append(f"--api-key={api_key}")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

@@ -86,6 +86,7 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
     assert summary["layout"]["engines"] == 0 and list(summary["idle"]) == ["trainer"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     rollouts = tmp_path / "rollouts"

@@ -20,7 +20,7 @@ from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.distributed import EngineControl
 from megatron_vespo.weight_sync.verify import weight_sums
 
-KEY = "the-key-of-this-test"
+KEY = "-the-key-of-this-test"  # one key in 64 begins so
 # the program's key cannot be guessed: for the test, every process draws this one
 SITE = f"import secrets\nsecrets.token_urlsafe = lambda num_bytes=None: {KEY!r}\n"
 RAY_SESSION = Path("/tmp/ray/session_latest")

@@ -90,6 +90,7 @@ def test_killed_and_gone_on_with(engine, tiny_model, tmp_path, sets):
     engine.check()
 
 
+@pytest.mark.slow
 def test_a_megatron_checkpoint_says_what_its_hf_folder_says(engine, tiny_model, tmp_path, sets):
     """Greedy responses, token by token; an interrupt in between leaves nothing but what has finished."""
     greedy = ["--temperature", "0", "--num-completions", "1", "--max-completion-tokens", "48"]

@@ -40,6 +40,7 @@ def uninterrupted(tiny_model, tmp_path_factory) -> list[dict]:
     return points
 
 
+@pytest.mark.slow
 def test_a_dead_trainer_rank_is_replaced(tiny_model, tmp_path, uninterrupted):
     run = Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log"))
     try:

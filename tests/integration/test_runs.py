@@ -108,6 +108,7 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     assert record["reward/mean"] > 0.7, "the resumed policy has forgotten what it learned"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"no real questions at {GSM8K}")
 def test_three_steps_on_gsm8k(tiny_model, tmp_path):
@@ -172,6 +173,7 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("victim", "named", "log"),
@@ -185,7 +187,10 @@ def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_p
     run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
     try:
         run.wait_for_output(" 2/10000 ", START_S)
-        found = [process for process in run.survivors() if victim in " ".join(process.cmdline())]
+        deadline = time.monotonic() + START_S
+        while not (found := [p for p in run.survivors() if victim in " ".join(p.cmdline())]):
+            assert time.monotonic() < deadline, run.output
+            time.sleep(0.1)
         found[0].kill()
         assert run.wait(60) == 1
         assert nothing_left(run)
@@ -195,6 +200,7 @@ def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_p
     assert log in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questions, tmp_path):
     port = find_free_port("127.0.0.1")
