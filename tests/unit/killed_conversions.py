@@ -91,6 +91,8 @@ def case(room: Path, sources: tuple[Path, Path], command: str, name: str, moment
 
 
 def main(folder: Path) -> None:
+    # a shell starts what runs in its background deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.flush()
     os.dup2(2, 1)  # what the command prints is of no interest
     os.fsync = lambda descriptor: None  # slow, and the machine stays on
