@@ -220,20 +220,23 @@ def _store(host: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
 
 
 def _all_have_arrived(store: dist.TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
-    """Whether so many ranks came to the store, before one of `joins` failed, and wait there for rank 0.
+    """Whether so many ranks came to the store, none of `joins` failing, and wait there for rank 0.
 
-    gloo's ranks leave their addresses under keys that end in their number; NCCL's do not wait.
+    gloo's ranks leave their addresses under keys that end in their number; NCCL's do not wait. Where one
+    has failed the others are still waited for: who comes to a store that has gone looks for it until its own
+    time is up, who waits at one that goes gives up at once.
     """
     deadline = time.monotonic() + timeout_s
-    ranks = {str(rank) for rank in range(1, number + 1)}
-    while not ranks <= {key.rpartition("/")[2] for key in store.list_keys()}:
-        done = [join for join in joins if join.done()]
-        if any(join.exception() for join in done) or time.monotonic() > deadline:
-            return False
-        if len(done) == len(joins):
-            break
+    size = number // len(joins)  # ranks of an engine
+    while time.monotonic() < deadline:
+        here = {key.rpartition("/")[2] for key in store.list_keys()}
+        done = [join.done() for join in joins]
+        failed = any(join.exception() for join, over in zip(joins, done, strict=True) if over)
+        on_the_way = [rank for rank in range(number) if not done[rank // size] and str(1 + rank) not in here]
+        if not on_the_way:
+            return not failed
         time.sleep(ARRIVAL_POLL_S)
-    return True
+    return False
 
 
 def _join_as_rank_zero(
