@@ -135,7 +135,7 @@ class TrainerWorker:
         number: int,
         engine_size: int,
         api_key: str | None,
-        loaded: Mapping[str, Sums] | None = None,
+        loaded: Mapping[str, Sums] | None,
     ) -> None:
         """Join new broadcast groups with the engines; `fresh` ones have to get a policy first.
 

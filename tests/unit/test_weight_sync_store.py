@@ -1,12 +1,15 @@
 """Where trainer and engines meet for a weight sync: a free port, on one address."""
 
 import socket
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import psutil
+import pytest
 import torch.distributed as dist
 
-from megatron_vespo.weight_sync.distributed import _store
+from megatron_vespo.weight_sync.distributed import _all_have_arrived, _store
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -31,3 +34,23 @@ def test_the_port_is_free_at_once_again():
     port = store.port
     del store
     socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_on_its_way_is_waited_for(fails):
+    """Also where the other one has failed, or it would look for a store that has gone."""
+    store, other, on_the_way = _store("127.0.0.1", 3, TIMEOUT), Future(), Future()
+    if fails:
+        other.set_exception(RuntimeError("refused"))
+    else:
+        store.set("address/1", "here")
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(_all_have_arrived, store, 2, [other, on_the_way], 20.0)
+        time.sleep(0.3)
+        assert not found.done()
+        store.set("address/2", "here")
+        assert found.result(timeout=5) == (not fails)
+
+
+def test_the_wait_for_ranks_has_a_deadline():
+    assert not _all_have_arrived(_store("127.0.0.1", 2, TIMEOUT), 1, [Future()], 0.2)
