@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from argparse import Namespace
+from unittest.mock import patch
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import initialize as megatron_initialize
 from megatron.training.global_vars import set_global_variables
-from megatron.training.initialize import initialize_megatron
 
 
 def initialize(
@@ -26,7 +27,10 @@ def initialize(
         MASTER_PORT=str(master_port),
     )
     set_global_variables(args, build_tokenizer=False)
-    initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    # Megatron's data sets are not used here. It would build their helpers by make, for which its wheel has no
+    # Makefile, and end the process.
+    with patch.object(megatron_initialize, "_compile_dependencies", lambda: None):
+        megatron_initialize.initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
     return args
 
 

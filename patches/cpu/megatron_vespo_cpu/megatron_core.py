@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import megatron.core.datasets.utils as dataset_utils
 import megatron.core.tensor_parallel.mappings as mappings
 import megatron.core.tensor_parallel.random as megatron_random
 import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -42,8 +41,6 @@ def install() -> None:
         "_reduce_scatter_along_first_dim",
         _with_uneven_parts(mappings._reduce_scatter_along_first_dim, _reduce_scatter),
     )
-    # It runs make; the wheel brings the compiled helpers and no Makefile.
-    replace(dataset_utils, "compile_helpers", lambda: None)
 
 
 def _with_uneven_parts(original: Callable, uneven: Callable) -> Callable:
