@@ -31,7 +31,6 @@ PLAIN = {
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
-    "gradient_accumulation_fusion": False,
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,
     "tp_comm_overlap": False,

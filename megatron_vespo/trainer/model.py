@@ -13,9 +13,14 @@ from megatron_vespo.trainer.attention import PackedAttention
 
 
 def model_config(args: Namespace) -> TransformerConfig:
-    """Megatron's configuration; micro-batches are packs of varying length."""
+    """Megatron's configuration; micro-batches are packs of varying length.
+
+    Its layers are built without gradient accumulation fusion: Megatron's own would need Apex's kernel, and
+    the output layer's backward, `linear_log_probs`, never calls it. `model_provider` gives it to TE's layers.
+    """
     config = core_transformer_config_from_args(args)
     config.variable_seq_lengths = True
+    config.gradient_accumulation_fusion = False
     return config
 
 
@@ -32,7 +37,7 @@ def model_provider(args: Namespace, config: TransformerConfig):
         if not use_te:
             for layer in spec.layer_specs:
                 layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        return GPTModel(
+        model = GPTModel(
             config,
             spec,
             vocab_size=args.padded_vocab_size,
@@ -48,5 +53,17 @@ def model_provider(args: Namespace, config: TransformerConfig):
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
+        _fuse_gradient_accumulation(model, args.gradient_accumulation_fusion)
+        return model
 
     return provide
+
+
+def _fuse_gradient_accumulation(model: GPTModel, fused: bool) -> None:
+    """Whether Transformer Engine's layers add their weight's gradient to `main_grad` themselves.
+
+    They then set `grad_added_to_main_grad` of the weight, and Megatron's data parallelism adds nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TE's name for it, read in every forward pass
+            module.fuse_wgrad_accumulation = fused
