@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,7 @@ import numpy as np
 import pytest
 from launch import PROGRAMS, TIMEOUT_S, Result, launch
 from named_layouts import LAYOUTS
-from random_task import Task, random_samples, split
-
-# what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
-ENGINE_NOISE = 0.1
+from random_task import Task, make_task
 
 TRAINING_FLAGS = "--ratio-denominator decoupled --lr 3e-5 --lr-warmup-iters 3".split()
 
@@ -38,16 +34,7 @@ def transformers_log_probs(tmp_path_factory) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory, transformers_log_probs) -> Task:
-    folder = tmp_path_factory.mktemp("task")
-    samples = random_samples()
-    samples_file = folder / "samples.pkl"
-    samples_file.write_bytes(pickle.dumps(samples))
-    log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model")
-    noise = np.random.default_rng(1).normal(0, ENGINE_NOISE, log_probs.shape)
-    for sample, behavior in zip(samples, split(log_probs + noise, samples), strict=True):
-        sample.behavior_log_probs = behavior.astype(np.float32)
-    samples_file.write_bytes(pickle.dumps(samples))
-    return Task(folder / "model", samples_file, samples, log_probs)
+    return make_task(tmp_path_factory.mktemp("task"), transformers_log_probs)
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,15 @@ KILL_TIMEOUT_S = 10
 
 # no thread pool may exist where processes are forked, and ranks share few cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+PRELOADED = ["preload"]
 
 Result = dict[str, np.ndarray]
+
+
+def configure(preloaded: Sequence[str], environment: dict[str, str]) -> None:
+    """What this process's server imports before all else, and further variables; before the first `launch`."""
+    PRELOADED[:0] = preloaded
+    ENVIRONMENT.update(environment)
 
 
 def launch(
@@ -76,8 +83,9 @@ def launch(
 
 def _ensure_server() -> None:
     """Starts the server unless it runs; it ends with the last process that holds its pipe, killed or not."""
-    multiprocessing.set_forkserver_preload(["preload"])
-    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=f"{REPOSITORY}:{Path(__file__).parent}"):
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    path = f"{ENVIRONMENT['PYTHONPATH']}:{Path(__file__).parent}"
+    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=path):
         forkserver.ensure_running()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from megatron_vespo.types import TrainingSample
 
 VOCAB_SIZE = 131
 NUM_SAMPLES = 48
+# what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
+ENGINE_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,19 @@ class Task:
     samples_file: Path
     samples: list[TrainingSample]
     log_probs: np.ndarray
+
+
+def make_task(folder: Path, transformers_log_probs: Callable[..., np.ndarray]) -> Task:
+    """Writes a random model and samples of it; `transformers_log_probs(model, samples_file, *flags)`."""
+    samples = random_samples()
+    samples_file = folder / "samples.pkl"
+    samples_file.write_bytes(pickle.dumps(samples))
+    log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model")
+    noise = np.random.default_rng(1).normal(0, ENGINE_NOISE, log_probs.shape)
+    for sample, behavior in zip(samples, split(log_probs + noise, samples), strict=True):
+        sample.behavior_log_probs = behavior.astype(np.float32)
+    samples_file.write_bytes(pickle.dumps(samples))
+    return Task(folder / "model", samples_file, samples, log_probs)
 
 
 def random_samples() -> list[TrainingSample]:
