@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training.training import force_param_sync, setup_model_and_optimizer
+from megatron.training.training import force_param_sync
 from torch import Tensor
 
 from megatron_vespo.algorithms.losses.table import PolicyLoss
@@ -29,9 +28,9 @@ from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import group_gradient_norms
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
-from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
+from megatron_vespo.trainer.setup import set_up
 from megatron_vespo.trainer.step import Schedule, inputs_only, log_prob_only, policy_loss, ratio_only
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights
 from megatron_vespo.types import TrainingSample
@@ -80,9 +79,7 @@ class MegatronPolicy:
         self.stored = checkpoint.stored(args) if resuming else None
         self.rollout_state = self.stored.state if self.stored else None
         self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
-        self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider(args, model_config(args))
-        )
+        self.model, self.optimizer, self.scheduler = set_up(args)
         self.iteration = args.iteration  # optimizer steps done
         # one rank a pipeline stage hands full tensors on: to the engines, to an export
         self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0

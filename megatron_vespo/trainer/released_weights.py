@@ -10,13 +10,16 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.setup import stored_names
 
 
 def load_model(args: Namespace, folder: Path) -> GPTModel:
     """The whole model of `args` on this one rank, by Megatron's own loading of `folder`, one iteration's."""
     model = model_provider(args, model_config(args))(pre_process=True, post_process=True).to(device()).eval()
     wanted = model.sharded_state_dict(metadata={"singleton_local_shards": False})
-    missing = model.load_state_dict(dist_checkpointing.load(wanted, str(folder)), strict=False).missing_keys
+    with stored_names():
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    missing = model.load_state_dict(loaded, strict=False).missing_keys
     lost = [name for name in missing if not name.endswith("_extra_state")]
     if lost:
         raise RuntimeError(f"{folder} left {lost[0]} unset")

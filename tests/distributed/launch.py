@@ -35,7 +35,7 @@ Result = dict[str, np.ndarray]
 
 
 def configure(preloaded: Sequence[str], environment: dict[str, str]) -> None:
-    """What this process's server imports before all else, and further variables; before the first `launch`."""
+    """What this process's server imports first, and more variables; to be called before `launch`."""
     PRELOADED[:0] = preloaded
     ENVIRONMENT.update(environment)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_vespo.layout import Layout
 from tests.distributed import launch as launcher
 from tests.distributed.launch import REPOSITORY, TIMEOUT_S, Result
 from tests.distributed.random_task import Task, make_task
 
 HERE = Path(__file__).parent
 PACKAGES = REPOSITORY / ".venv.te"  # see install.sh
+TASK_FLAGS = "--max-tokens-per-gpu 256 --ratio-denominator decoupled --lr 3e-5".split()
 SERVER_ENVIRONMENT = {
     "PYTHONPATH": ":".join(map(str, (REPOSITORY, PACKAGES, HERE / "support"))),
     "TRITON_INTERPRET": "1",  # TE's permutations are Triton kernels
@@ -54,13 +56,25 @@ def with_te() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.fixture(scope="session")
-def run(with_te, task, tmp_path_factory) -> Callable[..., list[Result]]:
-    """Run one of the programs here on the task: `run(te, program, num_ranks, *flags)`."""
+def launch(with_te, tmp_path_factory) -> Callable[..., list[Result]]:
+    """`launch(te, program, num_ranks, arguments)`: with Transformer Engine, or without."""
 
-    def start(te: bool, program: str, num_ranks: int, *flags: str) -> list[Result]:
-        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *flags]
-        folder = tmp_path_factory.mktemp(f"{Path(program).stem}-{'te' if te else 'local'}-")
-        call = (launcher.launch, HERE / "programs" / program, num_ranks, arguments, TIMEOUT_S, folder)
+    def start(te: bool, program: Path, num_ranks: int, arguments: Sequence[str]) -> list[Result]:
+        folder = tmp_path_factory.mktemp(f"{program.stem}-{'te' if te else 'local'}-")
+        call = (launcher.launch, program, num_ranks, arguments, TIMEOUT_S, folder)
         return with_te.submit(*call).result() if te else call[0](*call[1:])
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def on_task(launch, task) -> Callable[..., list[Result]]:
+    """`on_task(te, program, layout, *flags)`: a program with the task's model and samples."""
+
+    def start(te: bool, program: Path, layout_name: str, *flags: str) -> list[Result]:
+        layout = Layout.parse(layout_name)
+        arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *TASK_FLAGS]
+        del (layout_flags := layout.flags())[:2]  # the number of ranks
+        return launch(te, program, layout.world_size, [*arguments, *layout_flags, *flags])
 
     return start

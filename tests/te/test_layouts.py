@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_vespo.layout import Layout
 from tests.distributed.launch import Result
 
+PROGRAM = Path(__file__).parent / "programs" / "compare.py"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm moe_act"
 CASES = {  # with what Transformer Engine's run recomputes and overlaps, which changes no numbers
@@ -45,19 +46,14 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(run):
+def pair(on_task):
     finished: dict[str, Pair] = {}
 
-    def start(name: str) -> Pair:
-        if name not in finished:
-            layout = Layout.parse(name)
-            flags = [*layout.flags()[2:], "--max-tokens-per-gpu", "256"]
-            flags += ["--ratio-denominator", "decoupled", "--lr", "3e-5"]
-            finished[name] = Pair(
-                run(False, "compare.py", layout.world_size, *flags),
-                run(True, "compare.py", layout.world_size, *flags, *CASES[name].split()),
-            )
-        return finished[name]
+    def start(layout: str) -> Pair:
+        if layout not in finished:
+            local = on_task(False, PROGRAM, layout)
+            finished[layout] = Pair(local, on_task(True, PROGRAM, layout, *CASES[layout].split()))
+        return finished[layout]
 
     return start
 

@@ -1,4 +1,4 @@
-"""Makes Transformer Engine's Python import, and its layers compute, where there is neither CUDA nor its extension."""
+"""Makes Transformer Engine's Python import, and its layers compute, without CUDA and its extension."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def install() -> None:
     with warnings.catch_warnings(action="ignore"):  # it says that there is no extension
         from transformer_engine import common
     common.load_framework_extension = lambda framework: None
-    # TE refuses to work without CUDA. Only TE is told that all is well: others choose devices and kernels by it.
+    # TE refuses to work without CUDA. Only TE is told that it is there: others choose devices by it.
     is_cuda, is_available = torch.Tensor.is_cuda.__get__, torch.cuda.is_available
     torch.Tensor.is_cuda = property(lambda self: _asked_by_te() or is_cuda(self))
     torch.cuda.is_available = lambda: _asked_by_te() or is_available()

@@ -1,0 +1,78 @@
+"""Builds the model and the optimizer, and loads a checkpoint of either layer implementation into them.
+
+Megatron's local layers and Transformer Engine's file the same tensors under the same names, but for the norm
+before an MoE layer's experts. Each asks for the extra state of its own modules, which holds something in fp8
+training only, and for the settings of its own Adam.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterator, Set
+from typing import Any
+from unittest.mock import patch
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.training.training import setup_model_and_optimizer
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_vespo.trainer.model import model_config, model_provider
+
+_NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def set_up(args: Namespace) -> tuple:
+    """Megatron's model chunks, optimizer and scheduler, from the checkpoint that `args.load` holds if any.
+
+    A collective of all ranks; sets `args.iteration`.
+    """
+    provider = model_provider(args, model_config(args))
+    with stored_names():
+        model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
+    _add_missing_settings(optimizer)
+    return model, optimizer, scheduler
+
+
+def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
+    """Loading replaces the groups of parameters by those of the Adam that has saved."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for name, value in part.optimizer.defaults.items():
+                group.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def stored_names() -> Iterator[None]:
+    """Inside, `dist_checkpointing.load` asks for everything by the name that it was written with."""
+    load = dist_checkpointing.load
+
+    def load_as_stored(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        stored = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
+        dict_list_map_inplace(lambda part: _as_stored(part, stored), sharded_state_dict)
+        return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    with patch.object(dist_checkpointing, "load", load_as_stored):
+        yield
+
+
+def _as_stored(part: Any, stored: Set[str]) -> Any:
+    """The same part of the state under its name in the checkpoint; unchanged where it is in there or lost."""
+    if isinstance(part, ShardedObject) and part.key.endswith("._extra_state"):
+        return part if part.unique_key in stored else LocalNonpersistentObject(part.data)
+    if isinstance(part, ShardedTensor | ShardedTensorFactory) and part.key not in stored:
+        for ours, theirs in (_NORM_NAMES, _NORM_NAMES[::-1]):
+            other = part.key.replace(ours, theirs)
+            if other != part.key and other in stored:
+                part.key = other
+                break
+    return part
