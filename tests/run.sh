@@ -16,12 +16,14 @@ for argument in "$@"; do
     fi
 done
 if ((${#paths[@]} == 0)); then
-    for folder in tests/{unit,distributed,golden,gpu,integration,slurm}; do
+    for folder in tests/{unit,distributed,te,golden,gpu,integration,slurm}; do
         if [[ -d $folder ]]; then paths+=("$folder"); fi
     done
 fi
 
 bash patches/cpu/setup_env.sh
-case " ${paths[*]}" in *" tests/slurm"*) bash tests/slurm/install.sh ;; esac
+for folder in tests/te tests/slurm; do
+    case " ${paths[*]}" in *" $folder"*) bash "$folder/install.sh" ;; esac
+done
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"
