@@ -28,6 +28,7 @@ from megatron_vespo.colocate_flags import check_colocation
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
+from megatron_vespo.process_environment import CONNECTIONS, TABLE
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import load_runtime_plugins
 from megatron_vespo.validation import REQUIRED_BY_TRAIN, check_flags, check_layout, check_virtual_pipeline
@@ -215,11 +216,15 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
 def _megatron_validate(args: Namespace) -> None:
     from megatron.training.arguments import validate_args
 
-    # it asserts on it for tensor parallelism; harmless without GPUs
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # it asserts on a variable that the trainer's ranks will have
+    connections = {CONNECTIONS: os.environ.get(CONNECTIONS) or TABLE[CONNECTIONS].trainer}
     background = args.async_save
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+            patch.dict(os.environ, connections),
+        ):
             validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:
         # many of its assertions say nothing: then the source line does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import ray
 from megatron_vespo.cluster.engine_slot import EngineSlot
 from megatron_vespo.cluster.engine_worker import EngineWorker
 from megatron_vespo.cluster.placement import Placement
+from megatron_vespo.process_environment import exported_values
 from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.engine import EngineError
 
@@ -277,8 +279,9 @@ def start_engines(
 
         def make_worker():
             return remote.options(**placement.options(seat)).remote(
-                args, number, server_args, log_dir, placement.loopback, api_key, seat.devices
-            )
+                args, number, server_args, log_dir, placement.loopback, api_key, exported_values(os.environ),
+                seat.devices,
+            )  # fmt: skip
 
         return EngineSlot(
             number,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_vespo.cluster.logs import redirect_output
@@ -23,16 +24,20 @@ class EngineWorker:
         log_dir: Path,
         loopback: bool,
         api_key: str | None,
+        exported: Mapping[str, str],
         devices: str | None = None,
     ):
-        """`devices` are the GPUs that the server sees; None: those that the actor does."""
+        """`devices` are the GPUs that the server sees; None: those that the actor does.
+
+        `exported` is what the user has set of `process_environment.TABLE`.
+        """
         shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
         if args.ray_address:  # else Ray is the driver's child, and its environment what the plugins have set
             load_runtime_plugins()
         self._host = host_address(loopback)
         self._args, self._number, self._server_args = args, number, server_args
-        self._api_key, self._devices = api_key, devices
+        self._api_key, self._exported, self._devices = api_key, exported, devices
         self._log_path = log_dir / f"engine-{number}.log"
         self._engine: SGLangEngine | None = None
 
@@ -44,7 +49,7 @@ class EngineWorker:
         )
         self._engine = SGLangEngine(
             str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
-            self._args.engine_start_timeout, self._api_key, self._devices,
+            self._args.engine_start_timeout, self._api_key, self._devices, self._exported,
         )  # fmt: skip
         self._engine.start()
         return self._engine.url

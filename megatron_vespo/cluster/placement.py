@@ -121,3 +121,10 @@ def _look_around() -> Bundle:
 def host_address(loopback: bool) -> str:
     """Address of this node as the other processes of the run reach it."""
     return "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+
+
+def cores_of_a_gpu() -> int:
+    """CPU cores that this process may use, divided by the GPUs that Ray has on this node."""
+    own = ray.get_runtime_context().get_node_id()
+    [gpus] = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["NodeID"] == own]
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(gpus)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_vespo.data.checkpoint_folder import SaveReport
 from megatron_vespo.data.probe_file import ProbeMismatchError
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
+from megatron_vespo.process_environment import exported_values
 from megatron_vespo.types import TrainingSample
 from megatron_vespo.weight_sync.distributed import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums
@@ -51,7 +53,9 @@ class TrainerGroup:
         self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
         self._workers = [
-            remote.options(**placement.options(seat)).remote(args, rank, log_dir, placement.loopback)
+            remote.options(**placement.options(seat)).remote(
+                args, rank, log_dir, placement.loopback, exported_values(os.environ)
+            )
             for rank, seat in enumerate(placement.trainer)
         ]
 

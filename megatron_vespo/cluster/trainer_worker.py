@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from argparse import Namespace
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from megatron_vespo.cluster.logs import redirect_output
-from megatron_vespo.cluster.placement import host_address
+from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, SaveReport
 from megatron_vespo.data.probe_file import NUM_PROBES, compare, decode, encode
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
 from megatron_vespo.preemption import shield_process
+from megatron_vespo.process_environment import THREADS, apply_here, trainer_environment
 from megatron_vespo.rollout.engine import find_free_port
+from megatron_vespo.rollout.server_arguments import has_symmetric_memory
 from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
@@ -28,6 +32,15 @@ if TYPE_CHECKING:
 
 # of SGLang: with these engines may have loaded other values than --hf-checkpoint's
 LOADING_FLAGS = {"--load-format", "--dtype"}
+
+
+def set_environment(args: Namespace, exported: Mapping[str, str]) -> None:
+    """This rank's, before Megatron, CUDA and NCCL are there to read it."""
+    threads = cores_of_a_gpu() if args.optimizer_cpu_offload else 1
+    symmetric = has_symmetric_memory(args.sglang_flags)
+    apply_here(trainer_environment(exported, threads=threads, symmetric_memory=symmetric))
+    # torch has read the variable when it was imported
+    torch.set_num_threads(int(os.environ[THREADS].partition(",")[0]))
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,11 @@ class Resumed:
 class TrainerWorker:
     """All methods are collectives: the group calls them on every rank. Results are the same on all."""
 
-    def __init__(self, args: Namespace, rank: int, log_dir: Path, loopback: bool):
+    def __init__(
+        self, args: Namespace, rank: int, log_dir: Path, loopback: bool, exported: Mapping[str, str]
+    ):
+        """`exported` is what the user has set of `process_environment.TABLE`."""
+        set_environment(args, exported)
         redirect_output(log_dir / f"trainer-{rank}.log")
         self._args, self.rank = args, rank
         self._host = host_address(loopback)

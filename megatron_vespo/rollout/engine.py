@@ -10,10 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_vespo.http import EngineRequestError, get_json
+from megatron_vespo.process_environment import LIBRARIES, apply, engine_environment, exported_values
 from megatron_vespo.rollout.api_key import hand_over
+from megatron_vespo.rollout.server_arguments import MEMORY_SAVER, has_pausable_graphs, has_symmetric_memory
 
 LOG_TAIL_LINES = 15
 HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
@@ -43,7 +46,8 @@ class SGLangEngine:
 
     `server_args` are SGLang's own flags (see `server_arguments`), without model path, host and ports.
     The server's output is appended to `log_path`. The server dies with the process that started it. It sees
-    the GPUs `devices` (as in CUDA_VISIBLE_DEVICES), or those that this process does.
+    the GPUs `devices` (as in CUDA_VISIBLE_DEVICES), or those that this process does. `exported` is what the
+    user has set of `process_environment.TABLE`; None: what this process has of it.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class SGLangEngine:
         start_timeout_s: float,
         api_key: str | None = None,
         devices: str | None = None,
+        exported: Mapping[str, str] | None = None,
     ):
         self.model_path = model_path
         self.host = host
@@ -63,7 +68,7 @@ class SGLangEngine:
         self.server_args = server_args
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
-        self._api_key, self._devices = api_key, devices
+        self._api_key, self._devices, self._exported = api_key, devices, exported
         self._process: subprocess.Popen | None = None
         self._log_start = 0  # bytes of earlier starts in the same file
 
@@ -96,7 +101,7 @@ class SGLangEngine:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ if self._devices is None else os.environ | {VISIBLE: self._devices},
+                env=self._environment(),
                 start_new_session=True,
             )
         try:
@@ -105,6 +110,19 @@ class SGLangEngine:
         except BaseException:
             self.stop(timeout_s=0)
             raise
+
+    def _environment(self) -> dict[str, str]:
+        user = exported_values(os.environ) if self._exported is None else self._exported
+        values = engine_environment(
+            user,
+            memory_saver=MEMORY_SAVER in self.server_args,
+            pausable_graphs=has_pausable_graphs(self.server_args),
+            symmetric_memory=has_symmetric_memory(self.server_args),
+            library_path=os.environ.get(LIBRARIES, ""),
+        )
+        if self._devices is not None:
+            values[VISIBLE] = self._devices
+        return apply(values, os.environ)
 
     def check(self) -> None:
         """Raise EngineError, with the end of the log, when the server is not running."""

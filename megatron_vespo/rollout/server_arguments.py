@@ -24,6 +24,10 @@ OWNED = {
     "--api-key",  # on a command line, in logs and in checkpoints others could read them
     "--admin-api-key",
 }
+MEMORY_SAVER = "--enable-memory-saver"
+# where users choose how CUDA graphs are captured
+PREFILL_GRAPHS = "--cuda-graph-backend-prefill"
+GRAPH_FLAGS = (PREFILL_GRAPHS, "--cuda-graph-backend-decode", "--cuda-graph-config")
 ARITY_NONE, ARITY_ONE, ARITY_MANY = "none", "one", "many"
 
 
@@ -82,7 +86,7 @@ def server_arguments(
     if not prefix_cache:
         owned.append("--disable-radix-cache")
     if memory_saver:
-        owned.append("--enable-memory-saver")
+        owned.append(MEMORY_SAVER)
     defaults = {
         "--device": [device],
         "--dtype": [dtype],
@@ -97,6 +101,8 @@ def server_arguments(
         }
     if device == "cpu" or memory_saver:
         defaults["--sleep-on-idle"] = []  # an idle scheduler spins on a core that the trainer needs
+    if memory_saver:
+        defaults[PREFILL_GRAPHS] = ["disabled"]  # SGLang's own choice, breakable ones, keep their memory
     arguments = [
         part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
     ]
@@ -176,3 +182,13 @@ def flag_value(sglang_flags: list[str], *names: str) -> str | None:
 def engine_size(sglang_flags: list[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
     return int(flag_value(sglang_flags, "--tensor-parallel-size", "--tp-size") or 1)
+
+
+def has_pausable_graphs(arguments: list[str]) -> bool:
+    """Whether SGLang can give the memory of all CUDA graphs of a colocated engine back."""
+    return not any("breakable" in (flag_value(arguments, flag) or "") for flag in GRAPH_FLAGS)
+
+
+def has_symmetric_memory(arguments: list[str]) -> bool:
+    """Whether SGLang turns on NCCL's cuMem, whatever the environment says."""
+    return "--enable-symm-mem" in arguments

@@ -23,6 +23,7 @@ LAYERS = {
     "layout": 1,
     "observability": 1,
     "preemption": 1,
+    "process_environment": 0,
     "slurm_step": 0,
     "rewards": 1,
     "runtime": 1,

@@ -1,0 +1,154 @@
+"""The environment of trainer ranks and engines: one table, the same for all nodes of a run.
+
+A variable of the table that is exported where the run is started counts for every process, on every node.
+What a node's Ray has of it in its own environment, which its actors inherit, does not: two nodes, or a
+trainer rank and an engine, cannot differ by accident. Only of LD_LIBRARY_PATH, which is not in the table,
+each node has its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CUMEM = "NCCL_CUMEM_ENABLE"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+THREADS = "OMP_NUM_THREADS"
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATOR_NEW = "PYTORCH_ALLOC_CONF"  # torch reads either
+PAUSED_GRAPHS = "SGLANG_MEMORY_SAVER_CUDA_GRAPH"
+LIBRARIES = "LD_LIBRARY_PATH"
+_EXPANDABLE = re.compile(r"(^|,)\s*expandable_segments:\w+")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What a run sets where the user exports nothing, for each kind of process; None: it is not set.
+
+    `colocated` is an engine with --enable-memory-saver, which gives its GPU memory to the trainer.
+    """
+
+    trainer: str | None
+    engine: str | None
+    colocated: str | None
+    why: str
+
+
+TABLE: Mapping[str, Variable] = {
+    CUMEM: Variable(
+        "0", "0", "0",
+        "NCCL's P2P transport chooses cuMem or CUDA IPC by the sender's own setting (transport/p2p.cc): "
+        "processes that differ cannot be in one group on one node. SGLang sets 0 (_set_envs_and_config)",
+    ),
+    CONNECTIONS: Variable(
+        "1", None, None,
+        "before Blackwell Megatron wants 1 with tensor or context parallelism (validate_args): communication "
+        "then starts before the GEMM that it overlaps with. SGLang always sets 8 itself",
+    ),
+    THREADS: Variable(
+        "1", None, None,
+        "Ray sets the CPUs of an actor, which are 1. With --optimizer-cpu-offload Adam runs on the CPU and a "
+        "rank gets the node's cores divided by its GPUs. On GPUs SGLang sets its threads itself",
+    ),
+    ALLOCATOR: Variable(
+        "expandable_segments:True", None, None,
+        "packs vary in length, which fragments fixed segments. torch_memory_saver refuses this option "
+        "(_sanity_checks): it is taken out of a colocated engine's value, also where the user exports it",
+    ),
+    ALLOCATOR_NEW: Variable(None, None, None, f"torch's newer name of {ALLOCATOR}"),
+    PAUSED_GRAPHS: Variable(
+        None, None, "1",
+        "SGLang captures CUDA graphs in memory that it can give back (full_cuda_graph_backend.py); not set "
+        "where the user chooses breakable graphs, which cannot be paused",
+    ),
+}  # fmt: skip
+
+
+def exported_values(env: Mapping[str, str]) -> dict[str, str]:
+    """What the user has set of the table, taken from the environment that the run is started in."""
+    return {name: env[name] for name in TABLE if env.get(name)}
+
+
+def trainer_environment(
+    user: Mapping[str, str], *, threads: int = 1, symmetric_memory: bool = False
+) -> dict[str, str | None]:
+    """Values of the table for a trainer rank; None: to be unset. `user` is see `exported_values`.
+
+    `threads` are the CPU cores for a rank; `symmetric_memory`: engines run with --enable-symm-mem.
+    """
+    values = _defaults(user, "trainer") | {CUMEM: _cumem(user, symmetric_memory)}
+    if THREADS not in user:
+        values[THREADS] = str(threads)
+    if ALLOCATOR_NEW in user:
+        values[ALLOCATOR] = user.get(ALLOCATOR)
+    return values
+
+
+def engine_environment(
+    user: Mapping[str, str],
+    *,
+    memory_saver: bool = False,
+    pausable_graphs: bool = True,
+    symmetric_memory: bool = False,
+    library_path: str = "",
+) -> dict[str, str | None]:
+    """Values of the table for an engine, and LD_LIBRARY_PATH; None: to be unset.
+
+    `memory_saver`: it runs with --enable-memory-saver, and none of its CUDA graphs is a breakable one
+    (`pausable_graphs`). `library_path` is the node's own LD_LIBRARY_PATH.
+    """
+    values = _defaults(user, "colocated" if memory_saver else "engine")
+    values[CUMEM] = _cumem(user, symmetric_memory)
+    if memory_saver:
+        for name in (ALLOCATOR, ALLOCATOR_NEW):
+            values[name] = without_expandable_segments(values[name] or "") or None
+        if not pausable_graphs:
+            values[PAUSED_GRAPHS] = user.get(PAUSED_GRAPHS)
+        values[LIBRARIES] = ":".join([*filter(None, [library_path]), *cuda_libraries()]) or None
+    return values
+
+
+def apply(values: Mapping[str, str | None], env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with these values, without those that are None."""
+    return {name: value for name, value in {**env, **values}.items() if value is not None}
+
+
+def apply_here(values: Mapping[str, str | None]) -> None:
+    """The same for this process and its children; before CUDA, NCCL or torch's allocator start."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def without_expandable_segments(options: str) -> str:
+    """Example: "expandable_segments:True,max_split_size_mb:64" -> "max_split_size_mb:64"."""
+    return _EXPANDABLE.sub("", options).strip(", ")
+
+
+def cuda_libraries() -> list[str]:
+    """Folders of the CUDA runtime that pip has installed for torch, which no loader knows of.
+
+    SGLang starts schedulers with torch_memory_saver's library in LD_PRELOAD. It needs libcudart and has no
+    path of its own: where the loader does not find it no program starts at all (exit status 127).
+    """
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    found = {library.parent for place in places or () for library in Path(place).glob("*/lib/libcudart.so.*")}
+    return sorted(map(str, found))
+
+
+def _defaults(user: Mapping[str, str], role: str) -> dict[str, str | None]:
+    return {name: user.get(name, getattr(row, role)) for name, row in TABLE.items()}
+
+
+def _cumem(user: Mapping[str, str], symmetric_memory: bool) -> str:
+    """One value for both: SGLang itself sets 1 where its symmetric memory is on."""
+    default = TABLE[CUMEM].trainer
+    assert default is not None
+    return "1" if symmetric_memory else user.get(CUMEM, default)
