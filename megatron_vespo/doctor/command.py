@@ -17,6 +17,7 @@ from megatron_vespo.doctor import machine, shared_folder, traps
 from megatron_vespo.doctor.finding import Check, Finding, run_checks, with_deadline
 from megatron_vespo.doctor.gpus import gpus, has_gpu_files, num_gpus
 from megatron_vespo.doctor.meeting import Guest, Host, Meeting, MeetingError
+from megatron_vespo.doctor.memory_saver import memory_saver
 from megatron_vespo.doctor.network import all_reduce
 from megatron_vespo.doctor.packages import IMPORT_TIMEOUT_S, package
 from megatron_vespo.doctor.patches import patches
@@ -116,6 +117,8 @@ def _local(folder: Path) -> list[Finding]:
         Check("hub", traps.hub, QUICK_S),
         Check("environment", partial(traps.environment, has_gpu_files()), QUICK_S),
     ]
+    if has_gpu_files():
+        checks.append(Check("memory saver", memory_saver, LOCAL_S))
     return run_checks(checks)
 
 

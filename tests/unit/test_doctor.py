@@ -1,14 +1,19 @@
 """The doctor's judgements, its deadlines and its table."""
 
 import ast
+import os
 import resource
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from test_layers import PACKAGE
 
 from megatron_vespo.doctor import gpus, machine, packages, patches, shared_folder, traps
 from megatron_vespo.doctor.finding import Check, Finding, run_checks
+from megatron_vespo.doctor.memory_saver import memory_saver
 from megatron_vespo.doctor.own_source import uses_in
 from megatron_vespo.doctor.probe import problem
 from megatron_vespo.doctor.surface import ROUTES
@@ -168,12 +173,61 @@ def test_ports(free, ephemeral, status):
         ({"NCCL_SOCKET_IFNAME": "^lo"}, False, "", "ok", ""),
         ({"RAY_AUTH_MODE": "disabled"}, False, "", "warn", "runs code as you"),
         ({"RAY_ADDRESS": "auto"}, False, "", "warn", "joins that cluster"),
+        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, True, "", "FAIL", "every trainer rank"),
+        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}, True, "", "ok", ""),
+        ({}, True, "", "ok", "trainer ranks get NCCL_CUMEM_ENABLE=0, CUDA_DEVICE_MAX_CONNECTIONS=1"),
+        ({"NCCL_CUMEM_ENABLE": "1"}, True, "", "warn", "NCCL_CUMEM_ENABLE=1: trainer ranks and engines"),
+        ({"NCCL_CUMEM_ENABLE": "0"}, True, "", "ok", "NCCL_CUMEM_ENABLE as exported"),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, True, "", "warn", "before Blackwell without 1"),
+        ({"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "0"}, True, "", "warn", "keep their memory without 1"),
+        # a run takes it out where it breaks something
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            True,
+            "",
+            "ok",
+            "engines with --colocate get NCCL_CUMEM_ENABLE=0, SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 (",
+        ),
     ],
 )
 def test_environment(env, gpu, proxied, status, said):
     addresses = ["127.0.0.1", "10.0.0.1"]
     finding = traps.judge_environment(env, addresses, {"lo", "eth0"}, gpu, lambda address: address == proxied)
     assert finding.status == status and said in finding.text
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(
+    ("needed", "status", "said"),
+    [
+        ([], "ok", "can be preloaded"),
+        (["libcudart.so.99"], "ok", "can be preloaded"),  # which a run finds in site-packages
+        (["libcudart.so.99", "libcuda.so.99"], "FAIL", "libcuda.so.99"),
+    ],
+)
+def test_the_memory_savers_library(needed, status, said, tmp_path, monkeypatch):
+    """A package in torch_memory_saver's place, with a library that has such needs."""
+    (tmp_path / "torch_memory_saver.py").write_text(
+        "import os\nfrom contextlib import contextmanager\n@contextmanager\ndef configure_subprocess():\n"
+        f"    os.environ['LD_PRELOAD'] = {str(tmp_path / 'hook.so')!r}\n    yield\n"
+    )
+    libraries = tmp_path / "nvidia" / "cu99" / "lib"
+    libraries.mkdir(parents=True)
+    for name in needed:
+        cc(libraries / name, f"-Wl,-soname,{name}")
+    cc(tmp_path / "hook.so", "-Wl,--no-as-needed", *(str(libraries / name) for name in needed))
+    for name in needed[1:]:
+        (libraries / name).unlink()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    finding = memory_saver()
+    assert (finding.status, said in finding.text) == (status, True), finding
+
+
+def cc(target: Path, *flags: str) -> None:
+    source = target.with_name("empty.c")
+    source.write_text("int nothing;")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(target), *flags], check=True)
 
 
 def test_a_proxy_for_loopback_is_seen(monkeypatch):

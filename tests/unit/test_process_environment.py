@@ -1,0 +1,182 @@
+"""What trainer ranks and engines get in their environment, and what the loader makes of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vespo.cluster.trainer_worker import set_environment
+from megatron_vespo.process_environment import (
+    ALLOCATOR,
+    ALLOCATOR_NEW,
+    CONNECTIONS,
+    CUMEM,
+    LIBRARIES,
+    PAUSED_GRAPHS,
+    TABLE,
+    THREADS,
+    apply,
+    cuda_libraries,
+    engine_environment,
+    exported_values,
+    trainer_environment,
+    without_expandable_segments,
+)
+from megatron_vespo.rollout.engine import SGLangEngine
+from megatron_vespo.rollout.server_arguments import server_arguments
+
+# a node's Ray has all of it, and everything is wrong there
+RAYLET = {name: "of the node" for name in TABLE} | {"PATH": "/bin", THREADS: "1"}
+
+
+def test_without_exports_every_process_gets_the_table():
+    trainer, engine = apply(trainer_environment({}), RAYLET), apply(engine_environment({}), RAYLET)
+    assert trainer == {
+        "PATH": "/bin", CUMEM: "0", CONNECTIONS: "1", THREADS: "1", ALLOCATOR: "expandable_segments:True",
+    }  # fmt: skip
+    assert engine == {"PATH": "/bin", CUMEM: "0"}
+
+
+@pytest.mark.parametrize("memory_saver", [False, True])
+@pytest.mark.parametrize("symmetric_memory", [False, True])
+@pytest.mark.parametrize("user", [{}, {CUMEM: "1"}, {CUMEM: "0"}, {CUMEM: "-2"}])
+def test_trainer_and_engines_always_agree_on_cumem(user, symmetric_memory, memory_saver):
+    trainer = trainer_environment(user, symmetric_memory=symmetric_memory)
+    engine = engine_environment(user, symmetric_memory=symmetric_memory, memory_saver=memory_saver)
+    assert trainer[CUMEM] == engine[CUMEM] == ("1" if symmetric_memory else user.get(CUMEM, "0"))
+
+
+def test_what_the_user_exports_counts_everywhere():
+    user = exported_values({CONNECTIONS: "32", THREADS: "6", ALLOCATOR: "", "PATH": "/bin", LIBRARIES: "/l"})
+    assert user == {CONNECTIONS: "32", THREADS: "6"}
+    trainer, engine = trainer_environment(user, threads=12), engine_environment(user)
+    assert trainer[CONNECTIONS] == engine[CONNECTIONS] == "32"
+    assert trainer[THREADS] == engine[THREADS] == "6"
+    assert LIBRARIES not in engine  # a node's own
+
+
+def test_a_rank_with_the_optimizer_on_the_cpu_gets_threads():
+    assert trainer_environment({}, threads=12)[THREADS] == "12"
+
+
+@pytest.mark.parametrize(
+    ("user", "trainer", "colocated"),
+    [
+        ({}, {ALLOCATOR: "expandable_segments:True"}, {}),
+        ({ALLOCATOR: "max_split_size_mb:64"}, {ALLOCATOR: "max_split_size_mb:64"}, None),
+        ({ALLOCATOR_NEW: "max_split_size_mb:64"}, {ALLOCATOR_NEW: "max_split_size_mb:64"}, None),
+        ({ALLOCATOR: "expandable_segments:True"}, {ALLOCATOR: "expandable_segments:True"}, {}),
+        (
+            {ALLOCATOR_NEW: "expandable_segments:True,max_split_size_mb:64"},
+            {ALLOCATOR_NEW: "expandable_segments:True,max_split_size_mb:64"},
+            {ALLOCATOR_NEW: "max_split_size_mb:64"},
+        ),
+    ],
+)  # fmt: skip
+def test_expandable_segments_are_for_trainer_ranks(user, trainer, colocated):
+    def of(values):
+        return {name: values[name] for name in (ALLOCATOR, ALLOCATOR_NEW) if values[name] is not None}
+
+    assert of(trainer_environment(user)) == trainer
+    assert of(engine_environment(user)) == user
+    assert of(engine_environment(user, memory_saver=True)) == (trainer if colocated is None else colocated)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("expandable_segments:True", ""),
+        ("a:1, expandable_segments:False", "a:1"),
+        ("roundup_power2_divisions:[256:1,512:2],expandable_segments:True,b:2",
+         "roundup_power2_divisions:[256:1,512:2],b:2"),
+    ],
+)  # fmt: skip
+def test_one_option_is_taken_out(options, left):
+    assert without_expandable_segments(options) == left
+
+
+def test_cuda_graphs_are_paused_in_colocated_engines_alone():
+    assert engine_environment({})[PAUSED_GRAPHS] is None
+    assert engine_environment({}, memory_saver=True)[PAUSED_GRAPHS] == "1"
+    assert engine_environment({PAUSED_GRAPHS: "0"}, memory_saver=True)[PAUSED_GRAPHS] == "0"
+    assert engine_environment({}, memory_saver=True, pausable_graphs=False)[PAUSED_GRAPHS] is None
+
+
+def engine(*sglang_flags: str, memory_saver: bool, exported: dict | None = None) -> SGLangEngine:
+    arguments = server_arguments(
+        list(sglang_flags), device="cuda", is_moe=True, dtype="bfloat16", seed=1, memory_saver=memory_saver
+    )
+    return SGLangEngine("m", "127.0.0.1", 30000, arguments, Path("log"), 1.0, None, "2,3", exported)
+
+
+def test_an_engine_reads_what_it_needs_from_its_arguments(monkeypatch):
+    for name in TABLE:
+        monkeypatch.setenv(name, "of the node")
+    monkeypatch.setenv(LIBRARIES, "/own")
+    apart = engine(memory_saver=False, exported={})._environment()
+    assert not {CONNECTIONS, THREADS, ALLOCATOR, ALLOCATOR_NEW, PAUSED_GRAPHS} & apart.keys()
+    assert (apart[CUMEM], apart[LIBRARIES], apart["CUDA_VISIBLE_DEVICES"]) == ("0", "/own", "2,3")
+    colocated = engine(memory_saver=True, exported={ALLOCATOR: "expandable_segments:True"})._environment()
+    assert colocated[PAUSED_GRAPHS] == "1" and ALLOCATOR not in colocated
+    assert colocated[LIBRARIES] == ":".join(["/own", *cuda_libraries()])
+    breakable = engine("--cuda-graph-backend-prefill", "breakable", memory_saver=True, exported={})
+    assert PAUSED_GRAPHS not in breakable._environment()
+    symmetric = engine("--enable-symm-mem", memory_saver=False, exported={CUMEM: "0"})
+    assert symmetric._environment()[CUMEM] == "1"
+
+
+def test_a_rank_sets_its_own(monkeypatch):
+    for name in TABLE:
+        monkeypatch.setenv(name, "of the node")
+    threads = torch.get_num_threads()
+    args = Namespace(optimizer_cpu_offload=False, sglang_flags=["--enable-symm-mem"])
+    try:
+        set_environment(args, {THREADS: "3", ALLOCATOR_NEW: "max_split_size_mb:64"})
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    now = {name: os.environ[name] for name in TABLE if name in os.environ}
+    assert now == {CUMEM: "1", CONNECTIONS: "1", THREADS: "3", ALLOCATOR_NEW: "max_split_size_mb:64"}
+
+
+def test_torch_reads_the_allocators_options_after_its_import():
+    """A rank sets them in a process that has imported torch."""
+    program = (
+        f"import os, torch; os.environ['{ALLOCATOR}'] = 'expandable_segments:True'; "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in TABLE}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True)
+    assert done.stdout.strip() == "expandable_segments:True", done.stderr
+
+
+def compiled(source: str, target: Path, *flags: str) -> Path:
+    file = target.with_suffix(".c")
+    file.write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", str(file), "-o", str(target), *flags], check=True)
+    return target
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_library_that_needs_the_cuda_runtime_can_be_preloaded(tmp_path, monkeypatch):
+    """As torch_memory_saver's: it needs libcudart, has no path of its own, and goes into LD_PRELOAD."""
+    name = "libcudart.so.99"  # of a version that no machine's loader knows
+    runtime = tmp_path / "site" / "nvidia" / "cu99" / "lib" / name
+    runtime.parent.mkdir(parents=True)
+    compiled("int cuda_runtime(void) { return 0; }", runtime, f"-Wl,-soname,{name}")
+    source = "int cuda_runtime(void); int hook(void) { return cuda_runtime(); }"
+    hook = compiled(source, tmp_path / "hook.so", str(runtime))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delenv(LIBRARIES, raising=False)
+
+    def exit_status(memory_saver: bool) -> int:
+        own = engine(memory_saver=memory_saver)._environment() | {"LD_PRELOAD": str(hook)}
+        return subprocess.run(["/bin/true"], env=own, capture_output=True).returncode
+
+    assert exit_status(memory_saver=False) == 127
+    assert exit_status(memory_saver=True) == 0
