@@ -2,9 +2,10 @@
 
 While the trainer trains the engines have given back everything: SGLang takes the memory from under its
 weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on
-CPUs, it only empties its caches). What was in it is lost, so engines come back by a weight sync alone: room
-for the weights, the weights, then room for the rest. Where the trainer computes log-probs only, as for a
-checkpoint, that rest is room enough, and the weights stay.
+CPUs, it only empties its caches). Breakable graphs, which only a user's flag turns on, keep their memory. The
+other graphs lie in host memory meanwhile; weights, keys and values are lost, so engines come back by a weight
+sync alone: room for the weights, the weights, then room for the rest. Where the trainer computes log-probs
+only, as for a checkpoint, that rest is room enough, and the weights stay.
 """
 
 from __future__ import annotations
