@@ -11,8 +11,8 @@ from megatron_vespo.planning.layer_activations import kept_by_layer
 
 # CUDA's context, NCCL's buffers, libraries' workspaces, fragmentation: an allowance, not measured
 RESERVE = 4 * GIB
-# What an engine on the same GPU keeps while the trainer has its turn: CUDA's context and loaded kernels, NCCL's
-# buffers, workspaces, and of CUDA graphs what the driver holds, not their tensors; an allowance, not measured.
+# What an engine on the same GPU keeps while the trainer has its turn: CUDA's context and kernels, NCCL's
+# buffers, workspaces, and of CUDA graphs what the driver holds, not their tensors. An allowance, not measured
 ENGINE_AT_REST = 3 * GIB
 
 

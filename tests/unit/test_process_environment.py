@@ -5,8 +5,10 @@ import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from megatron_vespo.cluster.trainer_worker import set_environment
@@ -141,6 +143,24 @@ def test_a_rank_sets_its_own(monkeypatch):
         torch.set_num_threads(threads)
     now = {name: os.environ[name] for name in TABLE if name in os.environ}
     assert now == {CUMEM: "1", CONNECTIONS: "1", THREADS: "3", ALLOCATOR_NEW: "max_split_size_mb:64"}
+
+
+@pytest.mark.parametrize(("cores", "gpus", "share"), [(96, 8, 12), (96, 3, 32), (4, 8, 1), (4, 0, 4)])
+def test_the_optimizer_on_the_cpu_gets_a_share_of_the_node(cores, gpus, share, monkeypatch):
+    """Another node of the cluster has more."""
+    resources = {"here": {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {})}, "there": {"GPU": 64.0}}
+    nodes = [{"NodeID": node, "Resources": has} for node, has in resources.items()]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    for name in TABLE:
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        set_environment(Namespace(optimizer_cpu_offload=True, sglang_flags=[]), {})
+        assert (os.environ[THREADS], torch.get_num_threads()) == (str(share), share)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_readme_has_the_table():
