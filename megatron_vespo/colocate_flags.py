@@ -10,6 +10,8 @@ from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 def check_colocation(args: Namespace) -> None:
     """With Megatron's and SGLang's flags; whether engines lie inside nodes is seen when they are placed."""
     if not args.colocate:
+        if not args.colocate_offload:
+            raise ValueError("--no-colocate-offload is about --colocate: leave it out, or add --colocate")
         return
     if args.max_staleness:
         raise ValueError(
@@ -30,6 +32,6 @@ def check_colocation(args: Namespace) -> None:
     fraction = flag_value(args.sglang_flags, "--mem-fraction-static")
     if args.distributed_backend == "nccl" and fraction is None:
         raise ValueError(
-            "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where the "
-            "trainer's weights and optimizer stay; megatron-vespo plan says how much is left"
+            "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where a "
+            "part of the trainer's memory stays; megatron-vespo plan says how much is left"
         )

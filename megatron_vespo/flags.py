@@ -145,6 +145,9 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add("--colocate", action="store_true",
         help="engines on the trainer's GPUs: generation and training take turns, each gives memory "
         "back")  # fmt: skip
+    add("--no-colocate-offload", dest="colocate_offload", action="store_false",
+        help="the trainer's weights and optimizer stay on the GPU while engines generate; by default they "
+        "wait in host memory")  # fmt: skip
     add("--max-tokens-per-gpu", type=int, default=8192,
         help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",

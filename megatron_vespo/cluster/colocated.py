@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,20 @@ class ColocatedTrainer(TrainerGroup):
         with self._turns.lent(self.give_memory_back):
             super().save(rollout_state, rollout_buffer)
 
+    def export_hf(self, target: Path) -> None:
+        with self._turns.lent(self.give_memory_back):
+            super().export_hf(target)
+
 
 class ColocatedSync(EngineSync):
-    """The engines' turn begins with the weights."""
+    """The engines' turn begins with the weights; the trainer keeps its own until all engines have them."""
 
     def __init__(self, engines: EngineGroup, engine_size: int, api_key: str | None, turns: Turns):
         super().__init__(engines, engine_size, api_key)
         self._turns = turns
 
     def sync(self, version: int) -> float:
-        self._trainer.give_memory_back()
+        self._trainer.give_memory_back(keep_weights=True)
         self._turns.restart()
         seconds = super().sync(version)
         self._turns.generate()
@@ -59,7 +64,10 @@ class ColocatedSync(EngineSync):
         return super().metrics() | {"engines/turn_seconds": self._turns.seconds}
 
     def _try(self, members: list[Member], version: int) -> float:
+        # one that has just started, and all where the sync is repeated: the trainer's weights need the room
+        self._turns.release(members, REST)
         self._turns.resume(members, WEIGHTS)
         seconds = super()._try(members, version)
+        self._trainer.give_memory_back()
         self._turns.resume(members, REST)
         return seconds

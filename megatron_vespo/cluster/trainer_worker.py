@@ -27,6 +27,7 @@ from megatron_vespo.rollout.server_arguments import has_symmetric_memory
 from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
+    from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
     from megatron_vespo.weight_sync.verify import Sums
 
@@ -65,6 +66,7 @@ class TrainerWorker:
         self._host = host_address(loopback)
         self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
         self.policy: MegatronPolicy | None = None
+        self._memory: GpuMemory | None = None
         self._prepared: list = []
         self._link = None  # to the engines
         self._num_syncs = 0
@@ -89,11 +91,13 @@ class TrainerWorker:
     def start(self, master_address: str, master_port: int) -> Resumed | None:
         """Bring Megatron up and load the weights; what the checkpoint has stored, where one is resumed."""
         from megatron_vespo.trainer.initialize import initialize
+        from megatron_vespo.trainer.memory import GpuMemory
         from megatron_vespo.trainer.policy import MegatronPolicy
 
         # Ray shows this process its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)
+        self._memory = GpuMemory(self.policy.model, self.policy.optimizer, self._args.colocate_offload)
         if self.policy.stored is None:
             return None
         buffer = self.policy.stored.file(BUFFER) if self.rank == 0 else None
@@ -115,9 +119,7 @@ class TrainerWorker:
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
-        from megatron_vespo.trainer.memory import take_memory
-
-        take_memory(self.policy.model)
+        self._memory.take_all()
         self._probes = mini_batches[-1][:NUM_PROBES]
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
@@ -130,14 +132,13 @@ class TrainerWorker:
         """One optimizer step; the fields of StepResult."""
         return vars(self.policy.train_step(self._prepared[index]))
 
-    def give_memory_back(self) -> None:
-        """To an engine on the same GPU, until the next `prepare`."""
-        from megatron_vespo.trainer.memory import give_memory_back
-
+    def give_memory_back(self, keep_weights: bool) -> None:
+        """To an engine on the same GPU, until a method needs it."""
         self._prepared = []
-        give_memory_back(self.policy.model, self.policy.optimizer)
+        self._memory.give_back(keep_weights)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
+        self._memory.weights.take()
         return self.policy.log_probs(samples)
 
     def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
@@ -184,6 +185,7 @@ class TrainerWorker:
         """Make every engine serve the current weights as policy `version`."""
         from megatron_vespo.conversion.buckets import buckets
 
+        self._memory.weights.take()
         self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), version)
 
     def check_weights(self, version: int, export: Path) -> float:
@@ -232,8 +234,10 @@ class TrainerWorker:
     def save(self, rollout_state: dict, buffer: bytes | None) -> None:
         """With --async-save only begun when this returns; rank 0 alone is given the buffer."""
         files = {} if buffer is None else {BUFFER: buffer}
+        self._memory.weights.take()
         if self._probes:
             files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes, False))
+        self._memory.optimizer.take()
         self._reports += self.policy.save(rollout_state, files)
 
     def poll_save(self) -> None:
@@ -247,4 +251,5 @@ class TrainerWorker:
         """Write the policy as an HF folder at `target`; it appears there only when complete."""
         from megatron_vespo.trainer.export import export_hf
 
+        self._memory.weights.take()
         export_hf(self.policy, target, self._bucket_bytes)

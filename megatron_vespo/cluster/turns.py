@@ -4,8 +4,8 @@ While the trainer trains the engines have given back everything: SGLang takes th
 weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on
 CPUs, it only empties its caches). Breakable graphs, which only a user's flag turns on, keep their memory. The
 other graphs lie in host memory meanwhile; weights, keys and values are lost, so engines come back by a weight
-sync alone: room for the weights, the weights, then room for the rest. Where the trainer computes log-probs
-only, as for a checkpoint, that rest is room enough, and the weights stay.
+sync alone: room for the weights, the weights, then room for the rest. Where the trainer computes log-probs,
+saves or exports, that rest is room enough, and the weights stay.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class Turns:
         with self._measured("release"):
             members, self._training = self._engines.hold(), True
             self._note_loaded(members)
-            self._give(members, (*REST, *WEIGHTS))
+            self._surviving(members, lambda those: self.release(those, (*REST, *WEIGHTS)))
 
     @contextmanager
     def lent(self, give_memory_back: Callable[[], None]) -> Iterator[None]:
-        """Room for log-probs in the engines' turn, too; `give_memory_back` is the trainer's."""
+        """Room for the trainer in the engines' turn, too, but for steps; `give_memory_back` is its own."""
         if self._training:
             yield
             return
         with self._measured("release"):
             members = self._engines.hold()
-            self._give(members, REST)
+            self._surviving(members, lambda those: self.release(those, REST))
         yield  # a trainer that fails in here is followed by one that starts with its turn
         give_memory_back()
         self._surviving(members, lambda those: self.resume(those, REST))
@@ -84,16 +84,14 @@ class Turns:
         with self._measured("resume"):
             self._ask("/resume_memory_occupation", _payloads(wanted), resumed)
 
-    def _give(self, members: Sequence[Member], tags: Sequence[str]) -> None:
-        def give(members: Sequence[Member]) -> None:
-            there = {m: [tag for tag in tags if tag not in self._given[_key(m)]] for m in members}
-            payloads = _payloads(there)
-            # SGLang's scheduler dies of an assertion where it still has something to do
-            self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
-            self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
-            self._ask("/release_memory_occupation", payloads, lambda m: self._given[_key(m)].update(there[m]))
-
-        self._surviving(members, give)
+    def release(self, members: Sequence[Member], tags: Sequence[str]) -> None:
+        """Engines give back what they have of `tags`; raises EnginesLostError."""
+        there = {m: [tag for tag in tags if tag not in self._given[_key(m)]] for m in members}
+        payloads = _payloads(there)
+        # SGLang's scheduler dies of an assertion where it still has something to do
+        self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
+        self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
+        self._ask("/release_memory_occupation", payloads, lambda m: self._given[_key(m)].update(there[m]))
 
     def _note_loaded(self, members: Sequence[Member]) -> None:
         """The first weight check compares with it what the trainer has loaded."""

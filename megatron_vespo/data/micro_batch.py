@@ -1,20 +1,23 @@
 """Samples laid end to end: the flat fields one forward pass needs.
 
+Packs are built and wait in host memory; a forward pass takes each with `on(device)`.
+
 Shape suffixes: T tokens of the pack that this rank holds (padding included), S sequences, L layers, K experts
-per token. Position t predicts token t + 1, so every per-token field of position t is about token t + 1,
-except the routes, which are about the token that enters.
+per token, R tokens that this rank's routers see. Position t predicts token t + 1, so every per-token field of
+position t is about token t + 1, except the routes, which are about the token that enters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.host_memory import to_device
 from megatron_vespo.types import TrainingSample
 
 
@@ -37,8 +40,8 @@ class MicroBatch:
     sample_indices: list[int]
     old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64, set by the trainer
     routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's
-    # set by the trainer: its own routes per model chunk and layer, uint8 [tokens of this rank's routers, K]
-    old_routes: dict[int, list[Tensor]] = field(default_factory=dict)
+    # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
+    old_routes: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -48,13 +51,23 @@ class MicroBatch:
     def num_loss_tokens(self) -> int:
         return len(self.loss_positions)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        tensors = [*vars(self).values(), *self.old_routes.values()]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+    def on(self, device: torch.device) -> MicroBatch:
+        """The same pack with its tensors on `device`, which nothing waits for; both share `old_routes`."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: to_device(tensor, device) for name, tensor in tensors.items()})
+
 
 def build_micro_batch(
     samples: Sequence[TrainingSample],
     indices: Sequence[int],
     num_tokens: int,
     layout: TokenLayout,
-    device: torch.device,
     num_experts: int | None = None,
 ) -> MicroBatch:
     """Pack `samples[i] for i in indices` and keep what `layout` gives to this rank.
@@ -78,7 +91,7 @@ def build_micro_batch(
     fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
     fields["num_tokens_S"] = np.array([sample.completion_length for sample in chosen], np.float32)
     return MicroBatch(
-        **{name: torch.from_numpy(array).to(device) for name, array in fields.items()},
+        **{name: torch.from_numpy(array) for name, array in fields.items()},
         max_seqlen=int(np.diff(segments).max()),
         sample_indices=list(indices),
     )

@@ -1,27 +1,132 @@
-"""What a trainer rank gives back of its GPU while an engine on it generates; weights and optimizer stay."""
+"""What a trainer rank has on its GPU, and what it gives back while an engine on the same GPU has its turn.
+
+Megatron's own `optimizer.offload_to_cpu` gives tensors other memory. Shards that are views of the parameters,
+as in fp32 and with --use-precision-aware-optimizer, would be cut off from them by that, and every update with
+them. Here the memory is taken from under the tensors, as Megatron does it with its buffers: views stay views.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, UntypedStorage
+
+from megatron_vespo.trainer.initialize import device
+
+BLOCK = 64 * 2**20  # bytes; torch rounds what it pins up to a power of two
 
 
-def give_memory_back(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """The buffers of the gradients, and what torch has cached. Between optimizer steps."""
-    on_gpu = torch.cuda.is_available()
-    optimizer.zero_grad()  # parts of them that it holds
-    for chunk in chunks:
-        chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
+class HostCopy:
+    """Memory of tensors on the device that is given back; meanwhile what was in it waits in host memory.
+
+    `tensors` says which; what shares memory with them is given back with them. The host's blocks are kept
+    for the next time, as pinning takes longer than copying.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
+        self._tensors = tensors
+        self._away: list[tuple[UntypedStorage, int]] = []
+        self._blocks: list[Tensor] = []
+
+    def give(self) -> None:
+        """Nothing may use the tensors until `take`."""
+        if self._away:
+            return
+        self._away = [(storage, storage.nbytes()) for storage in storages(self._tensors())]
+        for here, host in self._pieces():
+            host.copy_(here, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for storage, _ in self._away:
+            storage.resize_(0)
+
+    def take(self) -> None:
+        """As it was, bit for bit; nothing waits for the copies, what uses them comes behind them."""
+        for storage, num_bytes in self._away:
+            storage.resize_(num_bytes)
+        for here, host in self._pieces():
+            here.copy_(host, non_blocking=True)
+        self._away = []
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes on the device and their place on the host, storage after storage, block after block."""
+        place = 0
+        for storage, _ in self._away:
+            rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            while len(rest):
+                index, start = divmod(place, BLOCK)
+                if index == len(self._blocks):
+                    pinned = torch.cuda.is_available()
+                    self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=pinned))
+                host = self._blocks[index][start : start + len(rest)]
+                yield rest[: len(host)], host
+                rest, place = rest[len(host) :], place + len(host)
 
 
-def take_memory(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Buffers for gradients again, where they have been given back; all zeros."""
-    for chunk in chunks:
-        chunk.restore_grad_buffers(synchronize=False)
+def storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
+    """The memory on this rank's device that they lie in, each once."""
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device().type]
+    return list({storage._cdata: storage for storage in found}.values())
+
+
+class GpuMemory:
+    """Of one rank's weights, gradients and optimizer; all are there at first.
+
+    With `offload` False weights and optimizer always stay. Between optimizer steps only.
+    """
+
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, offload: bool
+    ):
+        self._chunks, self._optimizer, self._offload = chunks, optimizer, offload
+        self.weights = HostCopy(self._weight_tensors)
+        self.optimizer = HostCopy(self._optimizer_tensors)
+
+    def take_all(self) -> None:
+        """For optimizer steps: buffers of the gradients, too, which are zeros."""
+        self.weights.take()
+        self.optimizer.take()
+        for chunk in self._chunks:
+            chunk.restore_grad_buffers(synchronize=False)
+
+    def give_back(self, keep_weights: bool) -> None:
+        """All of it, and what torch has cached."""
+        on_gpu = torch.cuda.is_available()
+        self._optimizer.zero_grad()  # parts of them that it holds
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
+        if self._offload:
+            self.optimizer.give()
+        if self._offload and not keep_weights:
+            self.weights.give()
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def _weight_tensors(self) -> Iterator[Tensor]:
+        for chunk in self._chunks:
+            yield from chunk.parameters()
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        """Its state and the fp32 weights of it; shards that are views of the parameters are weights."""
+        of_weights = {storage._cdata for storage in storages(self._weight_tensors())}
+        for tensor in optimizer_tensors(self._optimizer):
+            if tensor.untyped_storage()._cdata not in of_weights:
+                yield tensor
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Of all optimizers that Megatron has chained, and of the parts of one whose other part is the host's."""
+    for megatron in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(megatron, "is_stub_optimizer", False):
+            continue
+        inner = megatron.optimizer
+        for part in (inner, *getattr(inner, "sub_optimizers", ())):
+            for group in part.param_groups:
+                yield from group["params"]
+            for state in part.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))

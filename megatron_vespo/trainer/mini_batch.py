@@ -22,7 +22,7 @@ from megatron_vespo.types import TrainingSample
 
 @dataclass
 class MiniBatch:
-    """One optimizer step's samples and this rank's packs of them."""
+    """One optimizer step's samples and this rank's packs of them, in host memory."""
 
     num_samples: int
     micro_batches: list[MicroBatch]
@@ -32,11 +32,11 @@ class MiniBatch:
 
     def set_old_log_probs(self, log_probs: Sequence[np.ndarray]) -> None:
         """pi_old's log-probs of every sample's completion tokens, float32 [C] each, into the packs."""
-        flat = torch.from_numpy(np.concatenate(log_probs)).to(device())
+        flat = torch.from_numpy(np.concatenate(log_probs))
         starts = np.cumsum([0, *map(len, log_probs[:-1])])
         # the position before the first completion token predicts it
         offsets = starts + 1 - np.array([sample.prompt_length for sample in self.samples])
-        offset_S = torch.from_numpy(offsets).to(device())
+        offset_S = torch.from_numpy(offsets)
         for micro_batch in self.micro_batches:
             predicting = micro_batch.loss_positions
             index, place = token_places(micro_batch, predicting)
@@ -85,7 +85,7 @@ class Packer:
         rank = self._groups.dp.rank()
         num_experts = args.num_experts if engine_routes else None
         micro_batches = [
-            build_micro_batch(samples, indices, num_tokens, layout, device(), num_experts)
+            build_micro_batch(samples, indices, num_tokens, layout, num_experts)
             for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True)
         ]
         stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)

@@ -22,6 +22,7 @@ from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.conversion.family import family_of, shape_of
 from megatron_vespo.data.checkpoint_folder import SaveReport
+from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
@@ -111,7 +112,7 @@ class MegatronPolicy:
             config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in self.model])
 
     def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
-        """This rank's micro-batches of one mini-batch; the cut is the same on every rank.
+        """This rank's micro-batches of one mini-batch, in host memory; the cut is the same on every rank.
 
         ValueError on every rank alike for a sample that cannot be trained on, see `samples.check_sample`.
         """
@@ -127,7 +128,7 @@ class MegatronPolicy:
         with self._old_policy.weights():
             outputs = self._run(mini_batch, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            micro_batch.old_log_probs_T = output["log_probs_T"]
+            micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
 
     def train_step(self, mini_batch: MiniBatch) -> StepResult:
         """One optimizer step on the whole mini-batch."""
@@ -217,12 +218,14 @@ class MegatronPolicy:
         mini_batch = self._packer.pack(filled, replay)
         longest = max(sample.completion_length for sample in samples)
         table = torch.zeros(len(filled), longest, device=device())
-        prompt_lengths = torch.tensor([sample.prompt_length for sample in filled], device=device())
+        prompt_lengths = torch.tensor([sample.prompt_length for sample in filled])
         outputs = self._run(mini_batch, log_prob_only, True, self._routing if replay else free_routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             predicting = micro_batch.loss_positions
             index, place = token_places(micro_batch, predicting)
-            table[index, place + 1 - prompt_lengths[index]] = output["log_probs_T"][predicting].float()
+            cells = torch.stack([index, place + 1 - prompt_lengths[index], predicting])
+            row, column, position = to_device(cells, device())
+            table[row, column] = output["log_probs_T"][position].float()
         self._packer.share(table, self.groups.cp)
         rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]

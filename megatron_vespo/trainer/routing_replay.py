@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 
 # model chunk, micro-batch -> what the chunk's forward pass runs in
@@ -42,9 +43,11 @@ class RoutingReplay:
         """Keep what the routers choose as the micro-batch's `old_routes`."""
         self._set_action(chunk, RouterReplayAction.RECORD)
         yield
-        micro_batch.old_routes[chunk] = [
+        routes = [
             router.router_replay.get_recorded_indices().to(torch.uint8) for router in self._routers[chunk]
         ]
+        if routes:
+            micro_batch.old_routes[chunk] = to_host(torch.stack(routes))
         self._set_action(chunk, None)
 
     @contextmanager
@@ -93,8 +96,11 @@ class RoutingReplay:
         return values_T.chunk(size)[index]
 
     def _routes(self, chunk: int, micro_batch: MicroBatch) -> list[Tensor]:
+        if not self._routers[chunk]:
+            return []
         if micro_batch.old_routes:
-            return [routes.long() for routes in micro_batch.old_routes[chunk]]
+            routes_LRK = to_device(micro_batch.old_routes[chunk], micro_batch.tokens_T.device)
+            return list(routes_LRK.long())
         assert micro_batch.routed_experts_T is not None, "the micro-batch has no routes to replay"
         routes_R = self.seen(micro_batch.routed_experts_T).long()
         return [routes_R[:, layer] for layer in self.local_layers(chunk)]

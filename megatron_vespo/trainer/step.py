@@ -21,6 +21,7 @@ from megatron_vespo.algorithms.vespo import LogRatio, segment_sum, sequence_log_
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
+from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
 from megatron_vespo.trainer.routing_replay import Routing
 
@@ -44,7 +45,8 @@ class Schedule:
         """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
         for chunk in self._model:
             chunk.eval() if forward_only else chunk.train()
-        iterators = [iter(micro_batches) for _ in self._model]
+        # each goes to the GPU when its turn comes, once for every model chunk of the rank
+        iterators = [(pack.on(device()) for pack in micro_batches) for _ in self._model]
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: self._forward_step(
                 next(iterator), model, loss, routing

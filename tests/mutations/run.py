@@ -120,8 +120,8 @@ MUTATIONS = [
     Mutation(
         "denominator: pi_old is forgotten",
         "trainer/policy.py",
-        'micro_batch.old_log_probs_T = output["log_probs_T"]',
-        'micro_batch.old_log_probs_T = output["log_probs_T"] * 0',
+        'micro_batch.old_log_probs_T = to_host(output["log_probs_T"])',
+        'micro_batch.old_log_probs_T = to_host(output["log_probs_T"]) * 0',
         ("tests/distributed/test_denominators.py", "recomputed or decoupled"),
     ),
     Mutation(

@@ -12,7 +12,7 @@ from megatron_vespo.weight_sync.distributed import sync_backend
 def run(sglang: str = "--tp-size 2 --mem-fraction-static 0.5", **changes) -> Namespace:
     plain = {
         "colocate": True, "max_staleness": 0, "train_from": None, "rollout_only": False, "trainer_ranks": 8,
-        "rollout_engines": 4, "distributed_backend": "nccl",
+        "rollout_engines": 4, "distributed_backend": "nccl", "colocate_offload": True,
     }  # fmt: skip
     return Namespace(**(plain | changes), sglang_flags=sglang.split())
 
@@ -40,6 +40,7 @@ def test_what_goes_together():
             "--rollout-engines 4",
         ),
         (run("--tp-size 16"), "of 16 GPUs lie on those of --trainer-ranks 8: a smaller --sglang-tp-size"),
+        (run(colocate=False, colocate_offload=False), "--no-colocate-offload is about --colocate: "),
         (run("--tp-size 2"), "--colocate needs --sglang-mem-fraction-static: "),
     ],
 )  # fmt: skip

@@ -10,8 +10,6 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
 from megatron_vespo.types import TrainingSample
 
-CPU = torch.device("cpu")
-
 
 def sample(prompt: list[int], completion: list[int], log_probs=None, advantage=0.0, temperature=1.0):
     return TrainingSample(
@@ -36,7 +34,7 @@ SAMPLES = [
 def pack_of(samples, indices, multiple=1, layout=None, extra=0, num_experts=None) -> MicroBatch:
     layout = layout or TokenLayout(sequence_parallel_size=multiple)
     num_tokens = layout.padded_pack(sum(layout.padded_length(samples[i].num_tokens) for i in indices)) + extra
-    return build_micro_batch(samples, list(indices), num_tokens, layout, CPU, num_experts)
+    return build_micro_batch(samples, list(indices), num_tokens, layout, num_experts)
 
 
 def test_two_samples_literally():

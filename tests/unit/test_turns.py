@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -121,12 +122,12 @@ def made(monkeypatch):
         def __init__(self, turns: Turns):
             self._turns = turns
 
-        def give_memory_back(self) -> None:
-            base.did.append("give back")
+        def give_memory_back(self, keep_weights: bool = False) -> None:
+            base.did.append("give back all but weights" if keep_weights else "give back")
 
         def sync_weights(self, version: int) -> None:
             for member in group.running:
-                assert servers.given.get(member.url, set()) <= {"kv_cache", "cuda_graph"}
+                assert servers.given.get(member.url, set()) == {"kv_cache", "cuda_graph"}
             base.did.append(f"sync {version}")
 
         def check_weights(self, version: int) -> float:
@@ -142,6 +143,9 @@ def made(monkeypatch):
         parent, "save", lambda self, state, buffer: base.note("save", "kv_cache", "cuda_graph")
     )
     monkeypatch.setattr(
+        parent, "export_hf", lambda self, target: base.note("export", "kv_cache", "cuda_graph")
+    )
+    monkeypatch.setattr(
         parent, "connect_engines",
         lambda self, urls, fresh, number, size, key, loaded: base.loaded.update(loaded),
     )  # fmt: skip
@@ -155,6 +159,11 @@ def made(monkeypatch):
 
 GIVE = ["abort_request"] * 2 + ["flush_cache"] * 2 + ["release_memory_occupation"] * 2
 TAKE = ["resume_memory_occupation"] * 2
+
+
+def turn(version: int) -> list[str]:
+    """What the trainer does for a sync: its weights stay until the engines have them."""
+    return ["give back all but weights", f"sync {version}", "give back"]
 
 
 def test_a_run(made):
@@ -174,9 +183,11 @@ def test_a_run(made):
     assert servers.take() == GIVE + TAKE and not any(servers.given.values()) and not group.held
     trainer.log_probs([])
     assert servers.take() == GIVE + TAKE
+    trainer.export_hf(Path("hf"))
+    assert servers.take() == GIVE + TAKE
     assert base.did == [
-        "start", "give back", "sync 0", "prepare", "give back", "sync 1", "prepare", "give back", "sync 2",
-        "save", "give back", "log-probs", "give back",
+        "start", *turn(0), "prepare", *turn(1), "prepare", *turn(2),
+        "save", "give back", "log-probs", "give back", "export", "give back",
     ]  # fmt: skip
     assert sync.metrics()["engines/turn_seconds"] == turns.seconds > 0
 
@@ -219,8 +230,26 @@ def test_a_sync_that_loses_an_engine_goes_on_where_the_others_are(made):
     trainer.start()
     servers.lost.add("http://1-1")
     sync.sync(0)
-    assert base.did[-1] == "sync 0" and not servers.given["http://0-1"]
+    assert base.did[-2:] == ["sync 0", "give back"] and not servers.given["http://0-1"]
     assert [member.url for member in group.running] == ["http://0-1", "http://1-2"]
+
+
+def test_a_sync_that_is_repeated_finds_the_room_of_the_first_one(made):
+    """An engine ends when it takes its cache back; the other one, which has its own, gives way again."""
+    servers, group, base, turns, trainer, sync = made
+    trainer.start()
+    resume = turns.resume
+
+    def losing(members, tags):
+        if "kv_cache" in tags and base.did[-1] == "give back":
+            servers.lost.add("http://1-1")
+        resume(members, tags)
+
+    turns.resume = losing
+    sync.sync(0)
+    assert base.did[1:] == [*turn(0), *turn(0)[1:]]
+    assert [member.url for member in group.running] == ["http://0-1", "http://1-2"]
+    assert not any(servers.given.values())
 
 
 def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
