@@ -16,7 +16,8 @@ class Gpu:
 
     `memory` is what torch sees of it, in its words the "total capacity". `flops` are dense bf16 at most.
     Bandwidths are bytes a second at most, in one direction: of its memory, of NVLink, and of the network card
-    that it has for itself in a DGX.
+    that it has for itself in a DGX, and of PCIe between it and the host. `host` is its share of the machine's
+    own memory.
     """
 
     name: str
@@ -25,19 +26,22 @@ class Gpu:
     memory_bandwidth: float
     nvlink: float
     network: float
+    host_link: float
+    host: float
 
 
 # Memory: torch's out-of-memory messages. Others: NVIDIA's data sheets; these print NVLink in both directions
 # together, and FLOP of the newer ones with sparsity, twice the dense. Network: DGX A100 has a ConnectX-6 of
-# 200 Gb/s a GPU, DGX H100, H200 and B200 a ConnectX-7 of 400 Gb/s.
+# 200 Gb/s a GPU, DGX H100, H200 and B200 a ConnectX-7 of 400 Gb/s. Host: PCIe 4 or 5 with 16 lanes; a DGX has
+# 1 TB with the small A100s, 2 TB otherwise (clouds' machines of eight H100s have 1,870 GiB and more).
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40gb", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9),
-        Gpu("a100", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9),
-        Gpu("h100", 79.1 * GIB, 989.4e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 139.7 * GIB, 989.4e12, 4.8e12, 450e9, 50e9),
-        Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9),
+        Gpu("a100-40gb", 39.4 * GIB, 312e12, 1.555e12, 300e9, 25e9, 32e9, 125e9),
+        Gpu("a100", 79.2 * GIB, 312e12, 2.039e12, 300e9, 25e9, 32e9, 250e9),
+        Gpu("h100", 79.1 * GIB, 989.4e12, 3.35e12, 450e9, 50e9, 64e9, 250e9),
+        Gpu("h200", 139.7 * GIB, 989.4e12, 4.8e12, 450e9, 50e9, 64e9, 250e9),
+        Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9, 64e9, 250e9),
     )
 }
 # Bytes a second of one hop of a gloo broadcast, through the hosts' memory and TCP: an assumption, half of the

@@ -14,6 +14,7 @@ from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.hardware import GIB, GPUS, ON_GPUS
 from megatron_vespo.planning import findings
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
+from megatron_vespo.planning.recomputation import MARGIN, selections, without_recomputation
 from megatron_vespo.planning.report import format_memory, format_speed
 from megatron_vespo.planning.speed import Lengths
 from megatron_vespo.recipe import read_recipe
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     print(format_speed(plan), end="\n\n")
     for warning in findings.warnings(plan):
         print(f"warning: {warning}")
+    if suggestion := less_recomputation(plan, flags):
+        print(f"suggestion: {suggestion}")
     print("fits")
     return 0
 
@@ -132,6 +135,18 @@ def _candidates(args: Namespace) -> Iterator[list[str]]:
         yield ["--max-tokens-per-gpu", str(longest)]
     if not args.optimizer_cpu_offload and args.bf16:
         yield ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+
+
+def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
+    """Instead of full recomputation: the selection that computes least again of those that fit well."""
+    if plan.args.recompute_granularity != "full":
+        return None
+    for modules in selections(plan.args):
+        selective = ["--recompute-granularity", "selective", "--recompute-modules", *modules]
+        left = _headroom(plan, [*without_recomputation(flags), *selective])
+        if left is not None and left >= MARGIN * plan.cluster.gpu.memory:
+            return f"{' '.join(selective)} recomputes less (headroom {left / GIB:.1f} GiB)"
+    return None
 
 
 def _headroom(plan: Plan, flags: list[str]) -> float | None:

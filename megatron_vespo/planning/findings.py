@@ -13,6 +13,7 @@ from megatron_vespo.planning.trainer_memory import ENGINE_AT_REST
 
 # an engine's activations and CUDA graphs, where a trainer's memory is beside it: an allowance
 ENGINE_AT_WORK = 5 * GIB
+HOST_SHARE = 0.8  # of a node's CPU memory: the rest is for engines, files and the system
 # of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
 IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
 
@@ -24,7 +25,7 @@ def errors(plan: Plan) -> list[str]:
 
 def warnings(plan: Plan) -> list[str]:
     """What will run, and not well."""
-    return [*_tight_engines(plan), *_restarts(plan), *_layout(plan), *_balance(plan)]
+    return [*_tight_engines(plan), *_restarts(plan), *_host(plan), *_layout(plan), *_balance(plan)]
 
 
 def _placement(plan: Plan) -> Iterator[str]:
@@ -56,12 +57,18 @@ def _turns(plan: Plan) -> Iterator[str]:
     engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
     if not plan.args.colocate:
         return
-    forward = max(memory.activations + memory.log_probs for memory in plan.trainer)  # and more: of a step
-    if forward > engine.cache + engine.rest - ENGINE_AT_REST:
+    back = max(memory.comes_back for memory in plan.trainer)
+    left = engine.cache + engine.rest - ENGINE_AT_REST
+    if back > left:
         yield (
-            f"a checkpoint's log-probs may take {forward / GIB:.1f} GiB, an engine's weights leave "
-            f"{(engine.cache + engine.rest - ENGINE_AT_REST) / GIB:.1f}: lower --max-tokens-per-gpu, or "
-            "engines of more GPUs"
+            f"a checkpoint and its log-probs may take {back / GIB:.1f} GiB, an engine's weights leave "
+            f"{left / GIB:.1f}: lower --max-tokens-per-gpu, or engines of more GPUs"
+        )
+    in_sync = max(memory.in_sync for memory in plan.trainer) + 2 * engine.bucket
+    if in_sync > (left := free - engine.weights - ENGINE_AT_REST):
+        yield (
+            f"in a weight sync trainer and buckets take {in_sync / GIB:.1f} GiB, an engine's weights leave "
+            f"{left / GIB:.1f}: engines of more GPUs, or more trainer ranks"
         )
     if engine.rest >= ENGINE_AT_WORK:
         return
@@ -80,13 +87,23 @@ def _turns(plan: Plan) -> Iterator[str]:
 
 
 def _restarts(plan: Plan) -> Iterator[str]:
-    """An engine that is started again finds the trainer there, and takes its share of the rest."""
+    """An engine that is started again, also in a sync, takes its share of what the trainer leaves."""
     engine = plan.engine
-    again = engine.cache - engine.fraction * plan.beside
+    again = engine.cache - engine.fraction * max(memory.in_sync for memory in plan.trainer)
     if plan.args.colocate and again < plan.longest * engine.token_bytes:
         yield (
             "an engine that fails cannot be started again: its share of what the trainer leaves "
             "holds no request; engines of more GPUs, or more trainer ranks"
+        )
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    there = plan.cluster.gpu.host * plan.cluster.gpus_per_node
+    if plan.host.node > HOST_SHARE * there:
+        yield (
+            f"training takes {plan.host.node / GIB:,.0f} GiB of a node's CPU memory, a DGX has "
+            f"{there / GIB:,.0f}: a smaller --rollout-batch-size with fewer --mini-batches, or more "
+            "--trainer-ranks"
         )
 
 

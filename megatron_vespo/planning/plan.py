@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from megatron_vespo.conversion.family import family_of, shape_of
 from megatron_vespo.conversion.table import ModelShape
 from megatron_vespo.hardware import Gpu
 from megatron_vespo.planning.engine_memory import EngineMemory, engine_memory
+from megatron_vespo.planning.host_memory import HostMemory, host_memory
 from megatron_vespo.planning.speed import Lengths, Speed, WeightSync, model_cost, preset, speed, weight_sync
 from megatron_vespo.planning.trainer_memory import Stage, TrainerMemory, trainer_memory
 from megatron_vespo.rollout.server_arguments import flag_value
@@ -38,6 +40,7 @@ class Plan:
     parameters: int  # of the whole model
     stages: list[Stage]
     trainer: list[TrainerMemory]  # by pipeline stage
+    host: HostMemory
     engine: EngineMemory
     lengths: Lengths
     sync: WeightSync
@@ -48,9 +51,24 @@ class Plan:
         """Simulated when it is asked for: takes a second."""
         cost = model_cost(self.shape, self.parameters, self.args.moe_router_topk, 2 if self.args.bf16 else 4)
         running = max_running(self.args, self.engine, self.lengths)
-        return speed(
-            self.args, preset(cost, self.cluster.gpu, self.engine_size, self.sync, running), self.lengths
-        )
+        seconds = self.sync.seconds + self.turn_seconds
+        rates = preset(cost, self.cluster.gpu, self.engine_size, seconds, running)
+        return speed(self.args, rates, self.lengths)
+
+    @property
+    def offload(self) -> bool:
+        """Weights and optimizer of the trainer wait in CPU memory while engines generate."""
+        return self.trainer[0].offload
+
+    @property
+    def trainer_moved(self) -> float:
+        """Bytes of the fullest rank that leave its GPU for a turn of the engines."""
+        return max(memory.weights + memory.optimizer for memory in self.trainer) if self.offload else 0.0
+
+    @property
+    def turn_seconds(self) -> float:
+        """There and back."""
+        return 2 * self.trainer_moved / self.cluster.gpu.host_link
 
     @property
     def gpus_needed(self) -> int:
@@ -82,7 +100,8 @@ def make_plan(
     args: Namespace, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
 ) -> Plan:
     """`stages` are Megatron's; AssertionError where their sum is not the HF checkpoint's."""
-    shape, parameters = model_of(args)
+    shape, tensors = hf_tensors(args)
+    parameters = sum(tensors)
     built = sum(stage.whole for stage in stages)
     padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
     padding *= 1 if shape.tied_embeddings else 2
@@ -98,9 +117,18 @@ def make_plan(
         parameters=parameters,
         stages=stages,
         trainer=trainer,
+        host=host_memory(args, stages, trainer, lengths.sample, cluster.gpus_per_node),
         engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size, beside),
         lengths=lengths,
-        sync=weight_sync(args, [stage.whole for stage in stages], cluster.gpu, cluster.nodes, receivers),
+        sync=weight_sync(
+            args,
+            [stage.whole for stage in stages],
+            len(tensors),
+            cluster.gpu,
+            cluster.nodes,
+            cluster.gpus_per_node,
+            receivers,
+        ),
         beside=beside,
     )
 
@@ -111,15 +139,15 @@ def memory_of(args: Namespace, stages: list[Stage]) -> list[TrainerMemory]:
 
 def model_of(args: Namespace) -> tuple[ModelShape, int]:
     """The shape and the number of parameters of the HF checkpoint, from its config.json."""
+    shape, tensors = hf_tensors(args)
+    return shape, sum(tensors)
+
+
+def hf_tensors(args: Namespace) -> tuple[ModelShape, list[int]]:
+    """The shape, and the number of parameters of each of its tensors."""
     config = read_hf_config(args.hf_checkpoint)
     shape = shape_of(config)
-    count = 0
-    for dimensions in family_of(config).hf_tensors(shape).values():
-        size = 1
-        for dimension in dimensions:
-            size *= dimension
-        count += size
-    return shape, count
+    return shape, [math.prod(dimensions) for dimensions in family_of(config).hf_tensors(shape).values()]
 
 
 def max_running(args: Namespace, engine: EngineMemory, lengths: Lengths) -> int:

@@ -8,11 +8,11 @@ from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.plan import Plan
 from megatron_vespo.planning.trainer_memory import RESERVE
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs")
+PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs")
 
 
 def format_memory(plan: Plan) -> str:
-    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_engine(plan)])
+    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_host(plan), "", *_engine(plan)])
 
 
 def format_speed(plan: Plan) -> str:
@@ -59,8 +59,23 @@ def _trainer(plan: Plan) -> Iterator[str]:
     if plan.args.colocate:
         yield row("the engine, at rest", [plan.trainer[index].engine for index in shown])
     yield row("headroom", [plan.headroom(index) for index in shown])
-    if plan.trainer[0].host:
-        yield row("in CPU memory", [plan.trainer[index].host for index in shown])
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    host = plan.host
+    yield f"{'trainer, GiB of CPU memory':<26}{'a rank':>16}{'a node':>16}"
+    for name, each in {
+        "packs of a rollout batch": host.packs,
+        "offloaded optimizer": host.optimizer,
+        "while engines generate": host.given_back,
+        "policies for pi_old": host.old_policies,
+        "a save in the background": host.save,
+    }.items():
+        if each:
+            yield f"  {name:<24}{each / GIB:16.2f}{host.ranks * each / GIB:16.1f}"
+    yield f"  {'samples, shared':<24}{'':16}{host.samples / GIB:16.1f}"
+    there = plan.cluster.gpu.host * plan.cluster.gpus_per_node / GIB
+    yield f"  {'together':<24}{host.rank / GIB:16.2f}{host.node / GIB:16.1f}   of {there:,.0f} in a DGX"
 
 
 def _stage_name(index: int, last: int) -> str:
@@ -80,7 +95,8 @@ def _engine(plan: Plan) -> Iterator[str]:
         f"{engine.tokens // longest:,} requests of {longest:,}, {engine.tokens // mean:,.0f} of {mean:,.0f}"
     )
     if plan.args.colocate:
-        yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   weights and optimizer"
+        stays = "its weights and optimizer wait in CPU memory" if plan.offload else "weights and optimizer"
+        yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   {stays}"
     bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
     yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {bucket}"
 
@@ -89,9 +105,16 @@ def _speed(plan: Plan) -> Iterator[str]:
     speed, sync, args = plan.speed, plan.sync, plan.args
     samples = args.rollout_batch_size * args.num_completions
     yield (
-        f"weight sync       {sync.bytes / 1e9:.1f} GB in {sync.buckets} buckets, gathered and broadcast at "
-        f"{sync.broadcast / 1e9:.3g} GB/s ({sync.link}): {sync.seconds:.1f} s at least"
+        f"weight sync       {sync.seconds:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
+        f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link}) "
+        f"{sync.transfer:.1f} s, {sync.tensors:,} tensors loaded in {sync.buckets} buckets "
+        f"{sync.loading:.1f} s"
     )
+    if plan.offload:
+        yield (
+            f"turns             {plan.trainer_moved / 1e9:.1f} GB of a rank to CPU memory and back at "
+            f"{plan.cluster.gpu.host_link / 1e9:.3g} GB/s: {plan.turn_seconds:.1f} s at least"
+        )
     yield (
         f"tokens            {plan.lengths.completion:,.0f} a response and {plan.lengths.prompt:,.0f} a "
         "prompt, in the mean; log-normal"

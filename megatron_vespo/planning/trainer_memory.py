@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.layer_activations import kept_by_layer
+from megatron_vespo.planning.packs import pack_bytes, replayed_bytes
 
 # CUDA's context, NCCL's buffers, libraries' workspaces, fragmentation: an allowance, not measured
 RESERVE = 4 * GIB
@@ -44,19 +45,34 @@ class TrainerMemory:
     optimizer: float
     activations: float
     log_probs: float
+    packs: float  # in flight
     sync: float  # in a weight sync, when there are no activations
     host: float
     engine: float = 0.0  # on the same GPU, at rest
+    offload: bool = False  # weights and optimizer go to the host while that engine generates
 
     @property
     def total(self) -> float:
-        at_once = max(self.activations + self.log_probs, self.sync)
+        at_once = max(self.activations + self.log_probs + self.packs, self.sync)
         return self.weights + self.gradients + self.optimizer + at_once + self.engine + RESERVE
 
     @property
     def at_rest(self) -> float:
-        """What stays while an engine on the same GPU has its turn."""
-        return self.weights + self.optimizer + RESERVE
+        """What stays while an engine on the same GPU generates."""
+        return RESERVE if self.offload else self.weights + self.optimizer + RESERVE
+
+    @property
+    def in_sync(self) -> float:
+        """In a weight sync, when all of the engine but its weights has been given back."""
+        return self.weights + (0.0 if self.offload else self.optimizer) + self.sync + RESERVE
+
+    @property
+    def comes_back(self) -> float:
+        """Beside an engine's weights, for log-probs or a save: what is not there at rest, at most."""
+        forward = self.activations + self.log_probs + self.packs  # and more: of a step
+        if not self.offload:
+            return forward
+        return self.weights + max(forward, self.optimizer)
 
 
 def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
@@ -72,9 +88,11 @@ def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
         optimizer=shard * optimizer,
         activations=activation_bytes(args, stage.layers, index),
         log_probs=log_prob_bytes(args) if index == args.pipeline_model_parallel_size - 1 else 0.0,
+        packs=packs_in_flight_bytes(args, stage.layers, index),
         sync=2 * args.weight_sync_bucket_mb * 2**20,  # a bucket, and flattened
         host=shard * host,
         engine=ENGINE_AT_REST if args.colocate else 0.0,
+        offload=args.colocate and args.colocate_offload,
     )
 
 
@@ -143,6 +161,13 @@ def in_flight(args: Namespace, index: int) -> float:
         return min(stages - index, most)
     group = args.microbatch_group_size_per_vp_stage or stages
     return min((stages - index - 1) * 2 + (virtual - 1) * group + 1, most * virtual) / virtual
+
+
+def packs_in_flight_bytes(args: Namespace, layers: int, index: int) -> float:
+    """Each model chunk has its own copy; one more is on its way. All others wait in host memory."""
+    micro_batches, chunks = in_flight(args, index), args.virtual_pipeline_model_parallel_size or 1
+    copies = (micro_batches * chunks + 1) * pack_bytes(args, layers)
+    return args.max_tokens_per_gpu * (copies + micro_batches * replayed_bytes(args, layers))
 
 
 def log_prob_bytes(args: Namespace) -> float:

@@ -88,6 +88,7 @@ def packs_of_batches(worker: TrainerWorker, samples: list) -> dict:
         mock.patch.object(routing_replay, "to_host", observed.made_on_host(to_host)),
     ):
         for size in (1, 4):
+            observed.peak = 0
             worker.prepare([samples] * size)
             packs = [pack for prepared in worker._prepared for pack in prepared.micro_batches]
             results |= {
@@ -96,7 +97,6 @@ def packs_of_batches(worker: TrainerWorker, samples: list) -> dict:
                 f"{size}: peak": observed.peak,
                 f"{size}: packs": len(packs),
             }
-            observed.peak = 0
             worker.train_step(0)
             results[f"{size}: device after a step"] = observed.device_bytes(packs)
     return results
@@ -137,8 +137,9 @@ def turns(worker: TrainerWorker, samples: list, target: Path) -> dict:
 
     losses = steps()
     note("at work")
-    before, log_probs = values(worker), np.concatenate(worker.log_probs(samples))
+    log_probs = np.concatenate(worker.log_probs(samples))
     weights = [tensor.clone() for _, tensor in worker.policy.named_hf_weights()]
+    before = values(worker)  # complete now, also with --overlap-param-gather
     worker.give_memory_back(keep_weights=True)
     note("in a sync")
     sent = [tensor for _, tensor in worker.policy.named_hf_weights()]

@@ -1,0 +1,31 @@
+"""What to recompute in the backward pass instead of whole layers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+MARGIN = 0.1  # of the GPU's memory: activations are estimates
+FLAGS = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
+
+
+def selections(args: Namespace) -> list[list[str]]:
+    """Names for --recompute-modules; what computes the least again comes first.
+
+    Attention is never among them: kernels keep no scores, and its projections have no name in Megatron.
+    """
+    if args.num_experts is None:
+        return [["layernorm"], ["layernorm", "mlp"]]
+    return [["layernorm", "moe_act"], ["layernorm", "moe"]]
+
+
+def without_recomputation(flags: Sequence[str]) -> list[str]:
+    """The flags without those about it and their values."""
+    kept: list[str] = []
+    inside = False
+    for flag in flags:
+        if flag.startswith("--"):
+            inside = flag.partition("=")[0] in FLAGS
+        if not inside:
+            kept.append(flag)
+    return kept
