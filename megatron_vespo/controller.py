@@ -24,7 +24,7 @@ from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
 from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
-from megatron_vespo.training_samples import training_sample, training_samples
+from megatron_vespo.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
 
 NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
@@ -71,6 +71,8 @@ class Controller:
         while self.state.iteration < self.args.train_iters:
             groups, metrics = self.rollout_batch()
             samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
+            if self.args.routing_replay == "R3" and (lost := lost_routes(samples)):
+                self.display.message(lost)
             metrics |= self.update(samples)
             metrics |= self.maybe_evaluate()
             alarms = self.check_alarms(metrics)

@@ -122,4 +122,4 @@ def check_recorded(args: Namespace, iteration: int) -> None:
             f"{args.train_iters} at --mini-batches {args.mini_batches} needs batches {first} to {end - 1}"
         )
     for batch in range(first, end):
-        check_record(batch_path(folder, batch), recorded_run(args))
+        check_record(batch_path(folder, batch), recorded_run(args), args.routing_replay == "R3")

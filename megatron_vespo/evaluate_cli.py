@@ -145,8 +145,6 @@ class _Evaluation:
 def _collector(args: Namespace, served: Serving) -> Collector:
     collector = Collector(
         served.urls,
-        num_layers=None,  # nobody asks which experts were chosen
-        topk=None,
         request_timeout_s=args.generate_timeout,
         max_dispatches=args.max_dispatches,
         check=served.check,

@@ -94,7 +94,7 @@ def _server_arguments(args: Namespace) -> list[str]:
     return server_arguments(
         args.sglang_flags,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        is_moe=False,  # nobody asks which experts were chosen
+        routes=False,
         dtype=_dtype(args.hf_checkpoint),
         seed=args.seed,
     )

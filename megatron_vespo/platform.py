@@ -125,7 +125,7 @@ def _server_arguments(args: Namespace) -> list[str]:
     return server_arguments(
         args.sglang_flags,
         device=device,
-        is_moe=args.num_experts is not None,
+        routes=args.routing_replay == "R3",
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
         # prefixes in the cache would be older than the request that meets them knows

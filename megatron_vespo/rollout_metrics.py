@@ -30,6 +30,7 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
         "rollout/tokens": float(lengths.sum()),
         "rollout/nonfinite_log_probs": float(sum(len(c.rejections) for c in completions)),
+        "rollout/retracted_share": float(np.mean([c.num_retractions > 0 for c in completions])),
     }
 
 

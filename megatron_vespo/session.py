@@ -28,6 +28,7 @@ from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
+from megatron_vespo.rollout.client import RouteShape
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import teaches
 from megatron_vespo.types import Completion, RunState
@@ -165,8 +166,7 @@ class Session:
         args, engines = self._args, self._platform.engines
         return Collector(
             engines.urls,
-            num_layers=args.num_layers,
-            topk=args.moe_router_topk if args.num_experts else None,
+            routes=RouteShape(args.num_layers, args.moe_router_topk) if args.routing_replay == "R3" else None,
             request_timeout_s=args.generate_timeout,
             max_dispatches=args.max_dispatches,
             check=self._check,

@@ -24,7 +24,7 @@ def training_sample(
     completion: Completion, advantage: float, group_id: int, routing_replay: str | None
 ) -> TrainingSample:
     # routes are by far the largest part of a sample: they travel only where they are used
-    replay = routing_replay == "R3"
+    replay = routing_replay == "R3" and completion.num_retractions == 0
     return TrainingSample(
         token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
         prompt_length=len(completion.prompt.token_ids),
@@ -36,4 +36,18 @@ def training_sample(
         group_id=group_id,
         routed_experts=completion.routed_experts if replay else None,
         routes_version=int(completion.policy_versions[-1]) if replay else None,
+        replays=completion.num_retractions == 0,
+    )
+
+
+def lost_routes(samples: list[TrainingSample]) -> str | None:
+    """How many of `samples` R3 cannot replay, for people; None if it can replay all."""
+    number = sum(not sample.replays for sample in samples)
+    if number == 0:
+        return None
+    return (
+        f"{number} of {len(samples)} responses are trained without routing replay: their engines were out of "
+        "memory for keys and values, dropped these responses' and computed them anew, and the routes of the "
+        "sampling are gone. Give engines more memory (--sglang-mem-fraction-static) or fewer requests at a "
+        "time (--sglang-max-running-requests)"
     )

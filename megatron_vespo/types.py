@@ -56,13 +56,18 @@ class Completion:
     token_ids: list[int]  # [C], the stop token included when there is one
     log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
     policy_versions: np.ndarray  # [C] int64, the version of the weights that made each token
-    routed_experts: np.ndarray | None  # [P + C - 1, L, K] uint8; None if dense; the last token never enters
+    # [P + C - 1, L, K] uint8, the choices of the passes that sampled (the last token never enters); None if
+    # nobody asked, or if the engine has lost them: see `num_retractions`
+    routed_experts: np.ndarray | None
     finish_reason: str  # "stop", "length", or "abort": a beginning, to be continued
     temperature: float
     reward: float | None = None  # the task's
     reward_status: str = "ok"  # or "timeout", "error": then the reward is 0.0 for want of one
     overlong_penalty: float = 0.0  # of --overlong-buffer, at most 0
     rejections: tuple[str, ...] = ()  # draws in its place before, whose log-probs were not finite
+    # How often the engine dropped its keys and values, for want of memory or for new weights. It computes
+    # them anew from the tokens, in another kind of pass, and its routes are those of that pass.
+    num_retractions: int = 0
 
     @property
     def shaped_reward(self) -> float:
@@ -90,6 +95,7 @@ class TrainingSample:
     old_log_probs: np.ndarray | None = None  # [C] float32, pi_old: the trainer's, before the first update
     routed_experts: np.ndarray | None = None  # [P + C - 1, L, K] uint8, what the engine chose
     routes_version: int | None = None  # the policy version that chose them
+    replays: bool = True  # False: no routes are known, and the routers choose in spite of R3
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, SaveReport
-from megatron_vespo.data.probe_file import NUM_PROBES, compare, decode, encode
+from megatron_vespo.data.probe_file import compare, decode, encode, probes_of
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
 from megatron_vespo.preemption import shield_process
@@ -120,7 +120,7 @@ class TrainerWorker:
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
         self._memory.take_all()
-        self._probes = mini_batches[-1][:NUM_PROBES]
+        self._probes = probes_of(mini_batches[-1])
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
         if self._args.ratio_denominator != "rollout":

@@ -5,7 +5,8 @@ N completions of C tokens each, P those of their prompts, L layers, E experts a 
     completion_lengths int64 [N], completion_tokens int64, log_probs float32, policy_versions int64 [sum C]
     rewards (NaN: none yet), overlong_penalties, temperatures float64 [N]
     finish_reasons, reward_statuses str [N]
-    routes uint8 [sum (P + C - 1), L, E], absent where the model is dense
+    num_retractions int64 [N], routed bool [N]
+    routes uint8 [sum (P + C - 1) of those routed, L, E], absent where none is
 """
 
 from __future__ import annotations
@@ -29,30 +30,41 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
         "temperatures": np.array([c.temperature for c in completions], np.float64),
         "finish_reasons": np.array([c.finish_reason for c in completions], str),
         "reward_statuses": np.array([c.reward_status for c in completions], str),
+        "num_retractions": np.array([c.num_retractions for c in completions], np.int64),
+        "routed": np.array([c.routed_experts is not None for c in completions], bool),
     }
-    if completions and completions[0].routed_experts is not None:
-        arrays["routes"] = np.concatenate([c.routed_experts for c in completions])
+    if arrays["routed"].any():
+        routes = [c.routed_experts for c in completions if c.routed_experts is not None]
+        arrays["routes"] = np.concatenate(routes)
     return arrays
 
 
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
     """`prompts` are those of the completions, one each."""
     lengths = arrays["completion_lengths"]
-    routes: Sequence[np.ndarray | None] = [None] * len(lengths)
-    if "routes" in arrays:
-        routes = split(
-            arrays["routes"], np.array([len(prompt.token_ids) for prompt in prompts]) + lengths - 1
-        )
+    rows = zip(
+        prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], lengths),
+        split(arrays["policy_versions"], lengths), _routes(arrays, prompts), arrays["finish_reasons"],
+        arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"], arrays["overlong_penalties"],
+        arrays["num_retractions"], strict=True,
+    )  # fmt: skip
     return [
-        Completion(prompt, tokens.tolist(), log_probs, versions, experts, str(finish), float(temperature),
-                   None if np.isnan(reward) else float(reward), str(status), float(penalty))
-        for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty in zip(
-            prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], lengths),
-            split(arrays["policy_versions"], lengths), routes, arrays["finish_reasons"],
-            arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"],
-            arrays["overlong_penalties"], strict=True,
+        Completion(
+            prompt, tokens.tolist(), log_probs, versions, experts, str(finish), float(temperature),
+            None if np.isnan(reward) else float(reward), str(status), float(penalty),
+            num_retractions=int(retractions),
         )
+        for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty,
+        retractions in rows
     ]  # fmt: skip
+
+
+def _routes(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[np.ndarray | None]:
+    if "routes" not in arrays:
+        return [None] * len(prompts)
+    entering = np.array([len(prompt.token_ids) for prompt in prompts]) + arrays["completion_lengths"] - 1
+    parts = iter(split(arrays["routes"], entering[arrays["routed"]]))
+    return [next(parts) if routed else None for routed in arrays["routed"]]
 
 
 def end_to_end(parts: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarray:

@@ -39,7 +39,8 @@ class MicroBatch:
     num_tokens_S: Tensor  # float32, trained tokens of the whole sequence, wherever they are
     sample_indices: list[int]
     old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64, set by the trainer
-    routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's
+    routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's; None also if no sequence has any
+    replays_S: Tensor | None = None  # bool, with the engine's routes; None: all, or nobody asks for routes
     # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
     old_routes: dict[int, Tensor] = field(default_factory=dict)
 
@@ -82,13 +83,16 @@ def build_micro_batch(
     segments = np.append(starts, num_tokens) if num_tokens > starts[-1] else starts
 
     fields = _token_fields(chosen, starts, num_tokens)
-    if num_experts is not None:
+    replays_S = np.array([sample.replays for sample in chosen])
+    if num_experts is not None and replays_S.any():
         fields["routed_experts_T"] = _routes(chosen, starts, num_tokens, num_experts)
     kept = layout.local_indices(segments)
     fields = {name: np.ascontiguousarray(values[kept]) for name, values in fields.items()}
     fields["loss_positions"] = np.flatnonzero(fields["loss_mask_T"])
     fields["cu_seqlens"] = segments.astype(np.int32)
     fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
+    if num_experts is not None and not replays_S.all():
+        fields["replays_S"] = replays_S
     fields["num_tokens_S"] = np.array([sample.completion_length for sample in chosen], np.float32)
     return MicroBatch(
         **{name: torch.from_numpy(array) for name, array in fields.items()},
@@ -128,11 +132,14 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
 def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_experts: int) -> np.ndarray:
     """uint8 [total, L, K]; tokens that no engine has routed are spread over the experts.
 
-    Those are padding and the last token of a sequence: no loss depends on their experts.
+    Those are padding and the last token of a sequence: no loss depends on their experts. Those of sequences
+    without routes are in `replays_S`.
     """
-    num_layers, topk = chosen[0].routed_experts.shape[1:]
+    num_layers, topk = next(sample for sample in chosen if sample.replays).routed_experts.shape[1:]
     spread = (np.arange(total)[:, None] * topk + np.arange(topk)) % num_experts
     routes = np.repeat(spread[:, None].astype(np.uint8), num_layers, axis=1)
     for sample, start in zip(chosen, starts[:-1], strict=True):
+        if not sample.replays:
+            continue
         routes[start : start + sample.num_tokens - 1] = sample.routed_experts
     return routes

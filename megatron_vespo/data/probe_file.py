@@ -5,8 +5,10 @@ Their routes are not: routers choose for themselves, so that a run may go on wit
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +25,15 @@ _ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
 
 class ProbeMismatchError(RuntimeError):
     """The loaded policy is not the one that was saved."""
+
+
+def probes_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """The first NUM_PROBES without routes, in memory of their own.
+
+    Arrays that Ray has handed over are views: a single one would pin all samples in its store.
+    """
+    plain = [replace(sample, routed_experts=None, routes_version=None) for sample in samples[:NUM_PROBES]]
+    return copy.deepcopy(plain)
 
 
 def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -> bytes:

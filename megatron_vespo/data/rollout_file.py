@@ -97,12 +97,20 @@ def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(prompts), np.concatenate(completions)
 
 
-def check_record(path: Path, run: Mapping[str, Any]) -> None:
-    """ValueError where the record is of a run that differs from `run` in one of its values."""
+def check_record(path: Path, run: Mapping[str, Any], needs_routes: bool = False) -> None:
+    """ValueError where the record is of a run that differs from `run` in a value, or lacks routes."""
     recorded = json.loads(str(_load(path, "run")["run"]))
     for name, value in run.items():
         if recorded.get(name) != value:
             raise ValueError(f"{path} was recorded with {name} {recorded.get(name)}, this run has {value}")
+    if not needs_routes:
+        return
+    arrays = _load(path, "routed", "num_retractions")
+    if not (arrays["routed"] | (arrays["num_retractions"] > 0)).all():
+        raise ValueError(
+            f"{path} has no routes, which --routing-replay R3 replays: record with --routing-replay R3, or "
+            "leave it out here"
+        )
 
 
 def _load(path: Path, *names: str) -> dict[str, np.ndarray]:

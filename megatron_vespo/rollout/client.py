@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import replace
+from typing import NamedTuple
 
 import aiohttp
 import numpy as np
@@ -27,23 +28,28 @@ class NonFiniteLogProbsError(GenerateReplyError):
     """A completion whose log-probs are no numbers: another draw may be sound."""
 
 
+class RouteShape(NamedTuple):
+    """Of one token's routes: L and K."""
+
+    num_layers: int
+    topk: int
+
+
 class EngineClient:
     """Draws completions from the engine at `url`; usable inside `session`'s event loop only.
 
-    `num_layers` and `topk` are the L and K of the model's routed experts, None for a dense model.
+    With `routes` they have the experts that were chosen: a megabyte a thousand tokens of a large model.
     """
 
     def __init__(
         self,
         url: str,
         session: aiohttp.ClientSession,
-        num_layers: int | None,
-        topk: int | None,
+        routes: RouteShape | None,
         api_key: str | None = None,
     ):
         self.url = url
-        self._session = session
-        self._num_layers, self._topk = num_layers, topk
+        self._session, self._routes = session, routes
         self._headers = auth_headers(api_key)
 
     async def generate(
@@ -57,7 +63,7 @@ class EngineClient:
         aiohttp.ClientError and TimeoutError (the session's deadline) through.
         """
         asked, left = _after(prompt, sampling, begun)
-        payload = generate_payload(asked, left, seed, routed_experts=self._topk is not None)
+        payload = generate_payload(asked, left, seed, routed_experts=self._routes is not None)
         async with self._session.post(
             self.url + "/generate", json=payload, headers=self._headers
         ) as response:
@@ -65,9 +71,9 @@ class EngineClient:
                 body = f"prompt {prompt.prompt_id}: {await response.text()}"
                 raise EngineRequestError(self.url, "/generate", response.status, body)
             reply = await response.json()
-        if _is_aborted_in_queue(reply, self._topk is not None):
+        if _is_aborted_in_queue(reply, self._routes is not None):
             return begun
-        rest = parse_generate_reply(reply, asked, sampling.temperature, self._num_layers, self._topk)
+        rest = parse_generate_reply(reply, asked, sampling.temperature, self._routes)
         return rest if begun is None else _joined(begun, rest)
 
     async def abort(self) -> None:
@@ -93,9 +99,9 @@ def _after(
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`rest` was made with `begun` in its prompt. Tokens of `begun` keep what they were made with."""
-    routes = rest.routed_experts
+    old, routes = begun.routed_experts, rest.routed_experts
     if routes is not None:
-        routes = np.concatenate([begun.routed_experts, routes[len(begun.routed_experts) :]])
+        routes = None if old is None else np.concatenate([old, routes[len(old) :]])
     return replace(
         rest,
         prompt=begun.prompt,
@@ -103,6 +109,7 @@ def _joined(begun: Completion, rest: Completion) -> Completion:
         log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
         policy_versions=np.concatenate([begun.policy_versions, rest.policy_versions]),
         routed_experts=routes,
+        num_retractions=begun.num_retractions + rest.num_retractions,
     )
 
 
@@ -142,11 +149,11 @@ def generate_payload(
 
 
 def parse_generate_reply(
-    reply: dict, prompt: Prompt, temperature: float, num_layers: int | None, topk: int | None
+    reply: dict, prompt: Prompt, temperature: float, routes: RouteShape | None
 ) -> Completion:
     """Check one /generate reply and make it a Completion; raises GenerateReplyError.
 
-    SGLang's log-probs are those after temperature. `num_layers` and `topk` are None for a dense model.
+    SGLang's log-probs are those after temperature. Without `routes` those of the reply are not looked at.
     """
     try:
         meta = reply["meta_info"]
@@ -154,7 +161,8 @@ def parse_generate_reply(
         scored = meta["output_token_logprobs"]
         spans = meta["weight_versions"]
         finish = meta["finish_reason"]
-        experts = meta["routed_experts"] if topk is not None else None
+        num_retractions = meta["num_retractions"]
+        experts = meta["routed_experts"] if routes is not None else None
     except (KeyError, TypeError) as error:
         raise GenerateReplyError(f"prompt {prompt.prompt_id}: the reply has no {error}") from error
     where = f"request {meta.get('id')} (prompt {prompt.prompt_id})"
@@ -172,9 +180,10 @@ def parse_generate_reply(
             f"{where}: {len(token_ids)} output ids do not match {len(scored)} scored tokens"
         )
     routed_experts = None
-    if experts is not None:
+    # SGLang keeps log-probs and tokens over a retraction, but the routes of the pass that computed them anew
+    if routes is not None and num_retractions == 0:
         num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
-        routed_experts = _routed_experts(experts, (num_entering, num_layers, topk), where)
+        routed_experts = _routed_experts(experts, (num_entering, *routes), where)
     return Completion(
         prompt=prompt,
         token_ids=token_ids,
@@ -183,6 +192,7 @@ def parse_generate_reply(
         routed_experts=routed_experts,
         finish_reason=finish["type"],
         temperature=temperature,
+        num_retractions=num_retractions,
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.client import EngineClient, RouteShape
 from megatron_vespo.rollout.dispatch import Dispatch, LostRequests, OnRequests
 from megatron_vespo.rollout.engines import Check, Engines, RejectedDraws
 from megatron_vespo.rollout.generate_function import GenerateFunction
@@ -22,7 +22,7 @@ class Collector:
 
     One request is one completion: as fast as batched requests (the engine batches by itself), and every
     completion frees its place as soon as it ends. `check`, called every second and after a request that is
-    given up, raises when nothing will come any more. `num_layers` and `topk` are None for a dense model.
+    given up, raises when nothing will come any more. With `routes` completions have the experts chosen.
     `on_requests(engine, start, end, number)` is told after every `collect` when an engine's first request
     was sent and its last one of `number` was answered, in nanoseconds since 1970; of what is drawn from
     `connect` it is told request by request.
@@ -32,8 +32,7 @@ class Collector:
         self,
         urls: Sequence[str | None],
         *,
-        num_layers: int | None,
-        topk: int | None,
+        routes: RouteShape | None = None,
         request_timeout_s: float,
         max_requests_per_engine: int = 512,
         max_dispatches: int = 1,
@@ -47,7 +46,7 @@ class Collector:
             raise ValueError("a collector needs at least one engine url")
         self.meanwhile: Callable[[], None] | None = None  # called every second while `collect` waits
         self._urls, self._max_dispatches, self._lost = urls, max_dispatches, lost or LostRequests()
-        self._num_layers, self._topk = num_layers, topk
+        self._routes = routes
         self._request_timeout_s = request_timeout_s
         self._max_requests_per_engine = max_requests_per_engine
         self._check = check
@@ -68,26 +67,36 @@ class Collector:
         num_completions: int,
         seed: int,
         on_progress: Callable[[int, int], None] | None = None,
+        for_training: bool = True,
     ) -> list[list[Completion]]:
         """`num_completions` completions of each prompt, in prompt order; blocks the calling thread.
 
         A completion with non-finite log-probs is drawn anew, and the new one's `rejections` say so; more than
         MAX_REJECTED_SHARE of them, but always one, are an error.
-        `on_progress(done, total)` is called after every completion. Raises at the first failure, naming the
+        `on_progress(done, total)` is called after every completion. Without `for_training` none has routes.
+        Raises at the first failure, naming the
         engine, and cancels what is still running: CollectError, EngineRequestError, GenerateReplyError, or
         whatever `check` raises.
         """
-        return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress))
+        routes = self._routes if for_training else None
+        return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress, routes))
 
     @asynccontextmanager
-    async def connect(self, on_requests: OnRequests | None = None) -> AsyncIterator[Engines]:
-        """`on_requests` instead of the collector's own."""
+    async def connect(self) -> AsyncIterator[Engines]:
+        """The engines, for draws of any kind."""
+        async with self._connect(self._on_requests, self._routes) as engines:
+            yield engines
+
+    @asynccontextmanager
+    async def _connect(
+        self, on_requests: OnRequests | None, routes: RouteShape | None
+    ) -> AsyncIterator[Engines]:
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0)  # `Engines` has the bound
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
             def client(url: str) -> EngineClient:
-                return EngineClient(url, session, self._num_layers, self._topk, self._api_key)
+                return EngineClient(url, session, routes, self._api_key)
 
             dispatch = Dispatch(
                 self._urls,
@@ -95,7 +104,7 @@ class Collector:
                 max_requests=self.max_requests,
                 max_dispatches=self._max_dispatches,
                 timeout_s=self._request_timeout_s,
-                on_requests=on_requests or self._on_requests,
+                on_requests=on_requests,
                 lost=self._lost,
             )
             try:
@@ -103,7 +112,9 @@ class Collector:
             finally:
                 self._lost.tell()
 
-    async def _collect(self, prompts, sampling, num_completions, seed, on_progress) -> list[list[Completion]]:
+    async def _collect(
+        self, prompts, sampling, num_completions, seed, on_progress, routes
+    ) -> list[list[Completion]]:
         total, done = len(prompts) * num_completions, 0
         rejected = RejectedDraws(total)
 
@@ -121,7 +132,7 @@ class Collector:
             first, _, before = work.get(engine, (start, end, 0))
             work[engine] = first, end, before + number
 
-        async with self.connect(add_work) as engines:
+        async with self._connect(add_work, routes) as engines:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(engines.watch(self.meanwhile))

@@ -54,7 +54,9 @@ def evaluate(
         raise ValueError("evaluation needs at least one prompt")
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
-    groups = collector.collect(prompts, sampling, num_completions=num_completions, seed=seed)
+    groups = collector.collect(
+        prompts, sampling, num_completions=num_completions, seed=seed, for_training=False
+    )
     completions = [completion for group in groups for completion in group]
     rewards = score(completions)
     rewards_PK = np.array(rewards, np.float64).reshape(len(prompts), num_completions)

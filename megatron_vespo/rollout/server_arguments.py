@@ -68,7 +68,7 @@ def server_arguments(
     sglang_flags: list[str],
     *,
     device: str,
-    is_moe: bool,
+    routes: bool,
     dtype: str,
     seed: int,
     weight_version: int = 0,
@@ -78,10 +78,11 @@ def server_arguments(
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
     `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
+    With `routes` requests may ask for the experts that were chosen: every step copies them to the host.
     `memory_saver` lets it give GPU memory back while it runs; there is none for CPUs.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
-    if is_moe:
+    if routes:
         owned.append("--enable-return-routed-experts")
     if not prefix_cache:
         owned.append("--disable-radix-cache")

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_replay import RouterReplayAction
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 
+FREE = -1  # in the place of an expert: the router chooses for this token
 # model chunk, micro-batch -> what the chunk's forward pass runs in
 Routing = Callable[[int, MicroBatch], AbstractContextManager]
 
@@ -26,6 +27,21 @@ Routing = Callable[[int, MicroBatch], AbstractContextManager]
 def free_routing(chunk: int, micro_batch: MicroBatch) -> AbstractContextManager:
     """The routers choose for themselves."""
     return nullcontext()
+
+
+class PartialReplay(RouterReplay):
+    """Megatron's slot of one router, whose target may leave tokens FREE where `leaves_free` says so."""
+
+    leaves_free = False
+
+    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+        """Megatron's arguments: scores [R, experts]; the chosen ones' [R, K] and their experts."""
+        if self.leaves_free and self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            target = self.target_topk_idx
+            _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            # the pass that recomputes this one takes the same choice, whatever its rounding
+            self.target_topk_idx = self.replay_backward_list[-1] = torch.where(target == FREE, own, target)
+        return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
 
 class RoutingReplay:
@@ -36,6 +52,9 @@ class RoutingReplay:
             [module for module in unwrap_model(chunk).modules() if isinstance(module, TopKRouter)]
             for chunk in model
         ]
+        for router in (router for chunk in self._routers for router in chunk):
+            if router.router_replay is not None:
+                router.router_replay.__class__ = PartialReplay
         self._slices = (groups.tp.rank(), groups.tp.size()) if sequence_parallel else (0, 1)
 
     @contextmanager
@@ -52,13 +71,14 @@ class RoutingReplay:
 
     @contextmanager
     def replay(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
-        """Impose the recorded routes, or else the engine's; call `finish` after the schedule.
+        """Impose the recorded routes, or else the engine's where there are any; afterwards call `finish`.
 
         The slot keeps the routes of every micro-batch in flight: backward passes, which recompute forward
         passes, come in the order of the forward passes, and the first one waiting is theirs.
         """
         for router, routes in zip(self._routers[chunk], self._routes(chunk, micro_batch), strict=True):
             router.router_replay.set_target_indices(routes)
+            router.router_replay.leaves_free = micro_batch.replays_S is not None
         self._set_action(chunk, RouterReplayAction.REPLAY_FORWARD)
         yield
         # what a router computes from here to the next forward pass is part of a backward pass
@@ -101,8 +121,14 @@ class RoutingReplay:
         if micro_batch.old_routes:
             routes_LRK = to_device(micro_batch.old_routes[chunk], micro_batch.tokens_T.device)
             return list(routes_LRK.long())
-        assert micro_batch.routed_experts_T is not None, "the micro-batch has no routes to replay"
+        if micro_batch.routed_experts_T is None:
+            assert micro_batch.replays_S is not None, "the micro-batch has no routes to replay"
+            tokens_R = self.seen(micro_batch.tokens_T)
+            return [tokens_R.new_full((len(tokens_R), r.topk), FREE) for r in self._routers[chunk]]
         routes_R = self.seen(micro_batch.routed_experts_T).long()
+        if micro_batch.replays_S is not None:
+            free_R = self.seen(~micro_batch.replays_S[micro_batch.sequence_ids_T])
+            routes_R = routes_R.masked_fill(free_R[:, None, None], FREE)
         return [routes_R[:, layer] for layer in self.local_layers(chunk)]
 
     def _set_action(self, chunk: int, action: RouterReplayAction | None) -> None:

@@ -12,8 +12,9 @@ from megatron_vespo.types import TrainingSample
 def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_routes: bool) -> None:
     """ValueError naming the sample and its group for what cannot be trained on.
 
-    That is: too long, missing or non-finite numbers, unknown tokens and, with `needs_routes`, routes that are
-    missing, of another shape or of another policy version than the tokens.
+    That is: too long, missing or non-finite numbers, unknown tokens and, with `needs_routes` and unless the
+    sample says that there are none, routes that are missing, of another shape or of another policy version
+    than the tokens.
     """
     where = f"{name} (group {sample.group_id})"
     if not 0 < sample.prompt_length < sample.num_tokens:
@@ -39,7 +40,7 @@ def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_route
             f"{where} has token ids from {sample.token_ids.min()} to {sample.token_ids.max()}, the "
             f"vocabulary has 0 to {args.vocab_size - 1}"
         )
-    if needs_routes:
+    if needs_routes and sample.replays:
         _check_routes(sample, where, args)
 
 

@@ -59,6 +59,22 @@ def test_megatron_runs_the_routes_that_were_sent(replay_run, layout):
         np.testing.assert_array_equal(result["chosen_after"], result["given"])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_routers_choose_for_a_sample_whose_routes_are_lost(replay_run, layout):
+    """Beside others that are replayed; and what they choose is recomputed."""
+    runs_of_a_router = 2 if "recompute" in layout else 1
+    [all_free], [free_runs] = replay_run("one rank", "R3", "--lost all"), replay_run("one rank", "R2")
+    np.testing.assert_array_equal(all_free["chosen"], free_runs["chosen"])
+    for result in replay_run(layout, "R3", "--lost some"):
+        given, chosen = result["given"], result["chosen"]
+        free = (given == 255).all(axis=(1, 2))
+        assert 0.2 < free.mean() < 0.6
+        np.testing.assert_array_equal(chosen[~free], given[~free])
+        # the first layer's input is the same whatever later ones do
+        np.testing.assert_array_equal(chosen[free], all_free["chosen"][free])
+        assert result["passes"].tolist() == [runs_of_a_router] * 2
+
+
 def test_routes_change_where_they_are_free(replay_run):
     """Else replaying the old ones would prove nothing."""
     [result] = replay_run("one rank", "R2")

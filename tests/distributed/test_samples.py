@@ -49,6 +49,8 @@ def check():
 def test_a_sound_sample_passes(check):
     check(SAMPLE, "sample 0", ARGS, needs_routes=True)
     check(dataclasses.replace(SAMPLE, routed_experts=None), "sample 0", ARGS, needs_routes=False)
+    lost = dataclasses.replace(SAMPLE, routed_experts=None, routes_version=None, replays=False)
+    check(lost, "sample 0", ARGS, needs_routes=True)
     longest = {"token_ids": np.arange(8), "prompt_length": 4}
     check(dataclasses.replace(SAMPLE, **longest), "sample 0", ARGS, needs_routes=False)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_vespo.rollout.client import RouteShape
 from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
 from megatron_vespo.rollout.server_arguments import server_arguments
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
+ROUTES = RouteShape(NUM_LAYERS, TOPK)
 
 
 def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
@@ -69,7 +71,7 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
 
 def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangEngine:
     flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
-    arguments = server_arguments([*flags, *more], device="cpu", is_moe=True, dtype="float32", seed=1)
+    arguments = server_arguments([*flags, *more], device="cpu", routes=True, dtype="float32", seed=1)
     port = find_free_port(HOST)
     return SGLangEngine(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import Run, nothing_left, train_command
 from safetensors.torch import load_file
-from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
+from servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.observability.metrics import read_metrics
@@ -51,9 +51,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
         lambda: Prompt(number := next(numbers), [number, 7], "", ""),
         batch_size=4, mini_batches=1, max_staleness=1, requeue=True, max_dispatches=2, version=version - 1,
     )  # fmt: skip
-    collector = Collector(
-        [own_engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0, check=own_engine.check
-    )
+    collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
     sender = BucketSender(
         EngineControl([own_engine.url], START_TIMEOUT_S, mode),
@@ -112,7 +110,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
             batch_size=4, mini_batches=1, max_staleness=0, requeue=True, max_dispatches=2,
         )  # fmt: skip
         buffer.restore(state)
-        collector = Collector([engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+        collector = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)
         stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
         stream.start()
         return stream
@@ -138,7 +136,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
     assert all(0 < first <= second for first, second in zip(*lengths, strict=True))
     assert sum(lengths[0]) < sum(lengths[1]) and unfinished[0] >= unfinished[1] > 0
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    whole = Collector([engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+    whole = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)
     for completion in (c for group in groups for c in group):
         assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
         expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)

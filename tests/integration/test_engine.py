@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from servers import HOST, NUM_LAYERS, TOPK, VOCAB_SIZE, tiny_engine
+from servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
 from megatron_vespo.http import EngineRequestError, get_json, post_json
 from megatron_vespo.rollout.collector import Collector
@@ -33,9 +33,7 @@ def reference(tiny_model):
 
 
 def collector_of(engine: SGLangEngine, timeout_s: float = 60.0) -> Collector:
-    return Collector(
-        [engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=timeout_s, check=engine.check
-    )
+    return Collector([engine.url], routes=ROUTES, request_timeout_s=timeout_s, check=engine.check)
 
 
 def sampling(max_new_tokens: int, temperature: float = 1.0, stop=(STOP_TOKEN,)) -> SamplingParams:

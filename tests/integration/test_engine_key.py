@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runs import Run, nothing_left, train_command
-from servers import HOST, NUM_LAYERS, TOPK, tiny_engine
+from servers import HOST, ROUTES, tiny_engine
 
 from megatron_vespo.http import EngineRequestError, get_json, post_json
 from megatron_vespo.rollout.api_key import REPLACEMENT
@@ -44,9 +44,7 @@ def test_a_server_with_a_key(tiny_model, tmp_path, prompts):
     log = tmp_path / "engine.log"
     with tiny_engine(tiny_model, log, "--log-level", "info", api_key=KEY) as engine:
         sampling = SamplingParams(temperature=1.0, max_new_tokens=4, stop_token_ids=())
-        collector = Collector(
-            [engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=60.0, api_key=KEY
-        )
+        collector = Collector([engine.url], routes=ROUTES, request_timeout_s=60.0, api_key=KEY)
         assert len(collector.collect(prompts[:1], sampling, num_completions=2, seed=0)[0]) == 2
         [sums] = weight_sums(EngineControl([engine.url], 60.0, None, KEY))
         assert len(sums) > 5

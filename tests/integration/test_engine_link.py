@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
-from servers import HOST, NUM_LAYERS, TOPK, make_tiny_model, tiny_engine
+from servers import HOST, ROUTES, make_tiny_model, tiny_engine
 
 from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
@@ -108,7 +108,7 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     link.connect(urls, [second.url], number)
     link.sync(weights[0], number)
     before = sums(first)
-    collector = Collector([first.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=120.0)
+    collector = Collector([first.url], routes=ROUTES, request_timeout_s=120.0)
     sampling = SamplingParams(temperature=1.0, max_new_tokens=900, stop_token_ids=())
     with ThreadPoolExecutor() as threads:
         running = threads.submit(

@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from servers import NUM_LAYERS, TOPK, make_tiny_model
+from servers import ROUTES, make_tiny_model
 
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Completion, SamplingParams, TrainingSample
@@ -32,9 +32,7 @@ def training_sample(completion: Completion, advantage: float) -> TrainingSample:
 
 @pytest.fixture(scope="module")
 def samples(engine, prompts) -> list[TrainingSample]:
-    collector = Collector(
-        [engine.url], num_layers=NUM_LAYERS, topk=TOPK, request_timeout_s=60, check=engine.check
-    )
+    collector = Collector([engine.url], routes=ROUTES, request_timeout_s=60, check=engine.check)
     groups = collector.collect(prompts, SamplingParams(1.0, 40, (1,)), num_completions=8, seed=0)
     return [training_sample(c, (-1.0) ** i) for group in groups for i, c in enumerate(group)]
 

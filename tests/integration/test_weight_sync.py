@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import HOST, NUM_LAYERS, START_TIMEOUT_S, TOPK, make_tiny_model, tiny_engine
+from servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 from megatron_vespo.conversion.buckets import buckets
 from megatron_vespo.rollout.client import EngineClient
@@ -26,7 +26,7 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
 def generate(url: str, prompt: Prompt) -> Completion:
     async def one() -> Completion:
         async with aiohttp.ClientSession() as session:
-            return await EngineClient(url, session, NUM_LAYERS, TOPK).generate(prompt, SAMPLING, seed=None)
+            return await EngineClient(url, session, ROUTES).generate(prompt, SAMPLING, seed=None)
 
     return asyncio.run(one())
 

@@ -43,6 +43,7 @@ class EngineStub:
                 "finish_reason": {"type": finish},
                 "output_token_logprobs": [[-0.5, token, None] for token in token_ids],
                 "weight_versions": [{"version": self.version, "start": 0, "end": len(token_ids)}],
+                "num_retractions": 0,
             },
         }
 

@@ -56,6 +56,7 @@ class Engine:
             "finish_reason": {"type": reason},
             "output_token_logprobs": [[-0.1 * token, token, None] for token in token_ids],
             "weight_versions": [{"version": str(self.version), "start": 0, "end": len(token_ids)}],
+            "num_retractions": 0,
         }
         return web.json_response({"output_ids": token_ids, "meta_info": meta})
 
@@ -104,7 +105,7 @@ def start(engine):
             batch_size=4, mini_batches=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
         )  # fmt: skip
         collector = Collector(
-            [engine.url], num_layers=None, topk=None, request_timeout_s=30.0, check=check,
+            [engine.url], request_timeout_s=30.0, check=check,
             on_requests=on_requests,
         )  # fmt: skip
         score = changes.pop("score", lambda group: [])

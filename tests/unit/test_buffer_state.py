@@ -23,6 +23,7 @@ def draft(prompt: Prompt, length: int, reason: str, reward: float | None, moe: b
 @pytest.mark.parametrize("moe", [False, True])
 def test_drafts_come_back_bit_by_bit_in_their_places(moe):
     finished = [draft(PROMPTS[3], 4, "stop", 1.0, moe), draft(PROMPTS[3], 2, "length", 0.0, moe)]
+    finished[0].routed_experts, finished[0].num_retractions = None, 2
     begun = [None, draft(PROMPTS[8], 3, "abort", None, moe)]
     state = [
         Pending(17, PROMPTS[3], 0, finished),

@@ -74,7 +74,7 @@ class Engines:
     def __init__(self, state: RunState | None):
         self._state, self.seeds = state, []
 
-    def collect(self, prompts, sampling, *, num_completions, seed):
+    def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
         self.seeds.append(seed)
         return [[self._completion(prompt, [seed, i]) for i in range(num_completions)] for prompt in prompts]
 

@@ -40,6 +40,7 @@ class Engine:
             "finish_reason": {"type": "stop"},
             "output_token_logprobs": [[-0.5, 7, None]],
             "weight_versions": [{"version": "0", "start": 0, "end": 1}],
+            "num_retractions": 0,
         }
         return web.json_response({"output_ids": [7], "meta_info": meta})
 
@@ -78,8 +79,6 @@ def collector(urls: list[str | None], said: list[str], timeout_s: float = 30.0, 
     options = {"max_dispatches": 3} | changes
     return Collector(
         urls,
-        num_layers=None,
-        topk=None,
         request_timeout_s=timeout_s,
         lost=LostRequests(said.append),
         **options,

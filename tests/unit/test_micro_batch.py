@@ -186,3 +186,16 @@ def test_routes_are_cut_like_the_tokens():
         for filler in pack.routed_experts_T[~known].flatten(0, 1).tolist():
             assert len(set(filler)) == 2 and max(filler) < 20
     assert pack_of(routed, [0]).routed_experts_T is None  # nobody asked
+    assert pack_of(routed, [0, 1], num_experts=20).replays_S is None  # all do
+
+
+def test_a_sequence_without_routes_leaves_those_of_the_others_in_their_places():
+    free, routed = sample([1, 2, 3], [4, 5]), sample([6], [7])
+    free.replays = False
+    routed.routed_experts = np.full((1, 2, 2), [8, 9], np.uint8)
+    pack = pack_of([free, routed], [0, 1], num_experts=20)
+    assert pack.replays_S.tolist() == [False, True]
+    assert pack.routed_experts_T[pack.tokens_T == 6].tolist() == [[[8, 9], [8, 9]]]
+    alone = pack_of([free, routed], [0], num_experts=20)
+    assert alone.replays_S.tolist() == [False] and alone.routed_experts_T is None
+    assert pack_of([free, routed], [0]).replays_S is None  # nobody asked

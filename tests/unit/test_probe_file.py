@@ -1,11 +1,15 @@
 """Samples and log-probs through the file of probes, and what counts as the same policy."""
 
 import dataclasses
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron_vespo.data.probe_file import ProbeMismatchError, compare, decode, encode
+from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.data.probe_file import NUM_PROBES, ProbeMismatchError, compare, decode, encode
+from megatron_vespo.observability.tracing import Spans
 from megatron_vespo.types import TrainingSample
 
 
@@ -43,6 +47,33 @@ def test_they_come_back_bit_for_bit_but_for_routes():
     for expected, actual in zip(log_probs, found_log_probs, strict=True):
         assert actual.dtype == np.float32
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_probes_do_not_hold_the_batch_that_they_come_from():
+    """As Ray hands a batch over: arrays are views into one object."""
+    buffers: list[pickle.PickleBuffer] = []
+    packed = pickle.dumps(
+        [[sample(2, 5)], [sample(3 + n, 4) for n in range(NUM_PROBES + 2)]],
+        protocol=5,
+        buffer_callback=buffers.append,
+    )
+    store = [bytes(buffer) for buffer in buffers]
+    batch = pickle.loads(packed, buffers=store)
+    stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
+    worker = object.__new__(TrainerWorker)
+    worker._args = SimpleNamespace(ratio_denominator="rollout")
+    worker._spans = Spans()
+    worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
+    worker.prepare(batch)
+    assert len(worker._probes) == NUM_PROBES
+    for kept, given in zip(worker._probes, batch[1], strict=False):
+        assert kept.routed_experts is None and given.routed_experts is not None
+        for name in ("token_ids", "behavior_log_probs", "policy_versions"):
+            ours, theirs = getattr(kept, name), getattr(given, name)
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+            assert any(np.shares_memory(theirs, part) for part in stored), "the test sees views"
+            assert not any(np.shares_memory(ours, part) for part in stored), name
+            assert ours.base is None and ours.flags.owndata
 
 
 def test_fp32_compares_the_largest_difference():

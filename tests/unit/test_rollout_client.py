@@ -13,6 +13,7 @@ from megatron_vespo.algorithms.accuracy import mean_interval
 from megatron_vespo.rollout.client import (
     GenerateReplyError,
     NonFiniteLogProbsError,
+    RouteShape,
     generate_payload,
     parse_generate_reply,
 )
@@ -26,6 +27,7 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,))
+ROUTES = RouteShape(num_layers=2, topk=1)
 WHERE = r"^request r1 \(prompt 17\): "
 
 
@@ -42,14 +44,15 @@ def reply(**meta) -> dict:
             "finish_reason": {"type": "stop", "matched": 1},
             "output_token_logprobs": [[-0.5, 11, None], [-1.25, 1, None]],
             "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+            "num_retractions": 0,
             "routed_experts": encoded([[[0], [7]], [[1], [6]], [[2], [5]], [[3], [255]]]),
             **meta,
         },
     }
 
 
-def parse(answer: dict, num_layers=2, topk=1) -> Completion:
-    return parse_generate_reply(answer, PROMPT, 0.7, num_layers, topk)
+def parse(answer: dict, routes: RouteShape | None = ROUTES) -> Completion:
+    return parse_generate_reply(answer, PROMPT, 0.7, routes)
 
 
 def test_reply_becomes_a_completion():
@@ -63,8 +66,17 @@ def test_reply_becomes_a_completion():
     assert (completion.finish_reason, completion.temperature, completion.reward) == ("stop", 0.7, None)
 
 
-def test_dense_model_has_no_routed_experts():
-    assert parse(reply(routed_experts=None), None, None).routed_experts is None
+def test_routes_that_nobody_asked_for_are_not_looked_at():
+    assert parse(reply(routed_experts=None), None).routed_experts is None
+
+
+def test_routes_of_a_retracted_request_are_not_kept():
+    """They would be those of the pass that has computed keys and values anew, and of the right shape."""
+    kept, lost = parse(reply()), parse(reply(num_retractions=2))
+    assert (kept.num_retractions, kept.routed_experts.shape) == (0, (4, 2, 1))
+    assert (lost.num_retractions, lost.routed_experts) == (2, None)
+    assert lost.token_ids == kept.token_ids and (lost.log_probs == kept.log_probs).all()
+    assert parse(reply(num_retractions=2), None).num_retractions == 2
 
 
 def test_versions_of_a_completion_that_saw_an_update():
@@ -136,7 +148,9 @@ def test_unknown_finish_reason_and_empty_completion():
         parse(empty)
 
 
-@pytest.mark.parametrize("field", ["weight_versions", "routed_experts", "output_token_logprobs"])
+@pytest.mark.parametrize(
+    "field", ["weight_versions", "routed_experts", "output_token_logprobs", "num_retractions"]
+)
 def test_missing_field_is_named(field):
     answer = reply()
     del answer["meta_info"][field]
@@ -239,13 +253,13 @@ def test_reading_the_flags_does_not_import_sglang():
 
 
 def test_server_arguments():
-    arguments = server_arguments(["--tp-size", "2"], device="cuda", is_moe=True, dtype="bfloat16", seed=3)
+    arguments = server_arguments(["--tp-size", "2"], device="cuda", routes=True, dtype="bfloat16", seed=3)
     assert " ".join(arguments) == (
         "--skip-tokenizer-init --weight-version 0 --enable-return-routed-experts --device cuda "
         "--dtype bfloat16 --random-seed 3 --log-level warning --tp-size 2"
     )
     arguments = server_arguments(
-        ["--dtype", "bfloat16"], device="cpu", is_moe=False, dtype="float32", seed=3, weight_version=7
+        ["--dtype", "bfloat16"], device="cpu", routes=False, dtype="float32", seed=3, weight_version=7
     )
     assert " ".join(arguments) == (
         "--skip-tokenizer-init --weight-version 7 --device cpu --random-seed 3 --log-level warning "
@@ -266,7 +280,7 @@ def test_engine_that_was_not_started():
 
 def test_collector_needs_an_engine():
     with pytest.raises(ValueError, match="^a collector needs at least one engine url$"):
-        Collector([], num_layers=None, topk=None, request_timeout_s=1.0)
+        Collector([], request_timeout_s=1.0)
 
 
 class FaultyEngine:
@@ -286,7 +300,7 @@ class FaultyEngine:
 def collected(monkeypatch, faulty_indices, num_completions):
     monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", FaultyEngine)
     FaultyEngine.faulty = {completion_seed(5, PROMPT.prompt_id, index) for index in faulty_indices}
-    collector = Collector(["http://engine"], num_layers=None, topk=None, request_timeout_s=1.0)
+    collector = Collector(["http://engine"], request_timeout_s=1.0)
     return collector.collect([PROMPT], SAMPLING, num_completions=num_completions, seed=5)[0]
 
 
@@ -325,9 +339,7 @@ class SlowEngine(FaultyEngine):
 def test_collector_says_when_each_engine_was_at_work(monkeypatch, urls):
     monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", SlowEngine)
     seen = []
-    collector = Collector(
-        urls, num_layers=None, topk=None, request_timeout_s=1.0, on_requests=lambda *span: seen.append(span)
-    )
+    collector = Collector(urls, request_timeout_s=1.0, on_requests=lambda *span: seen.append(span))
     before = time.time_ns()
     try:
         collector.collect([PROMPT], SAMPLING, num_completions=5, seed=5)
@@ -343,7 +355,7 @@ def test_collector_says_when_each_engine_was_at_work(monkeypatch, urls):
 class FixedCollector:
     """Two completions of 2 and 4 tokens, whatever the prompts."""
 
-    def collect(self, prompts, sampling, *, num_completions, seed):
+    def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
         assert (num_completions, seed) == (2, 9)
         return [
             [

@@ -35,6 +35,7 @@ def completion(draw: np.random.Generator, prompt: Prompt, moe: bool) -> Completi
         temperature=float(draw.random()),
         reward=float(draw.normal()),
         overlong_penalty=-float(draw.random()),
+        num_retractions=int(draw.integers(0, 2)),
     )
 
 
@@ -42,6 +43,8 @@ def record(seed: int = 0, moe: bool = True) -> RolloutRecord:
     draw = np.random.default_rng(seed)
     prompts = [Prompt(i * 7, draw.integers(0, 99, i + 1).tolist(), answer="", text="") for i in range(4)]
     groups = [[completion(draw, prompt, moe) for _ in range(3)] for prompt in prompts]
+    for retracted in (c for group in groups for c in group if c.num_retractions):
+        retracted.routed_experts = None
     metrics = {"reward/mean": 0.1 + 0.2, "odd": math.nan, "huge": 5e300}
     return RolloutRecord(groups, metrics, consumed_prompts=12, run=RUN)
 
@@ -108,6 +111,18 @@ def test_what_is_no_record_is_named(tmp_path):
         check_record(path, RUN)
     with pytest.raises(ValueError, match="no such file"):
         read_record(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_who_needs_routes_is_told_that_there_are_none(tmp_path, moe):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record(moe=moe))
+    check_record(path, RUN)
+    if moe:  # but for those that engines have lost
+        check_record(path, RUN, needs_routes=True)
+        return
+    with pytest.raises(ValueError, match="^.*npz has no routes, which --routing-replay R3 replays: [^\\n]*$"):
+        check_record(path, RUN, needs_routes=True)
 
 
 def test_another_run_is_named(tmp_path):

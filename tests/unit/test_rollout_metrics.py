@@ -29,6 +29,7 @@ def test_rollout_metrics():
         [completion(1.0, 2), completion(0.0, 0, "abort")],
     ]
     groups[0][1].rejections, groups[2][0].rejections = ("NaN", "NaN"), ("inf",)
+    groups[1][0].num_retractions, groups[3][1].num_retractions = 1, 3
     assert rollout_metrics(groups, "group-mean-std") == {
         "reward/mean": 3 / 8,
         "reward/error_count": 0.0,
@@ -40,6 +41,7 @@ def test_rollout_metrics():
         "response/truncated_share": 2 / 8,
         "rollout/tokens": 32.0,
         "rollout/nonfinite_log_probs": 3.0,
+        "rollout/retracted_share": 2 / 8,
     }
 
 

@@ -22,6 +22,18 @@ def give_random_routes(samples: list, args) -> None:
         sample.routes_version = int(sample.policy_versions[-1])
 
 
+def lose_routes(samples: list) -> None:
+    for sample in samples:
+        sample.routed_experts, sample.routes_version, sample.replays = None, None, False
+
+
+def _given(sample, args) -> np.ndarray:
+    """uint8 [P + C - 1, L, K], ascending; 255 where the routers choose."""
+    if not sample.replays:
+        return np.full((sample.num_tokens - 1, args.num_layers, args.moe_router_topk), 255, np.uint8)
+    return np.sort(sample.routed_experts, axis=-1)
+
+
 class RouterCalls:
     """Counts what each router of this rank answered, pass after pass."""
 
@@ -57,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--random-routes", action="store_true")
+    parser.add_argument("--lost", choices=("some", "all"), help="samples whose routes an engine has lost")
     options, flags = parser.parse_known_args()
     args = start_megatron(flags)
     from megatron_vespo.trainer.policy import MegatronPolicy
@@ -65,10 +78,12 @@ def main() -> None:
     samples = read_samples(options.samples)
     if options.random_routes:
         give_random_routes(samples, args)
+    if options.lost:  # "some" leaves packs of both kinds, and mixed ones
+        lose_routes([s for i, s in enumerate(samples) if options.lost == "all" or i % 5 < 2])
     results = {"log_probs": np.concatenate(policy.log_probs(samples))}
     results["chosen"] = np.concatenate([c[:-1] for c in policy.chosen_experts(samples)])
     if options.random_routes:
-        results["given"] = np.concatenate([np.sort(s.routed_experts, axis=-1) for s in samples])
+        results["given"] = np.concatenate([_given(sample, args) for sample in samples])
 
     size = len(samples) // 2
     prepared = [policy.pack(samples[:size]), policy.pack(samples[size:])]
