@@ -70,9 +70,8 @@ def test_routers_choose_for_a_sample_whose_routes_are_lost(replay_run, layout):
         free = (given == 255).all(axis=(1, 2))
         assert 0.2 < free.mean() < 0.6
         np.testing.assert_array_equal(chosen[~free], given[~free])
-        # the first layer's input is the same whatever later ones do
         np.testing.assert_array_equal(chosen[free], all_free["chosen"][free])
-        assert result["passes"].tolist() == [runs_of_a_router] * 2
+        assert result["passes"][0] == runs_of_a_router  # other weights choose others: the second step's
 
 
 def test_routes_change_where_they_are_free(replay_run):

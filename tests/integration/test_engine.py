@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,12 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 import torch
 from servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
 from megatron_vespo.http import EngineRequestError, get_json, post_json
+from megatron_vespo.rollout.client import generate_payload
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port, group_members
@@ -73,6 +76,23 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         untempered = torch.log_softmax(output.logits[0, first:-1], -1)
         untempered = untempered.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
         assert np.abs(completion.log_probs - untempered).max() > 1e-2  # the comparison can tell
+
+
+def test_bytes_of_a_reply_without_routes(engine, prompts):
+    """Of a real one, per token; a large vocabulary's ids have three digits more, twice, than these."""
+
+    async def size(routes: bool, length: int) -> int:
+        body = generate_payload(prompts[1], sampling(length), None, routed_experts=routes)
+        body["sampling_params"]["ignore_eos"] = True
+        async with aiohttp.ClientSession() as session:
+            async with session.post(engine.url + "/generate", json=body) as response:
+                return len(await response.read())
+
+    plain = (asyncio.run(size(False, 900)) - asyncio.run(size(False, 100))) / 800
+    routed = (asyncio.run(size(True, 900)) - asyncio.run(size(True, 100))) / 800
+    print(f"{plain:.1f} bytes per token, {routed:.1f} with routes")
+    assert 4096 * (plain + 2 * 3) <= 200_000
+    assert routed - plain == pytest.approx(NUM_LAYERS * TOPK * 4 * 4 / 3, rel=0.1)  # int32 in base64
 
 
 def test_custom_stop_token(engine, prompts):
