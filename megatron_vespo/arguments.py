@@ -31,6 +31,7 @@ from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.process_environment import CONNECTIONS, TABLE
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.time_limits import collective_timeout_minutes
 from megatron_vespo.validation import REQUIRED_BY_TRAIN, check_flags, check_layout, check_virtual_pipeline
 
 
@@ -204,6 +205,9 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     # on --load the flags of this command count, so that a run can be made longer
     args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     args.calculate_per_token_loss = True
+    args.distributed_timeout_minutes = collective_timeout_minutes(
+        args, explicit.get("distributed_timeout_minutes")
+    )
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
     method = METHODS[args.policy_loss]

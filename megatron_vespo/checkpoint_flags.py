@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from megatron_vespo.flag_checks import check_positive
-
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and failures, beside Megatron's --save, --async-save ...")
     add = group.add_argument
-    add("--preemption-deadline", type=float, default=300.0, metavar="SECONDS",
-        help="on SIGTERM or SIGUSR1 save and exit with code 75 (start again to resume); with 76 where that "
-        "takes longer or a second signal comes")  # fmt: skip
     add("--trainer-restarts", type=int, default=3, metavar="N",
         help="where a trainer rank dies all start again, from the newest checkpoint of --save; so often at "
         "most without a new one in between")  # fmt: skip
 
 
 def check_checkpoints(args: Namespace) -> None:
-    check_positive(args, ("preemption_deadline",))
     if args.trainer_restarts < 0:
         raise ValueError(f"--trainer-restarts is {args.trainer_restarts}, must not be negative")
 

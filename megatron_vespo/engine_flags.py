@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.rollout.api_key import API_KEY_CHOICES
 
 
 def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engines that fail")
     add = group.add_argument
-    add("--engine-health-timeout", type=float, default=120.0, metavar="SECONDS",
-        help="an engine that generates nothing for so long is taken for dead")  # fmt: skip
     add("--engine-restarts", type=int, default=3, metavar="N",
         help="how often each is started again; it serves when it has the current weights")  # fmt: skip
     add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
@@ -28,7 +25,6 @@ def check_engine_faults(args: Namespace) -> None:
         raise ValueError(
             f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
         )
-    check_positive(args, ("engine_health_timeout",))
     if args.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
     if not 1 <= args.min_engines <= args.rollout_engines:

@@ -97,6 +97,7 @@ def _server_arguments(args: Namespace) -> list[str]:
         routes=False,
         dtype=_dtype(args.hf_checkpoint),
         seed=args.seed,
+        longest_step_s=args.engine_start_timeout,
     )
 
 

@@ -16,6 +16,7 @@ from megatron_vespo.async_flags import add_asynchronous_arguments
 from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
 from megatron_vespo.heldout_flags import add_heldout_arguments
+from megatron_vespo.time_limits import add_time_limit_arguments
 
 DESCRIPTION = """\
 Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
@@ -42,6 +43,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     _add_algorithm_arguments(parser)
     _add_placement_arguments(parser)
     add_checkpoint_arguments(parser)
+    add_time_limit_arguments(parser)
     _add_output_arguments(parser)
     return parser
 
@@ -68,14 +70,11 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
     add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
     add("--rollout-port", type=int, default=0, help="of the first server, others follow; 0: free ports")
-    add("--engine-start-timeout", type=float, default=600.0, metavar="SECONDS")
-    add("--generate-timeout", type=float, default=1800.0, metavar="SECONDS", help="for one completion")
     add("--generate-function", metavar="PATH",
         help="package.module:function that makes a completion; default: a request")  # fmt: skip
     add("--reward-function", default="math", metavar="PATH",
         help="'math' (math-verify) or package.module:function")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes")
-    add("--reward-timeout", type=float, default=10.0, metavar="SECONDS", help="for one completion")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
@@ -153,10 +152,7 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
         help="logits exist for so many tokens at a time")  # fmt: skip
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
-    add("--worker-start-timeout", type=float, default=600.0, metavar="SECONDS")
-    add("--train-timeout", type=float, default=7200.0, metavar="SECONDS", help="for one rollout batch")
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
-    add("--weight-sync-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
         help="compare an engine with an export, as on every resume; 0: only then")  # fmt: skip
 

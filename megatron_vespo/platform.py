@@ -28,6 +28,7 @@ from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
+from megatron_vespo.time_limits import longest_engine_step_s
 from megatron_vespo.types import Prompt, SamplingParams
 
 
@@ -128,6 +129,7 @@ def _server_arguments(args: Namespace) -> list[str]:
         routes=args.routing_replay == "R3",
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
+        longest_step_s=longest_engine_step_s(args),
         # prefixes in the cache would be older than the request that meets them knows
         prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
         memory_saver=args.colocate and device == "cuda",

@@ -15,6 +15,7 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.engine_flags import check_engine_faults
 from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.heldout_flags import check_heldout
+from megatron_vespo.time_limits import TIME_LIMITS
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
@@ -27,12 +28,11 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
     positive = (
         "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
-        "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers reward_timeout "
+        "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers "
         "weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
-        "engine_start_timeout generate_timeout train_timeout weight_sync_timeout worker_start_timeout "
         "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
     ).split()
-    check_positive(args, positive)
+    check_positive(args, positive + [limit.name for limit in TIME_LIMITS])
     check_engine_faults(args)
     check_heldout(args)
     if not args.hf_checkpoint.is_dir():

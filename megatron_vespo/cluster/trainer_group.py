@@ -21,12 +21,12 @@ from megatron_vespo.data.probe_file import ProbeMismatchError
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.process_environment import exported_values
+from megatron_vespo.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.types import TrainingSample
 from megatron_vespo.weight_sync.distributed import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums
 
 STOP_TIMEOUT_S = 60.0
-SYNC_DEADLINES = 4  # of a weight sync's several waits for engines
 
 
 class TrainerGroup:
@@ -83,20 +83,17 @@ class TrainerGroup:
     ) -> None:
         """See EngineLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
         arguments = urls, fresh, number, engine_size, api_key, loaded
-        self._call("connect_engines", *arguments, timeout_s=self._sync_timeout_s())
+        self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._args))
 
     def sync_weights(self, version: int) -> None:
         """Every engine that is connected serves the current weights as `version` afterwards."""
-        self._call("sync_weights", version, timeout_s=self._sync_timeout_s())
+        self._call("sync_weights", version, timeout_s=sync_timeout_s(self._args))
 
     def check_weights(self, version: int) -> float:
         """Compares what the engines hold; the seconds that it took."""
         export = (self._args.output_dir / "weight-check").resolve()
-        return self._call("check_weights", version, export, timeout_s=self._args.train_timeout)
-
-    def _sync_timeout_s(self) -> float:
-        """The ranks' own deadlines come first: they know which engine they wait for."""
-        return SYNC_DEADLINES * self._args.weight_sync_timeout
+        timeout_s = self._args.train_timeout + check_timeout_s(self._args)  # it may write an export, too
+        return self._call("check_weights", version, export, timeout_s=timeout_s)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""

@@ -223,7 +223,8 @@ class TrainerWorker:
             for url, sums in zip(control.urls, all_sums, strict=True):
                 compare_sums(url, sums, whose, self._link.loaded[url], version)
         if export is not None:
-            check_against_checkpoint(control, all_sums[0], export, version)
+            limit = self._args.weight_check_timeout
+            check_against_checkpoint(control, all_sums[0], export, version, limit)
 
     def _engines_have_loaded_the_policy(self) -> bool:
         """Engines and trainer have both started from --hf-checkpoint."""

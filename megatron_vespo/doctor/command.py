@@ -19,11 +19,12 @@ from megatron_vespo.doctor.gpus import gpus, has_gpu_files, num_gpus
 from megatron_vespo.doctor.meeting import Guest, Host, Meeting, MeetingError
 from megatron_vespo.doctor.memory_saver import memory_saver
 from megatron_vespo.doctor.network import all_reduce
-from megatron_vespo.doctor.packages import IMPORT_TIMEOUT_S, package
+from megatron_vespo.doctor.packages import package
 from megatron_vespo.doctor.patches import patches
 from megatron_vespo.doctor.table import as_text, lines_of
 from megatron_vespo.doctor.versions import OPTIONAL, TESTED, python_version
 from megatron_vespo.slurm_step import Step, current_step, first_host
+from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
 QUICK_S = 30.0
 ARRIVAL_S = 120.0

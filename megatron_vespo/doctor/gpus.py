@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_vespo.doctor.finding import Finding
+from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
-TIMEOUT_S = 120.0
 GIB = 2**30
 _SEEN_BY_TORCH = """
 import json, torch
@@ -37,7 +37,7 @@ def num_gpus() -> int:
     program = "import torch; print(torch.cuda.device_count())"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S
         )
         return int(done.stdout.split()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError):
@@ -47,7 +47,7 @@ def num_gpus() -> int:
 def gpus() -> Finding:
     try:
         command = [sys.executable, "-c", _SEEN_BY_TORCH]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
         seen = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
         fix = "nvidia-smi on this node; torch has to import"

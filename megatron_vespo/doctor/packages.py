@@ -9,8 +9,8 @@ import sys
 from megatron_vespo.doctor.finding import Finding
 from megatron_vespo.doctor.probe import MARK
 from megatron_vespo.doctor.versions import OPTIONAL, TESTED, installed
+from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
-IMPORT_TIMEOUT_S = 240.0
 SHOWN = 2  # of what is wrong
 
 

@@ -78,8 +78,10 @@ def missing_in_sglang() -> list[str]:
     from megatron_vespo.rollout.server_arguments import OWNED, known_flags, server_arguments
 
     paths = {getattr(route, "path", None) for route in importlib.import_module(HTTP_SERVER).app.routes}
-    options = {"device": "cpu", "dtype": "float32", "routes": True, "seed": 0, "prefix_cache": False}
-    flags = OWNED | {part for part in server_arguments([], **options) if part.startswith("--")}
+    options = {"device": "cpu", "dtype": "float32", "routes": True, "seed": 0, "longest_step_s": 1.0}
+    flags = OWNED | {
+        part for part in server_arguments([], prefix_cache=False, **options) if part.startswith("--")
+    }
     return [f"endpoint {path}" for path in ROUTES if path not in paths] + [
         f"flag {flag}" for flag in sorted(flags - known_flags().keys())
     ]

@@ -28,8 +28,9 @@ from typing import Literal
 
 from megatron_vespo.import_path import import_function
 from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
+from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
-_START_DEADLINE_S = 120.0  # importing the function's module, sympy or more, on a loaded machine
+_START_DEADLINE_S = IMPORT_TIMEOUT_S  # of the function's module, sympy or more
 _STOP_DEADLINE_S = 10.0
 _MAX_CHUNK = 32
 _WORKER_COMMAND = """

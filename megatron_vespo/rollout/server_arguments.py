@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def server_arguments(
     routes: bool,
     dtype: str,
     seed: int,
+    longest_step_s: float,
     weight_version: int = 0,
     prefix_cache: bool = True,
     memory_saver: bool = False,
@@ -78,6 +80,7 @@ def server_arguments(
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
     `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
+    `longest_step_s` is how long it may load weights or compile before SGLang takes itself for hung.
     With `routes` requests may ask for the experts that were chosen: every step copies them to the host.
     `memory_saver` lets it give GPU memory back while it runs; there is none for CPUs.
     """
@@ -93,6 +96,8 @@ def server_arguments(
         "--dtype": [dtype],
         "--random-seed": [str(seed)],
         "--log-level": ["warning"],
+        "--watchdog-timeout": [str(math.ceil(longest_step_s))],
+        "--dist-timeout": [str(math.ceil(longest_step_s))],
     }
     if device == "cpu":
         defaults |= {

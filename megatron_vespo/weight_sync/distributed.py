@@ -73,9 +73,9 @@ class EngineControl:
         """One call to one engine, without waiting."""
         return self._threads.submit(post_json, url, path, payload, timeout_s or self.timeout_s, self._api_key)
 
-    def post(self, path: str, payload: dict) -> list[Future]:
+    def post(self, path: str, payload: dict, timeout_s: float | None = None) -> list[Future]:
         """Send without waiting; pass the result to `wait`."""
-        return [self.submit(url, path, payload) for url in self.urls]
+        return [self.submit(url, path, payload, timeout_s) for url in self.urls]
 
     def wait(self, futures: list[Future]) -> list[dict]:
         """The engines' answers, in their order."""
@@ -87,8 +87,9 @@ class EngineControl:
             raise WeightSyncError(f"weight sync failed: {errors[0]}") from errors[0]
         return [future.result() for future in futures]
 
-    def call(self, path: str, payload: dict) -> list[dict]:
-        return self.wait(self.post(path, payload))
+    def call(self, path: str, payload: dict, timeout_s: float | None = None) -> list[dict]:
+        """`timeout_s` in the place of the usual limit."""
+        return self.wait(self.post(path, payload, timeout_s))
 
     def close(self) -> None:
         """No more calls; those that run end by themselves."""
@@ -126,9 +127,8 @@ class EngineControl:
 
     def settle(self, path: str, payload: dict) -> None:
         """A call that engines may refuse, as there is nothing to do for them, but that all must answer."""
-        calls = [self.submit(url, path, payload, RECOVERY_TIMEOUT_S) for url in self.urls]
         try:
-            self.wait(calls)
+            self.call(path, payload, RECOVERY_TIMEOUT_S)
         except EnginesLostError:
             raise
         except WeightSyncError:

@@ -40,11 +40,13 @@ def check_engines_agree(control: EngineControl, version: int) -> list[Sums]:
     return all_sums
 
 
-def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, version: int) -> None:
+def check_against_checkpoint(
+    control: EngineControl, sums: Sums, folder: Path, version: int, load_timeout_s: float
+) -> None:
     """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
 
-    Requests that run are paused meanwhile: none may meet the random weights. The caches stay, they belong to
-    equal weights.
+    It has `load_timeout_s` seconds to load it, a disk may be slow. Requests that run are paused meanwhile:
+    none may meet the random weights. The caches stay, they belong to equal weights.
     """
     engine = control.of(control.urls[:1])
     engine.stop_generation()
@@ -55,7 +57,7 @@ def check_against_checkpoint(control: EngineControl, sums: Sums, folder: Path, v
         "flush_cache": False,
         "weight_version": str(version),
     }
-    engine.call("/update_weights_from_disk", payload)
+    engine.call("/update_weights_from_disk", payload, load_timeout_s)
     [loaded] = weight_sums(engine)
     engine.go_on()
     compare_sums(engine.urls[0], sums, f"the checkpoint {folder}", loaded, version)

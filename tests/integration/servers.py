@@ -71,7 +71,9 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
 
 def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangEngine:
     flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
-    arguments = server_arguments([*flags, *more], device="cpu", routes=True, dtype="float32", seed=1)
+    arguments = server_arguments(
+        [*flags, *more], device="cpu", routes=True, dtype="float32", seed=1, longest_step_s=START_TIMEOUT_S
+    )
     port = find_free_port(HOST)
     return SGLangEngine(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
 

@@ -83,7 +83,7 @@ def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine
     assert "of model.layers.1.self_attn.qkv_proj.weight, engine " + engine.url in said
     assert f"(1 of {len(sums)} tensors differ)" in said
     with pytest.raises(WeightSyncError, match=f"engine {own_engine.url} .* the checkpoint {tiny_model} has"):
-        verify.check_against_checkpoint(own, verify.weight_sums(own)[0], tiny_model, 0)
+        verify.check_against_checkpoint(own, verify.weight_sums(own)[0], tiny_model, 0, START_TIMEOUT_S)
     assert verify.check_engines_agree(both, 0) == [sums, sums], "loading has brought every tensor"
 
 
@@ -101,7 +101,7 @@ def test_a_tensor_that_an_update_leaves_out_is_found(own_engine, sender, tiny_mo
     sender.send(weights | {"model.layers.0.mlp.experts.5.up_proj.weight": forgotten}, 0)
     sender.control.finish(0)
     assert verify.weight_sums(sender.control) == [sums]
-    verify.check_against_checkpoint(sender.control, sums, tiny_model, 0)
+    verify.check_against_checkpoint(sender.control, sums, tiny_model, 0, START_TIMEOUT_S)
 
 
 def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path):

@@ -179,6 +179,16 @@ def test_megatrons_defaults_for_reinforcement_learning(parse):
     assert args.use_distributed_optimizer is True
 
 
+def test_collectives_wait_longer_than_one_rank_does(parse, refusal):
+    assert parse().distributed_timeout_minutes == 60
+    assert parse("--distributed-timeout-minutes 90").distributed_timeout_minutes == 90
+    assert parse("--weight-check-timeout 7200").distributed_timeout_minutes == (7200 + 6 * 300) / 60 + 5
+    # Megatron's own default
+    assert refusal("--distributed-timeout-minutes 10").startswith(
+        "--distributed-timeout-minutes 10: ranks wait "
+    )
+
+
 def test_flags_win_over_defaults(parse):
     args = parse(
         "--weight-decay 0.1 --adam-beta2 0.999 --lr-decay-style cosine --seed 7 --bf16 "

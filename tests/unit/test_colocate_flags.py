@@ -53,7 +53,7 @@ def test_what_does_not(args, message):
 @pytest.mark.parametrize("saver", [False, True])
 def test_the_server_is_told_that_its_memory_is_to_be_given_back(saver):
     said = server_arguments(
-        [], device="cuda", routes=False, dtype="bfloat16", seed=0, memory_saver=saver
+        [], device="cuda", routes=False, dtype="bfloat16", seed=0, longest_step_s=60.0, memory_saver=saver
     )  # fmt: skip
     assert ("--enable-memory-saver" in said) == saver
 

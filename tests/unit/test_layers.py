@@ -66,6 +66,7 @@ LAYERS = {
     "submit_cli": 5,
     "modelopt_export": 5,
     "simulate_cli": 5,
+    "time_limits": 0,
     "train": 5,
     "training_samples": 4,
     "validation": 5,

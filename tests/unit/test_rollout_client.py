@@ -253,18 +253,27 @@ def test_reading_the_flags_does_not_import_sglang():
 
 
 def test_server_arguments():
-    arguments = server_arguments(["--tp-size", "2"], device="cuda", routes=True, dtype="bfloat16", seed=3)
+    arguments = server_arguments(
+        ["--tp-size", "2"], device="cuda", routes=True, dtype="bfloat16", seed=3, longest_step_s=1800.0
+    )
     assert " ".join(arguments) == (
         "--skip-tokenizer-init --weight-version 0 --enable-return-routed-experts --device cuda "
-        "--dtype bfloat16 --random-seed 3 --log-level warning --tp-size 2"
+        "--dtype bfloat16 --random-seed 3 --log-level warning --watchdog-timeout 1800 --dist-timeout 1800 "
+        "--tp-size 2"
     )
     arguments = server_arguments(
-        ["--dtype", "bfloat16"], device="cpu", routes=False, dtype="float32", seed=3, weight_version=7
+        ["--dtype", "bfloat16"],
+        device="cpu",
+        routes=False,
+        dtype="float32",
+        seed=3,
+        longest_step_s=0.5,
+        weight_version=7,
     )
     assert " ".join(arguments) == (
         "--skip-tokenizer-init --weight-version 7 --device cpu --random-seed 3 --log-level warning "
-        "--attention-backend torch_native --max-running-requests 256 --max-total-tokens 32768 "
-        "--sleep-on-idle --dtype bfloat16"
+        "--watchdog-timeout 1 --dist-timeout 1 --attention-backend torch_native --max-running-requests 256 "
+        "--max-total-tokens 32768 --sleep-on-idle --dtype bfloat16"
     )
 
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_vespo.flags import add_vespo_arguments
+from megatron_vespo.time_limits import TIME_LIMITS
 from megatron_vespo.validation import check_flags, check_layout
 
 
@@ -126,7 +127,6 @@ def test_weights_are_checked_every_so_many_syncs_or_on_resumes_only(flags):
     ("argv", "said"),
     [
         ("--engine-restarts -1", "--engine-restarts is -1, must be positive, or 0: none"),
-        ("--engine-health-timeout 0", "--engine-health-timeout is 0, must be positive"),
         ("--min-engines 0", "--min-engines is 0, must be between 1 and --rollout-engines 1"),
         (
             "--rollout-engines 4 --min-engines 5",
@@ -139,21 +139,10 @@ def test_engine_faults(flags, argv, said):
     assert message_of(check_flags, flags(*argv.split())) == said
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--rollout-temperature",
-        "--mismatch-truncation",
-        "--reward-timeout",
-        "--reward-memory-gb",
-        "--engine-start-timeout",
-        "--generate-timeout",
-        "--train-timeout",
-        "--weight-sync-timeout",
-        "--worker-start-timeout",
-        "--overlong-penalty",
-    ],
-)
+POSITIVE = ["--rollout-temperature", "--mismatch-truncation", "--reward-memory-gb", "--overlong-penalty"]
+
+
+@pytest.mark.parametrize("flag", POSITIVE + [limit.flag for limit in TIME_LIMITS])
 @pytest.mark.parametrize("value", ["0", "-1.5", "nan"])
 def test_real_numbers_are_positive(flags, flag, value):
     assert message_of(check_flags, flags(flag, value)) == f"{flag} is {value}, must be positive"

@@ -66,11 +66,11 @@ def test_no_request_runs_while_the_weights_are_random(tmp_path, pause):
     calls = []
 
     class Recording(EngineControl):
-        def call(self, path: str, payload: dict) -> list[dict]:
+        def call(self, path: str, payload: dict, timeout_s: float | None = None) -> list[dict]:
             calls.append((self.urls, path, payload.get("mode") or payload.get("action")))
             return [answer({"embed": "0a"})]
 
-    verify.check_against_checkpoint(Recording([A, B], 1.0, pause), {"embed": "0a"}, tmp_path, 3)
+    verify.check_against_checkpoint(Recording([A, B], 1.0, pause), {"embed": "0a"}, tmp_path, 3, 1.0)
     loading = [
         ([A], "/weights_checker", "checksum"),
         ([A], "/weights_checker", "reset_tensors"),
