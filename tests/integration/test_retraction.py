@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from runs import Run, train_command
 from servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
+from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.training_samples import lost_routes, training_sample
 from megatron_vespo.types import Completion, SamplingParams
 
+RETRACTING = ["--max-total-tokens", "1024", "--schedule-conservativeness", "0.05"]
 LENGTH, NUM_COMPLETIONS = 300, 48
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=LENGTH, stop_token_ids=())
 
@@ -18,8 +23,8 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=LENGTH, stop_token_ids
 @pytest.fixture(scope="module")
 def retracting_engine(tiny_model, tmp_path_factory):
     """It admits requests as if they would end early, and has memory for a few that do not."""
-    flags = ["--max-total-tokens", "1024", "--schedule-conservativeness", "0.05"]
-    with tiny_engine(tiny_model, tmp_path_factory.mktemp("retracting") / "engine.log", *flags) as engine:
+    log = tmp_path_factory.mktemp("retracting") / "engine.log"
+    with tiny_engine(tiny_model, log, *RETRACTING) as engine:
         yield engine
 
 
@@ -63,3 +68,28 @@ def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
             logits = reference(torch.tensor([tokens])).logits[0, len(completion.prompt.token_ids) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (
+        "--routing-replay R3 --train-iters 2 --max-completion-tokens 300 --num-completions 12 --no-hf-export"
+    )
+    flags += " --reward-function tests.integration.run_rewards:first_letters --max-logprob-difference 1e-3"
+    engine = " ".join(RETRACTING).replace("--", "--sglang-")
+    command = train_command(tiny_model, questions, tmp_path / "out", *flags.split(), *engine.split())
+    run = Run(command, tmp_path / "log")
+    try:
+        assert run.wait(500) == 0, run.output
+    finally:
+        run.kill()
+    records = batch_records(read_metrics(tmp_path / "out/metrics.jsonl"))
+    shares = [record["rollout/retracted_share"] for record in records]
+    print(shares, [record["check/max_logprob_difference"] for record in records])
+    assert len(shares) == 2 and 0 < min(shares) and max(shares) < 1
+    for share in shares:
+        assert f"{round(share * 48)} of 48 responses are trained without routing replay" in run.output
