@@ -189,6 +189,49 @@ def _sequences(packed: Tensor, cu_seqlens: Tensor) -> Sequence[Tensor]:
     return packed[: cu_seqlens[-1]].split(cu_seqlens.diff().tolist())
 
 
+def get_fused_attn_backend(params) -> tuple[NVTE_Fused_Attn_Backend, str]:
+    """cuDNN's attention takes 16-bit packs; TE then leaves its own, unfused one."""
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
+
+
+def fused_attn_fwd(
+    max_seqlen_q, max_seqlen_kv, is_training, scale, dropout, fast_zero_fill, qkv_layout, o_format,
+    scale_inv_format, bias_type, mask_type, softmax_type, window, bottom_right, cu_seqlens_q, cu_seqlens_kv,
+    q, k, v, dtype, cu_seqlens_q_padded, cu_seqlens_kv_padded, *more,
+) -> list[Tensor]:  # fmt: skip
+    """The output, softmax statistics that nobody reads here, and the state of a dropout that is off."""
+    _refuse(dropout != 0.0, max_seqlen_q != max_seqlen_kv, cu_seqlens_q is not cu_seqlens_kv)
+    out = _attention(q, k, v, cu_seqlens_q, cu_seqlens_q_padded, scale)
+    return [out, q.new_zeros(0), torch.zeros(2, dtype=torch.int64)]
+
+
+def fused_attn_bwd(
+    max_seqlen_q, max_seqlen_kv, scale, dropout, fast_zero_fill, qkv_layout, o_format, do_format, dqkv_layout,
+    scale_inv_format, do_scale_inv_format, bias_type, mask_type, softmax_type, window, bottom_right,
+    deterministic, cu_seqlens_q, cu_seqlens_kv, q, k, v, out, grad, dtype, saved, cu_seqlens_q_padded, *more,
+) -> list[Tensor]:  # fmt: skip
+    inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    with torch.enable_grad():
+        out = _attention(*inputs, cu_seqlens_q, cu_seqlens_q_padded, scale)
+    return list(torch.autograd.grad(out, inputs, grad.view(out.shape)))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention inside each sequence; they begin where the padded lengths say."""
+    starts = (cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded)[:-1].tolist()
+    out = torch.zeros_like(q)
+    for start, length in zip(starts, cu_seqlens.diff().tolist(), strict=True):
+        rows = slice(start, start + length)
+        one = (tensor[rows].transpose(0, 1)[None] for tensor in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *one, is_causal=True, scale=scale, enable_gqa=True
+        )
+        out = out.index_copy(0, torch.arange(start, start + length), attended[0].transpose(0, 1))
+    return out
+
+
 # Optimizer: one call for lists of tensors
 
 
