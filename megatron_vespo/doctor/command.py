@@ -13,11 +13,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from megatron_vespo.doctor import machine, shared_folder, traps
+from megatron_vespo.doctor import machine, processes, shared_folder, traps
 from megatron_vespo.doctor.finding import Check, Finding, run_checks, with_deadline
 from megatron_vespo.doctor.gpus import gpus, has_gpu_files, num_gpus
 from megatron_vespo.doctor.meeting import Guest, Host, Meeting, MeetingError
-from megatron_vespo.doctor.memory_saver import memory_saver
 from megatron_vespo.doctor.network import all_reduce
 from megatron_vespo.doctor.packages import package
 from megatron_vespo.doctor.patches import patches
@@ -117,9 +116,10 @@ def _local(folder: Path) -> list[Finding]:
         Check("ports", machine.free_ports, QUICK_S),
         Check("hub", traps.hub, QUICK_S),
         Check("environment", partial(traps.environment, has_gpu_files()), QUICK_S),
+        Check(processes.VARIABLES, processes.variables, QUICK_S),
     ]
     if has_gpu_files():
-        checks.append(Check("memory saver", memory_saver, LOCAL_S))
+        checks.append(Check(processes.MEMORY_SAVER, processes.memory_saver, LOCAL_S))
     return run_checks(checks)
 
 

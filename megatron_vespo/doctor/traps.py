@@ -9,25 +9,10 @@ from collections.abc import Callable, Mapping
 import requests
 
 from megatron_vespo.doctor.finding import Finding
-from megatron_vespo.process_environment import (
-    CONNECTIONS,
-    CUMEM,
-    PAUSED_GRAPHS,
-    TABLE,
-    engine_environment,
-    exported_values,
-    trainer_environment,
-)
 
 HUB_TIMEOUT_S = 5.0
 OFFLINE_WORDS = {"1", "true", "yes", "on"}
 SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-# exports that a run would pass on, by what they change
-DOUBTFUL_EXPORTS = {
-    CUMEM: "trainer ranks and engines both get it, but this package is made for",
-    CONNECTIONS: "Megatron refuses tensor and context parallelism before Blackwell without",
-    PAUSED_GRAPHS: "CUDA graphs of engines with --colocate keep their memory without",
-}
 
 
 def environment(has_gpu_files: bool) -> Finding:
@@ -65,34 +50,10 @@ def judge_environment(
         doubtful.append((said, "unset it"))
     if env.get(SHOW_ALL_GPUS, "").lower() in ("1", "true"):
         broken.append((f"{SHOW_ALL_GPUS} is set: every trainer rank would use GPU 0", "unset it"))
-    doubtful += [
-        (f"{name}={value}: {DOUBTFUL_EXPORTS[name]} {_of_a_run(name)}", f"unset {name}")
-        for name, value in exported_values(env).items()
-        if name in DOUBTFUL_EXPORTS and value != _of_a_run(name)
-    ]
     if broken or doubtful:
         texts, fixes = zip(*(broken + doubtful), strict=True)
         return Finding("environment", "FAIL" if broken else "warn", "; ".join(texts), "; ".join(fixes))
-    return Finding("environment", "ok", f"no variable that is known to break runs; {_what_a_run_sets(env)}")
-
-
-def _of_a_run(name: str) -> str:
-    row = TABLE[name]
-    return row.trainer or row.engine or row.colocated or ""
-
-
-def _what_a_run_sets(env: Mapping[str, str]) -> str:
-    user = exported_values(env)
-    roles = {
-        "trainer ranks": trainer_environment(user),
-        "engines": engine_environment(user),
-        "engines with --colocate": engine_environment(user, memory_saver=True),
-    }
-    told = [
-        f"{role} get " + ", ".join(f"{name}={values[name]}" for name in TABLE if values[name])
-        for role, values in roles.items()
-    ]
-    return "; ".join(told) + (f" ({', '.join(user)} as exported)" if user else "")
+    return Finding("environment", "ok", "no variable that is known to break runs")
 
 
 def _names_an_interface(value: str, interfaces: set[str]) -> bool:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from test_layers import PACKAGE
 
-from megatron_vespo.doctor import gpus, machine, packages, patches, shared_folder, traps
+from megatron_vespo.doctor import gpus, machine, packages, patches, processes, shared_folder, traps
 from megatron_vespo.doctor.finding import Check, Finding, run_checks
-from megatron_vespo.doctor.memory_saver import memory_saver
 from megatron_vespo.doctor.own_source import uses_in
 from megatron_vespo.doctor.probe import problem
 from megatron_vespo.doctor.surface import ROUTES
@@ -175,25 +174,32 @@ def test_ports(free, ephemeral, status):
         ({"RAY_ADDRESS": "auto"}, False, "", "warn", "joins that cluster"),
         ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, True, "", "FAIL", "every trainer rank"),
         ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}, True, "", "ok", ""),
-        ({}, True, "", "ok", "trainer ranks get NCCL_CUMEM_ENABLE=0, CUDA_DEVICE_MAX_CONNECTIONS=1"),
-        ({"NCCL_CUMEM_ENABLE": "1"}, True, "", "warn", "NCCL_CUMEM_ENABLE=1: trainer ranks and engines"),
-        ({"NCCL_CUMEM_ENABLE": "0"}, True, "", "ok", "NCCL_CUMEM_ENABLE as exported"),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, True, "", "warn", "before Blackwell without 1"),
-        ({"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "0"}, True, "", "warn", "keep their memory without 1"),
-        # a run takes it out where it breaks something
-        (
-            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-            True,
-            "",
-            "ok",
-            "engines with --colocate get NCCL_CUMEM_ENABLE=0, SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 (",
-        ),
     ],
 )
 def test_environment(env, gpu, proxied, status, said):
     addresses = ["127.0.0.1", "10.0.0.1"]
     finding = traps.judge_environment(env, addresses, {"lo", "eth0"}, gpu, lambda address: address == proxied)
     assert finding.status == status and said in finding.text
+
+
+@pytest.mark.parametrize(
+    ("env", "status", "said"),
+    [
+        ({}, "ok", "trainer ranks get NCCL_CUMEM_ENABLE=0, CUDA_DEVICE_MAX_CONNECTIONS=1, OMP_NUM_THREADS=1"),
+        ({"NCCL_CUMEM_ENABLE": "1"}, "warn", "NCCL_CUMEM_ENABLE=1: trainer ranks and engines both get it"),
+        ({"NCCL_CUMEM_ENABLE": "0"}, "ok", "NCCL_CUMEM_ENABLE as exported"),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "warn", "context parallelism without 1"),
+        ({"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "0"}, "warn", "keep their memory without 1"),
+        # a run takes it out where it breaks something
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "ok",
+         "engines with --colocate get NCCL_CUMEM_ENABLE=0, SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 ("),
+    ],
+)  # fmt: skip
+def test_what_a_run_sets(env, status, said):
+    finding = processes.judge_variables(env)
+    assert (finding.status, said in finding.text, bool(finding.fix)) == (status, True, status != "ok"), (
+        finding
+    )
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -220,7 +226,7 @@ def test_the_memory_savers_library(needed, status, said, tmp_path, monkeypatch):
         (libraries / name).unlink()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    finding = memory_saver()
+    finding = processes.memory_saver()
     assert (finding.status, said in finding.text) == (status, True), finding
 
 
