@@ -60,13 +60,8 @@ def judge_variables(env: Mapping[str, str]) -> Finding:
         if user.get(name, usual) != usual:
             doubtful[name] = f"{name}={user[name]}: {why} {usual}"
     if doubtful:
-        return Finding(
-            VARIABLES,
-            "warn",
-            "; ".join([*doubtful.values(), text]),
-            f"unset {' '.join(doubtful)}",
-            alike=True,
-        )
+        text = "; ".join([*doubtful.values(), text])
+        return Finding(VARIABLES, "warn", text, f"unset {' '.join(doubtful)}", alike=True)
     return Finding(VARIABLES, "ok", text, alike=True)
 
 
