@@ -142,10 +142,11 @@ def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
     if plan.args.recompute_granularity != "full":
         return None
     for modules in selections(plan.args):
-        selective = ["--recompute-granularity", "selective", "--recompute-modules", *modules]
+        selective = modules and ["--recompute-granularity", "selective", "--recompute-modules", *modules]
         left = _headroom(plan, [*without_recomputation(flags), *selective])
         if left is not None and left >= MARGIN * plan.cluster.gpu.memory:
-            return f"{' '.join(selective)} recomputes less (headroom {left / GIB:.1f} GiB)"
+            how = " ".join(selective) or "without --recompute-granularity a run"
+            return f"{how} recomputes less (headroom {left / GIB:.1f} GiB)"
     return None
 
 

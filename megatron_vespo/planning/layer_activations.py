@@ -24,26 +24,28 @@ def kept_by_layer(args: Namespace) -> list[Kept]:
 
     Tokens are those of a context-parallel rank. With sequence parallelism a tensor-parallel rank has a slice
     of them outside attention and experts. Experts get equal shares of the tokens: where routing is uneven the
-    busiest rank keeps more.
+    busiest rank keeps more. Transformer Engine makes a norm a part of the linear layer behind it, experts
+    aside: it is recomputed with that layer or not at all.
     """
+    dense = args.num_experts is None
     tensor, size = args.tensor_model_parallel_size, args.params_dtype.itemsize
     hidden, slices = args.hidden_size, tensor if args.sequence_parallel else 1
     query, key = (
         heads * args.kv_channels / tensor for heads in (args.num_attention_heads, args.num_query_groups)
     )
-    norms = frozenset({"layernorm"})
+    fused, norm = args.transformer_impl == "transformer_engine", frozenset({"layernorm"})
     kept = [
         Kept("input of the first norm", size * hidden / slices),
-        Kept("its output", size * hidden / slices, norms),
+        Kept("its output", size * hidden / slices, frozenset() if fused else norm),
         Kept("queries, keys, values", size * (query + 2 * key)),
         Kept("attention output", size * query),
         Kept("log-sum-exp of the attention", 4 * args.num_attention_heads / tensor),
         Kept("input of the second norm", size * hidden / slices),
-        Kept("its output", size * hidden / slices, norms),
+        Kept("its output", size * hidden / slices, frozenset({"mlp"}) if fused and dense else norm),
     ]
     if args.qk_layernorm:
         kept.append(Kept("queries and keys before their norms", size * (query + key)))
-    return kept + (_dense(args) if args.num_experts is None else _experts(args, slices))
+    return kept + (_dense(args) if dense else _experts(args, slices))
 
 
 def _dense(args: Namespace) -> list[Kept]:

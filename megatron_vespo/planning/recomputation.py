@@ -10,13 +10,17 @@ FLAGS = ("--recompute-granularity", "--recompute-method", "--recompute-num-layer
 
 
 def selections(args: Namespace) -> list[list[str]]:
-    """Names for --recompute-modules; what computes the least again comes first.
+    """Names for --recompute-modules; what computes the least again comes first, nothing at all above all.
 
     Attention is never among them: kernels keep no scores, and its projections have no name in Megatron.
+    Norms of a dense model are parts of Transformer Engine's linear layers, and without it Megatron recomputes
+    neither norms nor activation functions.
     """
     if args.num_experts is None:
-        return [["layernorm"], ["layernorm", "mlp"]]
-    return [["layernorm", "moe_act"], ["layernorm", "moe"]]
+        return [[], ["mlp"]]
+    if args.transformer_impl != "transformer_engine":
+        return [[], ["moe"]]
+    return [[], ["layernorm", "moe_act"], ["layernorm", "moe"]]
 
 
 def without_recomputation(flags: Sequence[str]) -> list[str]:

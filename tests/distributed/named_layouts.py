@@ -2,6 +2,7 @@
 
 VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules moe"
 LAYOUTS = {
     "one rank": (1, ""),
     "tp2": (2, "--tensor-model-parallel-size 2"),
@@ -17,6 +18,7 @@ LAYOUTS = {
                               "--moe-token-dispatcher-type allgather"),
     "ep2, allgather": (2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather"),
     "one rank, recompute": (1, RECOMPUTE),
+    "one rank, selective": (1, SELECTIVE),
     "tp2 cp2": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2"),
     "pp2 vpp2 cp2, recompute, overlap": (4, f"--pipeline-model-parallel-size 2 {VIRTUAL_STAGES} {RECOMPUTE} "
                                             "--context-parallel-size 2 --overlap-grad-reduce"),

@@ -18,6 +18,7 @@ LAYOUTS = [
     "dp2, small packs",
     "dp2, overlap",
     "one rank, recompute",
+    "one rank, selective",
     "tp2 cp2",
     "tp2 pp2 ep2",
     "pp2 vpp2 cp2, recompute, overlap",

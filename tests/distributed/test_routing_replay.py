@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from launch import PROGRAMS, TIMEOUT_S, launch
+from named_layouts import SELECTIVE
 
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL_STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
@@ -13,6 +14,7 @@ FLAGS = "--max-tokens-per-gpu 128 --lr 1e-4"
 LAYOUTS = {
     "one rank": (1, ""),
     "one rank, recompute": (1, RECOMPUTE),
+    "pp2, selective recompute": (2, f"--pipeline-model-parallel-size 2 {SELECTIVE}"),
     "pp2, recompute": (2, f"--pipeline-model-parallel-size 2 {RECOMPUTE}"),
     "tp2 pp2 vpp2, recompute": (4, f"--tensor-model-parallel-size 2 {VIRTUAL_STAGES} {RECOMPUTE}"),
     "cp2 ep2, recompute": (2, f"--context-parallel-size 2 --expert-model-parallel-size 2 {RECOMPUTE}"),

@@ -22,15 +22,21 @@ import torch
 from megatron_vespo.hardware import GLOO, GPUS, ON_GPUS
 from megatron_vespo.plan_cli import parsed
 from megatron_vespo.planning.engine_memory import engine_memory
+from megatron_vespo.planning.host_memory import host_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
+from megatron_vespo.planning.packs import pack_bytes
 from megatron_vespo.planning.plan import memory_of, model_of
+from megatron_vespo.planning.recomputation import without_recomputation
 from megatron_vespo.planning.speed import Lengths, model_cost, weight_sync
 from megatron_vespo.planning.trainer_memory import (
     ENGINE_AT_REST,
     RESERVE,
+    Stage,
     activation_bytes,
     in_flight,
     log_prob_bytes,
+    packs_in_flight_bytes,
+    trainer_memory,
 )
 
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
@@ -176,7 +182,12 @@ def model(**changes) -> Namespace:
         "max_tokens_per_gpu": 1000, "padded_vocab_size": VOCABULARY, "log_prob_chunk_size": 1024,
         "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
         "recompute_modules": None, "global_batch_size": 1024, "data_parallel_size": 1,
-        "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False,
+        "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False, "colocate_offload": True,
+        "expert_model_parallel_size": 8, "num_layers": LAYERS, "max_prompt_tokens": 1024,
+        "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
+        "rollout_batch_size": 2048, "num_completions": 8, "async_save": False, "old_policy": "current",
+        "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
+        "use_precision_aware_optimizer": False, "use_distributed_optimizer": True, "accumulate_allreduce_grads_in_fp32": True,
     }  # fmt: skip
     return Namespace(**(plain | changes))
 
@@ -214,6 +225,24 @@ def test_recomputation():
     )
 
 
+@pytest.mark.parametrize(
+    ("experts", "modules", "freed"),
+    [
+        # the first norm is a part of the projection behind it; that of experts stands alone
+        (EXPERTS, ["layernorm"], 2 * 2048),
+        (EXPERTS, ["layernorm", "moe"], 2 * 2048 + 2 * 8 * (2048 + 3 * 768) + 8 * 128),
+        (None, ["layernorm"], 0),
+        (None, ["mlp"], 2 * 2048 + 2 * 3 * 6144),
+    ],
+)
+def test_norms_inside_the_linear_layers_of_transformer_engine(experts, modules, freed):
+    selective = {"recompute_granularity": "selective", "recompute_modules": modules}
+    args = model(transformer_impl="transformer_engine", num_experts=experts, **selective)
+    kept = sum(kept.bytes for kept in kept_by_layer(args))
+    largest = max(kept.bytes for kept in kept_by_layer(args))
+    assert activation_bytes(args, 48, 0) == 1000 * (48 * (kept - freed) + freed + largest)
+
+
 def peak(warm_up: int, total: int) -> int:
     """Forward passes that wait for their backward pass, at most, in a schedule with that warm-up."""
     waiting = most = 0
@@ -235,6 +264,49 @@ def test_micro_batches_in_flight(stages):
                 args.virtual_pipeline_model_parallel_size = 3
                 warm_up = (stages - stage - 1) * 2 + 2 * stages
                 assert in_flight(args, stage) == pytest.approx(peak(warm_up, 3 * batch) / 3)
+
+
+@pytest.mark.parametrize(
+    "replay, each",
+    [(None, 0), ("R2", LAYERS * TOP / 2), ("R3", LAYERS * TOP)],
+)
+def test_packs(replay, each):
+    """Those in flight on the GPU, however many there are; on the host a rollout batch of them."""
+    args = model(routing_replay=replay, tensor_model_parallel_size=2, sequence_parallel=True)
+    # three int64 and three float32 of every token, one more of each of one that is predicted or has pi_old
+    whole = pack_bytes(args, LAYERS)
+    assert whole == pytest.approx(4 * 8 + 3 * 4 + 8 + 8 * 15 / 16 + each, abs=0.5)
+    in_flight_bytes = 2 * whole + (LAYERS * TOP * 8 / 2 if replay else 0)
+    for steps in (1, 64):
+        args.mini_batches, args.rollout_batch_size = steps, 256 * steps
+        assert packs_in_flight_bytes(args, LAYERS, 0) == 1000 * in_flight_bytes
+        stage = Stage(LAYERS, 0, 0, 0, 1, 1)
+        host = host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)
+        assert host.packs == 256 * steps * 8 * 4096 * whole
+        assert host.samples == pytest.approx(
+            256 * steps * 8 * 4096 * (8 + 15 / 16 * 12 + (each if replay == "R3" else 0)), rel=1e-2
+        )
+        assert host.node == 8 * host.packs + host.samples
+    virtual = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    # each of two chunks has its own copy of what is in flight
+    waiting = in_flight(model(**virtual), 0)
+    copies = packs_in_flight_bytes(model(**virtual), LAYERS, 0) / pack_bytes(model(), LAYERS) / 1000
+    assert copies == pytest.approx(2 * waiting + 1)
+
+
+def test_host_memory():
+    stage = Stage(LAYERS, 10**9, 0, 10**9, 1, 1)
+
+    def host(**changes):
+        args = model(**changes)
+        return host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)
+
+    assert host().rank == host().packs and host(trainer_ranks=4).ranks == 4
+    assert host(colocate=True).given_back == 14e9
+    assert host(colocate=True, colocate_offload=False).given_back == 0
+    assert host(async_save=True).save == 14e9
+    assert host(old_policy="snapshot").old_policies == 4 * 2e9
+    assert host(old_policy="ewma").old_policies == 3 * 2e9
 
 
 def test_the_output_layer():
@@ -262,15 +334,21 @@ def test_engines(checkpoint):
 
 
 def test_weight_sync():
-    sync = weight_sync(model(), [PARAMETERS // 2, PARAMETERS // 2], GPUS["h100"], nodes=4, receivers=8)
-    assert (sync.bytes, sync.link) == (2 * PARAMETERS, "network")
+    def sync_of(stages, nodes=1, gpus=8, **changes):
+        return weight_sync(model(**changes), stages, 18_867, GPUS["h100"], nodes, gpus, receivers=8)
+
+    sync = sync_of([PARAMETERS // 2, PARAMETERS // 2], nodes=4)
+    assert (sync.bytes, sync.link, sync.tensors) == (2 * PARAMETERS, "network", 18_867)
     assert sync.buckets == 2 * -(-PARAMETERS // 2**29)
-    assert sync.seconds == pytest.approx(2 * 2 * PARAMETERS / 50e9)
-    alone = weight_sync(model(), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
-    assert alone.link == "NVLink"
+    # gathered inside nodes; across them where the experts of 8 ranks lie on nodes of 4
+    assert sync.transfer == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 1 / 50e9))
+    assert sync_of([PARAMETERS], nodes=4, gpus=4).transfer == pytest.approx(2 * 2 * PARAMETERS / 50e9)
+    # 61 GB on 4 nodes: 6 to 7 s, most of it outside the network
+    assert sync.loading == pytest.approx(18_867 * 2e-4 + 114 * 0.01 + 0.3) and 6 < sync.seconds < 7
+    assert sync_of([PARAMETERS]).link == "NVLink"
     # a binomial tree over the sender and eight receivers has four hops
-    shared = weight_sync(model(colocate=True), [PARAMETERS], GPUS["h100"], nodes=1, receivers=8)
-    assert shared.seconds == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 4 / GLOO))
+    shared = sync_of([PARAMETERS], colocate=True)
+    assert shared.transfer == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 4 / GLOO))
     assert Lengths(256, 3840).sample == 4096
 
 
@@ -298,6 +376,22 @@ def test_the_command(recipe):
     assert "30,532,122,624 parameters over all ranks" in done.stdout
     assert "4 nodes x 8 h100" in done.stdout and "tp2, pp1, vpp1, cp1, dp8, ep8, etp1" in done.stdout
     assert done.stdout.rstrip().endswith("fits")
+    suggested = "--recompute-granularity selective --recompute-modules layernorm moe"
+    [left] = re.findall(
+        rf"^suggestion: {suggested} recomputes less \(headroom (.*) GiB\)$", done.stdout, re.M
+    )
+    path = recipe.with_name("selective.flags")
+    path.write_text(recipe.read_text().replace(FULL, suggested))
+    done = command(path, "--nodes", "4")
+    headroom = float(re.search(r"  headroom +(.*)", done.stdout)[1])
+    assert done.returncode == 0 and headroom == pytest.approx(float(left), abs=0.051)
+    assert "suggestion" not in done.stdout
+
+
+def test_flags_of_recomputation_are_taken_out():
+    flags = f"--a 1 {FULL} --recompute-modules moe layernorm --recompute-activations --b --c=2".split()
+    assert without_recomputation(flags) == "--a 1 --recompute-activations --b --c=2".split()
+    assert without_recomputation(["--recompute-method=uniform", "--x"]) == ["--x"]
 
 
 def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
@@ -310,12 +404,22 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
 
 def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
     colocated = "--colocate --rollout-engines 8 --sglang-tp-size 2 --sglang-mem-fraction-static"
-    [stage], [memory], _ = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {colocated} 0.5 {FULL}")
-    [apart] = plan(f"{flags_of(16, 2, 1, 1, 1, 8, 1)} {FULL}")[1]
+    layout = flags_of(16, 2, 1, 1, 1, 8, 1)
+    [stage], [offloading], _ = plan(f"{layout} {colocated} 0.5 {FULL}")
+    [memory] = plan(f"{layout} {colocated} 0.5 --no-colocate-offload {FULL}")[1]
+    [apart] = plan(f"{layout} {FULL}")[1]
     # training: all that it has apart, and an engine at rest
-    assert memory.total == apart.total + ENGINE_AT_REST
-    # generating: gradients and activations are given back
+    assert memory.total == offloading.total == apart.total + ENGINE_AT_REST
+    # generating: gradients and activations are given back, and what is offloaded
     assert memory.at_rest == memory.weights + memory.optimizer + RESERVE
+    assert offloading.at_rest == RESERVE
+    # in a sync the weights are there
+    assert memory.in_sync - offloading.in_sync == memory.optimizer
+    assert offloading.in_sync == memory.weights + RESERVE + 2 * 512 * 2**20
+    # for a save all but gradients comes back, for log-probs weights and activations
+    forward = memory.activations + memory.log_probs + memory.packs
+    assert memory.comes_back == forward
+    assert offloading.comes_back == memory.weights + max(forward, memory.optimizer)
     shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
     given = model(sglang_flags=["--mem-fraction-static", "0.5"])
     alone, beside = (
@@ -323,19 +427,32 @@ def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
     )
     assert (beside.cache, beside.rest) == (alone.cache, alone.rest - memory.at_rest)
 
-    refused = command(recipe, "--nodes", "2", *colocated.split(), "0.8")
+    refused = command(recipe, "--nodes", "2", *colocated.split(), "0.8", "--no-colocate-offload")
     assert refused.returncode == 1 and "GPUs are needed" not in refused.stdout
     [error] = [line for line in refused.stdout.splitlines() if "DOES NOT FIT" in line]
     fraction = re.search(r"5 are wanted: --sglang-mem-fraction-static (0\.\d+)$", error)[1]
     free = GPUS["h100"].memory - 2**30
     assert (1 - float(fraction)) * free - memory.at_rest >= 5 * 2**30  # and a hundredth more would not do
     assert (0.99 - float(fraction)) * free - memory.at_rest < 5 * 2**30
-    done = command(recipe, "--nodes", "2", *colocated.split(), fraction)
+    done = command(recipe, "--nodes", "2", *colocated.split(), fraction, "--no-colocate-offload")
     print(done.stdout, done.stderr)
     assert (
         done.returncode == 0 and "16 train, 8 engines x 2 generate, in turn on the same GPUs" in done.stdout
     )
-    assert "--max-staleness" not in done.stdout
+    assert "--max-staleness" not in done.stdout and "turns  " not in done.stdout
+    # what is offloaded makes room for the cache, and takes the host's memory and seconds
+    offloaded = command(recipe, "--nodes", "2", *colocated.split(), "0.8")
+    print(offloaded.stdout, offloaded.stderr)
+    moved = memory.weights + memory.optimizer
+    assert offloaded.returncode == 0
+    assert re.search(
+        rf"while engines generate +{moved / 2**30:.2f} +{8 * moved / 2**30:.1f}\n", offloaded.stdout
+    )
+    seconds = f"GB/s: {2 * moved / 64e9:.1f} s at least"
+    assert (
+        f"turns             {moved / 1e9:.1f} GB of a rank" in offloaded.stdout
+        and seconds in offloaded.stdout
+    )
 
 
 def test_refused_flags_are_one_line(plan, recipe, tmp_path):

@@ -249,7 +249,7 @@ def test_a_sync_that_is_repeated_finds_the_room_of_the_first_one(made):
     sync.sync(0)
     assert base.did[1:] == [*turn(0), *turn(0)[1:]]
     assert [member.url for member in group.running] == ["http://0-1", "http://1-2"]
-    assert not any(servers.given.values())
+    assert not any(servers.given[member.url] for member in group.running)
 
 
 def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
