@@ -187,7 +187,8 @@ def model(**changes) -> Namespace:
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
         "rollout_batch_size": 2048, "num_completions": 8, "async_save": False, "old_policy": "current",
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
-        "use_precision_aware_optimizer": False, "use_distributed_optimizer": True, "accumulate_allreduce_grads_in_fp32": True,
+        "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
+        "accumulate_allreduce_grads_in_fp32": True,
     }  # fmt: skip
     return Namespace(**(plain | changes))
 
