@@ -14,9 +14,10 @@ from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.hardware import GIB, GPUS, ON_GPUS
 from megatron_vespo.planning import findings
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
-from megatron_vespo.planning.recomputation import MARGIN, selections, without_recomputation
+from megatron_vespo.planning.recomputation import margin, selections, without_recomputation
 from megatron_vespo.planning.report import format_memory, format_speed
 from megatron_vespo.planning.speed import Lengths
+from megatron_vespo.planning.trainer_memory import Stage
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.rollout.server_arguments import engine_size
 from megatron_vespo.runtime import load_runtime_plugins
@@ -86,7 +87,7 @@ def planned(
     return make_plan(args, stages, cluster, engine_size(args.sglang_flags), lengths)
 
 
-def parsed(flags: list[str]) -> tuple[Namespace, list]:
+def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
     """The run's arguments and its pipeline stages, by Megatron."""
     with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
@@ -143,8 +144,12 @@ def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
         return None
     for modules in selections(plan.args):
         selective = modules and ["--recompute-granularity", "selective", "--recompute-modules", *modules]
-        left = _headroom(plan, [*without_recomputation(flags), *selective])
-        if left is not None and left >= MARGIN * plan.cluster.gpu.memory:
+        try:
+            args, stages = parsed([*without_recomputation(flags), *selective])
+        except ValueError:
+            continue
+        left = _least_left(plan, args, stages)
+        if left >= margin(args, stages, plan.cluster.gpu.memory):
             how = " ".join(selective) or "without --recompute-granularity a run"
             return f"{how} recomputes less (headroom {left / GIB:.1f} GiB)"
     return None
@@ -156,4 +161,9 @@ def _headroom(plan: Plan, flags: list[str]) -> float | None:
         args, stages = parsed(flags)
     except ValueError:
         return None
+    return _least_left(plan, args, stages)
+
+
+def _least_left(plan: Plan, args: Namespace, stages: list[Stage]) -> float:
+    """Headroom of the fullest rank."""
     return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(args, stages))

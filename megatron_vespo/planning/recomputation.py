@@ -5,7 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_vespo.planning.trainer_memory import Stage, kept_by_experts
+
 MARGIN = 0.1  # of the GPU's memory: activations are estimates
+UNEVEN = 2.0  # tokens of the busiest experts' rank, in shares of the mean: an allowance
 FLAGS = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
 
 
@@ -21,6 +24,12 @@ def selections(args: Namespace) -> list[list[str]]:
     if args.transformer_impl != "transformer_engine":
         return [[], ["moe"]]
     return [[], ["layernorm", "moe_act"], ["layernorm", "moe"]]
+
+
+def margin(args: Namespace, stages: Sequence[Stage], memory: float) -> float:
+    """Bytes that should be left of a GPU's `memory`: more where what experts keep varies with the routing."""
+    kept = max(kept_by_experts(args, stage.layers, index) for index, stage in enumerate(stages))
+    return MARGIN * memory + (UNEVEN - 1) * kept
 
 
 def without_recomputation(flags: Sequence[str]) -> list[str]:

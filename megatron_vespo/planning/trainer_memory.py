@@ -139,6 +139,15 @@ def activation_bytes(args: Namespace, layers: int, index: int) -> float:
     return args.max_tokens_per_gpu * (stored * in_flight(args, index) + working)
 
 
+def kept_by_experts(args: Namespace, layers: int, index: int) -> float:
+    """Its part that grows with a rank's share of the tokens; not for full recomputation."""
+    freed = _freed_modules(args)
+    kept = [
+        tensor for tensor in kept_by_layer(args) if "moe" in tensor.modules and not tensor.modules & freed
+    ]
+    return args.max_tokens_per_gpu * sum(tensor.bytes for tensor in kept) * layers * in_flight(args, index)
+
+
 def _freed_modules(args: Namespace) -> frozenset[str]:
     return (
         frozenset(args.recompute_modules or ()) if args.recompute_granularity == "selective" else frozenset()

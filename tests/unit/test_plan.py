@@ -26,7 +26,7 @@ from megatron_vespo.planning.host_memory import host_memory
 from megatron_vespo.planning.layer_activations import kept_by_layer
 from megatron_vespo.planning.packs import pack_bytes
 from megatron_vespo.planning.plan import memory_of, model_of
-from megatron_vespo.planning.recomputation import without_recomputation
+from megatron_vespo.planning.recomputation import margin, without_recomputation
 from megatron_vespo.planning.speed import Lengths, model_cost, weight_sync
 from megatron_vespo.planning.trainer_memory import (
     ENGINE_AT_REST,
@@ -387,6 +387,18 @@ def test_the_command(recipe):
     headroom = float(re.search(r"  headroom +(.*)", done.stdout)[1])
     assert done.returncode == 0 and headroom == pytest.approx(float(left), abs=0.051)
     assert "suggestion" not in done.stdout
+
+
+def test_uneven_routing_needs_a_larger_margin():
+    """As much again as experts keep, unless it is computed again."""
+    stage, memory = Stage(LAYERS, 0, 0, 0, 1, 1), 80e9
+    experts = 2 * 8 * (2048 + 3 * 768) + 8 * 128
+    selective = {"recompute_granularity": "selective"}
+    assert margin(model(), [stage], memory) == 8e9 + 1000 * 48 * experts
+    act = model(recompute_modules=["moe_act", "layernorm"], **selective)
+    assert margin(act, [stage], memory) == 8e9 + 1000 * 48 * (experts - 2 * 8 * 768)
+    assert margin(model(recompute_modules=["moe"], **selective), [stage], memory) == 8e9
+    assert margin(model(num_experts=None), [stage], memory) == 8e9
 
 
 def test_flags_of_recomputation_are_taken_out():
