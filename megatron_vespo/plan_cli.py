@@ -126,8 +126,9 @@ def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
 
 def _candidates(args: Namespace) -> Iterator[list[str]]:
     """Flags that save memory, the cheaper first."""
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     if args.recompute_granularity != "full":
-        yield "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+        yield full
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if name != "expert_model_parallel_size" or args.num_experts is not None:
             yield [f"--{name.replace('_', '-')}", str(2 * getattr(args, name))]
@@ -136,6 +137,8 @@ def _candidates(args: Namespace) -> Iterator[list[str]]:
         yield ["--max-tokens-per-gpu", str(longest)]
     if not args.optimizer_cpu_offload and args.bf16:
         yield ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+        if args.recompute_granularity != "full":
+            yield [*full, "--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
 
 
 def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
