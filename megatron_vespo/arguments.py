@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,16 @@ from megatron_vespo.validation import REQUIRED_BY_TRAIN, check_flags, check_layo
 
 
 def parse_args(
-    argv: list[str], command: str = "train", required: Sequence[str] = REQUIRED_BY_TRAIN
+    argv: list[str],
+    command: str = "train",
+    required: Sequence[str] = REQUIRED_BY_TRAIN,
+    on_gpus: Callable[[Namespace], bool] | None = None,
 ) -> Namespace:
-    """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours."""
+    """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours.
+
+    `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
+    The answer is the default of --distributed-backend.
+    """
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
     check_flags(args, required)
     check_checkpoints(args)
@@ -49,7 +56,8 @@ def parse_args(
     # what is missing here says nothing about the workers' machines
     with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
-        args, explicit, flags = _parse_with_megatron(argv, command)
+        backend = "nccl" if (on_gpus or _has_cuda)(args) else "gloo"
+        args, explicit, flags = _parse_with_megatron(argv, command, backend)
     for name, value in derived.items():
         assert name in flags, f"Megatron has no argument {name}"
         if name in explicit and explicit[name] != value:
@@ -133,13 +141,18 @@ def _batch_arguments(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _defaults() -> dict[str, Any]:
-    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins."""
+def _has_cuda(args: Namespace) -> bool:
     import torch
+
+    return torch.cuda.is_available()
+
+
+def _defaults(backend: str) -> dict[str, Any]:
+    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return {
-        "distributed_backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "distributed_backend": backend,
         "transformer_impl": "transformer_engine" if HAVE_TE else "local",
         "gradient_accumulation_fusion": HAVE_TE,
         "apply_rope_fusion": HAVE_TE,
@@ -163,7 +176,9 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _parse_with_megatron(argv: list[str], command: str) -> tuple[Namespace, dict[str, Any], dict[str, str]]:
+def _parse_with_megatron(
+    argv: list[str], command: str, backend: str
+) -> tuple[Namespace, dict[str, Any], dict[str, str]]:
     """The namespace with all defaults, the values that were really given, and the flag of every name."""
     from megatron.training.arguments import parse_args as megatron_parse_args
 
@@ -175,7 +190,7 @@ def _parse_with_megatron(argv: list[str], command: str) -> tuple[Namespace, dict
         parser.usage = f"{parser.prog} [flags]; see --help"
         add_vespo_arguments(parser)
         flags.update({action.dest: action.option_strings[0] for action in parser._actions})
-        parser.set_defaults(**_defaults())
+        parser.set_defaults(**_defaults(backend))
         defaults = {action.dest: action.default for action in parser._actions}
         for action in parser._actions:
             action.default = argparse.SUPPRESS

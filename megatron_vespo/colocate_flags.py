@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 
 
@@ -30,7 +31,7 @@ def check_colocation(args: Namespace) -> None:
             f"--trainer-ranks {args.trainer_ranks}: {fix}"
         )
     fraction = flag_value(args.sglang_flags, "--mem-fraction-static")
-    if args.distributed_backend == "nccl" and fraction is None:
+    if runs_on_gpus(args) and fraction is None:
         raise ValueError(
             "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where a "
             "part of the trainer's memory stays; megatron-vespo plan says how much is left"

@@ -80,7 +80,7 @@ class _Evaluation:
         """Until none is left. What has started ends with it, whatever happens."""
         with ExitStack() as stack:
             try:
-                self._run(sampling, reward, preemption, stack)
+                self._run(sampling, reward, stack)
             except EndedBySignal:
                 preemption.conclude(EXIT_RESUME)  # before the stack ends all, which takes seconds
                 raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
@@ -88,9 +88,7 @@ class _Evaluation:
                 print(self._kept(), file=sys.stderr)
                 raise
 
-    def _run(
-        self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption, stack: ExitStack
-    ) -> None:
+    def _run(self, sampling: SamplingParams, reward: RewardFunction, stack: ExitStack) -> None:
         args = self._args
         progress = Progress(self._total, self._total - len(self.left))
         stack.callback(progress.close)
@@ -99,7 +97,7 @@ class _Evaluation:
         rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
         stack.callback(rewards.close)
         scorer = Scorer(self._tokenizer, rewards, args.max_completion_tokens, 0, 1.0)
-        served = stack.enter_context(serving(args, progress.message, preemption))
+        served = stack.enter_context(serving(args, progress.message))
 
         def finish(index: int, group: list[Completion]) -> None:
             if failures := scorer.score(group):

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import torch
 
 from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
-from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.cluster.placement import cluster_has_gpus, place, start_ray
 from megatron_vespo.conversion.config import read_unchecked
 from megatron_vespo.conversion.convert import Options, megatron_to_hf
 from megatron_vespo.conversion.ranks import Ranks
 from megatron_vespo.conversion.sources import is_hf
 from megatron_vespo.evaluation_settings import api_key, weights_digest
-from megatron_vespo.preemption import Preemption, shielded
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
@@ -43,7 +41,7 @@ class Serving:
 
 
 @contextmanager
-def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption) -> Iterator[Serving]:
+def serving(args: Namespace, say: Callable[[str], None]) -> Iterator[Serving]:
     """Ends what it has started."""
     if args.engine_url:
         urls = [url.rstrip("/") for url in args.engine_url]
@@ -55,17 +53,16 @@ def serving(args: Namespace, say: Callable[[str], None], preemption: Preemption)
         with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
             load_runtime_plugins()
         stack.callback(ray.shutdown)
-        with shielded():
-            start_ray(args)
-            preemption.listen()  # Ray has put a handler of its own in the place of ours
+        start_ray(args)
         size = engine_size(args.sglang_flags)
         say(f"starting SGLang: {args.rollout_engines} engines ...")
         log_dir = (args.output_dir / "logs").resolve()
-        placement = place(args, size)
+        on_gpus = cluster_has_gpus()
+        placement = place(args, size, on_gpus)
         key = new_api_key("auto", placement.loopback)
         if key is not None:
             check_flags_with_key(args.sglang_flags)
-        engines = start_engines(args, placement, _server_arguments(args), key, log_dir, say)
+        engines = start_engines(args, placement, _server_arguments(args, on_gpus), key, log_dir, say)
         stack.callback(engines.stop)
         engines.wait_until_ready()
         sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
@@ -90,10 +87,10 @@ def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) ->
     return folder
 
 
-def _server_arguments(args: Namespace) -> list[str]:
+def _server_arguments(args: Namespace, on_gpus: bool) -> list[str]:
     return server_arguments(
         args.sglang_flags,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if on_gpus else "cpu",
         routes=False,
         dtype=_dtype(args.hf_checkpoint),
         seed=args.seed,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 GIB = 2**30
 # What train chooses by itself where there are GPUs, for commands that run elsewhere; a recipe's flags come
 # later and win.
 ON_GPUS = ("--distributed-backend", "nccl", "--transformer-impl", "transformer_engine")
+
+
+def runs_on_gpus(args: Namespace) -> bool:
+    """Trainer and engines of a run; parsing its flags has decided it."""
+    return args.distributed_backend == "nccl"
 
 
 @dataclass(frozen=True)

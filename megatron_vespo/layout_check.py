@@ -18,11 +18,12 @@ import numpy as np
 import ray
 
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.cluster.placement import place, start_ray
+from megatron_vespo.cluster.placement import has_gpus, place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.sample_file import random_samples, read_samples, with_noisy_behavior
 from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.layout import FLAGS, WORDS, Layout
 from megatron_vespo.observability.layout_report import (
     Differences,
@@ -189,7 +190,7 @@ def _layout_arguments(
     argv = [*DEFAULT_FLAGS, "--max-tokens-per-gpu", str(budget), *flags]
     argv += [str(word) for pair in common.items() for word in pair]
     try:
-        args = parse_args([*argv, *layout.flags()], COMMAND, required=())
+        args = parse_args([*argv, *layout.flags()], COMMAND, required=(), on_gpus=has_gpus)
     except ValueError as error:
         raise ValueError(f"layout {layout.name!r}: {error}") from error
     if args.routing_replay == "R3":
@@ -256,8 +257,10 @@ def _measure(
     are returned for the others.
     """
     with ExitStack() as stack:
-        placement = place(args, engine_size=0)
+        placement = place(args, 0, runs_on_gpus(args))
         stack.callback(placement.release)
+        for line in placement.divided:
+            print(f"{args.trainer_ranks} ranks: {line}", file=sys.stderr, flush=True)
         group = TrainerGroup(args, placement, log_dir.resolve(), watch=lambda: None)
         stack.callback(group.wait_until_gone)
         stack.callback(group.stop)

@@ -19,9 +19,10 @@ from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.preemption import Preemption, shielded
+from megatron_vespo.preemption import Preemption
 from megatron_vespo.prompt_data import prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
@@ -95,10 +96,10 @@ class Platform:
         size = engine_size(args.sglang_flags)
         with display.phase("start Ray"):
             stack.callback(ray.shutdown)
-            with shielded():
-                start_ray(args)
-                preemption.listen()  # Ray has put a handler of its own in the place of ours
-            self.placement = place(args, size, args.colocate)
+            start_ray(args)
+            self.placement = place(args, size, runs_on_gpus(args), args.colocate)
+        for line in self.placement.divided:
+            display.message(line)
         # not in args: they go into logs and checkpoints
         self.api_key = new_api_key(args.engine_api_key, self.placement.loopback)
         if self.api_key is not None:
@@ -122,7 +123,7 @@ class Platform:
 
 
 def _server_arguments(args: Namespace) -> list[str]:
-    device = "cuda" if args.distributed_backend == "nccl" else "cpu"
+    device = "cuda" if runs_on_gpus(args) else "cpu"
     return server_arguments(
         args.sglang_flags,
         device=device,

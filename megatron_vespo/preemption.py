@@ -43,7 +43,7 @@ class Preemption:
         self.signal: str | None = None  # the first one's name
 
     def listen(self) -> None:
-        """Ray sets a handler of its own when it starts: after that."""
+        """From now on; another part of the program that sets handlers has to set these again."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)

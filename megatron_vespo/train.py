@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.cluster.calls import TrainerError
+from megatron_vespo.cluster.placement import has_gpus
 from megatron_vespo.controller import Controller, StoppedByAlarm
 from megatron_vespo.debug_modes import check_modes
 from megatron_vespo.observability.metrics import read_metrics
@@ -25,7 +26,7 @@ from megatron_vespo.types import RunState
 def main(argv: list[str]) -> None:
     """Raises ValueError for a user's mistake, with one line that says what would be right."""
     started = time.monotonic()
-    args = parse_args(argv)
+    args = parse_args(argv, on_gpus=has_gpus)
     preemption = Preemption(args.preemption_deadline)
     preemption.listen()
     check_modes(args)

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from argparse import Namespace
 from dataclasses import dataclass
 
 import ray
-import torch
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_vespo.cluster.roles import by_role, shortage
-from megatron_vespo.cluster.seats import Bundle, Seat, separate, shared, shared_sizes
+from megatron_vespo.cluster.blocks import Run, neighbours, requested
+from megatron_vespo.cluster.seats import (
+    Bundle,
+    Seat,
+    divided_groups,
+    engine_seats,
+    shared_seats,
+    trainer_seats,
+    without_gpus,
+)
+from megatron_vespo.preemption import SIGNALS, shielded
 
 START_TIMEOUT_S = 120.0
 # Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
@@ -22,25 +36,64 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Placement:
-    """Seats of the trainer's ranks and of the engines. `loopback`: all on one machine."""
+    """Seats of the trainer's ranks and of the engines. `loopback`: all on one machine.
+
+    `divided` says, a line each, which groups of ranks could be inside a node and are not.
+    """
 
     group: PlacementGroup
     trainer: list[Seat]
     engines: list[Seat]
     loopback: bool
+    divided: tuple[str, ...] = ()
 
     def options(self, seat: Seat) -> dict:
-        return _options(self.group, seat.bundle, seat.num_gpus)
+        """Of Ray, for the actor there. The seat says which of its bundle's GPUs it sees, not Ray."""
+        options = _options(self.group, seat.bundle, num_gpus=0)
+        if seat.devices is None:
+            return options
+        # Ray leaves the one alone unless the other, which a node may have set, tells it to hide all GPUs
+        visible = {"CUDA_VISIBLE_DEVICES": seat.devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        return options | {"runtime_env": {"env_vars": visible}}
 
     def release(self) -> None:
         """Give the bundles back to the cluster; whoever still runs in them is killed."""
         remove_placement_group(self.group)
 
 
+def has_gpus(args: Namespace) -> bool:
+    """Whether the run's nodes have GPUs: those of `--ray-address`, which is joined to see it, or this one."""
+    if not args.ray_address:
+        return _own_gpus() > 0
+    start_ray(args)
+    return cluster_has_gpus()
+
+
+def _own_gpus() -> int:
+    import torch  # takes seconds: not in every worker that looks around here
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def cluster_has_gpus() -> bool:
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
 def start_ray(args: Namespace) -> None:
-    """Join `--ray-address`, or start a Ray of our own on this machine; RuntimeError if that fails."""
+    """Join `--ray-address`, or start a Ray of our own on this machine; RuntimeError if that fails.
+
+    Nothing happens where that is done already. This process hears signals as before.
+    """
+    if ray.is_initialized():
+        return
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}  # Ray sets its own
     try:
-        _init(args)
+        with shielded():
+            try:
+                _init(args)
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
     except Exception as error:  # where its own processes do not come up, Ray raises no narrower class
         where = (
             f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
@@ -59,6 +112,7 @@ def _init(args: Namespace) -> None:
     needed = args.trainer_ranks + args.rollout_engines
     ray.init(
         num_cpus=max(needed, os.cpu_count() or 1),
+        num_gpus=_own_gpus(),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -66,36 +120,50 @@ def _init(args: Namespace) -> None:
     )
 
 
-def place(args: Namespace, engine_size: int, colocate: bool = False) -> Placement:
+def place(args: Namespace, engine_size: int, on_gpus: bool, colocate: bool = False) -> Placement:
     """Reserve places for every rank and engine; ValueError when the cluster is too small.
 
     With `colocate` an engine shares the GPUs of as many trainer ranks, else everybody has GPUs of their own.
     """
-    ranks, engines = args.trainer_ranks, args.rollout_engines
-    with_gpus = ray.cluster_resources().get("GPU", 0) > 0 or torch.cuda.is_available()
-    if colocate:
-        sizes = shared_sizes(ranks, engines, engine_size)
-        bundles = [{"CPU": size + (i < engines), "GPU": size * with_gpus} for i, size in enumerate(sizes)]
-    else:
-        gpus = (1, engine_size) if with_gpus else (0, 0)
-        bundles = [{"CPU": 1, "GPU": gpus[0]}] * ranks + [{"CPU": 1, "GPU": gpus[1]}] * engines
-    bundles = [{name: number for name, number in bundle.items() if number} for bundle in bundles]
-    bundles = by_role(bundles, ranks, ray.cluster_resources(), colocate)
+    if on_gpus and not cluster_has_gpus():
+        raise ValueError("--distributed-backend nccl needs GPUs, the Ray cluster has none")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    run = Run(
+        ranks=args.trainer_ranks,
+        groups=neighbours(args) if args.trainer_ranks else {},
+        engines=args.rollout_engines,
+        engine_size=engine_size,
+        on_gpus=on_gpus,
+        colocate=colocate,
+    )
+    request = requested(run, nodes)
+    group = _reserved(request.bundles)
+    located = _located(group, request.bundles)
+    blocks = located[: len(request.blocks)]
+    trainer = trainer_seats(request.blocks, blocks)
+    engines = (
+        shared_seats(trainer, request.sharing, engine_size)
+        if colocate
+        else engine_seats(located[len(blocks) :], len(blocks))
+    )
+    if not on_gpus and cluster_has_gpus():
+        trainer, engines = without_gpus(trainer), without_gpus(engines)
+    divided = divided_groups(run.groups, [blocks[seat.bundle].node for seat in trainer], request.per_node)
+    return Placement(group, trainer, engines, len(nodes) == 1, divided)
+
+
+def _reserved(bundles: list[dict[str, float]]) -> PlacementGroup:
     group = placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
-        have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         remove_placement_group(group)
-        where = " on their GPUs" if colocate else ""
-        beside = f" and {engines} engines of {engine_size} ranks{where}" if engines else ""
+        free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise ValueError(
-            f"{ranks} trainer ranks{beside} found no place within {START_TIMEOUT_S:g} s: "
-            f"the Ray cluster has {have}{shortage(bundles, ray.nodes())}"
+            f"the run found no place in the Ray cluster within {START_TIMEOUT_S:g} s: others use it, {free} "
+            f"are left, bundles of {bundles} are wanted"
         ) from None
-    seats = shared(sizes, engines, _located(group, bundles)) if colocate else separate(ranks, engines, *gpus)
-    loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return Placement(group, *seats, loopback)
+    return group
 
 
 def _options(group: PlacementGroup, bundle: int, num_gpus: float) -> dict:
@@ -103,19 +171,21 @@ def _options(group: PlacementGroup, bundle: int, num_gpus: float) -> dict:
     return {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
 
 
-def _located(group: PlacementGroup, bundles: list[dict[str, int]]) -> list[Bundle]:
-    """Asked inside each bundle, while nobody else is there."""
-    look = ray.remote(_look_around)
-    calls = [
-        look.options(**_options(group, index, bundle.get("GPU", 0))).remote()
+def _located(group: PlacementGroup, bundles: list[dict[str, float]]) -> list[Bundle]:
+    """Node and GPUs of each bundle; its GPUs are known inside it only, while nobody else is there."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    look = ray.remote(_gpu_ids)
+    calls = {
+        index: look.options(**_options(group, index, bundle["GPU"])).remote()
         for index, bundle in enumerate(bundles)
-    ]
-    return ray.get(calls, timeout=START_TIMEOUT_S)
+        if "GPU" in bundle
+    }
+    gpus = dict(zip(calls, ray.get(list(calls.values()), timeout=START_TIMEOUT_S), strict=True))
+    return [Bundle(nodes[index], gpus.get(index, ())) for index in range(len(bundles))]
 
 
-def _look_around() -> Bundle:
-    context = ray.get_runtime_context()
-    return Bundle(context.get_node_id(), tuple(context.get_accelerator_ids()["GPU"]))
+def _gpu_ids() -> tuple[str, ...]:
+    return tuple(ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def host_address(loopback: bool) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 # What a node has of its role, by `ray start --resources`. slurm/ray_node.sh says the same names, once.
 ROLES = {"trainer ranks": "vespo_trainer", "engines": "vespo_engine"}
 SHARE = 0.001  # of it for a bundle, so that one such resource serves any node
 
 Bundle = dict[str, float]
+Resources = Mapping[str, float]  # of a node, or asked of it, as Ray names them
 
 
 def by_role(
-    bundles: Sequence[Bundle], trainer_ranks: int, cluster: Mapping[str, float], shared: bool = False
+    bundles: Sequence[Bundle], of_trainer: int, cluster: Collection[str], shared: bool = False
 ) -> list[Bundle]:
-    """`bundles`, the first `trainer_ranks` for the trainer's nodes and the others for the engines'.
+    """`bundles`, the first `of_trainer` for the trainer's nodes and the others for the engines'.
 
-    `cluster` is what Ray has; where no node has a role they stay as they are. `shared`: bundles are for both.
+    `cluster` are the names of what Ray has; where no node has a role they stay as they are. `shared`: bundles
+    are for both.
 
-    Example: [{"CPU": 1}, {"CPU": 1}], 1, {"CPU": 4, "vespo_trainer": 1, "vespo_engine": 1}
+    Example: [{"CPU": 1}, {"CPU": 1}], 1, {"CPU", "vespo_trainer", "vespo_engine"}
     -> [{"CPU": 1, "vespo_trainer": 0.001}, {"CPU": 1, "vespo_engine": 0.001}]
     """
     trainer, engine = ROLES.values()
@@ -29,28 +31,34 @@ def by_role(
             "--colocate puts engines on the trainer's GPUs, this Ray cluster has nodes for either "
             f"({trainer}, {engine}): leave one of the two out"
         )
-    return [bundle | {trainer if i < trainer_ranks else engine: SHARE} for i, bundle in enumerate(bundles)]
+    return [bundle | {trainer if i < of_trainer else engine: SHARE} for i, bundle in enumerate(bundles)]
 
 
-def shortage(bundles: Sequence[Bundle], nodes: Sequence[Mapping]) -> str:
+def for_trainer(nodes: Sequence[Resources]) -> list[Resources]:
+    """The nodes on which trainer ranks may be; all where none has a role."""
+    if not any(role in node for node in nodes for role in ROLES.values()):
+        return list(nodes)
+    return [node for node in nodes if ROLES["trainer ranks"] in node]
+
+
+def shortage(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str:
     """What is asked of a role's nodes and what they have, as the end of a message; "" without roles.
 
     Of the roles whose nodes have less than is asked of them; of both where only the pieces do not fit.
-    `nodes` as ray.nodes() has them.
     """
     told, short = [], []
     for who, role in ROLES.items():
         mine = [bundle for bundle in bundles if role in bundle]
         if not mine:
             continue
-        theirs = [node["Resources"] for node in nodes if node["Alive"] and role in node["Resources"]]
+        theirs = [node for node in nodes if role in node]
         asked, have = _total(mine), _total(theirs)
-        line = f"{who} ({len(mine)}) ask for {asked}, the nodes with {role} ({len(theirs)}) have {have}"
+        line = f"{who} ask for {asked}, the nodes with {role} ({len(theirs)}) have {have}"
         told.append(line)
         if any(have[name] < asked[name] for name in asked):
             short.append(line)
     return "".join(f"; {line}" for line in short or told)
 
 
-def _total(resources: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _total(resources: Sequence[Resources]) -> dict[str, float]:
     return {name: sum(one.get(name, 0) for one in resources) for name in ("CPU", "GPU")}

@@ -2,65 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-# of a GPU, for a trainer rank beside an engine: above a half, so that Ray gives no two ranks the same GPU
-SHARED_GPU = 0.6
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Where Ray has put one: its node, and the ids of its GPUs there (none on a machine without)."""
+    """Where Ray has put one: its node, and the ids of its GPUs there (none where the run uses none)."""
 
     node: str
-    gpus: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One process's place. Ray shows it `num_gpus`; what it starts is to see `devices` instead."""
+    """One process's place. It sees the GPUs `devices`, as in CUDA_VISIBLE_DEVICES; None: what is there."""
 
     bundle: int
-    num_gpus: float = 0
-    devices: str | None = None  # for CUDA_VISIBLE_DEVICES
+    devices: str | None = None
 
 
-def separate(trainer_ranks: int, engines: int, gpus_per_rank: int, gpus_per_engine: int):
-    """Seats of trainer ranks and engines, where each has a bundle, and GPUs, of its own."""
-    trainer = [Seat(rank, gpus_per_rank) for rank in range(trainer_ranks)]
-    return trainer, [Seat(trainer_ranks + number, gpus_per_engine) for number in range(engines)]
+def trainer_seats(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Seat]:
+    """One seat a rank; `sizes` are the ranks of each bundle.
 
-
-def shared_sizes(trainer_ranks: int, engines: int, engine_size: int) -> list[int]:
-    """Trainer ranks of each bundle, those with an engine first: Ray puts no bundle across nodes.
-
-    Example: 8 ranks, 3 engines of 2 GPUs -> [2, 2, 2, 1, 1]
+    Ranks are numbered node by node, in a node by GPU, so that neighbours are near each other. Nodes with more
+    ranks come first: what is left over by groups of ranks is then at the end.
     """
-    alone = trainer_ranks - engines * engine_size
-    assert alone >= 0, f"{engines} engines of {engine_size} beside {trainer_ranks} trainer ranks"
-    return [engine_size] * engines + [1] * alone
+    ranks_of_node: Counter[str] = Counter()
+    for size, bundle in zip(sizes, bundles, strict=True):
+        ranks_of_node[bundle.node] += size
+    order = sorted(
+        range(len(sizes)), key=lambda index: (-ranks_of_node[bundles[index].node], *_position(bundles, index))
+    )
+    return [Seat(index, gpu) for index in order for gpu in _gpus(bundles[index]) or [None] * sizes[index]]
 
 
-def shared(sizes: Sequence[int], engines: int, bundles: Sequence[Bundle]) -> tuple[list[Seat], list[Seat]]:
-    """Seats of trainer ranks and engines, an engine on the GPUs of the ranks of its bundle.
+def engine_seats(bundles: Sequence[Bundle], first: int) -> list[Seat]:
+    """Engines with bundles of their own, which are those from number `first` on."""
+    order = sorted(range(len(bundles)), key=lambda index: _position(bundles, index))
+    return [Seat(first + index, _devices(_gpus(bundles[index]))) for index in order]
 
-    Ranks are numbered node by node, in a node by GPU, so that neighbours are near each other.
+
+def shared_seats(trainer: Sequence[Seat], sharing: Sequence[int], engine_size: int) -> list[Seat]:
+    """Engines on GPUs of the trainer: `sharing` of each bundle. Rank i of one is on the GPU of its rank i."""
+    found = []
+    for bundle in dict.fromkeys(seat.bundle for seat in trainer):
+        gpus = [seat.devices for seat in trainer if seat.bundle == bundle and seat.devices is not None]
+        for number in range(sharing[bundle]):
+            found.append(Seat(bundle, _devices(gpus[number * engine_size :][:engine_size])))
+    return found
+
+
+def without_gpus(seats: Sequence[Seat]) -> list[Seat]:
+    """The same, hidden from a run that uses none."""
+    return [replace(seat, devices="") for seat in seats]
+
+
+def divided_groups(groups: Mapping[str, int], nodes: Sequence[str], per_node: int) -> tuple[str, ...]:
+    """A line for each kind of group that fits a node of `per_node` GPUs and is not on one.
+
+    `nodes` are the ranks'.
     """
-    order = sorted(range(len(sizes)), key=lambda index: _position(bundles, index))
-    trainer, with_engine = [], []
-    for index in order:
-        gpus = bundles[index].gpus
-        assert len(gpus) in (0, sizes[index]), f"bundle {index} has GPUs {gpus} for {sizes[index]} ranks"
-        trainer += [Seat(index, SHARED_GPU if gpus else 0)] * sizes[index]
-        if index < engines:
-            with_engine.append(Seat(index, 0, ",".join(gpus) if gpus else None))
-    return trainer, with_engine
+    lines = []
+    for name, size in groups.items():
+        starts = range(0, len(nodes), size)
+        if size <= per_node and (number := sum(len(set(nodes[i : i + size])) > 1 for i in starts)):
+            lines.append(
+                f"{number} of {len(starts)} {name} groups of {size} ranks are across nodes: "
+                "no node has room for a whole one"
+            )
+    return tuple(lines)
+
+
+def _devices(gpus: Sequence[str]) -> str | None:
+    return ",".join(gpus) or None
+
+
+def _gpus(bundle: Bundle) -> list[str]:
+    """In their order; ids are numbers, or names."""
+    return sorted(bundle.gpus, key=_number)
+
+
+def _number(gpu: str) -> tuple[int, str]:
+    return len(gpu), gpu
 
 
 def _position(bundles: Sequence[Bundle], index: int) -> tuple:
-    """Nodes in the order in which Ray has used them; ids of GPUs are numbers, or names."""
+    """Nodes in the order in which Ray has used them."""
     nodes = [bundle.node for bundle in bundles]
-    gpus = bundles[index].gpus
-    first = min(((len(gpu), gpu) for gpu in gpus), default=(0, ""))
+    first = min(map(_number, bundles[index].gpus), default=(0, ""))
     return nodes.index(nodes[index]), first, index

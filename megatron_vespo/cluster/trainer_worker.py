@@ -16,8 +16,10 @@ import torch
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
+from megatron_vespo.cluster.visible_gpus import check_visible_gpus
 from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, SaveReport
 from megatron_vespo.data.probe_file import compare, decode, encode, probes_of
+from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
 from megatron_vespo.preemption import shield_process
@@ -90,11 +92,12 @@ class TrainerWorker:
 
     def start(self, master_address: str, master_port: int) -> Resumed | None:
         """Bring Megatron up and load the weights; what the checkpoint has stored, where one is resumed."""
+        check_visible_gpus(self.rank, int(runs_on_gpus(self._args)))
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.memory import GpuMemory
         from megatron_vespo.trainer.policy import MegatronPolicy
 
-        # Ray shows this process its own GPU only, so the local rank is always 0
+        # this process sees its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)
         self._memory = GpuMemory(self.policy.model, self.policy.optimizer, self._args.colocate_offload)

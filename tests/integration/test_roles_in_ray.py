@@ -11,13 +11,19 @@ from megatron_vespo.cluster import placement
 from megatron_vespo.cluster.roles import ROLES
 
 TRAINER, ENGINE = ROLES.values()
+SIZES = (
+    "tensor_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size"
+)
+
+
+def run(ranks: int, engines: int) -> Namespace:
+    return Namespace(trainer_ranks=ranks, rollout_engines=engines, **dict.fromkeys(SIZES.split(), 1))
 
 
 @pytest.fixture
 def one_node(monkeypatch):
     """Of the trainer, and of nobody else."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
-    monkeypatch.setattr(placement, "START_TIMEOUT_S", 5.0)
     ray.init(
         num_cpus=4, num_gpus=0, resources={TRAINER: 1}, include_dashboard=False,
         object_store_memory=2**27, log_to_driver=False, logging_level="ERROR",
@@ -27,13 +33,12 @@ def one_node(monkeypatch):
 
 
 def test_engines_find_no_place_on_the_trainers_node(one_node):
-    place = placement.place(Namespace(trainer_ranks=3, rollout_engines=0), 1)
+    place = placement.place(run(3, 0), 1, on_gpus=False)
     nodes = ray.util.placement_group_table(place.group)["bundles_to_node_id"]
     assert list(nodes.values()) == [ray.nodes()[0]["NodeID"]] * 3
     place.release()
-    with pytest.raises(ValueError, match="1 trainer ranks and 2 engines of 1 ranks found no place") as error:
-        placement.place(Namespace(trainer_ranks=1, rollout_engines=2), 1)
+    with pytest.raises(ValueError, match="1 trainer ranks and 2 engines of 1 ranks find no place") as error:
+        placement.place(run(1, 2), 1, on_gpus=False)
     assert str(error.value).endswith(
-        f"; engines (2) ask for {{'CPU': 2, 'GPU': 0}}, "
-        f"the nodes with {ENGINE} (0) have {{'CPU': 0, 'GPU': 0}}"
+        f"; engines ask for {{'CPU': 2, 'GPU': 0}}, the nodes with {ENGINE} (0) have {{'CPU': 0, 'GPU': 0}}"
     )

@@ -17,7 +17,9 @@ from megatron_vespo.cluster.placement import place
 
 ranks, engines, size, gpus = map(int, sys.argv[1:])
 ray.init(num_cpus=64, num_gpus=gpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-placement = place(Namespace(trainer_ranks=ranks, rollout_engines=engines), size, colocate=True)
+parallel = dict.fromkeys("tensor_model context expert_model expert_tensor".split(), 1)
+run = Namespace(trainer_ranks=ranks, rollout_engines=engines, **{f"{kind}_parallel_size": 1 for kind in parallel})
+placement = place(run, size, on_gpus=True, colocate=True)
 
 @ray.remote
 class Process:

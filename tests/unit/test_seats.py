@@ -2,56 +2,79 @@
 
 import pytest
 
-from megatron_vespo.cluster.seats import SHARED_GPU, Bundle, Seat, separate, shared, shared_sizes
-
-
-def test_apart_each_has_a_bundle_of_its_own():
-    trainer, engines = separate(3, 2, 1, 4)
-    assert trainer == [Seat(0, 1), Seat(1, 1), Seat(2, 1)]
-    assert engines == [Seat(3, 4), Seat(4, 4)]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "engines", "size", "expected"),
-    [(8, 4, 2, [2, 2, 2, 2]), (8, 3, 2, [2, 2, 2, 1, 1]), (4, 1, 4, [4]), (2, 0, 1, [1, 1])],
+from megatron_vespo.cluster.seats import (
+    Bundle,
+    Seat,
+    divided_groups,
+    engine_seats,
+    shared_seats,
+    trainer_seats,
+    without_gpus,
 )
-def test_an_engine_takes_as_many_ranks_as_it_has_gpus(ranks, engines, size, expected):
-    assert shared_sizes(ranks, engines, size) == expected
+
+
+def gpus(*ids: int) -> tuple[str, ...]:
+    return tuple(map(str, ids))
 
 
 def test_ranks_are_numbered_by_node_and_gpu():
-    """Two nodes of four GPUs, three engines of two: Ray has put the bundles down in its own order."""
+    """Ray has put the blocks down in its own order, and says GPUs in any."""
     bundles = [
-        Bundle("b", ("2", "3")), Bundle("a", ("2", "10")), Bundle("b", ("0", "1")), Bundle("a", ("1",)),
-        Bundle("a", ("0",)),
+        Bundle("b", gpus(3, 2)), Bundle("a", gpus(10, 2)), Bundle("b", gpus(0, 1)), Bundle("a", gpus(1)),
+        Bundle("a", gpus(0)),
     ]  # fmt: skip
-    trainer, engines = shared([2, 2, 2, 1, 1], 3, bundles)
-    assert [seat.bundle for seat in trainer] == [2, 2, 0, 0, 4, 3, 1, 1]
-    assert all(seat.num_gpus == SHARED_GPU and seat.devices is None for seat in trainer)
-    assert engines == [Seat(2, 0, "0,1"), Seat(0, 0, "2,3"), Seat(1, 0, "2,10")]
+    seats = trainer_seats([2, 2, 2, 1, 1], bundles)
+    assert seats == [
+        Seat(2, "0"), Seat(2, "1"), Seat(0, "2"), Seat(0, "3"), Seat(4, "0"), Seat(3, "1"), Seat(1, "2"),
+        Seat(1, "10"),
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_gpu_has_one_rank_and_at_most_one_engine(size):
-    """All GPUs of two nodes of eight."""
-    num = 16 // size
+def test_nodes_with_more_ranks_come_first():
+    """Or a group of eight, [0, 8), would begin on the node of four."""
     bundles = [
-        Bundle(f"node {index * size // 8}", tuple(str((index * size + i) % 8) for i in range(size)))
-        for index in range(num)
+        Bundle("small", gpus(0, 1, 2, 3)),
+        Bundle("large", gpus(0, 1, 2, 3)),
+        Bundle("large", gpus(4, 5, 6, 7)),
     ]
-    trainer, engines = shared([size] * num, num, bundles)
-    assert len(trainer) == 16 and len(engines) == num
-    assert all(sum(seat.bundle == bundle for seat in trainer) == size for bundle in range(num))
-    seen = [(bundles[seat.bundle].node, gpu) for seat in engines for gpu in seat.devices.split(",")]
-    assert len(set(seen)) == len(seen) == 16
-    # neighbours of a group of eight are on one node
-    assert {bundles[seat.bundle].node for seat in trainer[:8]} == {"node 0"}
+    assert [seat.bundle for seat in trainer_seats([4, 4, 4], bundles)] == [1] * 4 + [2] * 4 + [0] * 4
 
 
-def test_two_ranks_never_share_a_gpu():
-    assert 0.5 < SHARED_GPU < 1
+def test_engines_have_the_gpus_of_their_own_bundles():
+    bundles = [Bundle("a", gpus(6, 7)), Bundle("b", gpus(3, 2)), Bundle("a", gpus(4, 5))]
+    assert engine_seats(bundles, 4) == [Seat(6, "4,5"), Seat(4, "6,7"), Seat(5, "2,3")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_an_engine_that_shares_is_on_the_gpus_of_neighbouring_ranks(size):
+    """All GPUs of two nodes of eight."""
+    bundles = [Bundle("a", gpus(*range(8))), Bundle("b", gpus(*range(8)))]
+    trainer = trainer_seats([8, 8], bundles)
+    engines = shared_seats(trainer, [8 // size] * 2, size)
+    assert [(seat.bundle, gpu) for seat in engines for gpu in seat.devices.split(",")] == [
+        (seat.bundle, seat.devices) for seat in trainer
+    ]
+
+
+def test_engines_share_only_the_blocks_that_have_room_for_their_processes():
+    """Three engines; Ray has swapped the blocks."""
+    trainer = trainer_seats([4, 4], [Bundle("b", gpus(4, 5, 6, 7)), Bundle("b", gpus(0, 1, 2, 3))])
+    assert [seat.bundle for seat in trainer] == [1] * 4 + [0] * 4
+    assert shared_seats(trainer, [2, 1], 2) == [Seat(1, "0,1"), Seat(0, "4,5"), Seat(0, "6,7")]
 
 
 def test_without_gpus_nothing_is_shown():
-    trainer, engines = shared([2, 1], 1, [Bundle("a", ()), Bundle("a", ())])
-    assert trainer == [Seat(0), Seat(0), Seat(1)] and engines == [Seat(0)]
+    bundles = [Bundle("a"), Bundle("a")]
+    trainer = trainer_seats([2, 1], bundles)
+    assert trainer == [Seat(0), Seat(0), Seat(1)]
+    assert shared_seats(trainer, [1, 0], 2) == [Seat(0)] and engine_seats(bundles, 3) == [Seat(3), Seat(4)]
+    assert without_gpus(trainer) == [Seat(0, ""), Seat(0, ""), Seat(1, "")]
+
+
+def test_groups_across_nodes_are_counted():
+    nodes = ["a"] * 3 + ["b"] * 5
+    groups = {"tensor-parallel": 2, "expert-parallel": 4, "context-parallel": 8, "data-parallel": 1}
+    tensor, expert = divided_groups(groups, nodes, 4)
+    assert tensor.startswith("1 of 4 tensor-parallel groups of 2 ranks are across nodes")
+    assert expert.startswith("1 of 2 expert-parallel groups of 4 ranks are across nodes")
+    assert divided_groups(groups, ["a"] * 4 + ["b"] * 4, 4) == ()
