@@ -28,6 +28,7 @@ from megatron_vespo.colocate_flags import check_colocation
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
+from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.process_environment import CONNECTIONS, TABLE
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import load_runtime_plugins
@@ -235,14 +236,19 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
 def _megatron_validate(args: Namespace) -> None:
     from megatron.training.arguments import validate_args
 
+    from megatron_vespo.trainer.planned_machine import planned_machine
+
     # it asserts on a variable that the trainer's ranks will have
     connections = {CONNECTIONS: os.environ.get(CONNECTIONS) or TABLE[CONNECTIONS].trainer}
     background = args.async_save
+    # a head node or a laptop need not have the GPUs that the run will have
+    machine = planned_machine() if runs_on_gpus(args) else contextlib.nullcontext()
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(action="ignore"),
             patch.dict(os.environ, connections),
+            machine,
         ):
             validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:

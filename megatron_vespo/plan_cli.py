@@ -91,17 +91,14 @@ def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
     """The run's arguments and its pipeline stages, by Megatron."""
     with warnings.catch_warnings(action="ignore"):
         load_runtime_plugins()
-        from megatron_vespo.trainer.meta_model import build_stages, planned_machine
+        from megatron_vespo.trainer.meta_model import build_stages
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with planned_machine():
-        # a checkpoint to go on from need not be there yet
-        args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
-        if args.train_from or args.rollout_only:
-            raise ValueError(
-                "plan is for runs that train and generate: leave --train-from, --rollout-only out"
-            )
-        return args, build_stages(args)
+    # a checkpoint to go on from need not be there yet
+    args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
+    if args.train_from or args.rollout_only:
+        raise ValueError("plan is for runs that train and generate: leave --train-from, --rollout-only out")
+    return args, build_stages(args)
 
 
 def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:

@@ -82,10 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 def checked_run(flags: list[str]) -> Namespace:
     """The run that train would make of the flags; ValueError for what would only show when the job runs."""
     from megatron_vespo.arguments import parse_args  # takes seconds
-    from megatron_vespo.trainer.meta_model import planned_machine
 
-    with planned_machine():
-        run = parse_args(flags)
+    run = parse_args(flags)
     if run.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
     if run.save is None or run.save != run.load:

@@ -11,19 +11,18 @@ import copy
 import io
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, utils
-from packaging.version import Version
+from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vespo.conversion.family import is_expert
 from megatron_vespo.planning.trainer_memory import Stage
 from megatron_vespo.trainer.initialize import process_groups
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.planned_machine import planned_machine
 
 # What chooses kernels, and no shapes: the machine that plans need not have what the flags want.
 PLAIN = {
@@ -39,30 +38,14 @@ PLAIN = {
     "recompute_granularity": None,
     "perform_initialization": False,  # random numbers would need memory
 }
-# what a run gets where Transformer Engine is not installed here, for Megatron's questions about its age
-ASSUMED_TRANSFORMER_ENGINE = Version("2.16.0")
-ASSUMED_CAPABILITY = (9, 0)
-
-
-@contextlib.contextmanager
-def planned_machine() -> Iterator[None]:
-    """Megatron's questions about the GPU and Transformer Engine get the answers of the machine to come."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        if not torch.cuda.is_available():
-            stack.enter_context(
-                patch.object(torch.cuda, "get_device_capability", lambda *_: ASSUMED_CAPABILITY)
-            )
-        if utils.get_te_version() == Version("0.0.0"):
-            stack.enter_context(patch.object(utils, "_te_version", ASSUMED_TRANSFORMER_ENGINE))
-        yield
 
 
 def build_stages(args: Namespace) -> list[Stage]:
     """One entry a pipeline stage; ValueError for what Megatron refuses when it builds groups or model."""
     per_stage = args.world_size // args.pipeline_model_parallel_size
     assert not args.use_tp_pp_dp_mapping, "stages would not be runs of ranks"
-    return [_built(args, stage * per_stage) for stage in range(args.pipeline_model_parallel_size)]
+    with planned_machine():
+        return [_built(args, stage * per_stage) for stage in range(args.pipeline_model_parallel_size)]
 
 
 def _built(args: Namespace, rank: int) -> Stage:
@@ -70,7 +53,7 @@ def _built(args: Namespace, rank: int) -> Stage:
     dist.init_process_group("fake", world_size=args.world_size, rank=rank, store=FakeStore())
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            _initialize_groups(args)
+            initialize_groups(args)
             model_config(args)  # its questions about these flags
             plain = copy.copy(args)
             vars(plain).update(PLAIN)
@@ -83,7 +66,7 @@ def _built(args: Namespace, rank: int) -> Stage:
         dist.destroy_process_group()
 
 
-def _initialize_groups(args: Namespace) -> None:
+def initialize_groups(args: Namespace) -> None:
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,

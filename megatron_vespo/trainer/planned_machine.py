@@ -1,0 +1,35 @@
+"""A machine without CUDA answers Megatron's questions about a run's GPUs: a driver's, a plan's."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from megatron.core import utils
+from packaging.version import Version
+
+# what a run gets where Transformer Engine is not installed here, for Megatron's questions about its age
+ASSUMED_TRANSFORMER_ENGINE = Version("2.16.0")
+ASSUMED_CAPABILITY = (9, 0)
+
+
+@contextlib.contextmanager
+def planned_machine() -> Iterator[None]:
+    """Megatron's questions about the GPU and Transformer Engine get the answers of the machine to come."""
+    major, minor = ASSUMED_CAPABILITY
+    answers = {
+        "get_device_capability": lambda *_: ASSUMED_CAPABILITY,
+        "get_device_properties": lambda *_: SimpleNamespace(major=major, minor=minor),
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        if not torch.cuda.is_available():
+            for name, answer in answers.items():
+                stack.enter_context(patch.object(torch.cuda, name, answer))
+        if utils.get_te_version() == Version("0.0.0"):
+            stack.enter_context(patch.object(utils, "_te_version", ASSUMED_TRANSFORMER_ENGINE))
+        yield
