@@ -74,14 +74,15 @@ def exported_values(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def trainer_environment(
-    user: Mapping[str, str], *, threads: int = 1, symmetric_memory: bool = False
+    user: Mapping[str, str], *, threads: int | None = None, symmetric_memory: bool = False
 ) -> dict[str, str | None]:
-    """Values of the table for a trainer rank; None: to be unset. `user` is see `exported_values`.
+    """Values of the table for a trainer rank; None: to be unset. `user`: what `exported_values` returned.
 
-    `threads` are the CPU cores for a rank; `symmetric_memory`: engines run with --enable-symm-mem.
+    `threads` is the number of CPU cores for a rank whose optimizer is on the CPU. `symmetric_memory`: engines
+    run with --enable-symm-mem.
     """
     values = _defaults(user, "trainer") | {CUMEM: _cumem(user, symmetric_memory)}
-    if THREADS not in user:
+    if threads is not None and THREADS not in user:
         values[THREADS] = str(threads)
     if ALLOCATOR_NEW in user:
         values[ALLOCATOR] = user.get(ALLOCATOR)
@@ -98,8 +99,8 @@ def engine_environment(
 ) -> dict[str, str | None]:
     """Values of the table for an engine, and LD_LIBRARY_PATH; None: to be unset.
 
-    `memory_saver`: it runs with --enable-memory-saver, and none of its CUDA graphs is a breakable one
-    (`pausable_graphs`). `library_path` is the node's own LD_LIBRARY_PATH.
+    `memory_saver`: it runs with --enable-memory-saver. `pausable_graphs`: none of its CUDA graphs is a
+    breakable one. `library_path` is the node's own LD_LIBRARY_PATH.
     """
     values = _defaults(user, "colocated" if memory_saver else "engine")
     values[CUMEM] = _cumem(user, symmetric_memory)

@@ -39,7 +39,7 @@ LOADING_FLAGS = {"--load-format", "--dtype"}
 
 def set_environment(args: Namespace, exported: Mapping[str, str]) -> None:
     """This rank's, before Megatron, CUDA and NCCL are there to read it."""
-    threads = cores_of_a_gpu() if args.optimizer_cpu_offload else 1
+    threads = cores_of_a_gpu() if args.optimizer_cpu_offload else None
     symmetric = has_symmetric_memory(args.sglang_flags)
     apply_here(trainer_environment(exported, threads=threads, symmetric_memory=symmetric))
     # torch has read the variable when it was imported
