@@ -62,7 +62,7 @@ def test_probes_do_not_hold_the_batch_that_they_come_from():
     stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
     worker = object.__new__(TrainerWorker)
     worker._args = SimpleNamespace(ratio_denominator="rollout")
-    worker._spans = Spans()
+    worker._spans, worker._memory = Spans(), SimpleNamespace(take_all=lambda: None)
     worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
     worker.prepare(batch)
     assert len(worker._probes) == NUM_PROBES
