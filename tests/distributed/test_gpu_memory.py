@@ -62,5 +62,6 @@ def test_all_memory_is_given_back_and_comes_back_bit_for_bit(on_task, tmp_path, 
         assert result["sent"] and result["log-probs"] and result["restored"]
         for name in ("losses", "log-probs after"):
             np.testing.assert_array_equal(result[name], plain[name])
+        assert [int(again[what]) for what in there] == [0, 0, 0]
         np.testing.assert_array_equal(again["losses"], result["losses"][2:])
         np.testing.assert_array_equal(again["log-probs after"], result["log-probs after"])

@@ -67,7 +67,7 @@ def start_worker(folder: Path, flags: list[str]) -> TrainerWorker:
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
     args = parse_args([*FLAGS, "--trainer-ranks", os.environ["WORLD_SIZE"], *flags])
     with mock.patch("megatron_vespo.cluster.trainer_worker.redirect_output"):
-        worker = TrainerWorker(args, rank, folder, True)
+        worker = TrainerWorker(args, rank, folder, True, {})
     worker.start("127.0.0.1", port)
     return worker
 
@@ -179,10 +179,12 @@ def main() -> None:
     from megatron_vespo.trainer import memory
 
     memory.BLOCK = BLOCK
-    if worker.policy.iteration:  # resumed
+    if worker.policy.iteration:  # resumed: what a checkpoint has brought is given back and taken, too
+        worker.give_memory_back(keep_weights=False)
+        note = held(worker)
         worker.prepare([samples, samples])
         losses = [worker.train_step(index)["loss"] for index in range(2)]
-        hand_back(losses=losses, **{"log-probs after": np.concatenate(worker.log_probs(samples))})
+        hand_back(losses=losses, **note, **{"log-probs after": np.concatenate(worker.log_probs(samples))})
         return
     hand_back(**turns(worker, samples, options.folder / "hf"))
 
