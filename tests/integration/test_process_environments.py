@@ -67,7 +67,13 @@ def test_an_engines_processes_have_what_the_table_says(small_run):
 def colocated(*sglang_flags: str, **exported: str) -> dict:
     """What an engine that gives its memory back is started with."""
     arguments = server_arguments(
-        list(sglang_flags), device="cuda", is_moe=True, dtype="bfloat16", seed=1, memory_saver=True
+        list(sglang_flags),
+        device="cuda",
+        routes=False,
+        longest_step_s=300.0,
+        dtype="bfloat16",
+        seed=1,
+        memory_saver=True,
     )
     engine = SGLangEngine("m", "127.0.0.1", 1, arguments, Path("log"), 1.0, exported=exported)
     own = engine._environment()

@@ -110,7 +110,13 @@ def test_cuda_graphs_are_paused_in_colocated_engines_alone():
 
 def engine(*sglang_flags: str, memory_saver: bool, exported: dict | None = None) -> SGLangEngine:
     arguments = server_arguments(
-        list(sglang_flags), device="cuda", is_moe=True, dtype="bfloat16", seed=1, memory_saver=memory_saver
+        list(sglang_flags),
+        device="cuda",
+        routes=False,
+        longest_step_s=300.0,
+        dtype="bfloat16",
+        seed=1,
+        memory_saver=memory_saver,
     )
     return SGLangEngine("m", "127.0.0.1", 30000, arguments, Path("log"), 1.0, None, "2,3", exported)
 

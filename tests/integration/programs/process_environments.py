@@ -69,7 +69,9 @@ def main() -> None:
     os.environ.update(own)
     placement = place(args, 1)
     log_dir = args.output_dir / "logs"
-    arguments = server_arguments(args.sglang_flags, device="cpu", is_moe=True, dtype="float32", seed=1)
+    arguments = server_arguments(
+        args.sglang_flags, device="cpu", routes=False, longest_step_s=300.0, dtype="float32", seed=1
+    )
     engines = start_engines(args, placement, arguments, None, log_dir, print)
     trainer = TrainerGroup(args, placement, log_dir, lambda: None)
     try:
