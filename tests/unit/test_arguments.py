@@ -296,6 +296,11 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "which does not divide --trainer-ranks 2",
         ),
         (
+            "--recompute-granularity selective --recompute-modules layernorm moe --transformer-impl local",
+            "--recompute-modules layernorm needs Transformer Engine, --transformer-impl is local: leave "
+            "it out (moe and mlp need none)",
+        ),
+        (
             "--trainer-ranks 3 --pipeline-model-parallel-size 3",
             "--pipeline-model-parallel-size is 3, which does not divide layers 4",
         ),
