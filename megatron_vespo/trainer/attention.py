@@ -5,6 +5,7 @@ Shape suffixes: T tokens of the pack on this rank, G all tokens of the pack, S s
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,6 +179,8 @@ class PackedAttention(MegatronModule):
             cu_seqlens_q, cu_seqlens_k = pack.chunk_cu_seqlens_q, pack.chunk_cu_seqlens_k
             key, value = key[pack.chunk_keys], value[pack.chunk_keys]
             longest_q = pack.max_seqlen_q // (2 * self.cp_group.size())
+        # torch 2.11 has no such flag: it takes keys with fewer heads than the queries as they are
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
         # a window without a right side is causal, aligned to the last key where queries are fewer
         return varlen_attn(
             query,
@@ -189,7 +192,7 @@ class PackedAttention(MegatronModule):
             pack.max_seqlen_kv,
             scale=self.softmax_scale,
             window_size=(-1, 0),
-            enable_gqa=True,
+            **({"enable_gqa": True} if grouped else {}),
         )
 
     def sharded_state_dict(

@@ -25,10 +25,12 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
-def segments(query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths, **options) -> Tensor:
-    """What torch's varlen_attn, which runs on CUDA only, is documented to compute."""
-    assert options["window_size"] == (-1, 0) and options["scale"] == HEAD_DIM**-0.5 and options["enable_gqa"]
-    assert lengths[0] == cu_seqlens_q.diff().max() and lengths[1] >= cu_seqlens_k.diff().max()
+def torch_2_11(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *, scale, window_size
+) -> Tensor:
+    """What the varlen_attn of torch 2.11, which runs on CUDA only, computes: any divisor as keys' heads."""
+    assert window_size == (-1, 0) and scale == HEAD_DIM**-0.5
+    assert longest_q == cu_seqlens_q.diff().max() and longest_k >= cu_seqlens_k.diff().max()
     cuts_q, cuts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     return torch.cat(
         [
@@ -38,12 +40,20 @@ def segments(query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths, **options)
     )
 
 
-@pytest.mark.parametrize("use_kernel", [False, True])
+def torch_2_14(query, key, value, *places, enable_gqa=False, **options) -> Tensor:
+    """The same in torch 2.14, which refuses fewer heads of keys unless it is told of them."""
+    assert enable_gqa == (key.shape[1] != query.shape[1])
+    return torch_2_11(query, key, value, *places, **options)
+
+
+@pytest.mark.parametrize("kernel", [None, torch_2_11, torch_2_14])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_values_and_gradients_are_those_of_a_loop(cp_size, use_kernel, monkeypatch):
+def test_values_and_gradients_are_those_of_a_loop(cp_size, kernel, monkeypatch):
     from megatron_vespo.trainer.attention import PackedAttention, PackedSequences
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", segments)
+    use_kernel = kernel is not None
+    if use_kernel:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch.manual_seed(0)
     total = int(BOUNDS[-1])
     query = torch.randn(total, HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
