@@ -59,7 +59,8 @@ def launch(
     results = [folder / f"result-{rank}.npz" for rank in range(num_ranks)]
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     port = _free_port()
-    _ensure_server()
+    if preloaded:
+        _ensure_server()
     context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
     processes: list[BaseProcess] = []
     try:

@@ -40,11 +40,14 @@ def make_task(folder: Path, transformers_log_probs: Callable[..., np.ndarray]) -
     return Task(folder / "model", samples_file, samples, log_probs)
 
 
-def random_samples() -> list[TrainingSample]:
+def random_samples(
+    num_samples: int = NUM_SAMPLES, max_prompt: int = 20, max_completion: int = 30
+) -> list[TrainingSample]:
     draw = np.random.default_rng(0)
     samples = []
-    for i in range(NUM_SAMPLES):
-        prompt, completion = int(draw.integers(1, 21)), int(draw.integers(1, 31))
+    for i in range(num_samples):
+        prompt = int(draw.integers(1, max_prompt + 1))
+        completion = int(draw.integers(1, max_completion + 1))
         samples.append(
             TrainingSample(
                 token_ids=draw.integers(0, VOCAB_SIZE, prompt + completion),

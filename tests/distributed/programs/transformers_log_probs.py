@@ -1,11 +1,12 @@
 """Log-probs of every completion token by transformers, the reference; no Megatron in this process.
 
-With --make-model a random model of that kind is written to the folder first.
+With --make-model a random model of that kind is written to the folder first, with --sizes in other sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,11 @@ MODELS = {
 }
 
 
-def make_model(folder: Path, kind: str = QWEN3_MOE) -> None:
+def make_model(folder: Path, kind: str, sizes: dict) -> None:
     model_type, more = MODELS[kind]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | more)).float()
+    config = AutoConfig.for_model(model_type, **SIZES | more | sizes)
+    model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # not all ones, so that a norm in the wrong place shows
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -71,9 +73,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--make-model", nargs="?", const=QWEN3_MOE, choices=MODELS)
+    parser.add_argument("--sizes", type=json.loads, default={}, help="fields of its configuration, as JSON")
     options = parser.parse_args()
     if options.make_model:
-        make_model(options.model, options.make_model)
+        make_model(options.model, options.make_model, options.sizes)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     hand_back(
         log_probs=np.concatenate([log_probs(model, sample) for sample in read_samples(options.samples)])
