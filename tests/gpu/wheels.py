@@ -53,11 +53,17 @@ def _runs_here(wheel: str) -> bool:
     return platform.machine() in system and (stable or f"cp{own}" in python)
 
 
-def _patch(version: str, folder: Path) -> None:
+def apply_module():
+    """patches/apply.py, which is a program and no part of a package."""
     spec = importlib.util.spec_from_file_location("apply_patches", PATCHES / "apply.py")
-    apply = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = apply  # its classes look themselves up there
-    spec.loader.exec_module(apply)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its classes look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _patch(version: str, folder: Path) -> None:
+    apply = apply_module()
     for diff in sorted((PATCHES / f"{PATCHED.replace('_', '-')}-{version}").glob("*.diff")):
         for file_patch in apply.parse_diff(diff):
             apply.run("apply", file_patch, folder)
