@@ -20,12 +20,20 @@ LENGTH, NUM_COMPLETIONS = 300, 48
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=LENGTH, stop_token_ids=())
 
 
+def _retract_now_and_then(environment: pytest.MonkeyPatch) -> None:
+    """SGLang's own switch: memory alone may be enough, as lengths are drawn at random."""
+    environment.setenv("SGLANG_TEST_RETRACT", "true")
+    environment.setenv("SGLANG_TEST_RETRACT_INTERVAL", "100")
+
+
 @pytest.fixture(scope="module")
 def retracting_engine(tiny_model, tmp_path_factory):
     """It admits requests as if they would end early, and has memory for a few that do not."""
     log = tmp_path_factory.mktemp("retracting") / "engine.log"
-    with tiny_engine(tiny_model, log, *RETRACTING) as engine:
-        yield engine
+    with pytest.MonkeyPatch.context() as environment:
+        _retract_now_and_then(environment)
+        with tiny_engine(tiny_model, log, *RETRACTING) as engine:
+            yield engine
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,8 @@ def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path):
+def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path, monkeypatch):
+    _retract_now_and_then(monkeypatch)
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
