@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from argparse import Namespace
 
+import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import HAVE_APEX
+from megatron.core.utils import get_te_version
 
 from megatron_vespo.trainer.attention import PackedAttention
 from megatron_vespo.trainer.initialize import device
@@ -15,26 +18,62 @@ from megatron_vespo.trainer.initialize import device
 def describe(args: Namespace) -> list[str]:
     """One line a part, for people: 'part: what runs it (why)'."""
     use_te = args.transformer_impl == "transformer_engine"
-    without_te = "asked for by --transformer-impl" if HAVE_TE else "Transformer Engine is not installed"
-    on_cuda = device().type == "cuda"
-    if use_te:
-        attention = "Transformer Engine"
-    elif PackedAttention.uses_kernel(args.params_dtype, device()):
-        attention = f"torch's variable-length flash attention ({without_te})"
-    else:
-        why = f"no such kernel for {args.params_dtype}" if on_cuda else "no CUDA device"
-        attention = f"torch SDPA on a padded batch ({without_te}; {why})"
+    parts = _with_te(args) if use_te else _without_te(args)
     adam = megatron_optimizer.Adam
-    if adam.__module__.startswith("torch."):
-        fused = "neither Transformer Engine nor Apex is installed"
-    else:
-        fused = f"{adam.__module__.partition('.')[0]} is installed"
-    norm_reason = without_te + ("; Megatron uses Apex for LayerNorm only" if HAVE_APEX else "")
+    package = adam.__module__.partition(".")[0]
+    fused = "neither Transformer Engine nor Apex is installed" if package == "torch" else "it is installed"
+    on_cuda = device().type == "cuda"
     return [
-        "layers: " + ("Transformer Engine" if use_te else f"Megatron's local spec ({without_te})"),
-        f"attention: {attention}",
-        "norms: " + ("Transformer Engine" if use_te else f"torch RMSNorm ({norm_reason})"),
-        "experts: " + ("grouped GEMM" if args.moe_grouped_gemm else "one GEMM each (no --moe-grouped-gemm)"),
-        f"optimizer: {adam.__module__.partition('.')[0]} {adam.__name__} ({fused})",
+        *(f"{part}: {what}" for part, what in parts.items() if args.num_experts or part != "experts"),
+        f"optimizer: {package} {adam.__name__} ({fused})",
         "log-probs: " + ("Triton kernels" if on_cuda else "torch (no CUDA device)"),
-    ]  # fmt: skip
+    ]
+
+
+def _with_te(args: Namespace) -> dict[str, str]:
+    te = "Transformer Engine"
+    if args.params_dtype == torch.float32:
+        attention = f"{te}, unfused (its flash attention and cuDNN's take 16 bits)"
+    else:
+        attention = f"{te}, by flash attention or cuDNN (--attention-backend {args.attention_backend.name})"
+    grouped = "grouped GEMM" if args.moe_grouped_gemm else "one GEMM each (no --moe-grouped-gemm)"
+    permuted = "fused" if args.moe_permute_fusion else "by torch (no --moe-permute-fusion)"
+    fused = args.gradient_accumulation_fusion
+    return {
+        "layers": f"{te} {get_te_version()}",
+        "attention": attention,
+        "norms": te,
+        "experts": f"{grouped}, permutation of tokens {permuted}",
+        "weight gradients": "added to the sum by their GEMM, but for the output layer's"
+        if fused
+        else "added to the sum afterwards (--no-gradient-accumulation-fusion)",
+    }
+
+
+def _without_te(args: Namespace) -> dict[str, str]:
+    why = "asked for by --transformer-impl" if HAVE_TE else _why_no_te()
+    if PackedAttention.uses_kernel(args.params_dtype, device()):
+        attention = f"torch's variable-length flash attention ({why})"
+    else:
+        no_kernel = f"no such kernel for {args.params_dtype}" if device().type == "cuda" else "no CUDA device"
+        attention = f"torch SDPA on a padded batch ({why}; {no_kernel})"
+    return {
+        "layers": f"Megatron's local spec ({why})",
+        "attention": attention,
+        "norms": f"torch RMSNorm ({why}{'; Megatron uses Apex for LayerNorm only' if HAVE_APEX else ''})",
+        "experts": f"one GEMM each ({why})",
+    }
+
+
+def _why_no_te() -> str:
+    """Megatron goes on without Transformer Engine for whatever reason its import fails."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("transformer_engine"):
+            return "Transformer Engine is not installed"
+        return f"Transformer Engine cannot be imported: {error}"
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        return f"Transformer Engine cannot be imported: {type(error).__name__}: {first_line}"
+    return "Transformer Engine lacks what Megatron imports from it"

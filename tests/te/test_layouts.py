@@ -23,9 +23,9 @@ CASES = {  # with what Transformer Engine's run recomputes and overlaps, which c
     "ep2": "",
     "etp2": "",
     "dp2": "--overlap-grad-reduce --overlap-param-gather",
-    "tp2,ep2": FULL,
+    "tp2,ep2": FULL + " --moe-permute-fusion",
     "pp2,ep2": SELECTIVE,
-    "tp2,pp2,ep2": "",
+    "tp2,pp2,ep2": "--moe-permute-fusion",
     "tp2,etp2,ep2": "",
     "pp2,vpp2,ep2": FULL,
 }
@@ -102,6 +102,22 @@ def test_te_adds_its_weight_gradients_itself_and_nothing_else_does(pair, layout)
     """Gradient accumulation fusion, of which Megatron's output layer has none: no kernel of Apex is here."""
     matrices = re.compile(r"linear_(qkv|proj|fc1|fc2)\.weight\d*$")
     for local, te in pair(layout).ranks:
-        assert not local["fused"].any()
+        assert not local["fused"].any() and not te["output_layer_fused"].any()
         fused = set(te["parameters"][te["fused"]])
         assert fused == {name for name in te["parameters"] if matrices.search(name)}
+
+
+def test_the_output_layer_is_not_fused_where_apex_is_there(pair, on_task):
+    """Its kernel would be called in a backward pass that the log-probs' own replaces."""
+    [expected] = pair("tp1").te
+    [actual] = on_task(True, PROGRAM.with_name("with_apex.py"), "tp1")
+    assert list(actual["output_layer_fused"]) == [False]
+    for name in ("fused", "names", "norms", "grad_norm", "log_probs_after"):
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+def test_without_the_fusion_torch_adds_the_gradients(pair, on_task):
+    [expected] = pair("tp1").te
+    [actual] = on_task(True, PROGRAM, "tp1", "--no-gradient-accumulation-fusion")
+    assert not actual["fused"].any()
+    np.testing.assert_allclose(actual["norms"], expected["norms"], rtol=GRADIENTS)

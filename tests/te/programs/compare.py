@@ -43,6 +43,11 @@ def main() -> None:
         fused=np.array(list(fused.values())),
         loss=np.array([step.loss for step in steps]),
         grad_norm=np.array([step.grad_norm for step in steps]),
+        output_layer_fused=[
+            chunk.output_layer.gradient_accumulation_fusion
+            for chunk in unwrap_model(policy.model)
+            if chunk.post_process
+        ],
         capabilities=np.array(describe(policy.args)),
         adam=type(policy.optimizer.chained_optimizers[0].optimizer).__module__,
     )

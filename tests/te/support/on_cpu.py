@@ -7,10 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import permutation
 import torch
 from triton.runtime.autotuner import Autotuner
-
-import permutation
 
 _TE = "transformer_engine."
 TRITON_KERNELS: dict[str, Callable] = {}  # what stands in for them is compared with

@@ -1,7 +1,7 @@
-"""The kernels that move tokens to their experts, in torch: Triton's interpreter runs TE's own, a minute a step.
+"""The kernels that move tokens to their experts, in torch. Triton's interpreter runs TE's own: minutes a step.
 
-Shape suffixes: T tokens, E experts, H hidden, R rows of the permuted tokens. A row map, int32 [T, 2 E + 1], has
-for each token its rows in descending order, the experts of these rows, and how many there are.
+Shape suffixes: T tokens, E experts, H hidden, R rows of the permuted tokens. A row map, int32 [T, 2 E + 1],
+has for each token its rows in descending order, the experts of these rows, and how many there are.
 """
 
 from __future__ import annotations
