@@ -36,4 +36,10 @@ def test_local_layers_where_transformer_engine_is_there(on_task):
     assert said["layers"] == "Megatron's local spec (asked for by --transformer-impl)"
     assert said["experts"] == "one GEMM each (asked for by --transformer-impl)"
     assert said["optimizer"].startswith("transformer_engine FusedAdam")
-    assert parts(without)["layers"] == "Megatron's local spec (Transformer Engine is not installed)"
+
+
+def test_without_transformer_engine(on_task):
+    [result] = on_task(False, PROGRAM, "tp1")
+    said = parts(result)
+    assert said["layers"].startswith("Megatron's local spec (") and "Transformer Engine" in said["layers"]
+    assert said["optimizer"].startswith("torch AdamW")

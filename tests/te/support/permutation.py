@@ -1,4 +1,4 @@
-"""The kernels that move tokens to their experts, in torch. Triton's interpreter runs TE's own: minutes a step.
+"""The kernels that move tokens to their experts, in torch: in Triton's interpreter TE's own take minutes.
 
 Shape suffixes: T tokens, E experts, H hidden, R rows of the permuted tokens. A row map, int32 [T, 2 E + 1],
 has for each token its rows in descending order, the experts of these rows, and how many there are.
