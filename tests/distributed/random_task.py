@@ -27,12 +27,17 @@ class Task:
     log_probs: np.ndarray
 
 
-def make_task(folder: Path, transformers_log_probs: Callable[..., np.ndarray]) -> Task:
-    """Writes a random model and samples of it; `transformers_log_probs(model, samples_file, *flags)`."""
+def make_task(
+    folder: Path, transformers_log_probs: Callable[..., np.ndarray], kind: str = "qwen3 moe"
+) -> Task:
+    """Writes a random model and samples of it; `transformers_log_probs(model, samples_file, *flags)`.
+
+    `kind`: one of MODELS in programs/transformers_log_probs.py.
+    """
     samples = random_samples()
     samples_file = folder / "samples.pkl"
     samples_file.write_bytes(pickle.dumps(samples))
-    log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model")
+    log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model", kind)
     noise = np.random.default_rng(1).normal(0, ENGINE_NOISE, log_probs.shape)
     for sample, behavior in zip(samples, split(log_probs + noise, samples), strict=True):
         sample.behavior_log_probs = behavior.astype(np.float32)

@@ -15,6 +15,7 @@ from tests.distributed import launch as launcher
 from tests.distributed.launch import REPOSITORY, TIMEOUT_S, Result
 from tests.distributed.random_task import Task, make_task
 
+QWEN3_MOE = "qwen3 moe"
 HERE = Path(__file__).parent
 PACKAGES = REPOSITORY / ".venv.te"  # see install.sh
 TASK_FLAGS = "--max-tokens-per-gpu 256 --ratio-denominator decoupled --lr 3e-5".split()
@@ -31,14 +32,27 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory) -> Task:
+def make_model(tmp_path_factory) -> Callable[[str], Task]:
+    """A random model of a kind, and samples of it; each is made once."""
+    made: dict[str, Task] = {}
+
     def transformers_log_probs(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
         arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
         program = launcher.PROGRAMS / "transformers_log_probs.py"
         folder = tmp_path_factory.mktemp("transformers")
         return launcher.launch(program, 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]["log_probs"]
 
-    return make_task(tmp_path_factory.mktemp("task"), transformers_log_probs)
+    def make(kind: str) -> Task:
+        if kind not in made:
+            made[kind] = make_task(tmp_path_factory.mktemp("task"), transformers_log_probs, kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def task(make_model) -> Task:
+    return make_model(QWEN3_MOE)
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +82,11 @@ def launch(with_te, tmp_path_factory) -> Callable[..., list[Result]]:
 
 
 @pytest.fixture(scope="session")
-def on_task(launch, task) -> Callable[..., list[Result]]:
-    """`on_task(te, program, layout, *flags)`: a program with the task's model and samples."""
+def on_task(launch, make_model) -> Callable[..., list[Result]]:
+    """`on_task(te, program, layout, *flags)`: a program with a random model and samples of it."""
 
-    def start(te: bool, program: Path, layout_name: str, *flags: str) -> list[Result]:
-        layout = Layout.parse(layout_name)
+    def start(te: bool, program: Path, layout_name: str, *flags: str, kind: str = QWEN3_MOE) -> list[Result]:
+        layout, task = Layout.parse(layout_name), make_model(kind)
         arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file), *TASK_FLAGS]
         del (layout_flags := layout.flags())[:2]  # the number of ranks
         return launch(te, program, layout.world_size, [*arguments, *layout_flags, *flags])

@@ -15,7 +15,8 @@ from tests.distributed.launch import Result
 PROGRAM = Path(__file__).parent / "programs" / "compare.py"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm moe_act"
-CASES = {  # with what Transformer Engine's run recomputes and overlaps, which changes no numbers
+# layout, perhaps another model, and what Transformer Engine's run does so that no number changes
+CASES = {
     "tp1": "",
     "tp2": "",
     "pp2": "",
@@ -28,6 +29,10 @@ CASES = {  # with what Transformer Engine's run recomputes and overlaps, which c
     "tp2,pp2,ep2": "--moe-permute-fusion",
     "tp2,etp2,ep2": "",
     "pp2,vpp2,ep2": FULL,
+    "tp2 qwen3": "",
+    # the embedding is the output layer: on one rank the same weight, on a pipeline a copy at each end
+    "tp1 llama, tied": "",
+    "pp2,vpp2 llama, tied": "",
 }
 LOG_PROBS, GRADIENTS = 1e-6, 1e-6
 AFTER_A_STEP = 1e-5  # Adam divides by the gradient's own size, and small gradients differ more
@@ -49,11 +54,14 @@ class Pair:
 def pair(on_task):
     finished: dict[str, Pair] = {}
 
-    def start(layout: str) -> Pair:
-        if layout not in finished:
-            local = on_task(False, PROGRAM, layout)
-            finished[layout] = Pair(local, on_task(True, PROGRAM, layout, *CASES[layout].split()))
-        return finished[layout]
+    def start(case: str) -> Pair:
+        if case not in finished:
+            layout, _, kind = case.partition(" ")
+            kind = kind or "qwen3 moe"
+            local = on_task(False, PROGRAM, layout, kind=kind)
+            te = on_task(True, PROGRAM, layout, *CASES[case].split(), kind=kind)
+            finished[case] = Pair(local, te)
+        return finished[case]
 
     return start
 
@@ -61,6 +69,7 @@ def pair(on_task):
 def local_name(name: str) -> str:
     """What the local spec calls one of Transformer Engine's parameters."""
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
     return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)", r"experts.local_experts.\2.\1.weight", name)
 
 
