@@ -16,7 +16,7 @@ for argument in "$@"; do
     fi
 done
 if ((${#paths[@]} == 0)); then
-    for folder in tests/{unit,distributed,te,golden,gpu,integration,slurm}; do
+    for folder in tests/{unit,distributed,te,golden,gpu,cluster,integration,slurm}; do
         if [[ -d $folder ]]; then paths+=("$folder"); fi
     done
 fi

@@ -8,9 +8,9 @@ def too_few_gpus(
 ) -> str | None:
     """What is wrong, in a line; None for what Ray can place.
 
-    An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Ray places larger bundles
-    first, so trainer ranks, of one GPU each, take what is left anywhere: the sum decides. With `colocate` the
-    engines have GPUs of trainer ranks.
+    An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Trainer ranks are on one
+    node with their neighbours where that fits, else wherever a GPU is left (cluster/blocks.py): the sum
+    decides. With `colocate` the engines have GPUs of trainer ranks.
     """
     needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
     have = f"{nodes} nodes x {gpus_per_node}"

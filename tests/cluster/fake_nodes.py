@@ -11,7 +11,6 @@ from ray.cluster_utils import Cluster
 from megatron_vespo.cluster.roles import ROLES
 
 STUB = Path(__file__).parent / "stub_engine"  # what engines start in the place of SGLang
-OWN_GPUS = 8  # so that ids of a node do not begin at 0, as in a job that has a part of a node
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -20,12 +19,13 @@ class FakeNodes:
 
     def __init__(self, **environment: str):
         self.gpus: dict[str, list[str]] = {}
+        self.roles: list[str | None] = []  # of the nodes, in the same order
         self._environment = environment
         self._cluster = Cluster()
 
     def add(self, num_gpus: int = 8, role: str | None = None) -> None:
         """One more node; `role` is a key of ROLES."""
-        first = 4 + 100 * len(self.gpus)
+        first = 4 + 100 * len(self.gpus)  # a job may have a part of a node; and 10 comes after 9
         ids = [str(first + number) for number in range(num_gpus)]
         path = os.pathsep.join([str(STUB), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(ids), "PYTHONPATH": path}
@@ -47,6 +47,10 @@ class FakeNodes:
             ray.init(address=self.address, **QUIET)
         self._cluster.wait_for_nodes()
         self.gpus[node.node_id] = ids
+        self.roles.append(role)
+
+    def role_of(self, node: str) -> str | None:
+        return self.roles[list(self.gpus).index(node)]
 
     @property
     def address(self) -> str:

@@ -1,4 +1,4 @@
-"""Places in a real Ray whose nodes have roles."""
+"""Places in a Ray of one node, which has a role and no GPUs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ import ray
 
 from megatron_vespo.cluster import placement
 from megatron_vespo.cluster.roles import ROLES
+from tests.cluster.placed import a_run
 
 TRAINER, ENGINE = ROLES.values()
-SIZES = (
-    "tensor_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size"
-)
-
-
-def run(ranks: int, engines: int) -> Namespace:
-    return Namespace(trainer_ranks=ranks, rollout_engines=engines, **dict.fromkeys(SIZES.split(), 1))
 
 
 @pytest.fixture
@@ -33,12 +27,20 @@ def one_node(monkeypatch):
 
 
 def test_engines_find_no_place_on_the_trainers_node(one_node):
-    place = placement.place(run(3, 0), 1, on_gpus=False)
+    place = placement.place(a_run(3, 0), 1, on_gpus=False)
     nodes = ray.util.placement_group_table(place.group)["bundles_to_node_id"]
     assert list(nodes.values()) == [ray.nodes()[0]["NodeID"]] * 3
     place.release()
     with pytest.raises(ValueError, match="1 trainer ranks and 2 engines of 1 ranks find no place") as error:
-        placement.place(run(1, 2), 1, on_gpus=False)
+        placement.place(a_run(1, 2), 1, on_gpus=False)
     assert str(error.value).endswith(
         f"; engines ask for {{'CPU': 2, 'GPU': 0}}, the nodes with {ENGINE} (0) have {{'CPU': 0, 'GPU': 0}}"
     )
+
+
+def test_a_driver_with_a_gpu_joins_a_cluster_without(one_node, monkeypatch):
+    monkeypatch.setattr(placement, "_own_gpus", lambda: 8)
+    assert placement.has_gpus(Namespace(ray_address=None))
+    assert not placement.has_gpus(Namespace(ray_address="auto"))
+    with pytest.raises(ValueError, match="--distributed-backend nccl needs GPUs, the Ray cluster has none"):
+        placement.place(a_run(1, 0), 1, on_gpus=True)
