@@ -257,7 +257,7 @@ def _measure(
     are returned for the others.
     """
     with ExitStack() as stack:
-        placement = place(args, 0, runs_on_gpus(args))
+        placement = place(args, engine_size=1, on_gpus=runs_on_gpus(args))  # there are none
         stack.callback(placement.release)
         for line in placement.divided:
             print(f"{args.trainer_ranks} ranks: {line}", file=sys.stderr, flush=True)
