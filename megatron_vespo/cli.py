@@ -20,6 +20,7 @@ commands:
   convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
   simulate        how fast a run would be (megatron-vespo simulate --help)
   doctor          check a machine, or by srun all nodes (megatron-vespo doctor --help)
+  smoke           every part of a run once, with a small model (megatron-vespo smoke --help)
   submit          a training run as a SLURM job (megatron-vespo submit --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
@@ -121,6 +122,12 @@ def _doctor(argv: list[str]) -> int:
     return doctor(argv)
 
 
+def _smoke(argv: list[str]) -> int:
+    from megatron_vespo.smoke.command import main as smoke
+
+    return smoke(argv)
+
+
 def _submit(argv: list[str]) -> int:
     from megatron_vespo.submit_cli import main as submit
 
@@ -142,6 +149,7 @@ COMMANDS = {
     "convert": _convert,
     "simulate": _simulate,
     "doctor": _doctor,
+    "smoke": _smoke,
     "submit": _submit,
     "args": _args,
 }

@@ -5,9 +5,16 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+GROUP = "megatron_vespo.runtime"
+
+
+def has_runtime_plugins() -> bool:
+    """Whether such a package is installed."""
+    return bool(entry_points(group=GROUP))
+
 
 @cache
 def load_runtime_plugins() -> None:
     """Call every installed `megatron_vespo.runtime` entry point, once, before Megatron is imported."""
-    for plugin in entry_points(group="megatron_vespo.runtime"):
+    for plugin in entry_points(group=GROUP):
         plugin.load()()

@@ -22,8 +22,11 @@ Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it
 that the run fits.
 
 Flags of train that follow count after the recipe's: megatron-vespo submit R.flags --nodes 4 --train-iters 800
+
+With --smoke it is slurm/smoke.sbatch: megatron-vespo smoke RECIPE, and the flags that follow, on all nodes.
 """
 SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
+SMOKE_SCRIPT = SCRIPT.with_name("smoke.sbatch")
 SUBMIT_TIMEOUT_S = 120.0
 END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 
@@ -34,6 +37,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
     flags = read_recipe(args.recipe) + more
     engine_nodes.check(args, flags)
+    if args.smoke:
+        return _submit_smoke(args, more)
     # the machine that jobs are submitted on may have no GPU
     there = [*(ON_GPUS if args.gpus_per_node else []), *flags]
     run = checked_run(there)
@@ -43,9 +48,21 @@ def main(argv: list[str]) -> int:
     if not (run.train_from or run.rollout_only):
         check_plan(there, args)
     print(use)
-    if args.dry_run:
-        return 0
-    for line in submit(script, args.chain):
+    return _submit_unless_dry(script, args)
+
+
+def _submit_smoke(args: Namespace, more: list[str]) -> int:
+    """The same for a smoke run, whose model fits: only its flags are checked."""
+    if args.chain > 1:
+        raise ValueError(f"--chain {args.chain} is for a run that goes on in the next job, --smoke does not")
+    script = smoke_script(args, more)
+    print(script, flush=True)
+    print(f"checked: {smoke_layout(args, more)}")
+    return _submit_unless_dry(script, args)
+
+
+def _submit_unless_dry(script: str, args: Namespace) -> int:
+    for line in () if args.dry_run else submit(script, args.chain):
         print(line)
     return 0
 
@@ -72,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
         "do not let jobs go back into the queue")  # fmt: skip
     add("--venv", type=Path, default=Path(sys.prefix), help="default: the one that this runs in")
+    add("--smoke", action="store_true",
+        help="megatron-vespo smoke RECIPE in its place: every part of the run once, with a small model")  # fmt: skip
     add("--container", metavar="IMAGE", help="instead of --venv")
     add("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
     add("--mounts", nargs="+", default=[], metavar="DIR", help="what the container sees beside this folder")
@@ -96,29 +115,10 @@ def checked_run(flags: list[str]) -> Namespace:
 
 def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) -> str:
     """slurm/train.sbatch as `args` and the flags want it."""
-    if not SCRIPT.is_file():
-        raise ValueError(f"{SCRIPT}: no such file; job scripts come with a clone (pip install -e .)")
-    options: dict[str, str | None] = {"job-name": args.recipe.stem, "nodes": str(args.nodes)}
-    leave_out = []
-    if args.gpus_per_node:
-        options["gpus-per-node"] = str(args.gpus_per_node)
-    else:
-        leave_out.append("gpus-per-node")
-    if args.time:
-        options["time"] = args.time
-    template, needed = SCRIPT.read_text(), math.ceil(preemption_deadline_s + END_S)
+    template, needed = _template(SCRIPT), math.ceil(preemption_deadline_s + END_S)
+    options, leave_out, variables = _options(args, args.recipe.stem)
     if seconds_before_limit(template) < needed:
         options["signal"] = f"B:USR1@{needed}"
-    variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
-    if args.container:
-        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *args.mounts]
-        variables |= {
-            "VESPO_CONTAINER": args.container,
-            "VESPO_CONTAINER_RUNTIME": args.container_runtime,
-            "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
-        }
-    else:
-        variables["VESPO_VENV"] = str(args.venv.resolve())
     if args.chain > 1:  # the next job goes on, not this one once more
         options["no-requeue"] = None
         leave_out.append("requeue")
@@ -131,6 +131,63 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
             f"the end need {needed}"
         )
     return script
+
+
+def smoke_script(args: Namespace, more: list[str]) -> str:
+    """slurm/smoke.sbatch as `args` want it, for the recipe and the flags behind it."""
+    options, leave_out, variables = _options(args, f"smoke-{args.recipe.stem}")
+    options |= engine_nodes.options_of_sbatch(args.sbatch)
+    words = [str(args.recipe.resolve()), *more]
+    component = engine_nodes.component(args)
+    return render(_template(SMOKE_SCRIPT), options, leave_out, variables, words, component)
+
+
+def _template(script: Path) -> str:
+    if not script.is_file():
+        raise ValueError(f"{script}: no such file; job scripts come with a clone (pip install -e .)")
+    return script.read_text()
+
+
+def _options(args: Namespace, name: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
+    """Of a job: options of sbatch, those to leave out, and variables of slurm/environment.sh."""
+    options: dict[str, str | None] = {"job-name": name, "nodes": str(args.nodes)}
+    leave_out = []
+    if args.gpus_per_node:
+        options["gpus-per-node"] = str(args.gpus_per_node)
+    else:
+        leave_out.append("gpus-per-node")
+    if args.time:
+        options["time"] = args.time
+    variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
+    if args.container:
+        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *args.mounts]
+        variables |= {
+            "VESPO_CONTAINER": args.container,
+            "VESPO_CONTAINER_RUNTIME": args.container_runtime,
+            "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
+        }
+    else:
+        variables["VESPO_VENV"] = str(args.venv.resolve())
+    return options, leave_out, variables
+
+
+def smoke_layout(args: Namespace, more: list[str]) -> str:
+    """What a smoke run on these nodes makes of the recipe; ValueError for flags that it would refuse."""
+    from megatron_vespo.smoke.command import checked_layout, parse  # takes seconds
+    from megatron_vespo.smoke.fit import Nodes
+    from megatron_vespo.trainer.meta_model import planned_machine
+
+    options, flags = parse([str(args.recipe), *more])
+    if options.ray_address:
+        raise ValueError("--ray-address is the job script's to say: leave it out")
+    if not args.gpus_per_node:
+        return "none of it on a GPU, the layout as Ray's nodes have cores"
+    trainer = engines = (args.gpus_per_node,) * args.nodes
+    if args.engine_nodes is not None:
+        engines = (engine_nodes.gpus_per_node(args),) * args.engine_nodes
+    nodes = Nodes(trainer, engines, on_gpus=True, apart=args.engine_nodes is not None)
+    with planned_machine():
+        return str(checked_layout(flags, nodes, options.timeout))
 
 
 def described_use(run: Namespace, args: Namespace) -> str:

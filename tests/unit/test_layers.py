@@ -63,6 +63,7 @@ LAYERS = {
     "recipe": 0,
     "sbatch_script": 0,
     "session": 5,
+    "smoke": 5,
     "submit_cli": 5,
     "modelopt_export": 5,
     "simulate_cli": 5,

@@ -1,0 +1,1 @@
+"""`megatron-vespo smoke`: every part of a run once, with a small model, before the first run."""

@@ -1,0 +1,172 @@
+"""A run's flags as those of a smoke run: what computes stays, what is computed is small."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_vespo.arguments import parse_args
+from megatron_vespo.hardware import ON_GPUS
+from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
+from megatron_vespo.smoke.fit import Nodes, Wanted
+
+MINI_BATCHES = 2  # optimizer steps
+NUM_COMPLETIONS = 4
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 48, 48
+TOKEN_BUDGET = 1024  # of a pack
+# steps so large that engines with the old weights are found out by their log-probs
+LEARNING_RATE = 5e-3
+COLOCATED_SHARE = "0.4"  # of a GPU, for the small model's engine
+LAYOUT = {
+    "--trainer-ranks", "--tensor-model-parallel-size", "--pipeline-model-parallel-size",
+    "--num-virtual-stages-per-pipeline-rank", "--context-parallel-size", "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size", "--sequence-parallel", "--rollout-engines", "--colocate",
+    "--sglang-tp-size", "--sglang-tensor-parallel-size",
+}  # fmt: skip
+# of a whole run: its model's depth, data, lengths, batches, steps, clocks, files, and what it may survive
+OF_THE_RUN = {
+    "--hf-checkpoint", "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
+    "--no-chat-template", "--overlong-prompts", "--generate-function",
+    "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers", "--pipeline-model-parallel-layout",
+    "--max-prompt-tokens", "--max-completion-tokens", "--max-tokens-per-gpu", "--rollout-temperature",
+    "--rollout-batch-size", "--num-completions", "--mini-batches", "--train-iters",
+    "--lr", "--min-lr", "--max-logprob-difference", "--on-alarm",
+    "--max-staleness", "--sync-interval", "--on-weight-update", "--over-subscription",
+    "--stop-generation-while-training", "--stale-groups",
+    "--output-dir", "--save", "--load", "--save-interval", "--save-retain-interval", "--save-rollouts",
+    "--train-from", "--rollout-only", "--no-hf-export", "--setup-seconds",
+    "--engine-start-timeout", "--worker-start-timeout", "--generate-timeout", "--train-timeout",
+    "--weight-sync-timeout", "--engine-health-timeout", "--weight-check-interval",
+    "--engine-restarts", "--min-engines", "--trainer-restarts", "--preemption-deadline",
+    "--sglang-context-length",
+}  # fmt: skip
+OF_THE_RUN_PREFIXES = ("--heldout-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
+# what only a GPU has
+ON_GPUS_ONLY = {
+    "--transformer-impl", "--distributed-backend", "--optimizer-cpu-offload",
+    "--use-precision-aware-optimizer", "--moe-permute-fusion", "--moe-token-dispatcher-type",
+    "--moe-flex-dispatcher-backend", "--moe-grouped-gemm", "--attention-backend",
+    "--sglang-attention-backend", "--sglang-mem-fraction-static",
+}  # fmt: skip
+
+
+def wanted_layout(flags: Sequence[str]) -> Wanted:
+    """The sizes that a run's flags ask for; ValueError for what is no number."""
+    parser = argparse.ArgumentParser(prog="megatron-vespo smoke", add_help=False, allow_abbrev=False)
+    for flag, name in (
+        ("--tensor-model-parallel-size", "tp"),
+        ("--pipeline-model-parallel-size", "pp"),
+        ("--num-virtual-stages-per-pipeline-rank", "vpp"),
+        ("--context-parallel-size", "cp"),
+        ("--expert-model-parallel-size", "ep"),
+    ):
+        parser.add_argument(flag, dest=name, type=_size(flag), default=1)
+    for flag, name in (
+        ("--expert-tensor-parallel-size", "etp"),
+        ("--trainer-ranks", "ranks"),
+        ("--rollout-engines", "engines"),
+    ):
+        parser.add_argument(flag, dest=name, type=_size(flag))
+    parser.add_argument("--colocate", action="store_true")
+    sglang, rest = parse_sglang_flags(list(flags))
+    found, _ = parser.parse_known_args(rest)
+    # Megatron's default
+    found.etp = found.etp or found.tp
+    return Wanted(**vars(found), engine_size=engine_size(sglang))
+
+
+def _size(flag: str):
+    def size(text: str) -> int:
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{flag} {text}: must be a positive number")
+        return int(text)
+
+    return size
+
+
+def smoke_arguments(
+    flags: Sequence[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float
+) -> Namespace:
+    """The smoke run's arguments; ValueError for flags that train would refuse, too.
+
+    `flags` are a run's, `layout` is what of theirs fits `nodes`. `folder` has the model, and gets everything
+    else. No wait is longer than `timeout_s`.
+    """
+    sizes = layout_flags(layout)
+    if layout.colocate and nodes.on_gpus and "--sglang-mem-fraction-static" not in flags:
+        sizes += ["--sglang-mem-fraction-static", COLOCATED_SHARE]
+    argv = [*kept(flags, nodes.on_gpus), *sizes, *_own_flags(layout, folder, timeout_s)]
+    if nodes.on_gpus:
+        argv = [*ON_GPUS, *argv]
+    return parse_args(argv, "smoke", required=("hf_checkpoint", "output_dir"))
+
+
+def kept(flags: Sequence[str], on_gpus: bool) -> list[str]:
+    """Of a run's flags, with their values, those that decide how things are computed."""
+    left_out = LAYOUT | OF_THE_RUN | (set() if on_gpus else ON_GPUS_ONLY)
+    words: list[str] = []
+    for group in _groups(flags):
+        name = group[0].partition("=")[0]
+        if name not in left_out and not name.startswith(OF_THE_RUN_PREFIXES):
+            words += group
+    return words
+
+
+def _groups(flags: Iterable[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    groups: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
+
+
+def layout_flags(layout: Wanted) -> list[str]:
+    sizes = {
+        "--trainer-ranks": layout.ranks,
+        "--tensor-model-parallel-size": layout.tp,
+        "--pipeline-model-parallel-size": layout.pp,
+        "--context-parallel-size": layout.cp,
+        "--expert-model-parallel-size": layout.ep,
+        "--expert-tensor-parallel-size": layout.etp,
+        "--rollout-engines": layout.engines,
+        "--sglang-tp-size": layout.engine_size,
+    }
+    if layout.vpp > 1:
+        sizes["--num-virtual-stages-per-pipeline-rank"] = layout.vpp
+    words = [str(word) for pair in sizes.items() for word in pair]
+    return words + ["--colocate"] * layout.colocate
+
+
+def num_prompts(layout: Wanted) -> int:
+    """Of a rollout batch: every rank has samples in every step, every engine several requests."""
+    shares = layout.ranks // (layout.tp * layout.pp * layout.cp) * (layout.pp if layout.vpp > 1 else 1)
+    return MINI_BATCHES * shares * math.ceil(layout.engines / shares)
+
+
+def _own_flags(layout: Wanted, folder: Path, timeout_s: float) -> list[str]:
+    timeouts = ("engine-start", "worker-start", "generate", "train", "weight-sync", "engine-health")
+    words = {
+        "--hf-checkpoint": folder / "model",
+        "--output-dir": folder,
+        "--save": folder / "checkpoint",
+        "--load": folder / "checkpoint",  # empty at first
+        "--rollout-batch-size": num_prompts(layout),
+        "--num-completions": NUM_COMPLETIONS,
+        "--mini-batches": MINI_BATCHES,
+        "--train-iters": MINI_BATCHES,
+        "--max-prompt-tokens": MAX_PROMPT_TOKENS,
+        "--max-completion-tokens": MAX_COMPLETION_TOKENS,
+        "--max-tokens-per-gpu": TOKEN_BUDGET,
+        "--lr": LEARNING_RATE,
+        "--weight-check-interval": 1,  # every sync
+        "--engine-restarts": 0,  # what dies is a finding
+        "--min-engines": layout.engines,
+        **{f"--{name}-timeout": timeout_s for name in timeouts},
+    }
+    return [str(word) for pair in words.items() for word in pair]

@@ -1,0 +1,156 @@
+"""The stages of a smoke run: a live line each, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_vespo.observability.progress import clock
+
+OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"
+TABLE_WIDTH = 110  # where the output is no terminal
+MAX_PROBLEM = 400  # characters
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+class CheckFailed(RuntimeError):
+    """Something computed, but not what it should have; the stages after it can still run."""
+
+
+class Stopped(RuntimeError):
+    """A stage broke, and what follows cannot run."""
+
+
+@dataclass
+class Stage:
+    """One row. `seconds` may be set inside the stage, where only a part of it is what is measured."""
+
+    name: str
+    hint: str  # what to try when it fails
+    result: str = NOT_RUN
+    seconds: float | None = None
+    bytes: int | None = None
+    detail: str = ""
+    problem: str = ""
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return self.bytes / self.seconds if self.bytes is not None and self.seconds else None
+
+
+@dataclass
+class Stages:
+    """`rows` are all stages in order. It is the display that engines and trainer report to, too."""
+
+    rows: list[Stage]
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    started: float = field(default_factory=monotonic)
+    _open: Stage | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Runs one. A CheckFailed is written down and goes no further; everything else raises Stopped."""
+        [row] = [row for row in self.rows if row.name == name]
+        self.say(f"{name} ...")
+        self._open, began = row, monotonic()
+        try:
+            yield row
+            row.result = OK
+        except CheckFailed as failure:
+            row.result, row.problem = FAIL, one_line(failure)
+        except Exception as error:  # whatever it is, it is a finding
+            row.result, row.problem = FAIL, one_line(error)
+            raise Stopped(row.problem) from error
+        finally:
+            self._open = None
+            if row.seconds is None:
+                row.seconds = monotonic() - began
+            self.say(f"{name}: {', '.join(_told(row))}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A stage of that name; inside another one it is a part of it."""
+        if self._open is not None:
+            yield
+            return
+        with self.stage(name):
+            yield
+
+    def message(self, text: str) -> None:
+        self._print(f"          {text}")
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Nobody asks for a step's."""
+        return {}
+
+    def say(self, text: str) -> None:
+        self._print(f"[{clock(monotonic() - self.started)}] {text}")
+
+    def _print(self, text: str) -> None:
+        print(text + "\n", end="", file=self.stream, flush=True)  # one piece: threads write, too
+
+    @property
+    def failed(self) -> list[Stage]:
+        return [row for row in self.rows if row.result == FAIL]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.result == OK for row in self.rows)
+
+    def print_table(self) -> None:
+        """The stages, and below it what was wrong, with what to try."""
+        table = Table("stage", "result")
+        for heading in ("seconds", "bytes", "bytes/s"):
+            table.add_column(heading, justify="right")
+        table.add_column("found")
+        for row in self.rows:
+            rate = row.bytes_per_second
+            seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+            moved = "" if row.bytes is None else size(row.bytes)
+            table.add_row(
+                row.name, row.result, seconds, moved, "" if rate is None else f"{size(rate)}/s", row.detail
+            )
+        console = Console(file=self.stream)
+        (console if console.is_terminal else Console(file=self.stream, width=TABLE_WIDTH)).print(table)
+        for row in self.failed:
+            self._print(f"FAIL {row.name}: {row.problem}")
+            self._print(f"     try: {row.hint}")
+
+    def write(self, path: Path, facts: dict) -> None:
+        """All of it as JSON, with `facts` about the run."""
+        rows = [asdict(row) | {"bytes_per_second": row.bytes_per_second} for row in self.rows]
+        path.write_text(json.dumps({"ok": self.ok, **facts, "stages": rows}, indent=2) + "\n")
+
+
+def _told(row: Stage) -> list[str]:
+    moved = "" if row.bytes is None else size(row.bytes)
+    return [text for text in (row.result, f"{row.seconds:.1f} s", moved, row.detail, row.problem) if text]
+
+
+def size(number: float) -> str:
+    """Example: 2.5e9 -> "2.5 GB"."""
+    for unit, name in UNITS:
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number:.0f} B"
+
+
+def one_line(error: BaseException) -> str:
+    """What happened, and behind it the last line of the log that a process has left, if the error has one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    known = isinstance(error, RuntimeError | ValueError)
+    text = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
+    if len(lines) > 1 and lines[-1] not in text:
+        text += f" ... {lines[-1]}"
+    return text if len(text) <= MAX_PROBLEM else text[: MAX_PROBLEM - 3] + "..."
