@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "do not let jobs go back into the queue")  # fmt: skip
     add("--venv", type=Path, default=Path(sys.prefix), help="default: the one that this runs in")
     add("--smoke", action="store_true",
-        help="megatron-vespo smoke RECIPE in its place: every part of the run once, with a small model")  # fmt: skip
+        help="every part of the run once, with a small model: megatron-vespo smoke RECIPE")  # fmt: skip
     add("--container", metavar="IMAGE", help="instead of --venv")
     add("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
     add("--mounts", nargs="+", default=[], metavar="DIR", help="what the container sees beside this folder")
@@ -173,9 +174,10 @@ def _options(args: Namespace, name: str) -> tuple[dict[str, str | None], list[st
 
 def smoke_layout(args: Namespace, more: list[str]) -> str:
     """What a smoke run on these nodes makes of the recipe; ValueError for flags that it would refuse."""
-    from megatron_vespo.smoke.command import checked_layout, parse  # takes seconds
-    from megatron_vespo.smoke.fit import Nodes
-    from megatron_vespo.trainer.meta_model import planned_machine
+    with warnings.catch_warnings(action="ignore"):
+        from megatron_vespo.smoke.command import checked_layout, parse  # takes seconds
+        from megatron_vespo.smoke.fit import Nodes
+        from megatron_vespo.trainer.meta_model import planned_machine
 
     options, flags = parse([str(args.recipe), *more])
     if options.ray_address:

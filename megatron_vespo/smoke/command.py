@@ -154,5 +154,5 @@ def _clean(folder: Path, keep_logs: bool) -> None:
     for path in folder.iterdir():
         if not (keep_logs and path.name in ("logs", "trace.json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not keep_logs:
+    if not any(folder.iterdir()):
         folder.rmdir()

@@ -61,11 +61,13 @@ def fit(wanted: Wanted, nodes: Nodes) -> Wanted:
 
     Sizes that still do not fit are divided, those of `SHRINKING` in turn. ValueError where nothing fits.
 
-    Example: tp2,ep8 on 16 ranks and 8 engines of 2, one node of 8 GPUs -> tp2,ep2 on 6 ranks, 1 engine of 2
+    Example: tp2,ep8 on 16 ranks and 8 engines of 2, one node of 8 GPUs -> tp2,ep4 on 4 ranks, 1 engine of 2
     """
     if wanted.ranks is not None and wanted.engines is not None and _fits(wanted, nodes):
         return wanted
     largest = max(nodes.engines, default=0)
+    if not (nodes.apart or wanted.colocate):
+        largest = min(largest, sum(nodes.trainer) // 2)
     size = wanted.engine_size
     while size > largest and size > 1:
         size = _smaller(size)

@@ -20,11 +20,18 @@ TOKEN_BUDGET = 1024  # of a pack
 # steps so large that engines with the old weights are found out by their log-probs
 LEARNING_RATE = 5e-3
 COLOCATED_SHARE = "0.4"  # of a GPU, for the small model's engine
+SIZES = {
+    "tp": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "vpp": "--num-virtual-stages-per-pipeline-rank",
+    "cp": "--context-parallel-size",
+    "ep": "--expert-model-parallel-size",
+    "etp": "--expert-tensor-parallel-size",
+    "ranks": "--trainer-ranks",
+    "engines": "--rollout-engines",
+}
 LAYOUT = {
-    "--trainer-ranks", "--tensor-model-parallel-size", "--pipeline-model-parallel-size",
-    "--num-virtual-stages-per-pipeline-rank", "--context-parallel-size", "--expert-model-parallel-size",
-    "--expert-tensor-parallel-size", "--sequence-parallel", "--rollout-engines", "--colocate",
-    "--sglang-tp-size", "--sglang-tensor-parallel-size",
+    *SIZES.values(), "--sequence-parallel", "--colocate", "--sglang-tp-size", "--sglang-tensor-parallel-size",
 }  # fmt: skip
 # of a whole run: its model's depth, data, lengths, batches, steps, clocks, files, and what it may survive
 OF_THE_RUN = {
@@ -55,37 +62,23 @@ ON_GPUS_ONLY = {
 
 
 def wanted_layout(flags: Sequence[str]) -> Wanted:
-    """The sizes that a run's flags ask for; ValueError for what is no number."""
+    """The sizes that a run's flags ask for; ValueError for what is no size."""
     parser = argparse.ArgumentParser(prog="megatron-vespo smoke", add_help=False, allow_abbrev=False)
-    for flag, name in (
-        ("--tensor-model-parallel-size", "tp"),
-        ("--pipeline-model-parallel-size", "pp"),
-        ("--num-virtual-stages-per-pipeline-rank", "vpp"),
-        ("--context-parallel-size", "cp"),
-        ("--expert-model-parallel-size", "ep"),
-    ):
-        parser.add_argument(flag, dest=name, type=_size(flag), default=1)
-    for flag, name in (
-        ("--expert-tensor-parallel-size", "etp"),
-        ("--trainer-ranks", "ranks"),
-        ("--rollout-engines", "engines"),
-    ):
-        parser.add_argument(flag, dest=name, type=_size(flag))
+    for name, flag in SIZES.items():
+        parser.add_argument(flag, dest=name)
     parser.add_argument("--colocate", action="store_true")
     sglang, rest = parse_sglang_flags(list(flags))
-    found, _ = parser.parse_known_args(rest)
-    # Megatron's default
-    found.etp = found.etp or found.tp
-    return Wanted(**vars(found), engine_size=engine_size(sglang))
+    found = vars(parser.parse_known_args(rest)[0])
+    colocate = found.pop("colocate")
+    sizes = {name: _size(SIZES[name], text) for name, text in found.items() if text is not None}
+    sizes.setdefault("etp", sizes.get("tp", 1))  # Megatron's default
+    return Wanted(**sizes, engine_size=engine_size(sglang), colocate=colocate)
 
 
-def _size(flag: str):
-    def size(text: str) -> int:
-        if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"{flag} {text}: must be a positive number")
-        return int(text)
-
-    return size
+def _size(flag: str, text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{flag} {text}: must be a positive number")
+    return int(text)
 
 
 def smoke_arguments(
@@ -127,20 +120,11 @@ def _groups(flags: Iterable[str]) -> list[list[str]]:
 
 
 def layout_flags(layout: Wanted) -> list[str]:
-    sizes = {
-        "--trainer-ranks": layout.ranks,
-        "--tensor-model-parallel-size": layout.tp,
-        "--pipeline-model-parallel-size": layout.pp,
-        "--context-parallel-size": layout.cp,
-        "--expert-model-parallel-size": layout.ep,
-        "--expert-tensor-parallel-size": layout.etp,
-        "--rollout-engines": layout.engines,
-        "--sglang-tp-size": layout.engine_size,
-    }
-    if layout.vpp > 1:
-        sizes["--num-virtual-stages-per-pipeline-rank"] = layout.vpp
+    sizes = {flag: getattr(layout, name) for name, flag in SIZES.items()}
+    if layout.vpp == 1:
+        del sizes[SIZES["vpp"]]
     words = [str(word) for pair in sizes.items() for word in pair]
-    return words + ["--colocate"] * layout.colocate
+    return [*words, "--sglang-tp-size", str(layout.engine_size), *["--colocate"] * layout.colocate]
 
 
 def num_prompts(layout: Wanted) -> int:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vespo.observability.progress import clock
+from megatron_vespo.rollout.engine import EngineError
 
 OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"
 TABLE_WIDTH = 110  # where the output is no terminal
@@ -59,7 +60,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Runs one. A CheckFailed is written down and goes no further; everything else raises Stopped."""
-        [row] = [row for row in self.rows if row.name == name]
+        row = self._row(name)
         self.say(f"{name} ...")
         self._open, began = row, monotonic()
         try:
@@ -69,6 +70,8 @@ class Stages:
             row.result, row.problem = FAIL, one_line(failure)
         except Exception as error:  # whatever it is, it is a finding
             row.result, row.problem = FAIL, one_line(error)
+            if isinstance(error, EngineError):  # whatever was going on
+                row.hint = self._row("start SGLang").hint
             raise Stopped(row.problem) from error
         finally:
             self._open = None
@@ -94,6 +97,10 @@ class Stages:
 
     def say(self, text: str) -> None:
         self._print(f"[{clock(monotonic() - self.started)}] {text}")
+
+    def _row(self, name: str) -> Stage:
+        [row] = [row for row in self.rows if row.name == name]
+        return row
 
     def _print(self, text: str) -> None:
         print(text + "\n", end="", file=self.stream, flush=True)  # one piece: threads write, too
