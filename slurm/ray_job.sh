@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154 # environment.sh sets step, enter, root
-# Sourced by train.sbatch and eval.sbatch: a command with Ray on all nodes, and what its exit code means.
+# Sourced by train.sbatch, smoke.sbatch and eval.sbatch: a command with Ray on all nodes, and what its exit code means.
 
 # What is this job's: `on_all`, the options of a step with one task on each of its nodes. Of a heterogeneous job's two
 # components the first one's nodes are the trainer's, VESPO_TRAINER_NODES, and the second one's the engines'.
