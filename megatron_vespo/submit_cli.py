@@ -189,7 +189,7 @@ def smoke_layout(args: Namespace, more: list[str]) -> str:
         engines = (engine_nodes.gpus_per_node(args),) * args.engine_nodes
     nodes = Nodes(trainer, engines, on_gpus=True, apart=args.engine_nodes is not None)
     with planned_machine():
-        return str(checked_layout(flags, nodes, options.timeout))
+        return str(checked_layout([*ON_GPUS, *flags], nodes, options.timeout))
 
 
 def described_use(run: Namespace, args: Namespace) -> str:

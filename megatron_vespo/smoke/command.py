@@ -71,10 +71,12 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     """This command's own options, and the flags of a run."""
+    flags = with_recipes(argv)
     if argv and not argv[0].startswith("-"):
-        flags = [*read_recipe(Path(argv[0])), *with_recipes(argv[1:])]
-    else:
-        flags = [*WITHOUT_RECIPE.split(), *with_recipes(argv)]
+        flags = [*read_recipe(Path(argv[0])), *flags[1:]]
+    has_recipe = flags != argv
+    if not has_recipe:
+        flags = [*WITHOUT_RECIPE.split(), *flags]
     parser = argparse.ArgumentParser(
         prog="megatron-vespo smoke",
         usage="megatron-vespo smoke [RECIPE] [options] [flags of train]",
@@ -90,6 +92,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of every wait; default: 600")
     options, rest = parser.parse_known_args(flags)
     check_positive(options, ("timeout",))
+    options.has_recipe = has_recipe
     if options.ray_address:
         rest += ["--ray-address", options.ray_address]
     return options, rest
@@ -102,6 +105,8 @@ def run(
     with stages.stage("cluster") as row:
         nodes = look_around(options.ray_address)
         row.detail = facts["nodes"] = str(nodes)
+    if nodes.on_gpus and not options.has_recipe:
+        flags = [*flags, "--bf16"]  # what their kernels are made for
     layout = fit(wanted, nodes)
     facts["layout"] = str(layout)
     if (wanted.ranks, wanted.engines) not in ((layout.ranks, layout.engines), (None, None)):

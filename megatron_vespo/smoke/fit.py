@@ -53,7 +53,12 @@ class Wanted:
         words = ("tp", "pp", "vpp", "cp", "ep", "etp")
         layout = ",".join(f"{word}{getattr(self, word)}" for word in words if getattr(self, word) > 1)
         where = " on the same GPUs" * self.colocate
-        return f"{layout or 'tp1'} on {self.ranks} ranks, {self.engines} engines of {self.engine_size}{where}"
+        ranks, engines = _counted(self.ranks, "rank"), _counted(self.engines, "engine")
+        return f"{layout or 'tp1'} on {ranks}, {engines} of {self.engine_size}{where}"
+
+
+def _counted(number: int | None, what: str) -> str:
+    return f"as many {what}s as fit" if number is None else f"{number} {what}{'s' * (number != 1)}"
 
 
 def fit(wanted: Wanted, nodes: Nodes) -> Wanted:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vespo.arguments import parse_args
-from megatron_vespo.hardware import ON_GPUS
 from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
 from megatron_vespo.smoke.fit import Nodes, Wanted
 
@@ -93,8 +92,6 @@ def smoke_arguments(
     if layout.colocate and nodes.on_gpus and "--sglang-mem-fraction-static" not in flags:
         sizes += ["--sglang-mem-fraction-static", COLOCATED_SHARE]
     argv = [*kept(flags, nodes.on_gpus), *sizes, *_own_flags(layout, folder, timeout_s)]
-    if nodes.on_gpus:
-        argv = [*ON_GPUS, *argv]
     return parse_args(argv, "smoke", required=("hf_checkpoint", "output_dir"))
 
 

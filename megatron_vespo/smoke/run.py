@@ -127,7 +127,7 @@ class SmokeRun:
             checking = controller.sync_weights()["sync/weight_check_seconds"]
             row.seconds = time.monotonic() - started - checking
             row.bytes = self._model_bytes
-            row.detail = f"{len(self._urls())} engines; checksums equal, in {checking:.1f} s"
+            row.detail = f"of {len(self._urls())} engine(s); checksums equal, in {checking:.1f} s"
 
     def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
         """A rollout batch with rewards that are drawn."""

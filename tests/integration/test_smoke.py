@@ -50,7 +50,7 @@ def test_all_is_well(tmp_path):
     assert code == 0 and told["ok"]
     stages = {stage["name"]: stage for stage in told["stages"]}
     assert all(stage["result"] == "ok" and stage["seconds"] >= 0 for stage in stages.values())
-    assert told["layout"] == "tp2,ep2 on 2 ranks, 1 engines of 1" and told["dtype"] == "torch.float32"
+    assert told["layout"] == "tp2,ep2 on 2 ranks, 1 engine of 1" and told["dtype"] == "torch.float32"
     model = stages["model"]["bytes"]
     assert stages["weight sync"]["bytes"] == model and stages["weight sync"]["bytes_per_second"] > 0
     assert stages["checkpoint"]["bytes"] > 3 * model  # with Adam's two moments
@@ -79,7 +79,7 @@ def test_a_colocated_recipe_that_is_too_large(tmp_path):
     assert code == 0 and told["ok"]
     assert told["wanted"] == "tp2,ep8 on 32 ranks, 16 engines of 2 on the same GPUs"
     assert f"wanted: {told['wanted']}\n" in run.output and told["layout"] in run.output
-    assert told["layout"].startswith("tp2,ep2 on 2 ranks, 1 engines of ")
+    assert told["layout"].startswith("tp2,ep2 on 2 ranks, 1 engine of ")
     [turn] = [stage for stage in told["stages"] if stage["name"] == "colocated turn"]
     assert turn["result"] == "ok" and turn["seconds"] > 0
 

@@ -1,4 +1,4 @@
-"""`megatron-vespo submit --smoke` on two nodes of a real SLURM, with real Ray, Megatron and SGLang on both."""
+"""`megatron-vespo submit --smoke` on two nodes of a real SLURM: real Ray, Megatron and SGLang on both."""
 
 from __future__ import annotations
 
