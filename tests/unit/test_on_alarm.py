@@ -32,7 +32,7 @@ class Collector:
     def __init__(self, state: RunState, truncated: set[int]):
         self._state, self._truncated, self._batch = state, truncated, 0
 
-    def collect(self, prompts, sampling, *, num_completions, seed):
+    def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
         self._batch += 1
         reason = "length" if self._batch in self._truncated else "stop"
         return [[self._completion(prompt, reason) for _ in range(num_completions)] for prompt in prompts]
