@@ -9,21 +9,18 @@ import ray
 
 from megatron_vespo.cluster import placement
 from megatron_vespo.cluster.roles import ROLES
+from tests.cluster.fake_nodes import FakeNodes
 from tests.cluster.placed import a_run
 
-TRAINER, ENGINE = ROLES.values()
+ENGINE = ROLES["engines"]
 
 
 @pytest.fixture
-def one_node(monkeypatch):
+def one_node(fake_nodes: FakeNodes) -> FakeNodes:
     """Of the trainer, and of nobody else."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
-    ray.init(
-        num_cpus=4, num_gpus=0, resources={TRAINER: 1}, include_dashboard=False,
-        object_store_memory=2**27, log_to_driver=False, logging_level="ERROR",
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    if not fake_nodes.gpus:
+        fake_nodes.add(0, "trainer ranks")
+    return fake_nodes
 
 
 def test_engines_find_no_place_on_the_trainers_node(one_node):

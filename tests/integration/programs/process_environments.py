@@ -67,7 +67,7 @@ def main() -> None:
     for name in TABLE:
         del os.environ[name]
     os.environ.update(own)
-    placement = place(args, 1)
+    placement = place(args, 1, on_gpus=False)
     log_dir = args.output_dir / "logs"
     arguments = server_arguments(
         args.sglang_flags, device="cpu", routes=False, longest_step_s=300.0, dtype="float32", seed=1
