@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vespo.arguments import parse_args
+from megatron_vespo.conversion.config import read_hf_config
 from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
 from megatron_vespo.smoke.fit import Nodes, Wanted
 
@@ -16,8 +17,9 @@ MINI_BATCHES = 2  # optimizer steps
 NUM_COMPLETIONS = 4
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 48, 48
 TOKEN_BUDGET = 1024  # of a pack
-# steps so large that engines with the old weights are found out by their log-probs
-LEARNING_RATE = 5e-3
+# Steps of --lr over the hidden size move logits alike in every model: far more than rounding does, so that
+# engines with the old weights are found out, and so little that the second step's W is not 0.
+LOGIT_STEP = 0.25
 COLOCATED_SHARE = "0.4"  # of a GPU, for the small model's engine
 SIZES = {
     "tp": "--tensor-model-parallel-size",
@@ -91,7 +93,9 @@ def smoke_arguments(
     sizes = layout_flags(layout)
     if layout.colocate and nodes.on_gpus and "--sglang-mem-fraction-static" not in flags:
         sizes += ["--sglang-mem-fraction-static", COLOCATED_SHARE]
-    argv = [*kept(flags, nodes.on_gpus), *sizes, *_own_flags(layout, folder, timeout_s)]
+    hidden = read_hf_config(folder / "model")["hidden_size"]
+    own = [*_own_flags(layout, folder, timeout_s), "--lr", str(LOGIT_STEP / hidden)]
+    argv = [*kept(flags, nodes.on_gpus), *sizes, *own]
     return parse_args(argv, "smoke", required=("hf_checkpoint", "output_dir"))
 
 
@@ -144,7 +148,6 @@ def _own_flags(layout: Wanted, folder: Path, timeout_s: float) -> list[str]:
         "--max-prompt-tokens": MAX_PROMPT_TOKENS,
         "--max-completion-tokens": MAX_COMPLETION_TOKENS,
         "--max-tokens-per-gpu": TOKEN_BUDGET,
-        "--lr": LEARNING_RATE,
         "--weight-check-interval": 1,  # every sync
         "--engine-restarts": 0,  # what dies is a finding
         "--min-engines": layout.engines,
