@@ -230,11 +230,11 @@ def test_stages(tmp_path):
 
 def test_submit(capsys, monkeypatch):
     recipe = next(path for path in RECIPES if path.stem == "colocated_n8")
-    words = ["submit", str(recipe), "--nodes", "2", "--smoke", "--dry-run", "--transformer-impl", "local"]
+    words = ["submit", str(recipe), "--nodes", "2", "--smoke", "--dry-run", "--seed", "7"]
     assert run(words) == 0
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == "checked: tp2,ep8 on 16 ranks, 2 engines of 2 on the same GPUs"
-    assert f"set -- \\\n    {recipe} \\\n    --transformer-impl local\n" in shown
+    assert f"set -- \\\n    {recipe} \\\n    --seed 7\n" in shown
     assert 'run_with_ray megatron-vespo smoke "$@"' in shown
     head = directives(shown)
     assert (head["nodes"], head["gpus-per-node"], head["job-name"]) == ("2", "8", "smoke-colocated_n8")
