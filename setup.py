@@ -1,4 +1,7 @@
-"""Package metadata of megatron_vespo. The exact environment of CPU machines: patches/cpu/requirements.txt."""
+"""Package metadata of megatron_vespo.
+
+Exact environments: requirements-gpu.txt, and patches/cpu/requirements.txt for machines without a GPU.
+"""
 
 import re
 from pathlib import Path
@@ -31,9 +34,13 @@ INSTALL_REQUIRES = [
     "xxhash",
 ]
 
-# NVIDIA Apex is not here: PyPI's `apex` is another project. Build it from github.com/NVIDIA/apex if you want
-# its kernels; Megatron-Core uses Transformer Engine's where it finds them.
-GPU_REQUIRES = ["nvidia-modelopt==0.47.0", "sglang==0.5.23", "transformer-engine[pytorch]"]
+# Their whole environment: requirements-gpu.txt. Transformer Engine is the one for the CUDA of sglang's torch; its
+# extension is compiled, see README.md. NVIDIA Apex is not needed: PyPI's `apex` is another project.
+GPU_REQUIRES = [
+    "nvidia-modelopt==0.47.0",
+    "sglang==0.5.23",
+    "transformer-engine[core-cu13,pytorch]==2.20.2",
+]
 DEV_REQUIRES = ["hypothesis", "pytest", "pytest-timeout", "ruff"]
 
 setup(

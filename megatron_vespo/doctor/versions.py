@@ -13,6 +13,7 @@ TESTED = {
     "megatron-core": "0.19.2",
     "sglang": "0.5.23",
     "ray": "2.60.0",
+    "transformer-engine": "2.20.2",
     "transformers": "5.19.0",
 }
 # without them something else runs; package -> what
