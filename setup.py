@@ -34,8 +34,8 @@ INSTALL_REQUIRES = [
     "xxhash",
 ]
 
-# Their whole environment: requirements-gpu.txt. Transformer Engine is the one for the CUDA of sglang's torch; its
-# extension is compiled, see README.md. NVIDIA Apex is not needed: PyPI's `apex` is another project.
+# Their whole environment: requirements-gpu.txt. Transformer Engine is the one for the CUDA of sglang's torch;
+# its extension is compiled, see README.md. NVIDIA Apex is not needed: PyPI's `apex` is another project.
 GPU_REQUIRES = [
     "nvidia-modelopt==0.47.0",
     "sglang==0.5.23",

@@ -29,9 +29,10 @@ from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
+from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
 from megatron_vespo.process_environment import CONNECTIONS, TABLE
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.runtime import prepare_for_megatron
 from megatron_vespo.time_limits import collective_timeout_minutes
 from megatron_vespo.validation import REQUIRED_BY_TRAIN, check_flags, check_layout, check_virtual_pipeline
 
@@ -56,7 +57,7 @@ def parse_args(
 
     # what is missing here says nothing about the workers' machines
     with warnings.catch_warnings(action="ignore"):
-        load_runtime_plugins()
+        prepare_for_megatron()
         backend = "nccl" if (on_gpus or _has_cuda)(args) else "gloo"
         args, explicit, flags = _parse_with_megatron(argv, command, backend)
     for name, value in derived.items():
@@ -66,6 +67,9 @@ def parse_args(
                 f"{flags[name]} {explicit[name]} contradicts {_source(name)}, which makes it {value}"
             )
         setattr(args, name, value)
+    # plan and submit name it: they may run on other machines; trainer ranks look for themselves
+    if runs_on_gpus(args) and "transformer_impl" not in explicit:
+        check_transformer_engine(args, "this machine")
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
     check_layout(args)
@@ -109,7 +113,7 @@ def print_help(argv: list[str]) -> bool:
     """Whether `argv` asks for help, which is printed then."""
     if "--help-megatron" in argv:
         with warnings.catch_warnings(action="ignore"):
-            load_runtime_plugins()
+            prepare_for_megatron()
             from megatron.training.arguments import add_megatron_arguments
 
             parser = argparse.ArgumentParser(
@@ -149,23 +153,31 @@ def _has_cuda(args: Namespace) -> bool:
     return torch.cuda.is_available()
 
 
-def _defaults(backend: str) -> dict[str, Any]:
-    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
+def _defaults(explicit: dict[str, Any], backend: str) -> dict[str, Any]:
+    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins.
 
+    `explicit` are the user's: which kernels there are follows from the backend and from whose layers run.
+    """
+    backend = explicit.get("distributed_backend", backend)
+    has_te = backend == "nccl" or import_error(TRANSFORMER_ENGINE) is None
+    impl = explicit.get("transformer_impl", "transformer_engine" if has_te else "local")
+    te = impl == "transformer_engine"
     return {
         "distributed_backend": backend,
-        "transformer_impl": "transformer_engine" if HAVE_TE else "local",
-        "gradient_accumulation_fusion": HAVE_TE,
-        "apply_rope_fusion": HAVE_TE,
-        "no_persist_layer_norm": not HAVE_TE,
-        "masked_softmax_fusion": HAVE_TE,
+        "transformer_impl": impl,
+        "gradient_accumulation_fusion": te,
+        "apply_rope_fusion": te,
+        "no_persist_layer_norm": not te,
+        "masked_softmax_fusion": te,
         "use_distributed_optimizer": True,
         "dist_ckpt_optim_fully_reshardable": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": HAVE_TE,
+        "moe_grouped_gemm": te,
+        # --moe-router-fusion stays off: a fused router cannot be told which experts to choose, as
+        # --routing-replay does
+        "moe_permute_fusion": te,
         "moe_router_load_balancing_type": ["none"],
         "moe_aux_loss_coeff": [0.0],
         "moe_router_dtype": "fp32",
@@ -192,7 +204,6 @@ def _parse_with_megatron(
         parser.usage = f"{parser.prog} [flags]; see --help"
         add_vespo_arguments(parser)
         flags.update({action.dest: action.option_strings[0] for action in parser._actions})
-        parser.set_defaults(**_defaults(backend))
         defaults = {action.dest: action.default for action in parser._actions}
         for action in parser._actions:
             action.default = argparse.SUPPRESS
@@ -202,6 +213,7 @@ def _parse_with_megatron(
         for action in parser._actions:
             action.default = defaults[action.dest]
         parser._defaults.update(held)
+        parser.set_defaults(**_defaults(explicit, backend))
         return parser
 
     with patch.object(sys, "argv", [f"megatron-vespo {command}", *argv]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.runtime import prepare_for_megatron
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 def flags_of(arguments: Mapping[str, Any]) -> Iterator[str]:
     """Megatron's spelling of `arguments` (argparse destinations); what is its default anyway is left out."""
     with warnings.catch_warnings(action="ignore"):
-        load_runtime_plugins()
+        prepare_for_megatron()
         from megatron.training.arguments import add_megatron_arguments
 
         parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

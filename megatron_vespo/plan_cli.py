@@ -20,7 +20,7 @@ from megatron_vespo.planning.speed import Lengths
 from megatron_vespo.planning.trainer_memory import Stage
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.rollout.server_arguments import engine_size
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.runtime import prepare_for_megatron
 
 DESCRIPTION = """\
 Check a run of `megatron-vespo train` before it waits in a queue. Needs no GPU and no data; of --hf-checkpoint
@@ -90,7 +90,7 @@ def planned(
 def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
     """The run's arguments and its pipeline stages, by Megatron."""
     with warnings.catch_warnings(action="ignore"):
-        load_runtime_plugins()
+        prepare_for_megatron()
         from megatron_vespo.trainer.meta_model import build_stages
 
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -22,6 +22,7 @@ from megatron_vespo.data.probe_file import compare, decode, encode, probes_of
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
+from megatron_vespo.optional_packages import check_deep_ep, check_transformer_engine
 from megatron_vespo.preemption import shield_process
 from megatron_vespo.process_environment import THREADS, apply_here, trainer_environment
 from megatron_vespo.rollout.engine import find_free_port
@@ -93,6 +94,9 @@ class TrainerWorker:
     def start(self, master_address: str, master_port: int) -> Resumed | None:
         """Bring Megatron up and load the weights; what the checkpoint has stored, where one is resumed."""
         check_visible_gpus(self.rank, int(runs_on_gpus(self._args)))
+        where = f"trainer rank {self.rank} on {self._host}"
+        check_transformer_engine(self._args, where)
+        check_deep_ep(self._args, where)
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.memory import GpuMemory
         from megatron_vespo.trainer.policy import MegatronPolicy

@@ -103,7 +103,8 @@ def _examine(args: Namespace, step: Step | None, host: str, meeting: Meeting) ->
 
 def _local(folder: Path) -> list[Finding]:
     """What one machine can say about itself."""
-    packages = [*(name for name in TESTED if name != "python"), *OPTIONAL]
+    packages = dict.fromkeys([*TESTED, *OPTIONAL])
+    del packages["python"]
     checks = [Check("python", python_version, QUICK_S)]
     checks += [Check(name, partial(package, name), LOCAL_S) for name in packages]
     checks += [

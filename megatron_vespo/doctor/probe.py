@@ -14,20 +14,31 @@ import os
 import sys
 from typing import Any
 
+from megatron_vespo.doctor.own_source import Uses
 from megatron_vespo.doctor.surface import missing_in_sglang, surface
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.optional_packages import DEEP_EP, TRANSFORMER_ENGINE, import_error
+from megatron_vespo.runtime import prepare_for_megatron
 
 MARK = "megatron_vespo.doctor.probe:"
+# what Megatron imports of them has to be there, else it takes them for absent
+_AS_MEGATRON = {"transformer-engine": TRANSFORMER_ENGINE, "deep-ep": DEEP_EP}
 
 
 def main(package: str) -> None:
-    load_runtime_plugins()  # as before a run
+    error = import_error(_AS_MEGATRON[package]) if package in _AS_MEGATRON else None
+    prepare_for_megatron()  # as before a run
     uses = surface(package)
-    wrong = [text for (module, name), keywords in uses.items() if (text := problem(module, name, keywords))]
+    wrong = [error] if error else _problems(uses)
     if package == "sglang" and not wrong:
         wrong = missing_in_sglang()
     print(f"\n{MARK}{json.dumps({'wrong': wrong, 'number': len(uses)})}", flush=True)
     os._exit(0)  # whatever threads and handlers the package has left
+
+
+def _problems(uses: Uses) -> list[str]:
+    """A package that cannot be imported is one problem, however many names it has."""
+    found = (problem(module, name, keywords) for (module, name), keywords in uses.items())
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def problem(module: str, name: str, keywords: set[str]) -> str | None:

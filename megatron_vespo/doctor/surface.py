@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_vespo.doctor.own_source import Uses, uses_of
+from megatron_vespo.optional_packages import DEEP_EP, IMPORTS
 
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 # SGLang's endpoints that we call
@@ -60,6 +61,8 @@ def surface(package: str) -> Uses:
         return requests | sampling | {(HTTP_SERVER, "app"): set()}
     if package == "transformer-engine":
         return {("transformer_engine.pytorch", name): set() for name in _TRANSFORMER_ENGINE.split()}
+    if package == "deep-ep":
+        return {(module, name): set() for module, names in IMPORTS[DEEP_EP].items() for name in names}
     if package == "apex":
         return _APEX
     from megatron_vespo.modelopt_export import FORMATS

@@ -19,17 +19,24 @@ TESTED = {
 # without them something else runs; package -> what
 OPTIONAL = {
     "transformer-engine": "Megatron's local layers run",
+    "deep-ep": "only --moe-token-dispatcher-type flex needs it",
     "apex": "torch's or Transformer Engine's kernels run",
     "nvidia-modelopt": "only convert modelopt needs it",
 }
 
 
+# the same modules under another name
+_ALSO = {"deep-ep": "sgl-deep-ep"}
+
+
 def installed(package: str) -> str | None:
     """Its version, without what a build adds to it (2.14.1+cu130)."""
-    try:
-        return version(package).partition("+")[0]
-    except PackageNotFoundError:
-        return None
+    for name in filter(None, (package, _ALSO.get(package))):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def python_version() -> Finding:

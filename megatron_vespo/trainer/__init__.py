@@ -1,5 +1,5 @@
 """The policy on Megatron-Core. Importing anything here loads the machine's runtime plugins first."""
 
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.runtime import prepare_for_megatron
 
-load_runtime_plugins()
+prepare_for_megatron()

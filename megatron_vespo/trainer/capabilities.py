@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from argparse import Namespace
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import HAVE_APEX
 from megatron.core.utils import get_te_version
 
+from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, import_error
 from megatron_vespo.trainer.attention import PackedAttention
 from megatron_vespo.trainer.initialize import device
 
@@ -51,7 +50,8 @@ def _with_te(args: Namespace) -> dict[str, str]:
 
 
 def _without_te(args: Namespace) -> dict[str, str]:
-    why = "asked for by --transformer-impl" if HAVE_TE else _why_no_te()
+    error = import_error(TRANSFORMER_ENGINE)
+    why = f"no Transformer Engine: {error}" if error else "asked for by --transformer-impl"
     if PackedAttention.uses_kernel(args.params_dtype, device()):
         attention = f"torch's variable-length flash attention ({why})"
     else:
@@ -63,17 +63,3 @@ def _without_te(args: Namespace) -> dict[str, str]:
         "norms": f"torch RMSNorm ({why}{'; Megatron uses Apex for LayerNorm only' if HAVE_APEX else ''})",
         "experts": f"one GEMM each ({why})",
     }
-
-
-def _why_no_te() -> str:
-    """Megatron goes on without Transformer Engine for whatever reason its import fails."""
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("transformer_engine"):
-            return "Transformer Engine is not installed"
-        return f"Transformer Engine cannot be imported: {error}"
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        return f"Transformer Engine cannot be imported: {type(error).__name__}: {first_line}"
-    return "Transformer Engine lacks what Megatron imports from it"

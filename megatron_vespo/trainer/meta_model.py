@@ -28,10 +28,12 @@ from megatron_vespo.trainer.planned_machine import planned_machine
 PLAIN = {
     "transformer_impl": "local",
     "moe_grouped_gemm": False,
+    "moe_token_dispatcher_type": "alltoall",
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,
+    "no_persist_layer_norm": True,
     "tp_comm_overlap": False,
     "cuda_graph_impl": "none",
     "fp8": None,

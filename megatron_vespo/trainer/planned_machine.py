@@ -10,11 +10,23 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import utils
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe import moe_utils
 from packaging.version import Version
 
 # what a run gets where Transformer Engine is not installed here, for Megatron's questions about its age
-ASSUMED_TRANSFORMER_ENGINE = Version("2.16.0")
+ASSUMED_TRANSFORMER_ENGINE = Version("2.20.2")
 ASSUMED_CAPABILITY = (9, 0)
+# what Megatron looks for when it is asked for fused kernels
+ASSUMED_KERNELS = (
+    (rope_utils, "fused_apply_rotary_pos_emb"),
+    (rope_utils, "fused_apply_rotary_pos_emb_thd"),
+    (moe_utils, "fused_permute"),
+    (moe_utils, "fused_permute_with_probs"),
+    (moe_utils, "fused_sort_chunks_by_index"),
+    (moe_utils, "fused_sort_chunks_by_index_with_probs"),
+    (moe_utils, "fused_unpermute"),
+)
 
 
 @contextlib.contextmanager
@@ -32,4 +44,6 @@ def planned_machine() -> Iterator[None]:
                 stack.enter_context(patch.object(torch.cuda, name, answer))
         if utils.get_te_version() == Version("0.0.0"):
             stack.enter_context(patch.object(utils, "_te_version", ASSUMED_TRANSFORMER_ENGINE))
+            for module, name in ASSUMED_KERNELS:
+                stack.enter_context(patch.object(module, name, object()))
         yield

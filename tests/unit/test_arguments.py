@@ -209,8 +209,8 @@ def test_bf16_keeps_main_gradients_in_fp32(parse):
 
 
 def test_optimizer_offload_is_megatrons_own(parse):
-    args = parse("--bf16 --distributed-backend nccl --optimizer-cpu-offload --use-precision-aware-optimizer "
-                 "--optimizer-offload-fraction 0.5")  # fmt: skip
+    args = parse("--bf16 --distributed-backend nccl --transformer-impl local --optimizer-cpu-offload "
+                 "--use-precision-aware-optimizer --optimizer-offload-fraction 0.5")  # fmt: skip
     assert (args.optimizer_cpu_offload, args.optimizer_offload_fraction) == (True, 0.5)
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "import_path": 0,
     "layout": 1,
     "observability": 1,
+    "optional_packages": 0,
     "preemption": 1,
     "process_environment": 0,
     "slurm_step": 0,

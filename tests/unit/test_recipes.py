@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.arguments import parse_args
+from megatron_vespo.hardware import ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.rollout.server_arguments import engine_size
 
@@ -59,8 +60,7 @@ RECIPES = {
 def parse(recipe: str, folder: Path):
     (folder / "config.json").write_text(json.dumps(CONFIGS[recipe.partition("/")[0]]))
     flags = read_recipe(EXAMPLES / f"{recipe}.flags")
-    # as on a machine with GPUs
-    return parse_args([*flags, "--hf-checkpoint", str(folder), "--distributed-backend", "nccl"])
+    return parse_args([*ON_GPUS, *flags, "--hf-checkpoint", str(folder)])
 
 
 def test_all_are_here():

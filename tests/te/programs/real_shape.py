@@ -27,11 +27,10 @@ META = torch.device("meta")
 
 def main() -> None:
     rank, *flags = sys.argv[1:]
-    with meta_model.planned_machine():
-        args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
+    args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
     args.perform_initialization = False  # random numbers would need memory
     dist.init_process_group("fake", world_size=args.world_size, rank=int(rank), store=FakeStore())
-    meta_model._initialize_groups(args)
+    meta_model.initialize_groups(args)
     groups = process_groups()
     with patch.object(torch.cuda, "current_device", lambda: META), META:
         model = model_provider(args, model_config(args))(
