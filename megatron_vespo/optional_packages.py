@@ -1,8 +1,7 @@
 """Packages that Megatron-Core uses if they can be imported, and does without if not.
 
 Megatron takes an ImportError for an absent package in most places, so a broken one changes in silence what a
-run computes with. In others, and with other errors, its own import ends. Here the same imports are tried
-first.
+run computes with. In others, and with other errors, its own import ends. Here its imports are tried first.
 """
 
 from __future__ import annotations

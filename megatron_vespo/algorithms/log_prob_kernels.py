@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# columns a program holds in registers at a time
-STATISTICS_BLOCK = 4096
-GRADIENT_BLOCK = 2048
+# Columns a program holds in registers at a time: 16 bytes of bfloat16 a thread, which is one load, in so few
+# registers that a multiprocessor of Hopper runs all its threads.
+BLOCK = 2048
+NUM_WARPS = 8
 
 
 def add_to_statistics(
@@ -22,9 +23,9 @@ def add_to_statistics(
     """Merge a tile into max z, sum exp(z - max), sum exp(z - max) (z - max) and z at the label, in place."""
     num_tokens, width = logits_TW.shape
     _assert_contiguous(statistics_4T, logits_TW, temperature_T, labels_T)
-    block = min(STATISTICS_BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, triton.next_power_of_2(width))
     _statistics_kernel[(num_tokens,)](
-        statistics_4T, logits_TW, temperature_T, labels_T, num_tokens, width, BLOCK=block, num_warps=8
+        statistics_4T, logits_TW, temperature_T, labels_T, num_tokens, width, BLOCK=block, num_warps=NUM_WARPS
     )
 
 
@@ -41,7 +42,7 @@ def to_gradient_(
     _assert_contiguous(
         logits_TW, temperature_T, labels_T, log_normalizer_T, grad_log_probs_T, *entropy_fields
     )
-    block = min(GRADIENT_BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, triton.next_power_of_2(width))
     entropy_T, grad_entropy_T = entropy_fields or (None, None)
     _gradient_kernel[(num_tokens, triton.cdiv(width, block))](
         logits_TW,
@@ -54,7 +55,7 @@ def to_gradient_(
         width,
         BLOCK=block,
         HAS_ENTROPY_GRADIENT=bool(entropy_fields),
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 

@@ -117,7 +117,7 @@ def test_a_run_on_gpus_without_transformer_engine(error, tmp_path):
 def test_a_trainer_rank_names_itself():
     worker = TrainerWorker.__new__(TrainerWorker)
     worker.rank, worker._host = 3, "10.0.0.7"
-    worker._args = Namespace(transformer_impl="transformer_engine")
+    worker._args = Namespace(transformer_impl="transformer_engine", distributed_backend="gloo")
     with pytest.raises(ValueError, match=r"^trainer rank 3 on 10\.0\.0\.7: no transformer_engine \(Module"):
         worker.start("127.0.0.1", 1)
 
