@@ -85,6 +85,11 @@ def test_the_lock_has_what_setup_pins_and_what_was_tested():
         assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
+def test_plans_assume_the_transformer_engine_of_the_lock():
+    source = (ROOT / "megatron_vespo/trainer/meta_model.py").read_text()
+    assert f'ASSUMED_TRANSFORMER_ENGINE = Version("{pins(LOCK)["transformer-engine"]}")' in source
+
+
 def test_transformer_engine_is_whole_and_for_the_cuda_of_torch():
     locked = pins(LOCK)
     [cuda] = {line.split(".")[0] for line in (locked["cuda-toolkit"], locked["nvidia-cuda-runtime"])}

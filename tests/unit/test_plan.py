@@ -139,6 +139,15 @@ def held(stage: int, tensor: int, pipeline: int, expert: int, expert_tensor: int
     return dense, layers * EXPERTS // expert * 3 * HIDDEN * FFN // expert_tensor
 
 
+def test_kernels_that_this_machine_lacks_change_no_plan(plan):
+    """Megatron's own checks of them still count."""
+    flags = flags_of(*LAYOUTS[0])
+    fused = "--moe-permute-fusion --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep"
+    assert plan(f"{flags} {fused}") == plan(flags)
+    with pytest.raises(ValueError, match="pad_expert_input_to_capacity"):
+        plan(f"{flags} {fused} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parameters_and_bytes_of_every_stage(plan, layout):
     ranks, tensor, pipeline, virtual, context, expert, expert_tensor = layout

@@ -10,7 +10,7 @@ import pytest
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.hardware import ON_GPUS
 from megatron_vespo.recipe import read_recipe
-from megatron_vespo.rollout.server_arguments import engine_size
+from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = {"torch_dtype": "bfloat16", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -82,6 +82,18 @@ def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     # a rollout batch is given up or saved as a whole
     assert args.save_interval % args.mini_batches == args.save_retain_interval % args.save_interval == 0
     assert args.generate_timeout > args.preemption_deadline
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_the_kernels_that_its_readme_names(tmp_path, recipe):
+    args = parse(recipe, tmp_path)
+    assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
+    assert args.moe_grouped_gemm and args.moe_permute_fusion and not args.moe_router_fusion
+    assert args.bias_swiglu_fusion and args.moe_router_dtype == "fp32"
+    assert args.moe_router_load_balancing_type in ("none", ["none"]) and not args.overlap_grad_reduce
+    assert args.distributed_timeout_minutes == 60
+    if not args.colocate:
+        assert flag_value(args.sglang_flags, "--cuda-graph-max-bs-decode") == "512"
 
 
 @pytest.mark.parametrize("steps", [8, 16, 32, 64])
