@@ -177,7 +177,6 @@ def smoke_layout(args: Namespace, more: list[str]) -> str:
     with warnings.catch_warnings(action="ignore"):
         from megatron_vespo.smoke.command import checked_layout, parse  # takes seconds
         from megatron_vespo.smoke.fit import Nodes
-        from megatron_vespo.trainer.meta_model import planned_machine
 
     options, flags = parse([str(args.recipe), *more])
     if options.ray_address:
@@ -188,8 +187,7 @@ def smoke_layout(args: Namespace, more: list[str]) -> str:
     if args.engine_nodes is not None:
         engines = (engine_nodes.gpus_per_node(args),) * args.engine_nodes
     nodes = Nodes(trainer, engines, on_gpus=True, apart=args.engine_nodes is not None)
-    with planned_machine():
-        return str(checked_layout([*ON_GPUS, *flags], nodes, options.timeout))
+    return str(checked_layout([*ON_GPUS, *flags], nodes, options.timeout))
 
 
 def described_use(run: Namespace, args: Namespace) -> str:

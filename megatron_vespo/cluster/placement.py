@@ -111,6 +111,7 @@ def _init(args: Namespace) -> None:
     # bundles of one CPU are only Ray's bookkeeping: two cores may carry more processes
     needed = args.trainer_ranks + args.rollout_engines
     ray.init(
+        address="local",  # else it joins one that somebody runs here, or has run
         num_cpus=max(needed, os.cpu_count() or 1),
         num_gpus=_own_gpus(),
         include_dashboard=False,

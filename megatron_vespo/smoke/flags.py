@@ -53,7 +53,7 @@ OF_THE_RUN = {
     "--sglang-context-length",
 }  # fmt: skip
 OF_THE_RUN_PREFIXES = ("--heldout-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
-# what only a GPU has
+# what only a GPU has, and what saves its memory
 ON_GPUS_ONLY = {
     "--transformer-impl", "--distributed-backend", "--optimizer-cpu-offload",
     "--use-precision-aware-optimizer", "--moe-permute-fusion", "--moe-token-dispatcher-type",
@@ -96,16 +96,18 @@ def smoke_arguments(
     hidden = read_hf_config(folder / "model")["hidden_size"]
     own = [*_own_flags(layout, folder, timeout_s), "--lr", str(LOGIT_STEP / hidden)]
     argv = [*kept(flags, nodes.on_gpus), *sizes, *own]
-    return parse_args(argv, "smoke", required=("hf_checkpoint", "output_dir"))
+    required = ("hf_checkpoint", "output_dir")
+    return parse_args(argv, "smoke", required, on_gpus=lambda args: nodes.on_gpus)
 
 
 def kept(flags: Sequence[str], on_gpus: bool) -> list[str]:
     """Of a run's flags, with their values, those that decide how things are computed."""
     left_out = LAYOUT | OF_THE_RUN | (set() if on_gpus else ON_GPUS_ONLY)
+    prefixes = OF_THE_RUN_PREFIXES if on_gpus else (*OF_THE_RUN_PREFIXES, "--recompute-")
     words: list[str] = []
     for group in _groups(flags):
         name = group[0].partition("=")[0]
-        if name not in left_out and not name.startswith(OF_THE_RUN_PREFIXES):
+        if name not in left_out and not name.startswith(prefixes):
             words += group
     return words
 

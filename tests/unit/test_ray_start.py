@@ -31,6 +31,12 @@ def test_its_own_ray_has_a_token_of_the_run_and_no_dashboard(started):
     assert len(options["token"]) == 64 and options["include_dashboard"] is False
 
 
+def test_it_joins_no_ray_that_somebody_else_runs_here(started):
+    """`ray start` leaves its address in /tmp for all, where ray.init looks."""
+    assert started(None)["address"] == "local"
+    assert started("auto")["address"] == "auto"
+
+
 def test_two_runs_have_two_tokens(started, monkeypatch):
     first = started(None)["token"]
     monkeypatch.delenv("RAY_AUTH_TOKEN")
