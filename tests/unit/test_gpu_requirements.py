@@ -86,7 +86,7 @@ def test_the_lock_has_what_setup_pins_and_what_was_tested():
 
 
 def test_plans_assume_the_transformer_engine_of_the_lock():
-    source = (ROOT / "megatron_vespo/trainer/meta_model.py").read_text()
+    source = (ROOT / "megatron_vespo/trainer/planned_machine.py").read_text()
     assert f'ASSUMED_TRANSFORMER_ENGINE = Version("{pins(LOCK)["transformer-engine"]}")' in source
 
 
