@@ -239,7 +239,8 @@ class EngineGroup:
         if left < self._min_engines:
             self._over = EngineError(
                 f"{error.what} and has had its --engine-restarts {self._restarts}: {left} engines are left, "
-                f"--min-engines is {self._min_engines}; see {slot.log_path}"
+                f"--min-engines is {self._min_engines}; see {slot.log_path}",
+                error.log,
             )
         else:
             self._say(

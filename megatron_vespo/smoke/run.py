@@ -41,12 +41,12 @@ LOADER = (
 
 
 def all_stages(colocate: bool) -> Stages:
+    starts = {"start SGLang": ENGINES, "start Megatron": RANKS}  # engines first, on GPUs that are empty
     rows = {
         "cluster": "ray status; nvidia-smi on each node; --ray-address auto for a Ray that runs",
         "model": DISK,
         "start Ray": "ray status: what others have taken of its GPUs",
-        "start SGLang": ENGINES,
-        "start Megatron": RANKS,
+        **(starts if colocate else dict(reversed(starts.items()))),
         "first weight sync": WIRE,
         "generate": ENGINES,
         "decoded log-probs": KERNELS,

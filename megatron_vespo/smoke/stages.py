@@ -19,7 +19,7 @@ from megatron_vespo.rollout.engine import EngineError
 
 OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"
 TABLE_WIDTH = 110  # where the output is no terminal
-MAX_PROBLEM = 400  # characters
+MAX_LINE = 300  # characters, of a problem's first line and of its last one
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -152,12 +152,15 @@ def size(number: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What happened, and behind it the last line of the log that a process has left, if the error has one."""
+    """What happened; of a process that died also the last line of its log, which the error ends with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     known = isinstance(error, RuntimeError | ValueError)
-    text = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
-    if len(lines) > 1 and lines[-1] not in text:
-        text += f" ... {lines[-1]}"
-    return text if len(text) <= MAX_PROBLEM else text[: MAX_PROBLEM - 3] + "..."
+    text = shorten(lines[0] if known else f"{type(error).__name__}: {lines[0]}", MAX_LINE)
+    died = " died " in lines[0] and len(lines) > 1
+    return f"{text} ... {shorten(lines[-1], MAX_LINE)}" if died else text
+
+
+def shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

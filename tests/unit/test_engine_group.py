@@ -216,7 +216,7 @@ def test_restarts_run_out(start):
     first.always_ends = "hangs"
     over = (
         r"^engine http://h:3002 hangs and has had its --engine-restarts 1: 0 engines are left, "
-        r"--min-engines is 1; see logs/engine-0.log$"
+        r"--min-engines is 1; see logs/engine-0.log; the end of its log$"
     )
     until(lambda: group._over is not None)
     for wait in (group.check, group.members, group.wait_until_ready):

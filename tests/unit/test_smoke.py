@@ -210,14 +210,14 @@ def test_stages(tmp_path):
     with stages.stage("decoded log-probs"):
         raise CheckFailed("they differ")
     with pytest.raises(Stopped), stages.phase("train"):
-        raise EngineError("engine 0 has ended", "end of a log:\nfirst\nlast words")
+        raise EngineError("engine 0 died (exit status 2)", "end of a log:\nfirst\nlast words")
     stages.print_table()
     said = stages.stream.getvalue()
     assert "model: ok, 2.0 s, 3.0 MB\n" in said and "1.5 MB/s" in said and "inside" not in said
     assert "FAIL decoded log-probs: they differ\n     try: which side is wrong" in said
-    assert (
-        "FAIL train: engine 0 has ended; end of a log: ... last words\n     try: the end of logs/engine-N"
-        in said
+    assert "FAIL train: engine 0 died (exit status 2); end of a log: ... last words\n" in said
+    assert said.endswith(
+        "     try: " + next(row.hint for row in stages.rows if row.name == "start SGLang") + "\n"
     )
     assert not stages.ok
     stages.write(tmp_path / "smoke.json", {"nodes": "2 nodes"})

@@ -16,7 +16,7 @@ def activate() -> None:
 
     def end_and_corrupt(self, request):
         answer = end(self, request)
-        updates[0] += 1
+        updates[0] += answer.success  # an end without a begin is refused
         if updates[0] > 1:
             with torch.inference_mode():
                 self.tp_worker.model_runner.model.model.norm.weight[0] += 1
