@@ -22,7 +22,8 @@ def test_a_driver_without_cuda_places_ranks_on_gpus(fake_nodes: FakeNodes, tmp_p
     [gpus] = fake_nodes.gpus.values()
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     program = [sys.executable, "-m", "tests.cluster.programs.plain_driver", "check", "layout"]
-    flags = ["--hf-checkpoint", tmp_path, "--reference", "tp2", "--candidate", "tp1", "--samples", "4"]
+    flags = ["--hf-checkpoint", tmp_path, "--reference", "tp2", "--candidate", "tp1", "--samples", "4",
+             "--transformer-impl", "local"]  # fmt: skip
     done = subprocess.run(
         [*program, *flags, "--ray-address", fake_nodes.address],
         capture_output=True, text=True, timeout=RUN_S, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
