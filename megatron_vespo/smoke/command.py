@@ -89,7 +89,10 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
         help="on a disk that all nodes see: gets smoke.json, and the logs where something failed; default: "
         "the recipe's, or the current folder")  # fmt: skip
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of every wait; default: 600")
+    # the first engines on a cluster compile kernels
+    add(
+        "--timeout", type=float, default=1200.0, metavar="SECONDS", help="of every wait; default: %(default)g"
+    )
     options, rest = parser.parse_known_args(flags)
     check_positive(options, ("timeout",))
     options.has_recipe = has_recipe
