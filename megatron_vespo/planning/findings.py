@@ -16,6 +16,8 @@ ENGINE_AT_WORK = 5 * GIB
 HOST_SHARE = 0.8  # of a node's CPU memory: the rest is for engines, files and the system
 # of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
 IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
+# over the seconds that a batch trains, for a deadline: these are estimated, and the save comes behind
+DEADLINE_MARGIN = 1.3
 
 
 def errors(plan: Plan) -> list[str]:
@@ -25,7 +27,10 @@ def errors(plan: Plan) -> list[str]:
 
 def warnings(plan: Plan) -> list[str]:
     """What will run, and not well."""
-    return [*_tight_engines(plan), *_restarts(plan), *_host(plan), *_layout(plan), *_balance(plan)]
+    return [
+        *_tight_engines(plan), *_restarts(plan), *_host(plan), *_layout(plan), *_balance(plan),
+        *_preemption(plan),
+    ]  # fmt: skip
 
 
 def _placement(plan: Plan) -> Iterator[str]:
@@ -157,4 +162,15 @@ def _balance(plan: Plan) -> Iterator[str]:
         yield (
             f"engines wait for the trainer {engines:.0%} of the time and it for them {waiting:.0%}: "
             f"--max-staleness {2 * plan.args.mini_batches} lets both work"
+        )
+
+
+def _preemption(plan: Plan) -> Iterator[str]:
+    """A batch that trains is finished before the save: a shorter deadline saves nothing then."""
+    seconds, deadline = plan.speed.training_seconds, plan.args.preemption_deadline
+    if deadline < seconds:
+        enough = 100 * math.ceil(DEADLINE_MARGIN * seconds / 100)
+        yield (
+            f"a rollout batch trains {seconds:,.0f} s, a run that is preempted has --preemption-deadline "
+            f"{deadline:g} to finish and save it: --preemption-deadline {enough}"
         )

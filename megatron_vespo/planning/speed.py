@@ -76,6 +76,11 @@ class Speed:
     def batch_seconds(self) -> float:
         return self.result.step_seconds * self.result.mini_batches
 
+    @property
+    def training_seconds(self) -> float:
+        """Of a rollout batch: what of `batch_seconds` the trainer is busy."""
+        return self.batch_seconds * (1 - sum(self.result.trainer_idle.values()))
+
 
 def weight_sync(
     args: Namespace,

@@ -59,6 +59,8 @@ def test_a_recipe_fits_its_nodes(child, tmp_path, recipe):
         planned, [str(EXAMPLES / f"{recipe}.flags"), "--nodes", nodes, "--hf-checkpoint", model]
     )
     assert code == 0 and said.endswith("fits\n"), said
+    # a batch that trains is finished and saved before a preempted run ends
+    assert "--preemption-deadline" not in said
 
 
 def given_flags(script: str, folder: Path) -> list[list[str]]:
