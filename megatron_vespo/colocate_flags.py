@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_vespo.hardware import runs_on_gpus
-from megatron_vespo.rollout.server_arguments import engine_size, flag_value
+from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, engine_size, flag_value
 
 
 def check_colocation(args: Namespace) -> None:
@@ -30,7 +30,7 @@ def check_colocation(args: Namespace) -> None:
             f"--colocate: --rollout-engines {args.rollout_engines} of {size} GPUs lie on those of "
             f"--trainer-ranks {args.trainer_ranks}: {fix}"
         )
-    fraction = flag_value(args.sglang_flags, "--mem-fraction-static")
+    fraction = flag_value(args.sglang_flags, MEMORY_FRACTION)
     if runs_on_gpus(args) and fraction is None:
         raise ValueError(
             "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where a "

@@ -36,7 +36,7 @@ Exit code: 0 for a run that fits, 1 for one that does not, 2 for flags that are 
 
 def main(argv: list[str]) -> int:
     options, flags = _parser().parse_known_args(argv)
-    check_positive(options, ("nodes", "gpus_per_node"))
+    check_positive(options, ("nodes", "gpus_per_node", "mean_prompt_tokens", "mean_completion_tokens"))
     flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
     cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
     plan = planned(flags, cluster, options.mean_prompt_tokens, options.mean_completion_tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.conversion.table import ModelShape
 from megatron_vespo.hardware import GIB, Gpu
-from megatron_vespo.rollout.server_arguments import flag_value
+from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, flag_value
 
 # where --sglang-mem-fraction-static is not given: about what SGLang takes on GPUs of 80 GB and more
 DEFAULT_STATIC_FRACTION = 0.83
@@ -41,7 +41,7 @@ def engine_memory(
     of a rank on the same GPU, which starts later.
     """
     item = 2 if args.bf16 else 4
-    given = flag_value(args.sglang_flags, "--mem-fraction-static")
+    given = flag_value(args.sglang_flags, MEMORY_FRACTION)
     fraction = DEFAULT_STATIC_FRACTION if given is None else float(given)
     free, weights = gpu.memory - CONTEXT, parameters * item / size
     cache_type = flag_value(args.sglang_flags, "--kv-cache-dtype") or "auto"

@@ -26,6 +26,7 @@ OWNED = {
     "--admin-api-key",
 }
 MEMORY_SAVER = "--enable-memory-saver"
+MEMORY_FRACTION = "--mem-fraction-static"
 # where users choose how CUDA graphs are captured
 PREFILL_GRAPHS = "--cuda-graph-backend-prefill"
 GRAPH_FLAGS = (PREFILL_GRAPHS, "--cuda-graph-backend-decode", "--cuda-graph-config")
@@ -37,7 +38,8 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
     Example: ["--lr", "1", "--sglang-tp-size=2", "--sglang-disable-radix-cache"]
              -> (["--tp-size", "2", "--disable-radix-cache"], ["--lr", "1"])
-    Raises ValueError for a flag that SGLang does not have, that we set ourselves, or whose value is missing.
+    Raises ValueError for a flag that SGLang does not have, that we set ourselves, or whose value is missing,
+    and for a fraction of GPU memory that is none.
     """
     flags: list[str] = []
     rest: list[str] = []
@@ -62,7 +64,20 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         if arity != ARITY_NONE and not values:
             raise ValueError(f"{given}: SGLang's {name} needs a value")
         flags += [name, *values]
+    _check_memory_fraction(flags)
     return flags, rest
+
+
+def _check_memory_fraction(flags: list[str]) -> None:
+    given = flag_value(flags, MEMORY_FRACTION)
+    if given is None:
+        return
+    try:
+        fits = 0 < float(given) < 1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"--sglang-mem-fraction-static is {given}, must be between 0 and 1")
 
 
 def server_arguments(

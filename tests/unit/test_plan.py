@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vespo.cli import run
 from megatron_vespo.hardware import GLOO, GPUS, ON_GPUS
 from megatron_vespo.plan_cli import parsed
 from megatron_vespo.planning.engine_memory import engine_memory
@@ -487,5 +488,20 @@ def test_refused_flags_are_one_line(plan, recipe, tmp_path):
         with pytest.raises(ValueError, match=message) as refused:
             plan(f"{layout} {flags}")
         assert "\n" not in str(refused.value)
-    done = command(recipe, "--nodes", "4", "--hf-checkpoint", str(tmp_path / "none"))
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--hf-checkpoint {none}", "no such folder"),
+        ("--mean-completion-tokens -4", "--mean-completion-tokens is -4, must be positive"),
+        ("--mean-completion-tokens 0", "--mean-completion-tokens is 0, must be positive"),
+        ("--mean-prompt-tokens -1", "--mean-prompt-tokens is -1, must be positive"),
+        ("--sglang-mem-fraction-static 1.5", "--sglang-mem-fraction-static is 1.5, must be between 0 and 1"),
+    ],
+)
+def test_nothing_is_planned_of_what_is_refused(recipe, tmp_path, capsys, flags, message):
+    words = flags.format(none=tmp_path / "none").split()
+    assert run(["plan", str(recipe), "--nodes", "4", *words]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1
