@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 
@@ -14,16 +15,36 @@ def read_recipe(path: Path) -> list[str]:
     Example: "--lr 1e-6  # the paper's\\n--bf16\\n" -> ["--lr", "1e-6", "--bf16"]
     """
     try:
-        argv = shlex.split(path.read_text(), comments=True)
+        text = path.read_text()
     except OSError as error:
         raise ValueError(f"recipe {path}: {error.strerror}") from error
-    except ValueError as error:  # an open quote, or no text
-        raise ValueError(f"recipe {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path}: not a text file of flags") from error
+    if "\0" in text:
+        raise ValueError(f"recipe {path}: not a text file of flags")
+    try:
+        argv = _words(text)
+    except ValueError as error:  # an open quote
+        raise ValueError(f"recipe {path}: line {_wrong_line(text)}: {error}") from error
     if not argv or not argv[0].startswith("--"):
         raise ValueError(f"recipe {path}: must begin with a flag, has {argv[:1] or 'none'}")
     if any(word == FLAG or word.startswith(FLAG + "=") for word in argv):
         raise ValueError(f"recipe {path}: {FLAG} inside a recipe")
     return argv
+
+
+def _words(text: str) -> list[str]:
+    return shlex.split(text, comments=True)
+
+
+def _wrong_line(text: str) -> int:
+    """The first line from which on no quote is closed any more, or only by another's beginning."""
+    lines = text.splitlines(keepends=True)
+    for before in range(len(lines) - 1, 0, -1):
+        with contextlib.suppress(ValueError):
+            _words("".join(lines[:before]))
+            return before + 1
+    return 1
 
 
 def with_recipes(argv: list[str]) -> list[str]:

@@ -7,9 +7,9 @@ import pytest
 from megatron_vespo.recipe import read_recipe, with_recipes
 
 
-def write(folder, text: str):
+def write(folder, text: str | bytes):
     path = folder / "run.flags"
-    path.write_text(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
@@ -32,7 +32,11 @@ def test_a_recipe_stands_where_it_is_named(tmp_path):
     [
         ("", "must begin with a flag, has none"),
         ("lr 1", "must begin with a flag, has ['lr']"),
-        ("--lr '1", "No closing quotation"),
+        ("--lr '1", "line 1: No closing quotation"),
+        ("--bf16\n\n# it's\n--x 'a\nb'\n--lr '1\n--y\n# z", "line 6: No closing quotation"),
+        ("--bf16\n--lr 1 \\", "line 2: No escaped character"),
+        (b"\x7fELF\xff\xfe", "not a text file of flags"),
+        (b"--lr\0 1", "not a text file of flags"),
         ("--lr 1 --recipe other", "--recipe inside a recipe"),
     ],
 )
