@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from megatron_vespo.hardware import GPUS
 
@@ -35,6 +36,13 @@ def check(args: Namespace, flags: Sequence[str]) -> None:
         raise ValueError(f"--engine-nodes {args.engine_nodes}: must be at least 1")
     if "--colocate" in flags:
         raise ValueError("--colocate puts engines on the trainer's GPUs: leave it or --engine-nodes out")
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """ValueError for options of sbatch that argparse would take for flags of its own."""
+    for flag, word in pairwise(argv):
+        if flag in ("--sbatch", "--engine-sbatch") and word.startswith("--"):
+            raise ValueError(f"{flag} {word}: without dashes, as in {flag} partition=h100")
 
 
 def component(args: Namespace) -> dict[str, str | None] | None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(\S+))?")
+# minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
+_TIME = re.compile(
+    r"(?P<days>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?"
+    r"|((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+)(:(?P<seconds>\d+))?"
+)
+_NO_LIMIT = ("infinite", "unlimited")
 _BEGIN = "set -euo pipefail\n"  # what is filled in stands behind it
 _HETJOB = "#SBATCH hetjob"  # between the components of a heterogeneous job
 # what a component does not take from the one before
@@ -74,3 +81,31 @@ def seconds_before_limit(script: str) -> int:
     if match is None:
         raise ValueError("--signal: the script's own form is B:USR1@SECONDS")
     return int(match[1])
+
+
+def time_limit(text: str) -> float:
+    """Seconds of a time limit as sbatch takes it; infinity for none.
+
+    Example: "30" -> 1800, "10:00" -> 600, "1:00:00" -> 3600, "2-12" -> 216000. ValueError for another text.
+    """
+    if text.lower() in _NO_LIMIT:
+        return math.inf
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"--time {text!r}: must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"
+        )
+    part = {name: int(digits or 0) for name, digits in match.groupdict().items()}
+    days, hours = part["days"], part["h"] + part["hours"]
+    minutes, seconds = part["m"] + part["minutes"], part["s"] + part["seconds"]
+    return 60 * (60 * (24 * days + hours) + minutes) + seconds or math.inf  # 0: none
+
+
+def checked_time_limit(template: str, options: Mapping[str, str | None], longer_than: int = 0) -> None:
+    """ValueError for a job whose time limit is none of SLURM's, or is not longer than so many seconds."""
+    text = (directives(template) | dict(options)).get("time") or ""
+    if (limit := time_limit(text)) <= longer_than:
+        raise ValueError(
+            f"--time {text}: {limit:g} seconds, must be longer than the {longer_than} before its end at "
+            "which the run is asked to save (--signal)"
+        )

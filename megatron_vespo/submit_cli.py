@@ -14,9 +14,10 @@ from pathlib import Path
 
 import megatron_vespo
 from megatron_vespo import engine_nodes
+from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.hardware import GPUS, ON_GPUS
 from megatron_vespo.recipe import read_recipe
-from megatron_vespo.sbatch_script import render, seconds_before_limit
+from megatron_vespo.sbatch_script import checked_time_limit, render, seconds_before_limit
 
 DESCRIPTION = """\
 Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it if megatron-vespo plan says
@@ -33,7 +34,13 @@ END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 
 
 def main(argv: list[str]) -> int:
+    engine_nodes.check_words(argv)
     args, more = _parser().parse_known_args(argv)
+    check_positive(args, ("nodes",))
+    if args.gpus_per_node < 0:
+        raise ValueError(
+            f"--gpus-per-node is {args.gpus_per_node}, must be positive, or 0: the job asks for none"
+        )
     if args.chain < 1:
         raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
     flags = read_recipe(args.recipe) + more
@@ -131,6 +138,7 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
             f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
             f"the end need {needed}"
         )
+    checked_time_limit(template, options, longer_than=seconds)
     return script
 
 
@@ -138,9 +146,11 @@ def smoke_script(args: Namespace, more: list[str]) -> str:
     """slurm/smoke.sbatch as `args` want it, for the recipe and the flags behind it."""
     options, leave_out, variables = _options(args, f"smoke-{args.recipe.stem}")
     options |= engine_nodes.options_of_sbatch(args.sbatch)
+    template = _template(SMOKE_SCRIPT)
+    checked_time_limit(template, options)
     words = [str(args.recipe.resolve()), *more]
     component = engine_nodes.component(args)
-    return render(_template(SMOKE_SCRIPT), options, leave_out, variables, words, component)
+    return render(template, options, leave_out, variables, words, component)
 
 
 def _template(script: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_vespo.cli import run
-from megatron_vespo.sbatch_script import directives, render, seconds_before_limit
+from megatron_vespo.sbatch_script import directives, render, seconds_before_limit, time_limit
 from megatron_vespo.submit_cli import SCRIPT
 from tests.unit.test_recipes import CONFIGS
 
@@ -150,7 +151,9 @@ def test_a_container(recipe, capsys):
 
 def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
     assert submit(recipe, "--dry-run", "--preemption-deadline", "1500") == 0
-    assert directives(capsys.readouterr().out)["signal"] == "B:USR1@1560"
+    shown = capsys.readouterr().out
+    assert directives(shown)["signal"] == "B:USR1@1560"
+    assert "ten minutes" not in shown.lower()  # what the script says of itself is true for any number
 
 
 # what only Megatron's model finds
@@ -180,6 +183,16 @@ NONSENSE = "--recompute-granularity selective --recompute-modules nonsense"
         ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
         ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
         ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
+        ("--time 10:00", "--time 10:00: 600 seconds, must be longer than the 600 before its end at which"),
+        ("--time 10:01 --preemption-deadline 1500", "601 seconds, must be longer than the 1560"),
+        ("--sbatch time=5", "--time 5: 300 seconds, must be longer than the 600"),
+        ("--time soon", "--time 'soon': must be MINUTES, [HOURS:]MINUTES:SECONDS or DAYS-HOURS["),
+        ("--smoke --time 1:2:3:4", "--time '1:2:3:4': must be MINUTES"),
+        ("--nodes 0", "--nodes is 0, must be positive"),
+        ("--nodes 0 --smoke", "--nodes is 0, must be positive"),
+        ("--gpus-per-node -1", "--gpus-per-node is -1, must be positive, or 0"),
+        ("--sbatch --partition=h100", "--sbatch --partition=h100: without dashes, as in --sbatch partition="),
+        ("--engine-nodes 1 --engine-sbatch --x", "--engine-sbatch --x: without dashes"),
         ("--sbatch signal=B:USR1@100", "leaves 100 seconds, --preemption-deadline 300 and the end need 360"),
     ],
 )  # fmt: skip
@@ -189,7 +202,31 @@ def test_what_would_only_show_when_the_job_runs(recipe, capsys, flags, message):
     (recipe.parent / "other/latest_checkpointed_iteration.txt").write_text("8")
     flags = flags.replace("--load other", f"--load {recipe.parent / 'other'}")
     assert submit(recipe, "--dry-run", *flags.split()) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--nodes 0", "--time soon", "--time 10:00"])
+def test_a_job_that_sbatch_would_refuse_is_not_shown(recipe, capsys, flags):
+    assert submit(recipe, "--dry-run", *flags.split()) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800), ("10:30", 630), ("1:02:03", 3723), ("2-12", 216000), ("1-0:30", 88200),
+        ("1-01:00:05", 90005), ("100:00:00", 360000), ("0", math.inf), ("UNLIMITED", math.inf),
+    ],
+)  # fmt: skip
+def test_a_time_limit_as_sbatch_takes_it(text, seconds):
+    assert time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1-", "1-2:3:4:5", "1 day", "1.5"])
+def test_no_time_limit(text):
+    with pytest.raises(ValueError, match="^--time .*: must be MINUTES"):
+        time_limit(text)
 
 
 def test_gpus_that_no_plan_knows(recipe, capsys):
