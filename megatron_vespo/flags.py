@@ -142,11 +142,13 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
     add("--colocate", action="store_true",
-        help="engines on the trainer's GPUs: generation and training take turns, each gives memory "
-        "back")  # fmt: skip
-    add("--no-colocate-offload", dest="colocate_offload", action="store_false",
-        help="the trainer's weights and optimizer stay on the GPU while engines generate; by default they "
-        "wait in host memory")  # fmt: skip
+        help="engines on the trainer's GPUs: both take turns and give memory back")  # fmt: skip
+    add(
+        "--no-colocate-offload",
+        dest="colocate_offload",
+        action="store_false",
+        help="weights and optimizer stay on the GPU in the engines' turn",
+    )
     add("--max-tokens-per-gpu", type=int, default=8192,
         help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
