@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, engine_size, flag_value
+from megatron_vespo.wording import counted
 
 
 def check_colocation(args: Namespace) -> None:
@@ -27,7 +28,7 @@ def check_colocation(args: Namespace) -> None:
         most = args.trainer_ranks // size
         fix = f"at most --rollout-engines {most}" if most else "a smaller --sglang-tp-size"
         raise ValueError(
-            f"--colocate: --rollout-engines {args.rollout_engines} of {size} GPUs lie on those of "
+            f"--colocate: --rollout-engines {args.rollout_engines} of {counted(size, 'GPU')} lie on those of "
             f"--trainer-ranks {args.trainer_ranks}: {fix}"
         )
     fraction = flag_value(args.sglang_flags, MEMORY_FRACTION)

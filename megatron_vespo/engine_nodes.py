@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from megatron_vespo.hardware import GPUS
+from megatron_vespo.wording import counted
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
 def described_use(args: Namespace, ranks: int, engines: int, engine_size: int) -> str:
     """The GPUs of each role in a line; ValueError if its nodes do not have them."""
     ours, theirs = args.gpus_per_node, gpus_per_node(args)
-    what = f"{engines} engines of {engine_size} GPUs"
+    what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
     if ranks > (there := args.nodes * ours):
         raise ValueError(
             f"{ranks} trainer ranks need {ranks} GPUs, "
@@ -88,6 +89,6 @@ def described_use(args: Namespace, ranks: int, engines: int, engine_size: int) -
         )
     of_engines = args.engine_nodes * theirs
     return (
-        f"checked: {ranks} trainer ranks use {ranks} of {there} GPUs, "
-        f"{what} use {engines * engine_size} of {of_engines} on nodes of their own"
+        f"checked: {counted(ranks, 'trainer rank')} use{'s' * (ranks == 1)} {ranks} of {there} GPUs, "
+        f"{what} use{'s' * (engines == 1)} {engines * engine_size} of {of_engines} on nodes of their own"
     )

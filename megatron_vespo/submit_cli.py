@@ -18,6 +18,7 @@ from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.hardware import GPUS, ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import checked_time_limit, render, seconds_before_limit
+from megatron_vespo.wording import counted
 
 DESCRIPTION = """\
 Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it if megatron-vespo plan says
@@ -212,7 +213,8 @@ def described_use(run: Namespace, args: Namespace) -> str:
     if args.engine_nodes is not None and gpus_per_node:
         return engine_nodes.described_use(args, ranks, engines, size)
     used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
-    what = f"{ranks} trainer ranks and {engines} engines of {size} GPUs" + " in turn" * run.colocate
+    of_engines = f"{counted(engines, 'engine')} of {counted(size, 'GPU')}"
+    what = f"{counted(ranks, 'trainer rank')} and {of_engines}" + " in turn" * run.colocate
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
     if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, run.colocate):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_vespo.wording import counted
+
 
 def too_few_gpus(
     ranks: int, engines: int, engine_size: int, nodes: int, gpus_per_node: int, colocate: bool = False
@@ -13,7 +15,7 @@ def too_few_gpus(
     decides. With `colocate` the engines have GPUs of trainer ranks.
     """
     needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
-    have = f"{nodes} nodes x {gpus_per_node}"
+    have = f"{counted(nodes, 'node')} x {gpus_per_node}"
     if engines and engine_size > gpus_per_node:
         return (
             f"an engine of {engine_size} GPUs does not fit a node of {gpus_per_node}: lower --sglang-tp-size"
@@ -25,6 +27,7 @@ def too_few_gpus(
         return f"{needed} GPUs are needed, {have} = {there} are there: {fix}"
     if engines > (most := nodes * (gpus_per_node // engine_size)):
         return (
-            f"{have} hold {most} engines of {engine_size} GPUs, none across nodes: --rollout-engines {most}"
+            f"{have} hold{'s' * (nodes == 1)} {counted(most, 'engine')} of {counted(engine_size, 'GPU')}, "
+            f"none across nodes: --rollout-engines {most}"
         )
     return None

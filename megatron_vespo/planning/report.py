@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_vespo.hardware import GIB
 from megatron_vespo.planning.plan import Plan
 from megatron_vespo.planning.trainer_memory import RESERVE
+from megatron_vespo.wording import counted
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs")
 
@@ -25,9 +26,10 @@ def _run(plan: Plan) -> Iterator[str]:
     name = args.hf_checkpoint.name
     yield f"model      {name}: {plan.parameters:,} parameters over all ranks, as in its config"
     yield (
-        f"cluster    {cluster.nodes} nodes x {cluster.gpus_per_node} {gpu.name} of {gpu.memory / GIB:.1f} "
-        f"GiB = {cluster.gpus} GPUs; {args.trainer_ranks} train, {args.rollout_engines} engines x "
-        f"{plan.engine_size} generate" + (", in turn on the same GPUs" if args.colocate else "")
+        f"cluster    {counted(cluster.nodes, 'node')} x {cluster.gpus_per_node} {gpu.name} of "
+        f"{gpu.memory / GIB:.1f} GiB = {counted(cluster.gpus, 'GPU')}; {args.trainer_ranks} train, "
+        f"{counted(args.rollout_engines, 'engine')} x {plan.engine_size} generate"
+        + (", in turn on the same GPUs" if args.colocate else "")
     )
     sizes = {
         "tp": args.tensor_model_parallel_size,
@@ -86,9 +88,9 @@ def _stage_name(index: int, last: int) -> str:
 
 def _engine(plan: Plan) -> Iterator[str]:
     engine = plan.engine
-    source = "assumed" if engine.assumed else "given"
+    share = f"{engine.fraction:g} ({'assumed' if engine.assumed else 'given'})"
     longest, mean = plan.longest, plan.lengths.sample
-    yield f"engine of {engine.size} GPUs, GiB a GPU, mem-fraction-static {engine.fraction:g} ({source})"
+    yield f"engine of {counted(engine.size, 'GPU')}, GiB a GPU, mem-fraction-static {share}"
     yield f"  {'weights':<24}{engine.weights / GIB:16.2f}"
     yield (
         f"  {'keys and values':<24}{engine.cache / GIB:16.2f}   {engine.tokens:,} tokens: "

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_vespo.wording import counted
+
 SHRINKING = ("ep", "cp", "etp", "pp", "tp")  # what is given up first stands first
 
 
@@ -23,7 +25,7 @@ class Nodes:
 
     def __str__(self) -> str:
         nodes = [*self.trainer, *(self.engines if self.apart else ())]
-        return f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {sum(nodes)} {self.place(sum(nodes))}"
+        return f"{counted(len(nodes), 'node')}, {sum(nodes)} {self.place(sum(nodes))}"
 
     def place(self, number: int) -> str:
         return ("GPU" if self.on_gpus else "CPU core") + "s" * (number != 1)
@@ -58,7 +60,7 @@ class Wanted:
 
 
 def _counted(number: int | None, what: str) -> str:
-    return f"as many {what}s as fit" if number is None else f"{number} {what}{'s' * (number != 1)}"
+    return f"as many {what}s as fit" if number is None else counted(number, what)
 
 
 def fit(wanted: Wanted, nodes: Nodes) -> Wanted:

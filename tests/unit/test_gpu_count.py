@@ -33,9 +33,13 @@ def test_what_can_be_placed(size):
         ((32, 8, 2, 2, 8), "48 GPUs are needed, 2 nodes x 8 = 16 are there: --nodes 6 or a smaller layout"),
         (
             (9, 4, 2, 1, 8, True),
-            "9 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 2 or a smaller layout",
+            "9 GPUs are needed, 1 node x 8 = 8 are there: --nodes 2 or a smaller layout",
         ),
         ((4, 1, 16, 3, 8), "an engine of 16 GPUs does not fit a node of 8: lower --sglang-tp-size"),
+        (
+            (3, 2, 2, 1, 3, True),
+            "1 node x 3 holds 1 engine of 2 GPUs, none across nodes: --rollout-engines 1",
+        ),
         ((6, 9, 2, 8, 3), "8 nodes x 3 hold 8 engines of 2 GPUs, none across nodes: --rollout-engines 8"),
     ],
 )

@@ -72,6 +72,7 @@ LAYERS = {
     "train": 5,
     "training_samples": 4,
     "validation": 5,
+    "wording": 0,
 }
 # the same layer, and free of each other
 SIBLINGS = {

@@ -421,8 +421,15 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
     done = command(recipe, "--nodes", "1", "--gpu", "a100-40gb", "--trainer-ranks", "8")
     print(done.stdout, done.stderr)
     assert done.returncode == 1
-    assert "DOES NOT FIT: 24 GPUs are needed, 1 nodes x 8 = 8 are there: --nodes 3" in done.stdout
+    assert "DOES NOT FIT: 24 GPUs are needed, 1 node x 8 = 8 are there: --nodes 3" in done.stdout
     assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
+
+
+def test_one_is_said_as_one(recipe):
+    flags = "--nodes 1 --gpus-per-node 1 --trainer-ranks 1 --tensor-model-parallel-size 1 --sglang-tp-size 1"
+    done = command(recipe, *flags.split(), "--expert-model-parallel-size", "1", "--rollout-engines", "1")
+    assert "cluster    1 node x 1 h100 of 79.1 GiB = 1 GPU; 1 train, 1 engine x 1 generate\n" in done.stdout
+    assert "\nengine of 1 GPU, GiB a GPU, mem-fraction-static 0.8 (given)\n" in done.stdout
 
 
 def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
