@@ -45,7 +45,9 @@ class EngineWorker:
         """A new server in the place of the one there may be; blocks until it is healthy; returns its url."""
         self.stop()
         port = (
-            self._args.rollout_port + self._number if self._args.rollout_port else find_free_port(self._host)
+            self._args.rollout_port + self._number
+            if self._args.rollout_port
+            else find_free_port(self._host, self._number)
         )
         self._engine = SGLangEngine(
             str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,

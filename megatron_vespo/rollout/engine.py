@@ -23,6 +23,7 @@ HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
 PORT_RANGE = range(
     30000, 31000
 )  # below Linux's ephemeral range (32768), which outgoing connections draw from
+PORT_LANES = 40
 # SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
 # start together could draw the same one. Distinct HTTP ports make these distinct.
 RENDEZVOUS_PORT_OFFSET = 1000
@@ -211,9 +212,14 @@ def require_free_port(host: str, port: int, owner: str) -> None:
             ) from error
 
 
-def find_free_port(host: str) -> int:
-    """A port that an engine can use now, its rendezvous port too; random, so that neighbours differ."""
-    for port in random.SystemRandom().sample(PORT_RANGE, len(PORT_RANGE)):
+def find_free_port(host: str, number: int | None = None) -> int:
+    """A port that an engine can use now, its rendezvous port too; random, so that runs differ.
+
+    An engine listens minutes later, so that two could have drawn the same one: with `number` a run's engines
+    draw from different ports, PORT_LANES of them on a node.
+    """
+    ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
+    for port in random.SystemRandom().sample(ports, len(ports)):
         try:
             require_free_port(host, port, "probe")
             require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, "probe")

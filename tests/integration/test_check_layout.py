@@ -96,6 +96,7 @@ def writers(run: Run, folder: Path) -> list[psutil.Process]:
     return [p for p in run.survivors() if Path(f"/proc/{p.pid}/fd/1").resolve().parent == folder]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_layout_that_breaks_does_not_stop_the_others(model, tmp_path):
     flags = ["--hf-checkpoint", str(model), "--candidate", "tp2", "dp2", "--samples", "8"]

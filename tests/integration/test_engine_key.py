@@ -65,6 +65,7 @@ def files_with_the_key(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_whole_run_shows_it_nowhere(tiny_model, tmp_path, monkeypatch):
     site, output, data = tmp_path / "site", tmp_path / "run", tmp_path / "questions.jsonl"
