@@ -30,7 +30,7 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
-from megatron_vespo.process_environment import CONNECTIONS, TABLE
+from megatron_vespo.process_environment import exported_values, trainer_environment
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import prepare_for_megatron
 from megatron_vespo.time_limits import collective_timeout_minutes
@@ -262,8 +262,9 @@ def _megatron_validate(args: Namespace) -> None:
 
     from megatron_vespo.trainer.planned_machine import planned_machine
 
-    # it asserts on a variable that the trainer's ranks will have
-    connections = {CONNECTIONS: os.environ.get(CONNECTIONS) or TABLE[CONNECTIONS].trainer}
+    # it asserts on variables that the trainer's ranks will have
+    of_ranks = trainer_environment(exported_values(os.environ))
+    variables = {name: value for name, value in of_ranks.items() if value is not None}
     background = args.async_save
     # a head node or a laptop need not have the GPUs that the run will have
     machine = planned_machine() if runs_on_gpus(args) else contextlib.nullcontext()
@@ -271,7 +272,7 @@ def _megatron_validate(args: Namespace) -> None:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(action="ignore"),
-            patch.dict(os.environ, connections),
+            patch.dict(os.environ, variables),
             machine,
         ):
             validate_args(args, {})

@@ -23,6 +23,11 @@ def check_colocation(args: Namespace) -> None:
     for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
         if given:
             raise ValueError(f"--colocate is for trainer and engines, {flag} has one of them: leave one out")
+    moved = {"--fp8-param-gather": args.fp8_param_gather, "--use-nccl-ub": args.nccl_ub}
+    for flag, given in moved.items():
+        if given and args.colocate_offload:
+            raise ValueError(f"{flag}: --colocate moves the trainer's weights, which it forbids: "
+                             "leave it out, or add --no-colocate-offload")  # fmt: skip
     size = engine_size(args.sglang_flags)
     if args.rollout_engines * size > args.trainer_ranks:
         most = args.trainer_ranks // size

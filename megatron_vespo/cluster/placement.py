@@ -26,8 +26,10 @@ from megatron_vespo.cluster.seats import (
     shared_seats,
     trainer_seats,
     without_gpus,
+    wrong_gpus,
 )
 from megatron_vespo.preemption import SIGNALS, shielded
+from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
 START_TIMEOUT_S = 120.0
 # Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
@@ -181,8 +183,20 @@ def _located(group: PlacementGroup, bundles: list[dict[str, float]]) -> list[Bun
         for index, bundle in enumerate(bundles)
         if "GPU" in bundle
     }
-    gpus = dict(zip(calls, ray.get(list(calls.values()), timeout=START_TIMEOUT_S), strict=True))
-    return [Bundle(nodes[index], gpus.get(index, ())) for index in range(len(bundles))]
+    try:
+        answers = ray.get(list(calls.values()), timeout=IMPORT_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        remove_placement_group(group)
+        raise ValueError(
+            f"the nodes of the Ray cluster have not said within {IMPORT_TIMEOUT_S:g} s which GPUs they give: "
+            "do its workers start?"
+        ) from None
+    gpus = dict(zip(calls, answers, strict=True))
+    located = [Bundle(nodes[index], gpus.get(index, ())) for index in range(len(bundles))]
+    if problem := wrong_gpus(located, [int(bundle.get("GPU", 0)) for bundle in bundles]):
+        remove_placement_group(group)
+        raise ValueError(problem)
+    return located
 
 
 def _gpu_ids() -> tuple[str, ...]:

@@ -59,6 +59,19 @@ def without_gpus(seats: Sequence[Seat]) -> list[Seat]:
     return [replace(seat, devices="") for seat in seats]
 
 
+def wrong_gpus(bundles: Sequence[Bundle], sizes: Sequence[int]) -> str | None:
+    """What is wrong where a bundle has not as many GPUs as its size, or two have the same one."""
+    taken = Counter((bundle.node, gpu) for bundle in bundles for gpu in bundle.gpus)
+    right = all(len(bundle.gpus) == size for bundle, size in zip(bundles, sizes, strict=True))
+    if right and max(taken.values(), default=1) == 1:
+        return None
+    found = [list(bundle.gpus) for bundle in bundles]
+    return (
+        f"Ray gives the GPUs {found} where {list(sizes)} different ones are wanted: on some node "
+        "CUDA_VISIBLE_DEVICES and ray start --num-gpus disagree"
+    )
+
+
 def divided_groups(groups: Mapping[str, int], nodes: Sequence[str], per_node: int) -> tuple[str, ...]:
     """A line for each kind of group that fits a node of `per_node` GPUs and is not on one.
 

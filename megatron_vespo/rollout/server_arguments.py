@@ -104,7 +104,9 @@ def server_arguments(
         owned.append("--enable-return-routed-experts")
     if not prefix_cache:
         owned.append("--disable-radix-cache")
-    if memory_saver:
+    if MEMORY_SAVER in sglang_flags:
+        memory_saver = True  # a user's is no other than ours
+    elif memory_saver:
         owned.append(MEMORY_SAVER)
     defaults = {
         "--device": [device],

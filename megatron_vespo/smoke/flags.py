@@ -137,7 +137,9 @@ def num_prompts(layout: Wanted) -> int:
 
 
 def _own_flags(layout: Wanted, folder: Path, timeout_s: float) -> list[str]:
-    timeouts = ("engine-start", "worker-start", "generate", "train", "weight-sync", "engine-health")
+    timeouts = (
+        "engine-start", "worker-start", "generate", "train", "weight-sync", "weight-check", "engine-health",
+    )  # fmt: skip
     words = {
         "--hf-checkpoint": folder / "model",
         "--output-dir": folder,

@@ -97,6 +97,11 @@ class GpuMemory:
         """All of it, and what torch has cached."""
         on_gpu = torch.cuda.is_available()
         self._optimizer.zero_grad()  # parts of them that it holds
+        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            # with --optimizer-offload-fraction below 1 it holds fp32 gradients that nobody clears
+            on_the_gpu = getattr(getattr(part, "optimizer", None), "gpu_optimizer", None)
+            if on_the_gpu is not None:
+                on_the_gpu.zero_grad(set_to_none=True)
         for chunk in self._chunks:
             chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
         if self._offload:

@@ -46,6 +46,8 @@ def set_up(args: Namespace) -> tuple:
 def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
     """Loading replaces the groups of parameters by those of the Adam that has saved."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "is_stub_optimizer", False):  # of a rank without parameters of its kind
+            continue
         for group in part.optimizer.param_groups:
             for name, value in part.optimizer.defaults.items():
                 group.setdefault(name, value)

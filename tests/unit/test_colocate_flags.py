@@ -13,6 +13,7 @@ def run(sglang: str = "--tp-size 2 --mem-fraction-static 0.5", **changes) -> Nam
     plain = {
         "colocate": True, "max_staleness": 0, "train_from": None, "rollout_only": False, "trainer_ranks": 8,
         "rollout_engines": 4, "distributed_backend": "nccl", "colocate_offload": True,
+        "fp8_param_gather": False, "nccl_ub": False,
     }  # fmt: skip
     return Namespace(**(plain | changes), sglang_flags=sglang.split())
 
@@ -22,6 +23,7 @@ def test_what_goes_together():
     check_colocation(run(rollout_engines=3))
     check_colocation(run("", rollout_engines=8, distributed_backend="gloo"))
     check_colocation(run("", colocate=False, max_staleness=8, rollout_engines=99))
+    check_colocation(run(colocate_offload=False, nccl_ub=True))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,8 @@ def test_what_goes_together():
         ),
         (run("--tp-size 16"), "of 16 GPUs lie on those of --trainer-ranks 8: a smaller --sglang-tp-size"),
         (run(colocate=False, colocate_offload=False), "--no-colocate-offload is about --colocate: "),
+        (run(fp8_param_gather=True), "--fp8-param-gather: --colocate moves the trainer's weights"),
+        (run(nccl_ub=True), "--use-nccl-ub: --colocate moves the trainer's weights"),
         (run("--tp-size 2"), "--colocate needs --sglang-mem-fraction-static: "),
     ],
 )  # fmt: skip
@@ -62,3 +66,20 @@ def test_nccl_wants_a_gpu_for_each():
     assert sync_backend(on_gpus=True, colocated=False) == "nccl"
     for on_gpus, colocated in ((True, True), (False, True), (False, False)):
         assert sync_backend(on_gpus, colocated) == "gloo"
+
+
+def test_a_memory_saver_of_the_user_has_graphs_that_can_be_paused():
+    """Its engines' environment follows the flag; with breakable graphs SGLang would refuse to start."""
+    ours, theirs = (
+        server_arguments(
+            flags,
+            device="cuda",
+            routes=False,
+            dtype="bfloat16",
+            seed=0,
+            longest_step_s=60.0,
+            memory_saver=saver,
+        )
+        for flags, saver in (([], True), (["--enable-memory-saver"], False))
+    )
+    assert sorted(ours) == sorted(theirs)

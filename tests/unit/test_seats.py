@@ -10,6 +10,7 @@ from megatron_vespo.cluster.seats import (
     shared_seats,
     trainer_seats,
     without_gpus,
+    wrong_gpus,
 )
 
 
@@ -78,3 +79,10 @@ def test_groups_across_nodes_are_counted():
     assert tensor.startswith("1 of 4 tensor-parallel groups of 2 ranks are across nodes")
     assert expert.startswith("1 of 2 expert-parallel groups of 4 ranks are across nodes")
     assert divided_groups(groups, ["a"] * 4 + ["b"] * 4, 4) == ()
+
+
+def test_gpus_that_ray_gives_twice_or_not_are_refused():
+    assert wrong_gpus([Bundle("a", ("0", "1")), Bundle("b", ("0",)), Bundle("b")], [2, 1, 0]) is None
+    for gpus in [("0",), ("2",)], [("0", "1"), ("1",)], [("0", "1", "2"), ("3",)]:
+        bundles = [Bundle("a", of_bundle) for of_bundle in gpus]
+        assert "CUDA_VISIBLE_DEVICES and ray start --num-gpus disagree" in wrong_gpus(bundles, [2, 1])
