@@ -189,7 +189,9 @@ def test_which_file_of_a_folder(tmp_path, capsys):
 def from_hub(folder: Path, url: str, name: str) -> subprocess.CompletedProcess:
     program = "import sys; from megatron_vespo.cli import run; sys.exit(run(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "prepare-data", name, str(folder / "out.jsonl")]
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub")}
+    environment = os.environ | {
+        "HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
