@@ -75,7 +75,7 @@ def parse_args(
     check_layout(args)
     check_colocation(args)
     check_megatron_saving(args)
-    _check_recomputation(args, explicit)
+    _check_recomputation(args)
     _complete(args, explicit)
     _megatron_validate(args)
     return args
@@ -220,14 +220,13 @@ def _parse_with_megatron(
         return megatron_parse_args(extend), explicit, flags
 
 
-def _check_recomputation(args: Namespace, explicit: dict[str, Any]) -> None:
+def _check_recomputation(args: Namespace) -> None:
     """Megatron 0.19.2 would end in the first step: it asks Transformer Engine for its fp8 state."""
     wrong = sorted({"layernorm", "moe_act"} & set(args.recompute_modules or ()))
-    local = explicit.get("transformer_impl") == "local"
-    if wrong and local and args.recompute_granularity == "selective":
+    if wrong and args.transformer_impl == "local" and args.recompute_granularity == "selective":
         raise ValueError(
             f"--recompute-modules {' '.join(wrong)} needs Transformer Engine, --transformer-impl is local: "
-            "leave it out (moe and mlp need none)"
+            "leave it out (core_attn, moe and mlp need none)"
         )
 
 

@@ -23,7 +23,12 @@ from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
-from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
+from megatron_vespo.rollout_metrics import (
+    pi_old_is_in_place,
+    rollout_metrics,
+    staleness_metrics,
+    step_metrics,
+)
 from megatron_vespo.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
 
@@ -178,7 +183,8 @@ class Controller:
         mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         with self.display.phase("log-probs"):
             self.trainer.prepare(mini_batches)
-        older = any((sample.policy_versions != self.state.iteration).any() for sample in samples)
+        version = self.state.iteration
+        older = any((sample.policy_versions != version).any() for sample in samples)
         steps, sync_seconds = [], Counter()
         for index, mini_batch in enumerate(mini_batches):
             with self.display.phase("train"):
@@ -191,6 +197,8 @@ class Controller:
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
         lengths = np.array([sample.completion_length for sample in samples])
         metrics = step_metrics(steps, sample_advantages, lengths) | dict(sync_seconds)
+        if pi_old_is_in_place(self.args, mini_batches[0], version):
+            metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
         if older or self.stream is not None:
             return metrics  # older policies have sampled: only the last sync's completions compare
         # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
 from megatron_vespo.algorithms.diagnostics import ratio_metrics, share_dead_by, weight_metrics
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
-from megatron_vespo.types import Completion
+from megatron_vespo.types import Completion, TrainingSample
 
 
 def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimator) -> dict[str, float]:
@@ -57,6 +58,16 @@ def staleness_metrics(
         "staleness/asynchronous_mean": float((first_step - oldest).mean()),
         "staleness/mixed_share": float((oldest != newest).mean()),  # made by several policies
     } | {f"staleness/share/{lag}": float(share) for lag, share in enumerate(counts)}
+
+
+def pi_old_is_in_place(args: Namespace, mini_batch: list[TrainingSample], version: int) -> bool:
+    """Whether log W of a rollout batch's first mini-batch must be 0: before its update pi_old is pi.
+
+    `version` is the policy's, before the update.
+    """
+    if args.ratio_denominator != "recomputed" or args.old_policy == "ewma":
+        return False
+    return args.old_policy == "current" or all((s.policy_versions == version).all() for s in mini_batch)
 
 
 def step_metrics(

@@ -200,6 +200,11 @@ def _check_training(args: Namespace) -> None:
         )
     if args.num_experts is None:
         _check_dense(args)
+    elif args.moe_router_topk == 1:
+        raise ValueError(
+            "num_experts_per_tok is 1: with norm_topk_prob the one expert has weight 1 whatever the router "
+            "says, which then cannot be trained, and Megatron refuses it: at least 2"
+        )
     elif args.routing_replay and args.num_experts > MAX_RECORDED_EXPERTS:
         raise ValueError(
             f"--routing-replay: routes are one byte, the model has {args.num_experts} experts, more than "

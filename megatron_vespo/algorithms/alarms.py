@@ -98,6 +98,19 @@ def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
     )
 
 
+def passes_differ(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """Two passes with the same weights and packs; whatever they differ by, every later W has in it."""
+    worst = _get(metrics, "check/unchanged_log_w_abs_max")
+    if not worst > 0.0:
+        return None
+    return Alarm(
+        "passes_differ",
+        f"log W of the first mini-batch, whose policy has not moved, is up to {worst:.2g}, it must be 0",
+        "two passes of the trainer are not the same computation, and all W have that in them: see python "
+        "patches/apply.py check, and Transformer Engine with --moe-permute-fusion on GPUs",
+    )
+
+
 def dead_sequences(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
     """Of the worst kind of sequences, by sign of the advantage and length."""
     prefix = "weight/dead_share/"
@@ -251,6 +264,7 @@ def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
 
 
 RULES = (
+    passes_differ,
     dead_sequences,
     ess_collapse,
     entropy_collapse,

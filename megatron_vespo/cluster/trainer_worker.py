@@ -97,10 +97,12 @@ class TrainerWorker:
         where = f"trainer rank {self.rank} on {self._host}"
         check_transformer_engine(self._args, where)
         check_deep_ep(self._args, where)
+        from megatron_vespo.trainer.capabilities import check_router
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.memory import GpuMemory
         from megatron_vespo.trainer.policy import MegatronPolicy
 
+        check_router(self._args, where)
         # this process sees its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from argparse import Namespace
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.models.backends import HAVE_APEX
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import get_te_version
 
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, import_error
@@ -27,6 +29,20 @@ def describe(args: Namespace) -> list[str]:
         f"optimizer: {package} {adam.__name__} ({fused})",
         "log-probs: " + ("Triton kernels" if on_cuda else "torch (no CUDA device)"),
     ]
+
+
+def check_router(args: Namespace, where: str) -> None:
+    """ValueError if Megatron's router weighs experts otherwise with gradients than without them.
+
+    It does, from three experts per token on, without patches/megatron-core-0.19.2/0003-router-sorted-topk.
+    log W of a policy that has not moved is not 0 then. `where` names this process.
+    """
+    wrong = "sorted=torch.is_grad_enabled()" in inspect.getsource(moe_utils.topk_routing_with_score_function)
+    if wrong and args.num_experts and args.moe_router_topk > 2 and not args.moe_router_fusion:
+        raise ValueError(
+            f"{where}: megatron-core lacks the diff 0003-router-sorted-topk, W of an unchanged policy would "
+            "not be 1: python patches/apply.py apply"
+        )
 
 
 def _with_te(args: Namespace) -> dict[str, str]:

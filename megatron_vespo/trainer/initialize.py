@@ -31,7 +31,21 @@ def initialize(
     # Makefile, and end the process.
     with patch.object(megatron_initialize, "_compile_dependencies", lambda: None):
         megatron_initialize.initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
+    if torch.cuda.is_available():
+        _repeat_unpermutation(args)
     return args
+
+
+def _repeat_unpermutation(args: Namespace) -> None:
+    """The same sum in every pass, where the outputs of a token's experts are added by torch.
+
+    By default torch adds them by atomics, in another order each time, and log W of a policy that has not
+    moved is not 0. Megatron takes `index_add` where deterministic algorithms are asked for. Operations that
+    have none only warn.
+    """
+    if args.num_experts and not args.moe_permute_fusion:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, decides nothing here
 
 
 def process_groups() -> ProcessGroupCollection:

@@ -28,21 +28,32 @@ class MiniBatch:
     micro_batches: list[MicroBatch]
     packing: PackingStats
     advantages: np.ndarray  # of all samples, on every rank: [num_samples] float32
-    samples: Sequence[TrainingSample]  # all of them; empty unless --old-policy snapshot packs them again
+    versions: Versions | None = None  # of the tokens; with --old-policy snapshot only
 
-    def set_old_log_probs(self, log_probs: Sequence[np.ndarray]) -> None:
-        """pi_old's log-probs of every sample's completion tokens, float32 [C] each, into the packs."""
-        flat = torch.from_numpy(np.concatenate(log_probs))
-        starts = np.cumsum([0, *map(len, log_probs[:-1])])
+
+@dataclass
+class Versions:
+    """Which policy version sampled each token of a mini-batch."""
+
+    samples: Sequence[TrainingSample]  # all of the mini-batch, on every rank
+    # packs run side by side on the data-parallel ranks: the versions in any rank's i-th pack
+    in_packs: list[set[int]]
+    pack_multiple: int  # the schedule wants so many packs, or a multiple of them
+
+    def packs_of(self, version: int) -> list[int]:
+        """Packs to run for `version`, the same on every rank: those that hold one of its tokens on any."""
+        chosen = [i for i, versions in enumerate(self.in_packs) if version in versions]
+        others = [i for i, versions in enumerate(self.in_packs) if version not in versions]
+        return chosen + others[: -len(chosen) % self.pack_multiple]
+
+    def of(self, micro_batch: MicroBatch) -> Tensor:
+        """Of the tokens that its `loss_positions` predict, int64 like them."""
+        flat = torch.from_numpy(np.concatenate([sample.policy_versions for sample in self.samples]))
+        starts = np.cumsum([0, *(sample.completion_length for sample in self.samples[:-1])])
         # the position before the first completion token predicts it
         offsets = starts + 1 - np.array([sample.prompt_length for sample in self.samples])
-        offset_S = torch.from_numpy(offsets)
-        for micro_batch in self.micro_batches:
-            predicting = micro_batch.loss_positions
-            index, place = token_places(micro_batch, predicting)
-            old_T = torch.zeros_like(micro_batch.behavior_log_probs_T)
-            old_T[predicting] = flat[offset_S[index] + place]
-            micro_batch.old_log_probs_T = old_T
+        index, place = token_places(micro_batch, micro_batch.loss_positions)
+        return flat[torch.from_numpy(offsets)[index] + place]
 
 
 class Packer:
@@ -90,8 +101,15 @@ class Packer:
         ]
         stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
         advantages = np.array([sample.advantage for sample in samples], np.float32)
-        packed_again = samples if args.old_policy == "snapshot" else ()
-        return MiniBatch(len(samples), micro_batches, stats, advantages, packed_again)
+        versions = self._versions(samples, bins) if args.old_policy == "snapshot" else None
+        return MiniBatch(len(samples), micro_batches, stats, advantages, versions)
+
+    def _versions(self, samples: Sequence[TrainingSample], bins: list[list[list[int]]]) -> Versions:
+        in_packs = [
+            {version for pack in packs for i in pack for version in samples[i].policy_versions.tolist()}
+            for packs in zip(*bins, strict=True)
+        ]
+        return Versions(samples, in_packs, self._micro_batch_multiple)
 
     def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
         """Tokens of each rank's packs, as `bins`."""

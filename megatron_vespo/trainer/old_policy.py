@@ -19,8 +19,6 @@ from torch import Tensor
 
 from megatron_vespo.types import TrainingSample
 
-LogProbs = Callable[[Sequence[TrainingSample]], list[np.ndarray]]
-
 
 class CurrentWeights:
     """pi_old is the policy at the time the batch is prepared."""
@@ -77,25 +75,16 @@ class Snapshots:
         self._complete()
         self._kept[version] = _copies(self._model)
 
-    def log_probs(self, samples: Sequence[TrainingSample], log_probs: LogProbs) -> list[np.ndarray]:
-        """pi_old of every completion token, float32 [C] a sample; the same on all ranks.
-
-        `log_probs` are those of samples under the weights in place. It runs once a version, on the samples
-        with a token of that version. ValueError names a sample whose version is not kept.
-        """
+    def versions(self, samples: Sequence[TrainingSample]) -> list[int]:
+        """Those of the samples' tokens, ascending; ValueError names a sample of a version not kept."""
         for index, sample in enumerate(samples):
             self._check(index, sample)
-        merged = [np.full(sample.completion_length, np.nan, np.float32) for sample in samples]
-        for version in np.unique(np.concatenate([sample.policy_versions for sample in samples])).tolist():
-            chosen = [i for i, sample in enumerate(samples) if (sample.policy_versions == version).any()]
-            # the newest weights are in place
-            newest = version == max(self._kept)
-            with nullcontext() if newest else swapped(self._model, self._kept[version]):
-                rows = log_probs([samples[i] for i in chosen])
-            for i, row in zip(chosen, rows, strict=True):
-                mine = samples[i].policy_versions == version
-                merged[i][mine] = row[mine]
-        return merged
+        return np.unique(np.concatenate([sample.policy_versions for sample in samples])).tolist()
+
+    def weights(self, version: int) -> AbstractContextManager:
+        """A pass inside computes log-probs of `version`, one of `versions`."""
+        in_place = version == max(self._kept)
+        return nullcontext() if in_place else swapped(self._model, self._kept[version])
 
     def _check(self, index: int, sample: TrainingSample) -> None:
         where = f"sample {index} (group {sample.group_id})"

@@ -122,13 +122,27 @@ class MegatronPolicy:
     def compute_old_log_probs(self, mini_batch: MiniBatch) -> None:
         """pi_old of the mini-batch, as --old-policy says: its log-probs and, for R2, its routes."""
         if isinstance(self._old_policy, Snapshots):
-            mini_batch.set_old_log_probs(self._old_policy.log_probs(mini_batch.samples, self.log_probs))
+            self._compute_by_version(mini_batch, self._old_policy)
             return
         routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
         with self._old_policy.weights():
-            outputs = self._run(mini_batch, log_prob_only, True, routing)
+            outputs = self._run(mini_batch.micro_batches, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
+
+    def _compute_by_version(self, mini_batch: MiniBatch, snapshots: Snapshots) -> None:
+        """Each token's log-prob by the version that sampled it, in the packs of the training pass."""
+        packs, versions = mini_batch.micro_batches, mini_batch.versions
+        assert versions is not None
+        old = [torch.zeros(len(pack.tokens_T), dtype=torch.float64) for pack in packs]
+        for version in snapshots.versions(versions.samples):
+            chosen = versions.packs_of(version)
+            with snapshots.weights(version):
+                outputs = self._run([packs[i] for i in chosen], log_prob_only, True, self._routing)
+            for i, output in zip(chosen, outputs, strict=False):  # on the last pipeline stage
+                mine = packs[i].loss_positions[versions.of(packs[i]) == version]
+                old[i][mine] = output["log_probs_T"].cpu()[mine].double()
+                packs[i].old_log_probs_T = old[i]
 
     def train_step(self, mini_batch: MiniBatch) -> StepResult:
         """One optimizer step on the whole mini-batch."""
@@ -142,7 +156,7 @@ class MegatronPolicy:
         routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
         chosen = self._adapted_loss(mini_batch, routing)
         loss = partial(policy_loss, loss=chosen, args=self.args, cp_group=self.groups.cp)
-        return self._run(mini_batch, loss, False, routing)
+        return self._run(mini_batch.micro_batches, loss, False, routing)
 
     def _adapted_loss(self, mini_batch: MiniBatch, routing) -> PolicyLoss:
         """The policy loss for this mini-batch; one that adapts to it costs a forward pass more."""
@@ -151,7 +165,7 @@ class MegatronPolicy:
             return loss
         measure = partial(inputs_only, args=self.args, cp_group=self.groups.cp)
         with torch.no_grad():
-            outputs = self._run(mini_batch, measure, True, routing)
+            outputs = self._run(mini_batch.micro_batches, measure, True, routing)
         # other pipeline stages have no inputs, and compute no loss
         batch = [output["inputs"] for output in outputs]
         return loss.adapted(batch, self._packer.sum_over_tokens) if batch else loss
@@ -219,7 +233,9 @@ class MegatronPolicy:
         longest = max(sample.completion_length for sample in samples)
         table = torch.zeros(len(filled), longest, device=device())
         prompt_lengths = torch.tensor([sample.prompt_length for sample in filled])
-        outputs = self._run(mini_batch, log_prob_only, True, self._routing if replay else free_routing)
+        outputs = self._run(
+            mini_batch.micro_batches, log_prob_only, True, self._routing if replay else free_routing
+        )
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             predicting = micro_batch.loss_positions
             index, place = token_places(micro_batch, predicting)
@@ -246,7 +262,7 @@ class MegatronPolicy:
                 raise ValueError(f"denominator {denominator!r}: sample {missing[0]} has no old_log_probs")
         mini_batch = self.pack(self._packer.fill(samples))
         loss = partial(ratio_only, denominator=denominator, args=self.args, cp_group=self.groups.cp)
-        outputs = self._run(mini_batch, loss, True, self._routing)
+        outputs = self._run(mini_batch.micro_batches, loss, True, self._routing)
         return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
 
     @torch.no_grad()
@@ -270,7 +286,7 @@ class MegatronPolicy:
             for layer, experts in chosen.items():
                 table[index[real], place[real], layer] = experts[real].int()
 
-        self._run(mini_batch, log_prob_only, True, observed)
+        self._run(mini_batch.micro_batches, log_prob_only, True, observed)
         self._packer.share(table, self.groups.tp, self.groups.cp)
         rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.num_tokens] for row, sample in zip(rows, samples, strict=True)]
@@ -288,8 +304,8 @@ class MegatronPolicy:
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
         return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {})
 
-    def _run(self, mini_batch: MiniBatch, loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
-        outputs = self._schedule.run(mini_batch.micro_batches, loss, forward_only, routing)
+    def _run(self, packs: Sequence[MicroBatch], loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
+        outputs = self._schedule.run(packs, loss, forward_only, routing)
         self._replay.finish()
         return outputs
 

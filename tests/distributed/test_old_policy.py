@@ -85,23 +85,26 @@ def old_policy():
     return old_policy
 
 
-def test_each_token_gets_its_own_version_and_each_version_one_pass(old_policy):
+def test_each_version_has_its_weights_and_the_newest_come_back(old_policy):
     chunk = Chunk(5.0)
     kept = old_policy.Snapshots([chunk], 3, version=5, complete=lambda: None)
     for version in (6, 7, 8):
         chunk.set(float(version))
         kept.advance(version)
-    samples = [sample(6, 6, 7), sample(8), sample(7, 8), sample(6)]
-    passes = []
+    assert kept.versions([sample(6, 6, 8), sample(8), sample(7, 8)]) == [6, 7, 8]
+    for version in (6, 8, 7):
+        with kept.weights(version):
+            assert chunk.weight.item() == version
+        assert chunk.weight.item() == 8.0
 
-    def log_probs(chosen):
-        passes.append([i for i, s in enumerate(samples) if any(s is c for c in chosen)])
-        return [np.full(s.completion_length, chunk.weight.item(), np.float32) for s in chosen]
 
-    rows = kept.log_probs(samples, log_probs)
-    assert [row.tolist() for row in rows] == [[6.0, 6.0, 7.0], [8.0], [7.0, 8.0], [6.0]]
-    assert passes == [[0, 3], [0, 2], [1, 2]]
-    assert chunk.weight.item() == 8.0
+def test_a_version_runs_the_packs_that_hold_it_on_any_rank():
+    from megatron_vespo.trainer.mini_batch import Versions
+
+    versions = Versions((), [{6}, {6, 7}, {8}, {7}], pack_multiple=1)
+    assert [versions.packs_of(version) for version in (6, 7, 8)] == [[0, 1], [1, 3], [2]]
+    in_pairs = Versions((), [{6}, {6, 7}, {8}, {7}], pack_multiple=2)
+    assert [in_pairs.packs_of(version) for version in (6, 7, 8)] == [[0, 1], [1, 3], [2, 0]]
 
 
 @pytest.mark.parametrize("version", [5, 9])
@@ -110,7 +113,7 @@ def test_a_version_that_is_not_kept(old_policy, version):
     kept.advance(7)
     kept.advance(8)
     with pytest.raises(ValueError) as error:
-        kept.log_probs([sample(8), sample(8, version)], None)
+        kept.versions([sample(8), sample(8, version)])
     assert str(error.value) == (
         f"sample 1 (group 7) has tokens of policy version {version}, snapshots are kept of versions 7 to 8: "
         "raise --old-policy-snapshots 2 or train on younger samples"
@@ -122,7 +125,7 @@ def test_versions_that_are_missing(old_policy):
     short = sample(0, 0)
     short.completion_length = 3
     with pytest.raises(ValueError, match="has 2 policy_versions for 3 completion tokens"):
-        kept.log_probs([short], None)
+        kept.versions([short])
 
 
 def test_a_resumed_run_begins_anew_from_the_weights_it_loaded(old_policy, monkeypatch):
@@ -147,9 +150,10 @@ def test_a_resumed_run_begins_anew_from_the_weights_it_loaded(old_policy, monkey
             assert chunk.weight.item() == pytest.approx(average, rel=1e-6)
     args.old_policy = "snapshot"
     resumed, chunk = run(7, [2.0])
-    assert resumed.log_probs([sample(7)], lambda chosen: [np.full(1, chunk.weight.item())])[0] == 2.0
+    with resumed.weights(*resumed.versions([sample(7)])):
+        assert chunk.weight.item() == 2.0
     with pytest.raises(ValueError, match="policy version 6, snapshots are kept of versions 7 to 7"):
-        resumed.log_probs([sample(6)], None)
+        resumed.versions([sample(6)])
 
 
 def test_a_bfloat16_average_does_not_stand_still(old_policy):

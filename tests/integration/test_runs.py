@@ -63,6 +63,7 @@ def test_engine_and_trainer_agree_after_every_sync(tiny_run):
     batches = [record for record in records if "check/max_logprob_difference" in record]
     assert [record["step"] for record in batches] == list(range(4, 41, 4))
     assert max(record["check/max_logprob_difference"] for record in batches) <= 1e-4
+    assert {record["check/unchanged_log_w_abs_max"] for record in batches} == {0.0}
     assert all(record["policy/version"] == record["step"] for record in batches)
     assert all(record["sync/weight_check_seconds"] > 0 for record in batches)
     # nothing is trained after the last sync: completions of its own check it

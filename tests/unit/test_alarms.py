@@ -24,7 +24,19 @@ def only(alarms: list[Alarm], name: str) -> Alarm:
 
 def test_names_are_those_of_the_rules_and_a_batch_without_metrics_has_no_alarm():
     assert check({}, []) == [] and check({}, history(30, train__entropy=1.0)) == []
-    assert len({rule.__name__ for rule in RULES}) == len(RULES) == 9
+    assert len({rule.__name__ for rule in RULES}) == len(RULES) == 10
+
+
+# Passes that differ
+
+
+def test_two_passes_of_one_policy_that_differ_by_anything():
+    name = "check/unchanged_log_w_abs_max"
+    assert check({name: 0.0}, []) == []
+    alarm = only(check({name: 6e-8}, []), "passes_differ")
+    assert alarm.message == (
+        "log W of the first mini-batch, whose policy has not moved, is up to 6e-08, it must be 0"
+    )
 
 
 # Dead sequences

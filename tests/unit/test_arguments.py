@@ -296,9 +296,9 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "which does not divide --trainer-ranks 2",
         ),
         (
-            "--recompute-granularity selective --recompute-modules layernorm moe --transformer-impl local",
+            "--recompute-granularity selective --recompute-modules layernorm moe",
             "--recompute-modules layernorm needs Transformer Engine, --transformer-impl is local: leave "
-            "it out (moe and mlp need none)",
+            "it out (core_attn, moe and mlp need none)",
         ),
         (
             "--trainer-ranks 3 --pipeline-model-parallel-size 3",

@@ -1,10 +1,17 @@
 """One rollout batch as numbers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
-from megatron_vespo.rollout_metrics import rollout_metrics, staleness_metrics, step_metrics
+from megatron_vespo.rollout_metrics import (
+    pi_old_is_in_place,
+    rollout_metrics,
+    staleness_metrics,
+    step_metrics,
+)
 from megatron_vespo.types import Completion, Prompt
 
 
@@ -43,6 +50,23 @@ def test_rollout_metrics():
         "rollout/nonfinite_log_probs": 3.0,
         "rollout/retracted_share": 2 / 8,
     }
+
+
+@pytest.mark.parametrize(
+    ("denominator", "old_policy", "versions", "in_place"),
+    [
+        ("recomputed", "current", [5, 7], True),
+        ("recomputed", "snapshot", [7, 7], True),
+        ("recomputed", "snapshot", [5, 7], False),
+        ("recomputed", "ewma", [7, 7], False),
+        ("decoupled", "current", [7, 7], False),  # what the engine differs by is in its W
+        ("rollout", "current", [7, 7], False),
+    ],
+)
+def test_where_log_w_must_be_0(denominator, old_policy, versions, in_place):
+    args = SimpleNamespace(ratio_denominator=denominator, old_policy=old_policy)
+    mini_batch = [SimpleNamespace(policy_versions=np.array([version] * 3)) for version in versions]
+    assert pi_old_is_in_place(args, mini_batch, version=7) == in_place
 
 
 def test_a_penalty_counts_for_the_advantages_not_for_the_reward():

@@ -50,6 +50,7 @@ def layout(**changes) -> Namespace:
         max_tokens_per_gpu=100,
         routing_replay=None,
         moe_router_fusion=False,
+        moe_router_topk=2,
         max_position_embeddings=100,
         global_batch_size=32,
         num_attention_heads=8,

@@ -73,11 +73,10 @@ def snapshots(policy, samples: list) -> dict:
     expected = [np.full(sample.completion_length, np.nan, np.float32) for sample in mixed]
 
     def remember() -> None:
-        chosen = [i for i, s in enumerate(mixed) if policy.iteration in s.policy_versions]
-        rows = policy.log_probs([mixed[i] for i in chosen]) if chosen else []
-        for i, row in zip(chosen, rows, strict=True):
-            mine = mixed[i].policy_versions == policy.iteration
-            expected[i][mine] = row[mine]
+        # packed as the mini-batch is: other packs would round otherwise
+        for sample, row, target in zip(mixed, policy.log_probs(mixed), expected, strict=True):
+            mine = sample.policy_versions == policy.iteration
+            target[mine] = row[mine]
 
     train(policy, samples, remember)
     before = copies(policy)
