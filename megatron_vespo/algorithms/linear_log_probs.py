@@ -3,10 +3,13 @@
 Shape suffixes: T tokens, H hidden, V this rank's rows of the vocabulary, W rows of V in one tile.
 
 Forward and backward walk over tiles of the vocabulary, [T, W] logits each, computed by a matmul, reduced and
-overwritten by the next. The forward keeps running statistics of the softmax, merged over tiles as in online
-softmax (arXiv 1805.02867) and over ranks by one MAX and one SUM. The backward recomputes each tile; knowing
-the normaliser it needs no reduction, and as a tile holds all tokens, its rows of the weight's gradient are
-one whole matmul: nothing is accumulated over tiles but the gradient of the hidden states.
+overwritten by the next. Logits are float32 at least: rounded to bfloat16, one of 16 to 32 is off by up to
+0.06, and so are log-probs.
+
+The forward keeps running statistics of the softmax, merged over tiles as in online softmax (arXiv 1805.02867)
+and over ranks by one MAX and one SUM. The backward recomputes each tile; knowing the normaliser it needs no
+reduction, and as a tile holds all tokens, its rows of the weight's gradient are one whole matmul: nothing is
+accumulated over tiles but the gradient of the hidden states.
 
     z = logits / temperature,  p = softmax(z),  h = entropy of p,  g and e the gradients of log p_label and h
     d loss / d logits_v = (g 1[v = label] - p_v (g + e (log p_v + h))) / temperature
@@ -49,13 +52,15 @@ def linear_log_probs(
         labels_T: int64 [T]. A label that is no token of the vocabulary has log-prob -inf.
         temperature_T: float32 [T], positive; gets no gradient.
         group: ranks that share the vocabulary; None is one rank.
-        chunk_size: at most `chunk_size` x V logits exist at a time: as many as `chunk_size` tokens have.
+        chunk_size: at most `chunk_size` x V logits exist at a time: as many as `chunk_size` tokens have. In
+            the backward of 16-bit inputs as many gradients of logits exist, too.
         entropy_gradient: without it the entropy is not differentiable.
         use_triton: Triton kernels for what is not a matmul; None: on CUDA.
 
     Both results are float64 and bit-identical on all ranks of `group`: log W sums tens of thousands of them,
-    and what rounding each to float32 adds up to would show. The matmuls run in the inputs' dtype, the softmax
-    in float32 (float64 for float64 inputs). The gradient of `hidden_TH` is this rank's part, from its rows of
+    and what rounding each to float32 adds up to would show. Logits and softmax are float32 (float64 for
+    float64 inputs), whatever the inputs' dtype; the gradient of the logits is rounded to that dtype for its
+    two matmuls. The gradient of `hidden_TH` is this rank's part, from its rows of
     the vocabulary: the caller sums it over `group`, as the backward of Megatron's gather and copy regions
     does. Tokens whose upstream gradient is 0 cost the backward nothing.
     """
@@ -104,7 +109,7 @@ class _LinearLogProbs(torch.autograd.Function):
         statistics_4T = torch.zeros(4, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)
         statistics_4T[0] = -torch.inf
         add_to_statistics, _ = _tile_operations(use_triton)
-        for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], chunk_size):
+        for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], chunk_size, dtype):
             add_to_statistics(statistics_4T, logits_TW, temperature_T, own_labels_T - start)
         if group is not None and group.size() > 1:
             _combine_ranks(statistics_4T, group)
@@ -160,29 +165,46 @@ def _layer_gradients(
     if ctx.needs_input_grad[1]:
         grad_weight_VH = torch.empty_like(weight_VH)
         grad_weight_VH[ctx.num_real_rows :] = 0
-    _, to_gradient_ = _tile_operations(ctx.use_triton)
+    _, write_gradient = _tile_operations(ctx.use_triton)
     temperature_T, labels_T, *others = fields
-    for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], ctx.chunk_size):
+    dtype, gradient_memory = temperature_T.dtype, None
+    for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], ctx.chunk_size, dtype):
         rows = slice(start, start + logits_TW.shape[1])
-        to_gradient_(logits_TW, temperature_T, labels_T - start, *others)
+        gradient_TW = logits_TW
+        if dtype != hidden_TH.dtype:
+            if gradient_memory is None:  # the first tile is as large as any
+                gradient_memory = hidden_TH.new_empty(logits_TW.numel())
+            gradient_TW = gradient_memory[: logits_TW.numel()].view(logits_TW.shape)
+        write_gradient(gradient_TW, logits_TW, temperature_T, labels_T - start, *others)
         if grad_hidden_TH is not None:
-            grad_hidden_TH += logits_TW @ weight_VH[rows]
+            grad_hidden_TH += gradient_TW @ weight_VH[rows]
         if grad_weight_VH is not None:
-            torch.mm(logits_TW.t(), hidden_TH, out=grad_weight_VH[rows])
+            torch.mm(gradient_TW.t(), hidden_TH, out=grad_weight_VH[rows])
     return grad_hidden_TH, grad_weight_VH
 
 
-def _tiles(hidden_TH: Tensor, weight_VH: Tensor, chunk_size: int) -> Iterator[tuple[int, Tensor]]:
+def _tiles(
+    hidden_TH: Tensor, weight_VH: Tensor, chunk_size: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
     """First row and logits [T, W] of each tile; every tile lies in the memory of the one before."""
     num_tokens, num_rows = len(hidden_TH), len(weight_VH)
     width = max(1, min(num_rows, num_rows * chunk_size // max(1, num_tokens)))
     if width > ALIGNED_WIDTH:
         width -= width % ALIGNED_WIDTH
-    memory = hidden_TH.new_empty(num_tokens * width)
+    memory = hidden_TH.new_empty(num_tokens * width, dtype=dtype)
     for start in range(0, num_rows, width):
         tile_WH = weight_VH[start : start + width]
         logits_TW = memory[: num_tokens * len(tile_WH)].view(num_tokens, len(tile_WH))
-        yield start, torch.mm(hidden_TH, tile_WH.t(), out=logits_TW)
+        yield start, _product(hidden_TH, tile_WH.t(), logits_TW)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left right, not rounded to their dtype where that of `out` is larger."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:  # the same matmul, which sums in float32 anyway
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _combine_ranks(statistics_4T: Tensor, group: ProcessGroup) -> None:
@@ -205,10 +227,10 @@ def _recenter(statistics_4T: Tensor, max_T: Tensor) -> None:
 def _tile_operations(use_triton: bool) -> tuple[Callable[..., None], Callable[..., None]]:
     if use_triton:
         # only here: a machine without a GPU may have no Triton
-        from megatron_vespo.algorithms.log_prob_kernels import add_to_statistics, to_gradient_
+        from megatron_vespo.algorithms.log_prob_kernels import add_to_statistics, write_gradient
 
-        return add_to_statistics, to_gradient_
-    return _add_to_statistics, _to_gradient_
+        return add_to_statistics, write_gradient
+    return _add_to_statistics, _write_gradient
 
 
 def _add_to_statistics(
@@ -232,7 +254,8 @@ def _add_to_statistics(
         block_4T[2] += exp_TW.mul_(z_TW).sum(1)
 
 
-def _to_gradient_(
+def _write_gradient(
+    gradient_TW: Tensor,
     logits_TW: Tensor,
     temperature_T: Tensor,
     labels_T: Tensor,
@@ -240,7 +263,8 @@ def _to_gradient_(
     grad_log_probs_T: Tensor,
     *entropy_fields: Tensor,
 ) -> None:
-    """Turn the logits of a tile into their gradient, in place; labels as in `_add_to_statistics`.
+    """The gradient of a tile's logits into `gradient_TW`, which may be the tile; labels as in
+    `_add_to_statistics`.
 
     `entropy_fields` are the entropy and its upstream gradient, each [T], or nothing where it has none.
     """
@@ -257,7 +281,7 @@ def _to_gradient_(
             grad_TW = log_p_TW.add_(entropy_T1).mul_(grad_entropy_T1).add_(grad_T1).mul_(scaled_p_TW)
         else:
             grad_TW = log_p_TW.exp_().mul_(grad_T1 * scale_T1)
-        logits_TW[rows] = grad_TW.scatter_add_(1, column_T1[rows], at_label_T1[rows])
+        gradient_TW[rows] = grad_TW.scatter_add_(1, column_T1[rows], at_label_T1[rows])
 
 
 def _label_columns(labels_T: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The elementwise work of linear_log_probs as Triton kernels: one read of a tile in the forward, one read and
 one write in the backward.
 
-Same contracts as `_add_to_statistics` and `_to_gradient_` there, but a tile is left as it was by the former.
-The arithmetic inside a tile is in the temperatures' dtype, whatever the tile's.
+Same contracts as `_add_to_statistics` and `_write_gradient` there, but the former leaves a tile as it was.
+The arithmetic inside a tile is in the temperatures' dtype.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a program holds in registers at a time: 16 bytes of bfloat16 a thread, which is one load, in so few
-# registers that a multiprocessor of Hopper runs all its threads.
+# Columns a program holds in registers at a time: eight per thread, two loads of 16 bytes of float32 and one
+# store of as many of bfloat16, in so few registers that a multiprocessor of Hopper runs all its threads.
 BLOCK = 2048
 NUM_WARPS = 8
 
@@ -29,7 +29,8 @@ def add_to_statistics(
     )
 
 
-def to_gradient_(
+def write_gradient(
+    gradient_TW: Tensor,
     logits_TW: Tensor,
     temperature_T: Tensor,
     labels_T: Tensor,
@@ -37,14 +38,16 @@ def to_gradient_(
     grad_log_probs_T: Tensor,
     *entropy_fields: Tensor,
 ) -> None:
-    """Turn the logits of a tile into their gradient, in place; `entropy_fields` may be left out."""
+    """The gradient of a tile's logits into `gradient_TW`, which may be the tile; `entropy_fields` may be left
+    out.
+    """
     num_tokens, width = logits_TW.shape
-    _assert_contiguous(
-        logits_TW, temperature_T, labels_T, log_normalizer_T, grad_log_probs_T, *entropy_fields
-    )
+    fields = temperature_T, labels_T, log_normalizer_T, grad_log_probs_T, *entropy_fields
+    _assert_contiguous(gradient_TW, logits_TW, *fields)
     block = min(BLOCK, triton.next_power_of_2(width))
     entropy_T, grad_entropy_T = entropy_fields or (None, None)
     _gradient_kernel[(num_tokens, triton.cdiv(width, block))](
+        gradient_TW,
         logits_TW,
         temperature_T,
         labels_T,
@@ -107,6 +110,7 @@ def _statistics_kernel(
 
 @triton.jit
 def _gradient_kernel(
+    gradient_ptr,
     logits_ptr,
     temperature_ptr,
     labels_ptr,
@@ -123,15 +127,16 @@ def _gradient_kernel(
     dtype = temperature_ptr.dtype.element_ty
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    logits_ptrs = logits_ptr + token * width + columns
+    place = token * width + columns
     inverse_temperature = 1 / tl.load(temperature_ptr + token)
     label = tl.load(labels_ptr + token)
     grad_log_prob = tl.load(grad_log_probs_ptr + token)
 
-    z = tl.load(logits_ptrs, mask=inside, other=float("-inf")).to(dtype) * inverse_temperature
+    z = tl.load(logits_ptr + place, mask=inside, other=float("-inf")).to(dtype) * inverse_temperature
     log_p = z - tl.load(log_normalizer_ptr + token)
     factor = grad_log_prob
     if HAS_ENTROPY_GRADIENT:
         factor += tl.load(grad_entropy_ptr + token) * (log_p + tl.load(entropy_ptr + token))
     gradient = tl.where(columns == label, grad_log_prob, 0.0) - tl.exp(log_p) * factor
-    tl.store(logits_ptrs, (gradient * inverse_temperature).to(logits_ptr.dtype.element_ty), mask=inside)
+    gradient *= inverse_temperature
+    tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)

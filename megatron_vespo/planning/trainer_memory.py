@@ -182,10 +182,11 @@ def packs_in_flight_bytes(args: Namespace, layers: int, index: int) -> float:
 def log_prob_bytes(args: Namespace) -> float:
     """The output layer's work on one micro-batch: see `algorithms.linear_log_probs`.
 
-    Hidden states of all tokens and their gradient, in fp32 as well; a tile of logits; six fp64 numbers a
-    token; the weight's gradient.
+    Hidden states of all tokens and their gradient, in fp32 as well; a tile of fp32 logits, and of their
+    gradient where that is bf16; six fp64 numbers a token; the weight's gradient.
     """
     size, tokens = args.params_dtype.itemsize, args.max_tokens_per_gpu
     rows = args.padded_vocab_size / args.tensor_model_parallel_size
     hidden = tokens * args.hidden_size * (2 * size + 4)
-    return hidden + args.log_prob_chunk_size * rows * size + 6 * 8 * tokens + rows * args.hidden_size * size
+    tile = args.log_prob_chunk_size * rows * (4 if size == 4 else 4 + size)
+    return hidden + tile + 6 * 8 * tokens + rows * args.hidden_size * size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,30 +56,46 @@ def on_one_rank(inputs: dict[str, np.ndarray], vocab_size: int) -> dict[str, np.
     return {name: array.numpy() for name, array in zip(names, arrays, strict=True)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_agree_with_one_rank(layout, tmp_path):
-    num_ranks, num_rows, vocab_size, dtype = LAYOUTS[layout]
-    inputs = make_inputs(num_rows, vocab_size, dtype)
-    np.savez(tmp_path / "inputs.npz", **inputs)
-    arguments = [
-        "--inputs",
-        str(tmp_path / "inputs.npz"),
-        "--vocab-size",
-        str(vocab_size),
-        "--chunk-size",
-        "5",
-    ]
-    ranks = launch(PROGRAMS / "linear_log_probs.py", num_ranks, arguments, TIMEOUT_S, tmp_path / "ranks")
-
+def on_ranks(
+    num_ranks: int, inputs: dict[str, np.ndarray], vocab_size: int, folder: Path, *flags: str
+) -> dict[str, np.ndarray]:
+    np.savez(folder / "inputs.npz", **inputs)
+    arguments = ["--inputs", str(folder / "inputs.npz"), "--vocab-size", str(vocab_size), "--chunk-size", "5"]
+    program = PROGRAMS / "linear_log_probs.py"
+    ranks = launch(program, num_ranks, [*arguments, *flags], TIMEOUT_S, folder / "ranks")
     for rank in ranks[1:]:
         for name in ("log_probs", "entropy"):
             assert np.array_equal(ranks[0][name], rank[name]), f"{name} differs between ranks"
-    combined = {
+    return {
         "log_probs": ranks[0]["log_probs"],
         "entropy": ranks[0]["entropy"],
         "grad_hidden": sum(rank["grad_hidden"] for rank in ranks),  # each rank's is its part
         "grad_weight": np.concatenate([rank["grad_weight"] for rank in ranks]),
     }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_agree_with_one_rank(layout, tmp_path):
+    num_ranks, num_rows, vocab_size, dtype = LAYOUTS[layout]
+    inputs = make_inputs(num_rows, vocab_size, dtype)
+    combined = on_ranks(num_ranks, inputs, vocab_size, tmp_path)
     for name, expected in on_one_rank(inputs, vocab_size).items():
         np.testing.assert_allclose(combined[name], expected, **BOUNDS[dtype], err_msg=name)
     assert (combined["grad_weight"][vocab_size:] == 0).all()
+
+
+def test_ranks_with_bfloat16_inputs_have_fp32_logits(tmp_path):
+    """Against one rank with the same numbers in float64: logits of 20 rounded to bfloat16 would show."""
+    num_ranks, num_rows, vocab_size, _ = LAYOUTS["two ranks, padding"]
+    inputs = make_inputs(num_rows, vocab_size, np.float32)
+    inputs["hidden"] *= 2
+    for name in ("hidden", "weight"):
+        inputs[name] = torch.from_numpy(inputs[name]).bfloat16().float().numpy()
+    combined = on_ranks(num_ranks, inputs, vocab_size, tmp_path, "--bf16")
+    exact = {name: array.astype(np.float64) for name, array in inputs.items() if name != "labels"}
+    expected = on_one_rank(exact | {"labels": inputs["labels"]}, vocab_size)
+    for name in ("log_probs", "entropy"):
+        np.testing.assert_allclose(combined[name], expected[name], atol=2e-5, err_msg=name)
+    for name in ("grad_hidden", "grad_weight"):
+        error = np.linalg.norm(combined[name] - expected[name]) / np.linalg.norm(expected[name])
+        assert error < 2**-7, f"{name}: {error:.1e}"

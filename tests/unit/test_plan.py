@@ -323,8 +323,14 @@ def test_host_memory():
 def test_the_output_layer():
     rows, tokens = VOCABULARY // 2, 1000
     hidden = tokens * HIDDEN
-    expected = 2 * hidden + (2 + 4) * hidden + 1024 * rows * 2 + 6 * 8 * tokens + rows * HIDDEN * 2
+    rest = 6 * 8 * tokens
+    # logits in fp32, their gradient in bf16
+    expected = 2 * hidden + (2 + 4) * hidden + 1024 * rows * (4 + 2) + rest + rows * HIDDEN * 2
     assert log_prob_bytes(model(tensor_model_parallel_size=2)) == expected
+    # the gradient in the place of the logits
+    expected = 4 * hidden + (4 + 4) * hidden + 1024 * rows * 4 + rest + rows * HIDDEN * 4
+    in_fp32 = model(tensor_model_parallel_size=2, bf16=False, params_dtype=torch.float32)
+    assert log_prob_bytes(in_fp32) == expected
 
 
 def test_engines(checkpoint):

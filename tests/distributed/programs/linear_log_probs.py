@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--chunk-size", type=int, required=True)
+    parser.add_argument("--bf16", action="store_true", help="hidden states and weight")
     options = parser.parse_args()
 
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -27,8 +28,9 @@ def main() -> None:
         "gloo", init_method=address, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
     )
     inputs = {name: torch.from_numpy(array) for name, array in np.load(options.inputs).items()}
-    hidden_TH = inputs["hidden"].requires_grad_()
-    weight_VH = inputs["weight"].chunk(num_ranks)[rank].clone().requires_grad_()
+    dtype = torch.bfloat16 if options.bf16 else inputs["hidden"].dtype
+    hidden_TH = inputs["hidden"].to(dtype).requires_grad_()
+    weight_VH = inputs["weight"].chunk(num_ranks)[rank].to(dtype, copy=True).requires_grad_()
     log_probs_T, entropy_T = linear_log_probs(
         hidden_TH,
         weight_VH,
@@ -43,8 +45,8 @@ def main() -> None:
     hand_back(
         log_probs=log_probs_T.detach().numpy(),
         entropy=entropy_T.detach().numpy(),
-        grad_hidden=hidden_TH.grad.numpy(),
-        grad_weight=weight_VH.grad.numpy(),
+        grad_hidden=hidden_TH.grad.to(inputs["hidden"].dtype).numpy(),
+        grad_weight=weight_VH.grad.to(inputs["hidden"].dtype).numpy(),
     )
 
 

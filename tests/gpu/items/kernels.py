@@ -77,7 +77,7 @@ def _float32_errors(context: Context, chunk_size: int, num_upstream: int) -> dic
 
 
 def _bfloat16_errors(context: Context, num_upstream: int) -> dict[str, float]:
-    """Both see the same logits: values differ by float32 rounding, gradients by that of bfloat16."""
+    """Both see the same fp32 logits: values differ by float32 rounding, gradients by that of bfloat16."""
     num_tokens, vocab_size, hidden, chunk_size = context.size(WHOLE, SMALL)
     fields = inputs(num_tokens, vocab_size, hidden, torch.bfloat16, context.device)
     grads = tuple(torch.randn(num_upstream, num_tokens, device=context.device))
@@ -113,7 +113,8 @@ def _memory(context: Context) -> Figures:
     results = run(fields, grads, chunk_size)
     grown = torch.cuda.max_memory_allocated() - before
     kept = sum(result.nbytes for result in results)
-    chunk, hidden_bytes = chunk_size * vocab_size * 2, num_tokens * hidden * 4
+    # logits in fp32 and their gradient in bf16
+    chunk, hidden_bytes = chunk_size * vocab_size * (4 + 2), num_tokens * hidden * 4
     assert grown <= kept + chunk + 4 * hidden_bytes, f"{grown} bytes"
     return {
         "peak MB": round(grown / 1e6),
@@ -126,32 +127,34 @@ def _memory(context: Context) -> Figures:
 def _kernel_times(
     context: Context, num_tokens: int, vocab_size: int, hidden: int, chunk_size: int
 ) -> Figures:
-    """A copy reads and writes each byte once: so does the gradient; the statistics are only read."""
-    from megatron_vespo.algorithms.log_prob_kernels import add_to_statistics, to_gradient_
+    """A copy of fp32 to bf16 reads and writes what the gradient does; the statistics only read the fp32."""
+    from megatron_vespo.algorithms.log_prob_kernels import add_to_statistics, write_gradient
 
     device = context.device
     width = vocab_size * chunk_size // num_tokens
     width -= width % on_torch.ALIGNED_WIDTH
-    logits_TW = torch.randn(num_tokens, width, device=device, dtype=torch.bfloat16)
-    copy_TW = torch.empty_like(logits_TW)
+    logits_TW = torch.randn(num_tokens, width, device=device)
+    gradient_TW = torch.empty_like(logits_TW, dtype=torch.bfloat16)
     labels_T = torch.randint(0, width, (num_tokens,), device=device)
     temperature_T = torch.ones(num_tokens, device=device)
     statistics_4T = torch.zeros(4, num_tokens, dtype=torch.float64, device=device)
     ones = [torch.ones(num_tokens, device=device) for _ in range(4)]
     times = {
-        "copy": context.milliseconds(lambda: copy_TW.copy_(logits_TW)),
+        "copy": context.milliseconds(lambda: gradient_TW.copy_(logits_TW)),
         "statistics": context.milliseconds(
             lambda: add_to_statistics(statistics_4T, logits_TW, temperature_T, labels_T)
         ),
-        "gradient": context.milliseconds(lambda: to_gradient_(logits_TW, temperature_T, labels_T, *ones[:2])),
+        "gradient": context.milliseconds(
+            lambda: write_gradient(gradient_TW, logits_TW, temperature_T, labels_T, *ones[:2])
+        ),
         "gradient with entropy": context.milliseconds(
-            lambda: to_gradient_(logits_TW, temperature_T, labels_T, *ones)
+            lambda: write_gradient(gradient_TW, logits_TW, temperature_T, labels_T, *ones)
         ),
     }
-    assert logits_TW.isfinite().all()
+    assert gradient_TW.isfinite().all()
     figures: Figures = {f"{name} ms a tile": round(elapsed, 4) for name, elapsed in times.items()}
-    figures["copy GB/s"] = gigabytes_per_second(2 * logits_TW.nbytes, times["copy"])
-    figures["statistics, share of the limit"] = round(times["copy"] / 2 / times["statistics"], 3)
+    figures["copy GB/s"] = gigabytes_per_second(logits_TW.nbytes + gradient_TW.nbytes, times["copy"])
+    figures["statistics, share of the limit"] = round(times["copy"] * 2 / 3 / times["statistics"], 3)
     figures["gradient, share of the limit"] = round(times["copy"] / times["gradient"], 3)
     return figures
 
@@ -161,11 +164,14 @@ def _whole_times(context: Context, num_tokens: int, vocab_size: int, hidden: int
     fields = inputs(num_tokens, vocab_size, hidden, torch.bfloat16, context.device)
     hidden_TH, weight_VH = (field.detach() for field in fields[:2])
     upstream_T = torch.randn(num_tokens, device=context.device)
-    logits_TV = hidden_TH @ weight_VH.t()
-    forward = context.milliseconds(lambda: torch.mm(hidden_TH, weight_VH.t(), out=logits_TV))
+    gradient_TV = hidden_TH @ weight_VH.t()
+    logits_TV = torch.empty_like(gradient_TV, dtype=torch.float32)
+    forward = context.milliseconds(
+        lambda: torch.mm(hidden_TH, weight_VH.t(), out_dtype=torch.float32, out=logits_TV)
+    )
     matmuls = 2 * forward + sum(
         context.milliseconds(product)
-        for product in (lambda: logits_TV @ weight_VH, lambda: logits_TV.t() @ hidden_TH)
+        for product in (lambda: gradient_TV @ weight_VH, lambda: gradient_TV.t() @ hidden_TH)
     )
     options = {"vocab_size": vocab_size, "group": None, "chunk_size": chunk_size}
 
