@@ -251,7 +251,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
     method = METHODS[args.policy_loss]
     kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
-    args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau, args.loss_target)
+    args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau, args.loss_target, args.dual_clip)
     args.correction = CORRECTIONS[args.mismatch_correction].bind(args.mismatch_bounds)
     args.loss_aggregation = args.loss_aggregation or method.aggregation
 

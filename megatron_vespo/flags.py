@@ -11,7 +11,7 @@ from megatron_vespo.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
 from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS, GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
 from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
@@ -92,29 +92,26 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     kernel = GammaKernel()
     add("--policy-loss", choices=METHODS, default="vespo")
-    add(
-        "--loss-aggregation",
-        choices=AGGREGATIONS,
-        help="default: token-mean, but for dr-grpo and gspo their own",
-    )
+    add("--loss-aggregation", choices=AGGREGATIONS, help="default: " + _default_aggregations())
     add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
+    add("--dual-clip", type=float, metavar="C",
+        help="where A < 0, ratios above C get no gradient, 3 in verl; default: none")  # fmt: skip
     add("--sapo-tau", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"),
         help="of SAPO's gate, by the sign of the advantage; default: " + _defaults_of("tau"))  # fmt: skip
     add("--loss-target", type=float, metavar="VALUE",
-        help="bapo: positive share of the loss, bounds widen until it is reached; m2po: mean square of log "
-        "ratios, the largest are masked until it is reached; default: " + _defaults_of("target"))  # fmt: skip
+        help="bapo: positive share of the loss to reach; m2po: mean square of log ratios not to exceed; "
+        "default: " + _defaults_of("target"))  # fmt: skip
     add("--mini-batches", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
     add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
     add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),
         help="the same where it is < 0")  # fmt: skip
     add("--vespo-budget", type=float, metavar="C",
-        help="adapt C2 so that E[phi W] / E[phi] <= C, by the sign of the advantage; "
-        "default: fixed")  # fmt: skip
-    add("--ratio-denominator", choices=("recomputed", "rollout", "decoupled"), default="recomputed",
-        help="W against: the trainer's own log-probs before the first update; the engine's; or the first, "
-        "times a truncated engine ratio")  # fmt: skip
+        help="adapt C2 so that E[phi W] / E[phi] <= C, by sign; default: fixed")  # fmt: skip
+    add("--ratio-denominator", choices=RATIO_DENOMINATORS, default="recomputed",
+        help="W against: the trainer's log-probs before the first update; the engine's; or the first, times "
+        "an engine ratio truncated as a whole, or token by token")  # fmt: skip
     add("--old-policy", choices=("current", "snapshot", "ewma"), default="current",
         help="where the trainer's policy before the first update comes from: the weights when a batch is "
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
@@ -124,7 +121,7 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         "an older one is an error")  # fmt: skip
     add("--ewma-decay", type=float, default=0.889,
         help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
-    add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio (decoupled)")
+    add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio")
     add("--mismatch-correction", choices=CORRECTIONS, default="none",
         help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
     add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -172,6 +169,15 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rollout-only", action="store_true",
         help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
+
+
+def _default_aggregations() -> str:
+    """Each loss's own, for people: those of few losses by name, the most frequent one for the others."""
+    losses: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        losses.setdefault(method.aggregation, []).append(name)
+    *few, most = sorted(losses, key=lambda aggregation: len(losses[aggregation]))
+    return "; ".join([f"{aggregation} of {', '.join(losses[aggregation])}" for aggregation in few] + [most])
 
 
 def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:

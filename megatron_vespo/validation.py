@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
+from megatron_vespo.algorithms.vespo import DECOUPLED
 from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
@@ -75,15 +76,16 @@ def _check_overlong(args: Namespace) -> None:
 
 def _check_loss(args: Namespace) -> None:
     method = METHODS[args.policy_loss]
-    if args.ratio_denominator == "decoupled" and method.token_ratio:
+    if args.ratio_denominator in DECOUPLED and method.token_ratio:
         raise ValueError(
-            f"--policy-loss {args.policy_loss} weighs tokens, --ratio-denominator decoupled weighs whole "
-            "responses: use recomputed or rollout"
+            f"--policy-loss {args.policy_loss} weighs tokens, --ratio-denominator {args.ratio_denominator} "
+            "weighs whole responses: use recomputed or rollout"
         )
     for flag, given, default in (
         ("--clip-range", args.clip_range, method.clip_range),
         ("--sapo-tau", args.sapo_tau, method.tau),
         ("--loss-target", args.loss_target, method.target),
+        ("--dual-clip", args.dual_clip, method.dual_clip or None),
     ):
         if given is not None and default is None:
             raise ValueError(f"{flag} has no effect on --policy-loss {args.policy_loss}: leave it out")
@@ -91,6 +93,8 @@ def _check_loss(args: Namespace) -> None:
             raise ValueError(f"{flag} {given[0]:g} {given[1]:g}: both must be positive and finite")
     if args.loss_target is not None and not 0 < args.loss_target < 1:
         raise ValueError(f"--loss-target {args.loss_target:g}: must be between 0 and 1")
+    if args.dual_clip is not None and not 1 < args.dual_clip < math.inf:
+        raise ValueError(f"--dual-clip {args.dual_clip:g}: must be above 1 and finite")
 
 
 def _check_correction(args: Namespace) -> None:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vespo.algorithms.losses.inputs import LossInputs
-from megatron_vespo.algorithms.vespo import RatioDenominator, segment_sum
+from megatron_vespo.algorithms.vespo import DECOUPLED, RatioDenominator, segment_sum
 
 # exp(20) is 4.9e8: far beyond any ratio that should be trained on, and far from overflow
 MAX_LOG_RHO = 20.0
@@ -165,14 +165,16 @@ class Forbidden:
     """Combinations that are refused, and why; None matches everything."""
 
     reason: str
-    denominator: RatioDenominator | None = None
+    denominators: tuple[RatioDenominator, ...] | None = None
     kind: str | None = None
     name: str | None = None
     token_ratio: bool | None = None  # of the loss, `Method.token_ratio`
 
     def matches(self, name: str, denominator: str, token_ratio: bool) -> bool:
-        asked = (denominator, CORRECTIONS[name].kind, name, token_ratio)
-        rule = (self.denominator, self.kind, self.name, self.token_ratio)
+        if self.denominators is not None and denominator not in self.denominators:
+            return False
+        asked = (CORRECTIONS[name].kind, name, token_ratio)
+        rule = (self.kind, self.name, self.token_ratio)
         return all(mine is None or mine == theirs for mine, theirs in zip(rule, asked, strict=True))
 
 
@@ -183,12 +185,12 @@ FORBIDDEN = (
     Forbidden(
         "rollout compares with mu: all of rho is in the ratio and would be counted twice, and pi_old "
         "is not computed; use recomputed with the correction, or rollout alone",
-        denominator="rollout",
+        denominators=("rollout",),
     ),
     Forbidden(
-        "decoupled has the truncated product of rho in W, a weight would count it twice; use recomputed with "
+        "decoupled has the truncated rho in W already, a weight would count it twice; use recomputed with "
         "the weight, or decoupled with a mask (token-mask, reject-product, reject-geometric, reject-k3)",
-        denominator="decoupled",
+        denominators=DECOUPLED,
         kind="weight",
     ),
     Forbidden(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from random_task import split
 
+from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
+
 KERNEL = {True: (2.0, 3.0), False: (3.0, 2.0)}  # of the sign of the advantage
 
 
@@ -18,18 +20,20 @@ def per_sequence(values, samples, reduce=np.sum):
     return np.array([reduce(one) for one in split(values.astype(np.float64), samples)])
 
 
-@pytest.mark.parametrize("denominator", ["recomputed", "rollout", "decoupled"])
+@pytest.mark.parametrize("denominator", RATIO_DENOMINATORS)
 def test_train_step_is_the_closed_form(task, result, denominator):
     samples = task.samples
     now, old = result[f"{denominator} log_probs"], result[f"{denominator} old_log_probs"]
     behavior = np.concatenate([sample.behavior_log_probs for sample in samples])
     staleness = per_sequence(now - old, samples)
     gap = per_sequence(old - behavior, samples)
+    by_token = per_sequence(np.minimum((old - behavior).astype(np.float64), np.log(2.0)), samples)
     assert np.abs(staleness).max() > 0.05 and (gap > np.log(2.0)).any()
     log_w = {
         "recomputed": staleness,
         "rollout": staleness + gap,
         "decoupled": staleness + np.minimum(gap, np.log(2.0)),
+        "decoupled-token": staleness + by_token,
     }[denominator]
 
     advantages = np.array([sample.advantage for sample in samples])
@@ -43,6 +47,7 @@ def test_train_step_is_the_closed_form(task, result, denominator):
     assert result[f"{denominator} num_tokens"] == len(now)
 
     in_w = {"recomputed": 0 * gap, "rollout": np.nan * gap, "decoupled": np.minimum(gap, np.log(2.0))}
+    in_w["decoupled-token"] = by_token
     np.testing.assert_allclose(result[f"{denominator} mismatch"], in_w[denominator], rtol=0, atol=1e-4)
 
     # without pi_old only the current policy can be compared with the engine

@@ -61,12 +61,19 @@ def test_only_rounding_differs(result, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_three_denominators(task, result, variant):
+def test_the_denominators(task, result, variant):
     """The public call against float64 sums of what the samples hold: old is half-way to the engine's."""
     log_probs = split(task.log_probs.astype(np.float64), task.samples)
     samples = task.samples[: len(result[f"{variant} log_w"])]
     gap = np.array([(log_probs[i] - sample.behavior_log_probs).sum() / 2 for i, sample in enumerate(samples)])
+    by_token = np.array(
+        [
+            np.minimum((log_probs[i] - sample.behavior_log_probs) / 2, np.log(1.2)).sum()
+            for i, sample in enumerate(samples)
+        ]
+    )
     expected = {"recomputed": gap, "rollout": 2 * gap, "decoupled": gap + np.minimum(gap, np.log(1.2))}
+    expected["decoupled-token"] = gap + by_token
     assert (gap > np.log(1.2)).any()
     for denominator, values in expected.items():
         np.testing.assert_allclose(result[f"{variant} {denominator}"], values, rtol=0, atol=5e-5)

@@ -113,9 +113,23 @@ MUTATIONS = [
     Mutation(
         "denominator: decoupled does not truncate",
         "algorithms/vespo.py",
-        "engine_gap_S.clamp(max=float(torch.tensor(mismatch_truncation).log()))",
+        "engine_gap_S.clamp(max=most)",
         "engine_gap_S",
         (INVARIANCE, "denominators and one"),
+    ),
+    Mutation(
+        "denominator: decoupled-token does not truncate",
+        "algorithms/vespo.py",
+        "log_rho_T.clamp(max=most)",
+        "log_rho_T",
+        ("tests/unit/test_vespo.py", "parts"),
+    ),
+    Mutation(
+        "clipping: the dual clip also caps responses better than average",
+        "algorithms/losses/clipped.py",
+        "floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -math.inf)",
+        "floor_T = dual_clip * advantages_T",
+        ("tests/unit/test_losses.py", "dual_clip"),
     ),
     Mutation(
         "denominator: pi_old is forgotten",
@@ -204,8 +218,8 @@ MUTATIONS = [
     Mutation(
         "mismatch: the engine's weight is counted twice without a word",
         "algorithms/corrections.py",
-        '        denominator="decoupled",\n',
-        '        denominator="recomputed",\n',
+        "        denominators=DECOUPLED,\n",
+        '        denominators=("recomputed",),\n',
         ("tests/unit/test_corrections.py", "reason"),
     ),
     Mutation(

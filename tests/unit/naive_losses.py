@@ -39,8 +39,11 @@ def score(pi, a, weight):
     return [-weight * a * p for p in pi]
 
 
-def ppo(rs, a, low, high):
-    return [-min(r * a, r.clamp(1.0 - low, 1.0 + high) * a) for r in rs]
+def ppo(rs, a, low, high, dual_clip=None):
+    objectives = [min(r * a, r.clamp(1.0 - low, 1.0 + high) * a) for r in rs]
+    if dual_clip is not None and a < 0:
+        objectives = [max(o, o.new_tensor(dual_clip * a)) for o in objectives]
+    return [-o for o in objectives]
 
 
 def gspo(pi, old, a):
@@ -61,8 +64,8 @@ def cispo(pi, old, a):
 
 KERNEL_POWERS = {"vespo": lambda n: 1.0, "vespo-mean": lambda n: 1 / n, "vespo-sqrt": lambda n: n**-0.5}
 PAPERS = {
-    "grpo": lambda pi, old, a: ppo(ratios(pi, old), a, 0.2, 0.28),
-    "dr-grpo": lambda pi, old, a: ppo(ratios(pi, old), a, 0.2, 0.2),
+    "grpo": lambda pi, old, a, dual_clip=None: ppo(ratios(pi, old), a, 0.2, 0.28, dual_clip),
+    "dr-grpo": lambda pi, old, a, dual_clip=None: ppo(ratios(pi, old), a, 0.2, 0.2, dual_clip),
     "gspo": gspo,
     "sapo": sapo,
     "cispo": cispo,
@@ -75,9 +78,9 @@ PAPERS = {
 # Of all responses of the step, as they choose something by all of them.
 
 
-def bapo(responses, target):
+def bapo(responses, target, dual_clip=None):
     low, high = bapo_bounds(responses, target)
-    return [ppo(ratios(pi, old), a, 1.0 - low, high - 1.0) for pi, old, a in responses]
+    return [ppo(ratios(pi, old), a, 1.0 - low, high - 1.0, dual_clip) for pi, old, a in responses]
 
 
 def bapo_bounds(responses, target) -> tuple[float, float]:
@@ -112,7 +115,9 @@ def m2po(responses, target):
 
 
 WHOLE_STEP = {"bapo": bapo, "m2po": m2po}
-OWN_AGGREGATION = {"dr-grpo": "constant", "gspo": "sequence-mean-token-mean"}
+OWN_AGGREGATION = {"dr-grpo": "constant"} | dict.fromkeys(
+    ("gspo", "sapo", "topr"), "sequence-mean-token-mean"
+)
 
 
 def naive_total(terms_by_response, aggregation):
@@ -124,13 +129,13 @@ def naive_total(terms_by_response, aggregation):
     return sum(sums) / (len(sums) * (LONGEST if aggregation == "constant" else 1))
 
 
-def naive_terms(method, responses, kernel, target):
+def naive_terms(method, responses, kernel, target, **capped):
     if method in WHOLE_STEP:
-        return WHOLE_STEP[method](responses, target or TARGETS[method])
+        return WHOLE_STEP[method](responses, target or TARGETS[method], **capped)
     if method in KERNEL_POWERS:
         ws = [whole(pi, old) ** KERNEL_POWERS[method](len(pi) or 1) for pi, old, _ in responses]
         return [score(pi, a, phi(w, a, kernel)) for (pi, _, a), w in zip(responses, ws, strict=True)]
-    return [PAPERS[method](*response) if response[0] else [] for response in responses]
+    return [PAPERS[method](*response, **capped) if response[0] else [] for response in responses]
 
 
 def responses_of(inputs: LossInputs, pi_T: torch.Tensor | None = None):
@@ -144,10 +149,10 @@ def responses_of(inputs: LossInputs, pi_T: torch.Tensor | None = None):
     return responses
 
 
-def naive(inputs: LossInputs, method: str, aggregation: str, kernel: GammaKernel, target=None):
+def naive(inputs: LossInputs, method: str, aggregation: str, kernel: GammaKernel, target=None, **capped):
     """Loss, its gradient [T] float64, and what the loss would be if no terms cancelled."""
     pi_T = inputs.log_probs_T.detach().double().requires_grad_()
-    terms = naive_terms(method, responses_of(inputs, pi_T), kernel, target)
+    terms = naive_terms(method, responses_of(inputs, pi_T), kernel, target, **capped)
     loss = naive_total(terms, aggregation)
     [gradient_T] = torch.autograd.grad(loss, pi_T)
     sizes = [[abs(term.item()) for term in of_response] for of_response in terms]

@@ -8,11 +8,10 @@ import torch
 from megatron_vespo.algorithms.corrections import CORRECTIONS, FORBIDDEN, Mismatch, why_forbidden
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import segment_sum
+from megatron_vespo.algorithms.vespo import DECOUPLED, RATIO_DENOMINATORS, segment_sum
 
 LENGTHS = (5, 1, 4, 0, 3, 12)
 FAR = (1e4, 100.0, -100.0, -1e4)
-DENOMINATORS = ("recomputed", "rollout", "decoupled")
 
 
 def within(value, low, high) -> float:
@@ -202,7 +201,7 @@ RECOMPUTED_ONLY = {"tis", "sequence-tis", "icepop", "importance"}
 
 
 @every_correction
-@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("denominator", RATIO_DENOMINATORS)
 @pytest.mark.parametrize("loss", METHODS)
 def test_every_combination_is_allowed_or_refused_with_its_reason(name, denominator, loss):
     token_ratio = METHODS[loss].token_ratio
@@ -212,7 +211,7 @@ def test_every_combination_is_allowed_or_refused_with_its_reason(name, denominat
         pass
     elif denominator == "rollout":
         reason = rollout
-    elif denominator == "decoupled" and name in RECOMPUTED_ONLY:
+    elif denominator in DECOUPLED and name in RECOMPUTED_ONLY:
         reason = decoupled
     elif name == "importance" and not token_ratio:
         reason = no_token_ratio

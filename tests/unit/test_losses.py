@@ -21,7 +21,7 @@ from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 
 KERNEL = GammaKernel()
-NO_OPTIONS = {"clip_range": None, "tau": None, "target": None}
+NO_OPTIONS = {"clip_range": None, "tau": None, "target": None, "dual_clip": None}
 TINY = 1e-37  # float32 knows little below
 SATURATED = {"sapo": 1e-9}  # a sigmoid near 1 is exact to rounding, and so is the gradient through it
 # The one case where float32 cannot do 1e-6: vespo-sqrt of 30 tokens, |log W| = 100 and c1 = 2, where phi is
@@ -55,11 +55,11 @@ def loss_and_gradient(inputs: LossInputs, method: str, aggregation=None, **optio
 
 
 def check_against_paper(
-    inputs: LossInputs, method: str, aggregation=None, kernel=KERNEL, target=None, tolerance=1e-6
+    inputs: LossInputs, method: str, aggregation=None, kernel=KERNEL, target=None, tolerance=1e-6, **capped
 ):
     aggregation = aggregation or METHODS[method].aggregation
-    loss, gradient_T = loss_and_gradient(inputs, method, aggregation, kernel=kernel, target=target)
-    expected, expected_T, size = naive(inputs, method, aggregation, kernel, target)
+    loss, gradient_T = loss_and_gradient(inputs, method, aggregation, kernel=kernel, target=target, **capped)
+    expected, expected_T, size = naive(inputs, method, aggregation, kernel, target, **capped)
     # relative to what is summed: terms of both signs cancel, and log W and phi are float32
     assert loss == pytest.approx(expected, rel=0, abs=max(tolerance * size, TINY))
     allowed = max(tolerance * expected_T.abs().max().item(), SATURATED.get(method, TINY))
@@ -176,6 +176,30 @@ def test_far_from_the_policy_everything_stays_finite(method, dtype, log_ratio):
         assert math.isfinite(loss) and gradient_T.isfinite().all()
         if uses_kernel and 0.0 not in pair:
             assert gradient_T.abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.dual_clip])
+@pytest.mark.parametrize("spread", [0.4, 1.5, 4.0])
+@both_dtypes
+def test_dual_clip_caps_the_loss_of_responses_worse_than_average(method, spread, dtype):
+    inputs = batch(spread=spread, dtype=dtype)
+    check_against_paper(inputs, method, dual_clip=3.0)
+    term, ratio_T = token_loss(inputs, method, dual_clip=3.0), inputs.log_ratio_T.exp()
+    free = token_loss(inputs, method)
+    negative_T = (inputs.per_token(inputs.advantages_S) < 0) & (inputs.loss_mask_T > 0)
+    capped_T = negative_T & (ratio_T > 3.0)
+    assert capped_T.any() == (spread > 1.0)
+    assert not term.weight_T[capped_T].any() and (free.weight_T[capped_T] > 3.0).all()
+    torch.testing.assert_close(
+        term.loss_T[capped_T], (-3.0 * inputs.per_token(inputs.advantages_S)[capped_T]).to(dtype)
+    )
+    assert torch.equal(term.weight_T[~capped_T], free.weight_T[~capped_T])
+
+
+def test_the_published_grpo_bounds_no_ratio_of_a_response_worse_than_average():
+    assert token_loss(batch([1], [-1.0], log_ratio=5.0), "grpo").weight_T[2].item() == pytest.approx(
+        math.exp(5)
+    )
 
 
 def cut(inputs: LossInputs, sequences: list[int], keeps=lambda t: True) -> LossInputs:

@@ -209,6 +209,23 @@ def test_real_numbers_are_positive(flags, flag, value):
             "recomputed or rollout",
         ),
         (
+            "--policy-loss sapo --ratio-denominator decoupled-token",
+            "--policy-loss sapo weighs tokens, --ratio-denominator decoupled-token weighs whole responses: "
+            "use recomputed or rollout",
+        ),
+        (
+            "--policy-loss vespo --dual-clip 3",
+            "--dual-clip has no effect on --policy-loss vespo: leave it out",
+        ),
+        (
+            "--policy-loss grpo --dual-clip 1",
+            "--dual-clip 1: must be above 1 and finite",
+        ),
+        (
+            "--policy-loss bapo --dual-clip inf",
+            "--dual-clip inf: must be above 1 and finite",
+        ),
+        (
             "--policy-loss vespo --clip-range 0.1 0.2",
             "--clip-range has no effect on --policy-loss vespo: leave it out",
         ),
@@ -235,7 +252,7 @@ def test_real_numbers_are_positive(flags, flag, value):
         (
             "--mismatch-correction tis --ratio-denominator decoupled",
             "--mismatch-correction tis with --ratio-denominator decoupled and --policy-loss vespo: decoupled "
-            "has the truncated product of rho in W, a weight would count it twice; use recomputed with the "
+            "has the truncated rho in W already, a weight would count it twice; use recomputed with the "
             "weight, or decoupled with a mask (token-mask, reject-product, reject-geometric, reject-k3)",
         ),
         (

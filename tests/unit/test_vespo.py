@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from megatron_vespo.algorithms.losses.aggregation import weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.weighted import vespo
-from megatron_vespo.algorithms.vespo import GammaKernel, segment_sum, sequence_log_ratio
+from megatron_vespo.algorithms.vespo import (
+    DECOUPLED,
+    RATIO_DENOMINATORS,
+    GammaKernel,
+    segment_sum,
+    sequence_log_ratio,
+)
 
 KERNEL = GammaKernel()
-DENOMINATORS = ("recomputed", "rollout", "decoupled")
 
 
 def phi_of(log_w, advantage, kernel=KERNEL) -> list[float]:
@@ -49,7 +54,7 @@ def naive_log_ratio(fields, num_sequences, denominator, truncation) -> list[floa
     """The formulas, one token after the other."""
     log_w = []
     for s in range(num_sequences):
-        staleness = gap = against_mu = 0.0
+        staleness = gap = against_mu = truncated = 0.0
         for t in range(len(fields["loss_mask_T"])):
             if fields["sequence_ids_T"][t] != s or fields["loss_mask_T"][t] == 0:
                 continue
@@ -59,10 +64,12 @@ def naive_log_ratio(fields, num_sequences, denominator, truncation) -> list[floa
             staleness += pi - old
             gap += old - mu
             against_mu += pi - mu
+            truncated += min(old - mu, math.log(truncation))
         parts = {
             "recomputed": staleness,
             "rollout": against_mu,
             "decoupled": staleness + min(gap, math.log(truncation)),
+            "decoupled-token": staleness + truncated,
         }
         log_w.append(parts[denominator])
     return log_w
@@ -184,7 +191,7 @@ def test_segment_sum_of_32k_tokens_is_exact_to_fp32_rounding():
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     seed=st.integers(0, 2**16),
     padding=st.integers(0, 5),
-    denominator=st.sampled_from(DENOMINATORS),
+    denominator=st.sampled_from(RATIO_DENOMINATORS),
     truncation=st.sampled_from([0.5, 1.0, 2.0]),
 )
 def test_log_ratio_is_that_of_the_loop(lengths, seed, padding, denominator, truncation):
@@ -207,6 +214,7 @@ def test_log_ratio_has_its_parts():
         "recomputed": ([0.5, 0.0], [0.0, 0.0]),
         "rollout": ([2.5, -0.5], [2.0, -0.5]),
         "decoupled": ([0.5 + math.log(2), -0.5], [math.log(2), -0.5]),
+        "decoupled-token": ([0.5 + math.log(2), -0.5], [math.log(2), -0.5]),
     }
     for denominator, (log_w, mismatch) in expected.items():
         ratio = ratio_of(fields, 2, denominator)
@@ -223,7 +231,7 @@ def test_rollout_denominator_does_without_old_log_probs():
     assert torch.isnan(without.mismatch_S).all() and torch.isnan(without.engine_gap_S).all()
 
 
-@pytest.mark.parametrize("denominator", ["recomputed", "decoupled"])
+@pytest.mark.parametrize("denominator", ["recomputed", *DECOUPLED])
 def test_the_other_denominators_need_old_log_probs(denominator):
     with pytest.raises(AssertionError, match=f"denominator {denominator} needs old_log_probs"):
         ratio_of(batch([4]) | {"old_log_probs_T": None}, 1, denominator)
@@ -259,7 +267,7 @@ def test_an_unmasked_nan_stays_visible():
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     seed=st.integers(0, 2**16),
-    denominator=st.sampled_from(DENOMINATORS),
+    denominator=st.sampled_from(RATIO_DENOMINATORS),
 )
 def test_loss_and_gradient_are_those_of_the_loop(lengths, seed, denominator):
     fields = batch(lengths, seed, padding=3)
@@ -341,7 +349,7 @@ def test_loss_does_not_depend_on_order_or_micro_batches(lengths, seed, data):
     torch.testing.assert_close(sum(gradient_T for _, gradient_T in pieces), whole_gradient_T)
 
 
-@pytest.mark.parametrize("denominator", ["recomputed", "rollout", "decoupled"])
+@pytest.mark.parametrize("denominator", RATIO_DENOMINATORS)
 def test_log_w_of_32k_tokens_is_that_of_float64(denominator):
     """Three responses of 32k tokens and a short one; a running sum in float32 would not do."""
     generator = torch.Generator().manual_seed(0)
@@ -350,10 +358,11 @@ def test_log_w_of_32k_tokens_is_that_of_float64(denominator):
     old_T = -1.0 - torch.rand(len(ids_T), generator=generator)
     log_probs_T = old_T + 0.01 * torch.randn(len(ids_T), generator=generator)
     behavior_T = old_T + 0.02 * torch.randn(len(ids_T), generator=generator)
+    behavior_T[::1000] -= 1.0  # a rho of 2.7, above the truncation
     mask_T = (torch.arange(len(ids_T)) % 7 > 0).float()
 
-    def exact(one_T, other_T):
-        terms_T = (one_T.double() - other_T.double()) * mask_T
+    def exact(one_T, other_T, most=math.inf):
+        terms_T = (one_T.double() - other_T.double()).clamp(max=most) * mask_T
         return torch.stack([terms_T[ids_T == s].sum() for s in range(4)])
 
     staleness_S, gap_S = exact(log_probs_T, old_T), exact(old_T, behavior_T)
@@ -361,6 +370,7 @@ def test_log_w_of_32k_tokens_is_that_of_float64(denominator):
         "recomputed": staleness_S,
         "rollout": staleness_S + gap_S,
         "decoupled": staleness_S + gap_S.clamp(max=math.log(2.0)),
+        "decoupled-token": staleness_S + exact(old_T, behavior_T, math.log(2.0)),
     }[denominator]
     ratio = sequence_log_ratio(log_probs_T, behavior_T, old_T, mask_T, ids_T, 4, denominator, 2.0)
     assert (ratio.log_w_S.double() - expected_S).abs().max() < 2e-6

@@ -6,10 +6,11 @@ Shape suffixes: T packed tokens of a micro-batch on this rank, H upper bounds, L
         raise c_high by a step if it can still move, else c_low
     P = sum over A > 0 of min(r, c_high) A,    N = sum over A < 0 of max(r, c_low) |A|
 
-That follows the paper's algorithm, P and N the parts of its clipped objective. From where the numbers are:
-the ranges [0.6, 0.9] and [1.2, 3.0] are those of its authors' repository, which has a target of 0.5, other
-steps, and raises c_low first; target 0.4, the steps 0.02 and 0.05 and c_high first are as others quote the
-paper, and have not been compared with its text.
+That is the paper's Algorithm 1 with its values: c_low from a- = 0.6 to b- = 0.9 by delta2 = 0.02, c_high from
+a+ = 1.2 to b+ = 3.0 by delta1 = 0.05, target rho0 = 0.4. One thing differs: its eq. 8 weighs every token of P
+and N by pi_rollout(y_t). Nothing here does, nor in the authors' repository (WooooDyy/BAPO, recipe/bapo). That
+has other steps, compares P / N with its target and raises c_low first. Its loss is also capped where A < 0
+and r > 3, which is `dual_clip` here: it bounds the loss, not P and N.
 
 Raising c_low takes gradient from tokens with A < 0, but N is of the objective, where they then weigh more:
 where c_high cannot reach the target, c_low goes all the way. So does the repository's code.
@@ -17,6 +18,7 @@ where c_high cannot reach the target, c_low goes all the way. So does the reposi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +31,10 @@ from megatron_vespo.algorithms.losses.inputs import LossInputs, Reduce
 LOW, HIGH = (0.6, 0.9, 0.02), (1.2, 3.0, 0.05)
 
 
-def bounds(batch: Sequence[LossInputs], reduce: Reduce, target: float) -> dict[str, float]:
-    """The step's clip range as `clipped.grpo` takes it: low and high of 1 - low, 1 + high.
+def bounds(
+    batch: Sequence[LossInputs], reduce: Reduce, target: float, dual_clip: float = math.inf
+) -> dict[str, float]:
+    """The step's options of `clipped.grpo`: low and high of 1 - low, 1 + high, and `dual_clip` as it is.
 
     P and N are over all trained tokens alike, whatever --loss-aggregation makes of them. The sums of all
     candidates travel in one reduction.
@@ -45,7 +49,7 @@ def bounds(batch: Sequence[LossInputs], reduce: Reduce, target: float) -> dict[s
             high += 1
         else:
             low += 1
-    return {"low": 1.0 - lows[low], "high": highs[high] - 1.0}
+    return {"low": 1.0 - lows[low], "high": highs[high] - 1.0, "dual_clip": dual_clip}
 
 
 def _candidates(first: float, last: float, step: float) -> list[float]:

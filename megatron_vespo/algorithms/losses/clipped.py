@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,19 @@ from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
 MAX_LOG_RATIO = 20.0
 
 
-def clipped(inputs: LossInputs, log_ratio_T: Tensor, low: float, high: float) -> TokenLoss:
-    """- min(r A, clip(r, 1 - low, 1 + high) A)."""
+def clipped(
+    inputs: LossInputs, log_ratio_T: Tensor, low: float, high: float, dual_clip: float = math.inf
+) -> TokenLoss:
+    """- min(r A, clip(r, 1 - low, 1 + high) A), where A < 0 never more than - c A, c = `dual_clip`."""
     advantages_T = inputs.per_token(inputs.advantages_S)
     ratio_T = _ratio(inputs, log_ratio_T)
     free_T, bounded_T = ratio_T * advantages_T, ratio_T.clamp(1.0 - low, 1.0 + high) * advantages_T
-    weight_T = torch.where(free_T <= bounded_T, ratio_T, 0.0).detach()
-    return TokenLoss(-torch.minimum(free_T, bounded_T), weight_T)
+    floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -math.inf)
+    # with NaN the condition is false, and it stays visible
+    capped_T = free_T < floor_T
+    loss_T = -torch.where(capped_T, floor_T, torch.minimum(free_T, bounded_T))
+    weight_T = torch.where((free_T <= bounded_T) & ~capped_T, ratio_T, 0.0).detach()
+    return TokenLoss(loss_T, weight_T)
 
 
 def unclipped(inputs: LossInputs, log_ratio_T: Tensor) -> TokenLoss:
@@ -31,9 +39,14 @@ def _ratio(inputs: LossInputs, log_ratio_T: Tensor) -> Tensor:
     return inputs.attached(log_ratio_T.clamp(max=MAX_LOG_RATIO)).exp()
 
 
-def grpo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
-    """PPO's clipped objective on token ratios (GRPO, arXiv 2402.03300; DAPO's upper bound, 2503.14476)."""
-    return clipped(inputs, inputs.log_ratio_T, low, high)
+def grpo(inputs: LossInputs, low: float, high: float, dual_clip: float = math.inf) -> TokenLoss:
+    """PPO's clipped objective on token ratios (GRPO, arXiv 2402.03300; DAPO's upper bound, 2503.14476).
+
+    As published nothing bounds r where A < 0. `dual_clip` does (dual-clip PPO, arXiv 1912.09729, eq. 5): a
+    token with A < 0 and r > c has no gradient. verl's `vanilla` loss always has c = 3, and with it the GRPO
+    that the VESPO paper compares with.
+    """
+    return clipped(inputs, inputs.log_ratio_T, low, high, dual_clip)
 
 
 def gspo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
@@ -46,7 +59,10 @@ def gspo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
 
 
 def sapo(inputs: LossInputs, tau_positive: float, tau_negative: float) -> TokenLoss:
-    """- A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
+    """- A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347).
+
+    Its eq. 5 takes the mean of a response's tokens, then that of the responses.
+    """
     advantages_T = inputs.per_token(inputs.advantages_S)
     tau_T = torch.where(advantages_T > 0, tau_positive, tau_negative)
     ratio_T = _ratio(inputs, inputs.log_ratio_T)

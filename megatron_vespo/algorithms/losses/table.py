@@ -39,8 +39,9 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and its defaults: token-mean, as in the VESPO paper, but where another one is its point.
+    """A loss and its defaults, those of the method's authors; docs/losses.md compares them with others'.
 
+    `aggregation` is token-mean, as in the VESPO paper, but where the method's own paper has another one.
     `adapt` chooses the loss's options by all of an optimizer step's inputs, before the first backward pass.
     """
 
@@ -50,6 +51,7 @@ class Method:
     tau: tuple[float, float] | None = None  # where A > 0, elsewhere
     adapt: Callable[..., dict[str, Any]] | None = None
     target: float | None = None  # what `adapt` aims at
+    dual_clip: bool = False  # whether it may be capped where A < 0; off as long as nobody asks
     uses_kernel: bool = False
     token_ratio: bool = False  # weighs each token by its own ratio instead of the response by W
 
@@ -59,6 +61,7 @@ class Method:
         clip_range: tuple[float, float] | None = None,
         tau: tuple[float, float] | None = None,
         target: float | None = None,
+        dual_clip: float | None = None,
     ) -> PolicyLoss:
         """The loss with its options; None takes the method's own."""
         options: dict[str, Any] = {}
@@ -70,22 +73,28 @@ class Method:
             options["tau_positive"], options["tau_negative"] = tau or self.tau
         if self.target is not None:
             options["target"] = self.target if target is None else target
+        if self.dual_clip and dual_clip is not None:
+            options["dual_clip"] = dual_clip
         return PolicyLoss(self.loss, options, self.adapt)
 
+
+MEAN_OF_MEANS: Aggregation = "sequence-mean-token-mean"
 
 # lower bounds of 1 are none: a ratio is never below 0
 METHODS: dict[str, Method] = {
     "vespo": Method(weighted.vespo, uses_kernel=True),
     "vespo-mean": Method(weighted.vespo_mean, uses_kernel=True),
     "vespo-sqrt": Method(weighted.vespo_sqrt, uses_kernel=True),
-    "grpo": Method(clipped.grpo, clip_range=(0.2, 0.28), token_ratio=True),
-    "dr-grpo": Method(clipped.grpo, aggregation="constant", clip_range=(0.2, 0.2), token_ratio=True),
-    "gspo": Method(clipped.gspo, aggregation="sequence-mean-token-mean", clip_range=(3e-4, 4e-4)),
-    "sapo": Method(clipped.sapo, tau=(1.0, 1.05), token_ratio=True),
+    "grpo": Method(clipped.grpo, clip_range=(0.2, 0.28), dual_clip=True, token_ratio=True),
+    "dr-grpo": Method(
+        clipped.grpo, aggregation="constant", clip_range=(0.2, 0.2), dual_clip=True, token_ratio=True
+    ),
+    "gspo": Method(clipped.gspo, aggregation=MEAN_OF_MEANS, clip_range=(3e-4, 4e-4)),
+    "sapo": Method(clipped.sapo, aggregation=MEAN_OF_MEANS, tau=(1.0, 1.05), token_ratio=True),
     "cispo": Method(weighted.cispo, clip_range=(1.0, 0.28), token_ratio=True),
-    "bapo": Method(clipped.grpo, adapt=bapo.bounds, target=0.4, token_ratio=True),
+    "bapo": Method(clipped.grpo, adapt=bapo.bounds, target=0.4, dual_clip=True, token_ratio=True),
     "m2po": Method(m2po.m2po, adapt=m2po.smallest_masked, target=0.04, token_ratio=True),
-    "topr": Method(weighted.topr),
+    "topr": Method(weighted.topr, aggregation=MEAN_OF_MEANS),
     "sequence-is": Method(weighted.sequence_importance_sampling),
     "reinforce": Method(weighted.reinforce),
 }

@@ -46,12 +46,21 @@ def sequence_importance_sampling(inputs: LossInputs) -> TokenLoss:
 
 
 def topr(inputs: LossInputs) -> TokenLoss:
-    """Weight 1 where A > 0, min(W, 1) elsewhere (tapered off-policy REINFORCE, arXiv 2503.14286)."""
+    """Weight 1 where A > 0, min(W, 1) elsewhere (tapered off-policy REINFORCE, arXiv 2503.14286).
+
+    The sign that decides is A's. TOPR's is that of R, which is +1 or -1 there and has no baseline: the same
+    where the baseline lies between a right and a wrong answer. Its experiments divide a response's term by
+    its length, so that the default aggregation does, too.
+    """
     tapered_S = inputs.log_w_S.clamp(max=0.0).exp()
     return weighted(inputs, inputs.per_token(torch.where(inputs.advantages_S > 0, 1.0, tapered_S)))
 
 
 def cispo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
-    """Weight clip(r, 1 - low, 1 + high) of each token (MiniMax-M1, arXiv 2506.13585)."""
+    """Weight clip(r, 1 - low, 1 + high) of each token (MiniMax-M1, arXiv 2506.13585).
+
+    The paper has no lower bound and does not publish its upper one; 1.28 is 1 plus DAPO's 0.28, as in verl.
+    TRL's epsilon_high is the bound itself: its 5 is a `high` of 4 here.
+    """
     ratio_T = inputs.log_ratio_T.clamp(max=MAX_LOG_RATIO).exp()
     return weighted(inputs, ratio_T.clamp(1.0 - low, 1.0 + high))

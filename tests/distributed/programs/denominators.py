@@ -14,12 +14,13 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True)
     options, flags = parser.parse_known_args()
     args = start_megatron(flags)
+    from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
     from megatron_vespo.trainer.policy import MegatronPolicy
 
     policy = MegatronPolicy(args)
     samples = read_samples(options.samples)
     results = {}
-    for denominator in ("recomputed", "rollout", "decoupled"):
+    for denominator in RATIO_DENOMINATORS:
         args.ratio_denominator = denominator
         old_log_probs = policy.log_probs(samples)
         mini_batch = policy.pack(samples)

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--variants", type=json.loads, required=True)
     options, flags = parser.parse_known_args()
     args = start_megatron([*flags, "--lr", "0"])
+    from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
     from megatron_vespo.trainer.gradient_norms import gradient_norms
     from megatron_vespo.trainer.policy import MegatronPolicy
 
@@ -38,7 +39,7 @@ def main() -> None:
         results[f"{name} loss"], results[f"{name} grad_norm"] = step.loss, step.grad_norm
         results[f"{name} gradient_norms"] = np.array([norms[key] for key in sorted(norms)])
         results[f"{name} micro_batches"] = len(mini_batch.micro_batches)
-        for denominator in ("recomputed", "rollout", "decoupled"):
+        for denominator in RATIO_DENOMINATORS:
             log_ratio = policy.sequence_log_ratio([samples[i] for i in order], denominator)
             results[f"{name} {denominator}"] = log_ratio[np.argsort(order)]
     hand_back(**results)
