@@ -16,6 +16,7 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.engine_flags import check_engine_faults
 from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.heldout_flags import check_heldout
+from megatron_vespo.loss_checks import check_group, check_router_losses
 from megatron_vespo.time_limits import TIME_LIMITS
 
 MAX_RECORDED_EXPERTS = 256  # routes are uint8
@@ -38,8 +39,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     check_heldout(args)
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
-    if args.num_completions < 2:
-        raise ValueError("--num-completions 1: a group needs at least 2, its mean is the baseline")
+    check_group(args)
     if args.rollout_batch_size % args.mini_batches:
         raise ValueError(
             f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --mini-batches "
@@ -202,6 +202,7 @@ def _check_training(args: Namespace) -> None:
         raise ValueError(
             "--routing-replay does not reach --moe-router-fusion, which chooses by itself: leave one out"
         )
+    check_router_losses(args)
     if args.num_experts is None:
         _check_dense(args)
     elif args.moe_router_topk == 1:

@@ -12,6 +12,9 @@ import numpy as np
 Z_95 = 1.959963984540054  # the normal distribution's 97.5% quantile
 RESAMPLES = 2000  # of the bootstrap: its bounds are then good to a few percent of their distance
 _RESAMPLES_AT_ONCE = 50
+# Prompts of value 0, and as many of value 1, that the variance of a mean counts beside the real ones; the
+# least with which the table in `mean_interval` is at 93% or more everywhere.
+UNSEEN_PROMPTS = 0.4
 
 
 def pass_at_k(num_correct: int, num_drawn: int, k: int) -> float:
@@ -58,25 +61,43 @@ def mean_interval(values_P: np.ndarray, num_completions: int, seed: int = 0) -> 
 
     Values within 0 and 1: Wilson's interval with the effective number of trials
 
-        n = P p (1 - p) / var(values),   P <= n <= P K
+        n = P p (1 - p) / v,   P <= n <= P K
 
-    (Kish's design effect: a mean of n independent yes-or-no trials would vary as much.) With one completion
-    a prompt it is Wilson's own; it stays within 0 and 1, and has a width where all values are equal, which
-    neither the normal approximation nor a bootstrap has. If all are 0 or all 1, n = P.
-    Other values: the percentile bootstrap over prompts.
+    (Kish's design effect: a mean of n independent yes-or-no trials would vary as much.) p and v are mean and
+    variance of the values and of UNSEEN_PROMPTS at 0 and at 1 each. They stand for prompts that the set could
+    have had: of a hard set most are never solved, the mean comes from a few, and without them v is too small
+    whenever none of these few was drawn. With one completion a prompt n = P, and it is Wilson's own; it stays
+    within 0 and 1, and has a width where all values are equal, which neither the normal approximation nor a
+    bootstrap has. Other values: the percentile bootstrap over prompts.
+
+    Share of 20,000 simulated evaluations whose interval held the truth, and its mean width; before:
+    UNSEEN_PROMPTS = 0. 30 prompts whose chance of success is drawn from a beta distribution:
+
+        prompts                            metric             before           now
+        Beta(1, 1), mean 50%               avg@8         94.1% 0.221   94.6% 0.225
+                                           pass@8 of 16  90.6% 0.175   94.4% 0.183
+        Beta(2, 3), mean 40%               avg@8         94.4% 0.176   95.4% 0.182
+                                           pass@8 of 16  89.6% 0.140   96.1% 0.153
+        Beta(0.3, 2), mean 13%             avg@8         92.9% 0.146   95.8% 0.157
+        Beta(0.1, 3.2), mean 3%            avg@8         88.2% 0.071   97.7% 0.104
+                                           avg@16        88.1% 0.064   98.2% 0.100
+                                           pass@8 of 16  94.3% 0.202   95.5% 0.206
+        a tenth Beta(2, 5), others 0       avg@8         89.9% 0.087   97.2% 0.114
+        the same, 100 prompts              avg@8         93.5% 0.045   96.9% 0.049
+        Beta(1, 1), 10 prompts             avg@8         92.4% 0.349   94.7% 0.369
+        Beta(1, 1), 3 prompts              avg@8         81.2% 0.483    100% 0.586
+
+    pass@K of K completions is one yes or no a prompt: Wilson's own, 92 to 99% with 30 prompts, 90% with 3.
     """
     num_prompts = len(values_P)
     assert num_prompts >= 1 and num_completions >= 1, (num_prompts, num_completions)
     if values_P.min() < 0.0 or values_P.max() > 1.0:
         return _bootstrap(values_P, seed)
-    mean = float(values_P.mean())
-    if mean * (1 - mean) <= 0.0:
-        return wilson_interval(mean, num_prompts)
-    variance = float(values_P.var())
-    most = num_prompts * num_completions
-    if variance * most <= num_prompts * mean * (1 - mean):
-        return wilson_interval(mean, most)
-    return wilson_interval(mean, num_prompts * mean * (1 - mean) / variance)
+    weight = num_prompts + 2 * UNSEEN_PROMPTS
+    mean = (float(values_P.sum()) + UNSEEN_PROMPTS) / weight
+    variance = (float(np.square(values_P).sum()) + UNSEEN_PROMPTS) / weight - mean * mean
+    num_trials = num_prompts * min(mean * (1 - mean) / variance, num_completions)
+    return wilson_interval(float(values_P.mean()), num_trials)
 
 
 def repeat_error(rewards_PK: np.ndarray) -> float:

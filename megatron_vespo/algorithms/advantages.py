@@ -22,8 +22,9 @@ import numpy as np
 AdvantageEstimator = Literal["group-mean", "group-mean-std", "leave-one-out", "global"]
 ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 
-# Rewards closer than this, as a share of their group's largest, are equal: sums like 0.1 + 0.2 and 0.3 differ
-# by 1e-16 of themselves, and a division by such a standard deviation makes it an advantage of 1.
+# Rewards closer than this are equal, as a share of their group's largest, or of 1 where that is less: sums
+# like 0.1 + 0.2 and 0.3 differ by 1e-16 of themselves, 0.1 + 0.2 - 0.3 and 0 by 1e-16 of their terms, and a
+# division by such a standard deviation makes it an advantage of 1.
 ROUNDING = 1e-9
 
 
@@ -46,7 +47,7 @@ def has_variance(rewards: np.ndarray) -> np.ndarray:
     """Which groups have different rewards, beyond rounding: [G, n] -> [G] bool."""
     rewards = _finite(rewards)
     spread = rewards.max(axis=1) - rewards.min(axis=1)
-    return spread > ROUNDING * np.abs(rewards).max(axis=1)
+    return spread > ROUNDING * np.maximum(np.abs(rewards).max(axis=1), 1.0)
 
 
 def overlong_penalty(lengths: np.ndarray, truncated: np.ndarray, longest: int, buffer: int) -> np.ndarray:

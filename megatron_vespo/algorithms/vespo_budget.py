@@ -23,6 +23,10 @@ has a slope of at least 1 - RATE in log lambda at the fixed point: it goes there
 steps count the same, so a run meets the budget on average over its optimizer steps, the early and the late
 ones of a rollout batch together, not in each of them.
 
+Steps that have no estimate are no random choice: with few responses they are those in which W spreads, and
+what is left is the first one of every rollout batch, where W is 1, which alone drives lambda to a bound. So it
+moves only while at least MIN_ESTIMATED_SHARE of the last `window` steps have an estimate.
+
 Bounds on lambda. phi is scaled to phi(1) = 1, and its maximum (c1 / c2)^c1 exp(c2 - c1) grows without limit
 for small and for large c2 alike. c2 stays where the maximum is at most MAX_PHI, which lies on both sides of
 c2 = c1. The lower bound is above 0: with a slack budget it is stricter than the multiplier's 0, and E_Q[W] <=
@@ -32,6 +36,8 @@ reason meets it, as with C < 1 and a policy that is on-policy, where every W is 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -45,6 +51,7 @@ RATE = 0.1
 MAX_STEP = 0.5  # of log c2: one bad estimate cannot throw it away
 MAX_PHI = 10.0  # what a response may count, in on-policy ones
 MIN_EFFECTIVE_SAMPLES = 4.0  # a ratio of sums over fewer says more about its largest phi than about E_Q[W]
+MIN_ESTIMATED_SHARE = 0.5
 MIN_LOG_PHI = -87.0  # float32, in which the loss uses phi, has hardly a number below its exponential
 
 
@@ -99,18 +106,31 @@ def next_c2(c1: float, c2: float, expected: float, budget: float) -> float:
     return within_bounds(c1, c2 * float(np.exp(step)))
 
 
+def window(mini_batches: int) -> int:
+    """Optimizer steps among which estimates may be missing: whole rollout batches, 1 / RATE steps or more."""
+    return mini_batches * math.ceil(1 / RATE / mini_batches)
+
+
 def adapted(
-    kernel: GammaKernel, budget: float, log_w: np.ndarray, advantages: np.ndarray
+    kernel: GammaKernel,
+    budget: float,
+    log_w: np.ndarray,
+    advantages: np.ndarray,
+    estimated: Sequence[Sequence[bool]] = (),
 ) -> tuple[GammaKernel, np.ndarray]:
     """The kernel of the next optimizer step, and E_Q[W] of this one: [2] float64, A > 0 then A < 0.
 
     `log_w` and `advantages` are [num_samples], all of the optimizer step that used `kernel`. Responses with
-    A = 0 train nothing and do not count.
+    A = 0 train nothing and do not count. `estimated` [steps, 2] says which of the steps before it in its
+    window had an E_Q[W].
     """
     estimates = []
     changed = {}
-    for sign, chosen in (("positive", advantages > 0), ("negative", advantages < 0)):
+    for i, (sign, chosen) in enumerate((("positive", advantages > 0), ("negative", advantages < 0))):
         c1, c2 = getattr(kernel, sign)
         estimates.append(expected_w(log_w[chosen], c1, c2))
-        changed[sign] = (c1, next_c2(c1, c2, estimates[-1], budget))
+        known = [*(step[i] for step in estimated), not np.isnan(estimates[-1])]
+        if np.mean(known) >= MIN_ESTIMATED_SHARE:
+            c2 = next_c2(c1, c2, estimates[-1], budget)
+        changed[sign] = (c1, c2)
     return replace(kernel, **changed), np.array(estimates)

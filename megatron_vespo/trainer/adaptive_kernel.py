@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import deque
 
 import numpy as np
 
 from megatron_vespo.algorithms.vespo import GammaKernel
-from megatron_vespo.algorithms.vespo_budget import adapted, within_bounds
+from megatron_vespo.algorithms.vespo_budget import adapted, window, within_bounds
 
-STATE = "vespo_c2"  # its place in a checkpoint's rollout state
+STATE, ESTIMATED = "vespo_c2", "vespo_estimated"  # their places in a checkpoint's rollout state
 
 
 class AdaptiveKernel:
@@ -21,7 +22,9 @@ class AdaptiveKernel:
 
     def __init__(self, args: Namespace, rollout_state: dict | None):
         self._args = args
-        stored = rollout_state.pop(STATE, None) if rollout_state else None
+        state = rollout_state or {}
+        stored, estimated = state.pop(STATE, None), state.pop(ESTIMATED, ())
+        self._estimated: deque[list[bool]] = deque(estimated, window(args.mini_batches) - 1)
         if stored is not None and args.vespo_budget is not None:
             (c1_positive, _), (c1_negative, _) = self._kernel.positive, self._kernel.negative
             self._use(
@@ -33,7 +36,9 @@ class AdaptiveKernel:
 
     def state(self) -> dict[str, list[float]]:
         """What a checkpoint needs."""
-        return {} if self._args.vespo_budget is None else {STATE: self._c2}
+        if self._args.vespo_budget is None:
+            return {}
+        return {STATE: self._c2, ESTIMATED: list(self._estimated)}
 
     def step(self, log_w: np.ndarray, advantages: np.ndarray) -> dict[str, np.ndarray]:
         """Adapt the kernel to the samples of an optimizer step that used it; fields of StepResult.
@@ -43,7 +48,8 @@ class AdaptiveKernel:
         if self._args.vespo_budget is None:
             return {"kernel_c2": np.full(2, np.nan), "expected_w": np.full(2, np.nan)}
         used = np.array(self._c2)
-        kernel, expected = adapted(self._kernel, self._args.vespo_budget, log_w, advantages)
+        kernel, expected = adapted(self._kernel, self._args.vespo_budget, log_w, advantages, self._estimated)
+        self._estimated.append((~np.isnan(expected)).tolist())
         self._use(kernel)
         return {"kernel_c2": used, "expected_w": expected}
 

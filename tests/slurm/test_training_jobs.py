@@ -107,7 +107,7 @@ def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
     job = train(slurm, tiny_model, tmp_path, "--lr", "-1", "--num-completions", "1")
     state = job.wait(LONG_S)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), job.logs()
-    assert "--num-completions 1: a group needs at least 2" in job.output
+    assert "--num-completions 1: --advantage-estimator group-mean compares" in job.output
     assert job.nothing_left()
 
 

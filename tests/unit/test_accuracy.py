@@ -63,14 +63,44 @@ def test_prompts_that_agree_count_once_and_prompts_that_do_not_differ_count_all_
         assert mean_interval(np.full(30, value), 16) == pytest.approx(wilson_interval(value, 30), rel=1e-12)
 
 
+def coverage(values_RP: np.ndarray, truth: float, num_completions: int) -> float:
+    bounds = [mean_interval(row, num_completions) for row in values_RP]
+    return float(np.mean([low <= truth <= high for low, high in bounds]))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 3.2), (3.2, 0.1)])
+@pytest.mark.parametrize("num_prompts", [10, 30, 100])
+def test_intervals_of_hard_and_of_solved_sets(alpha, beta, num_prompts):
+    """A mean of 3% or 97%, most prompts never solved or always: the few that differ are often not drawn."""
+    random = np.random.default_rng(0)
+    values = random.binomial(8, random.beta(alpha, beta, (3000, num_prompts))) / 8
+    assert 0.93 <= coverage(values, alpha / (alpha + beta), 8) <= 0.99
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (2.0, 3.0)])
+def test_intervals_of_pass_at_k(alpha, beta):
+    """pass@8 from 16 completions of 30 prompts."""
+    random = np.random.default_rng(0)
+    table = np.array([pass_at_k(correct, 16, 8) for correct in range(17)])
+    values = table[random.binomial(16, random.beta(alpha, beta, (3000, 30)))]
+    truth = 1 - math.prod((beta + i) / (alpha + beta + i) for i in range(8))  # E[(1 - p)^8] of a beta's p
+    assert 0.93 <= coverage(values, truth, 16) <= 0.975
+
+
+@pytest.mark.parametrize("num_prompts", [3, 10])
+def test_intervals_of_few_prompts(num_prompts):
+    random = np.random.default_rng(0)
+    values = random.binomial(8, random.beta(1.0, 1.0, (3000, num_prompts))) / 8
+    assert coverage(values, 0.5, 8) >= 0.93
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (2.0, 3.0), (0.3, 2.0)])
 def test_intervals_cover_the_truth_of_other_prompts(alpha, beta):
     """30 prompts of different difficulty, 8 completions each: about 95% of the intervals hold the truth."""
     random, trials, truth = np.random.default_rng(0), 3000, alpha / (alpha + beta)
     difficulty = random.beta(alpha, beta, (trials, 30))
     values = random.binomial(8, difficulty) / 8
-    held = sum(low <= truth <= high for low, high in (mean_interval(row, 8) for row in values))
-    assert 0.92 <= held / trials <= 0.975
+    assert 0.935 <= coverage(values, truth, 8) <= 0.975
     narrow = sum(low <= truth <= high for low, high in (wilson_interval(row.mean(), 240) for row in values))
     assert narrow / trials < 0.85  # as if all 240 completions were independent: this would claim too much
 

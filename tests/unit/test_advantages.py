@@ -73,6 +73,9 @@ def test_global_tells_solved_groups_from_failed_ones():
         [0.1 + 0.2, 0.3, 0.3, 0.3, 0.3, 0.3],
         [0.0] * 6,
         [-7e9, -7e9 * (1 + 1e-15), -7e9, -7e9, -7e9, -7e9],
+        [0.0, 0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0, 0.0],
+        [1e-12, 2e-12, 1e-12, 1e-12, 1e-12, 1e-12],
+        [0.0, 1e-300, 0.0, 0.0, 0.0, 0.0],
     ],
 )
 def test_rewards_equal_but_for_rounding_give_exactly_zero(estimator, group):
@@ -85,7 +88,7 @@ def test_rewards_equal_but_for_rounding_give_exactly_zero(estimator, group):
 
 @pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
 def test_small_rewards_are_not_rounding(estimator):
-    rewards = np.array([[1e-12, 2e-12, 3e-12]])
+    rewards = np.array([[1e-6, 2e-6, 3e-6]])
     assert (np.sign(advantages(rewards, estimator)) == [[-1, 0, 1]]).all()
 
 
@@ -109,6 +112,7 @@ def test_a_reward_that_is_no_number_is_named(estimator, bad):
 def test_has_variance():
     rewards = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.3, 0.1 + 0.2, 0.3], [-1.0, -1.0, 0.0]])
     assert has_variance(rewards).tolist() == [False, True, False, True]
+    assert not has_variance(np.array([[0.0, 0.1 + 0.2 - 0.3], [1e-12, 2e-12], [0.0, 1e-300]])).any()
 
 
 def penalty_by_hand(length: int, truncated: bool, longest: int, buffer: int) -> float:

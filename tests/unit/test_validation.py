@@ -51,6 +51,8 @@ def layout(**changes) -> Namespace:
         routing_replay=None,
         moe_router_fusion=False,
         moe_router_topk=2,
+        moe_aux_loss_coeff=[0.0],
+        moe_z_loss_coeff=None,
         max_position_embeddings=100,
         global_batch_size=32,
         num_attention_heads=8,
@@ -83,6 +85,8 @@ def message_of(check, args) -> str:
 def test_sound_flags_pass(flags):
     check_flags(flags())
     check_flags(flags("--mismatch-correction", "reject-k3", "--mismatch-bounds", "0", "0.1"))
+    check_flags(flags("--num-completions", "1", "--advantage-estimator", "global"))
+    check_flags(flags("--policy-loss", "bapo", "--dual-clip", "3"))
     check_flags(flags("--mismatch-correction", "token-mask", "--ratio-denominator", "decoupled"))
     check_flags(flags("--vespo-positive", "0", "0", "--mini-batches", "32", "--num-completions", "2"))
 
@@ -158,7 +162,25 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--heldout-temperature 0 --heldout-completions 4",
             "--heldout-temperature 0 makes the same completion 4 times: one is enough",
         ),
-        ("--num-completions 1", "--num-completions 1: a group needs at least 2, its mean is the baseline"),
+        (
+            "--num-completions 1",
+            "--num-completions 1: --advantage-estimator group-mean compares the completions of a prompt and "
+            "needs at least 2; global compares those of the rollout batch",
+        ),
+        (
+            "--num-completions 1 --advantage-estimator leave-one-out",
+            "--num-completions 1: --advantage-estimator leave-one-out compares the completions of a prompt "
+            "and needs at least 2; global compares those of the rollout batch",
+        ),
+        (
+            "--num-completions 1 --advantage-estimator global --dynamic-sampling",
+            "--num-completions 1: --dynamic-sampling leaves out groups of equal rewards, which a group of 1 "
+            "always is: leave it out",
+        ),
+        (
+            "--num-completions 1 --advantage-estimator global --rollout-batch-size 1 --mini-batches 1",
+            "--num-completions 1 with --rollout-batch-size 1: one reward has nothing to be compared with",
+        ),
         (
             "--rollout-batch-size 32 --mini-batches 5",
             "--rollout-batch-size 32 prompts cannot be cut into --mini-batches 5 equal parts",
@@ -352,6 +374,25 @@ def test_checkpoint_folder_that_does_not_exist(flags, tmp_path):
 )
 def test_sound_layouts_pass(changes):
     check_layout(layout(**changes))
+
+
+WHY_NO_ROUTER_LOSS = (
+    "Megatron divides this loss by the denominator of --loss-aggregation, its size would depend on that, on "
+    "packs and on the layout: leave it out"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"moe_aux_loss_coeff": [0.01]}, "--moe-aux-loss-coeff 0.01"),
+        ({"moe_aux_loss_coeff": [0.0, 0.5]}, "--moe-aux-loss-coeff 0 0.5"),
+        ({"moe_z_loss_coeff": 1e-3}, "--moe-z-loss-coeff 0.001"),
+    ],
+)
+def test_losses_of_the_router_are_refused(changes, given):
+    check_layout(layout(moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0))
+    assert message_of(check_layout, layout(**changes)) == f"{given}: {WHY_NO_ROUTER_LOSS}"
 
 
 DENSE = "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size"

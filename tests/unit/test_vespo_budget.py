@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_vespo.algorithms.vespo_budget import (
     c2_bounds,
     expected_w,
     next_c2,
+    window,
     within_bounds,
 )
 
@@ -204,6 +206,38 @@ def test_each_sign_has_its_own_samples():
     assert expected == pytest.approx(by_hand)
     assert kernel.positive == (2.0, next_c2(2.0, 3.0, by_hand[0], 0.9)) and kernel.positive[1] < 3.0
     assert kernel.negative == (3.0, next_c2(3.0, 2.0, by_hand[1], 0.9)) and kernel.negative[1] > 2.0
+
+
+def adapting(sigmas: list[float], samples: int, budget: float, rollout_batches: int) -> np.ndarray:
+    """c2 of both signs, [steps, 2], with `samples` responses of each sign; the sigmas of W take turns."""
+    kernel, draw, used = GammaKernel(), np.random.default_rng(3), []
+    estimated: deque[np.ndarray] = deque(maxlen=window(len(sigmas)) - 1)
+    advantages = np.repeat([1.0, -1.0], samples)
+    for sigma in sigmas * rollout_batches:
+        used.append([kernel.positive[1], kernel.negative[1]])
+        log_w = draw.normal(-(sigma**2) / 2, sigma, 2 * samples)
+        kernel, expected = adapted(kernel, budget, log_w, advantages, estimated)
+        estimated.append(~np.isnan(expected))
+    return np.array(used)
+
+
+def test_steps_that_mostly_have_no_estimate_leave_c2_alone():
+    """Four responses a sign: only the step at W = 1 has an estimate, and its E_Q[W] of 1 is not the run's."""
+    used = adapting([0.0] + [2.0] * 7, samples=4, budget=0.9, rollout_batches=60)
+    # before steps are known to be held, the first one moves it by a hundredth
+    np.testing.assert_allclose(used[-1], [3.0, 2.0], rtol=0.05)
+    assert (used[16:] == used[-1]).all()
+
+
+def test_steps_that_mostly_have_an_estimate_go_on():
+    used = adapting([0.0] + [2.0] * 7, samples=64, budget=0.9, rollout_batches=60)
+    assert np.abs(used[-1] / [3.0, 2.0] - 1).min() > 0.1
+    assert (np.diff(used, axis=0) != 0).all(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize(("mini_batches", "steps"), [(1, 10), (4, 12), (8, 16), (10, 10), (64, 64)])
+def test_the_window_is_whole_rollout_batches(mini_batches, steps):
+    assert window(mini_batches) == steps
 
 
 def test_a_missing_sign_keeps_its_c2():
