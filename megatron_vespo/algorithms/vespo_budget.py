@@ -24,8 +24,8 @@ steps count the same, so a run meets the budget on average over its optimizer st
 ones of a rollout batch together, not in each of them.
 
 Steps that have no estimate are no random choice: with few responses they are those in which W spreads, and
-what is left is the first one of every rollout batch, where W is 1, which alone drives lambda to a bound. So it
-moves only while at least MIN_ESTIMATED_SHARE of the last `window` steps have an estimate.
+what is left is the first one of every rollout batch, where W is 1, which alone drives lambda to a bound. So
+it moves only while at least MIN_ESTIMATED_SHARE of the last `window` steps have an estimate.
 
 Bounds on lambda. phi is scaled to phi(1) = 1, and its maximum (c1 / c2)^c1 exp(c2 - c1) grows without limit
 for small and for large c2 alike. c2 stays where the maximum is at most MAX_PHI, which lies on both sides of

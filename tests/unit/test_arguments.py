@@ -233,8 +233,22 @@ def test_other_losses_take_their_own_options(parse):
     assert args.loss_aggregation == "token-mean"
     args = parse("--policy-loss sapo --sapo-tau 1 2")
     assert args.loss_function.options == {"tau_positive": 1.0, "tau_negative": 2.0}
+    args = parse("--policy-loss grpo --dual-clip 3")
+    assert args.loss_function.options == {"low": 0.2, "high": 0.28, "dual_clip": 3.0}
+    assert parse("--policy-loss topr").loss_aggregation == "sequence-mean-token-mean"
     assert parse("--policy-loss m2po").loss_function.options == {"target": 0.04}
     assert parse("--policy-loss bapo --loss-target 0.5").loss_function.options == {"target": 0.5}
+
+
+def test_losses_of_the_router_are_refused(refusal):
+    assert refusal("--moe-aux-loss-coeff 0.01").startswith("--moe-aux-loss-coeff 0.01: Megatron divides")
+    assert refusal("--moe-z-loss-coeff 0.001").startswith("--moe-z-loss-coeff 0.001: Megatron divides")
+
+
+def test_one_completion_a_prompt(parse, refusal):
+    args = parse("--num-completions 1 --advantage-estimator global --mini-batches 1 --rollout-batch-size 8")
+    assert args.global_batch_size == 8
+    assert refusal("--num-completions 1").startswith("--num-completions 1: --advantage-estimator group-mean ")
 
 
 def test_a_flag_given_twice_counts_the_last_time(parse):

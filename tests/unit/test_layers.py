@@ -68,6 +68,7 @@ LAYERS = {
     "submit_cli": 5,
     "modelopt_export": 5,
     "simulate_cli": 5,
+    "loss_checks": 0,
     "time_limits": 0,
     "train": 5,
     "training_samples": 4,

@@ -7,6 +7,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -20,6 +21,7 @@ from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 
+DEFINITIONS = Path(__file__).parents[2] / "docs/losses.md"
 KERNEL = GammaKernel()
 NO_OPTIONS = {"clip_range": None, "tau": None, "target": None, "dual_clip": None}
 TINY = 1e-37  # float32 knows little below
@@ -200,6 +202,12 @@ def test_the_published_grpo_bounds_no_ratio_of_a_response_worse_than_average():
     assert token_loss(batch([1], [-1.0], log_ratio=5.0), "grpo").weight_T[2].item() == pytest.approx(
         math.exp(5)
     )
+
+
+@every_method
+def test_the_documents_compare_it_with_others(method):
+    rows = [row.split("|")[1] for row in DEFINITIONS.read_text().splitlines() if row.startswith("| `")]
+    assert any(f"`{method}`" in row for row in rows)
 
 
 def cut(inputs: LossInputs, sequences: list[int], keeps=lambda t: True) -> LossInputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_vespo.recipe import read_recipe
 from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DEFINITIONS = EXAMPLES.parent / "docs/losses.md"
 COMMON = {"torch_dtype": "bfloat16", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 CONFIGS = {
     "qwen3_30b_a3b": COMMON
@@ -57,10 +59,10 @@ RECIPES = {
 }
 
 
-def parse(recipe: str, folder: Path):
+def parse(recipe: str, folder: Path, *more: str):
     (folder / "config.json").write_text(json.dumps(CONFIGS[recipe.partition("/")[0]]))
     flags = read_recipe(EXAMPLES / f"{recipe}.flags")
-    return parse_args([*ON_GPUS, *flags, "--hf-checkpoint", str(folder)])
+    return parse_args([*ON_GPUS, *flags, "--hf-checkpoint", str(folder), *more])
 
 
 def test_all_are_here():
@@ -78,10 +80,27 @@ def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     assert (args.max_prompt_tokens, args.max_completion_tokens) == (1024, 15360)
     assert (args.policy_loss, args.vespo_positive, args.vespo_negative) == ("vespo", [2.0, 3.0], [3.0, 2.0])
     assert args.loss_aggregation == "token-mean"
+    adam = (args.adam_beta1, args.adam_beta2, args.adam_eps, args.weight_decay, args.clip_grad)
+    assert adam == (0.9, 0.999, 1e-8, 0.01, 1.0)
     assert args.bf16 and args.save == args.load
     # a rollout batch is given up or saved as a whole
     assert args.save_interval % args.mini_batches == args.save_retain_interval % args.save_interval == 0
     assert args.generate_timeout > args.preemption_deadline
+
+
+def test_the_papers_baselines_are_those_of_its_code(tmp_path):
+    rows = [row for row in DEFINITIONS.read_text().splitlines() if "`--policy-loss" in row]
+    found = {}
+    for flags in re.findall("`(--policy-loss [^`]+)`", " ".join(rows)):
+        args = parse("qwen3_30b_a3b/synchronous_n8", tmp_path, *flags.split())
+        found[args.policy_loss] = args.loss_aggregation, args.loss_function.options.get("dual_clip")
+    assert found == {
+        "grpo": ("token-mean", 3.0),
+        "gspo": ("sequence-mean-token-mean", None),
+        "sapo": ("sequence-mean-token-mean", None),
+        "bapo": ("token-mean", 3.0),
+        "topr": ("sequence-mean-token-mean", None),
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

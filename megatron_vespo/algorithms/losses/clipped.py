@@ -42,7 +42,7 @@ def _ratio(inputs: LossInputs, log_ratio_T: Tensor) -> Tensor:
 def grpo(inputs: LossInputs, low: float, high: float, dual_clip: float = math.inf) -> TokenLoss:
     """PPO's clipped objective on token ratios (GRPO, arXiv 2402.03300; DAPO's upper bound, 2503.14476).
 
-    As published nothing bounds r where A < 0. `dual_clip` does (dual-clip PPO, arXiv 1912.09729, eq. 5): a
+    As published nothing bounds r where A < 0. `dual_clip` does (dual-clip PPO, arXiv 1912.09729): a
     token with A < 0 and r > c has no gradient. verl's `vanilla` loss always has c = 3, and with it the GRPO
     that the VESPO paper compares with.
     """

@@ -59,7 +59,7 @@ def topr(inputs: LossInputs) -> TokenLoss:
 def cispo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
     """Weight clip(r, 1 - low, 1 + high) of each token (MiniMax-M1, arXiv 2506.13585).
 
-    The paper has no lower bound and does not publish its upper one; 1.28 is 1 plus DAPO's 0.28, as in verl.
+    The paper has no lower bound and does not publish its upper one; 1.28 is 1 plus DAPO's 0.28.
     TRL's epsilon_high is the bound itself: its 5 is a `high` of 4 here.
     """
     ratio_T = inputs.log_ratio_T.clamp(max=MAX_LOG_RATIO).exp()
