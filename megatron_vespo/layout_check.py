@@ -25,6 +25,7 @@ from megatron_vespo.data.sample_file import random_samples, read_samples, with_n
 from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.layout import FLAGS, WORDS, Layout
+from megatron_vespo.observability.layout_bounds import rounding_bounds
 from megatron_vespo.observability.layout_report import (
     Differences,
     LayoutMeasurement,
@@ -46,14 +47,12 @@ but for dp, which is the smallest that the experts' layout fits. vppN: N virtual
 
 Any flag of Megatron's or of `megatron-vespo train` may follow; it counts for all layouts.
 
-The default bounds fit small models and short sequences: rounding grows with the number of layers, the size
-of the logits and, in log W, the number of tokens; an optimizer step carries it into the weights, the more the
-higher --lr (default 1e-6); in bf16 it also changes the experts of near ties. A layout is proven in fp32.
+The default bounds are what rounding makes of this model and these samples: they grow with the number of
+layers and tokens and the size of the log-probs (observability/layout_bounds.py derives them). An optimizer
+step carries rounding into the weights, the more the higher --lr (default 1e-6). In bf16 rounding is 32,768
+times larger and changes the experts of near ties: a layout is proven in fp32.
 Exit code: 0 when all differences are within the bounds, 1 when not or when a layout broke, 2 for a mistake.
 """
-BOUNDS_FP32 = Differences(log_w=1e-5, loss=1e-6, grad_norm=1e-5, parameter_norm=1e-5, experts=0.0)
-# three times what a random model of 4 layers showed on sequences of up to 64 tokens
-BOUNDS_BF16 = Differences(log_w=0.3, loss=0.03, grad_norm=0.02, parameter_norm=0.25, experts=0.02)
 BOUND_HELP = {
     "log_w": "largest difference of a sequence's log W",
     "loss": "difference of the loss, relative to the size of its terms",
@@ -77,10 +76,9 @@ def main(argv: list[str]) -> int:
     samples = _samples(options)
     layouts = [Layout.parse(text) for text in (options.reference, *options.candidate)]
     arguments = [_layout_arguments(layout, options, flags, samples) for layout in layouts]
-    bounds = _bounds(options, arguments[0].bf16)
     for layout in layouts:
         print(f"{layout.name}: {' '.join(layout.flags())}", flush=True)
-    rows = _run(layouts, arguments, samples, options, bounds)
+    rows, bounds = _run(layouts, arguments, samples, options)
     text = caption(bounds, options.steps, len(samples))
     print_table(rows, text)
     if options.markdown:
@@ -126,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--markdown", type=Path, metavar="FILE", help="write the table there, too")
     add("--output-dir", type=Path, metavar="DIR", help="for the ranks' logs; without it a temporary one")
     for name, text in BOUND_HELP.items():
-        fp32, bf16 = getattr(BOUNDS_FP32, name), getattr(BOUNDS_BF16, name)
-        add(_bound_flag(name), type=float, help=f"bound: {text}; default {fp32:g}, with --bf16 {bf16:g}")
+        add(_bound_flag(name), type=float, metavar="BOUND", help=f"{text}; default: what rounding makes")
     return parser
 
 
@@ -199,10 +196,11 @@ def _layout_arguments(
     return args
 
 
-def _bounds(options: Namespace, bf16: bool) -> Differences:
+def _bounds(options: Namespace, args: Namespace, samples: Sequence[TrainingSample]) -> Differences:
     given = {name: getattr(options, _bound_flag(name)[2:].replace("-", "_")) for name in BOUND_HELP}
+    log_probs = [sample.behavior_log_probs for sample in samples]
     return dataclasses.replace(
-        BOUNDS_BF16 if bf16 else BOUNDS_FP32,
+        rounding_bounds(log_probs, args.num_layers, args.bf16),
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -212,9 +210,10 @@ def _run(
     arguments: Sequence[Namespace],
     samples: list[TrainingSample],
     options: Namespace,
-    bounds: Differences,
-) -> list[Row]:
-    """One row a layout. The reference must work; of another one that breaks the error is printed."""
+) -> tuple[list[Row], Differences]:
+    """One row a layout, and the bounds. The reference must work; of another one that breaks the error is
+    printed.
+    """
     folder = options.output_dir or Path(tempfile.mkdtemp(prefix="megatron-vespo-check-"))
     rows: list[Row] = []
     with ExitStack() as stack:
@@ -233,7 +232,7 @@ def _run(
                 continue
             seconds = time.monotonic() - started
             if reference is None:
-                reference = measured
+                reference, bounds = measured, _bounds(options, args, samples)
                 rows.append(Row(layout.name, layout.world_size, seconds, verdict="reference"))
             else:
                 differences, worst = compare(reference, measured)
@@ -245,7 +244,7 @@ def _run(
             )
     if options.output_dir is None and all(row.verdict != "broke" for row in rows):
         shutil.rmtree(folder)
-    return rows
+    return rows, bounds
 
 
 def _measure(

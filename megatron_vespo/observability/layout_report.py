@@ -118,11 +118,12 @@ def caption(bounds: Differences, num_steps: int, num_samples: int) -> str:
     """What the columns are and what they must not exceed."""
     return (
         f"{num_samples} samples, {num_steps} optimizer step{'s' * (num_steps > 1)}; the worst of all steps, "
-        f"against the first row. log W: largest difference of a sequence, bound {bounds.log_w:g}. "
-        f"loss: relative to the size of its terms, as those of both signs cancel, bound {bounds.loss:g}. "
-        f"grad norm: relative, bound {bounds.grad_norm:g}. worst parameter: whose gradient norm differs "
+        f"against the first row. log W: largest difference of a sequence, bound {bounds.log_w:.1e}. "
+        f"loss: relative to the size of its terms, as those of both signs cancel, bound {bounds.loss:.1e}. "
+        f"grad norm: relative, bound {bounds.grad_norm:.1e}. worst parameter: whose gradient norm differs "
         f"most, relative to it or to {SMALL_NORM:g} of the whole norm where that is more, bound "
-        f"{bounds.parameter_norm:g}. other experts: share of (token, layer) pairs, bound {bounds.experts:g}."
+        f"{bounds.parameter_norm:.1e}. other experts: share of (token, layer) pairs, bound "
+        f"{bounds.experts:.1e}."
     )
 
 

@@ -33,7 +33,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model, table = Path(folder) / "model", Path(folder) / "table.md"
         # an interpreter of its own: the reference implementation must not see this machine's replacements
-        code = f"from transformers_log_probs import make_model; make_model({str(model)!r})"
+        code = (
+            "from pathlib import Path; from transformers_log_probs import QWEN3_MOE, make_model; "
+            f"make_model(Path({str(model)!r}), QWEN3_MOE, {{}})"
+        )
         subprocess.run([sys.executable, "-c", code], cwd=HERE / "programs", check=True)
         for title, (candidates, flags) in RUNS.items():
             command = [sys.executable, "-m", "megatron_vespo.cli", "check", "layout", *flags]

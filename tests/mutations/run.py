@@ -412,6 +412,13 @@ MUTATIONS = [
         (BUDGET, "each_sign"),
     ),
     Mutation(
+        "budget: c2 moves where most steps have no estimate",
+        "algorithms/vespo_budget.py",
+        "np.mean(known) >= MIN_ESTIMATED_SHARE",
+        "np.mean(known) > 0.0",
+        (BUDGET, "leave_c2_alone"),
+    ),
+    Mutation(
         "budget: a resumed run starts at the command's c2",
         "trainer/adaptive_kernel.py",
         "within_bounds(c1_positive, stored[0])",

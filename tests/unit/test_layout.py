@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.layout import Layout
+from megatron_vespo.observability.layout_bounds import rounding_bounds
 from megatron_vespo.observability.layout_report import (
     HEADINGS,
     Differences,
@@ -155,3 +156,41 @@ def test_markdown_has_a_cell_for_every_heading():
         "| tp2 | 2 | 1.0e-06 | 2.0e-07 | 3.0e-06 | output_layer.weight | 4.0e-06 | 1.250% | 11 | ok |"
     )
     assert body[2] == "| pp2 | 2 |  |  |  |  |  |  | 3 | broke |"
+
+
+def log_probs(num_tokens: int, size: float, num_sequences: int = 32) -> list[np.ndarray]:
+    return [np.full(num_tokens, -size, np.float32)] * num_sequences
+
+
+def test_bounds_grow_as_rounding_does():
+    small = dataclasses.astuple(rounding_bounds(log_probs(40, 5.0), 4, bf16=False))
+    longer = dataclasses.astuple(rounding_bounds(log_probs(160, 5.0), 4, bf16=False))
+    assert longer == pytest.approx([2 * bound for bound in small[:4]] + [small[4]])
+    deeper = dataclasses.astuple(rounding_bounds(log_probs(40, 5.0), 64, bf16=False))
+    assert deeper == pytest.approx([4 * bound for bound in small])
+    surer = rounding_bounds(log_probs(40, 0.0), 4, bf16=False)
+    assert surer.log_w == pytest.approx(small[0] / 6)
+    bf16 = dataclasses.astuple(rounding_bounds(log_probs(40, 5.0), 4, bf16=True))
+    assert bf16 == pytest.approx([2**15 * bound for bound in small])
+    # the longest sequence decides on log W, the number of sequences on what is over all of them
+    mixed = rounding_bounds([*log_probs(1, 5.0, 31), *log_probs(40, 5.0, 1)], 4, bf16=False)
+    assert (mixed.log_w, mixed.loss) == pytest.approx(small[:2])
+    assert rounding_bounds(log_probs(40, 5.0, 8), 4, bf16=False).loss == pytest.approx(2 * small[1])
+
+
+# what `check layout` showed of right layouts: layers, tokens, root mean square of log p, the largest of log W,
+# loss, gradient norm and parameter norm
+RIGHT = {
+    "random, 4 layers": (4, 40, 4.9, 2.6e-6, 3.0e-7, 3.4e-7, 1.4e-6),
+    "trained, 4 layers": (4, 40, 12.3, 3.4e-5, 4.2e-6, 1.1e-5, 1.1e-5),
+    "random, 8 layers": (8, 430, 5.0, 4.8e-6, 2.3e-6, 1.5e-6, 2.0e-5),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_layouts_are_within_their_bounds_and_wrong_ones_are_not(name):
+    num_layers, num_tokens, size, *measured = RIGHT[name]
+    bounds = rounding_bounds(log_probs(num_tokens, size, 24), num_layers, bf16=False)
+    assert Differences(*measured, experts=0.0).above(bounds) == []
+    wrong = Differences(1e-3, 1e-3, 1e-3, 1e-3, experts=1e-3)
+    assert wrong.above(bounds) == ["log_w", "loss", "grad_norm", "parameter_norm", "experts"]

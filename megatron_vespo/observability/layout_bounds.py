@@ -1,0 +1,51 @@
+"""How far two right layouts may be apart: what rounding makes of a given model and given samples.
+
+With u the unit roundoff (2^-24 in fp32, 2^-9 in bf16), L layers and S sequences:
+
+    log W                       D = 5 u sqrt(L) max over sequences of sqrt(sum over tokens of (1 + |log p|)^2)
+    loss                        D / sqrt(S)
+    grad norm, parameter norm   D / 2
+    experts                     5 u sqrt(L)
+
+Layouts add the same numbers in another order, or cut a matrix product elsewhere. Each layer adds an error of
+about u of its size to the residual stream; these are independent, so that together they grow with sqrt(L).
+A log-prob is a difference of logits and errs by u of their size. Samples show |log p| of that; 1 stands for
+tokens that are nearly certain. log W is a sum over tokens, whose errors are independent as well: their
+squares add up, to sqrt(T) for T tokens alike.
+
+The weight of a sequence, phi(W), errs by |c1 - c2 W| times the error of log W, relative to itself: once at
+W = 1. In the loss the errors of S sequences average out; in a gradient few sequences may decide, with large
+weights and improbable tokens. A token gets other experts where two of the router's scores differ by less than
+their error.
+
+The factors are measured. Largest differences of right layouts in fp32, and the bounds:
+
+    MEASURED
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_vespo.observability.layout_report import Differences
+
+UNIT_ROUNDOFF_FP32, UNIT_ROUNDOFF_BF16 = 2.0**-24, 2.0**-9
+LARGEST_OF_LOG_W = 5.0
+NEAR_TIES = 5.0  # how dense differences between the router's scores are at 0
+
+
+def rounding_bounds(log_probs: Sequence[np.ndarray], num_layers: int, bf16: bool) -> Differences:
+    """The bounds for one model and batch; `log_probs` has a floating array [T] for each sequence."""
+    step = (UNIT_ROUNDOFF_BF16 if bf16 else UNIT_ROUNDOFF_FP32) * math.sqrt(num_layers)
+    sizes = [np.square(1.0 + np.abs(values.astype(np.float64))).sum() for values in log_probs]
+    log_w = LARGEST_OF_LOG_W * step * math.sqrt(max(sizes))
+    return Differences(
+        log_w=log_w,
+        loss=log_w / math.sqrt(len(log_probs)),
+        grad_norm=log_w / 2,
+        parameter_norm=log_w / 2,
+        experts=NEAR_TIES * step,
+    )
