@@ -21,11 +21,9 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
         "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
     add("--over-subscription", type=float, metavar="FACTOR",
-        help="rollout batches generated ahead or under way, at most; default: all that --max-staleness "
-        "allows")  # fmt: skip
+        help="rollout batches ahead or under way, at most; default: by --max-staleness")  # fmt: skip
     add("--stop-generation-while-training", dest="stop_generation", action="store_true",
-        help="when a batch is complete the others' requests stop, and go on from there with the next "
-        "batch")  # fmt: skip
+        help="a complete batch stops the others' requests; they go on with the next one")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default="requeue",
         help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
     add("--max-dispatches", type=int, default=3,

@@ -10,13 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from megatron_vespo.data.result_file import ResultFile
 from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.evaluate_flags import parse_args
 from megatron_vespo.evaluation_engines import Serving, serving
-from megatron_vespo.evaluation_settings import evaluation_settings, tokenizer_folder
+from megatron_vespo.evaluation_settings import evaluation_settings, start_date, tokenizer_folder
 from megatron_vespo.observability.evaluation_report import (
     Progress,
     format_table,
@@ -25,7 +24,7 @@ from megatron_vespo.observability.evaluation_report import (
 )
 from megatron_vespo.observability.report import write_summary
 from megatron_vespo.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
-from megatron_vespo.prompt_data import prompt_data
+from megatron_vespo.prompt_data import chat_format, prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
@@ -43,13 +42,16 @@ def main(argv: list[str]) -> int:
     preemption = Preemption()
     preemption.listen()
     folder = tokenizer_folder(args)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, "--checkpoint")
     stops = stop_token_ids(folder, tokenizer.eos_token_id)
     sampling = SamplingParams(args.temperature, args.max_completion_tokens, stops, args.top_p, args.top_k)
-    sets = {name: _prompts(args, path, tokenizer) for name, path in args.data.items()}
+    results_path = args.output_dir / RESULTS_NAME
+    date = start_date(results_path)
+    form = chat_format(args, tokenizer, date)
+    sets = {name: _prompts(args, path, form) for name, path in args.data.items()}
     reward = load_reward_function(args.reward_function)
-    settings = evaluation_settings(args, stops)
-    with ResultFile(args.output_dir / RESULTS_NAME, settings) as results:
+    settings = evaluation_settings(args, stops, sets, date)
+    with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(args, sets, results, tokenizer)
         if evaluation.left:
             evaluation.run(sampling, reward, preemption)
@@ -57,9 +59,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _prompts(args: Namespace, path: Path, tokenizer: Any) -> list[Prompt]:
+def _prompts(args: Namespace, path: Path, form: ChatFormat) -> list[Prompt]:
     # a set without its longest prompts is another set
-    return prompt_data(args, path, tokenizer, overlong="error", flag="--data").prompts[: args.num_prompts]
+    loaded = prompt_data(args, path, form, overlong="error", flag="--data")
+    for remark in loaded.remarks(args.max_prompt_tokens):
+        print(remark, file=sys.stderr)
+    return loaded.prompts[: args.num_prompts]
 
 
 class _Evaluation:

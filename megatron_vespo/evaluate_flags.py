@@ -22,7 +22,8 @@ the same command goes on where it was stopped.
 # of training, by the group here
 SHARED = {
     "prompts": (
-        "--prompt-key", "--answer-key", "--answer-pattern", "--no-chat-template", "--max-prompt-tokens",
+        "--prompt-key", "--answer-key", "--answer-pattern", "--no-chat-template",
+        "--chat-template-arguments", "--max-prompt-tokens",
     ),
     "completions and rewards": (
         "--num-completions", "--max-completion-tokens", "--generate-timeout", "--max-dispatches",

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_vespo.conversion.megatron_checkpoint import checkpoint_folder
 from megatron_vespo.conversion.sources import HF_FOLDER, is_hf, is_megatron
+from megatron_vespo.data.prompt_record import digest
+from megatron_vespo.data.result_file import made_with
 from megatron_vespo.http import EngineRequestError, get_json
+from megatron_vespo.types import Prompt
 
+DATE = "date of its start"  # in the settings: a chat template may write it into prompts
 MODEL_INFO_TIMEOUT_S = 30.0
 _SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
 _WEIGHT_FILES = (".safetensors", ".distcp", ".metadata", "config.json")
@@ -30,6 +35,7 @@ _FLAGS = {
     "--answer-key": "answer_key",
     "--answer-pattern": "answer_pattern",
     "a chat template": "apply_chat_template",
+    "--chat-template-arguments": "chat_template_arguments",
     "--reward-function": "reward_function",
     "--reward-timeout": "reward_timeout",
     "--save-responses": "save_responses",
@@ -37,11 +43,26 @@ _FLAGS = {
 }
 
 
-def evaluation_settings(args: Namespace, stops: Sequence[int]) -> dict[str, Any]:
-    """JSON values. How many engines there are, and where, does not matter."""
+def start_date(results: Path) -> datetime:
+    """When the evaluation has started that has its finished prompts in `results`; now, where none has."""
+    date = made_with(results).get(DATE)
+    return datetime.fromisoformat(date) if date else datetime.now().replace(microsecond=0)
+
+
+def evaluation_settings(
+    args: Namespace, stops: Sequence[int], sets: Mapping[str, Sequence[Prompt]], date: datetime
+) -> dict[str, Any]:
+    """JSON values. How many engines there are, and where, does not matter.
+
+    The token ids of `sets` stand for tokenizer and chat template.
+    """
     settings: dict[str, Any] = {name: getattr(args, attribute) for name, attribute in _FLAGS.items()}
     settings["end tokens"] = list(stops)
     settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
+    settings[DATE] = date.isoformat()
+    settings["prompts as tokens (tokenizer and chat template)"] = {
+        name: digest(prompts) for name, prompts in sets.items()
+    }
     settings["weights"] = _live_weights(args) if args.engine_url else weights_digest(args.checkpoint)
     return settings
 

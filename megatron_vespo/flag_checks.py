@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+import json
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
+from typing import Any
+
+from megatron_vespo.data.jsonl import kind
+from megatron_vespo.data.located import reason
 
 
 def check_positive(args: Namespace, names: Iterable[str]) -> None:
@@ -12,3 +17,14 @@ def check_positive(args: Namespace, names: Iterable[str]) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}, must be positive")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of a flag whose value is a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentTypeError(f"{text!r}: {reason(error)}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r}: must be a JSON object, it is {kind(value)}")
+    return value

@@ -15,6 +15,7 @@ from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS, GammaKernel
 from megatron_vespo.async_flags import add_asynchronous_arguments
 from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
+from megatron_vespo.flag_checks import json_object
 from megatron_vespo.heldout_flags import add_heldout_arguments
 from megatron_vespo.time_limits import add_time_limit_arguments
 
@@ -57,6 +58,8 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
     add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
     add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
+    add("--chat-template-arguments", type=json_object, default={}, metavar="JSON",
+        help="an object, e.g. '{\"enable_thinking\": false}'")  # fmt: skip
     add("--max-prompt-tokens", type=int, default=1024)
     add("--overlong-prompts", choices=("skip", "error"), default="skip", help="skipped ones are counted")
 
@@ -78,8 +81,7 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
-        help="rewards, in advantages only, fall over the last so many before --max-completion-tokens; "
-        "0: off")  # fmt: skip
+        help="in advantages, rewards fall over so many tokens before the limit; 0: off")  # fmt: skip
     add("--overlong-penalty", type=float, default=1.0, metavar="FACTOR", help="by so much, at most")
     add("--dynamic-sampling", action="store_true",
         help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
@@ -117,8 +119,7 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
         "average; a resumed run begins both anew")  # fmt: skip
     add("--old-policy-snapshots", type=int, default=4, metavar="K",
-        help="policy versions (one an optimizer step) that snapshot keeps in CPU memory; a token of "
-        "an older one is an error")  # fmt: skip
+        help="policy versions that snapshot keeps in CPU memory; older tokens: error")  # fmt: skip
     add("--ewma-decay", type=float, default=0.889,
         help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
     add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio")

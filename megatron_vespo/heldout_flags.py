@@ -14,6 +14,9 @@ def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out prompts")
     add = group.add_argument
     add("--heldout-data", metavar="FILE", type=Path, help="prompts to evaluate on; without it none are")
+    add("--heldout-prompt-key", metavar="KEY", help="default, as of the next two: training's")
+    add("--heldout-answer-key", metavar="KEY")
+    add("--heldout-answer-pattern", metavar="REGEX", help=r"'(?s)(.*)': the answer is the whole column")
     add("--heldout-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--heldout-prompts", type=int, default=512, help="how many of them, at most")
     add("--heldout-completions", type=int, default=1, metavar="K", help="of each: accuracy is avg@K")

@@ -28,6 +28,7 @@ from megatron_vespo.conversion.sources import opened_hf
 from megatron_vespo.conversion.spans import SpanBuffer, tensor_digest
 from megatron_vespo.conversion.staging import staged
 from megatron_vespo.data.jsonl import jsonl_rows
+from megatron_vespo.data.located import located
 
 VERSION = "0.47.0"  # of nvidia-modelopt; setup.py installs it
 FORMATS = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}  # ModelOpt's names
@@ -133,7 +134,8 @@ def _samples(model: Path, calibration: Calibration, vocab_size: int) -> Iterator
     if not calibration.path.is_file():
         raise ValueError(f"--calibration {calibration.path}: no such file")
     for where, row in islice(jsonl_rows(calibration.path), calibration.num_samples):
-        ids = tokenizer(_text(row, where))["input_ids"][: calibration.num_tokens]
+        with located(where):
+            ids = tokenizer(_text(row, where))["input_ids"][: calibration.num_tokens]
         if not ids:
             raise ValueError(f"{where}: the prompt has no tokens")
         yield torch.tensor([ids])

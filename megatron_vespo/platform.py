@@ -6,24 +6,27 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import ray
-from transformers import AutoTokenizer
 
 from megatron_vespo.cluster.colocated import ColocatedSync
 from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.turns import Turns
+from megatron_vespo.data.checkpoint_folder import resumed_save
+from megatron_vespo.data.prompt_record import PromptRecord, read_record
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.preemption import Preemption
-from megatron_vespo.prompt_data import prompt_data
+from megatron_vespo.prompt_data import chat_format, heldout_data, prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
@@ -43,33 +46,44 @@ class Task:
     heldout: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
     generate: GenerateFunction | None = None  # None: one request is one completion
+    record: bytes | None = None  # which prompts these are, for checkpoints
+    remarks: list[str] = field(default_factory=list)  # what people should know of the data
 
 
 def load_task(args: Namespace) -> Task:
     if args.train_from:
         return Task()
-    tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
-    prompts = _prompts(args, "--prompt-data", args.prompt_data, tokenizer)
-    heldout: list[Prompt] = []
-    if args.heldout_data:
-        loaded = _prompts(args, "--heldout-data", args.heldout_data, tokenizer)
-        heldout = loaded.prompts[: args.heldout_prompts]
+    folder = resumed_save(Path(args.load), args.ckpt_step) if args.load and not args.rollout_only else None
+    saved = folder and read_record(folder)
+    date = saved.date if saved else datetime.now().replace(microsecond=0)
+    tokenizer = load_tokenizer(args.hf_checkpoint, "--hf-checkpoint")
+    form = chat_format(args, tokenizer, date)
+    prompts = prompt_data(args, args.prompt_data, form, overlong=args.overlong_prompts, flag="--prompt-data")
+    sets = [prompts, *([heldout_data(args, form)] if args.heldout_data else [])]
+    remarks = []
+    for loaded in sets:
+        _check_vocabulary(args, loaded)
+        remarks += loaded.remarks(args.max_prompt_tokens)
+    record = PromptRecord.of(prompts.prompts, args.seed, date)
+    if saved:
+        saved.check_same(record, folder, args.prompt_data)
+    elif folder:
+        remarks.append(f"{folder} does not say which prompts its run has: they are not compared")
+    heldout = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.heldout_prompts]]
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
     reward = load_reward_function(args.reward_function)
     generate = load_generate_function(args.generate_function) if args.generate_function else None
-    return Task(tokenizer, sampling, prompts, heldout, reward, generate)
+    return Task(tokenizer, sampling, prompts, heldout, reward, generate, record.encode(), remarks)
 
 
-def _prompts(args: Namespace, flag: str, path: Path, tokenizer) -> PromptSet:
-    loaded = prompt_data(args, path, tokenizer, overlong=args.overlong_prompts, flag=flag)
+def _check_vocabulary(args: Namespace, loaded: PromptSet) -> None:
     largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
     if largest >= args.vocab_size:  # SGLang's scheduler would die of it
         raise ValueError(
-            f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer makes token id {largest} of {path}, but "
-            f"the model's vocabulary has {args.vocab_size} entries"
+            f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer makes token id {largest} of {loaded.path}, "
+            f"but the model's vocabulary has {args.vocab_size} entries"
         )
-    return loaded
 
 
 class Platform:

@@ -93,7 +93,7 @@ class Session:
         group = TrainerGroup if platform.turns is None else partial(ColocatedTrainer, turns=platform.turns)
         self._trainer = group(
             args, platform.placement, platform.log_dir, platform.engines.check, platform.trace.calls,
-            self._on_save,
+            self._on_save, platform.task.record,
         )  # fmt: skip
         self._stack.callback(self._trainer.stop)
         with platform.display.phase("start Megatron"):

@@ -41,11 +41,8 @@ def main(argv: list[str]) -> None:
         trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
         title = f"VESPO: {args.hf_checkpoint}"
         display = stack.enter_context(RunDisplay(title, args.train_iters, on_phase=trace.phase))
-        if task.prompts is not None and task.prompts.num_overlong:
-            display.message(
-                f"{task.prompts.num_overlong} prompts over --max-prompt-tokens {args.max_prompt_tokens} "
-                "skipped"
-            )
+        for remark in task.remarks:
+            display.message(remark)
         platform = Platform(args, task, display, trace, preemption, stack)
         run = Run(args, platform, args.setup_seconds - started)
         try:

@@ -44,8 +44,11 @@ class TrainerGroup:
         watch: Callable[[], None],
         on_calls: Callable[[int, list[Span]], None] | None = None,
         on_save: Callable[[SaveReport], None] | None = None,
+        prompts: bytes | None = None,
     ):
+        """`prompts` are what every checkpoint says of them, see `prompt_record`."""
         self._args, self._log_dir, self._watch = args, log_dir, watch
+        self._prompts = prompts
         self._on_calls, self._on_save = on_calls, on_save
         self._one_call = Lock()  # a collective of the ranks: all get their calls in the same order
         self._saving: int | None = None  # iteration of a save that has not ended
@@ -119,12 +122,12 @@ class TrainerGroup:
 
         One that fails is told there as well and the run goes on, but see `finish_save`.
         """
-        # a reference in a list would reach the ranks unresolved; the others need not hold it
-        buffers = [None if rollout_buffer is None else ray.put(rollout_buffer)]
-        buffers += [None] * (len(self._workers) - 1)
+        # a reference in a list would reach the ranks unresolved; the others need not hold them
+        files = [None if content is None else ray.put(content) for content in (rollout_buffer, self._prompts)]
+        calls = [(rollout_state, *files)] + [(rollout_state, None, None)] * (len(self._workers) - 1)
         with self._one_call:
             self._saving = rollout_state["iteration"]
-            self._calls("save", [(rollout_state, buffer) for buffer in buffers], self._args.train_timeout)
+            self._calls("save", calls, self._args.train_timeout)
 
     def poll_save(self) -> None:
         """Complete a save that has been written, unless a call is going on, which does so at its end.

@@ -17,7 +17,7 @@ import torch
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.cluster.visible_gpus import check_visible_gpus
-from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, SaveReport
+from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, PROMPTS, SaveReport
 from megatron_vespo.data.probe_file import compare, decode, encode, probes_of
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.layout_report import LayoutMeasurement
@@ -241,9 +241,10 @@ class TrainerWorker:
 
         return not checkpoint.exists(self._args.load) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
 
-    def save(self, rollout_state: dict, buffer: bytes | None) -> None:
-        """With --async-save only begun when this returns; rank 0 alone is given the buffer."""
-        files = {} if buffer is None else {BUFFER: buffer}
+    def save(self, rollout_state: dict, buffer: bytes | None, prompts: bytes | None = None) -> None:
+        """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""
+        given = {BUFFER: buffer, PROMPTS: prompts}
+        files = {name: content for name, content in given.items() if content is not None}
         self._memory.weights.take()
         if self._probes:
             files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes, False))

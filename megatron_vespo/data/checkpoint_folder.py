@@ -4,9 +4,10 @@
     SAVE/iter_0000040/                          weights, optimizer, arguments: Megatron's
     SAVE/iter_0000040/rollout_buffer.bin        the state of asynchronous generation, if there is one
     SAVE/iter_0000040/probe.npz                 a few samples and the policy's log-probs of them
+    SAVE/iter_0000040/prompts.npz               which prompts the run trains on
     SAVE/iter_0000040/hf/                       configuration and tokenizer
 
-Length and SHA-256 of the two are in the state that Megatron's arguments carry.
+Length and SHA-256 of the three are in the state that Megatron's arguments carry.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_vespo.conversion.hf_shards import copy_companions
 from megatron_vespo.conversion.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.conversion.sources import HF_FOLDER
 
-BUFFER, PROBE = "rollout_buffer.bin", "probe.npz"
+BUFFER, PROBE, PROMPTS = "rollout_buffer.bin", "probe.npz", "prompts.npz"
 COMPLETE = "metadata.json"  # Megatron's, written when everything else is, just before the tracker
 # taken while tensors are written and given back for the indices: these must not be what fails on all ranks
 # but one
@@ -106,6 +107,14 @@ def newest_save(save: Path) -> Path | None:
     return save / f"iter_{int(word):07d}" if word.isdecimal() else None
 
 
+def resumed_save(load: Path, step: int | None = None) -> Path | None:
+    """The folder that a run with --load, and --ckpt-step, goes on from; None where it begins anew.
+
+    Also where a kill has left the tracker empty.
+    """
+    return load / f"iter_{step:07d}" if step is not None else newest_save(load) or _torn_save(load)
+
+
 def repair_tracker(save: Path) -> str | None:
     """Fills a tracker that a kill has left empty; the folder it names then, None if there was nothing to do.
 
@@ -115,11 +124,20 @@ def repair_tracker(save: Path) -> str | None:
     tracker = save / TRACKER_NAME
     if not tracker.is_file() or tracker.read_text().strip():
         return None
-    complete = sorted(folder.name for folder in save.glob("iter_*") if (folder / COMPLETE).is_file())
-    if not complete:
+    complete = _torn_save(save)
+    if complete is None:
         tracker.unlink()
         return None
     partial = tracker.with_suffix(".partial")
-    partial.write_text(str(int(complete[-1].removeprefix("iter_"))))
+    partial.write_text(str(int(complete.name.removeprefix("iter_"))))
     partial.replace(tracker)
-    return complete[-1]
+    return complete.name
+
+
+def _torn_save(save: Path) -> Path | None:
+    """The newest complete iteration, where the tracker is empty."""
+    tracker = save / TRACKER_NAME
+    if not tracker.is_file() or tracker.read_text().strip():
+        return None
+    complete = sorted(folder for folder in save.glob("iter_*") if (folder / COMPLETE).is_file())
+    return complete[-1] if complete else None

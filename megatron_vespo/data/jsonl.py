@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.data.located import located
+
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) of every line that is not blank; `where` starts error messages: "a.jsonl line 3".
@@ -16,16 +18,11 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path} line {number}"
-            try:
+            with located(where):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8") from error
-            if not text:
-                continue
-            try:
+                if not text:
+                    continue
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a row must be a JSON object, this one is {kind(row)}")
             yield where, row

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_vespo.data.jsonl import kind
 from megatron_vespo.data.known_sets import KnownSet
+from megatron_vespo.data.located import located
 from megatron_vespo.data.rows import file_rows
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -39,10 +40,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix != ".json":
         yield from file_rows(path, "--source")
         return
-    try:
+    with located(str(path)):
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must hold a list of objects, it is {kind(rows)}")
     for number, row in enumerate(rows, start=1):

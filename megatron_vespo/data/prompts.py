@@ -5,12 +5,42 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from megatron_vespo.data.located import located
 from megatron_vespo.data.rows import answer_text, file_rows, lookup, messages_of, user_text
+from megatron_vespo.data.tokenizer import ARGUMENTS_FLAG, ChatFormat
 from megatron_vespo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where rows have prompt and answer: a column, or a dotted path into nested ones ("reward.ground_truth").
+
+    The prompt is a string (one user message) or a list of {"role", "content"} messages; `answer_pattern` is a
+    regular expression whose one group is the reference inside the answer cell. The flags that name these
+    begin with `flags`, for messages.
+    """
+
+    prompt: str
+    answer: str
+    answer_pattern: str | None = None
+    flags: str = "--"
+
+    def compiled_pattern(self) -> re.Pattern[str] | None:
+        """ValueError for one that cannot be used."""
+        if self.answer_pattern is None:
+            return None
+        given = f"{self.flags}answer-pattern {self.answer_pattern!r}"
+        try:
+            pattern = re.compile(self.answer_pattern)
+        except re.error as error:
+            raise ValueError(f"{given} is no regular expression: {error}") from error
+        if pattern.groups != 1:
+            raise ValueError(f"{given} must have one group, it has {pattern.groups}")
+        return pattern
 
 
 @dataclass(frozen=True)
@@ -20,16 +50,29 @@ class PromptSet:
     prompts: list[Prompt]
     num_overlong: int
     path: Path
+    has_tools: bool = False  # a column of tools, as chat data has them
+
+    def remarks(self, max_prompt_tokens: int) -> list[str]:
+        """What people should know of it."""
+        remarks = []
+        if self.num_overlong:
+            remarks.append(
+                f"{self.path}: {self.num_overlong} prompts over --max-prompt-tokens {max_prompt_tokens} "
+                "skipped"
+            )
+        if self.has_tools:
+            remarks.append(
+                f"{self.path}: the column 'tools' reaches the reward function, not the chat template; "
+                f"tools that all prompts share: {ARGUMENTS_FLAG} '{{\"tools\": [...]}}'"
+            )
+        return remarks
 
 
 def load_prompts(
     path: str | Path,
-    tokenizer: Any,
+    chat_format: ChatFormat,
+    columns: Columns,
     *,
-    prompt_key: str,
-    answer_key: str,
-    answer_pattern: str | None,
-    apply_chat_template: bool,
     max_prompt_tokens: int,
     overlong: Literal["skip", "error"],
     flag: str,
@@ -37,10 +80,6 @@ def load_prompts(
     """Read a .jsonl or .parquet file and tokenise its prompts.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        prompt_key, answer_key: a column, or a dotted path into nested ones ("reward_model.ground_truth").
-            The prompt is a string (one user message) or a list of {"role", "content"} messages.
-        answer_pattern: regular expression whose one group is the reference inside the answer cell.
         overlong: what happens to a prompt of more than max_prompt_tokens: left out and counted, or refused.
         flag: the one that named the file, for messages.
 
@@ -48,26 +87,22 @@ def load_prompts(
         ValueError: one line with the file and the line (JSONL) or row (parquet), from 1, that is wrong.
     """
     path = Path(path)
-    pattern = _compile_pattern(answer_pattern)
-    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template: --no-chat-template takes prompts as they are")
-
+    pattern = columns.compiled_pattern()
     prompts: list[Prompt] = []
-    num_overlong = 0
+    num_overlong, has_tools = 0, False
     for prompt_id, (where, row) in enumerate(file_rows(path, flag)):
-        messages = messages_of(lookup(row, prompt_key, "--prompt-key", where), prompt_key, where)
-        answer = answer_text(lookup(row, answer_key, "--answer-key", where), answer_key, pattern, where)
-        token_ids = _tokenize(messages, tokenizer, apply_chat_template, where)
-        if len(token_ids) > max_prompt_tokens:
+        with located(where):
+            prompt = _prompt(prompt_id, row, chat_format, columns, pattern, where)
+        has_tools = has_tools or bool(prompt.metadata.get("tools"))
+        if len(prompt.token_ids) > max_prompt_tokens:
             if overlong == "error":
                 raise ValueError(
-                    f"{where}: the prompt has {len(token_ids)} tokens, more than --max-prompt-tokens "
+                    f"{where}: the prompt has {len(prompt.token_ids)} tokens, more than --max-prompt-tokens "
                     f"{max_prompt_tokens}; --overlong-prompts skip would leave it out"
                 )
             num_overlong += 1
             continue
-        metadata = {key: value for key, value in row.items() if key not in (prompt_key, answer_key)}
-        prompts.append(Prompt(prompt_id, token_ids, answer, user_text(messages), metadata))
+        prompts.append(prompt)
 
     if num_overlong and not prompts:
         raise ValueError(
@@ -75,7 +110,28 @@ def load_prompts(
         )
     if not prompts:
         raise ValueError(f"{path}: the file is empty; {flag} needs one prompt a row")
-    return PromptSet(prompts, num_overlong, path)
+    return PromptSet(prompts, num_overlong, path, has_tools)
+
+
+def _prompt(
+    prompt_id: int,
+    row: dict,
+    chat_format: ChatFormat,
+    columns: Columns,
+    pattern: re.Pattern | None,
+    where: str,
+) -> Prompt:
+    keys = columns.prompt, columns.answer
+    messages = messages_of(lookup(row, keys[0], f"{columns.flags}prompt-key", where), keys[0], where)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: {keys[0]} ends with a message of the assistant, which would give the answer away: "
+            "leave that message out"
+        )
+    cell = lookup(row, keys[1], f"{columns.flags}answer-key", where)
+    answer = answer_text(cell, keys[1], pattern, where, f"{columns.flags}answer-pattern")
+    metadata = {key: value for key, value in row.items() if key not in keys}
+    return Prompt(prompt_id, chat_format.tokens(messages), answer, user_text(messages), metadata)
 
 
 class PromptCursor:
@@ -115,34 +171,3 @@ def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
     # Raw Philox words are the one random stream that numpy keeps fixed across versions; permutation() is not.
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(num_prompts), kind="stable")
-
-
-def _compile_pattern(answer_pattern: str | None) -> re.Pattern[str] | None:
-    if answer_pattern is None:
-        return None
-    try:
-        pattern = re.compile(answer_pattern)
-    except re.error as error:
-        raise ValueError(f"--answer-pattern {answer_pattern!r} is no regular expression: {error}") from error
-    if pattern.groups != 1:
-        raise ValueError(f"--answer-pattern {answer_pattern!r} must have one group, it has {pattern.groups}")
-    return pattern
-
-
-def _tokenize(messages: list[dict], tokenizer: Any, apply_chat_template: bool, where: str) -> list[int]:
-    if apply_chat_template:
-        from jinja2 import TemplateError
-
-        try:
-            token_ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses the messages: {error}") from error
-    elif len(messages) == 1:
-        token_ids = tokenizer.encode(messages[0]["content"])
-    else:
-        raise ValueError(f"{where}: --no-chat-template takes one message, this prompt has {len(messages)}")
-    if not token_ids:
-        raise ValueError(f"{where}: the tokenizer makes no tokens of the prompt")
-    return list(token_ids)

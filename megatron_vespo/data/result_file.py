@@ -20,6 +20,18 @@ from megatron_vespo.disk import sync
 _SETTINGS = "settings"
 
 
+def made_with(path: Path) -> dict[str, Any]:
+    """The settings in a file of finished work; none where there is no such file, or a torn one."""
+    if not path.is_file():
+        return {}
+    try:
+        _, header = next(jsonl_rows(path), ("", {}))
+    except ValueError:
+        return {}
+    settings = header.get(_SETTINGS)
+    return settings if isinstance(settings, dict) else {}
+
+
 class ResultFile:
     """`path`, made or gone on with; `records` are those that it has. One process at a time.
 

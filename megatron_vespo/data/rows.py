@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_vespo.data.jsonl import jsonl_rows, kind
+from megatron_vespo.data.located import located
 
 
 class Absent(ValueError):
@@ -25,21 +26,28 @@ def file_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{flag} {path}: is a folder; name one .jsonl or .parquet file in it")
     if path.suffix not in readers:
         raise ValueError(f"{flag} {path}: must be a .jsonl or .parquet file")
-    return readers[path.suffix](path)
+    return _read(path, readers[path.suffix])
+
+
+def _read(path: Path, reader: Callable[[Path], Iterator[tuple[str, dict]]]) -> Iterator[tuple[str, dict]]:
+    with located(str(path)):  # what its reader says of no row, a file that may not be read for one
+        yield from reader(path)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with located(f"{path}: not a parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from error
     with file:
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
+        batches, number = file.iter_batches(), 0
+        while True:
+            with located(f"{path}: cannot be read after row {number}"):
+                batch = next(batches, None)
+                rows = None if batch is None else batch.to_pylist()
+            if rows is None:
+                return
+            for row in rows:
                 number += 1
                 yield f"{path} row {number}", row
 
@@ -76,11 +84,17 @@ def messages_of(cell: Any, key: str, where: str) -> list[dict]:
             )
     if not cell or not cell[-1]["content"].strip():
         raise ValueError(f"{where}: {key} is an empty prompt")
+    with located(f"{where}: {key}"):
+        for message in cell:
+            message["content"].encode()  # JSON can hold halves of characters, which tokenizers cannot read
     # Parquet fills absent fields with None, which chat templates read as present.
     return [{name: value for name, value in message.items() if value is not None} for message in cell]
 
 
-def answer_text(cell: Any, key: str, pattern: re.Pattern[str] | None, where: str) -> str:
+def answer_text(
+    cell: Any, key: str, pattern: re.Pattern[str] | None, where: str, flag: str = "--answer-pattern"
+) -> str:
+    """`flag` has given the pattern."""
     if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
         cell = int(cell)  # data sets stored through pandas say 14.0 where they mean 14
     if isinstance(cell, bool) or not isinstance(cell, str | int | float) or cell != cell:
@@ -89,9 +103,7 @@ def answer_text(cell: Any, key: str, pattern: re.Pattern[str] | None, where: str
     if pattern is not None:
         match = pattern.search(answer)
         if match is None or match.group(1) is None:
-            raise ValueError(
-                f"{where}: --answer-pattern {pattern.pattern!r} finds nothing in {key} {answer[-60:]!r}"
-            )
+            raise ValueError(f"{where}: {flag} {pattern.pattern!r} finds nothing in {key} {answer[-60:]!r}")
         answer = match.group(1)
     if not answer.strip():
         raise ValueError(f"{where}: {key} is an empty answer")

@@ -12,8 +12,9 @@ from runs import Run, nothing_left, train_command
 from transformers import AutoTokenizer
 
 from megatron_vespo.data.checkpoint_folder import BUFFER, newest_save
-from megatron_vespo.data.prompts import PromptCursor, load_prompts
+from megatron_vespo.data.prompts import Columns, PromptCursor, load_prompts
 from megatron_vespo.data.rollout_file import batch_path, read_record
+from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.observability.metrics import read_metrics
 
 START_S = 300.0
@@ -63,8 +64,8 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     print(f"{len(pending)} prompts are pending at the end, with {len(state['places'])} drafts")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = load_prompts(
-        questions, tokenizer, prompt_key="question", answer_key="answer", answer_pattern=None,
-        apply_chat_template=True, max_prompt_tokens=512, overlong="error", flag="--prompt-data",
+        questions, ChatFormat(tokenizer), Columns("question", "answer"), max_prompt_tokens=512,
+        overlong="error", flag="--prompt-data",
     ).prompts  # fmt: skip
     taken = PromptCursor(prompts, SEED).take(len(trained) + len(pending))
     assert sorted(trained + pending) == sorted(prompt.prompt_id for prompt in taken)

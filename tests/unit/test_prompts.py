@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_vespo.data.prompts import PromptCursor, PromptSet, load_prompts
+from megatron_vespo.data.prompts import Columns, PromptCursor, PromptSet, load_prompts
+from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.types import Prompt
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -31,16 +32,17 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def load(path: Path, **overrides) -> PromptSet:
-    options = {
-        "prompt_key": "prompt",
-        "answer_key": "answer",
-        "answer_pattern": None,
-        "apply_chat_template": True,
-        "max_prompt_tokens": 1000,
-        "overlong": "error",
-        "flag": "--prompt-data",
-    } | overrides
-    return load_prompts(path, options.pop("tokenizer", None) or make_tokenizer(), **options)
+    options = {"max_prompt_tokens": 1000, "overlong": "error", "flag": "--prompt-data"} | overrides
+    columns = Columns(
+        options.pop("prompt_key", "prompt"),
+        options.pop("answer_key", "answer"),
+        options.pop("answer_pattern", None),
+    )
+    tokenizer = options.pop("tokenizer", None) or make_tokenizer()
+    chat_format = ChatFormat(
+        tokenizer, options.pop("apply_chat_template", True), options.pop("arguments", {})
+    )
+    return load_prompts(path, chat_format, columns, **options)
 
 
 def write_lines(tmp_path: Path, *lines: str | dict) -> Path:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
-from megatron_vespo.data.prompts import load_prompts
+from megatron_vespo.data.prompts import Columns, load_prompts
+from megatron_vespo.data.tokenizer import ChatFormat
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "staleness_study"))
 import base_model  # noqa: E402
@@ -160,11 +161,8 @@ def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
     task_files.write_prompts(tmp_path / "prompts.jsonl", ours)
     read = load_prompts(
         tmp_path / "prompts.jsonl",
-        AutoTokenizer.from_pretrained(tmp_path),
-        prompt_key="question",
-        answer_key="answer",
-        answer_pattern=None,
-        apply_chat_template=False,
+        ChatFormat(AutoTokenizer.from_pretrained(tmp_path), apply_template=False),
+        Columns("question", "answer"),
         max_prompt_tokens=running_sum.LENGTH + 1,
         overlong="error",
         flag="--prompt-data",

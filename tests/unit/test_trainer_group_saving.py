@@ -23,22 +23,22 @@ def group(monkeypatch) -> TrainerGroup:
     monkeypatch.setattr(trainer_group, "gather", lambda refs, *others: refs)
     monkeypatch.setattr(trainer_group.ray, "put", lambda value: ("reference", value))
     nowhere = SimpleNamespace(trainer=[])
-    group = TrainerGroup(Namespace(train_timeout=1.0), nowhere, None, lambda: None)
+    group = TrainerGroup(Namespace(train_timeout=1.0), nowhere, None, lambda: None, prompts=b"prompts")
     group.told = []
     group._on_save = group.told.append
     return group
 
 
-def test_the_buffer_is_sent_to_rank_0_as_an_argument_of_its_own(group):
+def test_buffer_and_prompts_are_sent_to_rank_0_as_arguments_of_their_own(group):
     group._workers = [Rank([]), Rank([]), Rank([])]
     group.save({"iteration": 4}, b"groups")
     assert [worker.calls for worker in group._workers] == [
-        [("save", {"iteration": 4}, ("reference", b"groups"))],
-        [("save", {"iteration": 4}, None)],
-        [("save", {"iteration": 4}, None)],
+        [("save", {"iteration": 4}, ("reference", b"groups"), ("reference", b"prompts"))],
+        [("save", {"iteration": 4}, None, None)],
+        [("save", {"iteration": 4}, None, None)],
     ]
     group.save({"iteration": 8}, None)
-    assert group._workers[0].calls[1] == ("save", {"iteration": 8}, None)
+    assert group._workers[0].calls[1] == ("save", {"iteration": 8}, None, ("reference", b"prompts"))
 
 
 def test_a_failed_save_is_told_and_the_last_one_counts_in_the_end(group):

@@ -1,0 +1,105 @@
+"""The tokenizer of an HF folder, and chat messages as its tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.data.located import located
+
+ARGUMENTS_FLAG = "--chat-template-arguments"
+_OURS = {"messages", "add_generation_prompt", "strftime_now"}  # what a template is given in any case
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # of transformers, no tag of Jinja's
+
+
+def load_tokenizer(folder: Path, flag: str) -> Any:
+    """The Hugging Face tokenizer of `folder`, which `flag` has named; ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    missing = f"{flag} {folder}: there is no tokenizer in the folder (tokenizer.json and its like)"
+    with located(f"{flag} {folder}: its tokenizer cannot be loaded" if _has_vocabulary(folder) else missing):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not set(tokenizer.get_vocab()) - special:  # transformers makes one of these where it finds no file
+        raise ValueError(missing)
+    return tokenizer
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    names = {path.name for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)}
+    return bool(names - {"tokenizer_config.json"})
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How prompts become tokens, checked when it is made.
+
+    `arguments` are handed to the chat template, by name; `date` is the time that a template reads which
+    writes the date (strftime_now): a run, and an evaluation, has one, however many days it takes.
+    """
+
+    tokenizer: Any
+    apply_template: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime = field(default_factory=datetime.now)
+
+    def __post_init__(self) -> None:
+        """ValueError for a template that is not there or does not read the arguments."""
+        if not self.apply_template:
+            if self.arguments:
+                raise ValueError(f"{ARGUMENTS_FLAG} is for a chat template, --no-chat-template uses none")
+            return
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "the tokenizer has no chat template: --no-chat-template takes prompts as they are"
+            )
+        if self.arguments:
+            self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        read = _variables(self.tokenizer.get_chat_template()) - _OURS - {*self.tokenizer.special_tokens_map}
+        for name in self.arguments:
+            if name not in read:
+                raise ValueError(
+                    f"{ARGUMENTS_FLAG}: the chat template reads no argument {name!r}; "
+                    f"those that it reads are {', '.join(sorted(read)) or 'none'}"
+                )
+
+    def tokens(self, messages: list[dict]) -> list[int]:
+        """ValueError, without a place, where the template refuses the messages or there are none."""
+        if self.apply_template:
+            token_ids = self._templated(messages)
+        elif len(messages) == 1:
+            token_ids = self.tokenizer.encode(messages[0]["content"])
+        else:
+            raise ValueError(f"--no-chat-template takes one message, this prompt has {len(messages)}")
+        if not token_ids:
+            raise ValueError("the tokenizer makes no tokens of the prompt")
+        return list(token_ids)
+
+    def _templated(self, messages: list[dict]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False,
+                strftime_now=self.date.strftime, **self.arguments,
+            )  # fmt: skip
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+def _variables(template: str) -> set[str]:
+    """What a chat template reads of its caller."""
+    from jinja2 import Environment, TemplateError, meta
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        syntax = environment.parse(_GENERATION_TAG.sub("", template))
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error
+    return meta.find_undeclared_variables(syntax) - {*environment.globals, "raise_exception"}
