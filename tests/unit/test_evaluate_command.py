@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
+from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from evaluation_rewards import by_the_letter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_vespo import evaluation_settings
 from megatron_vespo.cli import run
 from megatron_vespo.evaluation_settings import weights_digest
 from megatron_vespo.observability.evaluation_report import (
@@ -172,6 +175,60 @@ def test_it_goes_on_where_it_was_ended(checkpoint, tmp_path, sets, capsys):
         # all is there: nothing is asked for again
         assert run(command(checkpoint, out, engine.url, *flags)) == 0
         assert len(engine.requests) == asked
+
+
+def with_template(checkpoint: Path, folder: Path, template: str) -> Path:
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def keep_finished(path: Path, number: int) -> None:
+    """As if it had been stopped after so many prompts."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + number]))
+
+
+def test_another_chat_template_is_refused(checkpoint, tmp_path, sets, capsys):
+    out, template = tmp_path / "out", "{{ messages[0].content }}"
+    model = with_template(checkpoint, tmp_path / "model", template)
+    with EngineStub(ByTurns(EASY | HARD)) as engine:
+        line = command(model, out, engine.url, *sets)
+        assert run(line) == 0
+        keep_finished(out / "prompts.jsonl", 2)
+        with_template(checkpoint, model, template + "{{ suffix | default('?') }}")
+        capsys.readouterr()
+        assert run(line) == 2
+        error = capsys.readouterr().err
+        assert "was made with prompts as tokens (tokenizer and chat template) {" in error
+        with_template(checkpoint, model, template + "{{ suffix | default('') }}")  # the same text
+        assert run([*line, "--chat-template-arguments", '{"suffix": "?"}']) == 2
+        assert "--chat-template-arguments {}, now it is {" in capsys.readouterr().err
+        assert run(line) == 0
+
+
+def test_a_template_writes_the_date_of_the_start(checkpoint, tmp_path, sets, monkeypatch):
+    class Clock(datetime):
+        today = datetime(2026, 2, 28)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.today
+
+    monkeypatch.setattr(evaluation_settings, "datetime", Clock)
+    model = with_template(checkpoint, tmp_path / "model", "{{ strftime_now('%d') }}{{ messages[0].content }}")
+    dated = {f"{day}{question}": "y" for question in EASY | HARD for day in ("28", "01")}
+    results = tmp_path / "out/prompts.jsonl"
+    with EngineStub(ByTurns(dated)) as engine:
+        line = command(model, tmp_path / "out", engine.url, *sets, "--num-completions", "1")
+        assert run(line) == 0
+        keep_finished(results, 2)
+        Clock.today = datetime(2026, 3, 1)
+        assert run(line) == 0
+        assert len(engine.requests) == 5 + 3
+        assert {"".join(map(chr, body["input_ids"][:2])) for body in engine.requests} == {"28"}
+        keep_finished(results, -1)  # nothing is left of it, not even its settings
+        assert run(line) == 0
+        assert "".join(map(chr, engine.requests[-1]["input_ids"][:2])) == "01"
 
 
 def test_a_key_from_the_environment(checkpoint, tmp_path, sets, capsys, monkeypatch):

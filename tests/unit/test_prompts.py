@@ -231,6 +231,79 @@ def test_row_errors_name_file_and_line(tmp_path, line, message):
     fails_with(path, f"{path} line 3: {message}")
 
 
+def test_whatever_goes_wrong_names_file_and_line(tmp_path):
+    """Of libraries that raise no ValueError, or one without a place."""
+    fine = {"prompt": "fine", "answer": "1"}
+    half = write_lines(tmp_path, fine, '{"prompt": "a \\ud83d", "answer": "1"}')
+    fails_with(
+        half, f"{half} line 2: prompt: character 3, '\\ud83d', is half of a surrogate pair, which is no text"
+    )
+    # in a field that only the template reads
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['name'] }}{% endfor %}")
+    named = [{"role": "user", "content": "a", "name": "\ud83d"}]
+    path = write_lines(tmp_path, fine | {"prompt": named})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} line 1: TypeError: "):
+        load(path, tokenizer=tokenizer)
+    number = write_lines(tmp_path, fine, f'{{"prompt": "p", "answer": {"1" * 5000}}}')
+    with pytest.raises(ValueError, match=f"^{re.escape(str(number))} line 2: Exceeds .* has 5000 digits"):
+        load(number)
+    deep = write_lines(tmp_path, fine, f'{{"prompt": "p", "answer": "1", "x": {"[" * 10**5}{"]" * 10**5}}}')
+    fails_with(deep, f"{deep} line 2: nested too deep to be read")
+
+
+def test_damaged_pages_of_parquet_name_the_file_and_the_row(tmp_path):
+    path = tmp_path / "train.parquet"
+    rows = [{"prompt": f"question {i}", "answer": str(i)} for i in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
+    assert len(load(path).prompts) == 2000
+    content = bytearray(path.read_bytes())
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0).dictionary_page_offset
+    content[start + 40 : start + 400] = b"\xff" * 360
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: cannot be read after row 0: OSError: "):
+        load(path)
+
+
+def test_an_answer_in_the_prompt_is_refused(tmp_path):
+    messages = [{"role": "user", "content": "2 + 2 = ?"}, {"role": "assistant", "content": "4"}]
+    path = write_lines(tmp_path, {"prompt": messages, "answer": "4"})
+    fails_with(
+        path,
+        f"{path} line 1: prompt ends with a message of the assistant, which would give the answer away: "
+        "leave that message out",
+    )
+    path = write_lines(tmp_path, {"prompt": [*messages, messages[0]], "answer": "4"})
+    assert text_of(load(path).prompts[0]) == "<user>2 + 2 = ?<assistant>4<user>2 + 2 = ?<assistant>"
+
+
+def test_a_column_of_tools_is_said(tmp_path):
+    row = {"prompt": "p", "answer": "1"}
+    assert load(write_lines(tmp_path, row, row | {"tools": None})).remarks(9) == []
+    path = write_lines(tmp_path, row, row | {"tools": [{"name": "calculator"}]})
+    (remark,) = load(path).remarks(9)
+    assert remark.startswith(f"{path}: the column 'tools' reaches the reward function, not the chat template")
+    skipped = load(path, max_prompt_tokens=len("<user>p<assistant>"), overlong="skip").remarks(18)
+    assert skipped == [remark]
+    path = write_lines(tmp_path, row, row | {"prompt": "x" * 99})
+    remarks = load(path, max_prompt_tokens=18, overlong="skip").remarks(18)
+    assert remarks == [f"{path}: 1 prompts over --max-prompt-tokens 18 skipped"]
+
+
+def test_messages_name_the_flags_of_their_columns(tmp_path):
+    path = write_lines(tmp_path, {"q": "p", "a": "1"})
+    form = ChatFormat(make_tokenizer())
+    options = {"max_prompt_tokens": 99, "overlong": "error", "flag": "--heldout-data"}
+    assert load_prompts(path, form, Columns("q", "a", flags="--heldout-"), **options).prompts[0].answer == "1"
+    for columns, flag in (
+        (Columns("x", "a", None, "--heldout-"), "--heldout-prompt-key x"),
+        (Columns("q", "x", None, "--heldout-"), "--heldout-answer-key x"),
+        (Columns("q", "a", "(x)", "--heldout-"), "--heldout-answer-pattern '(x)' finds nothing"),
+        (Columns("q", "a", "(", "--heldout-"), "--heldout-answer-pattern '(' is no regular expression"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(flag)):
+            load_prompts(path, form, columns, **options)
+
+
 def test_answer_pattern_errors(tmp_path):
     path = write_lines(tmp_path, {"prompt": "p", "answer": "no mark"})
     fails_with(
