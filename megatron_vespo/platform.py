@@ -64,12 +64,12 @@ def load_task(args: Namespace) -> Task:
     for loaded in sets:
         _check_vocabulary(args, loaded)
         remarks += loaded.remarks(args.max_prompt_tokens)
-    record = PromptRecord.of(prompts.prompts, args.seed, date)
+    heldout = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.heldout_prompts]]
+    record = PromptRecord.of(prompts.prompts, args.seed, date, heldout)
     if saved:
-        saved.check_same(record, folder, args.prompt_data)
+        remarks += saved.check_same(record, folder, args.prompt_data)
     elif folder:
         remarks.append(f"{folder} does not say which prompts its run has: they are not compared")
-    heldout = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.heldout_prompts]]
     stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
     reward = load_reward_function(args.reward_function)

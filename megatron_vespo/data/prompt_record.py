@@ -3,6 +3,7 @@
     prompts.npz     rows int64 [P]                  of the prompt file, from 0; P prompts in the file's order
                     contents, tokens uint64 [P]     hashes of question and answer, and of the token ids
                     seed int64, date str            what the order follows from; what chat templates read
+                    heldout str                     digest of the held-out prompts, empty without
 
 The file may lie elsewhere, and have other columns beside. The date is that of the run's first start: a chat
 template that writes it makes the same prompts on every day of the run.
@@ -34,9 +35,12 @@ class PromptRecord:
     tokens: np.ndarray
     seed: int
     date: datetime
+    heldout: str
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], seed: int, date: datetime) -> PromptRecord:
+    def of(
+        cls, prompts: Sequence[Prompt], seed: int, date: datetime, heldout: Sequence[Prompt] = ()
+    ) -> PromptRecord:
         return cls(
             np.array([prompt.prompt_id for prompt in prompts], np.int64),
             # half of a surrogate pair may stand in an answer
@@ -44,24 +48,28 @@ class PromptRecord:
             _hashes(np.array(prompt.token_ids, np.int64).tobytes() for prompt in prompts),
             seed,
             date,
+            digest(heldout) if heldout else "",
         )
 
     def encode(self) -> bytes:
         file = io.BytesIO()
-        date = self.date.isoformat()
-        np.savez_compressed(
-            file, rows=self.rows, contents=self.contents, tokens=self.tokens, seed=self.seed, date=date
-        )
+        np.savez_compressed(file, **vars(self) | {"date": self.date.isoformat()})
         return file.getvalue()
 
-    def check_same(self, now: PromptRecord, folder: Path, path: Path) -> None:
-        """ValueError where `now`, made of the file `path`, has other prompts than this of a checkpoint."""
+    def check_same(self, now: PromptRecord, folder: Path, path: Path) -> list[str]:
+        """ValueError where `now`, made of the file `path`, has other prompts than this of a checkpoint.
+
+        What else people should know is returned.
+        """
         difference = self._difference(now, path)
         if difference is not None:
             raise ValueError(
                 f"--load {folder} is of a run with other prompts: {difference}; give the same again, or "
                 "begin a new run with its policy (megatron-vespo convert megatron-to-hf)"
             )
+        if self.heldout and now.heldout and self.heldout != now.heldout:
+            return [f"the held-out prompts are others than before {folder}: do not compare their accuracies"]
+        return []
 
     def _difference(self, now: PromptRecord, path: Path) -> str | None:
         if now.seed != self.seed:
@@ -90,7 +98,7 @@ def read_record(folder: Path) -> PromptRecord | None:
     with located(f"--load {path}: broken"), np.load(path, allow_pickle=False) as stored:
         return PromptRecord(
             stored["rows"], stored["contents"], stored["tokens"], int(stored["seed"]),
-            datetime.fromisoformat(str(stored["date"])),
+            datetime.fromisoformat(str(stored["date"])), str(stored["heldout"]),
         )  # fmt: skip
 
 

@@ -54,7 +54,8 @@ def test_the_same_prompts_pass_and_come_back_from_a_file(tmp_path):
     (tmp_path / PROMPTS).write_bytes(PromptRecord.of(odd, -3, DATE).encode())
     again = [replace(prompt, metadata={"other": 1}) for prompt in odd]
     stored = read_record(tmp_path)
-    stored.check_same(PromptRecord.of(again, -3, DATE + timedelta(days=1)), tmp_path, Path("elsewhere.jsonl"))
+    now = PromptRecord.of(again, -3, DATE + timedelta(days=1))
+    assert stored.check_same(now, tmp_path, Path("elsewhere.jsonl")) == []
     assert stored.date == DATE
     assert read_record(tmp_path / "nowhere") is None
     (tmp_path / PROMPTS).write_bytes(b"PK and no more")
@@ -169,6 +170,15 @@ def test_held_out_prompts_have_the_date_of_the_run_and_keys_of_their_own(run, cl
     assert run.task(**given, heldout_answer_pattern="(?s)(.*)").heldout[0].answer == "thus #4"
     with pytest.raises(ValueError, match=r"no key 'question' \(--heldout-prompt-key question\)"):
         run.task(heldout_data=path)
+
+
+def test_other_held_out_prompts_are_said(run):
+    rows = [{"question": "2 + 2 = ?", "answer": "4"}, {"question": "2 + 3 = ?", "answer": "5"}]
+    path = run.write("heldout.jsonl", rows)
+    run.save(run.task(heldout_data=path))
+    assert run.task(heldout_data=path).remarks == run.task().remarks == []
+    (remark,) = run.task(heldout_data=path, heldout_prompts=1).remarks
+    assert remark.startswith("the held-out prompts are others than before ")
 
 
 def test_other_data_is_refused_and_another_place_is_not(run):
