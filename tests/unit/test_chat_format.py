@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from letter_tokenizer import letters
 
 from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
+from megatron_vespo.flags import add_vespo_arguments
 
 USER = [{"role": "user", "content": "q"}]
 # as Qwen3's and Llama 3.2's read theirs
@@ -73,3 +75,23 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"^--checkpoint .*: its tokenizer cannot be loaded: .") as refused:
         load_tokenizer(tmp_path, "--checkpoint")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"a": }', "not JSON: Expecting value at column 7"),
+        ("[1]", "must be a JSON object, it is a list"),
+        ("enable_thinking", "not JSON: Expecting value at column 1"),
+        ("{" * 10**5, "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ('{"a": ' * 10**5, "nested too deep to be read"),
+    ],
+)
+def test_the_flag_takes_a_json_object(given, message, capsys):
+    parser = add_vespo_arguments(argparse.ArgumentParser())
+    assert parser.parse_args([]).chat_template_arguments == {}
+    right = ["--chat-template-arguments", '{"enable_thinking": false}']
+    assert parser.parse_args(right).chat_template_arguments == {"enable_thinking": False}
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--chat-template-arguments", given])
+    assert capsys.readouterr().err.endswith(f"{message}\n")
