@@ -17,6 +17,7 @@ from megatron_vespo.conversion.convert import (
     DEFAULT_SHARD_BYTES,
     Options,
     Result,
+    hf_to_hf,
     hf_to_megatron,
     megatron_to_hf,
 )
@@ -76,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
     hf = command("hf-to-megatron", _hf_to_megatron, "HF folder SRC to a Megatron checkpoint DST")
     megatron = command("megatron-to-hf", _megatron_to_hf, "Megatron checkpoint SRC to an HF folder DST")
-    _add_conversion_flags(hf, megatron)
+    other_hf = command("hf-to-hf", _hf_to_hf, "HF folder SRC to one that SGLang reads: each expert by itself")
+    _add_conversion_flags(hf, megatron, other_hf)
     _add_modelopt(commands)
     inspect = command("inspect", _inspect, "what checkpoint PATH holds")
     inspect.add_argument("source", type=Path, metavar="PATH")
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     for added in (megatron, inspect, verify):
         added.add_argument("--hf-config", type=Path, metavar="DIR",
             help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
-    for added in (hf, megatron, verify):
+    for added in (hf, megatron, other_hf, verify):
         added.add_argument("--memory-budget", type=float, default=DEFAULT_MEMORY / 2**30, metavar="GiB",
             help="of a process (default: 2)")  # fmt: skip
         added.add_argument("--workers", type=int, metavar="N", help="threads of a process")
@@ -95,18 +97,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_conversion_flags(hf: argparse.ArgumentParser, megatron: argparse.ArgumentParser) -> None:
-    for added in (hf, megatron):
+def _add_conversion_flags(
+    hf: argparse.ArgumentParser, megatron: argparse.ArgumentParser, other_hf: argparse.ArgumentParser
+) -> None:
+    for added in (hf, megatron, other_hf):
         added.add_argument("source", type=Path, metavar="SRC")
         added.add_argument("target", type=Path, metavar="DST")
         added.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+    for added in (hf, megatron):
         added.add_argument("--check-logits", type=int, metavar="N",
             help="run N tokens through the first layers of both sides, in fp32")  # fmt: skip
+    other_hf.set_defaults(check_logits=None)
     stored = "of the output (default: as stored)"
     hf.add_argument("--dtype", choices=_DTYPES, help=stored)
-    megatron.add_argument("--dtype", choices=[*_DTYPES, _FP8],
-        help=f"{stored}; fp8 is for engines: e4m3 with a scale a 128 x 128 block")  # fmt: skip
-    megatron.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
+    for added in (megatron, other_hf):
+        added.add_argument("--dtype", choices=[*_DTYPES, _FP8],
+            help=f"{stored}; fp8 is for engines: e4m3 with a scale a 128 x 128 block")  # fmt: skip
+        added.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
 
 
 def _add_modelopt(commands) -> None:
@@ -173,12 +180,20 @@ def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
 
 
 def _megatron_to_hf(args: Namespace, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(args)
+    result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, shards)
+    return _report(args, result, started, ranks)
+
+
+def _hf_to_hf(args: Namespace, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(args)
+    return _report(args, hf_to_hf(args.source, args.target, _options(args), ranks, shards), started, ranks)
+
+
+def _max_shard_bytes(args: Namespace) -> int:
     if not 0 < args.max_shard_size < 2**20:
         raise ValueError(f"--max-shard-size {args.max_shard_size}: a positive number of GB")
-    started = time.monotonic()
-    max_shard_bytes = int(args.max_shard_size * 1e9)
-    result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, max_shard_bytes)
-    return _report(args, result, started, ranks)
+    return int(args.max_shard_size * 1e9)
 
 
 def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> int:

@@ -18,7 +18,7 @@ from megatron_vespo.cluster.placement import cluster_has_gpus, place, start_ray
 from megatron_vespo.conversion.config import read_unchecked
 from megatron_vespo.conversion.convert import Options, megatron_to_hf
 from megatron_vespo.conversion.ranks import Ranks
-from megatron_vespo.conversion.sources import is_hf
+from megatron_vespo.conversion.sources import check_served, is_hf
 from megatron_vespo.evaluation_settings import api_key, weights_digest
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.dispatch import LostRequests
@@ -78,6 +78,7 @@ def serving(args: Namespace, say: Callable[[str], None]) -> Iterator[Serving]:
 def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) -> Path:
     """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
     if is_hf(args.checkpoint):
+        check_served(args.checkpoint)
         return args.checkpoint.resolve()
     folder = (args.output_dir / CONVERTED_NAME.format(weights_digest(args.checkpoint))).resolve()
     stack.callback(shutil.rmtree, folder, ignore_errors=True)

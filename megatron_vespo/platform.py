@@ -17,6 +17,7 @@ from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.turns import Turns
+from megatron_vespo.conversion.sources import check_served
 from megatron_vespo.data.checkpoint_folder import resumed_save
 from megatron_vespo.data.prompt_record import PromptRecord, read_record
 from megatron_vespo.data.prompts import PromptSet
@@ -53,6 +54,7 @@ class Task:
 def load_task(args: Namespace) -> Task:
     if args.train_from:
         return Task()
+    check_served(args.hf_checkpoint)
     folder = resumed_save(Path(args.load), args.ckpt_step) if args.load and not args.rollout_only else None
     saved = folder and read_record(folder)
     date = saved.date if saved else datetime.now().replace(microsecond=0)

@@ -33,12 +33,27 @@ _NEUTRAL = {
 }
 _HUGE = 1e300  # no number of a config is; NaN is not below it either
 _MOST_LAYERS = 10**6  # times experts: a list of them all has to fit into memory
-# names, token ids, how the model was made or is used: none is part of what it computes
+# none of these is part of what the model computes
 _HARMLESS = {
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "max_length",
-    "temperature", "top_p", "top_k", "do_sample", "id2label", "label2id", "return_dict",
-    "unsloth_version", "unsloth_fixed",
+    # names, token ids, how the model was made, loaded or saved
+    "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "prefix", "gradient_checkpointing", "neftune_noise_alpha",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_flash_attn_2_enabled", "attn_implementation", "unsloth_version", "unsloth_fixed", "is_llama_config",
+    "transformers.js_config",
+    # common to all configs of transformers 4: outputs, other tasks, encoders and decoders
+    "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16",
+    "tf_legacy_loss", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder",
+    "chunk_size_feed_forward", "keys_to_ignore_at_inference",
+    # defaults of generation, which requests replace
+    "max_length", "min_length", "temperature", "top_p", "top_k", "typical_p", "do_sample", "early_stopping",
+    "num_beams", "num_beam_groups", "diversity_penalty", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "remove_invalid_values",
+    "output_scores", "return_dict_in_generate",
+    # how long a text a tokenizer or a training script took
+    "max_sequence_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side",
 }  # fmt: skip
 _ARGUMENTS_OF_ALL = {
     "group_query_attention": True,

@@ -87,20 +87,37 @@ def megatron_to_hf(
     """Write `target` as transformers and SGLang load it. `hf_config`: see `sources.opened_megatron`."""
     _check_apart(target, source_path, *([hf_config] if hf_config else []))
     with opened_megatron(source_path, hf_config) as source:
-        reader: TensorReader = source.reader
-        if options.dtype == block_fp8.DTYPE:
-            reader = block_fp8.BlockFP8Reader(reader, source.tensors)
-            infos, options = dict(reader.tensors), replace(options, dtype=None)
-        else:
-            infos = _output_infos(source, options.dtype)
-        shards = plan_shards(infos, max_shard_bytes)
-        with staged(target, _total(infos), options.force, ranks) as staging:
-            parts = ranks.together(lambda: _write_shards(reader, shards, staging, options, ranks))
-            digests = {span: value for part in parts for own in part for span, value in own.items()}
-            ranks.on_first(lambda: _finish_hf(source, staging, shards))
-            with HFCheckpointReader(staging) as reader:
-                proven = _proven(reader, digests, source, staging, options, ranks)
-            return _result(proven, infos, (staging, source.folder), options, ranks)
+        return _to_hf(source, target, options, ranks, max_shard_bytes)
+
+
+def hf_to_hf(
+    source_path: Path,
+    target: Path,
+    options: Options,
+    ranks: Ranks,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Result:
+    """Write `target` from another HF folder: fused experts apart, buffers left out, in another dtype."""
+    _check_apart(target, source_path)
+    with opened_hf(source_path) as source:
+        return _to_hf(source, target, options, ranks, max_shard_bytes)
+
+
+def _to_hf(source: Source, target: Path, options: Options, ranks: Ranks, max_shard_bytes: int) -> Result:
+    reader: TensorReader = source.reader
+    if options.dtype == block_fp8.DTYPE:
+        reader = block_fp8.BlockFP8Reader(reader, source.tensors)
+        infos, options = dict(reader.tensors), replace(options, dtype=None)
+    else:
+        infos = _output_infos(source, options.dtype)
+    shards = plan_shards(infos, max_shard_bytes)
+    with staged(target, _total(infos), options.force, ranks) as staging:
+        parts = ranks.together(lambda: _write_shards(reader, shards, staging, options, ranks))
+        digests = {span: value for part in parts for own in part for span, value in own.items()}
+        ranks.on_first(lambda: _finish_hf(source, staging, shards))
+        with HFCheckpointReader(staging) as written:
+            proven = _proven(written, digests, source, staging, options, ranks)
+        return _result(proven, infos, (staging, source.folder), options, ranks)
 
 
 def _check_apart(target: Path, *sources: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vespo.conversion.fused_experts import is_fused, taken_apart
 from megatron_vespo.conversion.open_files import OpenFiles
 from megatron_vespo.conversion.safetensors_file import StoredTensor, TensorInfo, read_header
 
@@ -24,11 +25,14 @@ class HFCheckpointReader:
 
     Every header is checked against its file and against the index when the reader is made: ValueError for a
     file that is missing, cut short or lies about itself, and for a tensor in no or in two places.
+    Fused experts are read as one tensor an expert; `has_fused_experts` says that they are stored so.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._stored = _stored_tensors(folder)
+        stored = _stored_tensors(folder)
+        self.has_fused_experts = any(map(is_fused, stored))
+        self._stored = taken_apart(stored)
         self._files = OpenFiles()
 
     def __enter__(self) -> HFCheckpointReader:

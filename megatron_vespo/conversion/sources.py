@@ -18,6 +18,7 @@ from megatron_vespo.conversion.megatron_checkpoint import (
     MegatronCheckpointReader,
     checkpoint_folder,
 )
+from megatron_vespo.conversion.rotary_buffer import check_rotary_buffer, is_rotary_buffer
 from megatron_vespo.conversion.safetensors_file import TensorInfo
 from megatron_vespo.conversion.saved_arguments import check_same_model
 from megatron_vespo.conversion.spans import Span, SpanBuffer, TensorReader, row_ranges
@@ -88,7 +89,7 @@ def opened_hf(path: Path) -> Iterator[Source]:
     config = read_hf_config(path)
     family, shape = family_of(config), shape_of(config)
     with HFCheckpointReader(path) as reader:
-        check_tensors(path, reader, family.hf_tensors(shape), shape.tied_embeddings)
+        check_tensors(path, reader, family.hf_tensors(shape), config)
         _check_dtypes(path, reader)
         yield Source("HF", path, path, config, family, shape, reader)
 
@@ -109,15 +110,24 @@ def opened_megatron(path: Path, hf_config: Path | None = None) -> Iterator[Sourc
 
 
 def check_tensors(
-    folder: Path, reader: TensorReader, expected: Mapping[str, tuple[int, ...]], tied_embeddings: bool
+    folder: Path,
+    reader: HFCheckpointReader,
+    expected: Mapping[str, tuple[int, ...]],
+    hf_config: dict[str, Any],
 ) -> None:
-    """ValueError naming a tensor that is missing, of another shape, or one too many."""
+    """ValueError naming a tensor that is missing, of another shape, or one too many.
+
+    What the rest of the checkpoint determines may be there, with that value.
+    """
     found = reader.tensors
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"{folder}: {_and_others(missing)} missing")
     extra = sorted(found.keys() - expected.keys())
-    if tied_embeddings and extra == [_HEAD]:
+    for name in filter(is_rotary_buffer, extra):
+        check_rotary_buffer(folder, reader, name, hf_config)
+    extra = [name for name in extra if not is_rotary_buffer(name)]
+    if hf_config.get("tie_word_embeddings") and extra == [_HEAD]:
         _check_same(folder, reader)  # some exports write the tied tensor under both of its names
     elif extra:
         raise ValueError(f"{folder}: {_and_others(extra)} not in the model that config.json describes")
@@ -125,6 +135,16 @@ def check_tensors(
         if found[name].shape != shape:
             raise ValueError(
                 f"{folder}: tensor {name} is {found[name].shape}, by config.json it should be {shape}"
+            )
+
+
+def check_served(folder: Path) -> None:
+    """ValueError for an HF folder that SGLang 0.5.23 starts with and does not load."""
+    with HFCheckpointReader(folder) as reader:
+        if reader.has_fused_experts:
+            raise ValueError(
+                f"{folder}: its experts are fused (experts.gate_up_proj), and SGLang would leave them out "
+                f"without a word: megatron-vespo convert hf-to-hf {folder} DST writes each by itself"
             )
 
 

@@ -199,6 +199,30 @@ def test_an_unknown_field_that_switches_nothing_on(value):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_attn_implementation_autoset", True),
+        ("_attn_implementation", "flash_attention_2"),
+        ("_flash_attn_2_enabled", True),
+        ("output_hidden_states", True),
+        ("num_labels", 1),
+        ("problem_type", "regression"),
+        ("is_decoder", True),
+        ("tokenizer_class", "LlamaTokenizer"),
+        ("repetition_penalty", 1.1),
+        ("max_sequence_length", 2048),
+        ("is_llama_config", True),
+        ("transformers.js_config", {"kv_cache_dtype": {"fp16": "float16"}}),
+        ("neftune_noise_alpha", 5),
+        ("_commit_hash", "0123"),
+    ],
+)
+@each_model
+def test_fields_that_are_no_part_of_the_mathematics(field, value, config, expected):
+    assert megatron_arguments(config | {field: value}) == expected
+
+
+@pytest.mark.parametrize(
     ("config", "change", "message"),
     [
         (QWEN3_30B_A3B, {"mlp_only_layers": [0]}, "mlp_only_layers is [0], supported is []"),
