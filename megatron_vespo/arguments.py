@@ -31,6 +31,8 @@ from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
 from megatron_vespo.process_environment import exported_values, trainer_environment
+from megatron_vespo.rollout.sampled_distribution import check_environment
+from megatron_vespo.rollout.sampled_distribution import check_flags as check_sampling_flags
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import prepare_for_megatron
 from megatron_vespo.time_limits import collective_timeout_minutes
@@ -49,10 +51,12 @@ def parse_args(
     The answer is the default of --distributed-backend.
     """
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
+    check_environment(os.environ)
     check_flags(args, required)
     check_checkpoints(args)
     hf_config = read_hf_config(args.hf_checkpoint)
     sglang_flags, argv = parse_sglang_flags(argv)
+    check_sampling_flags(sglang_flags)
     derived = _batch_arguments(args) | megatron_arguments(hf_config)
 
     # what is missing here says nothing about the workers' machines

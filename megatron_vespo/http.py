@@ -12,7 +12,8 @@ class EngineRequestError(RuntimeError):
 
     def __init__(self, url: str, path: str, status: int | None, body: str):
         answered = f"answered {status}" if status is not None else "did not answer"
-        super().__init__(f"engine {url}: {path} {answered}: {body[:BODY_CHARACTERS]}")
+        self.reason = f"{path} {answered}: {body[:BODY_CHARACTERS]}"
+        super().__init__(f"engine {url}: {self.reason}")
         self.url, self.path, self.status = url, path, status
 
 
@@ -37,9 +38,11 @@ def _call(
     method: str, url: str, path: str, payload: dict | None, timeout_s: float, api_key: str | None
 ) -> dict:
     try:
-        reply = requests.request(
-            method, url + path, json=payload, timeout=timeout_s, headers=auth_headers(api_key)
-        )
+        with requests.Session() as session:
+            session.trust_env = False  # engines are reached directly: a proxy would see their key
+            reply = session.request(
+                method, url + path, json=payload, timeout=timeout_s, headers=auth_headers(api_key)
+            )
     except requests.Timeout as error:
         raise EngineRequestError(url, path, None, f"nothing within {timeout_s:g} s") from error
     except requests.RequestException as error:

@@ -22,6 +22,8 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 ALLOCATOR_NEW = "PYTORCH_ALLOC_CONF"  # torch reads either
 PAUSED_GRAPHS = "SGLANG_MEMORY_SAVER_CUDA_GRAPH"
 LIBRARIES = "LD_LIBRARY_PATH"
+OTHER_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
+NO_PROXY = ("no_proxy", "NO_PROXY")
 _EXPANDABLE = re.compile(r"(^|,)\s*expandable_segments:\w+")
 
 
@@ -65,12 +67,37 @@ TABLE: Mapping[str, Variable] = {
         "SGLang captures CUDA graphs in memory that it can give back (full_cuda_graph_backend.py); not set "
         "where the user chooses breakable graphs, which cannot be paused",
     ),
+    OTHER_LOG_PROBS: Variable(
+        None, None, None,
+        "log-probs would be those before the temperature (sampler.py), not those of what was sampled: a run "
+        "refuses it where it is exported",
+    ),
 }  # fmt: skip
 
 
 def exported_values(env: Mapping[str, str]) -> dict[str, str]:
-    """What the user has set of the table, taken from the environment that the run is started in."""
-    return {name: env[name] for name in TABLE if env.get(name)}
+    """What the user has set of the table, taken from the environment that the run is started in.
+
+    ValueError for a number of threads that is none.
+    """
+    values = {name: env[name] for name in TABLE if env.get(name, "").strip()}
+    if threads := num_threads(env):
+        values[THREADS] = str(threads)
+    return values
+
+
+def num_threads(env: Mapping[str, str]) -> int | None:
+    """Of OMP_NUM_THREADS, which may be a list, one number a level of nested parallelism: the first counts.
+
+    None where it is not set, or empty. ValueError for anything else.
+    """
+    text = env.get(THREADS, "").strip()
+    if not text:
+        return None
+    first = text.partition(",")[0].strip()
+    if not (first.isascii() and first.isdecimal() and int(first) > 0):
+        raise ValueError(f"{THREADS} is {text!r}: must be a positive number of threads, or unset")
+    return int(first)
 
 
 def trainer_environment(
@@ -111,6 +138,13 @@ def engine_environment(
             values[PAUSED_GRAPHS] = user.get(PAUSED_GRAPHS)
         values[LIBRARIES] = ":".join([*filter(None, [library_path]), *cuda_libraries()]) or None
     return values
+
+
+def reached_directly(host: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which a process on `host` reaches itself without a proxy; SGLang does, with its key."""
+    given = next((env[name] for name in NO_PROXY if env.get(name)), "")
+    hosts = given if given.strip() == "*" else ",".join(filter(None, [given, host, "localhost", "127.0.0.1"]))
+    return dict.fromkeys(NO_PROXY, hosts)
 
 
 def apply(values: Mapping[str, str | None], env: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
 from megatron_vespo.preemption import shield_process
-from megatron_vespo.rollout.engine import SGLangEngine, find_free_port
+from megatron_vespo.rollout.engine import SGLangEngine, find_free_port, require_free_ports
 from megatron_vespo.runtime import load_runtime_plugins
 
 
@@ -44,17 +44,20 @@ class EngineWorker:
     def start(self) -> str:
         """A new server in the place of the one there may be; blocks until it is healthy; returns its url."""
         self.stop()
-        port = (
-            self._args.rollout_port + self._number
-            if self._args.rollout_port
-            else find_free_port(self._host, self._number)
-        )
+        port = self._port()
         self._engine = SGLangEngine(
             str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
             self._args.engine_start_timeout, self._api_key, self._devices, self._exported,
         )  # fmt: skip
         self._engine.start()
         return self._engine.url
+
+    def _port(self) -> int:
+        if not self._args.rollout_port:
+            return find_free_port(self._host, self._number)
+        port = self._args.rollout_port + self._number
+        require_free_ports(self._host, port)
+        return port
 
     def check(self) -> None:
         """Raises EngineError when the server's process has ended."""

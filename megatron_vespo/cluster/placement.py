@@ -17,6 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_vespo import ray_variables
 from megatron_vespo.cluster.blocks import Run, neighbours, requested
 from megatron_vespo.cluster.seats import (
     Bundle,
@@ -29,9 +30,11 @@ from megatron_vespo.cluster.seats import (
     wrong_gpus,
 )
 from megatron_vespo.preemption import SIGNALS, shielded
+from megatron_vespo.rollout.engine import PortError, require_free_ports
 from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
 START_TIMEOUT_S = 120.0
+LOOPBACK = "127.0.0.1"
 # Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -84,10 +87,14 @@ def cluster_has_gpus() -> bool:
 def start_ray(args: Namespace) -> None:
     """Join `--ray-address`, or start a Ray of our own on this machine; RuntimeError if that fails.
 
+    ValueError for variables and flags with which a Ray of our own cannot start.
+
     Nothing happens where that is done already. This process hears signals as before.
     """
     if ray.is_initialized():
         return
+    if not args.ray_address:
+        _check_own(args)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}  # Ray sets its own
     try:
         with shielded():
@@ -101,6 +108,17 @@ def start_ray(args: Namespace) -> None:
             f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
         )
         raise RuntimeError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_own(args: Namespace) -> None:
+    """ValueError for what a Ray and engines on this machine cannot start with, before any of it starts."""
+    if problem := ray_variables.problem(os.environ):
+        raise ValueError(": ".join(problem))
+    for number in range(args.rollout_engines if args.rollout_port else 0):
+        try:
+            require_free_ports(LOOPBACK, args.rollout_port + number)
+        except PortError as error:
+            raise ValueError(error.what) from error
 
 
 def _init(args: Namespace) -> None:
@@ -205,7 +223,7 @@ def _gpu_ids() -> tuple[str, ...]:
 
 def host_address(loopback: bool) -> str:
     """Address of this node as the other processes of the run reach it."""
-    return "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+    return LOOPBACK if loopback else ray.util.get_node_ip_address()
 
 
 def cores_of_a_gpu() -> int:

@@ -44,7 +44,7 @@ def set_environment(args: Namespace, exported: Mapping[str, str]) -> None:
     symmetric = has_symmetric_memory(args.sglang_flags)
     apply_here(trainer_environment(exported, threads=threads, symmetric_memory=symmetric))
     # torch has read the variable when it was imported
-    torch.set_num_threads(int(os.environ[THREADS].partition(",")[0]))
+    torch.set_num_threads(int(os.environ[THREADS]))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron_vespo.process_environment import (
     LIBRARIES,
     PAUSED_GRAPHS,
     TABLE,
+    THREADS,
     apply,
     engine_environment,
     exported_values,
@@ -43,7 +44,10 @@ def variables() -> Finding:
 
 def judge_variables(env: Mapping[str, str]) -> Finding:
     """`env` as a run would find it that is started there."""
-    user = exported_values(env)
+    try:
+        user = exported_values(env)
+    except ValueError as error:
+        return Finding(VARIABLES, "FAIL", str(error), f"unset {THREADS}", alike=True)
     roles = {
         "trainer ranks": trainer_environment(user),
         "engines": engine_environment(user),

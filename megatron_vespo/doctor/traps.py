@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import requests
 
+from megatron_vespo import ray_variables
 from megatron_vespo.doctor.finding import Finding
+from megatron_vespo.rollout.sampled_distribution import wrong_log_probs
 
 HUB_TIMEOUT_S = 5.0
 OFFLINE_WORDS = {"1", "true", "yes", "on"}
@@ -17,26 +19,11 @@ SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 def environment(has_gpu_files: bool) -> Finding:
     interfaces = {name for _, name in socket.if_nameindex()}
-    addresses = ["127.0.0.1"]
-    try:
-        addresses.append(socket.gethostbyname(socket.gethostname()))
-    except OSError:
-        pass
-    return judge_environment(os.environ, addresses, interfaces, has_gpu_files, _goes_through_a_proxy)
+    return judge_environment(os.environ, interfaces, has_gpu_files)
 
 
-def judge_environment(
-    env: Mapping[str, str],
-    addresses: list[str],
-    interfaces: set[str],
-    has_gpu_files: bool,
-    proxied: Callable[[str], bool],
-) -> Finding:
-    """`proxied(address)`: whether an HTTP call to it would go to a proxy."""
+def judge_environment(env: Mapping[str, str], interfaces: set[str], has_gpu_files: bool) -> Finding:
     broken, doubtful = [], []  # what it is, and what to do
-    if through := [address for address in addresses if proxied(address)]:
-        said = f"calls to engines at {', '.join(through)} go to a proxy"
-        broken.append((said, f"export no_proxy={','.join(addresses)}"))
     if has_gpu_files and env.get("CUDA_VISIBLE_DEVICES") == "":
         broken.append(("CUDA_VISIBLE_DEVICES is empty, no GPU is seen", "unset it"))
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
@@ -45,9 +32,10 @@ def judge_environment(
             broken.append((f"{name}={env[name]}: there is no such interface", fix))
     if env.get("RAY_AUTH_MODE", "").lower() == "disabled":
         doubtful.append(("RAY_AUTH_MODE=disabled: whoever reaches Ray's ports runs code as you", "unset it"))
-    if "RAY_ADDRESS" in env:
-        said = "RAY_ADDRESS is set: a run without --ray-address joins that cluster"
-        doubtful.append((said, "unset it"))
+    if problem := ray_variables.problem(env):
+        doubtful.append(problem)
+    if wrong := wrong_log_probs(env):
+        broken.append((wrong, "unset it"))
     if env.get(SHOW_ALL_GPUS, "").lower() in ("1", "true"):
         broken.append((f"{SHOW_ALL_GPUS} is set: every trainer rank would use GPU 0", "unset it"))
     if broken or doubtful:
@@ -60,11 +48,6 @@ def _names_an_interface(value: str, interfaces: set[str]) -> bool:
     """NCCL takes beginnings of names, "=" before exact ones and "^" before those to leave out."""
     wanted = value.removeprefix("=").split(",")
     return value.startswith("^") or any(have.startswith(want) for want in wanted for have in interfaces)
-
-
-def _goes_through_a_proxy(address: str) -> bool:
-    url = f"http://{address}:30000"
-    return requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) is not None
 
 
 def hub() -> Finding:

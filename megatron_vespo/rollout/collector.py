@@ -93,7 +93,9 @@ class Collector:
     ) -> AsyncIterator[Engines]:
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0)  # `Engines` has the bound
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        # without the proxies of the environment, as in http.py
+        direct = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
+        async with direct as session:
 
             def client(url: str) -> EngineClient:
                 return EngineClient(url, session, routes, self._api_key)

@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_vespo.http import EngineRequestError, get_json
-from megatron_vespo.process_environment import LIBRARIES, apply, engine_environment, exported_values
+from megatron_vespo.process_environment import (
+    LIBRARIES,
+    apply,
+    engine_environment,
+    exported_values,
+    reached_directly,
+)
 from megatron_vespo.rollout.api_key import hand_over
 from megatron_vespo.rollout.server_arguments import MEMORY_SAVER, has_pausable_graphs, has_symmetric_memory
 
@@ -40,6 +46,10 @@ class EngineError(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.what}; {self.log}" if self.log else self.what
+
+
+class PortError(EngineError):
+    """A port that the user has chosen and nothing can listen on: a repetition does not help."""
 
 
 class SGLangEngine:
@@ -86,11 +96,11 @@ class SGLangEngine:
     def start(self) -> None:
         """Launch the server and wait until it is healthy; raises EngineError, leaving nothing running."""
         assert self._process is None, "engine already started"
+        try:
+            require_free_ports(self.host, self.port)
+        except PortError as error:  # free a moment ago: another one may be had
+            raise EngineError(error.what) from error
         rendezvous_port = self.port + RENDEZVOUS_PORT_OFFSET
-        require_free_port(self.host, self.port, "the rollout engine")
-        require_free_port(
-            self.host, rendezvous_port, f"the rollout engine on port {self.port} (its rendezvous)"
-        )
         command = [sys.executable, "-m", "megatron_vespo.rollout.server_process", str(os.getpid())]
         command += ["--model-path", self.model_path, "--host", self.host, "--port", str(self.port)]
         command += ["--nccl-port", str(rendezvous_port), *self.server_args]
@@ -123,7 +133,7 @@ class SGLangEngine:
         )
         if self._devices is not None:
             values[VISIBLE] = self._devices
-        return apply(values, os.environ)
+        return apply(values | reached_directly(self.host, os.environ), os.environ)
 
     def check(self) -> None:
         """Raise EngineError, with the end of the log, when the server is not running."""
@@ -166,6 +176,7 @@ class SGLangEngine:
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.start_timeout_s
+        last = "it was not asked"
         while True:
             self._check_plugins()
             self.check()
@@ -173,12 +184,13 @@ class SGLangEngine:
             if remaining <= 0:
                 raise EngineError(
                     f"engine {self.url} is not healthy {self.start_timeout_s:g} s after its start",
-                    self._log_tail(),
+                    f"{last}; {self._log_tail()}",
                 )
             try:
                 get_json(self.url, "/health", min(HEALTH_TIMEOUT_S, remaining), self._api_key)
                 break
-            except EngineRequestError:
+            except EngineRequestError as error:
+                last = error.reason
                 time.sleep(0.25)  # still starting
         self._check_plugins()
 
@@ -200,14 +212,20 @@ class SGLangEngine:
         return "\n".join([f"the end of {self.log_path}:", *lines[-LOG_TAIL_LINES:]])
 
 
-def require_free_port(host: str, port: int, owner: str) -> None:
-    """Raise EngineError when nothing can listen on `host:port`."""
+def require_free_ports(host: str, port: int) -> None:
+    """Raise PortError when an engine cannot listen on `host:port` or has no port for its rendezvous."""
+    _require_free_port(host, port, "the rollout engine")
+    rendezvous = f"the rollout engine on port {port} (its rendezvous)"
+    _require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, rendezvous)
+
+
+def _require_free_port(host: str, port: int, owner: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise EngineError(
+            raise PortError(
                 f"{owner} cannot listen on {host}:{port} ({error}); choose another port with --rollout-port"
             ) from error
 
@@ -221,9 +239,8 @@ def find_free_port(host: str, number: int | None = None) -> int:
     ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
     for port in random.SystemRandom().sample(ports, len(ports)):
         try:
-            require_free_port(host, port, "probe")
-            require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, "probe")
-        except EngineError:
+            require_free_ports(host, port)
+        except PortError:
             continue
         return port
     raise EngineError(f"no free port on {host} in {PORT_RANGE.start}..{PORT_RANGE.stop - 1}")

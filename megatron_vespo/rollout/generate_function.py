@@ -6,8 +6,9 @@
 
 `draw(prompt, sampling, seed)` is one finished Completion of an engine. The function may ask for several, of
 other prompts too, and returns one of them or one put together from theirs: every token of it is trained on,
-so every token needs the log-prob and the policy version with which an engine has sampled it. Its time counts
-as generation. What it has under way when a run is saved begins anew after the resume.
+so every token needs the log-prob and the policy version with which an engine has sampled it, and every draw
+the temperature, top_p and top_k of `sampling`. Its time counts as generation. What it has under way when a
+run is saved begins anew after the resume.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from megatron_vespo.import_path import import_function
+from megatron_vespo.rollout.sampled_distribution import other_distribution
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 Draw = Callable[[Prompt, SamplingParams, int], Awaitable[Completion]]
@@ -39,8 +41,16 @@ def load_generate_function(import_path: str) -> GenerateFunction:
 async def run_generate_function(
     function: GenerateFunction, draw: Draw, prompt: Prompt, sampling: SamplingParams, seed: int
 ) -> Completion:
+    async def checked_draw(of: Prompt, asked: SamplingParams, own_seed: int) -> Completion:
+        if other := other_distribution(asked, sampling):
+            raise GenerateFunctionError(
+                f"the generate function draws with {other} at prompt {prompt.prompt_id}: its log-probs would "
+                "not be those of the distribution that is trained on"
+            )
+        return await draw(of, asked, own_seed)
+
     try:
-        completion = await function(draw, prompt, sampling, seed)
+        completion = await function(checked_draw, prompt, sampling, seed)
     except Exception as error:  # it may raise anything; what an engine has raised says where by itself
         if type(error).__module__.startswith("megatron_vespo."):
             raise

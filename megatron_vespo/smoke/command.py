@@ -141,7 +141,7 @@ def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeo
 
 def look_around(ray_address: str | None) -> Nodes:
     """What Ray has. RuntimeError where there is no GPU on a machine that is not set up for CPUs."""
-    start_ray(Namespace(ray_address=ray_address, trainer_ranks=1, rollout_engines=1))
+    start_ray(Namespace(ray_address=ray_address, trainer_ranks=1, rollout_engines=1, rollout_port=0))
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:

@@ -66,14 +66,13 @@ def test_alone(environment, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
-    """The second has another transformers, and sends the calls to its engines to a proxy."""
+    """The second has another transformers, and names an interface that is not there."""
     other = tmp_path / "site" / "transformers-1.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 1.0\n")
     broken = environment | {
         "PYTHONPATH": f"{other.parent}{os.pathsep}{environment.get('PYTHONPATH', '')}",
-        "http_proxy": "http://127.0.0.1:9",
-        "no_proxy": "",
+        "NCCL_SOCKET_IFNAME": "nowhere0",
     }
     flags = "--shared-dir", str(tmp_path), "--json", str(tmp_path / "report.json")
     tasks = [start(task(of, rank, 2, "71"), *flags) for rank, of in enumerate((environment, broken))]
@@ -83,7 +82,7 @@ def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
     assert found["processes"] == found["clock"] == found["shared folder"] == found["torch"] == "ok", output
     assert found["gloo all-reduce"] == "ok" and "2 processes" in output
     assert found["transformers"] == "warn" and found["environment"] == "FAIL"
-    assert "(rank 1): 1.0, " in output and "(rank 1): calls to engines at 127.0.0.1" in output
+    assert "(rank 1): 1.0, " in output and "(rank 1): NCCL_SOCKET_IFNAME=nowhere0" in output
     assert silent == ""
     assert [each.returncode for each in tasks] == [1, 1]
 

@@ -183,7 +183,7 @@ def test_start_deadline(tiny_model, tmp_path):
     engine = tiny_engine(tiny_model, tmp_path / "log")
     engine.start_timeout_s = 1.0
     with pytest.raises(
-        EngineError, match=rf"^engine {engine.url} is not healthy 1 s after its start; the end"
+        EngineError, match=rf"^engine {engine.url} is not healthy 1 s after its start; /health .+; the end"
     ):
         engine.start()
 

@@ -397,6 +397,10 @@ def test_sglang_flags_arrive_without_their_prefix(parse):
     [
         ("--sglang-bogus 1", "--sglang-bogus: SGLang .* has no flag --bogus"),
         ("--sglang-port 1", "--sglang-port: megatron_vespo sets SGLang's --port itself"),
+        (
+            '--sglang-preferred-sampling-params={"top_p":0.9}',
+            "--sglang-preferred-sampling-params has top_p 0.9: engines' log-probs",
+        ),
     ],
 )
 def test_sglang_flags_are_checked(refusal, flags, says):

@@ -161,24 +161,26 @@ def test_ports(free, ephemeral, status):
 
 
 @pytest.mark.parametrize(
-    ("env", "gpu", "proxied", "status", "said"),
+    ("env", "gpu", "status", "said"),
     [
-        ({}, True, "", "ok", ""),
-        ({"CUDA_VISIBLE_DEVICES": ""}, False, "", "ok", ""),
-        ({"CUDA_VISIBLE_DEVICES": ""}, True, "", "FAIL", "no GPU is seen"),
-        ({}, False, "127.0.0.1", "FAIL", "engines at 127.0.0.1 go to a proxy"),
-        ({"GLOO_SOCKET_IFNAME": "eth"}, False, "", "ok", ""),
-        ({"GLOO_SOCKET_IFNAME": "ib0"}, False, "", "FAIL", "GLOO_SOCKET_IFNAME=ib0: there is no such"),
-        ({"NCCL_SOCKET_IFNAME": "^lo"}, False, "", "ok", ""),
-        ({"RAY_AUTH_MODE": "disabled"}, False, "", "warn", "runs code as you"),
-        ({"RAY_ADDRESS": "auto"}, False, "", "warn", "joins that cluster"),
-        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, True, "", "FAIL", "every trainer rank"),
-        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}, True, "", "ok", ""),
+        ({}, True, "ok", ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False, "ok", ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, "FAIL", "no GPU is seen"),
+        ({"http_proxy": "http://127.0.0.1:9"}, False, "ok", ""),
+        ({"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}, False, "FAIL", "not return the log-probs of what they"),
+        ({"SGLANG_RETURN_ORIGINAL_LOGPROB": "false"}, False, "ok", ""),
+        ({"TMPDIR": "/" + "t" * 60}, False, "warn", "TMPDIR has 61 bytes"),
+        ({"GLOO_SOCKET_IFNAME": "eth"}, False, "ok", ""),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, False, "FAIL", "GLOO_SOCKET_IFNAME=ib0: there is no such"),
+        ({"NCCL_SOCKET_IFNAME": "^lo"}, False, "ok", ""),
+        ({"RAY_AUTH_MODE": "disabled"}, False, "warn", "runs code as you"),
+        ({"RAY_ADDRESS": "auto"}, False, "warn", "RAY_ADDRESS=auto is set and --ray-address is not given"),
+        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, True, "FAIL", "every trainer rank"),
+        ({"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}, True, "ok", ""),
     ],
 )
-def test_environment(env, gpu, proxied, status, said):
-    addresses = ["127.0.0.1", "10.0.0.1"]
-    finding = traps.judge_environment(env, addresses, {"lo", "eth0"}, gpu, lambda address: address == proxied)
+def test_environment(env, gpu, status, said):
+    finding = traps.judge_environment(env, {"lo", "eth0"}, gpu)
     assert finding.status == status and said in finding.text
 
 
@@ -234,15 +236,6 @@ def cc(target: Path, *flags: str) -> None:
     source = target.with_name("empty.c")
     source.write_text("int nothing;")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(target), *flags], check=True)
-
-
-def test_a_proxy_for_loopback_is_seen(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    assert traps._goes_through_a_proxy("127.0.0.1")
-    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
-    assert not traps._goes_through_a_proxy("127.0.0.1")
 
 
 def seen(count: int, without_peer=()) -> dict:

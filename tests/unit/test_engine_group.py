@@ -9,7 +9,7 @@ import pytest
 from megatron_vespo.cluster import engine_group
 from megatron_vespo.cluster.engine_group import EngineGroup
 from megatron_vespo.cluster.engine_sync import EngineSync
-from megatron_vespo.rollout.engine import EngineError
+from megatron_vespo.rollout.engine import EngineError, PortError
 from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
 
@@ -32,6 +32,8 @@ class Slot:
     def look(self, probing: bool) -> None:
         self.probed.append(probing)
         how, self.end = self.end or self.always_ends, None
+        if isinstance(how, EngineError):
+            raise how
         if how is not None:
             raise EngineError(f"engine http://h:{3000 + self.num_starts} {how}", "the end of its log")
         if self.may_start and self.url is None:
@@ -326,3 +328,14 @@ def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
     assert sync.is_wanted(while_others_serve=False)
     assert sync.sync(0) == 0.0
     assert group.urls == [A1]
+
+
+def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):
+    slot = Slot(0)
+    slot.always_ends = PortError("it cannot listen on h:30000; choose another port with --rollout-port")
+    group, said = start(slot)
+    with pytest.raises(
+        EngineError, match="^it cannot listen on h:30000; choose another port with --rollout-port$"
+    ):
+        group.wait_until_ready()
+    assert slot.num_starts == 1 and not said

@@ -1,6 +1,7 @@
 """A user's own way of making a completion, around a stand-in for the engine."""
 
 import asyncio
+from dataclasses import replace
 
 import custom_generate
 import numpy as np
@@ -59,3 +60,28 @@ def test_what_cannot_be_trained_on_is_said(function, message):
 def test_a_wrong_name_is_a_line(path, message):
     with pytest.raises(ValueError, match=message):
         load_generate_function(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0.7}, "temperature 0.7 and not the run's 1"),
+        ({"top_p": 0.9}, "top_p 0.9 and not the run's 1"),
+        ({"top_k": 20}, "top_k 20 and not the run's -1"),
+    ],
+)
+def test_draws_from_another_distribution_are_refused(change, said):
+    async def other(draw, prompt, sampling, seed):
+        return await draw(prompt, replace(sampling, **change), seed)
+
+    with pytest.raises(
+        GenerateFunctionError, match=f"^the generate function draws with {said} at prompt 7: "
+    ):
+        run(other)
+
+
+def test_a_draw_may_be_shorter():
+    async def short(draw, prompt, sampling, seed):
+        return await draw(prompt, replace(sampling, max_new_tokens=2, stop_token_ids=(3,)), seed)
+
+    assert len(run(short)[0].token_ids) == 2

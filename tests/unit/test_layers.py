@@ -25,6 +25,7 @@ LAYERS = {
     "optional_packages": 0,
     "preemption": 1,
     "process_environment": 0,
+    "ray_variables": 0,
     "slurm_step": 0,
     "rewards": 1,
     "runtime": 1,

@@ -3,15 +3,18 @@
 import os
 import shutil
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+import requests
 import torch
 
 from megatron_vespo.cluster.trainer_worker import set_environment
+from megatron_vespo.doctor.processes import judge_variables
 from megatron_vespo.process_environment import (
     ALLOCATOR,
     ALLOCATOR_NEW,
@@ -25,6 +28,8 @@ from megatron_vespo.process_environment import (
     cuda_libraries,
     engine_environment,
     exported_values,
+    num_threads,
+    reached_directly,
     trainer_environment,
     without_expandable_segments,
 )
@@ -204,3 +209,55 @@ def test_a_library_that_needs_the_cuda_runtime_can_be_preloaded(tmp_path, monkey
 
     assert exit_status(memory_saver=False) == 127
     assert exit_status(memory_saver=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [(None, None), ("", None), (" ", None), ("4", 4), ("4,2", 4), (" 4 , 2", 4), ("04", 4), ("8,", 8)],
+)
+def test_threads_as_openmp_takes_them(text, threads):
+    env = {} if text is None else {THREADS: text}
+    assert num_threads(env) == threads
+    assert exported_values(env).get(THREADS) == (None if threads is None else str(threads))
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-1", "4.5", ",4", "²"])
+def test_what_is_no_number_of_threads(text):
+    with pytest.raises(ValueError) as error:
+        exported_values({THREADS: text})
+    assert str(error.value) == f"{THREADS} is {text!r}: must be a positive number of threads, or unset"
+    finding = judge_variables({THREADS: text})
+    assert finding.status == "FAIL" and THREADS in finding.text
+
+
+ACTIVATE = "import megatron_vespo_cpu, torch; megatron_vespo_cpu.activate(); print(torch.get_num_threads())"
+
+
+@pytest.mark.parametrize(("text", "threads"), [("", "1"), ("2,1", "2")])
+def test_the_cpu_runtime_reads_threads_alike(text, threads):
+    done = subprocess.run(
+        [sys.executable, "-c", ACTIVATE], env=os.environ | {THREADS: text}, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == [threads], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "hosts"),
+    [
+        ({}, "10.0.0.1,localhost,127.0.0.1"),
+        ({"NO_PROXY": ".lab"}, ".lab,10.0.0.1,localhost,127.0.0.1"),
+        ({"no_proxy": "a", "NO_PROXY": "b"}, "a,10.0.0.1,localhost,127.0.0.1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_an_engine_reaches_itself_without_a_proxy(env, hosts, monkeypatch):
+    assert reached_directly("10.0.0.1", env) == {"no_proxy": hosts, "NO_PROXY": hosts}
+    for name, value in {"http_proxy": "http://127.0.0.1:9", **reached_directly("10.0.0.1", env)}.items():
+        monkeypatch.setenv(name, value)
+    for url in ("http://10.0.0.1:30000/x", "http://127.0.0.1:1"):
+        assert not requests.utils.get_environ_proxies(url)
+
+
+def test_an_engines_process_has_them(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert "127.0.0.1" in engine(memory_saver=False, exported={})._environment()["no_proxy"]

@@ -7,6 +7,8 @@ import os
 import pkgutil
 from pathlib import Path
 
+from megatron_vespo.process_environment import THREADS, num_threads
+
 # SGLang imports every model it knows at start-up, unless told not to: minutes on a busy machine.
 SERVED_MODEL_MODULES = frozenset({"qwen3_moe", "qwen3", "llama"})
 
@@ -27,10 +29,12 @@ def disabled_model_modules() -> str:
 
 
 def set_defaults() -> None:
-    """Set what is not set yet, in os.environ: this process and all its children see it."""
+    """Set what is not set yet, in os.environ: this process and all its children see it.
+
+    ValueError for an OMP_NUM_THREADS that is no number of threads.
+    """
     defaults = {
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",  # many processes share few cores
         "TORCHDYNAMO_DISABLE": "1",  # compiling costs more than tiny models ever gain
         "HF_HUB_OFFLINE": "1",  # models are local folders
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -38,3 +42,4 @@ def set_defaults() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ[THREADS] = str(num_threads(os.environ) or 1)  # many processes share few cores

@@ -1,0 +1,75 @@
+"""What would let engines sample from another distribution than the one that their log-probs describe.
+
+Training takes an engine's log-prob of a token for that of the distribution that the token was drawn from.
+SGLang's is the soft-max of logits over temperature: truncated sampling, penalties, biases and grammars draw
+from something else, and nothing in the reply shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_vespo.process_environment import OTHER_LOG_PROBS
+from megatron_vespo.rollout.server_arguments import PREFIX, flag_value
+from megatron_vespo.types import SamplingParams
+
+PREFERRED = "--preferred-sampling-params"
+# with less than 1 speculative decoding accepts tokens that the model would not have drawn
+_THRESHOLDS = ("--speculative-accept-threshold-single", "--speculative-accept-threshold-acc")
+_WHY = "engines' log-probs do not describe what is sampled with {}, and training needs them to"
+_OFF = {"", "0", "false", "no", "n"}
+# of SGLang's SamplingParams: what a field may be, beside null. Others, such as a grammar, may only be empty
+_NEUTRAL: dict[str, Any] = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "n": 1, "repetition_penalty": 1.0,
+}  # fmt: skip
+_ABOUT_TEXT = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
+
+
+def wrong_log_probs(env: Mapping[str, str]) -> str | None:
+    """What is wrong with the variable that makes SGLang return other log-probs; None if it is off."""
+    value = env.get(OTHER_LOG_PROBS, "")
+    if value.lower() in _OFF:
+        return None
+    return f"{OTHER_LOG_PROBS}={value}: engines would not return the log-probs of what they sample"
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """ValueError where `wrong_log_probs` says something."""
+    if wrong := wrong_log_probs(env):
+        raise ValueError(f"{wrong}: unset it")
+
+
+def check_flags(sglang_flags: list[str]) -> None:
+    """ValueError naming the flag of SGLang, and the field, that changes what is sampled."""
+    for flag in _THRESHOLDS:
+        given = flag_value(sglang_flags, flag)
+        if given is not None and given not in ("1", "1.0"):
+            raise ValueError(f"{_ours(flag)} {given}: {_WHY.format(f'{flag} below 1')}; leave it out")
+    given = flag_value(sglang_flags, PREFERRED)
+    if given is None:
+        return
+    try:
+        preferred = json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"{_ours(PREFERRED)} {given!r} is not JSON: {error}") from error
+    if not isinstance(preferred, dict):
+        raise ValueError(f"{_ours(PREFERRED)} {given!r}: a JSON object is expected")
+    for field, value in preferred.items():
+        if field not in _ABOUT_TEXT and value and value != _NEUTRAL.get(field):
+            said = f"{field} {json.dumps(value)}"
+            raise ValueError(f"{_ours(PREFERRED)} has {said}: {_WHY.format(said)}; leave it out")
+
+
+def _ours(flag: str) -> str:
+    return PREFIX + flag.removeprefix("--")
+
+
+def other_distribution(asked: SamplingParams, given: SamplingParams) -> str | None:
+    """How `asked` samples from another distribution than `given`, in words; None where it is the same."""
+    for field in ("temperature", "top_p", "top_k"):
+        wanted, usual = getattr(asked, field), getattr(given, field)
+        if wanted != usual:
+            return f"{field} {wanted:g} and not the run's {usual:g}"
+    return None
