@@ -2,7 +2,8 @@
 
 Where generation, rewards or an evaluation go on, they are given up at once; what trains, syncs or saves goes
 on to the end of its rollout batch. The exit code says how it went, see `EndedBySignal`. A second signal, and
-the deadline, end the run at once. Ctrl-C is none of this.
+the deadline, end the run at once; but the same signal within a moment is the first one once more, as some
+programs send it to a process and to its group. Ctrl-C is none of this.
 
 Signal handlers belong to a process's main thread, and so does everything here.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +21,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again. Everything is saved, or nothing was to be
 EXIT_UNSAVED = 76  # the last checkpoint counts, what came after it is lost
+SAME_SIGNAL_S = 2.0  # timeout(1), for one, reaches a process twice
 LAST_GRACE_S = 30.0  # to end everything after the deadline; then this process ends without
 
 
@@ -41,6 +44,7 @@ class Preemption:
         self._deadline_s = deadline_s
         self._guarded = self._interruptible = False
         self.signal: str | None = None  # the first one's name
+        self._since = 0.0  # when it came, of the monotonic clock
 
     def listen(self) -> None:
         """From now on; another part of the program that sets handlers has to set these again."""
@@ -86,10 +90,12 @@ class Preemption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if name == self.signal and time.monotonic() < self._since + SAME_SIGNAL_S:
+            return
         if self.signal is not None:
             self.conclude(EXIT_UNSAVED)
             raise EndedBySignal(f"ended by {self.signal} and then {name}, nothing is saved")
-        self.signal = name
+        self.signal, self._since = name, time.monotonic()
         if self._deadline_s:
             signal.setitimer(signal.ITIMER_REAL, self._deadline_s)
         if self._interruptible or not self._guarded:

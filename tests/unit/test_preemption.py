@@ -89,6 +89,34 @@ def test_a_second_signal_ends_at_once(preemption):
     send()  # what ends now is not disturbed
 
 
+def test_the_same_signal_within_a_moment_is_one(preemption, monkeypatch):
+    with preemption.guarded():
+        send(signal.SIGUSR1)
+        send(signal.SIGUSR1)
+        with pytest.raises(Preempted, match="^ended by SIGUSR1$"):
+            preemption.stop_here()
+        monkeypatch.setattr("megatron_vespo.preemption.SAME_SIGNAL_S", 0.0)
+        with pytest.raises(EndedBySignal, match="ended by SIGUSR1 and then SIGUSR1"):
+            send(signal.SIGUSR1)
+
+
+def test_timeout_signals_twice():
+    """The command that schedulers and scripts put around a program, which signals it and its group."""
+    program = (
+        "import time; from megatron_vespo.preemption import *; p = Preemption(9); p.listen()\n"
+        "with p.guarded():\n"
+        "    print(1, flush=True); end = time.monotonic() + 1.5\n"
+        "    while time.monotonic() < end: time.sleep(0.1)\n"
+        "    try: p.stop_here()\n"
+        "    except Preempted as stop: print(stop)"
+    )
+    command = ["timeout", "-s", "USR1", "-k", "20", "5", sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "1\n"
+        process.send_signal(signal.SIGUSR1)  # it hands it on, at once and to all of its group
+        assert process.communicate(timeout=20)[0] == "ended by SIGUSR1\n"
+
+
 def test_the_deadline_ends_guarded_work():
     preemption = Preemption(deadline_s=0.05)
     preemption.listen()
