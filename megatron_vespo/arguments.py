@@ -27,6 +27,7 @@ from megatron_vespo.checkpoint_flags import check_checkpoints, check_megatron_sa
 from megatron_vespo.colocate_flags import check_colocation
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.flag_parser import FlagParser, exit_with_guess
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
@@ -86,13 +87,12 @@ def parse_args(
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return FlagParser(
         prog=f"megatron-vespo {command}",
         usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
         description=DESCRIPTION,
         # as wide as the usage line: the page stays one that is read
         formatter_class=partial(_OwnHelp, width=110, max_help_position=36),
-        allow_abbrev=False,
     )
 
 
@@ -206,6 +206,7 @@ def _parse_with_megatron(
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.prog = f"megatron-vespo {command}"
         parser.usage = f"{parser.prog} [flags]; see --help"
+        parser.error = partial(exit_with_guess, parser)
         add_vespo_arguments(parser)
         flags.update({action.dest: action.option_strings[0] for action in parser._actions})
         defaults = {action.dest: action.default for action in parser._actions}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 
-from megatron_vespo.preemption import EndedBySignal
+from megatron_vespo.endings import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, ending
 
 USAGE = """\
 usage: megatron-vespo COMMAND [flags]
@@ -24,12 +25,21 @@ commands:
   submit          a training run as a SLURM job (megatron-vespo submit --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
-EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        try:
+            code = run(sys.argv[1:])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever has read the output is gone: what is left of it goes nowhere
+        code, nowhere = EXIT_BROKEN_PIPE, os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -42,29 +52,22 @@ def run(argv: list[str]) -> int:
         return 0 if argv else EXIT_USER_ERROR
     for words, command in COMMANDS.items():
         if argv[: len(words.split())] == words.split():
-            return _guarded(command, argv[len(words.split()) :])
+            return _guarded(words, command, argv[len(words.split()) :])
     print(f"megatron-vespo: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
-def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+def _guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
     """What the command returns, or the exit code of what it raised, said in one line."""
     # a scheduler's SIGTERM ends a run like Ctrl-C: everything it started ends with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command(argv)
-    except ValueError as error:
-        print(f"megatron-vespo: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except RuntimeError as error:
-        print(f"megatron-vespo: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    except EndedBySignal as stop:
-        print(f"megatron-vespo: {stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print("megatron-vespo: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = ending(error, [name, *argv])
+        if line:
+            print(f"megatron-vespo: {line}", file=sys.stderr)
+        return code
 
 
 def _train(argv: list[str]) -> int:

@@ -25,6 +25,7 @@ from megatron_vespo.conversion.copying import DEFAULT_MEMORY, Budget
 from megatron_vespo.conversion.engine_folder import EngineFolder, opened_as_stored
 from megatron_vespo.conversion.ranks import Ranks, joined_ranks
 from megatron_vespo.conversion.sources import Source, opened
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.logits_check import check_logits
 from megatron_vespo.modelopt_export import FORMATS, Calibration, export_quantised
 
@@ -62,16 +63,15 @@ def _one_line(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo convert",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Namespace, Ranks], int], help: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
 
@@ -120,7 +120,6 @@ def _add_modelopt(commands) -> None:
     parser = commands.add_parser(
         "modelopt",
         help="HF folder SRC to a folder DST for engines, quantised by NVIDIA ModelOpt",
-        allow_abbrev=False,
     )
     parser.set_defaults(run=_modelopt)
     parser.add_argument("source", type=Path, metavar="SRC")

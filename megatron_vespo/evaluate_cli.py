@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.evaluate_flags import parse_args
 from megatron_vespo.evaluation_engines import Serving, serving
 from megatron_vespo.evaluation_settings import evaluation_settings, start_date, tokenizer_folder
+from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.evaluation_report import (
     Progress,
     format_table,
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     preemption = Preemption()
     preemption.listen()
+    check_output_folder("--output-dir", args.output_dir)
     folder = tokenizer_folder(args)
     tokenizer = load_tokenizer(folder, "--checkpoint")
     stops = stop_token_ids(folder, tokenizer.eos_token_id)
@@ -90,8 +91,7 @@ class _Evaluation:
                 preemption.conclude(EXIT_RESUME)  # before the stack ends all, which takes seconds
                 raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
             except KeyboardInterrupt:
-                print(self._kept(), file=sys.stderr)
-                raise
+                raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
 
     def _run(self, sampling: SamplingParams, reward: RewardFunction, stack: ExitStack) -> None:
         args = self._args

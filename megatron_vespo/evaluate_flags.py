@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.flags import add_vespo_arguments
 from megatron_vespo.heldout_flags import check_temperature
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
@@ -54,12 +55,11 @@ def parse_args(argv: list[str]) -> Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo evaluate",
         usage="megatron-vespo evaluate --checkpoint DIR --data NAME=FILE ... --output-dir DIR [flags]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR",

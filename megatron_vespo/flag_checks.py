@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from megatron_vespo.data.jsonl import kind
@@ -28,3 +31,30 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"{text!r}: must be a JSON object, it is {kind(value)}")
     return value
+
+
+def check_output_folder(flag: str, folder: Path) -> None:
+    """ValueError where `folder` cannot be made or written into. It is not made here."""
+    _check_writable(f"{flag} {folder}", folder)
+
+
+def check_output_file(flag: str, path: Path | None) -> None:
+    """The same for a file, whose folder may be made. None passes."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: is a folder, not a file")
+    _check_writable(f"{flag} {path}", path.parent)
+
+
+def _check_writable(where: str, folder: Path) -> None:
+    folder = Path(os.path.abspath(folder))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{where}: {folder} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell of read-only file systems
+            pass
+    except OSError as error:
+        raise ValueError(f"{where}: nothing can be written into {folder}: {error.strerror}") from error

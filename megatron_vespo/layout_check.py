@@ -22,7 +22,8 @@ from megatron_vespo.cluster.placement import has_gpus, place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.sample_file import random_samples, read_samples, with_noisy_behavior
-from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_checks import check_output_file, check_output_folder, check_positive
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.layout import FLAGS, WORDS, Layout
 from megatron_vespo.observability.layout_bounds import rounding_bounds
@@ -35,6 +36,7 @@ from megatron_vespo.observability.layout_report import (
     markdown,
     print_table,
 )
+from megatron_vespo.observability.metrics import write_atomically
 from megatron_vespo.types import TrainingSample
 
 COMMAND = "check layout"
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> int:
     text = caption(bounds, options.steps, len(samples))
     print_table(rows, text)
     if options.markdown:
-        options.markdown.write_text(markdown(rows, text))
+        write_atomically(options.markdown, markdown(rows, text))
     return int(any(row.verdict != "ok" for row in rows[1:]))
 
 
@@ -95,12 +97,11 @@ def print_help(argv: list[str]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog=f"megatron-vespo {COMMAND}",
         usage=f"megatron-vespo {COMMAND} --hf-checkpoint DIR --reference LAYOUT --candidate LAYOUT [flags]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         add_help=False,
     )
     add = parser.add_argument
@@ -140,6 +141,9 @@ def _check(options: Namespace, flags: Sequence[str]) -> None:
     if not options.candidate:
         raise ValueError("--candidate is required: a layout such as tp2,pp2,ep2; see --help")
     check_positive(options, ("samples", "max_prompt_tokens", "max_completion_tokens", "steps"))
+    check_output_file("--markdown", options.markdown)
+    if options.output_dir:
+        check_output_folder("--output-dir", options.output_dir)
     given = {word.partition("=")[0] for word in flags}
     for flag in FLAGS:
         if flag in given:

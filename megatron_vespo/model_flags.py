@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.runtime import prepare_for_megatron
 
 
 def main(argv: list[str]) -> int:
     """Print them, one a line, ready for a script."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo args",
         description="Print the Megatron flags that describe the model of an HF checkpoint, one a line. "
         "`megatron-vespo train` derives them itself.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="HF checkpoint folder")
     args = parser.parse_args(argv)

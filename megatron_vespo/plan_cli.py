@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.hardware import GIB, GPUS, ON_GPUS
 from megatron_vespo.planning import findings
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
@@ -55,12 +56,11 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo plan",
         usage="megatron-vespo plan RECIPE --nodes N [--gpus-per-node 8] [--gpu h100] [flags of train]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="file of flags of `megatron-vespo train`, # for comments")

@@ -13,6 +13,8 @@ from megatron_vespo.data.known_files import download, rows_of, source_files
 from megatron_vespo.data.known_sets import KNOWN_SETS
 from megatron_vespo.data.prepare import Counts, Problem, check_usable, prepare, question_of
 from megatron_vespo.data.same_question import HeldOut
+from megatron_vespo.flag_checks import check_output_file
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.observability.metrics import write_atomically
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
 
@@ -37,6 +39,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{args.out}: must end in .jsonl")
     if args.out.exists() and not args.force:
         raise ValueError(f"{args.out} is already there; --force replaces it")
+    check_output_file("OUT", args.out)
     known = KNOWN_SETS[args.name]
     held_out = HeldOut(chain.from_iterable(_questions(path, args.instruction) for path in args.exclude))
     if args.source is not None and args.revision is not None:
@@ -51,11 +54,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo prepare-data",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("name", metavar="NAME", help=", ".join(KNOWN_SETS))

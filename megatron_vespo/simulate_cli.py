@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megatron_vespo.async_flags import add_asynchronous_arguments, check_asynchronous
 from megatron_vespo.data.rollout_file import recorded_lengths
+from megatron_vespo.flag_checks import check_output_file
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.simulation.calibration import Measured, measure
 from megatron_vespo.simulation.lengths import Lengths, LogNormal, Recorded
 from megatron_vespo.simulation.rates import PRESETS, Cost, Rates, SharedCores
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int:
     measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
     _complete(args, measured)
     _check(args)
+    check_output_file("--picture", args.picture)
     lengths = _lengths(args, measured)
     rows = []
     for where, gpus, trainer, engines, rates in _machines(args, measured):
@@ -51,11 +54,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo simulate",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_run_flags(parser)
     _add_length_flags(parser)

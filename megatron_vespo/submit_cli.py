@@ -15,6 +15,7 @@ from pathlib import Path
 import megatron_vespo
 from megatron_vespo import engine_nodes
 from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.hardware import GPUS, ON_GPUS
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import checked_time_limit, render, seconds_before_limit
@@ -77,12 +78,11 @@ def _submit_unless_dry(script: str, args: Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo submit",
         usage="megatron-vespo submit RECIPE --nodes N [options] [flags of train]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
@@ -111,7 +111,7 @@ def checked_run(flags: list[str]) -> Namespace:
     """The run that train would make of the flags; ValueError for what would only show when the job runs."""
     from megatron_vespo.arguments import parse_args  # takes seconds
 
-    run = parse_args(flags)
+    run = parse_args(flags, "submit")
     if run.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
     if run.save is None or run.save != run.load:

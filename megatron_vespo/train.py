@@ -12,7 +12,9 @@ from megatron_vespo.arguments import parse_args
 from megatron_vespo.cluster.calls import TrainerError
 from megatron_vespo.cluster.placement import has_gpus
 from megatron_vespo.controller import Controller, StoppedByAlarm
+from megatron_vespo.data.checkpoint_folder import newest_save
 from megatron_vespo.debug_modes import check_modes
+from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
@@ -30,6 +32,9 @@ def main(argv: list[str]) -> None:
     preemption = Preemption(args.preemption_deadline)
     preemption.listen()
     check_modes(args)
+    for name in ("output_dir", "save", "save_rollouts"):
+        if folder := getattr(args, name):
+            check_output_folder(f"--{name.replace('_', '-')}", Path(folder))
     task = load_task(args)
     if args.train_from:
         args.rollout_engines = 0
@@ -93,6 +98,10 @@ class Run:
                     state = controller.train()
         except Preempted:
             self._end_resumable(controller)
+        except EndedBySignal:
+            raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._interrupted(controller.state.iteration)) from None
         except StoppedByAlarm:
             if args.save is not None:
                 controller.trainer.finish_save()
@@ -125,6 +134,15 @@ class Run:
             f"ended by {preemption.signal} at optimizer step {step}"
             + (f", which is saved: go on with --load {args.save}" if step else ": nothing to save yet")
         )
+
+    def _interrupted(self, step: int) -> str:
+        save, where = self._args.save, f"interrupted at optimizer step {step}"
+        if save is None:
+            return f"{where}; without --save nothing is kept"
+        if (newest := newest_save(Path(save))) is None:
+            return f"{where}, before the first checkpoint: the same command begins anew"
+        how = "the same command goes on" if self._args.load == save else f"go on with --load {save}"
+        return f"{where}; the newest checkpoint is {newest}: {how}"
 
     def _end_unsaved(self, reason: str, error: Exception) -> None:
         preemption = self._platform.preemption

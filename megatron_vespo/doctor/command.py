@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,9 @@ from megatron_vespo.doctor.packages import package
 from megatron_vespo.doctor.patches import patches
 from megatron_vespo.doctor.table import as_text, lines_of
 from megatron_vespo.doctor.versions import OPTIONAL, TESTED, python_version
+from megatron_vespo.flag_checks import check_output_file
+from megatron_vespo.flag_parser import FlagParser
+from megatron_vespo.observability.metrics import write_atomically
 from megatron_vespo.slurm_step import Step, current_step, first_host
 from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
@@ -59,15 +61,15 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo doctor",
         description="Check this machine, or, started by srun, all nodes of the step.",
-        allow_abbrev=False,
     )
     parser.add_argument("--shared-dir", type=Path, default=Path(), metavar="DIR",
                         help="folder that all nodes share; default: the current one")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings of all nodes there")
     args = parser.parse_args(argv)
+    check_output_file("--json", args.json)
     args.shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
     return args
 
@@ -180,6 +182,6 @@ def _report(args: Namespace, findings: dict[str, list[Finding]], speaks: bool = 
                 "lines": [asdict(line) for line in lines],
                 "nodes": {node: [asdict(finding) for finding in found] for node, found in findings.items()},
             }
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+            write_atomically(args.json, json.dumps(report, indent=2) + "\n")
     sys.stdout.flush()
     return int(failed)

@@ -14,7 +14,8 @@ import ray
 
 from megatron_vespo.cluster.placement import start_ray
 from megatron_vespo.cluster.roles import ROLES
-from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_checks import check_output_folder, check_positive
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.recipe import read_recipe, with_recipes
 from megatron_vespo.runtime import has_runtime_plugins
 from megatron_vespo.smoke.fit import Nodes, Wanted, fit, nodes_of
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     options, flags = parse(argv)
     wanted = wanted_layout(flags)
     stages = all_stages(wanted.colocate)
+    check_output_folder("--output-dir", options.output_dir)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="smoke-", dir=options.output_dir)).resolve()
     facts = {"wanted": str(wanted), "logs": str(folder / "logs")}
@@ -77,12 +79,11 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     has_recipe = flags != argv
     if not has_recipe:
         flags = [*WITHOUT_RECIPE.split(), *flags]
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="megatron-vespo smoke",
         usage="megatron-vespo smoke [RECIPE] [options] [flags of train]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path(), metavar="DIR",
