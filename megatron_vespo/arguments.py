@@ -16,7 +16,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +33,7 @@ from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transform
 from megatron_vespo.process_environment import exported_values, trainer_environment
 from megatron_vespo.rollout.sampled_distribution import check_environment
 from megatron_vespo.rollout.sampled_distribution import check_flags as check_sampling_flags
+from megatron_vespo.resume_flags import resolve_load
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import prepare_for_megatron
 from megatron_vespo.time_limits import collective_timeout_minutes
@@ -77,6 +77,7 @@ def parse_args(
         check_transformer_engine(args, "this machine")
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
+    resolve_load(args, explicit)
     check_layout(args)
     check_colocation(args)
     check_megatron_saving(args)
@@ -239,7 +240,6 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     """What follows from other flags."""
     # workers on other nodes have working directories of their own
     args.hf_checkpoint = args.hf_checkpoint.resolve()
-    args.save, args.load = (folder and str(Path(folder).resolve()) for folder in (args.save, args.load))
     # Megatron runs MoE with tensor parallelism only when the sequence is cut as well
     if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
         args.sequence_parallel = True

@@ -15,6 +15,7 @@ from megatron_vespo.data.rollout_file import (
     read_record,
     write_record,
 )
+from megatron_vespo.data.set_aside import set_aside
 from megatron_vespo.types import TrainingSample
 
 
@@ -60,15 +61,22 @@ class RolloutOnly(Controller):
 
 
 class Recorder:
-    """--save-rollouts: a file a batch; a resumed run goes on with the number that it has come to."""
+    """--save-rollouts: a file a batch; a resumed run goes on with the number that it has come to.
+
+    Later batches of a run that has gone back are another one's: they go aside, like its checkpoints.
+    """
 
     def __init__(self, args: Namespace, iteration: int):
         self._folder, self._run = args.save_rollouts, recorded_run(args)
         self._batch = iteration // args.mini_batches
+        self._goes_back = args.ckpt_step is not None
 
     def __call__(self, groups: list[Group], metrics: dict[str, float], consumed_prompts: int) -> None:
-        record = RolloutRecord(groups, metrics, consumed_prompts, self._run)
-        write_record(batch_path(self._folder, self._batch), record)
+        path = batch_path(self._folder, self._batch)
+        if self._goes_back and (later := [old for old in path.parent.glob("batch-*.npz") if old >= path]):
+            set_aside(path.parent, later)
+        self._goes_back = False
+        write_record(path, RolloutRecord(groups, metrics, consumed_prompts, self._run))
         self._batch += 1
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from megatron_vespo.data.atomic_file import write_atomically
 from megatron_vespo.data.known_files import download, rows_of, source_files
 from megatron_vespo.data.known_sets import KNOWN_SETS
 from megatron_vespo.data.prepare import Counts, Problem, check_usable, prepare, question_of
 from megatron_vespo.data.same_question import HeldOut
 from megatron_vespo.flag_checks import check_output_file
 from megatron_vespo.flag_parser import FlagParser
-from megatron_vespo.observability.metrics import write_atomically
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
 
 QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt")  # of held-out files

@@ -24,6 +24,7 @@ from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.debug_modes import Recorder, Replay, RolloutOnly, check_recorded
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.platform import Platform
+from megatron_vespo.resume_flags import describe, resumed_folder
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
@@ -75,10 +76,13 @@ class Session:
         state = RunState(**resumed.rollout_state) if resumed else RunState()
         if args.train_from:
             check_recorded(args, state.iteration)
-        self._metrics = MetricsWriter(args.output_dir, self._kept_step(resumed))
+        goes_back = self._number == 0 and args.ckpt_step is not None
+        self._metrics = MetricsWriter(args.output_dir, self._kept_step(resumed), keep_cut=goes_back)
         self._stack.callback(self._metrics.close)
         if resumed:
             self._say_resumed(state, resumed)
+        for line in describe(args, state.iteration):
+            platform.display.message(line)
         self.controller = self._make_controller(state, resumed.rollout_buffer if resumed else None)
         platform.display.phase_seconds()  # start-up phases end here
 
@@ -260,9 +264,9 @@ class Restarts:
             raise error
         self._left -= 1
         args, where = copy.copy(self._args), "from the beginning, there is no checkpoint yet"
-        if newest != self._first:  # this run has saved
-            args.load = args.save
-        if args.load and (folder := newest_save(Path(args.load))):
+        if newest is not None and newest != self._first:  # this run has saved
+            args.load, args.ckpt_step = args.save, None
+        if folder := resumed_folder(args):
             where = f"from {folder}"
         return args, (
             f"RESTART OF THE TRAINER {where} ({self._left} more without a new checkpoint): {first_line}"

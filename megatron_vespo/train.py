@@ -21,6 +21,7 @@ from megatron_vespo.observability.report import format_summary, plot_curves, wri
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.platform import Platform, load_task
 from megatron_vespo.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted, Preemption
+from megatron_vespo.resume_flags import how_to_go_on
 from megatron_vespo.session import Restarts, Session
 from megatron_vespo.types import RunState
 
@@ -130,10 +131,10 @@ class Run:
         except RuntimeError as error:
             self._end_unsaved(str(error).splitlines()[0], error)
         preemption.conclude(EXIT_RESUME)
-        raise Preempted(
-            f"ended by {preemption.signal} at optimizer step {step}"
-            + (f", which is saved: go on with --load {args.save}" if step else ": nothing to save yet")
+        saved = (
+            f", which is saved: go on with {how_to_go_on(args, step)}" if step else ": nothing to save yet"
         )
+        raise Preempted(f"ended by {preemption.signal} at optimizer step {step}{saved}")
 
     def _interrupted(self, step: int) -> str:
         save, where = self._args.save, f"interrupted at optimizer step {step}"

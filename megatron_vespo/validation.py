@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
@@ -194,10 +193,6 @@ def _check_training(args: Namespace) -> None:
         )
     if args.on_alarm == "checkpoint-and-stop" and args.save is None:
         raise ValueError("--on-alarm checkpoint-and-stop needs --save, the folder of the checkpoint")
-    tracker = "latest_checkpointed_iteration.txt"
-    if args.load and args.load != args.save and not (Path(args.load) / tracker).is_file():
-        # the same folder for both is how a job that may be restarted says "go on, or begin"
-        raise ValueError(f"--load {args.load}: no checkpoint there ({tracker} is missing)")
     if args.routing_replay and args.moe_router_fusion:
         raise ValueError(
             "--routing-replay does not reach --moe-router-fusion, which chooses by itself: leave one out"

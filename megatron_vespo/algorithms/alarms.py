@@ -36,6 +36,8 @@ TRUNCATED = 0.5  # more rewards judge the length limit than the answer
 # Means of five batches: half of the best is far outside the noise of one batch, even a small one.
 REWARD_BATCHES, REWARD_DROP = 5, 0.5
 
+_GO_BACK = " (the same --load, and --ckpt-step N)"
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -148,7 +150,7 @@ def entropy_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | No
     return Alarm(
         "entropy_collapse",
         f"entropy is {now:.3g} nats a token, {now / start:.0%} of the run's first batches'",
-        "the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell",
+        f"the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell{_GO_BACK}",
     )
 
 
@@ -161,7 +163,7 @@ def entropy_explosion(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | N
         "entropy_explosion",
         f"entropy is {now:.3g} nats a token, {now / start:.1f} times the run's first batches'",
         "the policy forgets how to write: use a lower --lr or fewer --mini-batches, from a checkpoint before "
-        "it rose",
+        f"it rose{_GO_BACK}",
     )
 
 
@@ -259,7 +261,7 @@ def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
     return Alarm(
         "reward_collapse",
         f"the mean reward of {REWARD_BATCHES} batches fell to {now:.3g}, the best was {best:.3g}",
-        "go back to a checkpoint before it fell, with a lower --lr or fewer --mini-batches",
+        f"go back to a checkpoint before it fell{_GO_BACK}, with a lower --lr or fewer --mini-batches",
     )
 
 

@@ -118,7 +118,7 @@ class TrainerWorker:
             return None
         samples, saved = decode(content)
         now = self.policy.log_probs(samples, False)
-        return compare(saved, now, self._args.bf16, f"--load {self._args.load}")
+        return compare(saved, now, self._args.bf16, f"--load {self.policy.stored.folder}")
 
     def describe(self) -> list[str]:
         """Which implementation runs each part of the model on this machine, and why."""
@@ -239,7 +239,7 @@ class TrainerWorker:
         """Engines and trainer have both started from --hf-checkpoint."""
         from megatron_vespo.trainer import checkpoint
 
-        return not checkpoint.exists(self._args.load) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
+        return not checkpoint.exists(self._args) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
 
     def save(self, rollout_state: dict, buffer: bytes | None, prompts: bytes | None = None) -> None:
         """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from megatron_vespo.conversion.hf_shards import copy_companions
 from megatron_vespo.conversion.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.conversion.sources import HF_FOLDER
+from megatron_vespo.data.atomic_file import write_atomically
 
 BUFFER, PROBE, PROMPTS = "rollout_buffer.bin", "probe.npz", "prompts.npz"
 COMPLETE = "metadata.json"  # Megatron's, written when everything else is, just before the tracker
@@ -100,11 +101,29 @@ def read_file(folder: Path, name: str, entry: Entry) -> bytes:
     return content
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Of one optimizer step, as Megatron names it."""
+    return folder / f"iter_{step:07d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The optimizer steps whose checkpoints in `folder` are complete, ascending."""
+    numbers = (path.name.removeprefix("iter_") for path in folder.glob("iter_*"))
+    steps = sorted(int(number) for number in numbers if number.isdecimal())
+    return [step for step in steps if (step_folder(folder, step) / COMPLETE).is_file()]
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step that the tracker names; None without one, or where it names converted weights."""
+    tracker = folder / TRACKER_NAME
+    word = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(word) if word.isdecimal() else None
+
+
 def newest_save(save: Path) -> Path | None:
     """The folder that the tracker names; None without one, or where it names converted weights."""
-    tracker = save / TRACKER_NAME
-    word = tracker.read_text().strip() if tracker.is_file() else ""
-    return save / f"iter_{int(word):07d}" if word.isdecimal() else None
+    step = newest_step(save)
+    return None if step is None else step_folder(save, step)
 
 
 def resumed_save(load: Path, step: int | None = None) -> Path | None:
@@ -112,7 +131,7 @@ def resumed_save(load: Path, step: int | None = None) -> Path | None:
 
     Also where a kill has left the tracker empty.
     """
-    return load / f"iter_{step:07d}" if step is not None else newest_save(load) or _torn_save(load)
+    return step_folder(load, step) if step is not None else newest_save(load) or _torn_save(load)
 
 
 def repair_tracker(save: Path) -> str | None:
@@ -128,9 +147,7 @@ def repair_tracker(save: Path) -> str | None:
     if complete is None:
         tracker.unlink()
         return None
-    partial = tracker.with_suffix(".partial")
-    partial.write_text(str(int(complete.name.removeprefix("iter_"))))
-    partial.replace(tracker)
+    write_atomically(tracker, str(int(complete.name.removeprefix("iter_"))))
     return complete.name
 
 
@@ -139,5 +156,5 @@ def _torn_save(save: Path) -> Path | None:
     tracker = save / TRACKER_NAME
     if not tracker.is_file() or tracker.read_text().strip():
         return None
-    complete = sorted(folder for folder in save.glob("iter_*") if (folder / COMPLETE).is_file())
-    return complete[-1] if complete else None
+    steps = saved_steps(save)
+    return step_folder(save, steps[-1]) if steps else None

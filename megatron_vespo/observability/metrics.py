@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_vespo.data.atomic_file import write_atomically
 
 # JSON has no word for these three; they are written as strings and read back as floats.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -30,17 +32,6 @@ def _spell_non_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spell_non_finite(entry) for entry in value]
     return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the content of `path`: a kill meanwhile leaves the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -76,22 +67,32 @@ def _is_before(record: dict, resume_step: int) -> bool:
     return record["step"] < resume_step or (record["step"] == resume_step and not after_save)
 
 
+def _lines(records: Iterable[dict]) -> str:
+    return "".join(dump_json(record) + "\n" for record in records)
+
+
 class MetricsWriter:
     """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
 
     `resume_step` is the last step that the run keeps: points of later steps are dropped, in both places.
-    None starts afresh; a metrics.jsonl already there is then kept as metrics.previous.jsonl.
+    None starts afresh; a metrics.jsonl already there is then kept as metrics.previous.jsonl. `keep_cut`
+    appends what is dropped to that file: a run that goes back will not write the same once more.
     """
 
-    def __init__(self, directory: Path, resume_step: int | None) -> None:
+    def __init__(self, directory: Path, resume_step: int | None, keep_cut: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        path, previous = directory / "metrics.jsonl", directory / "metrics.previous.jsonl"
         if path.exists():
             if resume_step is None:
-                path.replace(directory / "metrics.previous.jsonl")
+                path.replace(previous)
             else:
-                kept = [record for record in read_metrics(path) if _is_before(record, resume_step)]
-                write_atomically(path, "".join(dump_json(record) + "\n" for record in kept))
+                kept, cut = [], []
+                for record in read_metrics(path):
+                    (kept if _is_before(record, resume_step) else cut).append(record)
+                if keep_cut:
+                    with previous.open("a", encoding="utf-8") as stream:
+                        stream.write(_lines(cut))
+                write_atomically(path, _lines(kept))
         self._lines = path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(directory / "tensorboard"))
         # TensorBoard forgets the points of earlier event files from this step on.

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vespo.data import checkpoint_folder
 from megatron_vespo.data.checkpoint_folder import Entry, SaveReport
+from megatron_vespo.data.set_aside import kept_step, make_room
 from megatron_vespo.trainer.background_save import SaveQueue
 
 FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
@@ -38,6 +39,8 @@ class Saver:
     def __init__(self, args: Namespace):
         self._args = args
         self._queue = SaveQueue(args.async_save, self._admit, self._release_reserve)
+        self._has_room = False  # among the checkpoints of others in --save
+        self._kept = kept_step(args, args.iteration)
         self._iteration = 0  # of the save under way, as what follows
         self._started = 0.0
         self._num_bytes = 0
@@ -80,6 +83,9 @@ class Saver:
         def write() -> dict[str, Entry]:
             self._num_bytes += sum(map(len, files.values()))
             save, hf_checkpoint = Path(self._args.save), self._args.hf_checkpoint
+            if not self._has_room:
+                make_room(save, self._kept, self._args.gone_back)
+                self._has_room = True
             return checkpoint_folder.prepare(save, self._folder, hf_checkpoint, files)
 
         return _on_rank_0(write)
@@ -136,8 +142,11 @@ def _first_failure(error: CheckpointException) -> str:
     return f"rank {rank}: {' '.join(str(error.failures[rank][0]).split())}"
 
 
-def exists(folder: str | None) -> bool:
-    return folder is not None and checkpointing.checkpoint_exists(folder)
+def exists(args: Namespace) -> bool:
+    """Whether `args.load` holds a checkpoint, or converted weights."""
+    return args.load is not None and (
+        args.ckpt_step is not None or checkpointing.checkpoint_exists(args.load)
+    )
 
 
 @dataclass(frozen=True)
@@ -155,12 +164,16 @@ class Stored:
 
 
 def stored(args: Namespace) -> Stored | None:
-    """What is stored with the checkpoint that `args.load` points at; ValueError if it cannot be resumed.
+    """What is stored with the checkpoint that `args.load` and `args.ckpt_step` name, None: the newest.
+
+    ValueError if it cannot be resumed.
 
     None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
     """
-    tracker = checkpointing.get_checkpoint_tracker_filename(args.load)
-    iteration, release = checkpointing.read_metadata(tracker)
+    iteration, release = args.ckpt_step, False
+    if iteration is None:
+        tracker = checkpointing.get_checkpoint_tracker_filename(args.load)
+        iteration, release = checkpointing.read_metadata(tracker)
     if release:
         return None
     folder = Path(checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True))

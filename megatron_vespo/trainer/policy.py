@@ -76,7 +76,7 @@ class MegatronPolicy:
         self.groups = process_groups()
         hf_config = read_hf_config(args.hf_checkpoint)
         self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
-        resuming = checkpoint.exists(args.load)
+        resuming = checkpoint.exists(args)
         self.stored = checkpoint.stored(args) if resuming else None
         self.rollout_state = self.stored.state if self.stored else None
         self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)

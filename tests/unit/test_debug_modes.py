@@ -60,6 +60,7 @@ def arguments(**changes) -> Namespace:
         num_experts=4,
         moe_router_topk=2,
         save_rollouts=None,
+        ckpt_step=None,
         train_from=None,
         rollout_only=False,
     )
@@ -183,6 +184,18 @@ def test_a_resumed_recording_goes_on(recorded):
     run.rollout_batch()
     assert batch_path(recorded, 1).read_bytes() == stale  # the same batch, in its old place
     assert read_record(batch_path(recorded, 1)).consumed_prompts == 2 * SIZE
+
+
+def test_a_recording_that_goes_back_sets_later_batches_aside(recorded):
+    earlier, later = batch_path(recorded, 0).read_bytes(), batch_path(recorded, 2).read_bytes()
+    run = recording(arguments(save_rollouts=recorded, load="checkpoint", ckpt_step=2), iteration=2)
+    for _ in range(2):
+        run.rollout_batch()
+    assert batch_path(recorded, 0).read_bytes() == earlier
+    aside = recorded / "set-aside-001"
+    assert sorted(aside.iterdir()) == [batch_path(aside, 1), batch_path(aside, 2)]
+    assert batch_path(aside, 2).read_bytes() == later
+    assert batch_path(recorded, 1).is_file() and not (recorded / "set-aside-002").exists()
 
 
 def test_rollout_only_runs_through_without_a_trainer(tmp_path):

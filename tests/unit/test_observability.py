@@ -106,6 +106,17 @@ def test_resume_drops_later_steps_and_a_torn_last_line(tmp_path, torn):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
+def test_going_back_keeps_what_it_cuts_off(tmp_path):
+    write_steps(tmp_path, None, [1, 2, 3])
+    for offset in (0.5, 0.25):
+        writer = MetricsWriter(tmp_path, 1, keep_cut=True)
+        writer.write(2, {"reward/mean": 2 + offset})
+        writer.close()
+    assert rewards(tmp_path) == tensorboard_points(tmp_path) == [(1, 1.0), (2, 2.25)]
+    cut = read_metrics(tmp_path / "metrics.previous.jsonl")
+    assert [(r["step"], r["reward/mean"]) for r in cut] == [(2, 2.0), (3, 3.0), (2, 2.5)]
+
+
 def test_resume_keeps_a_whole_last_line_that_lacks_its_newline(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.5, "reward/mean": 1.0}')
     write_steps(tmp_path, 1, [2])

@@ -21,7 +21,7 @@ def save(folder, iteration: int, when: int = 0) -> None:
 
 @pytest.fixture()
 def args(tmp_path) -> Namespace:
-    return Namespace(save=str(tmp_path / "saved"), load=None, trainer_restarts=2)
+    return Namespace(save=str(tmp_path / "saved"), load=None, ckpt_step=None, trainer_restarts=2)
 
 
 def test_without_a_checkpoint_it_begins_again_so_often(args):
@@ -80,3 +80,24 @@ def test_what_fails_in_the_same_way_again_is_not_repeated(args, tmp_path):
     save(tmp_path / "saved", 4)
     with pytest.raises(TrainerError, match="no 1"):
         restarts.next(second)
+
+
+def test_a_run_that_has_gone_back_does_so_again_only_until_it_has_saved(args, tmp_path):
+    args.load, args.ckpt_step = args.save, 8
+    save(tmp_path / "saved", 16)
+    restarts = Restarts(args)
+    again, message = restarts.next(ERROR)
+    assert (again.load, again.ckpt_step) == (args.save, 8) and "saved/iter_0000008 " in message
+    save(tmp_path / "saved", 8, when=1)  # the first save has begun: it has set the others aside
+    save(tmp_path / "saved", 12, when=2)
+    again, message = restarts.next(ERROR)
+    assert (again.load, again.ckpt_step) == (args.save, None) and "saved/iter_0000012 " in message
+
+
+def test_before_the_first_save_elsewhere_is_complete_it_goes_back_again(args, tmp_path):
+    args.load, args.ckpt_step = str(tmp_path / "other"), 8
+    save(tmp_path / "saved", 40)
+    restarts = Restarts(args)
+    (tmp_path / "saved" / TRACKER_NAME).unlink()  # as what was there has been set aside
+    again, _ = restarts.next(ERROR)
+    assert (again.load, again.ckpt_step) == (args.load, 8)

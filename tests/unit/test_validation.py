@@ -460,10 +460,6 @@ def test_parallel_sizes_are_positive(size, value):
     ("changes", "message"),
     [
         (
-            {"load": "/nowhere", "save": "/elsewhere"},
-            "--load /nowhere: no checkpoint there (latest_checkpointed_iteration.txt is missing)",
-        ),
-        (
             {"num_distributed_optimizer_instances": 2},
             "--num-distributed-optimizer-instances 2: gradient norms by part of the model are those of one "
             "instance: leave it out",

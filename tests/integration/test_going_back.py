@@ -1,0 +1,110 @@
+"""A run that is taken back to an older checkpoint repeats what followed it, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from interrupted import command, curve
+from runs import Run, nothing_left
+
+from megatron_vespo.data.checkpoint_folder import newest_step, saved_steps
+from megatron_vespo.observability.metrics import read_metrics
+
+START_S = 300.0
+STEPS, BACK_TO = 16, 8
+LENGTH = ("--train-iters", str(STEPS))
+RECORDED = "--save-rollouts"
+
+
+def finish(model: Path, folder: Path, *flags: str) -> str:
+    """Run to the end; what it has said."""
+    run = Run(command(model, folder, *LENGTH, RECORDED, str(folder / "rollouts"), *flags), folder / "log")
+    try:
+        assert run.wait(START_S) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    return run.output
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """A run of 16 steps with checkpoints of 4, 8, 12 and 16."""
+    folder = tmp_path_factory.mktemp("trained")
+    finish(tiny_model, folder)
+    assert saved_steps(folder / "saved") == [4, 8, 12, 16]
+    return folder
+
+
+@pytest.mark.parametrize("spelling", ["--ckpt-step", pytest.param("iter_", marks=pytest.mark.slow)])
+def test_a_run_that_goes_back_repeats_what_followed(tiny_model, trained, tmp_path, spelling):
+    folder, saved = tmp_path / "run", tmp_path / "run/saved"
+    shutil.copytree(trained, folder)
+    flags = ["--load", str(saved / f"iter_{BACK_TO:07d}")]
+    if spelling == "--ckpt-step":
+        flags = ["--ckpt-step", str(BACK_TO)]
+    said = finish(tiny_model, folder, *flags)
+    assert f"resumed at optimizer step {BACK_TO}," in said
+    assert "log-probs saved with it differ by 0.0e+00 at most" in said
+    assert f"optimizer steps 12, 16: the first save moves them to {saved / 'set-aside-001'}" in said
+    assert curve(folder) == curve(trained)
+    cut = read_metrics(folder / "out/metrics.previous.jsonl")
+    assert {record["step"] for record in cut if "train/loss" in record} == {10, 12, 14, 16}
+    assert saved_steps(saved) == [4, 8, 12, 16] and newest_step(saved) == STEPS
+    assert saved_steps(saved / "set-aside-001") == [12, 16]
+    aside = folder / "rollouts/set-aside-001"
+    assert [path.name for path in sorted(aside.iterdir())] == [f"batch-{i:06d}.npz" for i in range(4, 8)]
+    for path in aside.iterdir():
+        assert path.read_bytes() == (folder / "rollouts" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_started_again_goes_back_once(tiny_model, trained, tmp_path):
+    """As a requeue does: the same command, after SIGTERM behind its first save."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    flags = [*LENGTH, "--ckpt-step", str(BACK_TO), RECORDED, str(folder / "rollouts")]
+    run = Run(command(tiny_model, folder, *flags), tmp_path / "log")
+    try:
+        run.wait_for_output(f"\n12/{STEPS} ", START_S)
+        run.process.terminate()
+        assert run.wait(60) == 75, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    said = finish(tiny_model, folder, "--ckpt-step", str(BACK_TO))
+    assert f"this command has gone back to optimizer step {BACK_TO} before and goes on from there" in said
+    assert "resumed at optimizer step 12," in said or "resumed at optimizer step 14," in said
+    assert curve(folder) == curve(trained)
+    assert [path.name for path in (folder / "saved").glob("set-aside-*")] == ["set-aside-001"]
+
+
+@pytest.mark.slow
+def test_a_trainer_that_dies_goes_on_from_its_own_newest_checkpoint(tiny_model, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    run = Run(command(tiny_model, folder, *LENGTH, "--ckpt-step", str(BACK_TO)), tmp_path / "log")
+    try:
+        run.wait_for_output(f"\n14/{STEPS} ", START_S)
+        [*victims] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
+        victims[-1].kill()
+        assert run.wait(START_S) == 0, run.output
+        assert nothing_left(run)
+    finally:
+        run.kill()
+    assert "RESTART OF THE TRAINER from " in run.output and "resumed at optimizer step 12," in run.output
+    assert curve(folder) == curve(trained)
+
+
+@pytest.mark.slow
+def test_an_asynchronous_run_goes_back_to_the_groups_of_then(tiny_model, tmp_path):
+    folder, flags = tmp_path / "run", ["--max-staleness", "4"]
+    finish(tiny_model, folder, *flags)
+    said = finish(tiny_model, folder, *flags, "--ckpt-step", str(BACK_TO))
+    assert f"resumed at optimizer step {BACK_TO}," in said
+    assert "log-probs saved with it differ by 0.0e+00 at most" in said
+    steps = [record["step"] for record in curve(folder) if "train/loss" in record]
+    assert steps == list(range(2, STEPS + 1, 2))
+    assert saved_steps(folder / "saved/set-aside-001") == [12, 16]
