@@ -31,9 +31,9 @@ from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
 from megatron_vespo.process_environment import exported_values, trainer_environment
+from megatron_vespo.resume_flags import resolve_load
 from megatron_vespo.rollout.sampled_distribution import check_environment
 from megatron_vespo.rollout.sampled_distribution import check_flags as check_sampling_flags
-from megatron_vespo.resume_flags import resolve_load
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import prepare_for_megatron
 from megatron_vespo.time_limits import collective_timeout_minutes

@@ -21,6 +21,7 @@ from megatron_vespo.observability.report import format_summary, plot_curves, wri
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.platform import Platform, load_task
 from megatron_vespo.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted, Preemption
+from megatron_vespo.resume import find_checkpoint, why_finished
 from megatron_vespo.resume_flags import how_to_go_on
 from megatron_vespo.session import Restarts, Session
 from megatron_vespo.types import RunState
@@ -36,6 +37,10 @@ def main(argv: list[str]) -> None:
     for name in ("output_dir", "save", "save_rollouts"):
         if folder := getattr(args, name):
             check_output_folder(f"--{name.replace('_', '-')}", Path(folder))
+    found = find_checkpoint(args)
+    if finished := why_finished(args, found):
+        print(finished)
+        return
     task = load_task(args)
     if args.train_from:
         args.rollout_engines = 0
@@ -49,6 +54,8 @@ def main(argv: list[str]) -> None:
         display = stack.enter_context(RunDisplay(title, args.train_iters, on_phase=trace.phase))
         for remark in task.remarks:
             display.message(remark)
+        for change in found.changes if found else ():
+            display.message(change)
         platform = Platform(args, task, display, trace, preemption, stack)
         run = Run(args, platform, args.setup_seconds - started)
         try:

@@ -150,7 +150,8 @@ def entropy_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | No
     return Alarm(
         "entropy_collapse",
         f"entropy is {now:.3g} nats a token, {now / start:.0%} of the run's first batches'",
-        f"the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell{_GO_BACK}",
+        "the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell"
+        + _GO_BACK,
     )
 
 

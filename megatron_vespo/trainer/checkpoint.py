@@ -21,6 +21,7 @@ from megatron_vespo.data import checkpoint_folder
 from megatron_vespo.data.checkpoint_folder import Entry, SaveReport
 from megatron_vespo.data.set_aside import kept_step, make_room
 from megatron_vespo.trainer.background_save import SaveQueue
+from megatron_vespo.trainer.resumable import check_resumable, take_schedule
 
 FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
 
@@ -164,11 +165,11 @@ class Stored:
 
 
 def stored(args: Namespace) -> Stored | None:
-    """What is stored with the checkpoint that `args.load` and `args.ckpt_step` name, None: the newest.
-
-    ValueError if it cannot be resumed.
+    """What is stored with the checkpoint of `args.load`, of step `args.ckpt_step` or None: the newest.
 
     None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
+    ValueError if it cannot be resumed. With --use-checkpoint-opt-param-scheduler `args` get its learning
+    rates.
     """
     iteration, release = args.ckpt_step, False
     if iteration is None:
@@ -178,31 +179,7 @@ def stored(args: Namespace) -> Stored | None:
         return None
     folder = Path(checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True))
     saved = dist_checkpointing.load_common_state_dict(folder)["args"]
-    if not hasattr(saved, "rollout_state"):
-        raise ValueError(f"--load {folder} was not written by this program: it has no rollout state")
-    if not args.no_load_optim and _separate_experts(saved) != _separate_experts(args):
-        raise ValueError(
-            f"--load {folder} was saved with --expert-model-parallel-size "
-            f"{saved.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
-            "optimizer state only fits if both or none are above 1; --no-load-optim takes the weights alone "
-            "and starts the optimizer afresh"
-        )
-    # it files the state of a parameter group under these, and finds nothing under other numbers
-    for name in ("lr", "min_lr"):
-        before, now = getattr(saved, name), getattr(args, name)
-        if not args.no_load_optim and before != now:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"--load {folder} was saved with {flag} {before}, now it is {now}: "
-                "Megatron's optimizer state only fits the same; --no-load-optim takes the weights alone and "
-                "starts the optimizer afresh"
-            )
+    check_resumable(folder, vars(saved), args)
+    take_schedule(vars(saved), args)
     files = saved.rollout_state.pop(FILES, {})  # checkpoints of before have none
     return Stored(folder, saved.rollout_state, files)
-
-
-def _separate_experts(args: Namespace) -> bool:
-    """Whether Megatron keeps an optimizer for the experts apart, which changes the structure it saves."""
-    tensor = args.tensor_model_parallel_size
-    apart = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
-    return apart and args.num_experts is not None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.resumable import take_flags
 
 _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
@@ -37,7 +39,7 @@ def set_up(args: Namespace) -> tuple:
     A collective of all ranks; sets `args.iteration`.
     """
     provider = model_provider(args, model_config(args))
-    with stored_names():
+    with stored_names(partial(take_flags, args=args)):
         model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
     _add_missing_settings(optimizer)
     return model, optimizer, scheduler
@@ -54,14 +56,20 @@ def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
 
 
 @contextlib.contextmanager
-def stored_names() -> Iterator[None]:
-    """Inside, `dist_checkpointing.load` asks for everything by the name that it was written with."""
+def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
+    """Inside, `dist_checkpointing.load` asks for everything by the name that it was written with.
+
+    `then` may change what it has loaded.
+    """
     load = dist_checkpointing.load
 
     def load_as_stored(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         stored = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
         dict_list_map_inplace(lambda part: _as_stored(part, stored), sharded_state_dict)
-        return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        state = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        if then is not None:
+            then(state)
+        return state
 
     with patch.object(dist_checkpointing, "load", load_as_stored):
         yield

@@ -100,12 +100,23 @@ def test_checkpoint_of_another_program(result):
     ), result["foreign"]
 
 
-def test_checkpoint_of_another_learning_rate(result):
+FRESH = "--no-load-optim takes the weights alone and starts the optimizer afresh"
+
+
+def test_checkpoint_whose_learning_rates_cannot_change(result):
     assert re.fullmatch(
-        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: Megatron's optimizer state "
-        r"only fits the same; --no-load-optim takes the weights alone and starts the optimizer afresh",
+        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: with --decoupled-lr it "
+        rf"cannot change; {FRESH}",
         str(result["learning rate"]),
     ), result["learning rate"]
+
+
+def test_checkpoint_of_another_optimizer(result):
+    assert re.fullmatch(
+        r"--load .*/saved/iter_0000002 was saved with --optimizer adam, now it is sgd, whose state is "
+        rf"another; {FRESH}",
+        str(result["optimizer"]),
+    ), result["optimizer"]
 
 
 def test_checkpoint_whose_optimizer_does_not_fit(task, training_run, result):

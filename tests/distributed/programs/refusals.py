@@ -67,9 +67,11 @@ def main() -> None:
         args.load = checkpoint
         results[case] = message(lambda: MegatronPolicy(args))
 
-    args.expert_model_parallel_size, learning_rate, args.lr = 2, args.lr, 0.5
+    args.expert_model_parallel_size, args.decoupled_lr, learning_rate, args.lr = 2, 1e-4, args.lr, 0.5
     results["learning rate"] = message(lambda: MegatronPolicy(args))
-    args.expert_model_parallel_size, args.lr = 1, learning_rate
+    args.decoupled_lr, args.lr, args.optimizer = None, learning_rate, "sgd"
+    results["optimizer"] = message(lambda: MegatronPolicy(args))
+    args.expert_model_parallel_size, args.optimizer = 1, "adam"
 
     args.no_load_optim = True
     resumed = MegatronPolicy(args)

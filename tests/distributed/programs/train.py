@@ -55,6 +55,7 @@ def main() -> None:
     results = {"first_iteration": policy.iteration}
     if policy.rollout_state is not None:
         results["consumed_prompts"] = policy.rollout_state["consumed_prompts"]
+    results["betas"] = policy.optimizer.param_groups[0]["betas"]
     if options.export_before:
         results |= export(policy, options.export_before)
     results["log_probs"] = np.concatenate(policy.log_probs(samples))

@@ -1,0 +1,51 @@
+"""The checkpoint that a run will go on from, read before Ray and Megatron start."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_vespo.conversion.chunk_index import ChunkIndex
+from megatron_vespo.conversion.saved_arguments import saved_arguments
+from megatron_vespo.conversion.torch_dist_file import METADATA_NAME
+from megatron_vespo.resume_flags import resumed_folder
+from megatron_vespo.trainer.resumable import changes, check_resumable
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """What a run goes on from."""
+
+    folder: Path
+    step: int  # optimizer steps done
+    changes: list[str] = field(default_factory=list)  # flags that it was saved with, and that differ now
+
+
+def find_checkpoint(args: Namespace) -> FoundCheckpoint | None:
+    """None where training starts anew. ValueError for one that these flags cannot go on from."""
+    folder = resumed_folder(args)
+    if folder is None or not (folder / METADATA_NAME).is_file():
+        return None
+    saved = saved_arguments(ChunkIndex(folder))
+    check_resumable(folder, saved, args)
+    return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, args))
+
+
+def why_finished(args: Namespace, found: FoundCheckpoint | None) -> str | None:
+    """What to tell people where nothing is left to do, neither training nor export nor summary; else None."""
+    if found is None or found.step < args.train_iters:
+        return None
+    export, summary = args.output_dir / "hf", args.output_dir / "summary.json"
+    try:
+        result = json.loads(summary.read_text())
+        paths = result["paths"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if result.get("steps") != found.step or paths.get("checkpoint") != args.load:  # another run's
+        return None
+    if args.hf_export and not ("HF export" in paths and export.is_dir()):
+        return None
+    left = f"; HF export in {export}" if args.hf_export else ""
+    return f"{found.step} of {args.train_iters} steps are done: {found.folder}{left}, summary in {summary}"

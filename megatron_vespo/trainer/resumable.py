@@ -1,0 +1,103 @@
+"""The flags of a run that goes on from a checkpoint, against those that the checkpoint was saved with.
+
+Those of the command count; a few cannot change. Pure: asked before anything starts, and by every rank.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FRESH_OPTIMIZER = "--no-load-optim takes the weights alone and starts the optimizer afresh"
+# people want to know of these, as they change how the run goes on
+_SAID = (
+    "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    "mini_batches", "rollout_batch_size", "num_completions", "policy_loss", "seed",
+)  # fmt: skip
+# --use-checkpoint-opt-param-scheduler takes these from the checkpoint
+_SCHEDULED = ("lr", "min_lr", "lr_decay_style", "weight_decay")
+
+
+def check_resumable(folder: Path, saved: Mapping[str, Any], args: Namespace) -> None:
+    """ValueError where a run of `args` cannot go on from `folder`, whose arguments are `saved`."""
+    if "rollout_state" not in saved:
+        raise ValueError(f"--load {folder} was not written by this program: it has no rollout state")
+    if args.no_load_optim:
+        return
+    before = Namespace(**saved)
+    if _separate_experts(before) != _separate_experts(args):
+        raise ValueError(
+            f"--load {folder} was saved with --expert-model-parallel-size "
+            f"{before.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
+            f"optimizer state only fits if both or none are above 1; {FRESH_OPTIMIZER}"
+        )
+    if before.optimizer != args.optimizer:
+        raise ValueError(
+            f"--load {folder} was saved with --optimizer {before.optimizer}, now it is {args.optimizer}, "
+            f"whose state is another; {FRESH_OPTIMIZER}"
+        )
+    # these multiply a group's own learning rates, by which Megatron files its state
+    of_groups = [f"--{name.replace('_', '-')}" for name in ("decoupled_lr", "use_mup") if getattr(args, name)]
+    for name in ("lr", "min_lr"):
+        if of_groups and getattr(before, name) != getattr(args, name):
+            raise ValueError(
+                f"--load {folder} was saved with --{name.replace('_', '-')} {getattr(before, name):g}, now "
+                f"it is {getattr(args, name):g}: with {of_groups[0]} it cannot change; {FRESH_OPTIMIZER}"
+            )
+
+
+def _separate_experts(args: Namespace) -> bool:
+    """Whether Megatron keeps an optimizer for the experts apart, which changes the structure it saves."""
+    tensor = args.tensor_model_parallel_size
+    apart = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
+    return apart and args.num_experts is not None
+
+
+def take_schedule(saved: Mapping[str, Any], args: Namespace) -> None:
+    """With --use-checkpoint-opt-param-scheduler the learning rates are the checkpoint's: in `args`, too."""
+    if args.use_checkpoint_opt_param_scheduler and not args.no_load_optim:
+        args.lr, args.min_lr = saved["lr"], saved["min_lr"]
+
+
+def changes(saved: Mapping[str, Any], args: Namespace) -> list[str]:
+    """What people should know, like "--lr 1e-06 (the checkpoint had 2e-06)"."""
+    scheduled = _SCHEDULED if args.use_checkpoint_opt_param_scheduler else ()
+    return [
+        f"--{name.replace('_', '-')} {_plain(getattr(args, name))} (the checkpoint had {_plain(saved[name])})"
+        for name in _SAID
+        if name in saved and name not in scheduled and saved[name] != getattr(args, name)
+    ]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def take_flags(state: Mapping[str, Any], args: Namespace) -> None:
+    """Puts the flags of `args` into `state`, a checkpoint as Megatron has loaded it.
+
+    Megatron looks a parameter group up by its learning rates, and leaves Adam's betas and epsilon as they
+    were saved. The scheduler sets all else of a group.
+    """
+    if "args" not in state:
+        return
+    saved = state["args"]
+    for group in _parameter_groups({name: part for name, part in state.items() if name != "args"}):
+        for name, flag in (("max_lr", "lr"), ("min_lr", "min_lr"), ("eps", "adam_eps")):
+            if name in group and group[name] == getattr(saved, flag):
+                group[name] = getattr(args, flag)
+        if group.get("betas") == (saved.adam_beta1, saved.adam_beta2):
+            group["betas"] = args.adam_beta1, args.adam_beta2
+
+
+def _parameter_groups(part: Any) -> Iterator[dict]:
+    if isinstance(part, Mapping):
+        yield from part.get("param_groups", ())
+        for inner in part.values():
+            yield from _parameter_groups(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _parameter_groups(inner)
