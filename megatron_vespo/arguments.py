@@ -114,6 +114,17 @@ class _MegatronHelp(argparse.HelpFormatter):
             return action.help or ""
 
 
+def full_parser() -> argparse.ArgumentParser:
+    """Megatron's flags and ours, with the defaults that their authors have given them."""
+    parser = _parser("train")
+    with warnings.catch_warnings(action="ignore"):
+        prepare_for_megatron()
+        from megatron.training.arguments import add_megatron_arguments
+
+        add_megatron_arguments(parser)
+    return add_vespo_arguments(parser)
+
+
 def print_help(argv: list[str]) -> bool:
     """Whether `argv` asks for help, which is printed then."""
     if "--help-megatron" in argv:

@@ -69,6 +69,8 @@ class Controller:
         if self.heldout and self.state.heldout_before is None:
             self.state.heldout_before = self.state.heldout_after = self.evaluate()
             self.metrics.write(self.state.iteration, self.state.heldout_before)
+        if self.state.heldout_after is not None:
+            self.display.recall(self.state.heldout_after)
         if self.state.evaluation_due and (missed := self.maybe_evaluate()):
             self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:

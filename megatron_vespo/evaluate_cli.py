@@ -13,7 +13,7 @@ from typing import Any
 from megatron_vespo.data.result_file import ResultFile
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
-from megatron_vespo.evaluate_flags import parse_args
+from megatron_vespo.evaluate_flags import make_parser, parse_args
 from megatron_vespo.evaluation_engines import Serving, serving
 from megatron_vespo.evaluation_settings import evaluation_settings, start_date, tokenizer_folder
 from megatron_vespo.flag_checks import check_output_folder
@@ -24,6 +24,7 @@ from megatron_vespo.observability.evaluation_report import (
     reservations,
 )
 from megatron_vespo.observability.report import write_summary
+from megatron_vespo.observability.run_record import RunRecord, describe_run
 from megatron_vespo.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
 from megatron_vespo.prompt_data import chat_format, prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
     with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(args, sets, results, tokenizer)
         if evaluation.left:
+            RunRecord(args.output_dir, describe_run(args, make_parser()))
             evaluation.run(sampling, reward, preemption)
         _report(args, evaluation, settings, time.monotonic() - started)
     return 0

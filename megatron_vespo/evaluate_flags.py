@@ -45,7 +45,7 @@ _POSITIVE = (
 def parse_args(argv: list[str]) -> Namespace:
     """ValueError for a user's mistake."""
     sglang_flags, rest = parse_sglang_flags(argv)
-    args = _parser().parse_args(rest)
+    args = make_parser().parse_args(rest)
     args.sglang_flags = sglang_flags
     args.data = _named_files(args.data)
     check_positive(args, _POSITIVE)
@@ -54,7 +54,7 @@ def parse_args(argv: list[str]) -> Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="megatron-vespo evaluate",
         usage="megatron-vespo evaluate --checkpoint DIR --data NAME=FILE ... --output-dir DIR [flags]",

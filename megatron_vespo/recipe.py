@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FLAG = "--recipe"
@@ -50,14 +51,24 @@ def _wrong_line(text: str) -> int:
 def with_recipes(argv: list[str]) -> list[str]:
     """`argv` with the flags of each `--recipe FILE` in its place; of two the later one counts."""
     expanded: list[str] = []
+    for word in _recipes_apart(argv):
+        expanded += read_recipe(word) if isinstance(word, Path) else [word]
+    return expanded
+
+
+def recipe_files(argv: Sequence[str]) -> list[Path]:
+    """The files that a command line names by `--recipe`."""
+    return [word for word in _recipes_apart(argv) if isinstance(word, Path)]
+
+
+def _recipes_apart(argv: Sequence[str]) -> Iterator[str | Path]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
         if name != FLAG:
-            expanded.append(word)
+            yield word
             continue
         path = value if equals else next(words, "")
         if not path:
             raise ValueError(f"{FLAG}: the file is missing")
-        expanded += read_recipe(Path(path))
-    return expanded
+        yield Path(path)

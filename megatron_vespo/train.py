@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.arguments import parse_args
+from megatron_vespo.arguments import full_parser, parse_args
 from megatron_vespo.cluster.calls import TrainerError
-from megatron_vespo.cluster.placement import has_gpus
+from megatron_vespo.cluster.placement import has_gpus, nodes_of_the_cluster
 from megatron_vespo.controller import Controller, StoppedByAlarm
 from megatron_vespo.data.checkpoint_folder import newest_save
 from megatron_vespo.debug_modes import check_modes
@@ -18,6 +18,7 @@ from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
+from megatron_vespo.observability.run_record import RunRecord, describe_run
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.platform import Platform, load_task
 from megatron_vespo.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted, Preemption
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
     if args.rollout_only:
         args.trainer_ranks, args.hf_export = 0, False
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    origin = {"resumed_from": str(found.folder), "went_back_to": args.ckpt_step} if found else {}
+    record = RunRecord(args.output_dir, describe_run(args, full_parser()) | origin)
 
     with ExitStack() as stack:
         trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> None:
         for change in found.changes if found else ():
             display.message(change)
         platform = Platform(args, task, display, trace, preemption, stack)
+        record.add(nodes=nodes_of_the_cluster())
         run = Run(args, platform, args.setup_seconds - started)
         try:
             state = run.train()

@@ -7,6 +7,7 @@ import secrets
 import signal
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import (
@@ -231,3 +232,17 @@ def cores_of_a_gpu() -> int:
     own = ray.get_runtime_context().get_node_id()
     [gpus] = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["NodeID"] == own]
     return max(1, len(os.sched_getaffinity(0)) // max(1, int(gpus)))
+
+
+def nodes_of_the_cluster() -> list[dict[str, Any]]:
+    """Those that Ray has, for people: host, CPUs, GPUs and what kind of GPU Ray takes them for."""
+    return [
+        {
+            "host": node["NodeManagerHostname"],
+            "cpus": node["Resources"].get("CPU", 0),
+            "gpus": node["Resources"].get("GPU", 0),
+            "kinds": sorted(name for name in node["Resources"] if name.startswith("accelerator_type:")),
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

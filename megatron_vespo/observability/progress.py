@@ -173,12 +173,20 @@ class RunDisplay:
             seconds, self._phase_seconds = self._phase_seconds, {}
         return seconds
 
+    def recall(self, metrics: dict[str, float]) -> None:
+        """What is known before the first `update`: the live panel shows it until a newer value comes."""
+        with self._lock:
+            self._remember(metrics)
+
+    def _remember(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))
+
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of `step`. All are optional; the live panel keeps the newest value of each."""
         with self._lock:
             self._updates.append((step, monotonic()))
-            for name, value in metrics.items():
-                self._history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))
+            self._remember(metrics)
         if self._live is None:
             self._print_line(step, metrics)
 

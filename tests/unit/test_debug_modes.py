@@ -210,6 +210,15 @@ def test_rollout_only_runs_through_without_a_trainer(tmp_path):
     check_recorded(arguments(train_from=tmp_path / "rollouts"), 0)
 
 
+@pytest.mark.parametrize("heldout", [None, {"heldout/accuracy": 0.25}])
+def test_the_display_is_told_the_last_evaluation_before_the_first_batch(heldout):
+    run, told = recording(arguments(rollout_only=True), RolloutOnly), []
+    run.state.heldout_before = run.state.heldout_after = heldout
+    run.record, run.display.recall = None, told.append
+    run.train()
+    assert told == [heldout] * (heldout is not None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -274,6 +274,15 @@ def test_live_panel(now):
     assert "▶" not in "\n".join(rendered_lines(display))  # the phase is over
 
 
+def test_what_is_known_before_the_first_step_is_shown(now):
+    display = RunDisplay("tiny run", 100, Terminal())
+    display.recall({"heldout/accuracy": 0.25})
+    assert "step 0/100" in rendered_lines(display)[1]
+    assert any("held-out accuracy                   25.0%" in line for line in rendered_lines(display))
+    display.update(8, STEP_METRICS)
+    assert any("held-out accuracy                   93.8%  ▁█" in line for line in rendered_lines(display))
+
+
 def test_live_panel_fits_a_narrow_terminal(now):
     display = RunDisplay("tiny run", 100, Terminal())
     for step in range(50):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_vespo.recipe import read_recipe, with_recipes
+from megatron_vespo.recipe import read_recipe, recipe_files, with_recipes
 
 
 def write(folder, text: str | bytes):
@@ -52,3 +54,11 @@ def test_a_missing_file(tmp_path):
         read_recipe(tmp_path / "none.flags")
     with pytest.raises(ValueError, match="the file is missing"):
         with_recipes(["--recipe"])
+
+
+def test_the_files_that_a_command_line_names():
+    assert recipe_files(["train", "--recipe", "a.flags", "--lr", "1", "--recipe=b.flags"]) == [
+        Path("a.flags"),
+        Path("b.flags"),
+    ]
+    assert recipe_files(["train", "--lr", "1"]) == []

@@ -9,7 +9,8 @@ from megatron_vespo.trainer.resumable import changes, check_resumable, take_flag
 
 SAVED = {
     "rollout_state": {"iteration": 8}, "optimizer": "adam", "lr": 2e-6, "min_lr": 0.0,
-    "lr_decay_style": "constant", "lr_warmup_iters": 0, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8,
+    "lr_decay_style": "constant", "lr_warmup_iters": 0, "weight_decay": 0.0,
+    "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8,
     "clip_grad": 1.0, "mini_batches": 8, "seed": 1, "policy_loss": "vespo",
     "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1,
     "num_experts": 8,
