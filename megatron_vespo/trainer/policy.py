@@ -30,6 +30,7 @@ from megatron_vespo.trainer.gradient_norms import group_gradient_norms
 from megatron_vespo.trainer.initialize import device, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
+from megatron_vespo.trainer.rounding import rounded_otherwise
 from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
 from megatron_vespo.trainer.setup import set_up
 from megatron_vespo.trainer.step import Schedule, inputs_only, log_prob_only, policy_loss, ratio_only
@@ -263,6 +264,28 @@ class MegatronPolicy:
         mini_batch = self.pack(self._packer.fill(samples))
         loss = partial(ratio_only, denominator=denominator, args=self.args, cp_group=self.groups.cp)
         outputs = self._run(mini_batch.micro_batches, loss, True, self._routing)
+        return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
+
+    @torch.no_grad()
+    def log_w_floor(self, samples: Sequence[TrainingSample]) -> np.ndarray:
+        """log W of every sample between two passes over the current weights, float32 [num_samples]; same on all
+        ranks.
+
+        The passes differ in their roundings alone, see `rounded_otherwise`; routes are replayed as between
+        pi_old and a training pass.
+        """
+        mini_batch = self.pack(self._packer.fill(samples))
+        recorded = self.args.routing_replay == "R2"
+        outputs = self._run(
+            mini_batch, log_prob_only, True, self._replay.record if recorded else self._routing
+        )
+        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
+            micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
+        loss = partial(ratio_only, denominator="recomputed", args=self.args, cp_group=self.groups.cp)
+        with rounded_otherwise(self.model, self.args.params_dtype):
+            outputs = self._run(
+                mini_batch, loss, True, self._replay.replay if recorded else self._routing
+            )
         return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
 
     @torch.no_grad()
