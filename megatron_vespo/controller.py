@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
+from megatron_vespo.algorithms.diagnostics import floor_metrics
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
@@ -33,6 +34,9 @@ from megatron_vespo.training_samples import lost_routes, training_sample, traini
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
 
 NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
+# The floor of log W is measured every so many rollout batches, by two forward passes over at most so many
+# responses and at most one of so many: well below 1% of the time of training.
+FLOOR_INTERVAL, FLOOR_RESPONSES, FLOOR_SHARE = 20, 32, 8
 # between the rounds of a rollout batch, which may meet a prompt again; more than a run has optimizer steps
 ROUND_SEEDS = 2**40
 
@@ -185,6 +189,7 @@ class Controller:
         mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         with self.display.phase("log-probs"):
             self.trainer.prepare(mini_batches)
+            floor = self.measure_floor(samples)
         version = self.state.iteration
         older = any((sample.policy_versions != version).any() for sample in samples)
         steps, sync_seconds = [], Counter()
@@ -198,7 +203,7 @@ class Controller:
                 sync_seconds.update(self.sync_weights())
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
         lengths = np.array([sample.completion_length for sample in samples])
-        metrics = step_metrics(steps, sample_advantages, lengths) | dict(sync_seconds)
+        metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sync_seconds)
         if pi_old_is_in_place(self.args, mini_batches[0], version):
             metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
         if older or self.stream is not None:
@@ -208,6 +213,22 @@ class Controller:
         difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
         self._check_logprobs(difference)
         return metrics | {"check/max_logprob_difference": difference}
+
+    def measure_floor(self, samples: list[TrainingSample]) -> dict[str, float]:
+        """What rounding alone puts into log W, of a few responses of all lengths; anew now and then.
+
+        The last one is in the checkpoint, so that a resumed run goes on with it.
+        """
+        if self.state.log_w_floor is None or not self.state.iteration % (
+            FLOOR_INTERVAL * self.args.mini_batches
+        ):
+            lengths = np.array([sample.completion_length for sample in samples])
+            number = min(FLOOR_RESPONSES, max(len(samples) // FLOOR_SHARE, 2), len(samples))
+            ranks = np.linspace(0, len(samples) - 1, number).round().astype(int)
+            chosen = np.argsort(lengths, kind="stable")[ranks]
+            log_w = self.trainer.log_w_floor([samples[i] for i in chosen])
+            self.state.log_w_floor = floor_metrics(log_w, lengths[chosen])
+        return self.state.log_w_floor
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.mini_batches

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
-from megatron_vespo.algorithms.diagnostics import ratio_metrics, share_dead_by, weight_metrics
+from megatron_vespo.algorithms.diagnostics import (
+    FLOOR_TOKEN_SIGMA,
+    ratio_metrics,
+    share_dead_by,
+    weight_metrics,
+)
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.types import Completion, TrainingSample
@@ -71,11 +77,14 @@ def pi_old_is_in_place(args: Namespace, mini_batch: list[TrainingSample], versio
 
 
 def step_metrics(
-    steps: list[dict[str, Any]], sample_advantages: np.ndarray, lengths: np.ndarray
+    steps: list[dict[str, Any]],
+    sample_advantages: np.ndarray,
+    lengths: np.ndarray,
+    floor: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Of the optimizer steps of one rollout batch; `sample_advantages` and `lengths` of the responses, in
     tokens, are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy
-    lag.
+    lag. `floor` is the last one measured, see `floor_metrics`; it is handed on.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -86,7 +95,9 @@ def step_metrics(
 
     sizes = [len(step["log_w"]) for step in steps]
     on_policy = np.repeat([step["lag"] == 0 for step in steps], sizes)
-    metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy)
+    variance = None if floor is None else floor[FLOOR_TOKEN_SIGMA] ** 2 * lengths
+    metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy, variance)
+    metrics |= floor or {}
     metrics |= weight_metrics(
         joined("phi"), sample_advantages, lengths, np.repeat(np.arange(len(steps)), sizes)
     )

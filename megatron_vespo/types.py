@@ -117,3 +117,4 @@ class RunState:
     heldout_before: dict[str, float] | None = None  # metrics of the first evaluation
     heldout_after: dict[str, float] | None = None  # of the last one
     max_logprob_difference: float = 0.0
+    log_w_floor: dict[str, float] | None = None  # the last one measured, as metrics

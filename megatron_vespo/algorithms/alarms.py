@@ -19,7 +19,7 @@ REPEAT_AFTER = 20  # batches between two times that an alarm is said: seldom eno
 DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # of fewer samples one more or less dead one moves the share by over 6%
 # A tenth of the samples does all the work: a gradient of a batch ten times smaller.
 ESS = 0.1
-# Of var(log W); above it mismatch is the main cause, below it staleness. And of the dead, of a correction.
+# Of var(log W), or of the engine's gap, by rounding. And of the dead, by a correction.
 MAIN_CAUSE = 0.5
 # "At the start" is so many batches: one alone is noisy, more would average over what has been learned.
 FIRST_BATCHES = 5
@@ -37,6 +37,12 @@ TRUNCATED = 0.5  # more rewards judge the length limit than the answer
 REWARD_BATCHES, REWARD_DROP = 5, 0.5
 
 _GO_BACK = " (the same --load, and --ckpt-step N)"
+
+
+AGAINST_ROUNDING = (
+    "neither fewer --mini-batches nor a lower --lr can change it: use --routing-replay R2 or R3, or "
+    "--fp32-residual-connection"
+)
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,15 @@ def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
             f"--mismatch-correction alone kills {corrected:.0%} of the dead",
             "use --routing-replay R3, the same precision in engine and trainer, or wider --mismatch-bounds",
         )
-    share = _get(metrics, "ratio/mismatch_share")
+    share, floor = _get(metrics, "ratio/mismatch_share"), metrics.get("ratio/floor_share", 0.0)
     against_mismatch = "use --ratio-denominator recomputed or --routing-replay R3"
     against_staleness = "use fewer --mini-batches or a lower --lr"
-    if share > MAIN_CAUSE:
-        return f"mismatch explains {share:.0%} of var(log W)", against_mismatch
-    if share <= MAIN_CAUSE:
-        return f"staleness explains {1 - share:.0%} of var(log W)", against_staleness
+    remedies = {"staleness": against_staleness, "mismatch": against_mismatch, "rounding": AGAINST_ROUNDING}
+    known = not math.isnan(share)
+    shares = {"staleness": 1 - share - floor, "mismatch": share, "rounding": floor}
+    main = max(shares, key=lambda cause: shares[cause]) if known else "rounding"
+    if known or floor > MAIN_CAUSE:
+        return f"{main} explains {shares[main]:.0%} of var(log W)", remedies[main]
     return (
         "what spreads log W is not known",
         f"if `ratio/engine_gap_std` is large, {against_mismatch}; else {against_staleness}",
@@ -213,6 +221,9 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
         advice = "it is in W: use --ratio-denominator recomputed or --routing-replay R3"
     else:
         advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
+    rounding = (_get(metrics, "ratio/floor_token_sigma") / sigma) ** 2
+    if rounding > MAIN_CAUSE:
+        advice = f"the trainer's own rounding explains {min(rounding, 1.0):.0%} of it: {AGAINST_ROUNDING}"
     age = _get(metrics, "staleness/asynchronous_mean")
     if age > 0.0:
         advice = f"samples are {age:.1f} steps old, which is in it unless --old-policy snapshot; {advice}"

@@ -9,15 +9,40 @@ from __future__ import annotations
 import numpy as np
 
 DEAD_WEIGHT = 0.01  # below this a sequence no longer teaches anything
+FLOOR_TOKEN_SIGMA = "ratio/floor_token_sigma"  # name of a metric, from which the floor at any length follows
 SHORTEST_BUCKET = 64  # tokens; shorter responses are one bucket, above it every power of two starts one
 
 
-def ratio_metrics(
-    log_w: np.ndarray, mismatch: np.ndarray, engine_gap: np.ndarray, on_policy: np.ndarray
-) -> dict[str, float]:
-    """log W = staleness + mismatch: the spread of each, and the share of var(log W) that mismatch explains.
+def floor_metrics(log_w: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """The floor of log W, measured between two passes over the same weights: root mean squares of `log_w`.
 
-        share = cov(mismatch, log W) / var(log W),  which of staleness and mismatch sums to 1
+    Over all responses, by length, and per token: tokens are rounded independently, so that the variance of
+    log W grows with the length of the response.
+    """
+    buckets, squares = length_buckets(lengths), np.square(log_w, dtype=np.float64)
+    metrics = {"": float(squares.mean() ** 0.5)} | {
+        f"/{bucket_name(bucket)}": float(squares[buckets == bucket].mean() ** 0.5)
+        for bucket in np.unique(buckets)
+    }
+    return {f"ratio/floor_std{part}": value for part, value in metrics.items()} | {
+        FLOOR_TOKEN_SIGMA: float(squares.sum() / lengths.sum()) ** 0.5
+    }
+
+
+def ratio_metrics(
+    log_w: np.ndarray,
+    mismatch: np.ndarray,
+    engine_gap: np.ndarray,
+    on_policy: np.ndarray,
+    floor: np.ndarray | None = None,
+) -> dict[str, float]:
+    """log W = staleness + mismatch + floor: the spread of each, and its share of var(log W).
+
+        share of mismatch = cov(mismatch, log W) / var(log W)
+
+    `floor` is the variance that rounding alone gives each response's log W, None where it is not measured.
+    Its share is taken from the part that holds it: from staleness, and not where that is exactly 0, as
+    before the first update; for `rollout` from mismatch, as mu is another program's. Shares sum to 1.
 
     `mismatch` is the part of log(pi_old / mu) that is in W, `engine_gap` all of it, in W or not. Both are NaN
     where pi_old was not computed (denominator `rollout`). There, `on_policy` [n] bool marks samples that were
@@ -35,17 +60,28 @@ def ratio_metrics(
     if len(measured):
         metrics["ratio/engine_gap_std"] = float(measured.std())
     total = float(log_w.var(dtype=np.float64))
+    rounding = np.zeros(len(log_w)) if floor is None else floor
+    shares = {}
     if not unknown.any():
-        metrics["ratio/staleness_std"] = float((log_w - mismatch).std())
+        staleness = log_w - mismatch
+        spread = float(staleness.std())
+        noise = min(float((rounding * (staleness != 0.0)).mean()), spread * spread)
+        metrics["ratio/staleness_std"] = (spread * spread - noise) ** 0.5
         metrics["ratio/mismatch_std"] = float(mismatch.std())
-        explained = float(np.mean((mismatch - mismatch.mean()) * (log_w - log_w.mean()), dtype=np.float64))
+        shares["mismatch"] = float(
+            np.mean((mismatch - mismatch.mean()) * (log_w - log_w.mean()), dtype=np.float64)
+        )
     elif on_policy.any():
         explained = min(float(log_w[on_policy].var(dtype=np.float64)), total)
+        noise = min(float(rounding.mean()), explained)
         metrics["ratio/staleness_std"] = (total - explained) ** 0.5
-        metrics["ratio/mismatch_std"] = explained**0.5
+        metrics["ratio/mismatch_std"] = (explained - noise) ** 0.5
+        shares["mismatch"] = explained - noise
     else:
-        return metrics
-    return metrics | ({"ratio/mismatch_share": explained / total} if total > 0.0 else {})
+        noise = min(float(rounding.mean()), total)
+    if floor is not None:
+        shares["floor"] = noise
+    return metrics | {f"ratio/{name}_share": part / total for name, part in shares.items() if total > 0.0}
 
 
 def weight_metrics(

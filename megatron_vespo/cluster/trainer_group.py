@@ -113,6 +113,10 @@ class TrainerGroup:
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)
 
+    def log_w_floor(self, samples: list[TrainingSample]) -> np.ndarray:
+        """What rounding alone puts into log W, float32 [num_samples]; after `prepare`, before a step."""
+        return self._call("log_w_floor", ray.put(samples), timeout_s=self._args.train_timeout)
+
     def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
         return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)

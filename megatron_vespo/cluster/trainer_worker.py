@@ -150,6 +150,10 @@ class TrainerWorker:
         self._memory.weights.take()
         return self.policy.log_probs(samples)
 
+    def log_w_floor(self, samples: list[TrainingSample]) -> np.ndarray:
+        """What rounding alone puts into log W, float32 [num_samples]; after `prepare`."""
+        return self.policy.log_w_floor(samples)
+
     def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
         from megatron_vespo.trainer.layout_probe import measure
 

@@ -125,9 +125,13 @@ class MegatronPolicy:
         if isinstance(self._old_policy, Snapshots):
             self._compute_by_version(mini_batch, self._old_policy)
             return
-        routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
         with self._old_policy.weights():
-            outputs = self._run(mini_batch.micro_batches, log_prob_only, True, routing)
+            self._keep_log_probs(mini_batch)
+
+    def _keep_log_probs(self, mini_batch: MiniBatch) -> None:
+        """Of the weights in place, as pi_old's."""
+        routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
+        outputs = self._run(mini_batch.micro_batches, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
 
@@ -275,17 +279,11 @@ class MegatronPolicy:
         pi_old and a training pass.
         """
         mini_batch = self.pack(self._packer.fill(samples))
-        recorded = self.args.routing_replay == "R2"
-        outputs = self._run(
-            mini_batch, log_prob_only, True, self._replay.record if recorded else self._routing
-        )
-        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
+        self._keep_log_probs(mini_batch)
+        routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
         loss = partial(ratio_only, denominator="recomputed", args=self.args, cp_group=self.groups.cp)
         with rounded_otherwise(self.model, self.args.params_dtype):
-            outputs = self._run(
-                mini_batch, loss, True, self._replay.replay if recorded else self._routing
-            )
+            outputs = self._run(mini_batch.micro_batches, loss, True, routing)
         return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
 
     @torch.no_grad()

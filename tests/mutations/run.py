@@ -246,9 +246,30 @@ MUTATIONS = [
     Mutation(
         "alarms: staleness is blamed for mismatch",
         "algorithms/alarms.py",
-        "    if share > MAIN_CAUSE:\n",
-        "    if share < MAIN_CAUSE:\n",
+        "main = max(shares,",
+        "main = min(shares,",
         ("tests/unit/test_alarms.py", "cause"),
+    ),
+    Mutation(
+        "diagnostics: rounding counts as staleness",
+        "algorithms/diagnostics.py",
+        "noise = min(float((rounding * (staleness != 0.0)).mean()), spread * spread)",
+        "noise = 0.0",
+        ("tests/unit/test_diagnostics.py", "floor"),
+    ),
+    Mutation(
+        "log-probs: logits are rounded to the inputs' type",
+        "algorithms/linear_log_probs.py",
+        "torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)",
+        "out.copy_(left @ right)",
+        ("tests/unit/test_linear_log_probs.py", "bfloat16"),
+    ),
+    Mutation(
+        "log W: the floor is measured between two equal passes",
+        "trainer/rounding.py",
+        "output.view(-1)[::EVERY] *= 1 + torch.finfo(dtype).eps",
+        "output.view(-1)[::EVERY] *= 1",
+        ("tests/distributed/test_log_w_floor.py", "one and bf16"),
     ),
     Mutation(
         "mismatch: a token that is no number is rejected instead of seen",

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from megatron_vespo.algorithms.alarms import LOG_W_SPREAD, REPEAT_AFTER, RULES, Alarm, check, is_news
+from megatron_vespo.algorithms.alarms import (
+    AGAINST_ROUNDING,
+    LOG_W_SPREAD,
+    REPEAT_AFTER,
+    RULES,
+    Alarm,
+    check,
+    is_news,
+)
 
 RECOMPUTED = "use --ratio-denominator recomputed or --routing-replay R3"
 FEWER_STEPS = "use fewer --mini-batches or a lower --lr"
@@ -68,6 +76,29 @@ def test_dead_sequences_and_their_cause(mismatch_share, explained, advice):
     assert alarm.message == f"72% of negative sequences of 4k-8k tokens are dead; {explained}"
     assert alarm.advice == advice
     assert str(alarm) == f"{alarm.message}: {advice}"
+
+
+@pytest.mark.parametrize(
+    ("mismatch", "floor", "explained", "advice"),
+    [
+        (0.0, 0.9, "rounding explains 90% of var(log W)", AGAINST_ROUNDING),
+        (0.0, 0.3, "staleness explains 70% of var(log W)", FEWER_STEPS),
+        (0.3, 0.45, "rounding explains 45% of var(log W)", AGAINST_ROUNDING),
+        (0.6, 0.3, "mismatch explains 60% of var(log W)", RECOMPUTED),
+        (NAN, 0.6, "rounding explains 60% of var(log W)", AGAINST_ROUNDING),
+    ],
+)
+def test_what_rounding_explains_is_not_blamed_on_staleness(mismatch, floor, explained, advice):
+    metrics = {"ratio/mismatch_share": mismatch, "ratio/floor_share": floor}
+    for name, batch in (("dead_sequences", dead(0.72)), ("ess_collapse", {"weight/ess": 0.04})):
+        alarm = only(check(batch | metrics, []), name)
+        assert explained in alarm.message and alarm.advice == advice
+    assert check(metrics | {"weight/ess": 0.5}, []) == []
+
+
+def test_without_shares_a_small_floor_is_no_cause():
+    metrics = {"weight/ess": 0.04, "ratio/floor_share": 0.4}
+    assert "is not known" in only(check(metrics, []), "ess_collapse").message
 
 
 @pytest.mark.parametrize("metrics", [dead(0.5), dead(1.0, count=15.0), dead(NAN), dead(0.9, count=NAN)])
@@ -210,6 +241,11 @@ def test_a_sigma_that_the_length_makes_too_large(mismatch_std, advice):
     assert alarm.advice.startswith(advice) and "--routing-replay R3" in alarm.advice
     assert check(metrics | {"response/length_p90": 1024.0}, []) == []
     assert check(metrics | {"ratio/engine_token_sigma": 0.01}, []) == []
+    noisy = only(check(metrics | {"ratio/floor_token_sigma": 0.027}, []), "engine_mismatch").advice
+    assert "the trainer's own rounding explains 81% of it: " in noisy and "recomputed" not in noisy
+    assert (
+        only(check(metrics | {"ratio/floor_token_sigma": 0.02}, []), "engine_mismatch").advice == alarm.advice
+    )
     old = only(check(metrics | {"staleness/asynchronous_mean": 2.25}, []), "engine_mismatch").advice
     assert old.startswith("samples are 2.2 steps old, which is in it unless --old-policy snapshot; ")
 

@@ -11,6 +11,7 @@ from megatron_vespo.algorithms.diagnostics import (
     DEAD_WEIGHT,
     bucket_name,
     effective_sample_share,
+    floor_metrics,
     length_buckets,
     ratio_metrics,
     weight_metrics,
@@ -248,3 +249,54 @@ def test_nothing_explains_a_log_w_that_does_not_vary():
     zeros = np.zeros(NUM_SAMPLES, np.float32)
     assert "ratio/mismatch_share" not in ratio_metrics(zeros, zeros, zeros, NOWHERE)
     assert "ratio/mismatch_share" not in ratio_metrics(zeros, UNKNOWN, UNKNOWN, ~NOWHERE)
+
+
+# The floor
+
+
+def test_floor_by_length_and_per_token():
+    log_w, lengths = np.array([3.0, -4.0, 0.0, 1.0], np.float32), np.array([600, 700, 900, 10])
+    assert floor_metrics(log_w, lengths) == pytest.approx(
+        {
+            "ratio/floor_std": math.sqrt(26 / 4),
+            "ratio/floor_std/512-1k": math.sqrt(25 / 3),
+            "ratio/floor_std/0-64": 1.0,
+            "ratio/floor_token_sigma": math.sqrt(26 / 2210),
+        }
+    )
+
+
+def test_floor_is_taken_from_staleness():
+    """Half of the responses are as before the first update: rounding is not in their log W."""
+    draw = np.random.default_rng(0)
+    moved = np.arange(4000) % 2 == 0
+    staleness, noise = draw.normal(0, 0.3, 4000) * moved, draw.normal(0, 0.4, 4000) * moved
+    log_w, zeros, floor = staleness + noise, np.zeros(4000), np.full(4000, 0.4**2)
+    metrics = ratio_metrics(log_w, zeros, zeros, np.zeros(4000, bool), floor)
+    assert metrics["ratio/staleness_std"] == pytest.approx(0.3 * 0.5**0.5, rel=0.05)
+    assert metrics["ratio/floor_share"] == pytest.approx(0.16 / 0.25, rel=0.05)
+    assert metrics["ratio/mismatch_share"] == 0.0
+    assert "ratio/floor_share" not in ratio_metrics(log_w, zeros, zeros, np.zeros(4000, bool))
+
+
+@pytest.mark.parametrize("denominator", ["recomputed", "rollout", "rollout, never on policy"])
+def test_floor_above_what_varies_explains_all_and_leaves_nothing_negative(denominator):
+    log_w, floor = np.random.default_rng(0).normal(0, 0.1, NUM_SAMPLES), np.full(NUM_SAMPLES, 9.0)
+    mismatch = np.zeros(NUM_SAMPLES) if denominator == "recomputed" else UNKNOWN
+    on_policy = NOWHERE if "never" in denominator else ~NOWHERE
+    metrics = ratio_metrics(log_w, mismatch, mismatch, on_policy, floor)
+    assert metrics["ratio/floor_share"] == pytest.approx(1.0)
+    assert metrics.get("ratio/staleness_std", 0.0) == metrics.get("ratio/mismatch_std", 0.0) == 0.0
+
+
+def test_floor_is_taken_from_mismatch_where_mu_is_the_denominator():
+    draw = np.random.default_rng(1)
+    on_policy = np.arange(4000) < 2000
+    log_w = draw.normal(0, 0.5, 4000) + draw.normal(0, 0.4, 4000) * ~on_policy
+    unknown = np.full(4000, np.nan)
+    metrics = ratio_metrics(log_w, unknown, unknown, on_policy, np.full(4000, 0.3**2))
+    assert metrics["ratio/mismatch_std"] == pytest.approx(0.4, rel=0.05)
+    assert metrics["ratio/staleness_std"] == pytest.approx(0.4 * 0.5**0.5, rel=0.1)
+    assert metrics["ratio/floor_share"] + metrics["ratio/mismatch_share"] == pytest.approx(
+        log_w[:2000].var() / log_w.var()
+    )

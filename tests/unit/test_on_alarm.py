@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
-from megatron_vespo.controller import Controller, StoppedByAlarm
+from megatron_vespo.controller import FLOOR_INTERVAL, Controller, StoppedByAlarm
 from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.observability.progress import RunDisplay
@@ -45,6 +45,7 @@ class Collector:
 class Trainer:
     def __init__(self):
         self.saved: list[dict] = []
+        self.floors_measured = 0
         self.saved_buffers: list[bytes | None] = []
 
     def prepare(self, mini_batches: list) -> None:
@@ -67,6 +68,10 @@ class Trainer:
 
     def log_probs(self, samples: list) -> list[np.ndarray]:
         return [np.zeros(sample.completion_length, np.float32) for sample in samples]
+
+    def log_w_floor(self, samples: list) -> np.ndarray:
+        self.floors_measured += 1
+        return np.zeros(len(samples), np.float32)
 
     def save(self, state: dict, rollout_buffer: bytes | None) -> None:
         self.saved.append(state)
@@ -187,3 +192,17 @@ def test_what_was_said_before_a_resume_is_not_said_again(tmp_path, capsys):
     run.train()
     assert "alarm " not in capsys.readouterr().out
     assert len(run.history) == 3
+
+
+def test_the_floor_of_log_w_is_measured_at_the_start_and_every_so_many_batches(tmp_path):
+    run = controller(tmp_path, "warn", FLOOR_INTERVAL + 2, set())
+    run.train()
+    assert run.trainer.floors_measured == 2
+    records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
+    assert all(record["ratio/floor_std"] == 0.0 for record in records)
+    assert run.trainer.saved[-1]["log_w_floor"] == run.state.log_w_floor
+    # a resumed run has the last one
+    resumed = controller(tmp_path / "resumed", "warn", FLOOR_INTERVAL, set())
+    resumed.state.iteration, resumed.state.log_w_floor = MINI_BATCHES, run.state.log_w_floor
+    resumed.train()
+    assert resumed.trainer.floors_measured == 0

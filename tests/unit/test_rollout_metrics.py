@@ -224,6 +224,18 @@ def test_without_pi_old_and_with_a_policy_that_is_ahead_nothing_measures_it():
     assert metrics["weight/mean"] == 0.5 and metrics["kl/k1"] == -0.1
 
 
+def test_a_floor_is_handed_on_and_grows_with_the_length():
+    floor = {"ratio/floor_token_sigma": 0.1, "ratio/floor_std": 0.5}
+    plain = step_metrics(STEPS, np.ones(4, np.float32), np.full(4, 10))
+    metrics = step_metrics(STEPS, np.ones(4, np.float32), np.full(4, 10), floor)
+    moved = np.concatenate([step["log_w"] - step["mismatch"] for step in STEPS]) != 0
+    assert metrics["ratio/floor_share"] == pytest.approx(
+        0.1 * moved.mean() / np.concatenate([step["log_w"] for step in STEPS]).var()
+    )
+    assert metrics["ratio/staleness_std"] < plain["ratio/staleness_std"]
+    assert metrics.keys() - plain.keys() == {*floor, "ratio/floor_share"}
+
+
 def test_budget_metrics_are_those_of_a_budget():
     steps = [
         STEPS[0] | {"kernel_c2": np.array([3.0, 2.0]), "expected_w": np.array([1.5, np.nan])},
