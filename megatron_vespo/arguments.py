@@ -30,14 +30,22 @@ from megatron_vespo.flag_parser import FlagParser, exit_with_guess
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
+from megatron_vespo.paths import expanded_flags, names_a_path, user_path
 from megatron_vespo.process_environment import exported_values, trainer_environment
 from megatron_vespo.resume_flags import resolve_load
 from megatron_vespo.rollout.sampled_distribution import check_environment
 from megatron_vespo.rollout.sampled_distribution import check_flags as check_sampling_flags
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.runtime import prepare_for_megatron
+from megatron_vespo.sbatch_script import check_words
 from megatron_vespo.time_limits import collective_timeout_minutes
-from megatron_vespo.validation import REQUIRED_BY_TRAIN, check_flags, check_layout, check_virtual_pipeline
+from megatron_vespo.validation import (
+    REQUIRED_BY_TRAIN,
+    check_flags,
+    check_layout,
+    check_ranks_start,
+    check_virtual_pipeline,
+)
 
 
 def parse_args(
@@ -51,6 +59,8 @@ def parse_args(
     `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
     The answer is the default of --distributed-backend.
     """
+    check_words(argv)
+    argv = with_expanded_paths(argv)
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
     check_environment(os.environ)
     check_flags(args, required)
@@ -81,6 +91,7 @@ def parse_args(
     check_layout(args)
     check_colocation(args)
     check_megatron_saving(args)
+    check_ranks_start(args)
     _check_recomputation(args)
     _complete(args, explicit)
     _megatron_validate(args)
@@ -142,6 +153,13 @@ def print_help(argv: list[str]) -> bool:
         add_vespo_arguments(_parser("train")).print_help()
         return True
     return False
+
+
+def with_expanded_paths(argv: list[str]) -> list[str]:
+    """Flags of train with their paths as they are read here. ValueError for one that cannot be."""
+    own = add_vespo_arguments(_parser("train"))._actions
+    ours = {flag for action in own if action.type is user_path for flag in action.option_strings}
+    return expanded_flags(argv, lambda flag: flag in ours or names_a_path(flag))
 
 
 def _source(name: str) -> str:

@@ -7,7 +7,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -28,6 +27,7 @@ from megatron_vespo.conversion.sources import Source, opened
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.logits_check import check_logits
 from megatron_vespo.modelopt_export import FORMATS, Calibration, export_quantised
+from megatron_vespo.paths import user_path
 
 EXIT_DIFFERENT = 1
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -81,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_conversion_flags(hf, megatron, other_hf)
     _add_modelopt(commands)
     inspect = command("inspect", _inspect, "what checkpoint PATH holds")
-    inspect.add_argument("source", type=Path, metavar="PATH")
+    inspect.add_argument("source", type=user_path, metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     verify = command("verify", _verify, "compare checkpoints A and B of any formats, or A with its manifest")
-    verify.add_argument("source", type=Path, metavar="A")
-    verify.add_argument("other", type=Path, metavar="B", nargs="?")
+    verify.add_argument("source", type=user_path, metavar="A")
+    verify.add_argument("other", type=user_path, metavar="B", nargs="?")
     for added in (megatron, inspect, verify):
-        added.add_argument("--hf-config", type=Path, metavar="DIR",
+        added.add_argument("--hf-config", type=user_path, metavar="DIR",
             help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
     for added in (hf, megatron, other_hf, verify):
         added.add_argument("--memory-budget", type=float, default=DEFAULT_MEMORY / 2**30, metavar="GiB",
@@ -101,8 +101,8 @@ def _add_conversion_flags(
     hf: argparse.ArgumentParser, megatron: argparse.ArgumentParser, other_hf: argparse.ArgumentParser
 ) -> None:
     for added in (hf, megatron, other_hf):
-        added.add_argument("source", type=Path, metavar="SRC")
-        added.add_argument("target", type=Path, metavar="DST")
+        added.add_argument("source", type=user_path, metavar="SRC")
+        added.add_argument("target", type=user_path, metavar="DST")
         added.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
     for added in (hf, megatron):
         added.add_argument("--check-logits", type=int, metavar="N",
@@ -122,13 +122,13 @@ def _add_modelopt(commands) -> None:
         help="HF folder SRC to a folder DST for engines, quantised by NVIDIA ModelOpt",
     )
     parser.set_defaults(run=_modelopt)
-    parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("target", type=Path, metavar="DST")
+    parser.add_argument("source", type=user_path, metavar="SRC")
+    parser.add_argument("target", type=user_path, metavar="DST")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
     parser.add_argument("--format", choices=FORMATS, required=True, help="nvfp4 is for Blackwell")
     parser.add_argument(
         "--calibration",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="JSONL of prompts, `text` or `question` (default: random tokens, for trying it out)",
     )

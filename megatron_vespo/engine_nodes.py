@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="so many nodes for the engines; --nodes and --gpus-per-node are the trainer's then")  # fmt: skip
     add("--engine-gpus-per-node", type=int, metavar="N", help="default: --gpus-per-node")
     add("--engine-gpu", choices=(*GPUS, "other"), help="theirs, as --gpu is the trainer's; default: --gpu")
-    add("--engine-sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
+    add("--engine-sbatch", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
         help="options of sbatch for the engines' nodes: partition=l40s constraint=l40s. They take account, "
         "qos, reservation, time and the like from --sbatch, but nothing that says which nodes")  # fmt: skip
 

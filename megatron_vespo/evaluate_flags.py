@@ -7,10 +7,11 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_checks import check_positive, check_seed
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.flags import add_vespo_arguments
 from megatron_vespo.heldout_flags import check_temperature
+from megatron_vespo.paths import expanded, user_path
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 
 DESCRIPTION = """\
@@ -49,6 +50,7 @@ def parse_args(argv: list[str]) -> Namespace:
     args.sglang_flags = sglang_flags
     args.data = _named_files(args.data)
     check_positive(args, _POSITIVE)
+    check_seed(args.seed)
     _check_sampling(args)
     _check_engines(args)
     return args
@@ -62,15 +64,15 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("what").add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR",
+    add("--checkpoint", type=user_path, required=True, metavar="DIR",
         help="HF folder or Megatron checkpoint; with --engine-url only its tokenizer is read")  # fmt: skip
-    add("--hf-config", type=Path, metavar="DIR",
+    add("--hf-config", type=user_path, metavar="DIR",
         help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
     add("--engine-url", nargs="+", metavar="URL", help="engines that run already: no others are started")
     add("--api-key-env", metavar="NAME", help="environment variable that holds their API key")
     add("--data", nargs="+", required=True, metavar="NAME=FILE", action="extend",
         help="prompt sets, JSONL or parquet")  # fmt: skip
-    add("--output-dir", type=Path, required=True, metavar="DIR")
+    add("--output-dir", type=user_path, required=True, metavar="DIR")
     _add_shared(parser)
     return parser
 
@@ -103,7 +105,7 @@ def _named_files(given: list[str]) -> dict[str, Path]:
             raise ValueError(f"--data {entry}: write NAME=FILE, for example aime24=aime24.jsonl")
         if name in files:
             raise ValueError(f"--data {entry}: there is a set {name!r} already; give each its own name")
-        files[name] = Path(path)
+        files[name] = Path(expanded(path))
     return files
 
 

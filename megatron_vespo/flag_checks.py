@@ -13,6 +13,14 @@ from typing import Any
 from megatron_vespo.data.jsonl import kind
 from megatron_vespo.data.located import reason
 
+MOST_SEED = 2**32 - 1  # numpy's
+
+
+def check_seed(seed: int, least: int = 0, most: int = MOST_SEED) -> None:
+    """ValueError for a seed that the generators of random numbers do not take."""
+    if not least <= seed <= most:
+        raise ValueError(f"--seed is {seed}, must be between {least} and {most}")
+
 
 def check_positive(args: Namespace, names: Iterable[str]) -> None:
     """ValueError for the first of these numbers that is 0, negative or NaN; one that is not given passes."""

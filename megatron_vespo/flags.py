@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_vespo.algorithms.advantages import ADVANTAGE_ESTIMATORS
@@ -17,6 +16,7 @@ from megatron_vespo.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.engine_flags import add_engine_fault_arguments
 from megatron_vespo.flag_checks import json_object
 from megatron_vespo.heldout_flags import add_heldout_arguments
+from megatron_vespo.paths import user_path
 from megatron_vespo.time_limits import add_time_limit_arguments
 
 DESCRIPTION = """\
@@ -52,8 +52,8 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--hf-checkpoint", type=Path, metavar="DIR", help="HF checkpoint to start from (required)")
-    add("--prompt-data", type=Path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
+    add("--hf-checkpoint", type=user_path, metavar="DIR", help="HF checkpoint to start from (required)")
+    add("--prompt-data", type=user_path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
     add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
     add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
     add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
@@ -160,12 +160,12 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output-dir", type=Path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
+    add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
         help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
-    add("--save-rollouts", type=Path, metavar="DIR", help="record every rollout batch there")
-    add("--train-from", type=Path, metavar="DIR",
+    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch there")
+    add("--train-from", type=user_path, metavar="DIR",
         help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip
     add("--rollout-only", action="store_true",
         help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from pathlib import Path
 
 from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.paths import user_path
 
 
 def add_heldout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("held-out prompts")
     add = group.add_argument
-    add("--heldout-data", metavar="FILE", type=Path, help="prompts to evaluate on; without it none are")
+    add("--heldout-data", metavar="FILE", type=user_path, help="prompts to evaluate on; without it none are")
     add("--heldout-prompt-key", metavar="KEY", help="default, as of the next two: training's")
     add("--heldout-answer-key", metavar="KEY")
     add("--heldout-answer-pattern", metavar="REGEX", help=r"'(?s)(.*)': the answer is the whole column")

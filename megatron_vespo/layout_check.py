@@ -37,6 +37,7 @@ from megatron_vespo.observability.layout_report import (
     print_table,
 )
 from megatron_vespo.observability.metrics import write_atomically
+from megatron_vespo.paths import user_path
 from megatron_vespo.types import TrainingSample
 
 COMMAND = "check layout"
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--hf-checkpoint",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="HF checkpoint, the weights of all layouts (required)",
     )
@@ -115,15 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--candidate", metavar="LAYOUT", nargs="+", action="extend", default=[], help="one or more (required)"
     )
-    add("--batch", type=Path, metavar="FILE", help="samples, JSONL: token_ids, prompt_length, advantage, and "
-        "if wished behavior_log_probs, temperature, reward, group_id; without it random ones")  # fmt: skip
+    add("--batch", type=user_path, metavar="FILE",
+        help="samples, JSONL: token_ids, prompt_length, advantage, and if wished behavior_log_probs, "
+        "temperature, reward, group_id; without it random ones")  # fmt: skip
     add("--samples", type=int, default=32, help="number of random samples; default 32")
     add("--max-prompt-tokens", type=int, default=24, help="of random samples; default 24")
     add("--max-completion-tokens", type=int, default=40, help="of random samples; default 40")
     add("--seed", type=int, default=1234, help="of random samples; default 1234")
     add("--steps", type=int, default=1, help="optimizer steps, each on all samples; default 1")
-    add("--markdown", type=Path, metavar="FILE", help="write the table there, too")
-    add("--output-dir", type=Path, metavar="DIR", help="for the ranks' logs; without it a temporary one")
+    add("--markdown", type=user_path, metavar="FILE", help="write the table there, too")
+    add("--output-dir", type=user_path, metavar="DIR", help="for the ranks' logs; without it a temporary one")
     for name, text in BOUND_HELP.items():
         add(_bound_flag(name), type=float, metavar="BOUND", help=f"{text}; default: what rounding makes")
     return parser

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.flag_parser import FlagParser
+from megatron_vespo.paths import user_path
 from megatron_vespo.runtime import prepare_for_megatron
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         description="Print the Megatron flags that describe the model of an HF checkpoint, one a line. "
         "`megatron-vespo train` derives them itself.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="HF checkpoint folder")
+    parser.add_argument("source", type=user_path, metavar="SRC", help="HF checkpoint folder")
     args = parser.parse_args(argv)
     print("\n".join(flags_of(megatron_arguments(read_hf_config(args.source)))))
     return 0

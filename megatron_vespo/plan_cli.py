@@ -7,12 +7,12 @@ import logging
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_vespo.arguments import parse_args
 from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.hardware import GIB, GPUS, ON_GPUS
+from megatron_vespo.paths import user_path
 from megatron_vespo.planning import findings
 from megatron_vespo.planning.plan import Cluster, Plan, make_plan, memory_of
 from megatron_vespo.planning.recomputation import margin, selections, without_recomputation
@@ -63,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("recipe", type=Path, metavar="RECIPE", help="file of flags of `megatron-vespo train`, # for comments")
+    add(
+        "recipe",
+        type=user_path,
+        metavar="RECIPE",
+        help="file of flags of `megatron-vespo train`, # for comments",
+    )
     add("--nodes", type=int, required=True, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add("--gpu", choices=GPUS, default="h100", help="default: h100")

@@ -16,6 +16,7 @@ from megatron_vespo.data.prepare import Counts, Problem, check_usable, prepare, 
 from megatron_vespo.data.same_question import HeldOut
 from megatron_vespo.flag_checks import check_output_file
 from megatron_vespo.flag_parser import FlagParser
+from megatron_vespo.paths import user_path
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
 
 QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt")  # of held-out files
@@ -61,10 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("name", metavar="NAME", help=", ".join(KNOWN_SETS))
-    add("out", type=Path, metavar="OUT")
-    add("--source", type=Path, metavar="PATH", help="a local file, or a folder with the repository's files")
+    add("out", type=user_path, metavar="OUT")
+    add(
+        "--source",
+        type=user_path,
+        metavar="PATH",
+        help="a local file, or a folder with the repository's files",
+    )
     add("--revision", metavar="COMMIT", help="of the repository on the hub; default: the newest")
-    add("--exclude", type=Path, nargs="+", default=[], metavar="FILE",
+    add("--exclude", type=user_path, nargs="+", default=[], metavar="FILE",
         help="held-out JSONL or parquet: their questions, and near ones, are left out")  # fmt: skip
     add("--instruction", metavar="TEXT",
         help=r"a line after every question: Put the answer in \boxed{}.")  # fmt: skip

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_vespo.paths import expanded
+
 FLAG = "--recipe"
 
 
@@ -50,10 +52,10 @@ def _wrong_line(text: str) -> int:
 
 def with_recipes(argv: list[str]) -> list[str]:
     """`argv` with the flags of each `--recipe FILE` in its place; of two the later one counts."""
-    expanded: list[str] = []
+    replaced: list[str] = []
     for word in _recipes_apart(argv):
-        expanded += read_recipe(word) if isinstance(word, Path) else [word]
-    return expanded
+        replaced += read_recipe(word) if isinstance(word, Path) else [word]
+    return replaced
 
 
 def recipe_files(argv: Sequence[str]) -> list[Path]:
@@ -71,4 +73,4 @@ def _recipes_apart(argv: Sequence[str]) -> Iterator[str | Path]:
         path = value if equals else next(words, "")
         if not path:
             raise ValueError(f"{FLAG}: the file is missing")
-        yield Path(path)
+        yield Path(expanded(path))

@@ -7,13 +7,25 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-_DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(\S+))?")
+_DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(.+))?")
+_PLAIN = re.compile(r"[^\s\"'\\#]+")  # what sbatch takes as it stands
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 _TIME = re.compile(
     r"(?P<days>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?"
     r"|((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+)(:(?P<seconds>\d+))?"
 )
 _NO_LIMIT = ("infinite", "unlimited")
+# options of sbatch that users give to a job; none is a flag of a run
+_OPTIONS = set(
+    "account array begin clusters comment constraint cpus-per-gpu cpus-per-task deadline dependency error "
+    "exclude exclusive export gpus gpus-per-task gres hint job-name licenses mail-type mail-user mem "
+    "mem-per-cpu mem-per-gpu nice no-requeue nodelist ntasks ntasks-per-node output partition priority qos "
+    "requeue reservation switches wckey".split()
+)
+_SHORT = {
+    "-A": "account", "-C": "constraint", "-J": "job-name", "-M": "clusters", "-e": "error", "-o": "output",
+    "-p": "partition", "-q": "qos", "-w": "nodelist", "-x": "exclude",
+}  # fmt: skip
 _BEGIN = "set -euo pipefail\n"  # what is filled in stands behind it
 _HETJOB = "#SBATCH hetjob"  # between the components of a heterogeneous job
 # what a component does not take from the one before
@@ -27,7 +39,7 @@ def directives(script: str) -> dict[str, str | None]:
     """
     first = script.partition(f"\n{_HETJOB}\n")[0]
     found = (_DIRECTIVE.fullmatch(line) for line in first.splitlines())
-    return {match[1]: match[2] for match in found if match}
+    return {match[1]: match[2] and _unquoted(match[2]) for match in found if match}
 
 
 def render(
@@ -58,10 +70,23 @@ def render(
 
 def _header(options: Mapping[str, str | None], leave_out: Sequence[str]) -> list[str]:
     return [
-        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
+        f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}")
         for name, value in options.items()
         if name not in leave_out
     ]
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads an #SBATCH line: a backslash escapes, also within double quotes."""
+    if "\n" in value or not value.isprintable():
+        raise ValueError(f"--sbatch {value!r}: a value is one line of printable characters")
+    if _PLAIN.fullmatch(value):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _unquoted(text: str) -> str:
+    return "".join(shlex.split(text))
 
 
 def _by_flag(flags: Sequence[str]) -> list[str]:
@@ -73,6 +98,19 @@ def _by_flag(flags: Sequence[str]) -> list[str]:
         else:
             lines[-1] += " " + shlex.quote(word)
     return lines
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """ValueError for an option of sbatch among a run's flags."""
+    for word, behind in zip(argv, [*argv[1:], "--"], strict=True):
+        given, equals, value = word.partition("=")
+        name = _SHORT.get(given, given.removeprefix("--"))
+        if given.startswith("-") and name in _OPTIONS:
+            value = value if equals else "" if behind.startswith("-") else behind
+            told = shlex.quote(f"{name}={value}" if value else name)
+            raise ValueError(
+                f"{given} is an option of sbatch: megatron-vespo submit hands it on, --sbatch {told}"
+            )
 
 
 def seconds_before_limit(script: str) -> int:

@@ -7,12 +7,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 from megatron_vespo.async_flags import add_asynchronous_arguments, check_asynchronous
 from megatron_vespo.data.rollout_file import recorded_lengths
 from megatron_vespo.flag_checks import check_output_file
 from megatron_vespo.flag_parser import FlagParser
+from megatron_vespo.paths import user_path
 from megatron_vespo.simulation.calibration import Measured, measure
 from megatron_vespo.simulation.lengths import Lengths, LogNormal, Recorded
 from megatron_vespo.simulation.rates import PRESETS, Cost, Rates, SharedCores
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_length_flags(parser)
     _add_rate_flags(parser)
     _add_failure_flags(parser)
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the results there")
+    parser.add_argument("--picture", type=user_path, metavar="PNG", help="draw the results there")
     parser.add_argument(
         "--seed", type=int, metavar="N", default=1, help="the same one gives the same (default: 1)"
     )
@@ -96,7 +96,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 def _add_length_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lengths in tokens")
     add = group.add_argument
-    add("--lengths-from", type=Path, metavar="DIR", help="a folder that --save-rollouts has written")
+    add("--lengths-from", type=user_path, metavar="DIR", help="a folder that --save-rollouts has written")
     add(
         "--length-mean",
         type=float,
@@ -124,7 +124,7 @@ def _add_rate_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--preset", choices=PRESETS, default="h100", help="default: h100")
-    add("--from-run", type=Path, metavar="DIR",
+    add("--from-run", type=user_path, metavar="DIR",
         help="--output-dir of a synchronous run with --save-rollouts: its rates, lengths, size")  # fmt: skip
     add("--gpus-per-engine", type=int, metavar="N", help=f"h100: {preset.gpus_per_engine}")
     add("--train-rate", type=float, metavar="X", help=f"tokens/s of a GPU; h100: {preset.train:,.0f}")

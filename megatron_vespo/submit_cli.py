@@ -17,6 +17,7 @@ from megatron_vespo import engine_nodes
 from megatron_vespo.flag_checks import check_positive
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.hardware import GPUS, ON_GPUS
+from megatron_vespo.paths import path_word, user_path
 from megatron_vespo.recipe import read_recipe
 from megatron_vespo.sbatch_script import checked_time_limit, render, seconds_before_limit
 from megatron_vespo.wording import counted
@@ -52,7 +53,10 @@ def main(argv: list[str]) -> int:
     # the machine that jobs are submitted on may have no GPU
     there = [*(ON_GPUS if args.gpus_per_node else []), *flags]
     run = checked_run(there)
-    script = job_script(args, flags, run.preemption_deadline)
+    from megatron_vespo.arguments import with_expanded_paths  # takes seconds
+
+    # what stands in the script means the same whoever's environment it is read in
+    script = job_script(args, with_expanded_paths(flags), run.preemption_deadline)
     print(script, flush=True)
     use = described_use(run, args)
     if not (run.train_from or run.rollout_only):
@@ -72,7 +76,7 @@ def _submit_smoke(args: Namespace, more: list[str]) -> int:
 
 
 def _submit_unless_dry(script: str, args: Namespace) -> int:
-    for line in () if args.dry_run else submit(script, args.chain):
+    for line in asked_sbatch(script) if args.dry_run else submit(script, args.chain):
         print(line)
     return 0
 
@@ -85,24 +89,31 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("recipe", type=Path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
+    add("recipe", type=user_path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
     add("--nodes", type=int, required=True, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="0: the job asks for none")
     add("--gpu", choices=(*GPUS, "other"), default="h100",
         help="whose memory the run must fit; other: that is not checked; default: h100")  # fmt: skip
     add("--time", metavar="LIMIT", help="of one job, as sbatch takes it; default: the script's")
-    add("--sbatch", nargs="+", default=[], metavar="NAME[=VALUE]",
+    add("--sbatch", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
         help="more options of sbatch, without dashes: partition=h100 account=rl exclude=node7")  # fmt: skip
     engine_nodes.add_flags(parser)
     add("--chain", type=int, default=1, metavar="JOBS",
         help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
         "do not let jobs go back into the queue")  # fmt: skip
-    add("--venv", type=Path, default=Path(sys.prefix), help="default: the one that this runs in")
+    add("--venv", type=user_path, default=Path(sys.prefix), help="default: the one that this runs in")
     add("--smoke", action="store_true",
         help="every part of the run once, with a small model: megatron-vespo smoke RECIPE")  # fmt: skip
-    add("--container", metavar="IMAGE", help="instead of --venv")
+    add("--container", type=path_word, metavar="IMAGE", help="instead of --venv")
     add("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
-    add("--mounts", nargs="+", default=[], metavar="DIR", help="what the container sees beside this folder")
+    add(
+        "--mounts",
+        nargs="+",
+        default=[],
+        type=path_word,
+        metavar="DIR",
+        help="what the container sees beside this folder",
+    )
     add("--dry-run", action="store_true", help="show and check only")
     return parser
 
@@ -238,6 +249,24 @@ def check_plan(flags: list[str], args: Namespace) -> None:
         gpus = f"--gpu {args.gpu}" + (f" --engine-gpu {args.engine_gpu}" if args.engine_gpu else "")
         more = f"; and {len(wrong) - 1} more, see megatron-vespo plan" if wrong[1:] else ""
         raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
+
+
+def asked_sbatch(script: str) -> list[str]:
+    """A line if sbatch would take the job, none where no SLURM answers; ValueError if it would refuse it."""
+    if not _slurm_answers():
+        return []
+    told = subprocess.run(
+        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S
+    )
+    if told.returncode:
+        raise ValueError(f"sbatch would refuse the job: {' '.join(told.stderr.split())}")
+    return ["sbatch would take it"]
+
+
+def _slurm_answers() -> bool:
+    if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
+        return False
+    return not subprocess.run(["scontrol", "ping"], capture_output=True, timeout=SUBMIT_TIMEOUT_S).returncode
 
 
 def submit(script: str, jobs: int) -> list[str]:

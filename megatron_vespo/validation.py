@@ -13,7 +13,7 @@ from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.engine_flags import check_engine_faults
-from megatron_vespo.flag_checks import check_positive
+from megatron_vespo.flag_checks import MOST_SEED, check_positive, check_seed
 from megatron_vespo.heldout_flags import check_heldout
 from megatron_vespo.loss_checks import check_group, check_router_losses
 from megatron_vespo.time_limits import TIME_LIMITS
@@ -269,6 +269,20 @@ def _check_divisions(args: Namespace) -> None:
         if number % divisor:
             raise ValueError(f"{flag} is {divisor}, which does not divide {what} {number}")
     _check_share(args, args.trainer_ranks // (tensor * pipeline * context), "data-parallel ranks")
+
+
+def check_ranks_start(args: Namespace) -> None:
+    """What Megatron itself refuses in a rank only, minutes later and without the flag's name."""
+    # numpy's seed, which Megatron makes of it for every pipeline stage and data-parallel rank (initialize.py)
+    most = MOST_SEED - 100 * (args.pipeline_model_parallel_size - 1)
+    if args.data_parallel_random_init:
+        most -= 10 * (args.trainer_ranks - 1)
+    check_seed(args.seed, 1, most)
+    if args.wandb_project:
+        raise ValueError(
+            f"--wandb-project {args.wandb_project}: nothing of a run would get there, metrics are in "
+            "--output-dir, for TensorBoard too: leave it out"
+        )
 
 
 def check_virtual_pipeline(args: Namespace) -> None:

@@ -24,6 +24,7 @@ from megatron_vespo.doctor.versions import OPTIONAL, TESTED, python_version
 from megatron_vespo.flag_checks import check_output_file
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.observability.metrics import write_atomically
+from megatron_vespo.paths import user_path
 from megatron_vespo.slurm_step import Step, current_step, first_host
 from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
 
@@ -65,9 +66,11 @@ def _parse(argv: list[str]) -> Namespace:
         prog="megatron-vespo doctor",
         description="Check this machine, or, started by srun, all nodes of the step.",
     )
-    parser.add_argument("--shared-dir", type=Path, default=Path(), metavar="DIR",
+    parser.add_argument("--shared-dir", type=user_path, default=Path(), metavar="DIR",
                         help="folder that all nodes share; default: the current one")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings of all nodes there")
+    parser.add_argument(
+        "--json", type=user_path, metavar="FILE", help="write all findings of all nodes there"
+    )
     args = parser.parse_args(argv)
     check_output_file("--json", args.json)
     args.shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang

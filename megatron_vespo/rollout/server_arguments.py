@@ -10,6 +10,8 @@ import math
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_vespo.paths import expanded, names_a_path
+
 PREFIX = "--sglang-"
 # Flags whose value the run depends on or has decided elsewhere. Spellings: all of SGLang's aliases.
 OWNED = {
@@ -54,6 +56,7 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         name = "--" + given.removeprefix(PREFIX)
         arity = _checked_arity(given, name)
         values = [value] if equals else []
+        is_path = names_a_path(given)
         while not equals and position < len(argv) and not argv[position].startswith("--"):
             if arity == ARITY_NONE or (arity == ARITY_ONE and values):
                 break
@@ -63,7 +66,7 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
             raise ValueError(f"{given}: SGLang's {name} takes no value, but got {value!r}")
         if arity != ARITY_NONE and not values:
             raise ValueError(f"{given}: SGLang's {name} needs a value")
-        flags += [name, *values]
+        flags += [name, *(map(expanded, values) if is_path else values)]
     _check_memory_fraction(flags)
     return flags, rest
 

@@ -16,6 +16,7 @@ from megatron_vespo.cluster.placement import start_ray
 from megatron_vespo.cluster.roles import ROLES
 from megatron_vespo.flag_checks import check_output_folder, check_positive
 from megatron_vespo.flag_parser import FlagParser
+from megatron_vespo.paths import expanded, user_path
 from megatron_vespo.recipe import read_recipe, with_recipes
 from megatron_vespo.runtime import has_runtime_plugins
 from megatron_vespo.smoke.fit import Nodes, Wanted, fit, nodes_of
@@ -75,7 +76,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     """This command's own options, and the flags of a run."""
     flags = with_recipes(argv)
     if argv and not argv[0].startswith("-"):
-        flags = [*read_recipe(Path(argv[0])), *flags[1:]]
+        flags = [*read_recipe(Path(expanded(argv[0]))), *flags[1:]]
     has_recipe = flags != argv
     if not has_recipe:
         flags = [*WITHOUT_RECIPE.split(), *flags]
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--output-dir", type=Path, default=Path(), metavar="DIR",
+    add("--output-dir", type=user_path, default=Path(), metavar="DIR",
         help="on a disk that all nodes see: gets smoke.json, and the logs where something failed; default: "
         "the recipe's, or the current folder")  # fmt: skip
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from jobs import UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
+from jobs import ROOT, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
 
 from tests.unit.test_recipes import CONFIGS
 
@@ -184,6 +186,27 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
     )
     flags = f"--lr 1 --answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
     assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
+
+
+def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
+    recipe = tmp_path / "my recipe #2.flags"
+    recipe.write_text("--prompt-data d --output-dir o --save c --load c --lr 1 --train-iters 8")
+    venv = stub_venv(tmp_path / "venv", 'echo "name $SLURM_JOB_NAME."')
+    words = [str(recipe), "--hf-checkpoint", str(tmp_path), "--nodes", "2", "--venv", venv, "--gpu", "other"]
+    comment = 'it\'s "two" words \\ #1'
+    job = SubmittedJob(slurm, tmp_path / "job", *words, "--time", "20", "--sbatch", f"comment={comment}")
+    assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
+    assert "name my recipe #2.\n" in job.output
+    assert f"Comment={comment}\n" in slurm.call("scontrol", "show", "job", str(job.number))
+    dry = [sys.executable, "-m", "megatron_vespo.cli", "submit", *words, "--dry-run"]
+    assert job.call(*dry, "--sbatch", f"comment={comment}").endswith("sbatch would take it\n")
+    refused = subprocess.run(
+        [*dry, "--sbatch", "partition=nowhere"], capture_output=True, text=True, timeout=WAIT_S,
+        env=slurm.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert refused.returncode == 2 and "sbatch would refuse the job: " in refused.stderr, refused
+    assert "invalid partition specified: nowhere" in refused.stderr
 
 
 def test_in_an_image_of_apptainer(slurm, tmp_path):

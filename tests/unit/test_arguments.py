@@ -388,6 +388,44 @@ def test_what_argparse_refuses(parse, flags, says):
     assert len(stderr) < 600  # Megatron's usage alone has 700 lines
 
 
+def test_paths_are_expanded_in_flags_of_both(parse):
+    args = parse("--save ~/c --load=$HOME/c --output-dir=~/o --tensorboard-dir ${HOME}/t --prompt-key ~")
+    home = Path.home()
+    assert (args.save, args.load) == (str((home / "c").resolve()), str((home / "c").resolve()))
+    assert (args.output_dir, args.tensorboard_dir, args.prompt_key) == (home / "o", f"{home}/t", "~")
+
+
+@pytest.mark.parametrize("flags", ["--save $NOT_THERE/c", "--output-dir=${NOT_THERE}/c"])
+def test_a_variable_of_a_path_that_is_not_set(refusal, flags):
+    assert refusal(flags) == f"{flags.replace('=', ' ')}: the variable NOT_THERE is not set"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--seed 0", "--seed is 0, must be between 1 and 4294967295"),
+        ("--seed -3", "--seed is -3, must be between 1 and 4294967295"),
+        ("--seed 4294967296", "--seed is 4294967296, must be between 1 and 4294967295"),
+        (
+            "--seed 4294967295 --pipeline-model-parallel-size 2 --trainer-ranks 2",
+            "--seed is 4294967295, must be between 1 and 4294967195",
+        ),
+        ("--wandb-project x", "--wandb-project x: nothing of a run would get there"),
+        (
+            "--partition h100",
+            "--partition is an option of sbatch: megatron-vespo submit hands it on, --sbatch ",
+        ),
+    ],
+)
+def test_what_only_a_rank_would_say(refusal, flags, says):
+    assert refusal(flags).startswith(says)
+
+
+def test_the_largest_seeds(parse):
+    assert parse("--seed 4294967295").seed == 4294967295
+    assert parse("--seed 1").seed == 1
+
+
 def test_sglang_flags_arrive_without_their_prefix(parse):
     args = parse("--sglang-mem-fraction-static 0.7 --seed 5 --sglang-disable-radix-cache --sglang-tp-size=2")
     assert args.sglang_flags == ["--mem-fraction-static", "0.7", "--disable-radix-cache", "--tp-size", "2"]

@@ -26,6 +26,7 @@ LAYERS = {
     "preemption": 1,
     "process_environment": 0,
     "ray_variables": 0,
+    "paths": 0,
     "slurm_step": 0,
     "rewards": 1,
     "runtime": 1,

@@ -40,8 +40,8 @@ def test_preferred_parameters_that_change_what_is_sampled(params, named):
     with pytest.raises(ValueError) as error:
         check_flags(["--tp-size", "2", PREFERRED, params])
     assert str(error.value) == (
-        f"--sglang{PREFERRED[1:]} has {named}: engines' log-probs do not describe what is sampled with {named}, "
-        "and training needs them to; leave it out"
+        f"--sglang{PREFERRED[1:]} has {named}: engines' log-probs do not describe what is sampled with "
+        f"{named}, and training needs them to; leave it out"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.cli import run
-from megatron_vespo.sbatch_script import directives, render, seconds_before_limit, time_limit
+from megatron_vespo.sbatch_script import check_words, directives, render, seconds_before_limit, time_limit
 from megatron_vespo.submit_cli import SCRIPT
 from tests.unit.test_recipes import CONFIGS
 
@@ -74,6 +74,50 @@ def test_the_training_script_asks_for_its_signal_in_time():
     assert seconds_before_limit(SCRIPT.read_text()) == 600
 
 
+ODD = [
+    "two words",
+    "it's",
+    'a "quoted" word',
+    "back\\slash",
+    "#1",
+    " led by a space",
+    "%x-%j.out",
+    "a|b&c",
+    "ünï",
+]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_a_value_of_any_characters_is_one_value(value):
+    script = render(TEMPLATE, {"comment": value}, [], {}, ["--x"])
+    assert directives(script)["comment"] == value
+    quoted = value not in ("%x-%j.out", "a|b&c", "ünï")
+    assert ('#SBATCH --comment="' in script) == quoted
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "a\0b", "\x1b[0m"])
+def test_a_value_that_no_line_holds(value):
+    with pytest.raises(ValueError, match="^--sbatch .*: a value is one line of printable characters$"):
+        render(TEMPLATE, {"comment": value}, [], {}, ["--x"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--partition", "h100"], "--partition .*--sbatch partition=h100$"),
+        (["--partition=h100"], "--partition .*--sbatch partition=h100$"),
+        (["-p", "h100"], "-p .*--sbatch partition=h100$"),
+        (["--exclusive", "--lr", "1"], "--exclusive .*--sbatch exclusive$"),
+        (["--comment", "two words"], "--comment .*--sbatch 'comment=two words'$"),
+        (["--lr", "1", "--account"], "--account .*--sbatch account$"),
+    ],
+)
+def test_options_of_sbatch_among_a_runs_flags(words, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_words(words)
+    check_words(["--save", "partition", "--lr", "-1e-3", "--prompt-key", "account"])
+
+
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     """24 GPUs; the checkpoint is a config."""
@@ -104,6 +148,26 @@ def test_a_dry_run_shows_and_checks(recipe, capsys, monkeypatch):
     assert shown.count("    --lr 1e-5\n") == 1 and shown.count("--lr 1e-6") == 1
     assert "export VESPO_VENV=/\n" in shown and "VESPO_CONTAINER" not in shown
     assert shown.splitlines()[-1] == "checked: 8 trainer ranks and 8 engines of 2 GPUs use 24 of 24 GPUs"
+
+
+def test_a_recipe_whose_name_has_a_space(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    recipe = recipe.rename(recipe.with_name("my small recipe.flags"))
+    assert submit(recipe, "--dry-run", "--sbatch", "comment=two words", "--sbatch", "partition=h100") == 0
+    head = directives(capsys.readouterr().out)
+    assert head["job-name"] == "my small recipe" and head["comment"] == "two words"
+    assert head["partition"] == "h100", "given twice, both count"
+
+
+def test_the_script_has_paths_as_they_are_read_here(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/my own")
+    more = ["--save=~/c", "--load", "${HOME}/c", "--output-dir", "$SCRATCH/o", "--answer-pattern", "$X(.*)$"]
+    assert submit(recipe, "--dry-run", *more) == 0
+    shown = capsys.readouterr().out
+    lines = ("--save=/home/me/c", "--load /home/me/c", "--output-dir '/scratch/my own/o'", "'$X(.*)$'")
+    assert all(line in shown for line in lines)
 
 
 def test_engines_on_nodes_of_another_kind(recipe, capsys):
@@ -193,6 +257,8 @@ NONSENSE = "--recompute-granularity selective --recompute-modules nonsense"
         ("--gpus-per-node -1", "--gpus-per-node is -1, must be positive, or 0"),
         ("--sbatch --partition=h100", "--sbatch --partition=h100: without dashes, as in --sbatch partition="),
         ("--engine-nodes 1 --engine-sbatch --x", "--engine-sbatch --x: without dashes"),
+        ("--partition h100", "--partition is an option of sbatch: megatron-vespo submit hands it on"),
+        ("--save $NOT_THERE/c --load $NOT_THERE/c", "$NOT_THERE/c: the variable NOT_THERE is not set"),
         ("--sbatch signal=B:USR1@100", "leaves 100 seconds, --preemption-deadline 300 and the end need 360"),
     ],
 )  # fmt: skip
@@ -243,6 +309,21 @@ def test_without_sbatch(recipe, capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "megatron-vespo: sbatch is not on PATH: submit where the cluster's jobs are submitted\n"
     )
+
+
+def test_a_dry_run_asks_sbatch_where_there_is_one(recipe, sbatch, capsys):
+    scontrol, program = sbatch / "scontrol", sbatch / "sbatch"
+    scontrol.write_text("#!/bin/bash\n[[ $1 == ping ]]\n")
+    scontrol.chmod(0o755)
+    program.write_text(
+        "#!/bin/bash\n[[ $* == --test-only ]] && ! grep -q nowhere || { echo no such; exit 1; } >&2\n"
+    )
+    assert submit(recipe, "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "sbatch would take it"
+    assert submit(recipe, "--dry-run", "--sbatch", "partition=nowhere") == 2
+    assert capsys.readouterr().err == "megatron-vespo: sbatch would refuse the job: no such\n"
+    scontrol.write_text("#!/bin/bash\nexit 1\n")
+    assert submit(recipe, "--dry-run", "--sbatch", "partition=nowhere") == 0, "no SLURM answers"
 
 
 @pytest.fixture

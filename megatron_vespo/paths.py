@@ -1,0 +1,67 @@
+"""Paths as users write them: ~ and variables, which no shell expands in a recipe or behind --flag=."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+# Megatron's and SGLang's flags say by their names that they take a path, but for these
+_ENDINGS = ("-dir", "-path", "-paths", "-file", "-filename")
+_OTHERS = {"--save", "--load", "--pretrained-checkpoint", "--ckpt-convert-save", "--bert-load", "--ict-load"}
+
+
+def expanded(text: str) -> str:
+    """`text` with ~, $NAME and ${NAME} replaced; ValueError naming a variable or a user that there is not."""
+
+    def value(match: re.Match) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ValueError(f"{text}: the variable {name} is not set")
+        return os.environ[name]
+
+    plain = os.path.expanduser(_VARIABLE.sub(value, text))
+    if plain.startswith("~"):
+        user = plain.partition("/")[0]
+        raise ValueError(f"{text}: there is no user {user[1:]}; a file of that name is ./{user}")
+    return plain
+
+
+def path_word(text: str) -> str:
+    """`expanded`, as argparse wants a type."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def user_path(text: str) -> Path:
+    """The type of every flag and argument of ours that is a path."""
+    return Path(path_word(text))
+
+
+def names_a_path(flag: str) -> bool:
+    """Whether this flag of Megatron's or SGLang's takes paths, by its name."""
+    return flag.endswith(_ENDINGS) or flag in _OTHERS
+
+
+def expanded_flags(argv: Sequence[str], is_path: Callable[[str], bool]) -> list[str]:
+    """`argv` with the values of path flags expanded, whether they stand behind a flag or behind its =.
+
+    ValueError, with the flag's name, as `expanded` has it.
+    """
+    words: list[str] = []
+    flag = ""
+    for word in argv:
+        value, before = word, ""
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            before = flag + equals
+        try:
+            words.append(before + expanded(value) if is_path(flag) else word)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from error
+    return words
