@@ -125,7 +125,8 @@ def checked_run(flags: list[str]) -> Namespace:
     run = parse_args(flags, "submit")
     if run.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
-    if run.save is None or run.save != run.load:
+    # one that goes back to an older checkpoint does so once, and goes on from --save
+    if run.save is None or (run.save != run.load and run.gone_back is None):
         raise ValueError(
             f"--save {run.save} and --load {run.load} must be one folder: a job that is started again "
             "goes on there"

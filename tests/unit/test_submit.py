@@ -272,6 +272,16 @@ def test_what_would_only_show_when_the_job_runs(recipe, capsys, flags, message):
     assert message in said and said.count("\n") == 1
 
 
+def test_a_job_may_go_back_to_another_folders_checkpoint(recipe, capsys):
+    step = recipe.parent / "other/iter_0000008"
+    step.mkdir(parents=True)
+    (step / "metadata.json").touch()
+    assert submit(recipe, "--dry-run", "--load", str(step)) == 0
+    assert submit(recipe, "--dry-run", "--load", str(step.parent), "--ckpt-step", "8") == 0
+    assert submit(recipe, "--dry-run", "--load", str(step.parent), "--ckpt-step", "9") == 2
+    assert "no checkpoint of that step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", ["--nodes 0", "--time soon", "--time 10:00"])
 def test_a_job_that_sbatch_would_refuse_is_not_shown(recipe, capsys, flags):
     assert submit(recipe, "--dry-run", *flags.split()) == 2
