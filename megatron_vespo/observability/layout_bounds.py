@@ -20,11 +20,11 @@ their error.
 
 The factors are measured. Largest differences of right layouts, of up to 8 ranks, and the bounds in brackets:
 
-                                      log W               loss                grad norm           parameter norm
-    random, 4 layers, T <= 40         2.6e-6 (2.2e-5)     3.0e-7 (3.9e-6)     3.4e-7 (1.1e-5)     1.4e-6 (1.1e-5)
-    trained, 4 layers, T <= 40        3.4e-5 (5.0e-5)     4.2e-6 (8.9e-6)     1.1e-5 (2.5e-5)     1.1e-5 (2.5e-5)
-    random, 8 layers, T <= 430        4.8e-6 (1.0e-4)     2.3e-6 (2.1e-5)     1.5e-6 (5.2e-5)     2.0e-5 (5.2e-5)
-    the first in bf16                 0.12   (0.73)       7.4e-3 (0.13)       8.5e-3 (0.36)       7.2e-2 (0.36)
+                                  log W               loss                grad norm           parameter norm
+    random, 4 layers, T <= 40     2.6e-6 (2.2e-5)     3.0e-7 (3.9e-6)     3.4e-7 (1.1e-5)     1.4e-6 (1.1e-5)
+    trained, 4 layers, T <= 40    3.4e-5 (5.0e-5)     4.2e-6 (8.9e-6)     1.1e-5 (2.5e-5)     1.1e-5 (2.5e-5)
+    random, 8 layers, T <= 430    4.8e-6 (1.0e-4)     2.3e-6 (2.1e-5)     1.5e-6 (5.2e-5)     2.0e-5 (5.2e-5)
+    the first in bf16             0.12   (0.73)       7.4e-3 (0.13)       8.5e-3 (0.36)       7.2e-2 (0.36)
 
 The trained one, of examples/tiny, finds random tokens improbable: |log p| is 12 in root mean square, and the
 logits behind it are larger still.
