@@ -7,7 +7,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_vespo.flag_checks import check_positive, check_seed
+from megatron_vespo.flag_checks import check_folder, check_positive, check_seed
 from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.flags import add_vespo_arguments
 from megatron_vespo.heldout_flags import check_temperature
@@ -51,6 +51,7 @@ def parse_args(argv: list[str]) -> Namespace:
     args.data = _named_files(args.data)
     check_positive(args, _POSITIVE)
     check_seed(args.seed)
+    check_folder("--output-dir", args.output_dir)
     _check_sampling(args)
     _check_engines(args)
     return args

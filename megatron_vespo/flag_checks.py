@@ -16,6 +16,15 @@ from megatron_vespo.data.located import reason
 MOST_SEED = 2**32 - 1  # numpy's
 
 
+def check_folder(flag: str, folder: Path | str | None) -> None:
+    """ValueError for a folder that cannot be made, as it or one above it is a file; None passes."""
+    if folder is None:
+        return
+    for path in (Path(folder), *Path(folder).parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {folder}: {path} is a file, it must be a folder")
+
+
 def check_seed(seed: int, least: int = 0, most: int = MOST_SEED) -> None:
     """ValueError for a seed that the generators of random numbers do not take."""
     if not least <= seed <= most:

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=(.+))?")
 _PLAIN = re.compile(r"[^\s\"'\\#]+")  # what sbatch takes as it stands
@@ -102,7 +103,7 @@ def _by_flag(flags: Sequence[str]) -> list[str]:
 
 def check_words(argv: Sequence[str]) -> None:
     """ValueError for an option of sbatch among a run's flags."""
-    for word, behind in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, behind in pairwise([*argv, "--"]):
         given, equals, value = word.partition("=")
         name = _SHORT.get(given, given.removeprefix("--"))
         if given.startswith("-") and name in _OPTIONS:

@@ -13,7 +13,7 @@ from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.async_flags import check_asynchronous
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.engine_flags import check_engine_faults
-from megatron_vespo.flag_checks import MOST_SEED, check_positive, check_seed
+from megatron_vespo.flag_checks import MOST_SEED, check_folder, check_positive, check_seed
 from megatron_vespo.heldout_flags import check_heldout
 from megatron_vespo.loss_checks import check_group, check_router_losses
 from megatron_vespo.time_limits import TIME_LIMITS
@@ -38,6 +38,8 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     check_heldout(args)
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
+    check_folder("--output-dir", args.output_dir)
+    check_folder("--save-rollouts", args.save_rollouts)
     check_group(args)
     if args.rollout_batch_size % args.mini_batches:
         raise ValueError(
@@ -278,6 +280,7 @@ def check_ranks_start(args: Namespace) -> None:
     if args.data_parallel_random_init:
         most -= 10 * (args.trainer_ranks - 1)
     check_seed(args.seed, 1, most)
+    check_folder("--save", args.save)
     if args.wandb_project:
         raise ValueError(
             f"--wandb-project {args.wandb_project}: nothing of a run would get there, metrics are in "

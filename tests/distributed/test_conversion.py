@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import PROGRAMS, TIMEOUT_S, launch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_vespo import cli
 from megatron_vespo.conversion.family import family_of, shape_of
@@ -78,3 +78,25 @@ def test_round_trip_through_megatron(case, tmp_path):
     back = tmp_path / "back"
     assert cli.run(["convert", "megatron-to-hf", str(checkpoint), str(back), "--quiet"]) == 0
     assert cli.run(["convert", "verify", str(hf), str(back), "--quiet"]) == 0
+
+
+def test_training_starts_from_fused_experts(tmp_path):
+    """Every rank has the same weights as from a folder in which each expert is by itself."""
+    apart = make_model(tmp_path / "hf", MODELS["moe"], torch.float32)
+    tensors = load_file(apart / "model.safetensors")
+    for layer in range(ATTENTION["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}{expert}.{name}_proj.weight") for expert in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        tensors |= {f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": down}
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    (fused / "config.json").write_text((apart / "config.json").read_text())
+    save_file(tensors, fused / "model.safetensors", {"format": "pt"})
+    saved = tmp_path / "saved"
+    arguments = ["--hf-checkpoint", str(fused), "--save", str(saved), *TP2_PP2_EP2.split()]
+    results = launch(PROGRAMS / "conversion.py", 4, arguments, TIMEOUT_S, tmp_path / "run")
+    assert not any(len(result["wrong"]) for result in results)
+    assert cli.run(["convert", "verify", str(apart), str(saved), "--quiet"]) == 0

@@ -421,6 +421,14 @@ def test_what_only_a_rank_would_say(refusal, flags, says):
     assert refusal(flags).startswith(says)
 
 
+@pytest.mark.parametrize("flag", ["--output-dir", "--save", "--save-rollouts"])
+@pytest.mark.parametrize("below", ["", "/run/1"])
+def test_a_file_in_the_place_of_a_folder(refusal, flag, below, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    assert refusal(f"{flag} {file}{below}") == f"{flag} {file}{below}: {file} is a file, it must be a folder"
+
+
 def test_the_largest_seeds(parse):
     assert parse("--seed 4294967295").seed == 4294967295
     assert parse("--seed 1").seed == 1
