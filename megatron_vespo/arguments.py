@@ -59,6 +59,10 @@ def parse_args(
     `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
     The answer is the default of --distributed-backend.
     """
+    if "--" in argv:  # argparse would take all that follows for no flags
+        raise ValueError(
+            f"-- {' '.join(argv[argv.index('--') + 1 :][:1])}: there are only flags here, leave it out"
+        )
     check_words(argv)
     argv = with_expanded_paths(argv)
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)

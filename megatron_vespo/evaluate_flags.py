@@ -121,6 +121,8 @@ def _check_sampling(args: Namespace) -> None:
 def _check_engines(args: Namespace) -> None:
     if not args.checkpoint.is_dir():
         raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
+    if args.hf_config is not None and not args.hf_config.is_dir():
+        raise ValueError(f"--hf-config {args.hf_config}: no such folder")
     if args.engine_url:
         if args.sglang_flags:
             raise ValueError(

@@ -16,7 +16,7 @@ from megatron_vespo.paths import user_path
 from megatron_vespo.simulation.calibration import Measured, measure
 from megatron_vespo.simulation.lengths import Lengths, LogNormal, Recorded
 from megatron_vespo.simulation.rates import PRESETS, Cost, Rates, SharedCores
-from megatron_vespo.simulation.report import Row, format_table, plot
+from megatron_vespo.simulation.report import Row, check_picture_name, format_table, plot
 from megatron_vespo.simulation.run import Settings, simulate
 
 SCALE = {"rollout_batches": 20, "rollout_batch_size": 512, "num_completions": 8, "mini_batches": 4}
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> int:
     measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
     _complete(args, measured)
     _check(args)
-    check_output_file("--picture", args.picture)
+    if args.picture is not None:
+        check_picture_name("--picture", args.picture)
+        check_output_file("--picture", args.picture)
     lengths = _lengths(args, measured)
     rows = []
     for where, gpus, trainer, engines, rates in _machines(args, measured):

@@ -52,6 +52,15 @@ def format_table(rows: list[Row]) -> str:
                      for line in lines)  # fmt: skip
 
 
+def check_picture_name(flag: str, path: Path) -> None:
+    """ValueError for an ending that matplotlib knows no format of."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"{flag} {path}: must end in .png or another of {', '.join(sorted(formats))}")
+
+
 def plot(rows: list[Row], path: Path, title: str) -> None:
     """Draws `rows` into the PNG `path`: throughput, idle shares, and how old samples are."""
     # as in observability/report.py

@@ -1,8 +1,8 @@
 """Runs commands in forks of one process that has imported everything, each in milliseconds.
 
-A line of stdin is a case: {"argv", "env", "folder", "deadline"}; the answer on stdout has its "code", None where
-it did not end in time, and "out" and "err". What would start Ray, engines or a cluster's processes ends the
-case there, with the code ACCEPTED: until then a mistake has to be refused.
+A line of stdin is a case: {"argv", "env", "folder", "deadline"}. The answer on stdout has its "code", None
+where it did not end in time, "out", "err" and "seconds". What would start Ray, engines or processes on a
+cluster ends the case there, with the code ACCEPTED: until then a mistake has to be refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ STARTS = {
     "megatron_vespo.smoke.command": "start_ray",
     "megatron_vespo.doctor.command": "_meet",
 }
+OTHERS = (
+    "megatron.training.arguments", "megatron_vespo.trainer.meta_model", "matplotlib.figure",
+    "pyarrow.parquet",
+)  # fmt: skip
 
 
 def accept(*args: object, **options: object) -> None:
@@ -42,8 +46,7 @@ def import_everything() -> None:
         for module in ("convert_cli", "model_flags", "plan_cli", "prepare_cli", "simulate_cli", "submit_cli"):
             importlib.import_module(f"megatron_vespo.{module}")
         prepare_for_megatron()
-        for module in ("megatron.training.arguments", "megatron_vespo.trainer.meta_model", "matplotlib.figure",
-                       "pyarrow.parquet", "transformers"):  # fmt: skip
+        for module in OTHERS:
             importlib.import_module(module)
 
 
@@ -77,7 +80,8 @@ def run_here(case: dict, out: int, err: int) -> None:
 def run(case: dict) -> dict:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.monotonic()
-        child = os.fork()
+        with warnings.catch_warnings(action="ignore"):  # of threads: they wait for work
+            child = os.fork()
         if not child:
             run_here(case, out.fileno(), err.fileno())
         ended = os.pidfd_open(child)

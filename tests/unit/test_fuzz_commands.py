@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -38,7 +39,9 @@ class Server:
         env = {name: value for name, value in {**os.environ, **case.env}.items() if value is not None}
         asked = {"argv": case.argv, "env": env, "folder": str(folder), "deadline": DEADLINE_S}
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        answer = json.loads(self._process.stdout.readline())
+        shutil.rmtree(folder)
+        return answer
 
     def close(self) -> None:
         self._process.stdin.close()
