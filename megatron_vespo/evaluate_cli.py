@@ -24,7 +24,6 @@ from megatron_vespo.observability.evaluation_report import (
     reservations,
 )
 from megatron_vespo.observability.report import write_summary
-from megatron_vespo.observability.run_record import RunRecord, describe_run
 from megatron_vespo.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
 from megatron_vespo.prompt_data import chat_format, prompt_data
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
@@ -32,6 +31,7 @@ from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups
 from megatron_vespo.rollout.scoring import Scorer, describe_failures
+from megatron_vespo.run_record import RunRecord, describe_run
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 RESULTS_NAME, SUMMARY_NAME = "prompts.jsonl", "summary.json"

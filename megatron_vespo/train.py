@@ -18,12 +18,12 @@ from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
-from megatron_vespo.observability.run_record import RunRecord, describe_run
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.platform import Platform, load_task
 from megatron_vespo.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted, Preemption
 from megatron_vespo.resume import find_checkpoint, why_finished
 from megatron_vespo.resume_flags import how_to_go_on
+from megatron_vespo.run_record import RunRecord, describe_run
 from megatron_vespo.session import Restarts, Session
 from megatron_vespo.types import RunState
 

@@ -178,7 +178,7 @@ def test_bounds_grow_as_rounding_does():
     assert rounding_bounds(log_probs(40, 5.0, 8), 4, bf16=False).loss == pytest.approx(2 * small[1])
 
 
-# what `check layout` showed of right layouts: layers, tokens, root mean square of log p, the largest of log W,
+# what `check layout` showed of right layouts: layers, tokens, root mean square of log p, largest of log W,
 # loss, gradient norm and parameter norm
 RIGHT = {
     "random, 4 layers": (4, 40, 4.9, 2.6e-6, 3.0e-7, 3.4e-7, 1.4e-6),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.observability.run_record import (
+from megatron_vespo.run_record import (
     LEFT_OUT,
     RunRecord,
     describe_run,
