@@ -59,6 +59,7 @@ ON_GPUS_ONLY = {
     "--use-precision-aware-optimizer", "--moe-permute-fusion", "--moe-token-dispatcher-type",
     "--moe-flex-dispatcher-backend", "--moe-grouped-gemm", "--attention-backend",
     "--sglang-attention-backend", "--sglang-mem-fraction-static",
+    "--sglang-enable-fp32-lm-head",  # on CPUs with AMX its matmul does not know the weight's layout
 }  # fmt: skip
 
 

@@ -272,10 +272,9 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def log_w_floor(self, samples: Sequence[TrainingSample]) -> np.ndarray:
-        """log W of every sample between two passes over the current weights, float32 [num_samples]; same on
-        all ranks.
+        """log W of every sample between two passes over the current weights, float32 [num_samples].
 
-        The passes differ in their roundings alone, see `rounded_otherwise`; routes are replayed as between
+        The same on all ranks. The passes differ in their roundings alone, see `rounded_otherwise`; routes are replayed as between
         pi_old and a training pass.
         """
         mini_batch = self.pack(self._packer.fill(samples))
