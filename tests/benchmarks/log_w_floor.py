@@ -9,7 +9,6 @@ and the same samples in other packs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import socket
@@ -24,7 +23,7 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = REPOSITORY / "tests/distributed/programs"
 TIMEOUT_S = 900
-NUM_SAMPLES, PROMPT = 12, 8
+NUM_SAMPLES, PROMPT = 8, 8
 LENGTHS = (400, 1000)
 LOGIT_SD = 4.5
 SIZES = {
@@ -85,28 +84,36 @@ def write_samples(tokens: np.ndarray, file: Path) -> None:
     file.write_bytes(pickle.dumps(samples))
 
 
-def on_a_rank(after: Path | None) -> None:
-    """Log-probs under the policy; with `after` then one optimizer step, and the policy exported there."""
+def on_a_rank() -> None:
+    """Log-probs under the policy; with --after then one optimizer step, and the policy exported there."""
     from common import hand_back, start_policy
 
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--on-a-rank", action="store_true")
+    parser.add_argument("--after", type=Path)
+    parser.add_argument("--bf16-logits", action="store_true")
+    options, sys.argv[1:] = parser.parse_known_args()
+    if options.bf16_logits:
+        from megatron_vespo.algorithms import linear_log_probs
+
+        linear_log_probs._product = lambda left, right, out: out.copy_(left @ right)
     policy, samples = start_policy()
     results = {"before": np.concatenate(policy.log_probs(samples))}
-    if after is not None:
+    if options.after:
         from megatron_vespo.trainer.export import export_hf
 
         results["floor"] = policy.log_w_floor(samples)
-        halves = [policy.log_probs(samples[start::3]) for start in range(3)]
-        packed_otherwise = [halves[i % 3][i // 3] for i in range(len(samples))]
-        results["packed_otherwise"] = np.concatenate(packed_otherwise)
+        thirds = [policy.log_probs(samples[start::3]) for start in range(3)]
+        results["packed_otherwise"] = np.concatenate([thirds[i % 3][i // 3] for i in range(len(samples))])
         mini_batch = policy.pack(samples)
         policy.compute_old_log_probs(mini_batch)
         results["log_w"] = policy.train_step(mini_batch).log_w
         results["after"] = np.concatenate(policy.log_probs(samples))
-        export_hf(policy, after, bucket_bytes=2**26)
+        export_hf(policy, options.after, bucket_bytes=2**26)
     hand_back(**results)
 
 
-def launch(folder: Path, model: Path, flags: list[str], after: Path | None = None) -> dict[str, np.ndarray]:
+def launch(folder: Path, model: Path, flags: list[str]) -> dict[str, np.ndarray]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,8 +122,7 @@ def launch(folder: Path, model: Path, flags: list[str], after: Path | None = Non
         "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port), "RESULT_FILE": str(result),
         "PYTHONPATH": f"{os.environ.get('PYTHONPATH', REPOSITORY)}:{REPOSITORY}:{PROGRAMS}",
     }  # fmt: skip
-    more = ["--after", str(after)] if after else []
-    command = [sys.executable, __file__, "--on-a-rank", *more, "--samples", str(folder / "samples.pkl")]
+    command = [sys.executable, __file__, "--on-a-rank", "--samples", str(folder / "samples.pkl")]
     command += ["--hf-checkpoint", str(model), *FLAGS, *flags]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S
@@ -140,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, help="keep model and samples there, or find them there")
     parser.add_argument("--flags", default="", help="more flags of training, e.g. '--routing-replay R2'")
+    parser.add_argument("--bf16-logits", action="store_true", help="round logits to bf16, for comparison")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     model = folder / "model"
@@ -147,7 +154,8 @@ def main() -> None:
         folder.mkdir(exist_ok=True, parents=True)
         write_samples(sample(make_model(model)), folder / "samples.pkl")
     after = Path(tempfile.mkdtemp(dir=folder)) / "after"
-    bf16 = launch(folder, model, ["--bf16", *options.flags.split()], after)
+    flags = ["--bf16", "--after", str(after), *["--bf16-logits"] * options.bf16_logits]
+    bf16 = launch(folder, model, [*flags, *options.flags.split()])
     truth = {name: launch(folder, path, [])["before"] for name, path in (("before", model), ("after", after))}
 
     moved = truth["after"] - truth["before"].astype(np.float64)
@@ -161,23 +169,16 @@ def main() -> None:
     zero = (bf16["log_w"].reshape(-1, 2) == 0).mean(0)
     for length, share in zip(LENGTHS, zero, strict=True):
         print(f"T = {length}: log W == 0 before the first update in {share:.0%} of the responses")
-    print(f"{'':28} {'a token':>9}" + "".join(f" {f'T = {length}':>9}" for length in LENGTHS))
+    print(f"{'':28} {'per token':>9}" + "".join(f" {f'T = {length}':>9}" for length in LENGTHS))
     for name, difference in rows.items():
         print(f"{name:28} {rms(difference):9.5f}" + "".join(f" {v:9.4f}" for v in rms(log_w(difference))))
     own = bf16["floor"].reshape(-1, 2)
     sigma = np.sqrt(np.square(own, dtype=np.float64).sum() / (sum(LENGTHS) * len(own)))
     print(f"{'ratio/floor':28} {sigma:9.5f}" + "".join(f" {v:9.4f}" for v in rms(own)))
-    print(json.dumps({"responses": NUM_SAMPLES // 2, "log W exactly 0": zero.tolist()}))
 
 
 if __name__ == "__main__":
     if "--on-a-rank" in sys.argv:
-        sys.argv.remove("--on-a-rank")
-        target = None
-        if "--after" in sys.argv:
-            position = sys.argv.index("--after")
-            target = Path(sys.argv[position + 1])
-            del sys.argv[position : position + 2]
-        on_a_rank(target)
+        on_a_rank()
     else:
         main()
