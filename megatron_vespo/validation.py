@@ -281,6 +281,10 @@ def check_ranks_start(args: Namespace) -> None:
         most -= 10 * (args.trainer_ranks - 1)
     check_seed(args.seed, 1, most)
     check_folder("--save", args.save)
+    for name in ("nccl_communicator_config_path", "te_precision_config_file"):
+        given = getattr(args, name)
+        if given and not Path(given).is_file():
+            raise ValueError(f"--{name.replace('_', '-')} {given}: no such file")
     if args.wandb_project:
         raise ValueError(
             f"--wandb-project {args.wandb_project}: nothing of a run would get there, metrics are in "

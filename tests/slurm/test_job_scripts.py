@@ -194,13 +194,13 @@ def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
     recipe.write_text("--prompt-data d --output-dir o --save c --load c --lr 1 --train-iters 8")
     venv = stub_venv(tmp_path / "venv", 'echo "name $SLURM_JOB_NAME."')
     words = [str(recipe), "--hf-checkpoint", str(tmp_path), "--nodes", "2", "--venv", venv, "--gpu", "other"]
-    comment = 'it\'s "two" words \\ #1'
-    job = SubmittedJob(slurm, tmp_path / "job", *words, "--time", "20", "--sbatch", f"comment={comment}")
-    assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
-    assert "name my recipe #2.\n" in job.output
-    assert f"Comment={comment}\n" in slurm.call("scontrol", "show", "job", str(job.number))
+    odd = 'it\'s "two" words \\ #1'
+    for more, name in ([], "my recipe #2"), (["--sbatch", f"job-name={odd}"], odd):
+        job = SubmittedJob(slurm, tmp_path / f"job{len(more)}", *words, "--time", "20", *more)
+        assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
+        assert f"name {name}.\n" in job.output
     dry = [sys.executable, "-m", "megatron_vespo.cli", "submit", *words, "--dry-run"]
-    assert job.call(*dry, "--sbatch", f"comment={comment}").endswith("sbatch would take it\n")
+    assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it\n")
     refused = subprocess.run(
         [*dry, "--sbatch", "partition=nowhere"], capture_output=True, text=True, timeout=WAIT_S,
         env=slurm.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

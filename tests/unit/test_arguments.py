@@ -410,6 +410,10 @@ def test_a_variable_of_a_path_that_is_not_set(refusal, flags):
             "--seed 4294967295 --pipeline-model-parallel-size 2 --trainer-ranks 2",
             "--seed is 4294967295, must be between 1 and 4294967195",
         ),
+        (
+            "--nccl-communicator-config-path /n/x.yaml",
+            "--nccl-communicator-config-path /n/x.yaml: no such file",
+        ),
         ("--wandb-project x", "--wandb-project x: nothing of a run would get there"),
         (
             "--partition h100",
