@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from megatron_vespo.conversion.safetensors_file import StoredTensor
 
-_FUSED = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
+_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 _MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 

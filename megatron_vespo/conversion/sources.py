@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
-from megatron_vespo.conversion.family import Family, ModelShape, family_of, shape_of
+from megatron_vespo.conversion.config import megatron_arguments, read_hf_config, read_unchecked
+from megatron_vespo.conversion.family import FAMILIES, Family, ModelShape, family_of, shape_of
 from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpointReader
 from megatron_vespo.conversion.megatron_checkpoint import (
     TRACKER_NAME,
@@ -139,7 +139,9 @@ def check_tensors(
 
 
 def check_served(folder: Path) -> None:
-    """ValueError for an HF folder that SGLang 0.5.23 starts with and does not load."""
+    """ValueError for an HF folder of our families that SGLang 0.5.23 starts with and does not load."""
+    if not set(read_unchecked(folder).get("architectures") or []) & FAMILIES.keys():
+        return  # engines of an evaluation may serve any model, some of which are stored so
     with HFCheckpointReader(folder) as reader:
         if reader.has_fused_experts:
             raise ValueError(

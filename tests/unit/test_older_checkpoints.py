@@ -77,6 +77,10 @@ def test_engines_do_not_get_fused_experts(both_forms, capsys):
     check_served(apart)
     with pytest.raises(ValueError, match=f"{fused}: its experts are fused .* convert hf-to-hf {fused} DST"):
         check_served(fused)
+    # SGLang reads the fused experts of some other families
+    config = json.loads((fused / "config.json").read_text())
+    (fused / "config.json").write_text(json.dumps(config | {"architectures": ["OtherMoeForCausalLM"]}))
+    check_served(fused)
 
 
 def fused_by_hand(tmp_path, change) -> tuple[int, object]:
