@@ -140,7 +140,8 @@ def check_tensors(
 
 def check_served(folder: Path) -> None:
     """ValueError for an HF folder of our families that SGLang 0.5.23 starts with and does not load."""
-    if not set(read_unchecked(folder).get("architectures") or []) & FAMILIES.keys():
+    found = read_unchecked(folder).get("architectures")
+    if not (isinstance(found, list) and set(map(str, found)) & FAMILIES.keys()):
         return  # engines of an evaluation may serve any model, some of which are stored so
     with HFCheckpointReader(folder) as reader:
         if reader.has_fused_experts:
