@@ -26,18 +26,28 @@ def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
     return Step(
-        rank=int(env["SLURM_PROCID"]),
-        size=int(env["SLURM_STEP_NUM_TASKS"] if "SLURM_STEP_NUM_TASKS" in env else env["SLURM_NTASKS"]),
-        local_rank=int(env.get("SLURM_LOCALID", 0)),
+        rank=number_of(env, "SLURM_PROCID"),
+        size=number_of(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"),
+        local_rank=number_of(env, "SLURM_LOCALID", 0),
         word=f"{env.get('SLURM_JOB_ID', 0)}.{env.get('SLURM_STEP_ID', 0)}",
         nodes=_nodes(env),
     )
 
 
+def number_of(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """What a variable says; ValueError, with its name, for no number, or none without a default."""
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ValueError(f"environment variable {name} is {text!r}, must be a number")
+    return int(text)
+
+
 def _nodes(env: Mapping[str, str]) -> str:
     """Of a step on all components of a heterogeneous job the first one's: the step's own list is sorted."""
-    groups = range(int(env.get("SLURM_HET_SIZE", 0)))
-    of_all = sum(int(env.get(f"SLURM_JOB_NUM_NODES_HET_GROUP_{group}", 0)) for group in groups)
+    groups = range(number_of(env, "SLURM_HET_SIZE", 0))
+    of_all = sum(number_of(env, f"SLURM_JOB_NUM_NODES_HET_GROUP_{group}", 0) for group in groups)
     if of_all and env.get("SLURM_STEP_NUM_NODES") == str(of_all):
         return env["SLURM_JOB_NODELIST_HET_GROUP_0"]
     return env["SLURM_STEP_NODELIST"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_vespo.slurm_step import current_step, first_host
+from megatron_vespo.slurm_step import current_step, first_host, number_of
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=12)  # one rank may copy for long while another has nothing left to do
@@ -71,7 +71,10 @@ def joined_ranks():
 
 def _from_environment() -> tuple[int, int]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, size = (number_of(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
+        if rank >= size:
+            raise ValueError(f"environment variables RANK {rank} and WORLD_SIZE {size}: ranks begin with 0")
+        return rank, size
     step = current_step()
     return (0, 1) if step is None else (step.rank, step.size)
 

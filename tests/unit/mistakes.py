@@ -170,6 +170,34 @@ CONTRADICTIONS = [
     ("smoke", "--timeout 0", ["--timeout"]),
 ]  # fmt: skip
 
+# a variable of the environment: those without names are no mistake, and must not be a traceback
+_STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+ENVIRONMENTS: list[tuple[str, dict[str, str | None], list[str]]] = [
+    ("convert inspect", {"RANK": "x", "WORLD_SIZE": "2"}, ["RANK"]),
+    ("convert verify", {"RANK": "0", "WORLD_SIZE": ""}, ["WORLD_SIZE"]),
+    ("convert hf-to-megatron", {"RANK": "0", "WORLD_SIZE": "0"}, ["WORLD_SIZE"]),
+    ("convert inspect", {"RANK": "5", "WORLD_SIZE": "2"}, ["RANK"]),
+    ("convert inspect", _STEP | {"SLURM_PROCID": "-1"}, ["SLURM_PROCID"]),
+    ("doctor", _STEP | {"SLURM_NTASKS": None}, ["SLURM_NTASKS"]),
+    ("doctor", _STEP | {"SLURM_LOCALID": "first"}, ["SLURM_LOCALID"]),
+    ("doctor", _STEP | {"SLURM_HET_SIZE": "two"}, ["SLURM_HET_SIZE"]),
+    ("submit", {"PATH": "/nowhere"}, []),
+    *((command, {"HOME": None}, []) for command in ("train", "evaluate", "plan", "doctor")),
+    *((command, {"TMPDIR": "/nowhere"}, []) for command in ("train", "evaluate", "submit", "smoke")),
+    *((command, {"LANG": "C", "LC_ALL": "C"}, []) for command in ("train", "simulate", "prepare-data")),
+    *((command, {"CUDA_VISIBLE_DEVICES": "none,-1"}, []) for command in ("train", "plan", "check layout")),
+    *((command, {"COLUMNS": "wide"}, []) for command in ("simulate", "doctor", "train")),
+    *((command, {"RAY_ADDRESS": "nowhere:1"}, []) for command in ("train", "plan", "check layout")),
+    *((command, {"HF_HOME": "/dev/null/x"}, []) for command in ("train", "evaluate")),
+]
+COLD: list[tuple[str, dict[str, str | None], list[str]]] = [
+    ("args", {"OMP_NUM_THREADS": "x"}, ["OMP_NUM_THREADS"]),
+    ("args", {"OMP_NUM_THREADS": ""}, []),
+    ("train", {"OMP_NUM_THREADS": "-1"}, ["OMP_NUM_THREADS"]),
+    ("args", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, []),
+    ("convert inspect", {"HOME": None, "TMPDIR": "/nowhere", "PATH": None}, []),
+]
+
 
 @dataclass
 class Case:
@@ -346,6 +374,23 @@ def _in_the_way(draw: random.Random, command: str, flags: dict) -> Case | None:
     )
 
 
+def _environment(draw: random.Random, command: str, flags: dict) -> Case | None:
+    own = [entry for entry in ENVIRONMENTS if entry[0] == command]
+    return _in_environment(*draw.choice(own)) if own else None
+
+
+def _in_environment(command: str, env: dict[str, str | None], names: list[str], warm: bool = True) -> Case:
+    what = " ".join(f"{name}={value}" for name, value in env.items())
+    return Case(
+        command, _right(command), what, names, env=env, warm=warm, valid="" if names else "it may be so"
+    )
+
+
+def cold_cases() -> list[Case]:
+    """Of variables that count when a process starts, or imports Megatron."""
+    return [_in_environment(*entry, warm=False) for entry in COLD]
+
+
 def _damaged(draw: random.Random, command: str, flags: dict) -> Case | None:
     name = draw.choice(FILES[command])
     ways = [*ANY]
@@ -442,7 +487,7 @@ ANY = [_empty, _cut, _binary, _folder, _nulls]
 JSON = [_deep, _wrong_json]
 JSON_LINES = [_digits, _surrogate, _cell, _cell]
 KINDS = [_wrong_value, _wrong_value, _wrong_value, _misspelt, _without_value, _stray, _contradiction,
-         _contradiction, _missing, _in_the_way, _damaged, _damaged, _damaged]  # fmt: skip
+         _contradiction, _missing, _in_the_way, _environment, _damaged, _damaged, _damaged]  # fmt: skip
 
 
 def copy_files(source: Path, target: Path) -> None:

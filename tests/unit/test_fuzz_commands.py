@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from command_server import ACCEPTED
-from mistakes import RIGHT, Case, cases, copy_files, write_files
+from mistakes import RIGHT, Case, cases, cold_cases, copy_files, write_files
 
 SEED = int(os.environ.get("VESPO_FUZZ_SEED", "0"))
 NUMBER = int(os.environ.get("VESPO_FUZZ_CASES", "300"))
@@ -37,6 +37,12 @@ class Server:
         copy_files(self.source, folder)
         case.prepare(folder)
         env = {name: value for name, value in {**os.environ, **case.env}.items() if value is not None}
+        if not case.warm:
+            program = [sys.executable, "-m", "megatron_vespo.cli", *case.argv]
+            done = subprocess.run(
+                program, cwd=folder, env=env, capture_output=True, text=True, timeout=DEADLINE_S
+            )
+            return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
         asked = {"argv": case.argv, "env": env, "folder": str(folder), "deadline": DEADLINE_S}
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
@@ -108,3 +114,8 @@ def test_mistakes_are_answered_in_one_line(server, capsys):
             + ", ".join(f"{command} {count}" for command, count in sorted(tried.items()))
         )
     assert not failures, f"seed {SEED}:\n" + "\n".join(failures)
+
+
+@pytest.mark.parametrize("case", cold_cases(), ids=lambda case: f"{case.command} {case.what}")
+def test_variables_that_count_when_a_process_starts(server, case):
+    assert (problem := wrong(case, answer := server.answer(case))) is None, (problem, answer)
