@@ -274,8 +274,8 @@ class MegatronPolicy:
     def log_w_floor(self, samples: Sequence[TrainingSample]) -> np.ndarray:
         """log W of every sample between two passes over the current weights, float32 [num_samples].
 
-        The same on all ranks. The passes differ in their roundings alone, see `rounded_otherwise`; routes are replayed as between
-        pi_old and a training pass.
+        The same on all ranks. The passes differ in their roundings alone, see `rounded_otherwise`; routes are
+        replayed as between pi_old and a training pass.
         """
         mini_batch = self.pack(self._packer.fill(samples))
         self._keep_log_probs(mini_batch)
