@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.table import METHODS
