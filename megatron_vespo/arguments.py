@@ -26,7 +26,7 @@ from megatron_vespo.checkpoint_flags import check_checkpoints, check_megatron_sa
 from megatron_vespo.colocate_flags import check_colocation
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config
 from megatron_vespo.data.context_parallel import TokenLayout
-from megatron_vespo.flag_parser import FlagParser, exit_with_guess
+from megatron_vespo.flag_parser import FlagParser
 from megatron_vespo.flags import DESCRIPTION, add_vespo_arguments
 from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
@@ -59,10 +59,7 @@ def parse_args(
     `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
     The answer is the default of --distributed-backend.
     """
-    if "--" in argv:  # argparse would take all that follows for no flags
-        raise ValueError(
-            f"-- {' '.join(argv[argv.index('--') + 1 :][:1])}: there are only flags here, leave it out"
-        )
+    _refuse_dashes(argv)
     check_words(argv)
     argv = with_expanded_paths(argv)
     args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
@@ -129,9 +126,24 @@ class _MegatronHelp(argparse.HelpFormatter):
             return action.help or ""
 
 
-def full_parser() -> argparse.ArgumentParser:
+def refuse_unknown(argv: list[str], command: str) -> None:
+    """Ends the program for a flag that nobody has, or a value of another type; needs no model."""
+    _refuse_dashes(argv)
+    check_words(argv)
+    parser = full_parser(command)
+    parser.usage = f"megatron-vespo {command} [flags]; see --help"
+    parser.parse_args(parse_sglang_flags(argv)[1])
+
+
+def _refuse_dashes(argv: list[str]) -> None:
+    if "--" in argv:  # argparse would take all that follows for no flags
+        after = " ".join(argv[argv.index("--") :][:2])
+        raise ValueError(f"{after}: there are only flags here, leave it out")
+
+
+def full_parser(command: str = "train") -> argparse.ArgumentParser:
     """Megatron's flags and ours, with the defaults that their authors have given them."""
-    parser = _parser("train")
+    parser = _parser(command)
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
         from megatron.training.arguments import add_megatron_arguments
@@ -240,7 +252,7 @@ def _parse_with_megatron(
     def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.prog = f"megatron-vespo {command}"
         parser.usage = f"{parser.prog} [flags]; see --help"
-        parser.error = partial(exit_with_guess, parser)
+        FlagParser.adopt(parser)
         add_vespo_arguments(parser)
         flags.update({action.dest: action.option_strings[0] for action in parser._actions})
         defaults = {action.dest: action.default for action in parser._actions}

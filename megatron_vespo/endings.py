@@ -49,6 +49,8 @@ def ending(error: BaseException, argv: Sequence[str]) -> tuple[int, str]:
             return EXIT_USER_ERROR, f"{_plain(part)}: cannot be written as {error.encoding}"
         case MemoryError():
             return EXIT_FAILURE, f"out of memory{f': {_plain(error)}' if str(error) else ''}"
+        case RuntimeError() if str(error).startswith("Symlink loop"):  # pathlib's, with the path
+            return EXIT_USER_ERROR, _plain(error)
         case RecursionError() | NotImplementedError():
             return EXIT_FAILURE, _internal(error, argv)
         case ValueError() | RuntimeError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -66,6 +67,11 @@ def check_output_file(flag: str, path: Path | None) -> None:
 
 def _check_writable(where: str, folder: Path) -> None:
     folder = Path(os.path.abspath(folder))
+    try:
+        os.stat(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name too long, links that go in a circle
+            raise ValueError(f"{where}: {error.strerror}") from error
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():

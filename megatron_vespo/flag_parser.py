@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -14,22 +15,30 @@ _known: dict[str, set[str]] = {}
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Takes what ArgumentParser takes."""
+    """Takes what ArgumentParser takes. Its numbers are numbers: no NaN, and none beyond 64 bits."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"allow_abbrev": False, **options})
+
+    @staticmethod
+    def adopt(parser: argparse.ArgumentParser) -> None:
+        """Makes a library's parser one of these."""
+        parser.__class__ = FlagParser
 
     def parse_known_args(self, args=None, namespace=None):
         _known.setdefault(self.prog, set()).update(_flags_of(self))
         return super().parse_known_args(args, namespace)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        if isinstance(value, float) and math.isnan(value):
+            raise argparse.ArgumentError(action, f"{arg_string!r} is not a number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise argparse.ArgumentError(action, f"{arg_string} is too large")
+        return value
+
     def error(self, message: str) -> NoReturn:
-        exit_with_guess(self, message)
-
-
-def exit_with_guess(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """`ArgumentParser.error`, for any parser: the line of a misspelt flag ends with the nearest one."""
-    argparse.ArgumentParser.error(parser, message + _guess(parser, message))
+        super().error(message + _guess(self, message))
 
 
 def _guess(parser: argparse.ArgumentParser, message: str) -> str:

@@ -83,9 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 def _questions(path: Path, instruction: str | None) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"--exclude {path}: no such file")
+    empty = True
     for where, row in rows_of(path):
         question = question_of(row, QUESTION_COLUMNS, where)
+        empty = False
         yield question.removesuffix(_ending(instruction))  # it may have been prepared in the same way
+    if empty:
+        raise ValueError(f"--exclude {path}: the file is empty")
 
 
 def _ending(instruction: str | None) -> str:

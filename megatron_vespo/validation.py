@@ -172,11 +172,33 @@ def check_layout(args: Namespace) -> None:
     _check_divisions(args)
 
 
+def _check_optimizer(args: Namespace) -> None:
+    """Numbers that Megatron takes as they are."""
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name):g}, must be 0 or more, below 1"
+            )
+    for name in (
+        "lr",
+        "min_lr",
+        "adam_eps",
+        "clip_grad",
+        "weight_decay",
+        "lr_warmup_iters",
+        "lr_decay_iters",
+    ):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}, must be 0 or more, and finite")
+
+
 def _check_training(args: Namespace) -> None:
     if args.train_iters is None or args.train_iters <= 0:
         raise ValueError("--train-iters (optimizer steps) is required and must be positive")
     if args.lr is None:
         raise ValueError("--lr is required")
+    _check_optimizer(args)
     if args.train_iters % args.mini_batches:
         raise ValueError(
             f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches "

@@ -29,6 +29,7 @@ OWNED = {
 }
 MEMORY_SAVER = "--enable-memory-saver"
 MEMORY_FRACTION = "--mem-fraction-static"
+SIZE_FLAGS = ("--tensor-parallel-size", "--tp-size")  # one flag's names
 # where users choose how CUDA graphs are captured
 PREFILL_GRAPHS = "--cuda-graph-backend-prefill"
 GRAPH_FLAGS = (PREFILL_GRAPHS, "--cuda-graph-backend-decode", "--cuda-graph-config")
@@ -68,6 +69,9 @@ def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
             raise ValueError(f"{given}: SGLang's {name} needs a value")
         flags += [name, *(map(expanded, values) if is_path else values)]
     _check_memory_fraction(flags)
+    size = flag_value(flags, *SIZE_FLAGS)
+    if size is not None and not (size.isdecimal() and int(size)):
+        raise ValueError(f"--sglang-tp-size is {size!r}, must be a positive number")
     return flags, rest
 
 
@@ -207,7 +211,7 @@ def flag_value(sglang_flags: list[str], *names: str) -> str | None:
 
 def engine_size(sglang_flags: list[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
-    return int(flag_value(sglang_flags, "--tensor-parallel-size", "--tp-size") or 1)
+    return int(flag_value(sglang_flags, *SIZE_FLAGS) or 1)
 
 
 def has_pausable_graphs(arguments: list[str]) -> bool:

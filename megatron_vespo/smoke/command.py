@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 
+from megatron_vespo.arguments import refuse_unknown
 from megatron_vespo.cluster.placement import start_ray
 from megatron_vespo.cluster.roles import ROLES
 from megatron_vespo.flag_checks import check_output_folder, check_positive
@@ -50,6 +51,7 @@ LOCAL_CORES = 3  # at least: two ranks and an engine, which share fewer
 def main(argv: list[str]) -> int:
     options, flags = parse(argv)
     wanted = wanted_layout(flags)
+    refuse_unknown(flags, "smoke")  # before anything starts
     stages = all_stages(wanted.colocate)
     check_output_folder("--output-dir", options.output_dir)
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What a command's end says: one line and an exit code, whatever was raised."""
 
+import argparse
 import errno
 import os
 import re
@@ -153,6 +154,18 @@ def test_a_misspelt_flag_is_compared_with_all_that_there_are(capsys):
         assert capsys.readouterr().err.splitlines()[-1] == f"program x: error: {says}"
 
 
+@pytest.mark.parametrize(
+    ("word", "says"), [("nan", "'nan' is not a number"), ("9" * 30, f"{'9' * 30} is too large")]
+)
+def test_numbers_are_numbers(capsys, word, says):
+    for parser in (FlagParser(), argparse.ArgumentParser()):
+        FlagParser.adopt(parser)
+        parser.add_argument("--x", type=float if word == "nan" else int)
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--x", word])
+        assert capsys.readouterr().err.endswith(f"error: argument --x: {says}\n")
+
+
 def test_a_command_that_parses_twice_knows_both_lists(capsys):
     own = FlagParser(prog="program twice")
     own.add_argument("--nodes")
@@ -173,6 +186,8 @@ def test_output_folders_are_tried_before_anything_starts(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"^--save {tmp_path}/{folder}: {tmp_path}/{says}$"):
             check_output_folder("--save", tmp_path / folder)
+    with pytest.raises(ValueError, match="^--save x{300}: File name too long$"):
+        check_output_folder("--save", Path("x" * 300))
     with pytest.raises(ValueError, match="^--save /proc/x: nothing can be written into /proc: "):
         check_output_folder("--save", Path("/proc/x"))
     check_output_folder("--save", tmp_path / "a/b/c")

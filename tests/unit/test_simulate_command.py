@@ -145,7 +145,7 @@ def test_a_folder_that_is_no_whole_synchronous_run_is_refused(recorded_run, tmp_
         (["--sync-interval", "3", "--max-staleness", "9"], "--sync-interval 3 must be a divisor or"),
         (["--mini-batches", "3"], "--rollout-batch-size 16 must be a multiple of --mini-batches 3"),
         (["--trainer-share", "1.5"], "--trainer-share 1.5: must be 0 to 1"),
-        (["--length-mean", "nan"], "--length-mean nan: must be positive"),
+        (["--length-mean", "-1"], "--length-mean -1.0: must be positive"),
         (["--decode-ms", "0", "0"], "--decode-ms 0 0: decoding takes time"),
         (["--recovery-seconds", "-1"], "--recovery-seconds -1.0: must be zero or more"),
         (["--lengths-from", "nowhere"], "nowhere: not the batches of one run with --save-rollouts"),

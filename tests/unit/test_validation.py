@@ -1,6 +1,7 @@
 """Each mistake in the flags, and the one line that it gets."""
 
 import argparse
+import math
 from argparse import Namespace
 
 import pytest
@@ -44,6 +45,14 @@ def layout(**changes) -> Namespace:
         train_iters=16,
         mini_batches=8,
         lr=1e-6,
+        min_lr=None,
+        lr_warmup_iters=0,
+        lr_decay_iters=None,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        clip_grad=1.0,
+        weight_decay=0.0,
         seq_length=100,
         max_prompt_tokens=40,
         max_completion_tokens=60,
@@ -472,6 +481,10 @@ def test_parallel_sizes_are_positive(size, value):
         ({"train_iters": 0}, "--train-iters (optimizer steps) is required and must be positive"),
         ({"train_iters": 20}, "--train-iters 20 optimizer steps must be a multiple of --mini-batches 8"),
         ({"lr": None}, "--lr is required"),
+        ({"lr": -1.0}, "--lr is -1, must be 0 or more, and finite"),
+        ({"min_lr": -math.inf}, "--min-lr is -inf, must be 0 or more, and finite"),
+        ({"clip_grad": -7.0}, "--clip-grad is -7, must be 0 or more, and finite"),
+        ({"adam_beta2": 1.0}, "--adam-beta2 is 1, must be 0 or more, below 1"),
         (
             {"optimizer_cpu_offload": True},
             "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both",
