@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,29 @@ def test_an_asynchronous_run_goes_back_to_the_groups_of_then(tiny_model, tmp_pat
     steps = [record["step"] for record in curve(folder) if "train/loss" in record]
     assert steps == list(range(2, STEPS + 1, 2))
     assert saved_steps(folder / "saved/set-aside-001") == [12, 16]
+
+
+def test_a_finished_run_says_so_and_another_learning_rate_counts(tiny_model, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    paths = json.loads((folder / "out/summary.json").read_text())
+    paths["paths"]["checkpoint"] = str(folder / "saved")  # as if it had been trained here
+    (folder / "out/summary.json").write_text(json.dumps(paths))
+    before = (folder / "out/metrics.jsonl").read_bytes()
+    started = time.monotonic()
+    said = finish(tiny_model, folder)
+    print(f"said after {time.monotonic() - started:.1f} s: {said}")
+    assert said.splitlines()[-1] == (
+        f"16 of 16 steps are done: {folder}/saved/iter_0000016, summary in {folder}/out/summary.json"
+    )
+    assert "start Ray" not in said and (folder / "out/metrics.jsonl").read_bytes() == before
+    assert not (folder / "out/run-002.json").exists()
+
+    said = finish(tiny_model, folder, "--lr", "5e-5", "--ckpt-step", "12")
+    assert "--lr 5e-05 (the checkpoint had 0.0001)" in said
+    rates = {r["step"]: r["train/learning_rate"] for r in curve(folder) if "train/learning_rate" in r}
+    assert rates[12] == 1e-4 and rates[14] == rates[16] == 5e-5
+    record = json.loads((folder / "out/run-002.json").read_text())
+    assert record["resumed_from"] == f"{folder}/saved/iter_0000012" and record["went_back_to"] == 12
+    assert record["changed"]["lr"] == 5e-5 and record["arguments"]["hidden_size"] > 0
+    assert "--ckpt-step 12" in record["command"] and record["nodes"][0]["cpus"] > 0
