@@ -51,9 +51,10 @@ but for dp, which is the smallest that the experts' layout fits. vppN: N virtual
 Any flag of Megatron's or of `megatron-vespo train` may follow; it counts for all layouts.
 
 The default bounds are what rounding makes of this model and these samples: they grow with the number of
-layers and tokens and the size of the log-probs (observability/layout_bounds.py derives them). An optimizer
-step carries rounding into the weights, the more the higher --lr (default 1e-6). In bf16 rounding is 32,768
-times larger and changes the experts of near ties: a layout is proven in fp32.
+layers and tokens and the size of the log-probs (observability/layout_bounds.py derives them). They are
+for one step: it carries rounding into the weights, the more the higher --lr (default 1e-6), and --steps may
+need wider ones. In bf16 rounding is 32,768 times larger and changes the experts of near ties: a layout is
+proven in fp32.
 Exit code: 0 when all differences are within the bounds, 1 when not or when a layout broke, 2 for a mistake.
 """
 BOUND_HELP = {
