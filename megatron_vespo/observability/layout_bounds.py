@@ -34,7 +34,7 @@ logits behind it are larger still. Where a line of context or data parallelism i
 differs in fp32 by 6e-3 or more in log W, loss or gradient norm: a hundred times a bound.
 
 That is for the first optimizer step. Adam divides a gradient by its own size, so that small elements carry
-their rounding into the weights in full: after three steps at a learning rate of 1e-5 three right layouts of the
+their rounding into the weights in full: after three steps at a learning rate of 1e-5 right layouts of the
 trained model are 2e-4 to 7e-4 away in log W. Bounds for later steps are the user's to give.
 """
 
