@@ -1,16 +1,28 @@
 r"""Exact-answer reward for mathematics, decided by math-verify.
 
-Only the final answer counts: the last complete \boxed{...}, or what math-verify finds in the response's end.
+Only the final answer counts: the last complete \boxed{...} or <answer>...</answer>, or what math-verify finds
+in the response's end. Two numbers are compared by `same_number`, exactly.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
+
+from megatron_vespo.rewards.answer_text import (
+    bare,
+    final_answer,
+    is_balanced,
+    is_taken_literally,
+    letters,
+    plain_latex,
+    plain_prose,
+)
+from megatron_vespo.rewards.same_number import agrees, same_decimal
 
 # math-verify warns that its own time limit is off. That limit is a signal, which only a main thread may set;
 # the reward pool's deadline replaces it.
@@ -18,11 +30,14 @@ for _module in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_module).setLevel(logging.ERROR)
 
 _MAX_ANSWER_CHARS = 1000
-_BRACE_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?([eE][+-]?\d{1,3})?")
-_TIMES_POWER_OF_TEN = re.compile(r"\s*\\(?:times|cdot)\s*10\^\{?\s*([+-]?\d+)\s*\}?$")
+# Of a box alone, all of it or nothing: by default what cannot be parsed becomes a number that stands in it.
+_BOX = [LatexExtractionConfig(boxed_match_priority=0)]
+_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?([eE][+-]?\d{1,3})?|[+-]?\.\d+")
+_TIMES_POWER_OF_TEN = re.compile(r"\s*\\(?:times|cdot)\s*10\^\{?\s*([+-]?\d{1,3})\s*\}?$")
 _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
-_MATH_DELIMITERS = re.compile(r"\s*(\$\$|\$|\\\(|\\\[)(.*?)(\$\$|\$|\\\)|\\\])\s*", re.DOTALL)
+_SENTENCE = re.compile(r"\b(?:is|are|answer)\b", re.IGNORECASE)
+# with a command or an index in it: `$5 and $` is no formula
+_FORMULA = re.compile(r"\$\$[^$]*[\\_][^$]*\$\$|\$[^$\n]*[\\_][^$\n]*\$|\\\([^\n]*?\\\)|\\\[.*?\\\]", re.DOTALL)
 
 
 def math_reward(response: str, answer: str, metadata: dict | None = None) -> float:
@@ -32,74 +47,76 @@ def math_reward(response: str, answer: str, metadata: dict | None = None) -> flo
         answer: the reference as data sets write it: "42", "1,234", "\frac{1}{2}", "70\%", "$x^2$".
         metadata: unused; every reward function is called with it.
     """
-    reference = _bare(answer)
-    boxed = last_boxed(response)
-    if boxed is None:
-        return _grade(_tail(response), reference, False)
-    final_answer = _bare(boxed)
-    if not final_answer or len(final_answer) > _MAX_ANSWER_CHARS:
-        return 0.0
-    if final_answer == reference:
+    reference = plain_latex(bare(answer))
+    given = final_answer(response)
+    if given is None or _SENTENCE.search(given) and "\\" not in given:
+        return _grade_prose(_tail(response if given is None else given), reference)
+    answered = plain_latex(bare(given))
+    return _grade_answer(answered, reference) if answered else 0.0
+
+
+@lru_cache(maxsize=16384)
+def _grade_answer(answered: str, reference: str) -> float:
+    r"""Both `plain_latex`, the contents of a box."""
+    ours, theirs = letters(answered), letters(reference)
+    if ours == theirs:
         return 1.0
-    found, gold = _plain_number(final_answer), _plain_number(reference)
+    if len(answered) > _MAX_ANSWER_CHARS or is_taken_literally(ours) or is_taken_literally(theirs):
+        return 0.0
+    found, gold = _plain_number(answered), _plain_number(reference)
     if found is not None and gold is not None:
-        # The common case by far, hundreds of times faster than two LaTeX parses; and math-verify compares
-        # with an absolute tolerance, to which 2.9e-19 and 4.3e-19 are the same.
-        return float(found == gold)
-    return _grade(final_answer, reference, True)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} with balanced braces holds; None without one. One pass over the text."""
-    open_braces: list[int | None] = []  # start of the contents for a box, None for any other brace
-    last_start, contents = -1, None
-    for token in _BRACE_TOKENS.finditer(text):
-        if token.group().startswith("\\boxed"):
-            open_braces.append(token.end())
-        elif token.group() == "{":
-            open_braces.append(None)
-        elif token.group() == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and start > last_start:
-                last_start, contents = start, text[start : token.start()]
-    return contents
-
-
-def _plain_number(expression: str) -> Decimal | None:
-    expression = _TIMES_POWER_OF_TEN.sub(r"e\1", expression)
-    return Decimal(expression.replace(",", "")) if _NUMBER.fullmatch(expression) else None
+        # The common case by far, hundreds of times faster than two LaTeX parses.
+        both_integers = found.denominator == gold.denominator == 1
+        return float(found == gold if both_integers else same_decimal(found, gold))
+    return _grade(_parse_answer(answered), _parse_answer(reference))
 
 
 @lru_cache(maxsize=16384)
-def _grade(final_answer: str, reference: str, boxed: bool) -> float:
-    gold = _parse_reference(reference)
-    found = parse(_as_box(final_answer) if boxed else final_answer, parsing_timeout=None)
+def _grade_prose(text: str, reference: str) -> float:
+    """`text` has no marked answer: what math-verify finds in it counts."""
+    formulas = [plain_latex(bare(match.group())) for match in _FORMULA.finditer(text)]
+    unread = {formula for formula in formulas if _is_unread(formula)}
+    if formulas and formulas[-1] in unread and letters(formulas[-1]) == letters(reference):
+        return 1.0
+    if is_taken_literally(letters(reference)):
+        return 0.0
+    # math-verify would look for a number in what it cannot parse
+    text = _FORMULA.sub(lambda m: "..." if plain_latex(bare(m.group())) in unread else m.group(), text)
+    return _grade(tuple(parse(text, parsing_timeout=None)), _parse_answer(reference))
+
+
+def _grade(found: tuple, gold: tuple) -> float:
     # math-verify is not symmetric: the reference goes first.
-    return float(verify(gold, found, timeout_seconds=None))
+    return float(
+        any(
+            verify(theirs, ours, timeout_seconds=None) and (isinstance(theirs, str) or agrees(theirs, ours))
+            for theirs in gold
+            for ours in found
+        )
+    )
+
+
+def _is_unread(formula: str) -> bool:
+    return is_taken_literally(letters(formula)) or all(isinstance(p, str) for p in _parse_answer(formula))
 
 
 @lru_cache(maxsize=16384)
-def _parse_reference(reference: str) -> list:
-    return parse(_as_box(reference), parsing_timeout=None)
-
-
-def _as_box(expression: str) -> str:
+def _parse_answer(expression: str) -> tuple:
+    """The expression as sympy has it, unless it cannot be parsed, and as math-verify writes it."""
     # math-verify would read 3e8 as 3 * e * 8.
-    return "\\boxed{" + _E_NOTATION.sub(r"\1 \\times 10^{\2}", expression) + "}"
+    box = "\\boxed{" + _E_NOTATION.sub(r"\1 \\times 10^{\2}", expression) + "}"
+    parsed = parse(box, _BOX, extraction_mode="first_match", parsing_timeout=None)
+    # units go, and what follows an unbalanced brace; what is left stands for too much
+    return tuple(p for p in parsed if not isinstance(p, str) or is_balanced(p))
 
 
-def _bare(expression: str) -> str:
-    """The expression without surrounding space, $ signs and box."""
-    match = _MATH_DELIMITERS.fullmatch(expression)
-    if match and "$" not in match.group(2):
-        expression = match.group(2)
-    expression = expression.strip()
-    inner = last_boxed(expression)
-    return inner.strip() if inner is not None and expression == f"\\boxed{{{inner}}}" else expression
+def _plain_number(expression: str) -> Fraction | None:
+    expression = _TIMES_POWER_OF_TEN.sub(r"e\1", expression)
+    return Fraction(expression.replace(",", "")) if _NUMBER.fullmatch(expression) else None
 
 
 def _tail(response: str) -> str:
-    response = response.rstrip()
+    response = plain_prose(response.rstrip())
     if len(response) <= _MAX_ANSWER_CHARS:
         return response
     # The cut may split a number, so the first, perhaps partial, word goes too.

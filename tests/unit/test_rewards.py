@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vespo.rewards import math as math_rewards
-from megatron_vespo.rewards.math import last_boxed, math_reward
+from megatron_vespo.rewards.answer_text import last_boxed
+from megatron_vespo.rewards.math import math_reward
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult, load_reward_function
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -160,6 +161,7 @@ def test_last_boxed_takes_linear_time_on_repeated_open_boxes():
         (boxed("300000000"), "3e8", 1.0),
         (boxed("3e7"), "3e8", 0.0),
         (boxed("4.3e-19"), "2.9e-19", 0.0),
+        (boxed(".5"), "0.5", 1.0),
         (boxed(r"4.3 \times 10^{-19}"), "2.9e-19", 0.0),
         (boxed(r"2.9 \cdot 10^{-19}"), "2.9e-19", 1.0),
         (boxed(r"3 \times 10^{8} m"), "3e8", 1.0),
@@ -198,14 +200,18 @@ def test_a_number_that_the_tail_cuts_is_not_the_answer():
 def test_number_shortcut_agrees_with_math_verify(reference, offset, commas, reference_commas):
     found = f"{reference + offset:,}" if commas else f"{reference + offset}.0"
     gold = f"{reference:,}" if reference_commas else str(reference)
-    assert math_reward(boxed(found), gold) == math_rewards._grade(found, gold, True) == float(offset == 0)
+    assert math_reward(boxed(found), gold) == by_math_verify(found, gold) == float(offset == 0)
+
+
+def by_math_verify(found: str, gold: str) -> float:
+    return math_rewards._grade(math_rewards._parse_answer(found), math_rewards._parse_answer(gold))
 
 
 def test_grade_is_cached():
-    math_rewards._grade.cache_clear()
+    math_rewards._grade_answer.cache_clear()
     for _ in range(3):
         assert math_reward(boxed("x+x"), "2x") == 1.0
-    info = math_rewards._grade.cache_info()
+    info = math_rewards._grade_answer.cache_info()
     assert (info.misses, info.hits) == (1, 2)
 
 
@@ -239,7 +245,7 @@ def test_real_references_grade_themselves_and_refuse_a_neighbour(name, key, coun
     answers = read_answers(name, key, r"####\s*(.+)" if "gsm8k" in name else "(.+)")
     assert len(answers) == count
     assert [a for a in answers if math_reward(boxed(a), a) != 1.0] == []
-    assert [a for a in answers if math_rewards._grade(a, a, True) != 1.0] == []
+    assert [a for a in answers if by_math_verify(a, a) != 1.0] == []
     assert [a for a in answers if math_reward(boxed(f"{float(a.replace(',', '')) + 1:.5f}"), a) != 0.0] == []
     assert [a for a in answers if math_reward(f"The answer is {a}.", a) != 1.0] == []
 
