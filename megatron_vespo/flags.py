@@ -76,7 +76,7 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generate-function", metavar="PATH",
         help="package.module:function that makes a completion; default: a request")  # fmt: skip
     add("--reward-function", default="math", metavar="PATH",
-        help="'math' (math-verify) or package.module:function")  # fmt: skip
+        help="'math' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="for a worker and each process that it starts; inf: no limit")  # fmt: skip

@@ -22,7 +22,10 @@ def import_function(import_path: str, what: str, builtin: str | None = None) -> 
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"{where}: cannot import {module_name} ({error}); is it on PYTHONPATH?") from error
+        raise ValueError(
+            f"{where}: cannot import {module_name} ({error}); PYTHONPATH must hold its folder, the "
+            "current one is not searched"
+        ) from error
     function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"{where}: {module_name} has no {name!r}")

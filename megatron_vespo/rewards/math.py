@@ -37,7 +37,9 @@ _TIMES_POWER_OF_TEN = re.compile(r"\s*\\(?:times|cdot)\s*10\^\{?\s*([+-]?\d{1,3}
 _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
 _SENTENCE = re.compile(r"\b(?:is|are|answer)\b", re.IGNORECASE)
 # with a command or an index in it: `$5 and $` is no formula
-_FORMULA = re.compile(r"\$\$[^$]*[\\_][^$]*\$\$|\$[^$\n]*[\\_][^$\n]*\$|\\\([^\n]*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$[^$]*[\\_][^$]*\$\$|\$[^$\n]*[\\_][^$\n]*\$|\\\([^\n]*?\\\)|\\\[.*?\\\]", re.DOTALL
+)
 
 
 def math_reward(response: str, answer: str, metadata: dict | None = None) -> float:

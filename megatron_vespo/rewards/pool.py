@@ -10,6 +10,7 @@ multiprocessing's spawn and forkserver import the parent's main program again, t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -67,12 +68,31 @@ def load_reward_function(import_path: str) -> RewardFunction:
     A custom function is called as function(response, answer, metadata) and returns a finite number.
 
     Raises:
-        ValueError: the module or the function is not there, or it is not callable.
+        ValueError: the module or the function is not there, or it cannot be called so.
     """
     builtin = "math"
     if import_path == builtin:
         import_path = "megatron_vespo.rewards.math:math_reward"
-    return import_function(import_path, "reward function", builtin)
+    function = import_function(import_path, "reward function", builtin)
+    _check_signature(function, f"reward function {import_path!r}")
+    return function
+
+
+def _check_signature(function: RewardFunction, where: str) -> None:
+    right = "it is called as function(response, answer, metadata) and returns a float"
+    if inspect.isclass(function):
+        raise ValueError(f"{where}: is a class, not a function; {right}")
+    if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):  # noqa: B004
+        raise ValueError(f"{where}: is async; {right}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # one written in C may have none
+    try:
+        signature.bind("response", "answer", {})
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"{where}: {name}{signature} does not fit ({error}); {right}") from error
 
 
 class RewardPool:

@@ -11,11 +11,13 @@ import resource
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 RewardFunction = Callable[[str, str, dict], float]
 
 OUT_OF_MEMORY_STATUS = 77  # exit status of a worker whose function ran out of memory
 _ORPHAN_GRACE_S = 2.0
+_FLOAT32_MAX = 2.0**128 - 2.0**104  # advantages travel as float32
 
 
 def worker_main(fd: int) -> None:
@@ -50,11 +52,13 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
     """The fields of a RewardResult."""
     signal.setitimer(signal.ITIMER_REAL, alarm_s)
     try:
-        reward = function(response, answer, metadata)
+        reward = _scalar(function(response, answer, metadata))
         if not isinstance(reward, numbers.Real):
             return 0.0, "error", f"the reward function returned a {type(reward).__name__}, not a number"
         if not math.isfinite(reward):
             return 0.0, "error", f"the reward function returned {reward}"
+        if abs(reward) > _FLOAT32_MAX:
+            return 0.0, "error", f"the reward function returned {reward:g}, more than a float32 can hold"
         return float(reward), "ok", ""
     except MemoryError:
         os._exit(OUT_OF_MEMORY_STATUS)  # what fills the memory may be kept from earlier items: start afresh
@@ -62,6 +66,11 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
         return 0.0, "error", _describe(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _scalar(reward: Any) -> Any:
+    """The Python number of a numpy or torch scalar, or of an array or tensor without dimensions."""
+    return reward.item() if getattr(reward, "shape", None) == () and hasattr(reward, "item") else reward
 
 
 def _describe(error: BaseException) -> str:

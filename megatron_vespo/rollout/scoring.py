@@ -47,3 +47,13 @@ class Scorer:
 def describe_failures(failures: Sequence[RewardResult]) -> str:
     """In one line, for people."""
     return f"{len(failures)} rewards failed, the first one: {failures[0].status} {failures[0].detail}"
+
+
+def check_some_worked(completions: Sequence[Completion], why: str = "") -> None:
+    """RuntimeError when every reward of a batch failed: nothing can be learned from it, or said about it."""
+    judged = [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
+    if judged and "ok" not in judged:
+        raise RuntimeError(
+            f"all {len(judged)} rewards of a batch failed: the reward function does not work"
+            + (f" ({why})" if why else "")
+        )

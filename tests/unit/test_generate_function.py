@@ -54,7 +54,7 @@ def test_what_cannot_be_trained_on_is_said(function, message):
     [
         ("custom_generate", "generate function 'custom_generate': write \"package.module:function\""),
         ("custom_generate:no_coroutine", "must be defined with async def"),
-        ("no_such_module:f", "is it on PYTHONPATH"),
+        ("no_such_module:f", "PYTHONPATH must hold its folder"),
     ],
 )
 def test_a_wrong_name_is_a_line(path, message):

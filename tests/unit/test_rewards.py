@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from megatron_vespo.rewards import math as math_rewards
 from megatron_vespo.rewards.answer_text import last_boxed
 from megatron_vespo.rewards.math import math_reward
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult, load_reward_function
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures
+from megatron_vespo.types import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -54,14 +57,26 @@ def by_command(response, answer, metadata):
         time.sleep(float(rest))
     return float(answer == rest) + metadata.get("bonus", 0.0)
 
-def not_in_a_worker():
-    raise AssertionError
+def compute_score(solution_str, ground_truth):
+    return 1.0
+
+async def later(response, answer, metadata):
+    return 1.0
+
+class Scored:
+    def __init__(self, response, answer, metadata):
+        pass
+
+partial = __import__("functools").partial(lambda extra, r, a, m: 1.0, 0)
 
 CONSTANT = 3
 KEPT = []
 if "FAIL_IN_WORKER" in os.environ and "pytest" not in sys.modules:
     raise RuntimeError("no licence")
 """
+
+
+CALLED = "it is called as function(response, answer, metadata) and returns a float"
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +283,7 @@ def test_real_latex_references_grade_themselves_with_other_spacing():
 def test_load_reward_function_names(custom):
     assert load_reward_function("math") is math_reward
     assert custom.__module__ == "custom_rewards"
+    assert load_reward_function("custom_rewards:partial")("", "", {}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -278,10 +294,21 @@ def test_load_reward_function_names(custom):
         (
             "no_such_module:f",
             "reward function 'no_such_module:f': cannot import no_such_module "
-            "(No module named 'no_such_module'); is it on PYTHONPATH?",
+            "(No module named 'no_such_module'); PYTHONPATH must hold its folder, "
+            "the current one is not searched",
         ),
         ("custom_rewards:f", "reward function 'custom_rewards:f': custom_rewards has no 'f'"),
         ("custom_rewards:CONSTANT", "reward function 'custom_rewards:CONSTANT': is a int, not a function"),
+        (
+            "custom_rewards:compute_score",
+            "reward function 'custom_rewards:compute_score': compute_score(solution_str, ground_truth) "
+            f"does not fit (too many positional arguments); {CALLED}",
+        ),
+        ("custom_rewards:later", f"reward function 'custom_rewards:later': is async; {CALLED}"),
+        (
+            "custom_rewards:Scored",
+            f"reward function 'custom_rewards:Scored': is a class, not a function; {CALLED}",
+        ),
     ],
 )
 def test_load_reward_function_errors(custom, import_path, message):
@@ -389,6 +416,8 @@ def test_a_worker_killed_while_idle_costs_nothing(pool):
         ("return None", "the reward function returned a NoneType, not a number"),
         ("return float('nan')", "the reward function returned nan"),
         ("return float('-inf')", "the reward function returned -inf"),
+        ("return 1e39", "the reward function returned 1e+39, more than a float32 can hold"),
+        ("return __import__('numpy').zeros(2)", "the reward function returned a ndarray, not a number"),
         ("return 10**400", "OverflowError: int too large to convert to float"),
     ],
 )
@@ -398,6 +427,42 @@ def test_bad_results_are_errors_with_a_reason(pool, response, detail):
         RewardResult(1.0, "ok", ""),
         RewardResult(0.25, "ok", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["np.bool_(True)", "np.array(1)", "np.array(True)", "np.float32(1)", "np.int64(1)", "np.float64(1)"],
+)
+def test_scalars_of_numpy_are_numbers(custom, value):
+    pool = RewardPool(custom, num_workers=1, timeout_s=20.0)
+    results = pool.score([item("return " + value.replace("np", "__import__('numpy')"))])
+    pool.close()
+    assert results == [RewardResult(1.0, "ok", "")]
+
+
+def test_a_batch_in_which_every_reward_failed_is_refused(pool):
+    class Words:
+        def batch_decode(self, token_ids, skip_special_tokens):
+            return [WORDS[ids[0]] for ids in token_ids]
+
+    WORDS = ["raise it", "is 1"]
+    scorer = Scorer(Words(), pool, 8, 0, 1.0)
+
+    def batch(*numbers):
+        prompt = Prompt(0, [1], "1", "question", {})
+        return [
+            SimpleNamespace(token_ids=[n], prompt=prompt, finish_reason="stop", reward_status="")
+            for n in numbers
+        ]
+
+    some, none = batch(0, 1), batch(0, 0)
+    scorer.score(some)
+    check_some_worked(some)
+    why = describe_failures(scorer.score(none))
+    with pytest.raises(
+        RuntimeError, match="all 2 rewards of a batch failed: .*2 rewards failed.*KeyError: 'it'"
+    ):
+        check_some_worked(none, why)
 
 
 def test_batches_from_several_threads_do_not_mix(pool):
