@@ -200,7 +200,7 @@ def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
         assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
         assert f"name {name}.\n" in job.output
     dry = [sys.executable, "-m", "megatron_vespo.cli", "submit", *words, "--dry-run"]
-    assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it\n")
+    assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it")
     refused = subprocess.run(
         [*dry, "--sbatch", "partition=nowhere"], capture_output=True, text=True, timeout=WAIT_S,
         env=slurm.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
