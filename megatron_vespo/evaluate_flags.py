@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -114,6 +115,8 @@ def _check_sampling(args: Namespace) -> None:
     check_temperature("--temperature", args.temperature, args.num_completions)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p:g}: must be above 0, at most 1")
+    if not math.isfinite(args.pass_reward):
+        raise ValueError(f"--pass-reward {args.pass_reward:g}: must be finite")
     if args.top_k != -1 and args.top_k < 1:
         raise ValueError(f"--top-k {args.top_k}: must be positive, or -1 for all tokens")
 

@@ -16,7 +16,7 @@ def stop_token_ids(checkpoint: Path, tokenizer_eos: int | None) -> tuple[int, ..
     or when its generation_config.json does not say which in numbers.
     """
     path = checkpoint / "generation_config.json"
-    found = {tokenizer_eos, *(_stops_of(path) if path.is_file() else ())} - {None}
+    found = {tokenizer_eos, *(_stops_of(path) if path.exists() else ())} - {None}
     if not found:
         raise ValueError(
             f"--hf-checkpoint {checkpoint}: neither tokenizer nor generation_config.json has an end token"
@@ -34,7 +34,7 @@ def _stops_of(path: Path) -> list[int]:
         return []
     stops = stops if isinstance(stops, list) else [stops]
     for stop in stops:
-        if type(stop) is not int or stop < 0:
+        if type(stop) is not int or not 0 <= stop < 2**31:
             raise ValueError(
                 f"{path}: eos_token_id must be a token id or a list of them, "
                 f"{json.dumps(stop)} is {kind(stop)}, not an id"

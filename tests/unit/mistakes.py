@@ -6,24 +6,20 @@ Every case names words of which one has to be in the answer: the flag, the file 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tiny_checkpoints import MOE, random_tensors, tiny_config, write_hf
+from command_files import ANY, JSON, JSON_LINES, empty, surrogate, wrong_field, wrong_stop
 
-CONFIG = tiny_config(MOE, vocab_size=40, max_position_embeddings=256, num_experts=4, num_experts_per_tok=2)
 TRAIN = (
     "--hf-checkpoint model --prompt-data train.jsonl --heldout-data held.jsonl --output-dir out --save ck "
     "--train-iters 8 --lr 1e-4 --mini-batches 4 --rollout-batch-size 8 --num-completions 4 "
     "--max-prompt-tokens 64 --max-completion-tokens 32 --max-tokens-per-gpu 512"
 )
+RECIPE = TRAIN.replace("--save ck", "--save ck --load ck")
 RIGHT = {
     "train": f"train {TRAIN}",
     "evaluate": "evaluate --checkpoint model --data held=held.jsonl --output-dir out --max-prompt-tokens 64",
@@ -214,34 +210,6 @@ class Case:
     valid: str = ""  # why it is no mistake
 
 
-def write_files(folder: Path) -> None:
-    """What the commands of RIGHT read, but for `megatron`, which is converted from `model`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    model = write_hf(folder / "model", CONFIG, random_tensors(CONFIG, torch.float32))
-    words = ["<unk>", "<eos>", "<pad>", "user", *"0123456789+-*/=?.", "what", "is", "the", "sum"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
-    )
-    fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    fast.save_pretrained(model)
-    (model / "generation_config.json").write_text('{"eos_token_id": [1]}')
-    rows = [{"question": f"what is {n} + {n} ?", "answer": str(2 * n)} for n in range(16)]
-    for name in ("train", "held"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    graded = [{"question": f"what sum is {n} * {n} ?", "answer": f"so #### {n * n}"} for n in range(8)]
-    (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
-    samples = [{"token_ids": [5, 9, 2, 11, 1], "prompt_length": 3, "advantage": n - 1.5} for n in range(4)]
-    (folder / "batch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    recipe = TRAIN.replace("--save ck", "--save ck --load ck").replace(" --", "\n--")
-    (folder / "recipe.flags").write_text(recipe + "\n")
-    (folder / "other.bin").write_bytes(bytes(range(256)) * 4)
-    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
-
-
 def flags_of(command: str) -> dict[str, tuple[object, object]]:
     """Flag -> type, nargs of the command's own flags; for a command that takes train's, those too."""
     from megatron_vespo import evaluate_flags, layout_check, plan_cli, prepare_cli, simulate_cli, submit_cli
@@ -369,7 +337,7 @@ def _in_the_way(draw: random.Random, command: str, flags: dict) -> Case | None:
         command,
         argv,
         f"{flag} {place[:20]}",
-        [flag],
+        [flag, "xxx: File name too long"],
         lambda folder: (folder / "dangling").symlink_to("nothing"),
         valid=VALID.get((flag, place), ""),
     )
@@ -400,15 +368,15 @@ def _damaged(draw: random.Random, command: str, flags: dict) -> Case | None:
     if name.endswith(".jsonl"):
         ways += JSON_LINES
     if name.endswith("/config.json"):
-        ways += [_wrong_field] * 6
+        ways += [wrong_field] * 6
     if name.endswith("generation_config.json"):
-        ways += [_wrong_stop] * 4
+        ways += [wrong_stop] * 4
     damage = draw.choice(ways)
-    if damage is _empty and name.endswith(("recipe.flags", "batch.jsonl")) and command == "smoke":
+    if damage is empty and name.endswith(("recipe.flags", "batch.jsonl")) and command == "smoke":
         return None
     what, data = damage(draw, name)
     # questions of --exclude are compared with others, nothing else
-    why = "compared only" if (command, name, damage) == ("prepare-data", "held.jsonl", _surrogate) else ""
+    why = "compared only" if (command, name, damage) == ("prepare-data", "held.jsonl", surrogate) else ""
 
     def prepare(folder: Path) -> None:
         path = folder / name
@@ -425,73 +393,5 @@ def _damaged(draw: random.Random, command: str, flags: dict) -> Case | None:
     return Case(command, _right(command), f"{name} {what}", [Path(name).name, parent], prepare, valid=why)
 
 
-def _empty(draw: random.Random, name: str):
-    return "is empty", b""
-
-
-def _cut(draw: random.Random, name: str):
-    share = draw.choice((0.3, 0.5, 0.9))
-    return f"is cut at {share}", lambda before: before[: int(len(before) * share)].rstrip()[:-1] + b"'\""
-
-
-def _binary(draw: random.Random, name: str):
-    return "is binary", bytes(range(256)) * 4
-
-
-def _folder(draw: random.Random, name: str):
-    return "is a folder", None
-
-
-def _nulls(draw: random.Random, name: str):
-    return "is all zeros", b"\0" * 512
-
-
-def _deep(draw: random.Random, name: str):
-    return "is nested", b'{"a":' * 100_000 + b"\n"
-
-
-def _wrong_json(draw: random.Random, name: str):
-    text = draw.choice((b"[1, 2]", b"3", b'"words"', b"null", b"{'a': 1}", b"\xff\xfe{}"))
-    return f"is {text!r}", text + b"\n"
-
-
-def _digits(draw: random.Random, name: str):
-    return "has a long number", b'{"question": "x", "answer": ' + b"7" * 5000 + b"}\n"
-
-
-def _surrogate(draw: random.Random, name: str):
-    return "has half a surrogate pair", b'{"question": "\\ud800", "answer": "1", "token_ids": "\\ud800"}\n'
-
-
-def _cell(draw: random.Random, name: str):
-    cell = draw.choice((b"null", b"[]", b"{}", b"[3]", b'[{"role": 1}]', b"true", b"1e999", b'""'))
-    return (
-        f"has {cell!r}",
-        b'{"question": ' + cell + b', "answer": ' + cell + b', "token_ids": ' + cell + b"}\n",
-    )
-
-
-def _wrong_field(draw: random.Random, name: str):
-    key = draw.choice(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                       "head_dim", "vocab_size", "rms_norm_eps", "num_experts", "max_position_embeddings",
-                       "architectures", "num_experts_per_tok", "moe_intermediate_size"))  # fmt: skip
-    value = draw.choice(
-        ("x", [], {}, -1, float("inf"), float("nan"), [[1]], 1.5 if key != "rms_norm_eps" else "1")
-    )
-    return f"has {key} {value}", json.dumps(CONFIG | {key: value}).encode()
-
-
-def _wrong_stop(draw: random.Random, name: str):
-    value = draw.choice(("x", ["x"], [[1]], {"a": 1}, -5, 1.5, True, 10**30))
-    return f"has eos_token_id {value}", json.dumps({"eos_token_id": value}).encode()
-
-
-ANY = [_empty, _cut, _binary, _folder, _nulls]
-JSON = [_deep, _wrong_json]
-JSON_LINES = [_digits, _surrogate, _cell, _cell]
 KINDS = [_wrong_value, _wrong_value, _wrong_value, _misspelt, _without_value, _stray, _contradiction,
          _contradiction, _missing, _in_the_way, _environment, _damaged, _damaged, _damaged]  # fmt: skip
-
-
-def copy_files(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, symlinks=True, copy_function=os.link)

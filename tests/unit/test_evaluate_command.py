@@ -271,6 +271,7 @@ def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, sets, cap
             "--temperature 0 makes the same completion 8 times: one is enough",
         ),
         (["--data", "a=x", "--top-p", "0"], "--top-p 0: must be above 0, at most 1"),
+        (["--data", "a=x", "--pass-reward=-inf"], "--pass-reward -inf: must be finite"),
         (["--data", "a=x", "--top-k", "0"], "--top-k 0: must be positive, or -1 for all tokens"),
         (["--data", "a=x", "--num-prompts", "0"], "--num-prompts is 0, must be positive"),
         (["--data", "a=x", "--generate-timeout", "0"], "--generate-timeout is 0, must be positive"),

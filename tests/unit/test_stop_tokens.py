@@ -35,6 +35,7 @@ def test_both_places_count(tmp_path, tokenizer_eos, generation_config, expected)
         ('{"eos_token_id": [1, true]}', "true is a bool, not an id"),
         ('{"eos_token_id": 1.5}', "1.5 is the number 1.5, not an id"),
         ('{"eos_token_id": -1}', "-1 is the number -1, not an id"),
+        (f'{{"eos_token_id": {10**30}}}', f"{10**30} is the number {10**30}, not an id"),
         ("[" * 10**5, "nested too deep to be read"),
         ("\xff", "byte 1 is not UTF-8"),
     ],
@@ -51,3 +52,9 @@ def test_what_names_no_ids_is_refused_in_one_line(tmp_path, content, message):
 def test_no_end_token_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither tokenizer nor generation_config.json has an end token"):
         stop_token_ids(tmp_path, None)
+
+
+def test_a_folder_in_the_files_place_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises((ValueError, IsADirectoryError), match="generation_config.json"):
+        stop_token_ids(tmp_path, 5)
