@@ -60,18 +60,23 @@ def check_output_file(flag: str, path: Path | None) -> None:
     """The same for a file, whose folder may be made. None passes."""
     if path is None:
         return
+    _check_reachable(f"{flag} {path}", path)
     if path.is_dir():
         raise ValueError(f"{flag} {path}: is a folder, not a file")
     _check_writable(f"{flag} {path}", path.parent)
 
 
-def _check_writable(where: str, folder: Path) -> None:
-    folder = Path(os.path.abspath(folder))
+def _check_reachable(where: str, path: Path) -> None:
     try:
-        os.stat(folder)
+        os.stat(path)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name too long, links that go in a circle
             raise ValueError(f"{where}: {error.strerror}") from error
+
+
+def _check_writable(where: str, folder: Path) -> None:
+    folder = Path(os.path.abspath(folder))
+    _check_reachable(where, folder)
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():

@@ -47,6 +47,8 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
             f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --mini-batches "
             f"{args.mini_batches} equal parts"
         )
+    if not 0 <= args.setup_seconds < math.inf:
+        raise ValueError(f"--setup-seconds is {args.setup_seconds:g}, must be 0 or more, and finite")
     _check_overlong(args)
     for name in ("vespo_positive", "vespo_negative"):
         c1, c2 = getattr(args, name)

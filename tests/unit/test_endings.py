@@ -201,6 +201,8 @@ def test_output_files_are_tried_too(tmp_path):
         check_output_file("--json", tmp_path)
     with pytest.raises(ValueError, match=f"^--json {tmp_path}/file/b: {tmp_path}/file is not a folder$"):
         check_output_file("--json", tmp_path / "file/b")
+    with pytest.raises(ValueError, match="^--json x{300}: File name too long$"):
+        check_output_file("--json", Path("x" * 300))
     for path in (tmp_path / "new", tmp_path / "a/b/new", tmp_path / "file", None):
         check_output_file("--json", path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

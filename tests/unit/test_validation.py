@@ -211,6 +211,7 @@ def test_real_numbers_are_positive(flags, flag, value):
             "--vespo-budget bounds the W of --policy-loss vespo, grpo has another weight: leave it out",
         ),
         ("--vespo-budget 0", "--vespo-budget 0 must be positive and finite"),
+        ("--setup-seconds -7", "--setup-seconds is -7, must be 0 or more, and finite"),
         ("--vespo-budget nan", "--vespo-budget nan must be positive and finite"),
         (
             "--vespo-budget 1.2 --vespo-negative 0.5 2",
