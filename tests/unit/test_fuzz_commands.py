@@ -83,7 +83,8 @@ def wrong(case: Case, answer: dict) -> str | None:
         return "accepted"
     if code not in (1, 2):
         return f"exit code {code}"
-    lines = [line for line in err.splitlines() if not line.startswith(("usage:", " "))]
+    # argparse shows the usage, and OpenMP's library has its own say
+    lines = [line for line in err.splitlines() if line and not line.startswith(("usage:", " ", "libgomp:"))]
     said = lines[0] if len(lines) == 1 else ""
     if case.command in ("plan", "convert verify", "doctor") and not lines:
         said = answer["out"]  # what these are asked for
