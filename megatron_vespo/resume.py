@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_vespo.conversion.chunk_index import ChunkIndex
 from megatron_vespo.conversion.saved_arguments import saved_arguments
 from megatron_vespo.conversion.torch_dist_file import METADATA_NAME
+from megatron_vespo.data.resumable import changes, check_resumable
 from megatron_vespo.resume_flags import resumed_folder
-from megatron_vespo.trainer.resumable import changes, check_resumable
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vespo.data import checkpoint_folder
 from megatron_vespo.data.checkpoint_folder import Entry, SaveReport
+from megatron_vespo.data.resumable import check_resumable, take_schedule
 from megatron_vespo.data.set_aside import kept_step, make_room
 from megatron_vespo.trainer.background_save import SaveQueue
-from megatron_vespo.trainer.resumable import check_resumable, take_schedule
 
 FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.trainer.resumable import changes, check_resumable, take_flags, take_schedule
+from megatron_vespo.data.resumable import changes, check_resumable, take_flags, take_schedule
 
 SAVED = {
     "rollout_state": {"iteration": 8}, "optimizer": "adam", "lr": 2e-6, "min_lr": 0.0,
