@@ -112,8 +112,8 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vespo-budget", type=float, metavar="C",
         help="adapt C2 so that E[phi W] / E[phi] <= C, by sign; default: fixed")  # fmt: skip
     add("--ratio-denominator", choices=RATIO_DENOMINATORS, default="recomputed",
-        help="W against: the trainer's log-probs before the first update; the engine's; or the first, times "
-        "an engine ratio truncated as a whole, or token by token")  # fmt: skip
+        help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
+        "engine ratio truncated whole, or per token")  # fmt: skip
     add("--old-policy", choices=("current", "snapshot", "ewma"), default="current",
         help="where the trainer's policy before the first update comes from: the weights when a batch is "
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "

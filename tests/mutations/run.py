@@ -182,9 +182,9 @@ MUTATIONS = [
     ),
     Mutation(
         "old policy: a token gets the newest version's log-prob",
-        "trainer/old_policy.py",
-        "merged[i][mine] = row[mine]",
-        "merged[i][:] = row",
+        "trainer/policy.py",
+        "packs[i].loss_positions[versions.of(packs[i]) == version]",
+        "packs[i].loss_positions",
         (OLD_POLICY, "snapshots and one"),
     ),
     Mutation(
@@ -316,8 +316,8 @@ MUTATIONS = [
     Mutation(
         "adaptive losses: the pass they adapt by routes freely",
         "trainer/policy.py",
-        "outputs = self._run(mini_batch, measure, True, routing)",
-        "outputs = self._run(mini_batch, measure, True, free_routing)",
+        "outputs = self._run(mini_batch.micro_batches, measure, True, routing)",
+        "outputs = self._run(mini_batch.micro_batches, measure, True, free_routing)",
         (REPLAY, "adapts_by"),
     ),
     Mutation(
