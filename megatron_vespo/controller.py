@@ -23,7 +23,7 @@ from megatron_vespo.rollout.buffer_state import pack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import evaluate
-from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
 from megatron_vespo.rollout_metrics import (
     pi_old_is_in_place,
     rollout_metrics,
@@ -150,7 +150,7 @@ class Controller:
                 stream.suspend(self.args.weight_sync_timeout)
         for message in stream.messages():
             self.display.message(message)
-        check_some_worked([completion for group in groups for completion in group])
+        check_some_worked([status for group in groups for status in judged(group)])
         with stream.held() as buffer:
             metrics, consumed = buffer.metrics(), self.cursor.consumed
         metrics |= rollout_metrics(groups, self.args.advantage_estimator)
@@ -182,7 +182,7 @@ class Controller:
         failures = self.scorer.score(completions)
         if failures:
             self.display.message(describe_failures(failures))
-            check_some_worked(completions, describe_failures(failures))
+            check_some_worked(judged(completions), describe_failures(failures))
         return [completion.reward for completion in completions]
 
     def update(self, samples: list[TrainingSample]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups
-from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
 from megatron_vespo.run_record import RunRecord, describe_run
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
@@ -107,14 +107,14 @@ class _Evaluation:
         scorer = Scorer(self._tokenizer, rewards, args.max_completion_tokens, 0, 1.0)
         served = stack.enter_context(serving(args, progress.message))
 
-        scored: list[Completion] = []
+        statuses: list[str] = []
 
         def finish(index: int, group: list[Completion]) -> None:
             if failures := scorer.score(group):
                 progress.message(describe_failures(failures))
             self._results.append(self._record(*self.left[index], group))
             progress.finished([completion.reward for completion in group])
-            scored.extend(group)
+            statuses.extend(judged(group))
 
         prompts = [prompt for _, prompt in self.left]
         progress.start()
@@ -122,7 +122,7 @@ class _Evaluation:
             _collector(args, served), prompts, sampling, finish,
             num_completions=args.num_completions, seed=args.seed,
         )  # fmt: skip
-        check_some_worked(scored, f"{args.output_dir / RESULTS_NAME} holds zeros: remove it")
+        check_some_worked(statuses, f"{args.output_dir / RESULTS_NAME} holds zeros: remove it")
 
     def by_set(self) -> dict[str, list[dict]]:
         return {

@@ -49,11 +49,15 @@ def describe_failures(failures: Sequence[RewardResult]) -> str:
     return f"{len(failures)} rewards failed, the first one: {failures[0].status} {failures[0].detail}"
 
 
-def check_some_worked(completions: Sequence[Completion], why: str = "") -> None:
+def judged(completions: Sequence[Completion]) -> list[str]:
+    """Reward status of those that the reward function has seen."""
+    return [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
+
+
+def check_some_worked(statuses: Sequence[str], why: str = "") -> None:
     """RuntimeError when every reward of a batch failed: nothing can be learned from it, or said about it."""
-    judged = [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
-    if judged and "ok" not in judged:
+    if statuses and "ok" not in statuses:
+        reason = f" ({why})" if why else ""
         raise RuntimeError(
-            f"all {len(judged)} rewards of a batch failed: the reward function does not work"
-            + (f" ({why})" if why else "")
+            f"all {len(statuses)} rewards of a batch failed: the reward function does not work{reason}"
         )
