@@ -180,7 +180,7 @@ PANELS: tuple[tuple[Callable[[Axes, list[dict]], None], tuple[str, ...]], ...] =
     (_plot_length, ("truncated_responses",)),
     (_plot_entropy, ("entropy_collapse", "entropy_explosion")),
     (_plot_gradient, ("gradient_spike",)),
-    (_plot_log_w, ()),
+    (_plot_log_w, ("passes_differ",)),
     (_plot_weight, ("dead_sequences", "ess_collapse")),
     (_plot_logprob_difference, ("engine_mismatch",)),
     (_plot_phases, ()),

@@ -42,6 +42,7 @@ def arguments(**changes) -> Namespace:
         overlong_buffer=2,
         overlong_penalty=1.0,
         ratio_denominator="recomputed",
+        old_policy="current",
         max_logprob_difference=None,
         routing_replay="R3",
         heldout_interval=5,

@@ -110,6 +110,7 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         overlong_buffer=0,
         overlong_penalty=1.0,
         ratio_denominator="recomputed",
+        old_policy="current",
         max_logprob_difference=None,
         routing_replay=None,
         heldout_interval=5,
