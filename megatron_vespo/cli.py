@@ -71,12 +71,17 @@ def _guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) ->
 
 
 def _train(argv: list[str]) -> int:
-    from megatron_vespo.arguments import print_help
+    from megatron_vespo.finished import finished_by_files
     from megatron_vespo.recipe import with_recipes
 
     argv = with_recipes(argv)
+    if finished := finished_by_files(argv):
+        print(finished)
+        return 0
+    from megatron_vespo.arguments import print_help  # takes seconds
+
     if not print_help(argv):
-        from megatron_vespo.train import main as train  # takes seconds
+        from megatron_vespo.train import main as train
 
         train(argv)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,21 +30,3 @@ def find_checkpoint(args: Namespace) -> FoundCheckpoint | None:
     saved = saved_arguments(ChunkIndex(folder))
     check_resumable(folder, saved, args)
     return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, args))
-
-
-def why_finished(args: Namespace, found: FoundCheckpoint | None) -> str | None:
-    """What to tell people where nothing is left to do, neither training nor export nor summary; else None."""
-    if found is None or found.step < args.train_iters:
-        return None
-    export, summary = args.output_dir / "hf", args.output_dir / "summary.json"
-    try:
-        result = json.loads(summary.read_text())
-        paths = result["paths"]
-    except (OSError, ValueError, KeyError):
-        return None
-    if result.get("steps") != found.step or paths.get("checkpoint") != args.load:  # another run's
-        return None
-    if args.hf_export and not ("HF export" in paths and export.is_dir()):
-        return None
-    left = f"; HF export in {export}" if args.hf_export else ""
-    return f"{found.step} of {args.train_iters} steps are done: {found.folder}{left}, summary in {summary}"

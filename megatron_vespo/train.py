@@ -14,6 +14,7 @@ from megatron_vespo.cluster.placement import has_gpus, nodes_of_the_cluster
 from megatron_vespo.controller import Controller, StoppedByAlarm
 from megatron_vespo.data.checkpoint_folder import newest_save
 from megatron_vespo.debug_modes import check_modes
+from megatron_vespo.finished import why_finished
 from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.progress import RunDisplay
@@ -21,7 +22,7 @@ from megatron_vespo.observability.report import format_summary, plot_curves, wri
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.platform import Platform, load_task
 from megatron_vespo.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted, Preemption
-from megatron_vespo.resume import find_checkpoint, why_finished
+from megatron_vespo.resume import find_checkpoint
 from megatron_vespo.resume_flags import how_to_go_on
 from megatron_vespo.run_record import RunRecord, describe_run
 from megatron_vespo.session import Restarts, Session
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         if folder := getattr(args, name):
             check_output_folder(f"--{name.replace('_', '-')}", Path(folder))
     found = find_checkpoint(args)
-    if finished := why_finished(args, found):
+    if found and (finished := why_finished(args, found.folder, found.step)):
         print(finished)
         return
     task = load_task(args)

@@ -46,6 +46,7 @@ LAYERS = {
     "debug_modes": 4,
     "disk": 0,
     "endings": 5,
+    "finished": 0,
     "doctor": 5,
     "engine_flags": 5,
     "engine_nodes": 5,
