@@ -107,6 +107,7 @@ def wait_until_healthy(url: str) -> None:
     time.sleep(3)  # whoever looks after it has seen it
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_engine_killed_in_generation_serves_again(start):
     port = find_free_port("127.0.0.1")

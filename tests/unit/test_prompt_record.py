@@ -94,6 +94,7 @@ class Run:
 
     def tokenizer(self, template: str) -> None:
         letters(template).save_pretrained(self.model)
+        (self.model / "config.json").write_text('{"architectures": ["AnotherFamily"]}')
         (self.model / "generation_config.json").write_text('{"eos_token_id": 33}')
 
     def write(self, name: str, rows: list[dict]) -> Path:
