@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from megatron_vespo.endings import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, ending
+from megatron_vespo.endings import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_USER_ERROR, ending
 
 USAGE = """\
 usage: megatron-vespo COMMAND [flags]
@@ -30,16 +30,31 @@ commands:
 def main() -> None:
     """Console entry point."""
     try:
-        try:
-            code = run(sys.argv[1:])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever has read the output is gone: what is left of it goes nowhere
-        code, nowhere = EXIT_BROKEN_PIPE, os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-    sys.exit(code)
+        code = run(sys.argv[1:])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    except OSError as error:  # of this module's own output: commands are guarded
+        code = _unwritable(error)
+    sys.exit(code or _flushed())
+
+
+def _flushed() -> int:
+    """The exit code of what is left to print."""
+    try:
+        if sys.stdout is not None:  # None: closed by whoever has started this
+            sys.stdout.flush()
+    except OSError as error:
+        return _unwritable(error)
+    return 0
+
+
+def _unwritable(error: OSError) -> int:
+    """What is left of the output goes nowhere; one whose reader is gone is no mistake."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
+    print(f"megatron-vespo: the output cannot be written: {error.strerror}", file=sys.stderr)
+    return EXIT_FAILURE
 
 
 def run(argv: list[str]) -> int:

@@ -15,7 +15,12 @@ from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.evaluate_flags import make_parser, parse_args
 from megatron_vespo.evaluation_engines import Serving, serving
-from megatron_vespo.evaluation_settings import evaluation_settings, start_date, tokenizer_folder
+from megatron_vespo.evaluation_settings import (
+    comparable,
+    evaluation_settings,
+    start_date,
+    tokenizer_folder,
+)
 from megatron_vespo.flag_checks import check_output_folder
 from megatron_vespo.observability.evaluation_report import (
     Progress,
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> int:
     form = chat_format(args, tokenizer, date)
     sets = {name: _prompts(args, path, form) for name, path in args.data.items()}
     reward = load_reward_function(args.reward_function)
-    settings = evaluation_settings(args, stops, sets, date)
+    settings = comparable(evaluation_settings(args, stops, sets, date), results_path)
     with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(args, sets, results, tokenizer)
         if evaluation.left:
@@ -108,13 +113,20 @@ class _Evaluation:
         served = stack.enter_context(serving(args, progress.message))
 
         statuses: list[str] = []
+        held: list[dict[str, Any]] = []  # while no reward has worked: its zeros would be no results
+
+        def keep() -> None:
+            while held:
+                self._results.append(held.pop(0))
 
         def finish(index: int, group: list[Completion]) -> None:
             if failures := scorer.score(group):
                 progress.message(describe_failures(failures))
-            self._results.append(self._record(*self.left[index], group))
+            held.append(self._record(*self.left[index], group))
             progress.finished([completion.reward for completion in group])
             statuses.extend(judged(group))
+            if "ok" in statuses:
+                keep()
 
         prompts = [prompt for _, prompt in self.left]
         progress.start()
@@ -122,7 +134,8 @@ class _Evaluation:
             _collector(args, served), prompts, sampling, finish,
             num_completions=args.num_completions, seed=args.seed,
         )  # fmt: skip
-        check_some_worked(statuses, f"{args.output_dir / RESULTS_NAME} holds zeros: remove it")
+        check_some_worked(statuses)
+        keep()  # of responses that were all cut, which no function has judged
 
     def by_set(self) -> dict[str, list[dict]]:
         return {

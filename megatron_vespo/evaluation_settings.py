@@ -17,6 +17,7 @@ from megatron_vespo.data.result_file import made_with
 from megatron_vespo.http import EngineRequestError, get_json
 from megatron_vespo.types import Prompt
 
+TOKENS = "prompts as tokens (tokenizer and chat template)"
 DATE = "date of its start"  # in the settings: a chat template may write it into prompts
 MODEL_INFO_TIMEOUT_S = 30.0
 _SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
@@ -60,11 +61,18 @@ def evaluation_settings(
     settings["end tokens"] = list(stops)
     settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
     settings[DATE] = date.isoformat()
-    settings["prompts as tokens (tokenizer and chat template)"] = {
-        name: digest(prompts) for name, prompts in sets.items()
-    }
+    settings[TOKENS] = {name: digest(prompts) for name, prompts in sets.items()}
     settings["weights"] = _live_weights(args) if args.engine_url else weights_digest(args.checkpoint)
     return settings
+
+
+def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
+    """`settings` without those that an older version has not written to `results`, if they add nothing."""
+    before = made_with(results)
+    added = (DATE, TOKENS, *(() if settings["--chat-template-arguments"] else ["--chat-template-arguments"]))
+    return {
+        name: value for name, value in settings.items() if not before or name in before or name not in added
+    }
 
 
 def tokenizer_folder(args: Namespace) -> Path:

@@ -25,9 +25,10 @@ def why_finished(args: Namespace, folder: Path, step: int) -> str | None:
     try:
         result = json.loads(summary.read_text())
         paths = result["paths"]
-    except (OSError, ValueError, KeyError):
+        known = paths.get("checkpoint"), result.get("steps")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if result.get("steps") != step or paths.get("checkpoint") != args.load:  # another run's
+    if known != (args.load, step):  # another run's
         return None
     if args.hf_export and not ("HF export" in paths and export.is_dir()):
         return None

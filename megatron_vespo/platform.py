@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +17,6 @@ from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.conversion.sources import check_served
-from megatron_vespo.data.checkpoint_folder import resumed_save
 from megatron_vespo.data.prompt_record import PromptRecord, read_record
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
@@ -28,6 +26,7 @@ from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.preemption import Preemption
 from megatron_vespo.prompt_data import chat_format, heldout_data, prompt_data
+from megatron_vespo.resume_flags import resumed_folder
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
@@ -55,7 +54,7 @@ def load_task(args: Namespace) -> Task:
     if args.train_from:
         return Task()
     check_served(args.hf_checkpoint)
-    folder = resumed_save(Path(args.load), args.ckpt_step) if args.load and not args.rollout_only else None
+    folder = None if args.rollout_only else resumed_folder(args)
     saved = folder and read_record(folder)
     date = saved.date if saved else datetime.now().replace(microsecond=0)
     tokenizer = load_tokenizer(args.hf_checkpoint, "--hf-checkpoint")

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.conversion.megatron_checkpoint import TRACKER_NAME
-from megatron_vespo.data.checkpoint_folder import newest_save, newest_step, saved_steps, step_folder
+from megatron_vespo.data.checkpoint_folder import newest_step, resumed_save, saved_steps
 from megatron_vespo.data.set_aside import RECORD, has_gone_back, kept_step, later_steps, next_place
 
 # two commands that differ in these alone are the same one: of a job that is started again they may change
-_NOT_OF_THE_COMMAND = {"load", "ckpt_step", "ray_address", "setup_seconds"}
+# to run; the last two are what submit adds to say that its job has GPUs
+_NOT_OF_THE_COMMAND = {
+    "load", "ckpt_step", "ray_address", "setup_seconds", "distributed_backend", "transformer_impl",
+}  # fmt: skip
 
 
 def resolve_load(args: Namespace, explicit: Mapping[str, Any]) -> None:
@@ -67,11 +70,7 @@ def _check_tracker(args: Namespace) -> None:
 
 def resumed_folder(args: Namespace) -> Path | None:
     """The checkpoint that `args` go on from; None where there is none, or converted weights."""
-    if not args.load:
-        return None
-    if args.ckpt_step is not None:
-        return step_folder(Path(args.load), args.ckpt_step)
-    return newest_save(Path(args.load))
+    return resumed_save(Path(args.load), args.ckpt_step) if args.load else None
 
 
 def describe(args: Namespace, step: int) -> list[str]:

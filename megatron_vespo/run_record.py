@@ -77,7 +77,7 @@ def describe_run(args: Namespace, parser: argparse.ArgumentParser) -> dict[str, 
         },
         "seed": args.seed,
         "source": source_commit(ROOT),
-        "packages": dict(sorted((part.name, part.version) for part in distributions())),
+        "packages": _packages(),
         "patches": patches().text,
         "machine": _machine(),
         "environment": {
@@ -87,6 +87,12 @@ def describe_run(args: Namespace, parser: argparse.ArgumentParser) -> dict[str, 
         },
         "arguments": arguments,
     }
+
+
+def _packages() -> dict[str, str]:
+    """Installed ones; what a broken installation has left has no name, or no version."""
+    found = {part.name: part.version or "unknown" for part in distributions() if part.name}
+    return dict(sorted(found.items()))
 
 
 def _recipes(words: Sequence[str]) -> dict[str, str]:

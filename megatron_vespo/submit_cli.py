@@ -256,9 +256,7 @@ def asked_sbatch(script: str) -> list[str]:
     """A line if sbatch would take the job, none where no SLURM answers; ValueError if it would refuse it."""
     if not _slurm_answers():
         return []
-    told = subprocess.run(
-        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S
-    )
+    told = _asked(["sbatch", "--test-only"], script)
     if told.returncode:
         raise ValueError(f"sbatch would refuse the job: {' '.join(told.stderr.split())}")
     return ["sbatch would take it"]
@@ -267,7 +265,16 @@ def asked_sbatch(script: str) -> list[str]:
 def _slurm_answers() -> bool:
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         return False
-    return not subprocess.run(["scontrol", "ping"], capture_output=True, timeout=SUBMIT_TIMEOUT_S).returncode
+    return not _asked(["scontrol", "ping"]).returncode
+
+
+def _asked(command: list[str], script: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"{' '.join(command)} has not answered in {SUBMIT_TIMEOUT_S:g} s: its controller is busy or gone"
+        ) from error
 
 
 def submit(script: str, jobs: int) -> list[str]:
@@ -281,7 +288,7 @@ def submit(script: str, jobs: int) -> list[str]:
         if before is not None:
             # when that one has finished the run this one never begins, and goes
             command += [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
-        told = subprocess.run(command, input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+        told = _asked(command, script)
         if told.returncode:
             queued = f" (in the queue already: {', '.join(lines)})" if lines else ""
             raise RuntimeError(f"sbatch refuses the job: {' '.join(told.stderr.split())}{queued}")

@@ -68,6 +68,11 @@ def main(argv: list[str]) -> None:
         except StoppedByAlarm:
             _draw(args)  # what led to it
             raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # no mistake in a flag: paths were right when the run started, and may be so again
+            raise RuntimeError(f"the run broke: {error}") from error
     _report(args, state, len(task.heldout), run.setup_seconds, run.idle)
 
 

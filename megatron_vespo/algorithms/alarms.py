@@ -221,7 +221,7 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
         advice = "it is in W: use --ratio-denominator recomputed or --routing-replay R3"
     else:
         advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
-    rounding = (_get(metrics, "ratio/floor_token_sigma") / sigma) ** 2
+    rounding = _get(metrics, "ratio/floor_token_sigma") ** 2 / 2 / sigma**2  # one of the floor's two passes
     if rounding > MAIN_CAUSE:
         advice = f"the trainer's own rounding explains {min(rounding, 1.0):.0%} of it: {AGAINST_ROUNDING}"
     age = _get(metrics, "staleness/asynchronous_mean")

@@ -41,8 +41,10 @@ def ratio_metrics(
         share of mismatch = cov(mismatch, log W) / var(log W)
 
     `floor` is the variance that rounding alone gives each response's log W, None where it is not measured.
-    Its share is taken from the part that holds it: from staleness, and not where that is exactly 0, as
-    before the first update; for `rollout` from mismatch, as mu is another program's. Shares sum to 1.
+    It is of two passes of the trainer, pi and pi_old, and is taken from their difference, staleness, but not
+    where that is exactly 0, as before the first update. Where log W holds one of the passes alone, half of it
+    counts: with a mismatch in W, whose pi_old cancels that of staleness, and for `rollout`, where it is taken
+    from mismatch. Shares sum to 1.
 
     `mismatch` is the part of log(pi_old / mu) that is in W, `engine_gap` all of it, in W or not. Both are NaN
     where pi_old was not computed (denominator `rollout`). There, `on_policy` [n] bool marks samples that were
@@ -71,14 +73,16 @@ def ratio_metrics(
         shares["mismatch"] = float(
             np.mean((mismatch - mismatch.mean()) * (log_w - log_w.mean()), dtype=np.float64)
         )
+        if mismatch.any():
+            noise = min(noise / 2, max(total - shares["mismatch"], 0.0))
     elif on_policy.any():
         explained = min(float(log_w[on_policy].var(dtype=np.float64)), total)
-        noise = min(float(rounding.mean()), explained)
+        noise = min(float(rounding.mean()) / 2, explained)
         metrics["ratio/staleness_std"] = (total - explained) ** 0.5
         metrics["ratio/mismatch_std"] = (explained - noise) ** 0.5
         shares["mismatch"] = explained - noise
     else:
-        noise = min(float(rounding.mean()), total)
+        noise = min(float(rounding.mean()) / 2, total)
     if floor is not None:
         shares["floor"] = noise
     return metrics | {f"ratio/{name}_share": part / total for name, part in shares.items() if total > 0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megatron_vespo.conversion.config import megatron_arguments, read_hf_config, read_unchecked
 from megatron_vespo.conversion.family import FAMILIES, Family, ModelShape, family_of, shape_of
+from megatron_vespo.conversion.fused_experts import is_fused
 from megatron_vespo.conversion.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpointReader
 from megatron_vespo.conversion.megatron_checkpoint import (
     TRACKER_NAME,
@@ -143,12 +146,24 @@ def check_served(folder: Path) -> None:
     found = read_unchecked(folder).get("architectures")
     if not (isinstance(found, list) and set(map(str, found)) & FAMILIES.keys()):
         return  # engines of an evaluation may serve any model, some of which are stored so
-    with HFCheckpointReader(folder) as reader:
-        if reader.has_fused_experts:
-            raise ValueError(
-                f"{folder}: its experts are fused (experts.gate_up_proj), and SGLang would leave them out "
-                f"without a word: megatron-vespo convert hf-to-hf {folder} DST writes each by itself"
-            )
+    if any(map(is_fused, _stored_names(folder))):
+        raise ValueError(
+            f"{folder}: its experts are fused (experts.gate_up_proj), and SGLang would leave them out "
+            f"without a word: megatron-vespo convert hf-to-hf {folder} DST writes each by itself"
+        )
+
+
+def _stored_names(folder: Path) -> list[str]:
+    """Of the tensors in safetensors; none where there are none, or none can be read: an engine says why."""
+    try:
+        if (folder / INDEX_NAME).is_file():
+            return list(json.loads((folder / INDEX_NAME).read_text())["weight_map"])
+        if (folder / SINGLE_NAME).is_file():
+            with safe_open(folder / SINGLE_NAME, "numpy") as file:
+                return list(file.keys())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        pass
+    return []
 
 
 def _check_dtypes(folder: Path, reader: TensorReader) -> None:

@@ -15,7 +15,10 @@ FRESH_OPTIMIZER = "--no-load-optim takes the weights alone and starts the optimi
 _SAID = (
     "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
-    "mini_batches", "rollout_batch_size", "num_completions", "policy_loss", "seed",
+    "mini_batches", "rollout_batch_size", "num_completions", "seed", "advantage_estimator", "policy_loss",
+    "loss_aggregation", "clip_range", "dual_clip", "sapo_tau", "loss_target", "vespo_positive",
+    "vespo_negative", "vespo_budget", "ratio_denominator", "old_policy", "mismatch_truncation",
+    "mismatch_correction", "mismatch_bounds", "routing_replay",
 )  # fmt: skip
 # --use-checkpoint-opt-param-scheduler takes these from the checkpoint
 _SCHEDULED = ("lr", "min_lr", "lr_decay_style", "weight_decay")

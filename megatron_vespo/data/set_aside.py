@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_vespo.conversion.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.data.atomic_file import write_atomically
-from megatron_vespo.data.checkpoint_folder import newest_step, saved_steps, step_folder
+from megatron_vespo.data.checkpoint_folder import newest_step, resumed_save, saved_steps, step_folder
 
 RECORD = "gone_back.json"
 
@@ -74,6 +74,6 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
 def has_gone_back(save: Path, gone_back: dict[str, Any]) -> bool:
     """Whether `save` goes on from this very going back: nobody else has saved there since."""
     try:
-        return json.loads((save / RECORD).read_text()) == gone_back and newest_step(save) is not None
+        return json.loads((save / RECORD).read_text()) == gone_back and resumed_save(save) is not None
     except (OSError, ValueError):
         return False

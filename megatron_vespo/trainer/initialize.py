@@ -41,9 +41,10 @@ def _repeat_unpermutation(args: Namespace) -> None:
 
     By default torch adds them by atomics, in another order each time, and log W of a policy that has not
     moved is not 0. Megatron takes `index_add` where deterministic algorithms are asked for. Operations that
-    have none only warn.
+    have none only warn. Transformer Engine's attention reads that switch, too; its fused permutation, the
+    default there, needs none.
     """
-    if args.num_experts and not args.moe_permute_fusion:
+    if args.num_experts and args.transformer_impl == "local" and not args.moe_permute_fusion:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, decides nothing here
 

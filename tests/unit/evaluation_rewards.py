@@ -12,3 +12,7 @@ def by_the_letter(response: str, answer: str, metadata: dict) -> float:
     if "?" in response:
         time.sleep(60)
     return float(response.startswith(answer))
+
+
+def fails(response: str, answer: str, metadata: dict) -> float:
+    raise KeyError("score")

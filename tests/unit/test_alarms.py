@@ -241,7 +241,7 @@ def test_a_sigma_that_the_length_makes_too_large(mismatch_std, advice):
     assert alarm.advice.startswith(advice) and "--routing-replay R3" in alarm.advice
     assert check(metrics | {"response/length_p90": 1024.0}, []) == []
     assert check(metrics | {"ratio/engine_token_sigma": 0.01}, []) == []
-    noisy = only(check(metrics | {"ratio/floor_token_sigma": 0.027}, []), "engine_mismatch").advice
+    noisy = only(check(metrics | {"ratio/floor_token_sigma": 0.027 * 2**0.5}, []), "engine_mismatch").advice
     assert "the trainer's own rounding explains 81% of it: " in noisy and "recomputed" not in noisy
     assert (
         only(check(metrics | {"ratio/floor_token_sigma": 0.02}, []), "engine_mismatch").advice == alarm.advice

@@ -289,12 +289,24 @@ def test_floor_above_what_varies_explains_all_and_leaves_nothing_negative(denomi
     assert metrics.get("ratio/staleness_std", 0.0) == metrics.get("ratio/mismatch_std", 0.0) == 0.0
 
 
+def test_equal_rounding_of_pi_pi_old_and_mu_is_half_rounding_and_half_mismatch():
+    """Nothing has moved; the floor is measured with two passes of the trainer, log W holds one."""
+    pi, pi_old, mu = np.random.default_rng(2).normal(0, 0.3, (3, 200_000))
+    floor = np.full(200_000, 2 * 0.3**2)
+    metrics = ratio_metrics(pi - mu, pi_old - mu, pi_old - mu, np.ones(200_000, bool), floor)
+    unknown = np.full(200_000, np.nan)
+    of_rollout = ratio_metrics(pi - mu, unknown, unknown, np.ones(200_000, bool), floor)
+    for found in (metrics, of_rollout):
+        assert found["ratio/mismatch_share"] == pytest.approx(0.5, abs=0.01)
+        assert found["ratio/floor_share"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_floor_is_taken_from_mismatch_where_mu_is_the_denominator():
     draw = np.random.default_rng(1)
     on_policy = np.arange(4000) < 2000
     log_w = draw.normal(0, 0.5, 4000) + draw.normal(0, 0.4, 4000) * ~on_policy
     unknown = np.full(4000, np.nan)
-    metrics = ratio_metrics(log_w, unknown, unknown, on_policy, np.full(4000, 0.3**2))
+    metrics = ratio_metrics(log_w, unknown, unknown, on_policy, np.full(4000, 2 * 0.3**2))
     assert metrics["ratio/mismatch_std"] == pytest.approx(0.4, rel=0.05)
     assert metrics["ratio/staleness_std"] == pytest.approx(0.4 * 0.5**0.5, rel=0.1)
     assert metrics["ratio/floor_share"] + metrics["ratio/mismatch_share"] == pytest.approx(

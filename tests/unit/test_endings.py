@@ -206,3 +206,17 @@ def test_output_files_are_tried_too(tmp_path):
     for path in (tmp_path / "new", tmp_path / "a/b/new", tmp_path / "file", None):
         check_output_file("--json", path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("> /dev/full", 1, "megatron-vespo: the output cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(redirected, code, said):
+    program = "from megatron_vespo.cli import main; main()"
+    command = f"{sys.executable} -c '{program}' --help {redirected}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)

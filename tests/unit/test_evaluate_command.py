@@ -206,6 +206,33 @@ def test_another_chat_template_is_refused(checkpoint, tmp_path, sets, capsys):
         assert run(line) == 0
 
 
+def test_an_evaluation_of_an_older_version_goes_on(checkpoint, tmp_path, sets):
+    """Its file has not all the settings of now."""
+    path = tmp_path / "out/prompts.jsonl"
+    with EngineStub(ByTurns(EASY | HARD)) as engine:
+        line = command(checkpoint, tmp_path / "out", engine.url, *sets)
+        assert run(line) == 0
+        keep_finished(path, 2)
+        header, *rows = path.read_text().splitlines()
+        settings = json.loads(header)["settings"]
+        for name in (evaluation_settings.DATE, evaluation_settings.TOKENS, "--chat-template-arguments"):
+            del settings[name]
+        path.write_text("\n".join([json.dumps({"settings": settings}), *rows, ""]))
+        assert run([*line, "--chat-template-arguments", '{"x": 1}']) == 2
+        assert run(line) == 0
+        assert len(path.read_text().splitlines()) == 1 + 5
+
+
+def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tmp_path, sets, capsys):
+    with EngineStub(ByTurns(EASY | HARD)) as engine:
+        line = command(checkpoint, tmp_path / "out", engine.url, *sets)
+        broken = [*line, "--reward-function", "evaluation_rewards:fails"]
+        for _ in range(2):
+            assert run(broken) == 1
+            assert "the reward function does not work" in capsys.readouterr().err.splitlines()[-1]
+        assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_template_writes_the_date_of_the_start(checkpoint, tmp_path, sets, monkeypatch):
     class Clock(datetime):
         today = datetime(2026, 2, 28)

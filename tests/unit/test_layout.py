@@ -196,3 +196,9 @@ def test_right_layouts_are_within_their_bounds_and_wrong_ones_are_not(name):
     assert Differences(*measured).above(bounds) == []
     # fp32 tells what is wrong: of lines broken on purpose none is off by less than 6e-3
     assert bf16 or Differences(*[6e-3 / 20] * 5).above(bounds) == list(vars(bounds))
+
+
+@pytest.mark.parametrize(("layers", "tokens", "size"), [(48, 40, 12.0), (48, 4096, 1.0), (1, 1, np.inf)])
+def test_no_bound_lets_a_gradient_pass_that_is_missing(layers, tokens, size):
+    bounds = rounding_bounds([np.full(tokens, -size)], layers, bf16=True)
+    assert max(bounds.grad_norm, bounds.parameter_norm, bounds.loss) <= 0.5

@@ -32,6 +32,15 @@ def test_flags_that_differ_are_said():
     ]
 
 
+def test_another_loss_is_said():
+    before = SAVED | {"loss_aggregation": "token-mean", "ratio_denominator": "decoupled"}
+    now = flags(loss_aggregation="sequence-mean-token-mean", ratio_denominator="recomputed")
+    assert changes(before, now) == [
+        "--loss-aggregation sequence-mean-token-mean (the checkpoint had token-mean)",
+        "--ratio-denominator recomputed (the checkpoint had decoupled)",
+    ]
+
+
 def test_the_schedule_of_the_checkpoint_on_request():
     args = flags(lr=1e-6, min_lr=1e-7, seed=2, use_checkpoint_opt_param_scheduler=True)
     assert changes(SAVED, args) == ["--seed 2 (the checkpoint had 1)"]

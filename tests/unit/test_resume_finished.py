@@ -52,6 +52,8 @@ def test_an_export_that_is_missing_is_made(args):
         json.dumps({"steps": 12, "paths": {"checkpoint": "/saved", "HF export": "out/hf"}}),
         json.dumps({"steps": 16, "paths": {"checkpoint": "/others", "HF export": "out/hf"}}),
         json.dumps({"steps": 16, "paths": {"checkpoint": "/saved"}}),
+        json.dumps({"steps": 16, "paths": "/saved"}),
+        "[]",
     ],
 )
 def test_what_another_run_has_left_does_not_count(args, summary):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo import run_record
 from megatron_vespo.run_record import (
     LEFT_OUT,
     RunRecord,
@@ -100,3 +101,12 @@ def test_the_commit_and_whether_files_differ(tmp_path):
     assert len(clean["commit"]) == 40 and clean["changed"] == []
     file.write_text("two")
     assert source_commit(tmp_path) == clean | {"changed": ["file"]}
+
+
+def test_what_a_broken_installation_has_left_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    (tmp_path / "whole-2.0.dist-info").mkdir()
+    (tmp_path / "whole-2.0.dist-info" / "METADATA").write_text("Name: whole\nVersion: 2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    packages = run_record._packages()
+    assert packages["whole"] == "2.0" and None not in packages

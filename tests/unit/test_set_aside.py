@@ -112,3 +112,11 @@ def test_killed_anywhere_the_tracker_names_a_checkpoint_and_nothing_is_lost(tmp_
     aside = [step for folder in tmp_path.glob("set-aside-*") for step in saved_steps(folder)]
     assert sorted(aside) == [12, 16]
     assert has_gone_back(tmp_path, ASKED) and not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_tracker_that_a_kill_has_left_empty_does_not_make_it_go_back_again(tmp_path):
+    complete(tmp_path, 8)
+    make_room(tmp_path, 8, ASKED)
+    complete(tmp_path, 10, 20)
+    (tmp_path / TRACKER_NAME).write_text("")
+    assert has_gone_back(tmp_path, ASKED)
