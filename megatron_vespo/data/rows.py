@@ -7,10 +7,15 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_vespo.data.jsonl import jsonl_rows, kind
 from megatron_vespo.data.located import located
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 class Absent(ValueError):
@@ -44,12 +49,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
         while True:
             with located(f"{path}: cannot be read after row {number}"):
                 batch = next(batches, None)
-                rows = None if batch is None else batch.to_pylist()
+                rows = None if batch is None else _as_written(batch).to_pylist()
             if rows is None:
                 return
             for row in rows:
                 number += 1
                 yield f"{path} row {number}", row
+
+
+def _as_written(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """With its columns of 32-bit floats as the decimals that they stand for: 0.1, not 0.10000000149011612."""
+    import pyarrow
+
+    for number, field in enumerate(batch.schema):
+        if pyarrow.types.is_float32(field.type):
+            cells = batch[number].to_pylist()
+            decimals = [cell if cell is None else float(str(np.float32(cell))) for cell in cells]
+            batch = batch.set_column(number, field.name, pyarrow.array(decimals, pyarrow.float64()))
+    return batch
 
 
 def lookup(row: dict, key: str, flag: str, where: str) -> Any:

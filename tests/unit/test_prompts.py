@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vespo.data.prompts import Columns, PromptCursor, PromptSet, load_prompts
+from megatron_vespo.data.rows import file_rows
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.types import Prompt
 
@@ -102,6 +103,13 @@ def test_number_answers_become_text(tmp_path, cell, answer):
 def test_answer_pattern_cuts_the_reference_out(tmp_path):
     path = write_lines(tmp_path, {"prompt": "p", "answer": "2+2=4\n#### 4 "})
     assert load(path, answer_pattern=r"####\s*(.+)").prompts[0].answer == "4"
+
+
+def test_parquet_columns_of_32_bit_floats_are_the_decimals_that_were_written(tmp_path):
+    path = tmp_path / "floats.parquet"
+    answers = pyarrow.array([0.1, 1234.56, 14.0, None], pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"q": ["a", "b", "c", "d"], "answer": answers}), path)
+    assert [row["answer"] for _, row in file_rows(path, "--prompt-data")] == [0.1, 1234.56, 14.0, None]
 
 
 def test_parquet_with_nested_columns_like_dapo(tmp_path):
