@@ -93,7 +93,7 @@ def parse_args(
     check_colocation(args)
     check_megatron_saving(args)
     check_ranks_start(args)
-    _check_recomputation(args)
+    _check_local_layers(args)
     _complete(args, explicit)
     _megatron_validate(args)
     return args
@@ -271,10 +271,16 @@ def _parse_with_megatron(
         return megatron_parse_args(extend), explicit, flags
 
 
-def _check_recomputation(args: Namespace) -> None:
-    """Megatron 0.19.2 would end in the first step: it asks Transformer Engine for its fp8 state."""
+def _check_local_layers(args: Namespace) -> None:
+    """What Megatron 0.19.2 does with Transformer Engine only: without it the first step would end."""
+    if args.transformer_impl != "local":
+        return
+    if args.fp32_residual_connection and args.bf16:
+        raise ValueError(
+            "--fp32-residual-connection needs Transformer Engine, --transformer-impl is local: leave it out"
+        )
     wrong = sorted({"layernorm", "moe_act"} & set(args.recompute_modules or ()))
-    if wrong and args.transformer_impl == "local" and args.recompute_granularity == "selective":
+    if wrong and args.recompute_granularity == "selective":
         raise ValueError(
             f"--recompute-modules {' '.join(wrong)} needs Transformer Engine, --transformer-impl is local: "
             "leave it out (core_attn, moe and mlp need none)"

@@ -40,8 +40,8 @@ _GO_BACK = " (the same --load, and --ckpt-step N)"
 
 
 AGAINST_ROUNDING = (
-    "neither fewer --mini-batches nor a lower --lr can change it: use --routing-replay R2 or R3, or "
-    "--fp32-residual-connection"
+    "neither fewer --mini-batches nor a lower --lr can change it; where the model has experts, "
+    "--routing-replay R2 or R3 lowers it"
 )
 
 

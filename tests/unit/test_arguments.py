@@ -310,6 +310,10 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "which does not divide --trainer-ranks 2",
         ),
         (
+            "--bf16 --fp32-residual-connection",
+            "--fp32-residual-connection needs Transformer Engine, --transformer-impl is local: leave it out",
+        ),
+        (
             "--recompute-granularity selective --recompute-modules layernorm moe",
             "--recompute-modules layernorm needs Transformer Engine, --transformer-impl is local: leave "
             "it out (core_attn, moe and mlp need none)",
