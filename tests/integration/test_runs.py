@@ -260,7 +260,7 @@ def test_a_busy_port_is_named(tiny_model, questions, tmp_path):
             tmp_path / "log",
         )
         try:
-            assert run.wait(120) == 1
+            assert run.wait(120) == 2
             assert nothing_left(run)
         finally:
             run.kill()

@@ -28,6 +28,7 @@ OF_THE_NODE = {
     "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32",
     "PYTORCH_ALLOC_CONF": "max_split_size_mb:64",
     "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1",
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
 }
 assert OF_THE_NODE.keys() == TABLE.keys()
 
