@@ -54,5 +54,5 @@ setup(
     packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES},
-    entry_points={"console_scripts": ["megatron-vespo = megatron_vespo.cli:main"]},
+    entry_points={"console_scripts": ["megatron-vespo = megatron_vespo.commands.main:main"]},
 )

@@ -73,7 +73,7 @@ def run(trial: Trial, base: Path, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     search_path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(
-        [sys.executable, "-m", "megatron_vespo.cli", "train", *command_line(trial, folder)],
+        [sys.executable, "-m", "megatron_vespo", "train", *command_line(trial, folder)],
         env=os.environ | {"PYTHONPATH": search_path},
         check=True,
     )

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 TRIAL_TIMEOUT_S = 1800.0
 PRELOADED = [
     "trial",
-    "megatron_vespo.arguments",
+    "megatron_vespo.arguments.parse",
     "megatron_vespo.trainer.policy",
     "megatron.training.arguments",
 ]

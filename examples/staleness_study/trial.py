@@ -18,9 +18,9 @@ from transformers import Qwen3MoeConfig
 from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
-from megatron_vespo.arguments import parse_args
-from megatron_vespo.rollout.engine import find_free_port
-from megatron_vespo.training_samples import training_sample
+from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.driver.training_samples import training_sample
+from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.types import Prompt, TrainingSample
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import ray
 from megatron_vespo.cluster.engine_slot import EngineSlot
 from megatron_vespo.cluster.engine_worker import EngineWorker
 from megatron_vespo.cluster.placement import Placement
-from megatron_vespo.process_environment import exported_values
 from megatron_vespo.rollout.dispatch import LostRequests
-from megatron_vespo.rollout.engine import EngineError, PortError
+from megatron_vespo.rollout.engine import EngineError, EnginePortError
+from megatron_vespo.system.process_environment import exported_values
 
 LOOK_INTERVAL_S = 1.0
 DEATH_NOTICE_S = 3.0
@@ -217,7 +217,7 @@ class EngineGroup:
         number = slot.number
         self.urls[number] = None
         way = re.sub(r"\d+", "", error.what)  # without ports
-        again = isinstance(error, PortError) or self._last_ends[number] == way
+        again = isinstance(error, EnginePortError) or self._last_ends[number] == way
         if not self._been_healthy[number] and again:
             self._over = error  # a wrong flag will not get better
             return

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from megatron_vespo.cluster.logs import log_tail
-from megatron_vespo.http import get_json
 from megatron_vespo.rollout.engine import EngineError
+from megatron_vespo.system.http import get_json
 
 CHECK_TIMEOUT_S = 60.0  # for an actor's word on its server's process
 PROBES_PER_TIMEOUT = 6

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
-from megatron_vespo.preemption import shield_process
-from megatron_vespo.rollout.engine import SGLangEngine, find_free_port, require_free_ports
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.rollout.engine import EngineError, EnginePortError, SGLangEngine
+from megatron_vespo.system.plugins import load_runtime_plugins
+from megatron_vespo.system.ports import PortError, find_free_port, require_free_ports
+from megatron_vespo.system.preemption import shield_process
 
 
 class EngineWorker:
@@ -53,10 +54,14 @@ class EngineWorker:
         return self._engine.url
 
     def _port(self) -> int:
-        if not self._args.rollout_port:
-            return find_free_port(self._host, self._number)
-        port = self._args.rollout_port + self._number
-        require_free_ports(self._host, port)
+        chosen = self._args.rollout_port
+        try:
+            if not chosen:
+                return find_free_port(self._host, self._number)
+            port = chosen + self._number
+            require_free_ports(self._host, port)
+        except PortError as error:
+            raise (EnginePortError if chosen else EngineError)(str(error)) from error
         return port
 
     def check(self) -> None:

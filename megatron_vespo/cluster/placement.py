@@ -18,7 +18,6 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_vespo import ray_variables
 from megatron_vespo.cluster.blocks import Run, neighbours, requested
 from megatron_vespo.cluster.seats import (
     Bundle,
@@ -30,9 +29,10 @@ from megatron_vespo.cluster.seats import (
     without_gpus,
     wrong_gpus,
 )
-from megatron_vespo.preemption import SIGNALS, shielded
-from megatron_vespo.rollout.engine import PortError, require_free_ports
-from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
+from megatron_vespo.system import ray_variables
+from megatron_vespo.system.ports import PortError, require_free_ports
+from megatron_vespo.system.preemption import SIGNALS, shielded
+from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 START_TIMEOUT_S = 120.0
 LOOPBACK = "127.0.0.1"
@@ -81,6 +81,16 @@ def _own_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def stop_ray() -> None:
+    """Leave Ray, and end one of our own."""
+    ray.shutdown()
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What Ray has on each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def cluster_has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
@@ -119,7 +129,7 @@ def _check_own(args: Namespace) -> None:
         try:
             require_free_ports(LOOPBACK, args.rollout_port + number)
         except PortError as error:
-            raise ValueError(error.what) from error
+            raise ValueError(str(error)) from error
 
 
 def _init(args: Namespace) -> None:

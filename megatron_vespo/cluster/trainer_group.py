@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import ray
 
+from megatron_vespo.checkpoints.probe_file import ProbeMismatchError
+from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
-from megatron_vespo.data.checkpoint_folder import SaveReport
-from megatron_vespo.data.probe_file import ProbeMismatchError
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
-from megatron_vespo.process_environment import exported_values
-from megatron_vespo.time_limits import check_timeout_s, sync_timeout_s
+from megatron_vespo.system.process_environment import exported_values
+from megatron_vespo.system.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.types import TrainingSample
 from megatron_vespo.weight_sync.distributed import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_vespo.checkpoints.probe_file import compare, decode, encode, probes_of
+from megatron_vespo.checkpoints.run_folder import BUFFER, PROBE, PROMPTS, SaveReport
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.cluster.visible_gpus import check_visible_gpus
-from megatron_vespo.data.checkpoint_folder import BUFFER, PROBE, PROMPTS, SaveReport
-from megatron_vespo.data.probe_file import compare, decode, encode, probes_of
-from megatron_vespo.hardware import runs_on_gpus
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
-from megatron_vespo.optional_packages import check_deep_ep, check_transformer_engine
-from megatron_vespo.preemption import shield_process
-from megatron_vespo.process_environment import THREADS, apply_here, trainer_environment
-from megatron_vespo.rollout.engine import find_free_port
 from megatron_vespo.rollout.server_arguments import has_symmetric_memory
+from megatron_vespo.system.hardware import runs_on_gpus
+from megatron_vespo.system.optional_packages import check_deep_ep, check_transformer_engine
+from megatron_vespo.system.ports import find_free_port
+from megatron_vespo.system.preemption import shield_process
+from megatron_vespo.system.process_environment import THREADS, apply_here, trainer_environment
 from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class TrainerWorker:
 
     def sync_weights(self, version: int) -> None:
         """Make every engine serve the current weights as policy `version`."""
-        from megatron_vespo.conversion.buckets import buckets
+        from megatron_vespo.checkpoints.buckets import buckets
 
         self._memory.weights.take()
         self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), version)

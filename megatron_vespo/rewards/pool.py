@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
-from megatron_vespo.import_path import import_function
 from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
-from megatron_vespo.time_limits import IMPORT_TIMEOUT_S
+from megatron_vespo.system.import_path import import_function
+from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 _START_DEADLINE_S = IMPORT_TIMEOUT_S  # of the function's module, sympy or more
 _STOP_DEADLINE_S = 10.0
@@ -37,7 +37,7 @@ _MAX_CHUNK = 32
 _WORKER_COMMAND = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
-from megatron_vespo.import_path import import_function
+from megatron_vespo.system.import_path import import_function
 from megatron_vespo.rewards.worker import worker_main
 worker_main(int(sys.argv[1]))
 """

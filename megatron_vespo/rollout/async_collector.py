@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from megatron_vespo.http import EngineRequestError
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
 from megatron_vespo.rollout.client import GenerateReplyError
@@ -18,6 +17,7 @@ from megatron_vespo.rollout.dispatch import CollectError
 from megatron_vespo.rollout.engines import Engines, RejectedDraws, TooManyRejectedError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
 from megatron_vespo.rollout.scoring import describe_failures
+from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import SamplingParams
 
 # a request that failed in one of these ways says nothing about the next one

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import aiohttp
 import numpy as np
 
-from megatron_vespo.http import EngineRequestError, auth_headers
+from megatron_vespo.system.http import EngineRequestError, auth_headers
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8

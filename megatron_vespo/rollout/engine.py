@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_vespo.http import EngineRequestError, get_json
-from megatron_vespo.process_environment import (
+from megatron_vespo.rollout.api_key import hand_over
+from megatron_vespo.rollout.server_arguments import MEMORY_SAVER, has_pausable_graphs, has_symmetric_memory
+from megatron_vespo.system.http import EngineRequestError, get_json
+from megatron_vespo.system.ports import RENDEZVOUS_PORT_OFFSET, PortError, require_free_ports
+from megatron_vespo.system.process_environment import (
     LIBRARIES,
     apply,
     engine_environment,
     exported_values,
     reached_directly,
 )
-from megatron_vespo.rollout.api_key import hand_over
-from megatron_vespo.rollout.server_arguments import MEMORY_SAVER, has_pausable_graphs, has_symmetric_memory
 
 LOG_TAIL_LINES = 15
 HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
-PORT_RANGE = range(
-    30000, 31000
-)  # below Linux's ephemeral range (32768), which outgoing connections draw from
-PORT_LANES = 40
-# SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
-# start together could draw the same one. Distinct HTTP ports make these distinct.
-RENDEZVOUS_PORT_OFFSET = 1000
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 FAILED_PLUGIN = re.compile(r"Failed to (?:load plugin|execute general plugin:?) (\S+)")
 
@@ -48,7 +40,7 @@ class EngineError(RuntimeError):
         return f"{self.what}; {self.log}" if self.log else self.what
 
 
-class PortError(EngineError):
+class EnginePortError(EngineError):
     """A port that the user has chosen and nothing can listen on: a repetition does not help."""
 
 
@@ -99,7 +91,7 @@ class SGLangEngine:
         try:
             require_free_ports(self.host, self.port)
         except PortError as error:  # free a moment ago: another one may be had
-            raise EngineError(error.what) from error
+            raise EngineError(str(error)) from error
         rendezvous_port = self.port + RENDEZVOUS_PORT_OFFSET
         command = [sys.executable, "-m", "megatron_vespo.rollout.server_process", str(os.getpid())]
         command += ["--model-path", self.model_path, "--host", self.host, "--port", str(self.port)]
@@ -210,40 +202,6 @@ class SGLangEngine:
     def _log_tail(self) -> str:
         lines = [line for line in self._log().splitlines() if line.strip()]
         return "\n".join([f"the end of {self.log_path}:", *lines[-LOG_TAIL_LINES:]])
-
-
-def require_free_ports(host: str, port: int) -> None:
-    """Raise PortError when an engine cannot listen on `host:port` or has no port for its rendezvous."""
-    _require_free_port(host, port, "the rollout engine")
-    rendezvous = f"the rollout engine on port {port} (its rendezvous)"
-    _require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, rendezvous)
-
-
-def _require_free_port(host: str, port: int, owner: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise PortError(
-                f"{owner} cannot listen on {host}:{port} ({error}); choose another port with --rollout-port"
-            ) from error
-
-
-def find_free_port(host: str, number: int | None = None) -> int:
-    """A port that an engine can use now, its rendezvous port too; random, so that runs differ.
-
-    An engine listens minutes later, so that two could have drawn the same one: with `number` a run's engines
-    draw from different ports, PORT_LANES of them on a node.
-    """
-    ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
-    for port in random.SystemRandom().sample(ports, len(ports)):
-        try:
-            require_free_ports(host, port)
-        except PortError:
-            continue
-        return port
-    raise EngineError(f"no free port on {host} in {PORT_RANGE.start}..{PORT_RANGE.stop - 1}")
 
 
 def group_members(process_group: int) -> list[int]:

@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from megatron_vespo.import_path import import_function
 from megatron_vespo.rollout.sampled_distribution import other_distribution
+from megatron_vespo.system.import_path import import_function
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 Draw = Callable[[Prompt, SamplingParams, int], Awaitable[Completion]]

@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vespo.process_environment import OTHER_LOG_PROBS
 from megatron_vespo.rollout.server_arguments import PREFIX, flag_value
+from megatron_vespo.system.process_environment import OTHER_LOG_PROBS
 from megatron_vespo.types import SamplingParams
 
 PREFERRED = "--preferred-sampling-params"

@@ -10,7 +10,7 @@ import math
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_vespo.paths import expanded, names_a_path
+from megatron_vespo.system.paths import expanded, names_a_path
 
 PREFIX = "--sglang-"
 # Flags whose value the run depends on or has decided elsewhere. Spellings: all of SGLang's aliases.

@@ -11,7 +11,7 @@ from megatron.core.models.backends import HAVE_APEX
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import get_te_version
 
-from megatron_vespo.optional_packages import TRANSFORMER_ENGINE, import_error
+from megatron_vespo.system.optional_packages import TRANSFORMER_ENGINE, import_error
 from megatron_vespo.trainer.attention import PackedAttention
 from megatron_vespo.trainer.initialize import device
 

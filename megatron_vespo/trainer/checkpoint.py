@@ -17,10 +17,10 @@ from megatron.training import checkpointing
 from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vespo.data import checkpoint_folder
-from megatron_vespo.data.checkpoint_folder import Entry, SaveReport
-from megatron_vespo.data.resumable import check_resumable, take_schedule
-from megatron_vespo.data.set_aside import kept_step, make_room
+from megatron_vespo.checkpoints import run_folder as checkpoint_folder
+from megatron_vespo.checkpoints.resumable import check_resumable, take_schedule
+from megatron_vespo.checkpoints.run_folder import Entry, SaveReport
+from megatron_vespo.checkpoints.set_aside import kept_step, make_room
 from megatron_vespo.trainer.background_save import SaveQueue
 
 FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vespo.conversion.buckets import buckets
-from megatron_vespo.conversion.hf_shards import finish_checkpoint, write_shards
+from megatron_vespo.checkpoints.buckets import buckets
+from megatron_vespo.checkpoints.hf_shards import finish_checkpoint, write_shards
 from megatron_vespo.trainer.policy import MegatronPolicy
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS, part_of, third_of
+from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS, part_of, third_of
 from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.weights import global_parameters
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_vespo.conversion.family import is_expert
-from megatron_vespo.planning.trainer_memory import Stage
+from megatron_vespo.models.family import is_expert
+from megatron_vespo.models.stage import Stage
 from megatron_vespo.trainer.initialize import process_groups
 from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.planned_machine import planned_machine

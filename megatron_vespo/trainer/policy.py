@@ -19,11 +19,11 @@ from torch import Tensor
 from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.algorithms.vespo import RatioDenominator
-from megatron_vespo.conversion.config import read_hf_config
-from megatron_vespo.conversion.family import family_of, shape_of
-from megatron_vespo.data.checkpoint_folder import SaveReport
+from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
+from megatron_vespo.models.family import family_of, shape_of
+from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import group_gradient_norms

@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_vespo.data.resumable import take_flags
+from megatron_vespo.checkpoints.resumable import take_flags
 from megatron_vespo.trainer.model import model_config, model_provider
 
 _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")

@@ -12,10 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vespo.conversion.family import Family, ModelShape, is_expert
-from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
-from megatron_vespo.conversion.mappings import Direct, Mapping
-from megatron_vespo.conversion.table import OUTPUT_LAYER
+from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
+from megatron_vespo.models.family import Family, ModelShape, is_expert
+from megatron_vespo.models.mappings import Direct, Mapping
+from megatron_vespo.models.table import OUTPUT_LAYER
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
-from megatron_vespo.http import EngineRequestError, get_json, post_json
+from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 
 ARRIVAL_POLL_S = 0.05
 RECOVERY_TIMEOUT_S = 60.0  # for what an engine that is well answers at once

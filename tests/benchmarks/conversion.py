@@ -69,7 +69,8 @@ print(f"took {time.monotonic() - started:.2f} s, {sum(os.times()[:4]) - processo
 """
 CONVERT = """
 import os, sys, time
-from megatron_vespo import cli, convert_cli
+from megatron_vespo.commands import main as cli
+from megatron_vespo.commands.convert import command as convert_cli
 started, processor = time.monotonic(), sum(os.times()[:4])
 code = cli.run(sys.argv[1:])
 print(f"took {time.monotonic() - started:.2f} s, {sum(os.times()[:4]) - processor:.2f} s of processors")
@@ -83,11 +84,11 @@ def make_checkpoint(folder: Path, layers: int, shard_bytes: int) -> None:
     import numpy as np
     import torch
 
-    from megatron_vespo.conversion.family import family_of, shape_of
-    from megatron_vespo.conversion.hf_shards import write_index
-    from megatron_vespo.conversion.hf_writer import ShardFile, plan_shards
-    from megatron_vespo.conversion.safetensors_file import TensorInfo
-    from megatron_vespo.conversion.spans import Span
+    from megatron_vespo.checkpoints.hf_shards import write_index
+    from megatron_vespo.checkpoints.hf_writer import ShardFile, plan_shards
+    from megatron_vespo.checkpoints.safetensors_file import TensorInfo
+    from megatron_vespo.checkpoints.spans import Span
+    from megatron_vespo.models.family import family_of, shape_of
 
     folder.mkdir()
     config = CONFIG | {"num_hidden_layers": layers}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.cluster.fake_nodes import FakeNodes
+from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.rollout.server_arguments import engine_size
+from tests.cluster.programs.megatron_groups import Groups, parsed
+from tests.support.fake_nodes import FakeNodes
+from tests.support.recipes import CONFIGS, EXAMPLES
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,3 +36,16 @@ def fake_nodes(request):
     nodes = FakeNodes(**getattr(request.module, "ENVIRONMENT", {}))
     yield nodes
     nodes.close()
+
+
+@pytest.fixture
+def run(megatron, tmp_path):
+    """`run(recipe)`: its arguments, GPUs of an engine, and the groups that Megatron makes of its ranks."""
+
+    def read(recipe: str) -> tuple[Namespace, int, Groups]:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS[recipe.partition("/")[0]]))
+        flags = read_recipe(EXAMPLES / f"{recipe}.flags")
+        args, groups = megatron(parsed, [*flags, "--hf-checkpoint", str(tmp_path)])
+        return args, engine_size(args.sglang_flags), groups
+
+    return read

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.cluster.fake_nodes import FakeNodes
-from tests.unit.test_arguments import CONFIG
+from tests.support.fake_nodes import FakeNodes
+from tests.support.train_flags import CONFIG
 
 RUN_S = 170
 

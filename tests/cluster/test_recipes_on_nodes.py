@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from megatron_vespo.recipe import read_recipe
-from megatron_vespo.rollout.server_arguments import engine_size
-from tests.cluster.fake_nodes import FakeNodes
-from tests.cluster.placed import (
+from tests.support.fake_nodes import FakeNodes
+from tests.support.placed import (
+    BY_NODES,
+    PER_NODE,
     Places,
+    check_groups,
     check_places,
-    divided,
     placed,
     seen_by_engines,
     seen_by_trainer,
 )
-from tests.cluster.programs.megatron_groups import Groups, parsed
-from tests.unit.test_recipes import CONFIGS, EXAMPLES, RECIPES
+from tests.support.recipes import RECIPES
 
-PER_NODE = 8
-BY_NODES = sorted(RECIPES, key=RECIPES.get)  # nodes are only added
 # One of each kind of run; the others differ in what is not placed. Their processes are started for real.
 STARTED = {"qwen3_30b_a3b/one_node_80gb", "qwen3_8b/colocated_one_node", "qwen3_8b/synchronous_n8"}
-
-
-@pytest.fixture
-def run(megatron, tmp_path):
-    """`run(recipe)`: its arguments, GPUs of an engine, and the groups that Megatron makes of its ranks."""
-
-    def read(recipe: str) -> tuple[Namespace, int, Groups]:
-        (tmp_path / "config.json").write_text(json.dumps(CONFIGS[recipe.partition("/")[0]]))
-        flags = read_recipe(EXAMPLES / f"{recipe}.flags")
-        args, groups = megatron(parsed, [*flags, "--hf-checkpoint", str(tmp_path)])
-        return args, engine_size(args.sglang_flags), groups
-
-    return read
-
-
-def check_groups(groups: Groups, places: Places) -> None:
-    """All recipes' groups fit a node."""
-    assert all(len(group) <= PER_NODE for kind in groups.values() for group in kind)
-    assert {kind: divided(of_kind, places) for kind, of_kind in groups.items()} == dict.fromkeys(groups, [])
 
 
 @pytest.mark.parametrize("recipe", BY_NODES)

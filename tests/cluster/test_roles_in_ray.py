@@ -9,8 +9,8 @@ import ray
 
 from megatron_vespo.cluster import placement
 from megatron_vespo.cluster.roles import ROLES
-from tests.cluster.fake_nodes import FakeNodes
-from tests.cluster.placed import a_run
+from tests.support.fake_nodes import FakeNodes
+from tests.support.placed import a_run
 
 ENGINE = ROLES["engines"]
 

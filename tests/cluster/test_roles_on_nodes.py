@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cluster.fake_nodes import FakeNodes
-from tests.cluster.placed import Places, a_run, check_places, placed, seen_by_engines, seen_by_trainer
-from tests.cluster.test_recipes_on_nodes import BY_NODES, PER_NODE, check_groups, run  # noqa: F401
+from tests.support.fake_nodes import FakeNodes
+from tests.support.placed import (
+    BY_NODES,
+    PER_NODE,
+    Places,
+    a_run,
+    check_groups,
+    check_places,
+    placed,
+    seen_by_engines,
+    seen_by_trainer,
+)
 
 # Both change what Ray shows to actors. verl and slime want the first one.
 ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -20,7 +29,7 @@ def grow(nodes: FakeNodes, of_trainer: int, of_engines: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", APART)
-def test_a_recipe_on_nodes_of_two_kinds(fake_nodes: FakeNodes, run, recipe: str):  # noqa: F811
+def test_a_recipe_on_nodes_of_two_kinds(fake_nodes: FakeNodes, run, recipe: str):
     args, size, groups = run(recipe)
     engine_gpus = args.rollout_engines * size
     grow(fake_nodes, -(-args.trainer_ranks // PER_NODE), -(-engine_gpus // PER_NODE))

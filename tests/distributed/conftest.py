@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, Result, launch
-from named_layouts import LAYOUTS
-from random_task import Task, make_task
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, Result, launch
+from tests.support.named_layouts import LAYOUTS
+from tests.support.random_task import Task, make_task
 
 TRAINING_FLAGS = "--ratio-denominator decoupled --lr 3e-5 --lr-warmup-iters 3".split()
 

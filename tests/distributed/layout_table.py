@@ -39,7 +39,7 @@ def main() -> int:
         )
         subprocess.run([sys.executable, "-c", code], cwd=HERE / "programs", check=True)
         for title, (candidates, flags) in RUNS.items():
-            command = [sys.executable, "-m", "megatron_vespo.cli", "check", "layout", *flags]
+            command = [sys.executable, "-m", "megatron_vespo", "check", "layout", *flags]
             command += ["--hf-checkpoint", str(model), "--markdown", str(table)]
             command += ["--steps", "3", "--lr", "1e-5", "--candidate", *candidates]
             done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})

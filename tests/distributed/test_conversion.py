@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 from safetensors.torch import load_file, save_file
 
-from megatron_vespo import cli
-from megatron_vespo.conversion.family import family_of, shape_of
+from megatron_vespo.commands import main as cli
+from megatron_vespo.models.family import family_of, shape_of
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 ATTENTION = {
     "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,

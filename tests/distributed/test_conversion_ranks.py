@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 
 @pytest.fixture

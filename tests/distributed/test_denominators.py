@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from random_task import split
 
 from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
+from tests.support.random_task import split
 
 KERNEL = {True: (2.0, 3.0), False: (3.0, 2.0)}  # of the sign of the advantage
 

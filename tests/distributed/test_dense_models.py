@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, Result, launch
-from named_layouts import LAYOUTS
-from random_task import random_samples
-from test_export import read_tensors
 
-from megatron_vespo.conversion.config import read_hf_config
-from megatron_vespo.conversion.family import family_of, shape_of
-from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS
+from megatron_vespo.models.family import family_of, shape_of
+from megatron_vespo.models.hf_config import read_hf_config
+from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
+from tests.support.launch import PROGRAMS, TIMEOUT_S, Result, launch
+from tests.support.named_layouts import LAYOUTS
+from tests.support.random_task import random_samples
+from tests.support.tensors import read_tensors
 
 CASES = [
     ("qwen3", "one rank"),

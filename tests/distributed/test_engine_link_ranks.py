@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 
 def test_all_ranks_know_of_a_failure_and_can_repeat_the_sync(tmp_path):

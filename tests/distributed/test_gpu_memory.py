@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from named_layouts import LAYOUTS, VIRTUAL_STAGES
+
+from tests.support.named_layouts import LAYOUTS, VIRTUAL_STAGES
 
 SMALL_PACKS = "--max-tokens-per-gpu 64"
 # of packs: at most so many of them are in flight, each on every model chunk

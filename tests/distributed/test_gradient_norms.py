@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import Result
 
-from megatron_vespo.conversion.parameter_groups import GRADIENT_GROUPS, PARTS, THIRDS
-from megatron_vespo.layout import Layout
+from megatron_vespo.commands.check_layout.layout import Layout
+from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS, PARTS, THIRDS
+from tests.support.launch import Result
 
 # small buckets: a bucket's parts fall into the middle of parameters
 SMALL_BUCKETS = "--ddp-bucket-size 3000 --overlap-grad-reduce"

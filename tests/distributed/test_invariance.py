@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
-from random_task import split
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.random_task import split
 
 # name -> --max-tokens-per-gpu, --log-prob-chunk-size, seed of the order
 VARIANTS = {

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import REPOSITORY, launch
+
+from tests.support.launch import REPOSITORY, launch
 
 PROGRAM = """
 import os, sys, time
@@ -79,7 +80,7 @@ def test_each_rank_is_a_process_in_its_first_state(tmp_path, preloaded):
 PARENT = """
 import sys
 from pathlib import Path
-from launch import launch
+from tests.support.launch import launch
 if __name__ == "__main__":
     launch(Path(sys.argv[1]), 1, [], 100, Path(sys.argv[2]))
 """
@@ -97,7 +98,7 @@ def test_server_and_ranks_die_with_a_killed_parent(tmp_path):
     for name, text in (("parent.py", PARENT), ("waiting.py", WAITING)):
         (tmp_path / name).write_text(text)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "waiting.py"), str(tmp_path)]
-    path = f"{REPOSITORY}:{Path(__file__).parent}"
+    path = str(REPOSITORY)
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as parent:
         wait_until((tmp_path / "pids").exists, 60)
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]  # the rank's and the server's

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
-from named_layouts import LAYOUTS, RECOMPUTE
-from random_task import random_samples
 
 from megatron_vespo.types import TrainingSample
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.named_layouts import LAYOUTS, RECOMPUTE
+from tests.support.random_task import random_samples
 
 NUM_SAMPLES, MAX_PROMPT, MAX_COMPLETION = 24, 20, 120
 FLAGS = (

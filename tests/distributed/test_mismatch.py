@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from random_task import split
+
+from tests.support.random_task import split
 
 NUM_SAMPLES = 24
 LAYOUTS = {

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from random_task import VOCAB_SIZE
+
+from tests.support.random_task import VOCAB_SIZE
 
 LAYOUTS = {
     "one rank": (1, ""),

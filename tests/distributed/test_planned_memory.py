@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
-from named_layouts import LAYOUTS
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.named_layouts import LAYOUTS
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 from safetensors.torch import load_file, save_file
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
 QUERY = "model.layers.3.self_attn.q_proj.weight"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launch import PROGRAMS, TIMEOUT_S, launch
-from named_layouts import SELECTIVE
+
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.named_layouts import SELECTIVE
 
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL_STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"

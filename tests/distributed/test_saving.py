@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from named_layouts import LAYOUTS
 
-from megatron_vespo.data import checkpoint_folder
+from megatron_vespo.checkpoints import run_folder as checkpoint_folder
+from tests.support.named_layouts import LAYOUTS
 
 LAYOUT = "ep2"
 MIB = 2**20

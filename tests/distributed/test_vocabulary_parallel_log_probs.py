@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import PROGRAMS, TIMEOUT_S, launch
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 T, H = 17, 8
 # (ranks, rows of all ranks, of which real, dtype); some ranks have a few rows of padding, or nothing else

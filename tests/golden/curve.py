@@ -75,7 +75,7 @@ def make_samples() -> list[TrainingSample]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    from megatron_vespo.arguments import parse_args
+    from megatron_vespo.arguments.parse import parse_args
     from megatron_vespo.trainer.initialize import initialize
     from megatron_vespo.trainer.policy import MegatronPolicy
 

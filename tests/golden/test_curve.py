@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.launch import TIMEOUT_S, launch
 from tests.golden.curve import COLUMNS, NUM_STEPS, make_model
+from tests.support.launch import TIMEOUT_S, launch
 
 CURVE = Path(__file__).parent / "curve.txt"
 ELSEWHERE = 1e-6  # relative; other processors round sums in another order

@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from servers import make_tiny_model, start_in_short_lived_thread, tiny_engine
 
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.system.plugins import load_runtime_plugins
 from megatron_vespo.types import Prompt
+from tests.support.servers import make_tiny_model, start_in_short_lived_thread, tiny_engine
 
 
 def pytest_collection_modifyitems(items):

@@ -8,14 +8,14 @@ import time
 
 import numpy as np
 import pytest
-from runs import Run, nothing_left, train_command
 from transformers import AutoTokenizer
 
-from megatron_vespo.data.checkpoint_folder import BUFFER, newest_save
+from megatron_vespo.checkpoints.run_folder import BUFFER, newest_save
 from megatron_vespo.data.prompts import Columns, PromptCursor, load_prompts
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.observability.metrics import read_metrics
+from tests.support.runs import Run, nothing_left, train_command
 
 START_S = 300.0
 STEPS, MINI_BATCHES, BATCH_SIZE, SEED = 40, 2, 4, 7
@@ -30,7 +30,7 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
     flags = f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
     flags += f"--save {saved} --load {saved} --save-rollouts {rollouts} --no-hf-export --async-save "
-    flags += "--reward-function tests.integration.run_rewards:all_letters "
+    flags += "--reward-function tests.support.run_rewards:all_letters "
     flags += "--stop-generation-while-training --over-subscription 2 "
     flags += f"--max-completion-tokens 200 --max-dispatches 1000 --seed {SEED}"
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split())

@@ -10,11 +10,9 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from runs import Run, nothing_left, train_command
 from safetensors.torch import load_file
-from servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
-from megatron_vespo.conversion.buckets import buckets
+from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
@@ -22,6 +20,8 @@ from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Prompt, SamplingParams
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
+from tests.support.runs import Run, nothing_left, train_command
+from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=300, stop_token_ids=())
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_vespo.conversion.block_fp8 import DTYPE, quantise
-from megatron_vespo.conversion.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_vespo.conversion.family import family_of, shape_of
-from megatron_vespo.conversion.ranks import Ranks
+from megatron_vespo.checkpoints.block_fp8 import DTYPE, quantise
+from megatron_vespo.checkpoints.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_vespo.checkpoints.ranks import Ranks
+from megatron_vespo.models.family import family_of, shape_of
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 1, "hidden_size": 256,

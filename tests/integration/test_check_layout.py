@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from runs import ROOT, Run, nothing_left
 from safetensors.torch import load_file, save_file
-from servers import VOCAB_SIZE
+
+from tests.support.runs import ROOT, Run, nothing_left
+from tests.support.servers import VOCAB_SIZE
 
 TIMEOUT_S = 240.0
-COMMAND = [sys.executable, "-m", "megatron_vespo.cli", "check", "layout"]
+COMMAND = [sys.executable, "-m", "megatron_vespo", "check", "layout"]
 
 
 @pytest.fixture(scope="module")

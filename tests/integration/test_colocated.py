@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from interrupted import command, curve
-from runs import Run, nothing_left
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from megatron_vespo.preemption import EXIT_RESUME
+from megatron_vespo.system.preemption import EXIT_RESUME
+from tests.support.interrupted import command, curve
+from tests.support.runs import Run, nothing_left
 
 START_S = 300.0
 STEPS = 6  # three rollout batches of two

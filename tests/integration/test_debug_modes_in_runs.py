@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Run, nothing_left, train_command
 
 from megatron_vespo.data.rollout_file import read_record
 from megatron_vespo.observability.metrics import batch_records, read_metrics
+from tests.support.runs import ROOT, Run, nothing_left, train_command
 
 RUN_S = 300.0
 # of the clock, of what comes of it, and of engines, which a replay has not
@@ -24,7 +24,7 @@ NOT_COMPARED = (
     "sync/weight_check_seconds",
 )
 FLAGS = "--train-iters 6 --mini-batches 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
-FLAGS += "--reward-function tests.integration.run_rewards:first_letters"
+FLAGS += "--reward-function tests.support.run_rewards:first_letters"
 
 
 @pytest.fixture(scope="module")

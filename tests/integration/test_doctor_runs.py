@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT
 
-COMMAND = [sys.executable, "-m", "megatron_vespo.cli", "doctor"]
+from tests.support.runs import ROOT
+
+COMMAND = [sys.executable, "-m", "megatron_vespo", "doctor"]
 SLURM = ("SLURM_", "RAY_ADDRESS")
 
 
@@ -91,7 +92,7 @@ def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
 @pytest.mark.timeout(600)
 def test_a_task_that_never_comes(environment, tmp_path):
     program = (
-        "import sys; from megatron_vespo.doctor import command; command.ARRIVAL_S = 3.0; "
+        "import sys; from megatron_vespo.commands.doctor import command; command.ARRIVAL_S = 3.0; "
         "sys.exit(command.main(sys.argv[1:]))"
     )
     flags = ["--shared-dir", str(tmp_path), "--json", str(tmp_path / "report.json")]

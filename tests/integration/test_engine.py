@@ -16,14 +16,15 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
-from megatron_vespo.http import EngineRequestError, get_json, post_json
 from megatron_vespo.rollout.client import generate_payload
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dispatch import CollectError
-from megatron_vespo.rollout.engine import EngineError, SGLangEngine, find_free_port, group_members
+from megatron_vespo.rollout.engine import EngineError, SGLangEngine, group_members
+from megatron_vespo.system.http import EngineRequestError, get_json, post_json
+from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.types import SamplingParams
+from tests.support.servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
 STOP_TOKEN = 1
 
@@ -204,11 +205,10 @@ def test_failed_plugin_is_an_error(tiny_model, tmp_path, monkeypatch):
 PARENT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from servers import tiny_engine
-from megatron_vespo.runtime import load_runtime_plugins
+from tests.support.servers import tiny_engine
+from megatron_vespo.system.plugins import load_runtime_plugins
 load_runtime_plugins()
-tiny_engine(Path(sys.argv[2]), Path(sys.argv[3])).start()
+tiny_engine(Path(sys.argv[1]), Path(sys.argv[2])).start()
 """
 
 
@@ -234,9 +234,8 @@ def wait_for(condition, timeout_s: float, what: str):
 
 def test_killed_parent_leaves_nothing(tiny_model, tmp_path):
     """SIGKILL while SGLang's own children are starting, when they do not yet watch their parent."""
-    here = str(Path(__file__).parent)
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, here, str(tiny_model), str(tmp_path / "log")],
+        [sys.executable, "-c", PARENT, str(tiny_model), str(tmp_path / "log")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import Run, nothing_left, train_command
-from servers import START_TIMEOUT_S, make_tiny_model
 
-from megatron_vespo.http import EngineRequestError, get_json
 from megatron_vespo.observability.metrics import read_metrics
-from megatron_vespo.rollout.engine import find_free_port
+from megatron_vespo.system.http import EngineRequestError, get_json
+from megatron_vespo.system.ports import find_free_port
+from tests.support.runs import Run, nothing_left, train_command
+from tests.support.servers import START_TIMEOUT_S, make_tiny_model
 
 STEPS = 5
 
@@ -31,7 +31,7 @@ class Faulty(Run):
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
         # long completions: generation takes seconds, and is where an engine is hit
         default = "--rollout-engines 2 --max-completion-tokens 1000 --max-tokens-per-gpu 4096 --no-hf-export "
-        default += "--reward-function tests.integration.run_rewards:behind_a_gate --reward-timeout 300"
+        default += "--reward-function tests.support.run_rewards:behind_a_gate --reward-timeout 300"
         steps = ("--train-iters", str(STEPS))
         super().__init__(
             train_command(model, questions, self.out, *steps, *default.split(), *flags), folder / "log"

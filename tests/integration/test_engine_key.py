@@ -9,16 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import Run, nothing_left, train_command
-from servers import HOST, ROUTES, tiny_engine
 
-from megatron_vespo.http import EngineRequestError, get_json, post_json
 from megatron_vespo.rollout.api_key import REPLACEMENT
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.engine import group_members
+from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.distributed import EngineControl
 from megatron_vespo.weight_sync.verify import weight_sums
+from tests.support.runs import Run, nothing_left, train_command
+from tests.support.servers import HOST, ROUTES, tiny_engine
 
 KEY = "-the-key-of-this-test"  # one key in 64 begins so
 # the program's key cannot be guessed: for the test, every process draws this one

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
-from servers import HOST, ROUTES, make_tiny_model, tiny_engine
 
-from megatron_vespo.conversion.buckets import buckets
+from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.engine import SGLangEngine
 from megatron_vespo.types import Prompt, SamplingParams
 from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
 from megatron_vespo.weight_sync.link import EngineLink
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
+from tests.support.servers import HOST, ROUTES, make_tiny_model, tiny_engine
 
 TIMEOUT_S = 20.0
 

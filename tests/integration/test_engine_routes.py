@@ -6,11 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-from servers import ROUTES, make_tiny_model
 
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Completion, SamplingParams, TrainingSample
-from tests.distributed.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.servers import ROUTES, make_tiny_model
 
 LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --expert-model-parallel-size 2"
 

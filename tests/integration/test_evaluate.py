@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Run, nothing_left
+
+from tests.support.runs import ROOT, Run, nothing_left
 
 TIMEOUT_S = 240
 QUESTIONS = {"add": [f"{i} + 1 = ?" for i in range(6)], "count": [f"Count to {i}." for i in range(4)]}
@@ -27,8 +28,8 @@ def sets(tmp_path_factory) -> list[str]:
 
 def command(checkpoint: Path, out: Path, sets: list[str], *flags: str) -> list[str]:
     return [
-        sys.executable, "-m", "megatron_vespo.cli", "evaluate", "--checkpoint", str(checkpoint),
-        "--output-dir", str(out), *sets, "--reward-function", "tests.integration.run_rewards:first_letters",
+        sys.executable, "-m", "megatron_vespo", "evaluate", "--checkpoint", str(checkpoint),
+        "--output-dir", str(out), *sets, "--reward-function", "tests.support.run_rewards:first_letters",
         "--save-responses", *flags,
     ]  # fmt: skip
 
@@ -99,7 +100,7 @@ def test_a_megatron_checkpoint_says_what_its_hf_folder_says(engine, tiny_model, 
     assert run.wait(TIMEOUT_S) == 0, run.output
 
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
-    convert = [sys.executable, "-m", "megatron_vespo.cli", "convert", "hf-to-megatron"]
+    convert = [sys.executable, "-m", "megatron_vespo", "convert", "hf-to-megatron"]
     subprocess.run(
         [*convert, str(tiny_model), str(checkpoint), "--quiet"], cwd=ROOT, check=True, timeout=TIMEOUT_S
     )

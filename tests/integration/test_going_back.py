@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupted import command, curve
-from runs import Run, nothing_left
 
-from megatron_vespo.data.checkpoint_folder import newest_step, saved_steps
+from megatron_vespo.checkpoints.run_folder import newest_step, saved_steps
 from megatron_vespo.observability.metrics import read_metrics
+from tests.support.interrupted import command, curve
+from tests.support.runs import Run, nothing_left
 
 START_S = 300.0
 STEPS, BACK_TO = 16, 8

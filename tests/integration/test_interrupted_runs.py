@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupted import LAST, MINI_BATCHES, STEPS, command, curve
-from runs import Run, nothing_left
 
-from megatron_vespo.preemption import EXIT_RESUME
+from megatron_vespo.system.preemption import EXIT_RESUME
+from tests.support.interrupted import LAST, MINI_BATCHES, STEPS, command, curve
+from tests.support.runs import Run, nothing_left
 
 START_S = 300.0
 

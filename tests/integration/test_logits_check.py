@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vespo import cli
-from megatron_vespo.conversion.family import family_of, shape_of
-from megatron_vespo.logits_check import check_logits
+from megatron_vespo.commands import main as cli
+from megatron_vespo.commands.convert.logits_check import check_logits
+from megatron_vespo.models.family import family_of, shape_of
 
 # deeper than what is compared
 NUMBERS = {

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_vespo.conversion.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_vespo.conversion.ranks import Ranks
+from megatron_vespo.checkpoints.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_vespo.checkpoints.ranks import Ranks
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "programs" / "megatron_bridge.py"

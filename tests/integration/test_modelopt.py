@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from servers import make_tiny_model
 from torch import Tensor
 
-from megatron_vespo import cli
+from megatron_vespo.commands import main as cli
+from tests.support.servers import make_tiny_model
 
 pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed; the [gpu] extra brings it")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.process_environment import CONNECTIONS, PAUSED_GRAPHS, TABLE
 from megatron_vespo.rollout.engine import SGLangEngine
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.system.process_environment import CONNECTIONS, PAUSED_GRAPHS, TABLE
 
 PROGRAMS = Path(__file__).parent / "programs"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Run, nothing_left, train_command
 
-from megatron_vespo.data.checkpoint_folder import BUFFER, newest_save
+from megatron_vespo.checkpoints.run_folder import BUFFER, newest_save
 from megatron_vespo.data.rollout_file import batch_path, read_record
+from tests.support.runs import Run, nothing_left, train_command
 
 RUN_S = 300.0
 CLOCK = "{{ strftime_now('%H%M%S') }}"  # a second stands for a day

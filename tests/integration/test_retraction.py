@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import Run, train_command
-from servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
+from megatron_vespo.driver.training_samples import lost_routes, training_sample
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.training_samples import lost_routes, training_sample
 from megatron_vespo.types import Completion, SamplingParams
+from tests.support.runs import Run, train_command
+from tests.support.servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
 RETRACTING = ["--max-total-tokens", "1024", "--schedule-conservativeness", "0.05"]
 LENGTH, NUM_COMPLETIONS = 300, 48
@@ -88,7 +88,7 @@ def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path, monkeypatch):
     flags = (
         "--routing-replay R3 --train-iters 2 --max-completion-tokens 300 --num-completions 12 --no-hf-export"
     )
-    flags += " --reward-function tests.integration.run_rewards:first_letters --max-logprob-difference 1e-3"
+    flags += " --reward-function tests.support.run_rewards:first_letters --max-logprob-difference 1e-3"
     engine = " ".join(RETRACTING).replace("--", "--sglang-")
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split(), *engine.split())
     run = Run(command, tmp_path / "log")

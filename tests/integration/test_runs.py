@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Run, nothing_left, train_command
 
-from megatron_vespo.http import EngineRequestError, post_json
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from megatron_vespo.rollout.engine import find_free_port
+from megatron_vespo.system.http import EngineRequestError, post_json
+from megatron_vespo.system.ports import find_free_port
+from tests.support.runs import ROOT, Run, nothing_left, train_command
 
 START_S = 300.0
 GSM8K = ROOT.parent / "shared/data/gsm8k/train.jsonl"
@@ -155,7 +155,7 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = "--dynamic-sampling --dynamic-sampling-max-batches 4 --overlong-buffer 16 --overlong-penalty 0.5 "
     flags += "--advantage-estimator leave-one-out --vespo-budget 1.2 "
-    flags += "--reward-function tests.integration.run_rewards:ended_and_wanted"
+    flags += "--reward-function tests.support.run_rewards:ended_and_wanted"
     run = Run(train_command(tiny_model, data, out, *flags.split()), tmp_path / "log")
     try:
         assert run.wait(START_S) == 0, run.output

@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from runs import Run, train_command
-from servers import START_TIMEOUT_S
 
+from megatron_vespo.commands.simulate.calibration import measure
+from megatron_vespo.commands.simulate.rates import SharedCores
+from megatron_vespo.commands.simulate.run import Settings, simulate
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from megatron_vespo.simulation.calibration import measure
-from megatron_vespo.simulation.rates import SharedCores
-from megatron_vespo.simulation.run import Settings, simulate
+from tests.support.runs import Run, train_command
+from tests.support.servers import START_TIMEOUT_S
 
 TOLERANCE = 0.15
 CORES, TRAINER_RANKS = (

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import Run, nothing_left
+
+from tests.support.runs import Run, nothing_left
 
 TIMEOUT_S = 400.0
-COMMAND = [sys.executable, "-m", "megatron_vespo.cli", "smoke"]
+COMMAND = [sys.executable, "-m", "megatron_vespo", "smoke"]
 MOST_S = 180.0  # on two cores that do nothing else
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, Run, nothing_left
 
 from megatron_vespo.observability.metrics import read_metrics
-from megatron_vespo.preemption import EXIT_RESUME
+from megatron_vespo.system.preemption import EXIT_RESUME
+from tests.support.runs import ROOT, Run, nothing_left
 
 START_S = 300.0
 STEPS, MINI_BATCHES, STALENESS = 200, 2, 4
@@ -117,12 +117,12 @@ def test_two_hundred_steps_with_faults(base, tmp_path):
     flags += "--trainer-ranks 2 --pipeline-model-parallel-size 2 --max-tokens-per-gpu 2048 --no-hf-export "
     flags += "--engine-restarts 1000 --trainer-restarts 1000 --engine-health-timeout 15 --reward-timeout 2 "
     flags += "--weight-check-interval 10 --heldout-interval 1000 --heldout-prompts 256 --clip-grad 1.0 "
-    flags += "--reward-function tests.integration.soak_rewards:with_faults "
+    flags += "--reward-function tests.support.soak_rewards:with_faults "
     flags += (
         f"--hf-checkpoint {base}/base --prompt-data {base}/train.jsonl --heldout-data {base}/heldout.jsonl "
     )
     flags += f"--output-dir {tmp_path}/out"
-    soak = Soak([sys.executable, "-m", "megatron_vespo.cli", "train", *flags.split()], tmp_path)
+    soak = Soak([sys.executable, "-m", "megatron_vespo", "train", *flags.split()], tmp_path)
     draw = random.Random(0)
     began, next_fault = time.monotonic(), STEPS_BETWEEN
     try:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
-from megatron_vespo.conversion.buckets import buckets
+from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl, WeightSyncError
+from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
 

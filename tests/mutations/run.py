@@ -24,7 +24,7 @@ REPLAY = "tests/distributed/test_routing_replay.py"
 MISMATCH = "tests/distributed/test_mismatch.py"
 OLD_POLICY = "tests/distributed/test_old_policy.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
-BUDGET = "tests/unit/test_vespo_budget.py"
+BUDGET = "tests/unit/algorithms/test_vespo_budget.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -122,14 +122,14 @@ MUTATIONS = [
         "algorithms/vespo.py",
         "log_rho_T.clamp(max=most)",
         "log_rho_T",
-        ("tests/unit/test_vespo.py", "parts"),
+        ("tests/unit/algorithms/test_vespo.py", "parts"),
     ),
     Mutation(
         "clipping: the dual clip also caps responses better than average",
         "algorithms/losses/clipped.py",
         "floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -math.inf)",
         "floor_T = dual_clip * advantages_T",
-        ("tests/unit/test_losses.py", "dual_clip"),
+        ("tests/unit/algorithms/test_losses.py", "dual_clip"),
     ),
     Mutation(
         "denominator: pi_old is forgotten",
@@ -220,21 +220,21 @@ MUTATIONS = [
         "algorithms/corrections.py",
         "        denominators=DECOUPLED,\n",
         '        denominators=("recomputed",),\n',
-        ("tests/unit/test_corrections.py", "reason"),
+        ("tests/unit/algorithms/test_corrections.py", "reason"),
     ),
     Mutation(
         "diagnostics: the sums of tokens include those that are not trained on",
         "algorithms/token_sums.py",
         ".masked_fill(ignored_T, 0.0)",
         "",
-        ("tests/unit/test_token_sums.py", "micro_batches"),
+        ("tests/unit/algorithms/test_token_sums.py", "micro_batches"),
     ),
     Mutation(
         "diagnostics: mismatch's share leaves out what it shares with staleness",
         "algorithms/diagnostics.py",
         "(mismatch - mismatch.mean()) * (log_w - log_w.mean())",
         "(mismatch - mismatch.mean()) ** 2",
-        ("tests/unit/test_diagnostics.py", "split"),
+        ("tests/unit/algorithms/test_diagnostics.py", "split"),
     ),
     Mutation(
         "diagnostics: every rank keeps its own part of the gradient norms",
@@ -248,21 +248,21 @@ MUTATIONS = [
         "algorithms/alarms.py",
         "main = max(shares,",
         "main = min(shares,",
-        ("tests/unit/test_alarms.py", "cause"),
+        ("tests/unit/algorithms/test_alarms.py", "cause"),
     ),
     Mutation(
         "diagnostics: rounding counts as staleness",
         "algorithms/diagnostics.py",
         "noise = min(float((rounding * (staleness != 0.0)).mean()), spread * spread)",
         "noise = 0.0",
-        ("tests/unit/test_diagnostics.py", "floor"),
+        ("tests/unit/algorithms/test_diagnostics.py", "floor"),
     ),
     Mutation(
         "log-probs: logits are rounded to the inputs' type",
         "algorithms/linear_log_probs.py",
         "torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)",
         "out.copy_(left @ right)",
-        ("tests/unit/test_linear_log_probs.py", "bfloat16"),
+        ("tests/unit/algorithms/test_linear_log_probs.py", "bfloat16"),
     ),
     Mutation(
         "log W: the floor is measured between two equal passes",
@@ -276,14 +276,14 @@ MUTATIONS = [
         "algorithms/corrections.py",
         ".masked_fill(values.isnan(), torch.nan)",
         "",
-        ("tests/unit/test_corrections.py", "visible"),
+        ("tests/unit/algorithms/test_corrections.py", "visible"),
     ),
     Mutation(
         "alarms: staleness is blamed for what a correction rejects",
         "algorithms/alarms.py",
         "if dead and corrected > MAIN_CAUSE:",
         "if False:",
-        ("tests/unit/test_alarms.py", "rejects"),
+        ("tests/unit/algorithms/test_alarms.py", "rejects"),
     ),
     Mutation(
         "adaptive losses: every rank chooses by its own tokens",
@@ -297,21 +297,21 @@ MUTATIONS = [
         "algorithms/losses/bapo.py",
         "if high < len(highs) - 1:",
         "if low == len(lows) - 1:",
-        ("tests/unit/test_losses.py", "bapo"),
+        ("tests/unit/algorithms/test_losses.py", "bapo"),
     ),
     Mutation(
         "adaptive losses: M2PO masks tokens that return to the old policy",
         "algorithms/losses/m2po.py",
         "inputs.log_ratio_T > 0\n",
         "inputs.log_ratio_T != 0\n",
-        ("tests/unit/test_losses.py", "m2po"),
+        ("tests/unit/algorithms/test_losses.py", "m2po"),
     ),
     Mutation(
         "adaptive losses: M2PO masks one token too few",
         "algorithms/losses/m2po.py",
         ">= bound",
         "> bound",
-        ("tests/unit/test_losses.py", "m2po"),
+        ("tests/unit/algorithms/test_losses.py", "m2po"),
     ),
     Mutation(
         "adaptive losses: the pass they adapt by routes freely",
@@ -325,49 +325,49 @@ MUTATIONS = [
         "algorithms/advantages.py",
         "by_std=False) * (n / max(n - 1, 1))",
         "by_std=False) * 1.0",
-        ("tests/unit/test_advantages.py", "loops"),
+        ("tests/unit/algorithms/test_advantages.py", "loops"),
     ),
     Mutation(
         "advantages: the penalty for length does not reach them",
-        "training_samples.py",
+        "driver/training_samples.py",
         "[completion.shaped_reward for completion in group]",
         "[completion.reward for completion in group]",
-        ("tests/unit/test_dynamic_sampling.py", "penalty"),
+        ("tests/unit/rollout/test_dynamic_sampling.py", "penalty"),
     ),
     Mutation(
         "recorded rollouts: the engine's log-probs are rounded",
         "data/completion_arrays.py",
         "end_to_end([c.log_probs for c in completions], np.float32)",
         "end_to_end([c.log_probs for c in completions], np.float16)",
-        ("tests/unit/test_rollout_file.py", "every_bit"),
+        ("tests/unit/data/test_rollout_file.py", "every_bit"),
     ),
     Mutation(
         "partial responses: what was begun is asked for again, and there twice",
         "rollout/client.py",
         "token_ids=prompt.token_ids + begun.token_ids), replace(",
         "token_ids=prompt.token_ids), replace(",
-        ("tests/unit/test_async_collector.py", "suspended"),
+        ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(
         "partial responses: all tokens get the version that finished them",
         "rollout/client.py",
         "np.concatenate([begun.policy_versions, rest.policy_versions])",
         "np.full(len(begun.token_ids) + len(rest.token_ids), rest.policy_versions[-1])",
-        ("tests/unit/test_async_collector.py", "suspended"),
+        ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(
         "asynchronous: the bound of a group that goes on forgets its older tokens",
         "rollout/buffer.py",
         "version = min(self.served, oldest_version(begun)) if begun else self.served",
         "version = self.served",
-        ("tests/unit/test_rollout_buffer.py", "keeps_what"),
+        ("tests/unit/rollout/test_rollout_buffer.py", "keeps_what"),
     ),
     Mutation(
         "recorded rollouts: a batch is trained on twice",
-        "debug_modes.py",
+        "driver/debug_modes.py",
         "batch = self.state.iteration // self.args.mini_batches",
         "batch = self.state.iteration // self.args.mini_batches // 2",
-        ("tests/unit/test_debug_modes.py", "same_samples"),
+        ("tests/unit/driver/test_debug_modes.py", "same_samples"),
     ),
     Mutation(
         "replay: recomputation routes freely",
@@ -451,14 +451,14 @@ MUTATIONS = [
         "rollout/buffer.py",
         "- entry[0] <= self._max_staleness",
         "- entry[0] <= self._max_staleness + 1",
-        ("tests/unit/test_rollout_buffer.py", "nothing_is_lost"),
+        ("tests/unit/rollout/test_rollout_buffer.py", "nothing_is_lost"),
     ),
     Mutation(
         "asynchronous: more in flight than the steps up to the bound can train",
         "rollout/buffer.py",
         "places - self.num_in_flight - self.num_finished",
         "places - self.num_in_flight",
-        ("tests/unit/test_rollout_buffer.py", "room_is"),
+        ("tests/unit/rollout/test_rollout_buffer.py", "room_is"),
     ),
 ]
 

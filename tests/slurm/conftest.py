@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, why_not
-from jobs import Job, stub_venv
 
-from megatron_vespo.runtime import load_runtime_plugins
-from tests.integration.servers import make_tiny_model
+from megatron_vespo.system.plugins import load_runtime_plugins
+from tests.support.servers import make_tiny_model
+from tests.support.slurm_cluster import Cluster, why_not
+from tests.support.slurm_jobs import Job, stub_venv
 
 
 def pytest_collection_modifyitems(items):

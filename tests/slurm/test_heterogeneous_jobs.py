@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from jobs import ALL_OF_A_NODE, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv, two_kinds
 
-from tests.unit.test_recipes import CONFIGS
+from tests.support.recipes import CONFIGS
+from tests.support.slurm_jobs import (
+    ALL_OF_A_NODE,
+    UNTIL_ASKED,
+    WAIT_S,
+    Job,
+    SubmittedJob,
+    stub_venv,
+    two_kinds,
+)
 
 
 def rays_of(job: Job, attempt: str = "") -> dict[str, str]:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from jobs import ROOT, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
 
-from tests.unit.test_recipes import CONFIGS
+from tests.support.recipes import CONFIGS
+from tests.support.slurm_jobs import ROOT, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
 
 
 def slow(case):
@@ -199,7 +199,7 @@ def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
         job = SubmittedJob(slurm, tmp_path / f"job{len(more)}", *words, "--time", "20", *more)
         assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
         assert f"name {name}.\n" in job.output
-    dry = [sys.executable, "-m", "megatron_vespo.cli", "submit", *words, "--dry-run"]
+    dry = [sys.executable, "-m", "megatron_vespo", "submit", *words, "--dry-run"]
     assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it")
     refused = subprocess.run(
         [*dry, "--sbatch", "partition=nowhere"], capture_output=True, text=True, timeout=WAIT_S,

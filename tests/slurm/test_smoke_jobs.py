@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from jobs import SubmittedJob
+
+from tests.support.slurm_jobs import SubmittedJob
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 LONG_S = 900.0

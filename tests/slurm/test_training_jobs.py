@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import Cluster
-from jobs import ROOT, Job, two_kinds
 
 from megatron_vespo.observability.metrics import read_metrics
-from tests.integration.interrupted import MINI_BATCHES, command, curve
+from tests.support.interrupted import MINI_BATCHES, command, curve
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_jobs import ROOT, Job, two_kinds
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 12
@@ -129,7 +129,7 @@ def test_the_doctor_on_two_nodes(slurm, tmp_path):
     """srun starts it on both; each checks itself, then they meet."""
     report = tmp_path / "findings.json"
     flags = ["--shared-dir", str(tmp_path), "--json", str(report)]
-    doctor = [sys.executable, "-m", "megatron_vespo.cli", "doctor", *flags]
+    doctor = [sys.executable, "-m", "megatron_vespo", "doctor", *flags]
     environment = slurm.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     step = ["srun", "--nodes=2", "--ntasks=2", "--mem=0", "--exclusive"]
     told = slurm.call(*step, *doctor, check=False, cwd=ROOT, env=environment, timeout=LONG_S)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo.layout import Layout
-from tests.distributed import launch as launcher
-from tests.distributed.launch import REPOSITORY, TIMEOUT_S, Result
-from tests.distributed.random_task import Task, make_task
+from megatron_vespo.commands.check_layout.layout import Layout
+from tests.support import launch as launcher
+from tests.support.launch import REPOSITORY, TIMEOUT_S, Result
+from tests.support.random_task import Task, make_task
 
 QWEN3_MOE = "qwen3 moe"
 HERE = Path(__file__).parent

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo import cli
-from tests.distributed.launch import PROGRAMS, Result
+from megatron_vespo.commands import main as cli
+from tests.support.launch import PROGRAMS, Result
 
 SAVED_AT = "tp2,ep2"
 TE, LOCAL = True, False

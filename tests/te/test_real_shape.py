@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.conversion.family import family_of, is_expert, shape_of
-from megatron_vespo.conversion.mappings import Direct
-from megatron_vespo.conversion.torch_dist_names import addresses, extra_states
-from megatron_vespo.recipe import read_recipe
-from tests.distributed.launch import REPOSITORY
-from tests.unit.published_config import QWEN3_30B_A3B
+from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.checkpoints.torch_dist_names import addresses, extra_states
+from megatron_vespo.models.family import family_of, is_expert, shape_of
+from megatron_vespo.models.mappings import Direct
+from tests.support.launch import REPOSITORY
+from tests.support.published_config import QWEN3_30B_A3B
 
 PROGRAM = Path(__file__).parent / "programs" / "real_shape.py"
 RECIPE = REPOSITORY / "examples" / "qwen3_30b_a3b" / "synchronous_n8.flags"  # 16 ranks: TP 2, EP 8

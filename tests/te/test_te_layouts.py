@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.launch import Result
+from tests.support.launch import Result
 
 PROGRAM = Path(__file__).parent / "programs" / "compare.py"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

@@ -12,8 +12,8 @@ Groups = dict[str, list[list[int]]]  # by kind, every group of more than one ran
 
 def parsed(flags: list[str], command: str = "plan") -> tuple[Namespace, Groups]:
     """The run's arguments, as on a machine with GPUs, and its groups."""
-    from megatron_vespo.arguments import parse_args
-    from megatron_vespo.hardware import ON_GPUS
+    from megatron_vespo.arguments.parse import parse_args
+    from megatron_vespo.system.hardware import ON_GPUS
 
     args = parse_args([*ON_GPUS, *flags], command, ("hf_checkpoint",))
     # it is pickled: functions and enumerations of Megatron's would be imported by whoever reads it

@@ -2,11 +2,11 @@
 
 import sys
 
-from megatron_vespo import runtime
+from megatron_vespo.system import plugins as runtime
 
 runtime.load_runtime_plugins = lambda: None
 
 if __name__ == "__main__":
-    from megatron_vespo import cli
+    from megatron_vespo.commands import main as cli
 
     sys.exit(cli.run(sys.argv[1:]))

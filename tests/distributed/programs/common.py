@@ -22,7 +22,7 @@ FLAGS = (
 
 def start_megatron(flags: list[str]) -> Namespace:
     """This rank's arguments; process groups are up after it."""
-    from megatron_vespo.arguments import parse_args
+    from megatron_vespo.arguments.parse import parse_args
     from megatron_vespo.trainer.initialize import initialize
 
     rank = int(os.environ["RANK"])

@@ -11,7 +11,7 @@ from common import hand_back, start_megatron
 
 def main() -> None:
     args = start_megatron(sys.argv[1:])
-    from megatron_vespo.conversion.hf_checkpoint import HFCheckpointReader
+    from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
     from megatron_vespo.trainer.policy import MegatronPolicy
 
     policy = MegatronPolicy(args)

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 
 import numpy as np
 
-from megatron_vespo import cli
+from megatron_vespo.commands import main as cli
 
 
 def main(arguments: list[str]) -> None:

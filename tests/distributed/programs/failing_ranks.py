@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from megatron_vespo.conversion.ranks import Ranks, joined_ranks
+from megatron_vespo.checkpoints.ranks import Ranks, joined_ranks
 
 
 def failing(ranks: Ranks, kind: type[Exception], on_first: bool) -> str:

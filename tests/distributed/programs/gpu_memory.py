@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import FLAGS, hand_back, read_samples
 
-from megatron_vespo.arguments import parse_args
+from megatron_vespo.arguments.parse import parse_args
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 
 BLOCK = 64 * 1024  # several of them, with tensors across their ends

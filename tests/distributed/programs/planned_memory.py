@@ -6,8 +6,8 @@ import sys
 
 from common import FLAGS, hand_back
 
-from megatron_vespo.plan_cli import parsed
-from megatron_vespo.planning.plan import memory_of
+from megatron_vespo.commands.plan.command import parsed
+from megatron_vespo.commands.plan.plan import memory_of
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def main() -> None:
     args = start_megatron([*flags, "--async-save"])
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from megatron_vespo.data import checkpoint_folder
+    from megatron_vespo.checkpoints import run_folder as checkpoint_folder
     from megatron_vespo.trainer.policy import MegatronPolicy
 
     policy = MegatronPolicy(args)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.distributed.launch import launch
 from tests.gpu.items.context import Context, Figures
+from tests.support.launch import launch
 
 PROGRAM = Path(__file__).parents[1] / "programs/nccl_rank.py"
 TIMEOUT_S = 40

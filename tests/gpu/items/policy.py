@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.distributed.launch import PROGRAMS, Result, launch
-from tests.distributed.random_task import NUM_SAMPLES, random_samples
 from tests.gpu.items.context import Context, Figures, gigabytes_per_second
+from tests.support.launch import PROGRAMS, Result, launch
+from tests.support.random_task import NUM_SAMPLES, random_samples
 
 OWN_PROGRAMS = Path(__file__).parents[1] / "programs"
 LOCAL = "--transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion --no-persist-layer-norm"

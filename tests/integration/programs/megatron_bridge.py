@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.system.plugins import load_runtime_plugins
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

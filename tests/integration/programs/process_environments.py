@@ -14,12 +14,12 @@ import psutil
 import ray
 import torch
 
-from megatron_vespo.arguments import parse_args
+from megatron_vespo.arguments.parse import parse_args
 from megatron_vespo.cluster.engine_group import start_engines
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.process_environment import TABLE, exported_values
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.system.process_environment import TABLE, exported_values
 
 OF_THE_NODE = {
     "NCCL_CUMEM_ENABLE": "1",

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_vespo.arguments import parse_args
+from megatron_vespo.arguments.parse import parse_args
 from megatron_vespo.trainer import meta_model
 from megatron_vespo.trainer.initialize import process_groups
 from megatron_vespo.trainer.model import model_config, model_provider

@@ -2,7 +2,7 @@
 
 import on_cpu
 
-from megatron_vespo.runtime import load_runtime_plugins
+from megatron_vespo.system.plugins import load_runtime_plugins
 
 on_cpu.install()
 load_runtime_plugins()

@@ -1,0 +1,1 @@
+"""Flags: for each concern its flags, defaults and checks."""

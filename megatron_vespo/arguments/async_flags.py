@@ -1,0 +1,86 @@
+"""Flags of asynchronous rollouts, their defaults and what goes together."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+from megatron_vespo.arguments.checks import check_positive
+
+
+def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("asynchronous rollout")
+    add = group.add_argument
+    add("--max-staleness", type=int, default=0, metavar="S",
+        help="engines generate while training runs, and the policy that made a sample's oldest token is at "
+        "most so many optimizer steps behind the one it trains; 0: generate and train in turn")  # fmt: skip
+    add("--sync-interval", type=int, metavar="K",
+        help="optimizer steps between weight syncs, a divisor or a multiple of --mini-batches; default: "
+        "--mini-batches")  # fmt: skip
+    add("--on-weight-update", choices=("retract", "in-place", "abort"), default="retract",
+        help="requests that run at a weight sync go on: with keys and values computed anew by the new "
+        "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
+    add("--over-subscription", type=float, metavar="FACTOR",
+        help="rollout batches ahead or under way, at most; default: by --max-staleness")  # fmt: skip
+    add("--stop-generation-while-training", dest="stop_generation", action="store_true",
+        help="a complete batch stops the others' requests; they go on with the next one")  # fmt: skip
+    add("--stale-groups", choices=("requeue", "drop"), default="requeue",
+        help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
+    add("--max-dispatches", type=int, default=3,
+        help="how often a group that fails or gets too old is generated, then it is given up; also how often "
+        "a request whose engine is lost is sent, then its group has failed")  # fmt: skip
+
+
+def check_asynchronous(args: Namespace) -> None:
+    staleness, steps, interval = args.max_staleness, args.mini_batches, args.sync_interval
+    where = f"--max-staleness {staleness}"
+    if staleness < 0:
+        raise ValueError(f"{where}: must not be negative")
+    check_positive(args, ("sync_interval", "max_dispatches"))
+    if args.over_subscription is not None and args.over_subscription < 1:
+        raise ValueError(f"--over-subscription is {args.over_subscription:g}, a batch alone needs 1")
+    interval = interval or steps
+    if staleness == 0:
+        for flag, given in {
+            "--over-subscription": args.over_subscription,
+            "--stop-generation-while-training": args.stop_generation,
+        }.items():
+            if given:
+                raise ValueError(
+                    f"{flag} leaves responses for a later batch, whose policy is another one: it needs "
+                    f"--max-staleness {max(interval, steps)} at least"
+                )
+        if interval != steps:
+            raise ValueError(
+                f"--sync-interval {interval}: without --max-staleness weights are synced after every rollout "
+                f"batch, --mini-batches {steps} optimizer steps: leave it out"
+            )
+        return
+    if interval % steps and steps % interval:
+        raise ValueError(
+            f"--sync-interval {interval} must be a divisor or a multiple of --mini-batches {steps}"
+        )
+    # a batch of the newest weights reaches max(steps, interval) - 1; one more lets generation run ahead
+    least = max(steps, interval)
+    if staleness < least:
+        raise ValueError(
+            f"{where}: --mini-batches {steps} and --sync-interval {interval} alone make samples {least - 1} "
+            f"optimizer steps old; at least {least}, or 0 for synchronous training"
+        )
+    _check_combinations(args, where)
+
+
+def _check_combinations(args: Namespace, where: str) -> None:
+    for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
+        if given:
+            raise ValueError(f"{where} trains while engines generate, {flag} does one of them: leave one out")
+    if args.routing_replay:
+        raise ValueError(
+            f"{where}: a response may have routes of several policies, --routing-replay replays those of "
+            "one: leave one out"
+        )
+    if args.old_policy == "snapshot" and args.old_policy_snapshots <= args.max_staleness:
+        raise ValueError(
+            f"{where} with --old-policy snapshot needs --old-policy-snapshots {args.max_staleness + 1} "
+            f"at least, not {args.old_policy_snapshots}"
+        )

@@ -1,0 +1,44 @@
+"""What goes together with --colocate."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, engine_size, flag_value
+from megatron_vespo.system.hardware import runs_on_gpus
+from megatron_vespo.system.wording import counted
+
+
+def check_colocation(args: Namespace) -> None:
+    """With Megatron's and SGLang's flags; whether engines lie inside nodes is seen when they are placed."""
+    if not args.colocate:
+        if not args.colocate_offload:
+            raise ValueError("--no-colocate-offload is about --colocate: leave it out, or add --colocate")
+        return
+    if args.max_staleness:
+        raise ValueError(
+            f"--colocate: generation and training take turns on a GPU, --max-staleness {args.max_staleness} "
+            "lets both work: leave one out"
+        )
+    for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
+        if given:
+            raise ValueError(f"--colocate is for trainer and engines, {flag} has one of them: leave one out")
+    moved = {"--fp8-param-gather": args.fp8_param_gather, "--use-nccl-ub": args.nccl_ub}
+    for flag, given in moved.items():
+        if given and args.colocate_offload:
+            raise ValueError(f"{flag}: --colocate moves the trainer's weights, which it forbids: "
+                             "leave it out, or add --no-colocate-offload")  # fmt: skip
+    size = engine_size(args.sglang_flags)
+    if args.rollout_engines * size > args.trainer_ranks:
+        most = args.trainer_ranks // size
+        fix = f"at most --rollout-engines {most}" if most else "a smaller --sglang-tp-size"
+        raise ValueError(
+            f"--colocate: --rollout-engines {args.rollout_engines} of {counted(size, 'GPU')} lie on those of "
+            f"--trainer-ranks {args.trainer_ranks}: {fix}"
+        )
+    fraction = flag_value(args.sglang_flags, MEMORY_FRACTION)
+    if runs_on_gpus(args) and fraction is None:
+        raise ValueError(
+            "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where a "
+            "part of the trainer's memory stays; megatron-vespo plan says how much is left"
+        )

@@ -1,0 +1,339 @@
+"""The command line as one Namespace: our flags, Megatron's as they are, SGLang's behind --sglang-.
+
+`parse_args` returns one Namespace that the driver and every worker share. A mistake is a ValueError with one
+line: which flag, what it was, what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from megatron_vespo.algorithms.corrections import CORRECTIONS
+from megatron_vespo.algorithms.losses.table import METHODS
+from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.arguments.checkpoint_flags import check_checkpoints, check_megatron_saving
+from megatron_vespo.arguments.colocate_flags import check_colocation
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.resume_flags import resolve_load
+from megatron_vespo.arguments.sbatch_options import check_words
+from megatron_vespo.arguments.training_flags import DESCRIPTION, add_vespo_arguments
+from megatron_vespo.arguments.validation import (
+    REQUIRED_BY_TRAIN,
+    check_flags,
+    check_layout,
+    check_ranks_start,
+    check_virtual_pipeline,
+)
+from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
+from megatron_vespo.rollout.sampled_distribution import check_environment
+from megatron_vespo.rollout.sampled_distribution import check_flags as check_sampling_flags
+from megatron_vespo.rollout.server_arguments import parse_sglang_flags
+from megatron_vespo.system.hardware import runs_on_gpus
+from megatron_vespo.system.optional_packages import TRANSFORMER_ENGINE, check_transformer_engine, import_error
+from megatron_vespo.system.paths import expanded_flags, names_a_path, user_path
+from megatron_vespo.system.plugins import prepare_for_megatron
+from megatron_vespo.system.process_environment import exported_values, trainer_environment
+from megatron_vespo.system.time_limits import collective_timeout_minutes
+
+
+def parse_args(
+    argv: list[str],
+    command: str = "train",
+    required: Sequence[str] = REQUIRED_BY_TRAIN,
+    on_gpus: Callable[[Namespace], bool] | None = None,
+) -> Namespace:
+    """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours.
+
+    `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
+    The answer is the default of --distributed-backend.
+    """
+    _refuse_dashes(argv)
+    check_words(argv)
+    argv = with_expanded_paths(argv)
+    args, _ = add_vespo_arguments(_parser(command)).parse_known_args(argv)
+    check_environment(os.environ)
+    check_flags(args, required)
+    check_checkpoints(args)
+    hf_config = read_hf_config(args.hf_checkpoint)
+    sglang_flags, argv = parse_sglang_flags(argv)
+    check_sampling_flags(sglang_flags)
+    derived = _batch_arguments(args) | megatron_arguments(hf_config)
+
+    # what is missing here says nothing about the workers' machines
+    with warnings.catch_warnings(action="ignore"):
+        prepare_for_megatron()
+        backend = "nccl" if (on_gpus or _has_cuda)(args) else "gloo"
+        args, explicit, flags = _parse_with_megatron(argv, command, backend)
+    for name, value in derived.items():
+        assert name in flags, f"Megatron has no argument {name}"
+        if name in explicit and explicit[name] != value:
+            raise ValueError(
+                f"{flags[name]} {explicit[name]} contradicts {_source(name)}, which makes it {value}"
+            )
+        setattr(args, name, value)
+    # plan and submit name it: they may run on other machines; trainer ranks look for themselves
+    if runs_on_gpus(args) and "transformer_impl" not in explicit:
+        check_transformer_engine(args, "this machine")
+    args.sglang_flags = sglang_flags
+    args.world_size = args.trainer_ranks
+    resolve_load(args, explicit)
+    check_layout(args)
+    check_colocation(args)
+    check_megatron_saving(args)
+    check_ranks_start(args)
+    _check_local_layers(args)
+    _complete(args, explicit)
+    _megatron_validate(args)
+    return args
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return FlagParser(
+        prog=f"megatron-vespo {command}",
+        usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
+        description=DESCRIPTION,
+        # as wide as the usage line: the page stays one that is read
+        formatter_class=partial(_OwnHelp, width=110, max_help_position=36),
+    )
+
+
+class _OwnHelp(argparse.RawDescriptionHelpFormatter):
+    """A number is called N: most flags then fit on a line with their help."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
+
+
+class _MegatronHelp(argparse.HelpFormatter):
+    """Prints a text that is no format string as it is: some of Megatron's hold a bare %."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError):
+            return action.help or ""
+
+
+def refuse_unknown(argv: list[str], command: str) -> None:
+    """Ends the program for a flag that nobody has, or a value of another type; needs no model."""
+    _refuse_dashes(argv)
+    check_words(argv)
+    parser = full_parser(command)
+    parser.usage = f"megatron-vespo {command} [flags]; see --help"
+    parser.parse_args(parse_sglang_flags(argv)[1])
+
+
+def _refuse_dashes(argv: list[str]) -> None:
+    if "--" in argv:  # argparse would take all that follows for no flags
+        after = " ".join(argv[argv.index("--") :][:2])
+        raise ValueError(f"{after}: there are only flags here, leave it out")
+
+
+def full_parser(command: str = "train") -> argparse.ArgumentParser:
+    """Megatron's flags and ours, with the defaults that their authors have given them."""
+    parser = _parser(command)
+    with warnings.catch_warnings(action="ignore"):
+        prepare_for_megatron()
+        from megatron.training.arguments import add_megatron_arguments
+
+        add_megatron_arguments(parser)
+    return add_vespo_arguments(parser)
+
+
+def print_help(argv: list[str]) -> bool:
+    """Whether `argv` asks for help, which is printed then."""
+    if "--help-megatron" in argv:
+        with warnings.catch_warnings(action="ignore"):
+            prepare_for_megatron()
+            from megatron.training.arguments import add_megatron_arguments
+
+            parser = argparse.ArgumentParser(
+                usage=argparse.SUPPRESS, description="Megatron's flags", formatter_class=_MegatronHelp
+            )
+            add_megatron_arguments(parser)
+        parser.print_help()
+        return True
+    if "-h" in argv or "--help" in argv:
+        add_vespo_arguments(_parser("train")).print_help()
+        return True
+    return False
+
+
+def with_expanded_paths(argv: list[str]) -> list[str]:
+    """Flags of train with their paths as they are read here. ValueError for one that cannot be."""
+    own = add_vespo_arguments(_parser("train"))._actions
+    ours = {flag for action in own if action.type is user_path for flag in action.option_strings}
+    return expanded_flags(argv, lambda flag: flag in ours or names_a_path(flag))
+
+
+def _source(name: str) -> str:
+    """Who decides on a derived argument."""
+    sources = {
+        "global_batch_size": "--rollout-batch-size x --num-completions / --mini-batches",
+        "micro_batch_size": "packing to --max-tokens-per-gpu",
+        "seq_length": "--max-prompt-tokens + --max-completion-tokens",
+    }
+    return sources.get(name, "the HF config")
+
+
+def _batch_arguments(args: Namespace) -> dict[str, Any]:
+    """Megatron's idea of a batch: one optimizer step is one mini-batch, counted in completions."""
+    return {
+        "global_batch_size": args.rollout_batch_size * args.num_completions // args.mini_batches,
+        "micro_batch_size": 1,  # one pack
+        "seq_length": args.max_prompt_tokens + args.max_completion_tokens,
+    }
+
+
+def _has_cuda(args: Namespace) -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _defaults(explicit: dict[str, Any], backend: str) -> dict[str, Any]:
+    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins.
+
+    `explicit` are the user's: which kernels there are follows from the backend and from whose layers run.
+    """
+    backend = explicit.get("distributed_backend", backend)
+    has_te = backend == "nccl" or import_error(TRANSFORMER_ENGINE) is None
+    impl = explicit.get("transformer_impl", "transformer_engine" if has_te else "local")
+    te = impl == "transformer_engine"
+    return {
+        "distributed_backend": backend,
+        "transformer_impl": impl,
+        "gradient_accumulation_fusion": te,
+        "apply_rope_fusion": te,
+        "no_persist_layer_norm": not te,
+        "masked_softmax_fusion": te,
+        "use_distributed_optimizer": True,
+        "dist_ckpt_optim_fully_reshardable": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": te,
+        # --moe-router-fusion stays off: a fused router cannot be told which experts to choose, as
+        # --routing-replay does
+        "moe_permute_fusion": te,
+        "moe_router_load_balancing_type": ["none"],
+        "moe_aux_loss_coeff": [0.0],
+        "moe_router_dtype": "fp32",
+        "tokenizer_type": "NullTokenizer",
+        "lr_decay_style": "constant",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "rerun_mode": "disabled",
+        "save_interval": 50,
+    }
+
+
+def _parse_with_megatron(
+    argv: list[str], command: str, backend: str
+) -> tuple[Namespace, dict[str, Any], dict[str, str]]:
+    """The namespace with all defaults, the values that were really given, and the flag of every name."""
+    from megatron.training.arguments import parse_args as megatron_parse_args
+
+    explicit: dict[str, Any] = {}
+    flags: dict[str, str] = {}
+
+    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.prog = f"megatron-vespo {command}"
+        parser.usage = f"{parser.prog} [flags]; see --help"
+        FlagParser.adopt(parser)
+        add_vespo_arguments(parser)
+        flags.update({action.dest: action.option_strings[0] for action in parser._actions})
+        defaults = {action.dest: action.default for action in parser._actions}
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        held = dict(parser._defaults)
+        parser._defaults.clear()
+        explicit.update(vars(parser.parse_known_args(argv)[0]))
+        for action in parser._actions:
+            action.default = defaults[action.dest]
+        parser._defaults.update(held)
+        parser.set_defaults(**_defaults(explicit, backend))
+        return parser
+
+    with patch.object(sys, "argv", [f"megatron-vespo {command}", *argv]):
+        return megatron_parse_args(extend), explicit, flags
+
+
+def _check_local_layers(args: Namespace) -> None:
+    """What Megatron 0.19.2 does with Transformer Engine only: without it the first step would end."""
+    if args.transformer_impl != "local":
+        return
+    if args.fp32_residual_connection and args.bf16:
+        raise ValueError(
+            "--fp32-residual-connection needs Transformer Engine, --transformer-impl is local: leave it out"
+        )
+    wrong = sorted({"layernorm", "moe_act"} & set(args.recompute_modules or ()))
+    if wrong and args.recompute_granularity == "selective":
+        raise ValueError(
+            f"--recompute-modules {' '.join(wrong)} needs Transformer Engine, --transformer-impl is local: "
+            "leave it out (core_attn, moe and mlp need none)"
+        )
+
+
+def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
+    """What follows from other flags."""
+    # workers on other nodes have working directories of their own
+    args.hf_checkpoint = args.hf_checkpoint.resolve()
+    # Megatron runs MoE with tensor parallelism only when the sequence is cut as well
+    if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
+        args.sequence_parallel = True
+    # nominal, as packs vary in length, but Megatron wants it to be divisible like every sequence in them
+    args.seq_length = TokenLayout(args.context_parallel_size).padded_length(args.seq_length)
+    args.moe_enable_routing_replay |= args.routing_replay is not None
+    # on --load the flags of this command count, so that a run can be made longer
+    args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
+    args.calculate_per_token_loss = True
+    args.distributed_timeout_minutes = collective_timeout_minutes(
+        args, explicit.get("distributed_timeout_minutes")
+    )
+    tensor = args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
+    method = METHODS[args.policy_loss]
+    kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
+    args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau, args.loss_target, args.dual_clip)
+    args.correction = CORRECTIONS[args.mismatch_correction].bind(args.mismatch_bounds)
+    args.loss_aggregation = args.loss_aggregation or method.aggregation
+
+
+def _megatron_validate(args: Namespace) -> None:
+    from megatron.training.arguments import validate_args
+
+    from megatron_vespo.trainer.planned_machine import planned_machine
+
+    # it asserts on variables that the trainer's ranks will have
+    of_ranks = trainer_environment(exported_values(os.environ))
+    variables = {name: value for name, value in of_ranks.items() if value is not None}
+    background = args.async_save
+    # a head node or a laptop need not have the GPUs that the run will have
+    machine = planned_machine() if runs_on_gpus(args) else contextlib.nullcontext()
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+            patch.dict(os.environ, variables),
+            machine,
+        ):
+            validate_args(args, {})
+    except (AssertionError, ValueError, RuntimeError) as error:
+        # many of its assertions say nothing: then the source line does
+        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {reason}") from error
+    args.async_save = background  # it knows no way to save in the background but its own worker process
+    check_virtual_pipeline(args)

@@ -1,0 +1,96 @@
+"""--load and --ckpt-step: which checkpoint a run goes on from, before anything starts."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
+from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps
+from megatron_vespo.checkpoints.set_aside import RECORD, has_gone_back, kept_step, later_steps, next_place
+
+# two commands that differ in these alone are the same one: of a job that is started again they may change
+# to run; the last two are what submit adds to say that its job has GPUs
+_NOT_OF_THE_COMMAND = {
+    "load", "ckpt_step", "ray_address", "setup_seconds", "distributed_backend", "transformer_impl",
+}  # fmt: skip
+
+
+def resolve_load(args: Namespace, explicit: Mapping[str, Any]) -> None:
+    """Leaves absolute folders in `args.save` and `args.load`, and the step in `args.ckpt_step`, None: newest.
+
+    `--load DIR/iter_0000008` is `--load DIR --ckpt-step 8`. A command that has gone back before, and saved
+    since, goes on from its newest checkpoint: a job that is started again does not go back for ever.
+    `args.gone_back` says what was asked for, None where it was nothing of the kind; `explicit` are the flags
+    that were given. ValueError for a checkpoint that is not there.
+    """
+    args.save, args.load = (folder and str(Path(folder).resolve()) for folder in (args.save, args.load))
+    args.gone_back = None
+    if args.load == "":  # what only reads the flags says so
+        args.ckpt_step = None
+        return
+    _split(args)
+    if args.ckpt_step is None:
+        _check_tracker(args)
+        return
+    if args.load is None:
+        raise ValueError(f"--ckpt-step {args.ckpt_step} needs --load, the folder of its checkpoint")
+    flags = {name: str(value) for name, value in explicit.items() if name not in _NOT_OF_THE_COMMAND}
+    flags["sglang_flags"] = " ".join(args.sglang_flags)
+    args.gone_back = {"load": args.load, "step": args.ckpt_step, "flags": dict(sorted(flags.items()))}
+    if args.save and has_gone_back(Path(args.save), args.gone_back):
+        args.load, args.ckpt_step = args.save, None
+        return
+    steps = saved_steps(Path(args.load))
+    if args.ckpt_step not in steps:
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        raise ValueError(f"--ckpt-step {args.ckpt_step}: no checkpoint of that step in {args.load}, {there}")
+
+
+def _split(args: Namespace) -> None:
+    name = re.fullmatch(r"iter_(\d+)", Path(args.load).name) if args.load else None
+    if name is None:
+        return
+    step = int(name[1])
+    if args.ckpt_step not in (None, step):
+        raise ValueError(
+            f"--load {args.load} is of step {step}, --ckpt-step is {args.ckpt_step}: leave one out"
+        )
+    args.load, args.ckpt_step = str(Path(args.load).parent), step
+
+
+def _check_tracker(args: Namespace) -> None:
+    """The same folder for --save and --load is how a job that may be restarted says "go on, or begin"."""
+    if args.load and args.load != args.save and not (Path(args.load) / TRACKER_NAME).is_file():
+        raise ValueError(f"--load {args.load}: no checkpoint there ({TRACKER_NAME} is missing)")
+
+
+def resumed_folder(args: Namespace) -> Path | None:
+    """The checkpoint that `args` go on from; None where there is none, or converted weights."""
+    return resumed_save(Path(args.load), args.ckpt_step) if args.load else None
+
+
+def describe(args: Namespace, step: int) -> list[str]:
+    """What people should know of a run that has loaded optimizer step `step`, 0 for none."""
+    lines = []
+    if args.gone_back is not None and args.ckpt_step is None and args.load == args.save:
+        lines.append(
+            f"this command has gone back to optimizer step {args.gone_back['step']} before and goes on from "
+            f"there; to go back once more remove {Path(args.save) / RECORD}"
+        )
+    save = args.save and Path(args.save)
+    if save and (later := later_steps(save, kept_step(args, step))):
+        lines.append(
+            f"{args.save} has checkpoints of other training, optimizer steps {', '.join(map(str, later))}: "
+            f"the first save moves them to {next_place(save)}"
+        )
+    return lines
+
+
+def how_to_go_on(args: Namespace, step: int) -> str:
+    """The flags with which a run goes on from optimizer step `step`, which is in --save."""
+    named = newest_step(Path(args.save)) == step
+    return f"--load {args.save}" + ("" if named else f" --ckpt-step {step}")

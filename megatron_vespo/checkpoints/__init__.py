@@ -1,0 +1,1 @@
+"""HF folders and torch_dist checkpoints, as files."""

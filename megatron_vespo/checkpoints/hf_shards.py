@@ -1,0 +1,52 @@
+"""Writing HF checkpoint folders from whole tensors, as a running policy hands them out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vespo.checkpoints.hf_checkpoint import INDEX_NAME
+from megatron_vespo.checkpoints.manifest import MANIFEST_NAME
+
+# everything but the weights: configuration, tokenizer, chat template, licence
+_COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Configuration and tokenizer of an HF folder; not its index and manifest, which speak of its files."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.name not in (INDEX_NAME, MANIFEST_NAME):
+                shutil.copyfile(path, target / path.name)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """`total_size` is the tensors' bytes."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str) -> dict[str, str]:
+    """Write each bucket as one file `prefix-00000.safetensors`, ...; returns {tensor name: file name}."""
+    weight_map: dict[str, str] = {}
+    for number, bucket in enumerate(tensors):
+        file_name = f"{prefix}-{number:05d}.safetensors"
+        save_file({k: v.cpu().contiguous() for k, v in bucket.items()}, folder / file_name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(bucket, file_name))
+    return weight_map
+
+
+def finish_checkpoint(
+    source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int
+) -> None:
+    """Add index, and `source`'s config and tokenizer, to the shards of `staging`; rename it `target`."""
+    copy_companions(source, staging)
+    write_index(staging, weight_map, total_size)
+    if target.exists():
+        shutil.rmtree(target)
+    staging.rename(target)

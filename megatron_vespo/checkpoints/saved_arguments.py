@@ -1,0 +1,75 @@
+"""Does an HF config describe the model that a Megatron checkpoint was saved from?
+
+Shapes do not tell: 4 heads of 64 and 8 of 32 are as wide, but query, key and value are interleaved by groups.
+A checkpoint has the arguments of its run in it, which are read without making anything that they name.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.checkpoints.chunk_index import ChunkIndex
+from megatron_vespo.checkpoints.torch_dist_file import SafeUnpickler, read_pickle
+from megatron_vespo.checkpoints.torch_dist_writer import COMMON_STATE
+
+# what no shape shows -> the argument without which Megatron ignores it
+_COMPARED = {
+    "num_attention_heads": None,
+    "num_query_groups": "group_query_attention",
+    "kv_channels": None,
+    "rotary_base": None,
+    "use_rope_scaling": None,
+    "rope_scaling_factor": "use_rope_scaling",
+    "layernorm_epsilon": None,
+}
+
+
+class _Saved:
+    """Stands for whatever a pickle names; keeps its attributes."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _ArgumentsUnpickler(SafeUnpickler):
+    def find_class(self, module: str, name: str) -> type[_Saved]:
+        return type(name, (_Saved,), {})
+
+    def persistent_load(self, saved: Any) -> None:
+        return None
+
+
+def saved_arguments(index: ChunkIndex) -> dict[str, Any]:
+    """Of the run that saved it; nothing where a checkpoint does not say. ValueError where it is damaged."""
+    place = index.place_of_object(COMMON_STATE)
+    if place is None:
+        return {}
+    text = read_pickle(*place)
+    try:
+        (state,) = _ArgumentsUnpickler(io.BytesIO(text)).load()
+        return dict(vars(state["args"])) if "args" in state else {}
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(
+            f"{place[0]}: the arguments saved at byte {place[1]} are damaged: {error!r}"
+        ) from error
+
+
+def check_same_model(index: ChunkIndex, config: Path, arguments: Mapping[str, Any]) -> None:
+    """`arguments` are the HF config's; ValueError naming one of which the checkpoint has another value."""
+    saved = saved_arguments(index)
+    for name, switch in _COMPARED.items():
+        if switch and not saved.get(switch):
+            continue
+        if name in saved and saved[name] != arguments[name]:
+            raise ValueError(
+                f"{config}: {name} is {arguments[name]!r}, {index.folder} was saved with {saved[name]!r}"
+            )

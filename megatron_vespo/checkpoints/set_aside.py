@@ -1,0 +1,79 @@
+"""Going back to an older checkpoint: what a folder holds of later steps is another line of training.
+
+The first save of a run moves that away, so that a folder's checkpoints are always those of one line:
+
+    SAVE/set-aside-001/iter_0000012/    of steps after the one that the run began with; a rename
+    SAVE/set-aside-001/latest_checkpointed_iteration.txt    names the newest of them: to be loaded like SAVE
+    SAVE/gone_back.json    the last going back: to which step of which folder, and with which flags
+
+The same command started again finds itself in that file, and goes on from SAVE's newest instead.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
+from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps, step_folder
+from megatron_vespo.system.disk import write_atomically
+
+RECORD = "gone_back.json"
+
+
+def kept_step(args: Namespace, step: int) -> int:
+    """Up to where --save holds checkpoints of a run that has begun with optimizer step `step`."""
+    return step if args.load == args.save else 0
+
+
+def later_steps(save: Path, kept: int) -> list[int]:
+    """What `make_room` will set aside."""
+    return [step for step in saved_steps(save) if step > kept]
+
+
+def make_room(save: Path, kept: int, gone_back: dict[str, Any] | None) -> None:
+    """Before a run's first save: what `save` holds after step `kept`, where the run began, goes aside.
+
+    `gone_back` is remembered, see `has_gone_back`. A kill at any moment leaves the tracker right, and the
+    same call goes on.
+    """
+    later = later_steps(save, kept)
+    if newest_step(save) in later:
+        if kept in saved_steps(save):
+            write_atomically(save / TRACKER_NAME, str(kept))
+        else:
+            (save / TRACKER_NAME).unlink()
+    if later:
+        place = set_aside(save, [step_folder(save, step) for step in later])
+        write_atomically(place / TRACKER_NAME, str(later[-1]))
+    if gone_back is None:
+        (save / RECORD).unlink(missing_ok=True)
+    else:
+        write_atomically(save / RECORD, json.dumps(gone_back, indent=1) + "\n")
+
+
+def next_place(folder: Path) -> Path:
+    """Where `set_aside` will move to."""
+    taken = [path.name.removeprefix("set-aside-") for path in folder.glob("set-aside-*")]
+    number = max((int(number) for number in taken if number.isdecimal()), default=0) + 1
+    return folder / f"set-aside-{number:03d}"
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
+    """Moves these entries of `folder` into a new subfolder, which is returned."""
+    place = next_place(folder)
+    place.mkdir(parents=True)
+    for path in paths:
+        path.rename(place / path.name)
+    return place
+
+
+def has_gone_back(save: Path, gone_back: dict[str, Any]) -> bool:
+    """Whether `save` goes on from this very going back: nobody else has saved there since."""
+    try:
+        return json.loads((save / RECORD).read_text()) == gone_back and resumed_save(save) is not None
+    except (OSError, ValueError):
+        return False

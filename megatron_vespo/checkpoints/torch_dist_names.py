@@ -1,0 +1,87 @@
+"""Where Megatron's torch_dist format keeps a parameter: one tensor a kind, layers and experts stacked.
+
+`decoder.layers.7.mlp.router.weight` is row 7 of `decoder.layers.mlp.router.weight` [layers, experts, hidden].
+Norms are filed under the names that Transformer Engine's fused layers have, also by layers that are not
+fused (megatron.core.models.gpt.gpt_layer_specs). In an MoE layer the two implementations disagree about the
+second norm, so there a parameter has two addresses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_vespo.models.family import ModelShape
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_LAYER_MODULES = (  # with what Megatron calls extra state; the norms and the attention under TE only
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "input_layernorm",
+    "pre_mlp_layernorm",
+)
+_LINEAR = ("linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A parameter in the stacked tensor `key`: at `index`, of `stack` [layers] or [layers, experts] or []."""
+
+    key: str
+    index: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+    def unstacked(self) -> Address:
+        """Where a checkpoint of unlike layers (--non-homogeneous-layers) has it."""
+        if not self.stack:
+            return self
+        key = self.key.replace("decoder.layers.", f"decoder.layers.{self.index[0]}.", 1)
+        return Address(key, self.index[1:], self.stack[1:])
+
+
+def addresses(megatron_name: str, shape: ModelShape) -> list[Address]:
+    """Where the parameter (local spec's name, global numbers) is; more than one: any of them, same values."""
+    match = _LAYER.fullmatch(megatron_name)
+    if not match:
+        return [Address(megatron_name)]
+    layer, rest = int(match[1]), match[2]
+    expert = _EXPERT.fullmatch(rest)
+    if expert:
+        stack = (shape.num_layers, shape.num_experts)
+        return [Address(f"decoder.layers.mlp.experts.experts.{expert[2]}", (layer, int(expert[1])), stack)]
+    rests = [_FUSED_NORMS.get(rest, rest)]
+    if rest == "pre_mlp_layernorm.weight" and shape.num_experts:
+        rests.append(rest)
+    return [Address(f"decoder.layers.{rest}", (layer,), (shape.num_layers,)) for rest in rests]
+
+
+def extra_states(shape: ModelShape) -> Iterator[str]:
+    """Names under which Megatron looks for its layers' extra state, which is None outside of fp8 training.
+
+    A superset of what either implementation asks for: one that is absent would stop a load.
+    """
+    yield _object("decoder.final_layernorm", (0,), (1,))
+    modules = list(_LAYER_MODULES)
+    if not shape.num_experts:
+        modules += [f"mlp.{linear}" for linear in _LINEAR]
+    for layer in range(shape.num_layers):
+        for module in modules:
+            yield _object(f"decoder.layers.{module}", (layer,), (shape.num_layers,))
+        for expert in range(shape.num_experts):
+            stack = (shape.num_layers, shape.num_experts)
+            for linear in _LINEAR:
+                yield _object(f"decoder.layers.mlp.experts.experts.{linear}", (layer, expert), stack)
+
+
+def _object(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:
+    """megatron.core.dist_checkpointing.mapping.ShardedObject.unique_key"""
+    return f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, stack))}"

@@ -1,0 +1,281 @@
+"""`megatron-vespo check layout`: do parallel layouts compute the same as a reference does?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shutil
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vespo.arguments.checks import check_output_file, check_output_folder, check_positive
+from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.cluster.placement import has_gpus, place, start_ray, stop_ray
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.commands.check_layout.bounds import rounding_bounds
+from megatron_vespo.commands.check_layout.layout import FLAGS, WORDS, Layout
+from megatron_vespo.commands.check_layout.sample_file import random_samples, read_samples, with_noisy_behavior
+from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
+from megatron_vespo.observability.layout_report import (
+    Differences,
+    LayoutMeasurement,
+    Row,
+    caption,
+    compare,
+    markdown,
+    print_table,
+)
+from megatron_vespo.observability.metrics import write_atomically
+from megatron_vespo.system.hardware import runs_on_gpus
+from megatron_vespo.system.paths import user_path
+from megatron_vespo.types import TrainingSample
+
+COMMAND = "check layout"
+DESCRIPTION = f"""\
+Runs parallel layouts on real Megatron ranks, each from the same weights and the same samples, and compares
+what must not depend on the layout: log W of every sequence, loss, gradient norms, chosen experts.
+
+A layout is some of {WORDS}, with commas: tp2,pp2,ep2. What is not named is 1,
+but for dp, which is the smallest that the experts' layout fits. vppN: N virtual pipeline stages a rank.
+
+Any flag of Megatron's or of `megatron-vespo train` may follow; it counts for all layouts.
+
+The default bounds are what rounding makes of this model and these samples: they grow with the number of
+layers and tokens and the size of the log-probs (observability/layout_bounds.py derives them). They are
+for one step: it carries rounding into the weights, the more the higher --lr (default 1e-6), and --steps may
+need wider ones. In bf16 rounding is 32,768 times larger and changes the experts of near ties: a layout is
+proven in fp32.
+Exit code: 0 when all differences are within the bounds, 1 when not or when a layout broke, 2 for a mistake.
+"""
+BOUND_HELP = {
+    "log_w": "largest difference of a sequence's log W",
+    "loss": "difference of the loss, relative to the size of its terms",
+    "grad_norm": "relative difference of the gradient norm",
+    "parameter_norm": "the same of every parameter's",
+    "experts": "share of (token, layer) pairs with other experts",
+}
+# of the random part of log(pi / mu), a token; else W would be 1
+BEHAVIOR_DEVIATION = 0.05
+# without --max-tokens-per-gpu one data-parallel rank makes about so many micro-batches
+MICRO_BATCHES = 8
+# the paper's learning rate; `decoupled` has both pi_old and mu in W
+DEFAULT_FLAGS = ["--lr", "1e-6", "--ratio-denominator", "decoupled"]
+BATCH_FLAGS = ("--train-iters", "--mini-batches", "--rollout-batch-size", "--num-completions")
+
+
+def main(argv: list[str]) -> int:
+    """The exit code, 0 or 1; ValueError for a user's mistake."""
+    options, flags = _parser().parse_known_args(argv)
+    _check(options, flags)
+    samples = _samples(options)
+    layouts = [Layout.parse(text) for text in (options.reference, *options.candidate)]
+    arguments = [_layout_arguments(layout, options, flags, samples) for layout in layouts]
+    for layout in layouts:
+        print(f"{layout.name}: {' '.join(layout.flags())}", flush=True)
+    rows, bounds = _run(layouts, arguments, samples, options)
+    text = caption(bounds, options.steps, len(samples))
+    print_table(rows, text)
+    if options.markdown:
+        write_atomically(options.markdown, markdown(rows, text))
+    return int(any(row.verdict != "ok" for row in rows[1:]))
+
+
+def print_help(argv: list[str]) -> bool:
+    """Whether `argv` asks for help, which is printed then."""
+    wanted = "-h" in argv or "--help" in argv
+    if wanted:
+        _parser().print_help()
+    return wanted
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog=f"megatron-vespo {COMMAND}",
+        usage=f"megatron-vespo {COMMAND} --hf-checkpoint DIR --reference LAYOUT --candidate LAYOUT [flags]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add(
+        "--hf-checkpoint",
+        type=user_path,
+        metavar="DIR",
+        help="HF checkpoint, the weights of all layouts (required)",
+    )
+    add("--reference", metavar="LAYOUT", default="tp1", help="what the others are compared with; default tp1")
+    add(
+        "--candidate", metavar="LAYOUT", nargs="+", action="extend", default=[], help="one or more (required)"
+    )
+    add("--batch", type=user_path, metavar="FILE",
+        help="samples, JSONL: token_ids, prompt_length, advantage, and if wished behavior_log_probs, "
+        "temperature, reward, group_id; without it random ones")  # fmt: skip
+    add("--samples", type=int, default=32, help="number of random samples; default 32")
+    add("--max-prompt-tokens", type=int, default=24, help="of random samples; default 24")
+    add("--max-completion-tokens", type=int, default=40, help="of random samples; default 40")
+    add("--seed", type=int, default=1234, help="of random samples; default 1234")
+    add("--steps", type=int, default=1, help="optimizer steps, each on all samples; default 1")
+    add("--markdown", type=user_path, metavar="FILE", help="write the table there, too")
+    add("--output-dir", type=user_path, metavar="DIR", help="for the ranks' logs; without it a temporary one")
+    for name, text in BOUND_HELP.items():
+        add(_bound_flag(name), type=float, metavar="BOUND", help=f"{text}; default: what rounding makes")
+    return parser
+
+
+def _bound_flag(name: str) -> str:
+    return f"--max-{name.replace('_', '-')}-difference"
+
+
+def _check(options: Namespace, flags: Sequence[str]) -> None:
+    if options.hf_checkpoint is None:
+        raise ValueError("--hf-checkpoint is required; see --help")
+    if not options.hf_checkpoint.is_dir():
+        raise ValueError(f"--hf-checkpoint {options.hf_checkpoint}: no such folder")
+    if not options.candidate:
+        raise ValueError("--candidate is required: a layout such as tp2,pp2,ep2; see --help")
+    check_positive(options, ("samples", "max_prompt_tokens", "max_completion_tokens", "steps"))
+    check_output_file("--markdown", options.markdown)
+    if options.output_dir:
+        check_output_folder("--output-dir", options.output_dir)
+    given = {word.partition("=")[0] for word in flags}
+    for flag in FLAGS:
+        if flag in given:
+            raise ValueError(f"{flag} is part of a layout: say it in --reference and --candidate; see --help")
+    for flag in BATCH_FLAGS:
+        if flag in given:
+            raise ValueError(f"{flag}: this command makes its own batch, see --batch, --samples and --steps")
+
+
+def _samples(options: Namespace) -> list[TrainingSample]:
+    vocab_size = megatron_arguments(read_hf_config(options.hf_checkpoint))["vocab_size"]
+    if options.batch:
+        return read_samples(options.batch, vocab_size)
+    return random_samples(
+        options.samples, vocab_size, options.max_prompt_tokens, options.max_completion_tokens, options.seed
+    )
+
+
+def _layout_arguments(
+    layout: Layout, options: Namespace, flags: Sequence[str], samples: Sequence[TrainingSample]
+) -> Namespace:
+    """Everything the ranks of a layout need; nothing is started yet, so that a mistake shows at once."""
+    shares = layout.dp * (layout.pp if layout.vpp > 1 else 1)
+    if len(samples) % shares:
+        virtual = f" x pp{layout.pp} (virtual stages need so many micro-batches)" if layout.vpp > 1 else ""
+        raise ValueError(
+            f"layout {layout.name!r}: {len(samples)} samples cannot be shared by dp{layout.dp}{virtual} "
+            f"equally: {'--batch' if options.batch else '--samples'} needs a multiple of {shares}"
+        )
+    longest_prompt = max(sample.prompt_length for sample in samples)
+    longest_completion = max(sample.completion_length for sample in samples)
+    total = sum(sample.num_tokens for sample in samples)
+    budget = max(longest_prompt + longest_completion, math.ceil(total / MICRO_BATCHES))
+    common = {
+        "--hf-checkpoint": options.hf_checkpoint,
+        "--seed": options.seed,
+        "--max-prompt-tokens": longest_prompt,
+        "--max-completion-tokens": longest_completion,
+        # one optimizer step is one mini-batch of all samples
+        "--rollout-batch-size": 1,
+        "--num-completions": len(samples),
+        "--mini-batches": 1,
+        "--train-iters": options.steps,
+    }
+    argv = [*DEFAULT_FLAGS, "--max-tokens-per-gpu", str(budget), *flags]
+    argv += [str(word) for pair in common.items() for word in pair]
+    try:
+        args = parse_args([*argv, *layout.flags()], COMMAND, required=(), on_gpus=has_gpus)
+    except ValueError as error:
+        raise ValueError(f"layout {layout.name!r}: {error}") from error
+    if args.routing_replay == "R3":
+        raise ValueError("--routing-replay R3 needs an engine's routes, which no sample has here; R2 works")
+    args.rollout_engines = 0
+    return args
+
+
+def _bounds(options: Namespace, args: Namespace, samples: Sequence[TrainingSample]) -> Differences:
+    given = {name: getattr(options, _bound_flag(name)[2:].replace("-", "_")) for name in BOUND_HELP}
+    log_probs = [sample.behavior_log_probs for sample in samples]
+    return dataclasses.replace(
+        rounding_bounds(log_probs, args.num_layers, args.bf16),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _run(
+    layouts: Sequence[Layout],
+    arguments: Sequence[Namespace],
+    samples: list[TrainingSample],
+    options: Namespace,
+) -> tuple[list[Row], Differences]:
+    """One row a layout, and the bounds. The reference must work; of another one that breaks the error is
+    printed.
+    """
+    folder = options.output_dir or Path(tempfile.mkdtemp(prefix="megatron-vespo-check-"))
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        stack.callback(stop_ray)
+        start_ray(max(arguments, key=lambda args: args.trainer_ranks))
+        reference: LayoutMeasurement | None = None
+        for layout, args in zip(layouts, arguments, strict=True):
+            started = time.monotonic()
+            try:
+                samples, measured = _measure(args, samples, options, folder / layout.name)
+            except RuntimeError as error:
+                if reference is None:
+                    raise
+                print(f"{layout.name}: {error}", file=sys.stderr, flush=True)
+                rows.append(Row(layout.name, layout.world_size, time.monotonic() - started, verdict="broke"))
+                continue
+            seconds = time.monotonic() - started
+            if reference is None:
+                reference, bounds = measured, _bounds(options, args, samples)
+                rows.append(Row(layout.name, layout.world_size, seconds, verdict="reference"))
+            else:
+                differences, worst = compare(reference, measured)
+                above = differences.above(bounds)
+                verdict = f"above the bound: {', '.join(above)}" if above else "ok"
+                rows.append(Row(layout.name, layout.world_size, seconds, differences, worst, verdict))
+            print(
+                f"{layout.name}: {layout.world_size} ranks, {seconds:.0f} s, {rows[-1].verdict}", flush=True
+            )
+    if options.output_dir is None and all(row.verdict != "broke" for row in rows):
+        shutil.rmtree(folder)
+    return rows, bounds
+
+
+def _measure(
+    args: Namespace, samples: list[TrainingSample], options: Namespace, log_dir: Path
+) -> tuple[list[TrainingSample], LayoutMeasurement]:
+    """Run one layout and wait until its processes are gone.
+
+    The first layout's log-probs make the behavior log-probs of samples that have none; the completed samples
+    are returned for the others.
+    """
+    with ExitStack() as stack:
+        placement = place(args, engine_size=1, on_gpus=runs_on_gpus(args))  # there are none
+        stack.callback(placement.release)
+        for line in placement.divided:
+            print(f"{args.trainer_ranks} ranks: {line}", file=sys.stderr, flush=True)
+        group = TrainerGroup(args, placement, log_dir.resolve(), watch=lambda: None)
+        stack.callback(group.wait_until_gone)
+        stack.callback(group.stop)
+        group.start()
+        if any(np.isnan(sample.behavior_log_probs).any() for sample in samples):
+            # behavior log-probs do not enter log-probs, but have to be numbers
+            asked = [
+                dataclasses.replace(sample, behavior_log_probs=np.zeros(sample.completion_length, np.float32))
+                for sample in samples
+            ]
+            log_probs = group.log_probs(asked)
+            samples = with_noisy_behavior(samples, log_probs, BEHAVIOR_DEVIATION, options.seed)
+        return samples, group.measure_layout(samples, options.steps)

@@ -1,0 +1,240 @@
+"""`megatron-vespo convert ...`: the conversion tools on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.checkpoints import block_fp8
+from megatron_vespo.checkpoints.convert import (
+    DEFAULT_SHARD_BYTES,
+    Options,
+    Result,
+    hf_to_hf,
+    hf_to_megatron,
+    megatron_to_hf,
+)
+from megatron_vespo.checkpoints.copying import DEFAULT_MEMORY, Budget
+from megatron_vespo.checkpoints.ranks import Ranks, joined_ranks
+from megatron_vespo.checkpoints.sources import Source, opened
+from megatron_vespo.commands.convert.compare import compare, compare_with_manifest, summary
+from megatron_vespo.commands.convert.engine_folder import EngineFolder, opened_as_stored
+from megatron_vespo.commands.convert.logits_check import check_logits
+from megatron_vespo.commands.convert.modelopt_export import FORMATS, Calibration, export_quantised
+from megatron_vespo.system.paths import user_path
+
+EXIT_DIFFERENT = 1
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FP8 = "fp8"
+_MAX_LINES = 20
+_MAX_MESSAGE = 1000  # characters
+_DESCRIPTION = """\
+Convert checkpoints between HF (safetensors) and Megatron (torch_dist), and prove the result.
+
+What is written is read back and compared with what was read before it gets its name; a manifest of hashes
+lies beside it. Memory is bounded whatever the model's size. Under torchrun or srun, all processes share the
+work.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 only if the conversion is proven, or the checkpoints are the same."""
+    args = _parser().parse_args(argv)
+    try:
+        with joined_ranks() as ranks:
+            return args.run(args, ranks)
+    except OSError as error:  # a full disk, a folder in a file's place
+        where = error.filename or getattr(args, "target", args.source)
+        raise ValueError(_one_line(f"{where}: {error.strerror}")) from error
+    except ValueError as error:
+        raise ValueError(_one_line(str(error))) from error
+
+
+def _one_line(text: str) -> str:
+    """Names in damaged files may be long and hold anything."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return plain if len(plain) <= _MAX_MESSAGE else plain[:_MAX_MESSAGE] + " ..."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="megatron-vespo convert",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Namespace, Ranks], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    hf = command("hf-to-megatron", _hf_to_megatron, "HF folder SRC to a Megatron checkpoint DST")
+    megatron = command("megatron-to-hf", _megatron_to_hf, "Megatron checkpoint SRC to an HF folder DST")
+    other_hf = command("hf-to-hf", _hf_to_hf, "HF folder SRC to one that SGLang reads: each expert by itself")
+    _add_conversion_flags(hf, megatron, other_hf)
+    _add_modelopt(commands)
+    inspect = command("inspect", _inspect, "what checkpoint PATH holds")
+    inspect.add_argument("source", type=user_path, metavar="PATH")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    verify = command("verify", _verify, "compare checkpoints A and B of any formats, or A with its manifest")
+    verify.add_argument("source", type=user_path, metavar="A")
+    verify.add_argument("other", type=user_path, metavar="B", nargs="?")
+    for added in (megatron, inspect, verify):
+        added.add_argument("--hf-config", type=user_path, metavar="DIR",
+            help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
+    for added in (hf, megatron, other_hf, verify):
+        added.add_argument("--memory-budget", type=float, default=DEFAULT_MEMORY / 2**30, metavar="GiB",
+            help="of a process (default: 2)")  # fmt: skip
+        added.add_argument("--workers", type=int, metavar="N", help="threads of a process")
+        added.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_conversion_flags(
+    hf: argparse.ArgumentParser, megatron: argparse.ArgumentParser, other_hf: argparse.ArgumentParser
+) -> None:
+    for added in (hf, megatron, other_hf):
+        added.add_argument("source", type=user_path, metavar="SRC")
+        added.add_argument("target", type=user_path, metavar="DST")
+        added.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+    for added in (hf, megatron):
+        added.add_argument("--check-logits", type=int, metavar="N",
+            help="run N tokens through the first layers of both sides, in fp32")  # fmt: skip
+    other_hf.set_defaults(check_logits=None)
+    stored = "of the output (default: as stored)"
+    hf.add_argument("--dtype", choices=_DTYPES, help=stored)
+    for added in (megatron, other_hf):
+        added.add_argument("--dtype", choices=[*_DTYPES, _FP8],
+            help=f"{stored}; fp8 is for engines: e4m3 with a scale a 128 x 128 block")  # fmt: skip
+        added.add_argument("--max-shard-size", type=float, default=DEFAULT_SHARD_BYTES / 1e9, metavar="GB")
+
+
+def _add_modelopt(commands) -> None:
+    parser = commands.add_parser(
+        "modelopt",
+        help="HF folder SRC to a folder DST for engines, quantised by NVIDIA ModelOpt",
+    )
+    parser.set_defaults(run=_modelopt)
+    parser.add_argument("source", type=user_path, metavar="SRC")
+    parser.add_argument("target", type=user_path, metavar="DST")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="nvfp4 is for Blackwell")
+    parser.add_argument(
+        "--calibration",
+        type=user_path,
+        metavar="FILE",
+        help="JSONL of prompts, `text` or `question` (default: random tokens, for trying it out)",
+    )
+    parser.add_argument("--samples", type=_positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=512, metavar="N", help="of a sample (default: 512)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _modelopt(args: Namespace, ranks: Ranks) -> int:
+    calibration = Calibration(args.calibration, args.samples, args.max_tokens)
+    for line in export_quantised(args.source, args.target, args.format, calibration, args.force, ranks):
+        print(line)
+    return 0
+
+
+def _budget(args: Namespace) -> Budget:
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least 1")
+    if not 0 < args.memory_budget < 2**20:
+        raise ValueError(f"--memory-budget {args.memory_budget}: a number of GiB")
+    workers = {} if args.workers is None else {"workers": args.workers}
+    return Budget(memory=int(args.memory_budget * 2**30), **workers)
+
+
+def _options(args: Namespace) -> Options:
+    check = None
+    if args.check_logits is not None:
+        if args.check_logits < 1:
+            raise ValueError(f"--check-logits {args.check_logits}: at least 1 token")
+        if args.dtype is not None:
+            raise ValueError("--check-logits compares unrounded weights: leave out --dtype")
+        check = partial(check_logits, num_tokens=args.check_logits)
+    dtype = block_fp8.DTYPE if args.dtype == _FP8 else _DTYPES.get(args.dtype)
+    return Options(dtype, _budget(args), args.force, args.quiet, check)
+
+
+def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
+    started = time.monotonic()
+    result = hf_to_megatron(args.source, args.target, _options(args), ranks)
+    return _report(args, result, started, ranks)
+
+
+def _megatron_to_hf(args: Namespace, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(args)
+    result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, shards)
+    return _report(args, result, started, ranks)
+
+
+def _hf_to_hf(args: Namespace, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(args)
+    return _report(args, hf_to_hf(args.source, args.target, _options(args), ranks, shards), started, ranks)
+
+
+def _max_shard_bytes(args: Namespace) -> int:
+    if not 0 < args.max_shard_size < 2**20:
+        raise ValueError(f"--max-shard-size {args.max_shard_size}: a positive number of GB")
+    return int(args.max_shard_size * 1e9)
+
+
+def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> int:
+    if ranks.rank == 0:
+        seconds = time.monotonic() - started
+        size = result.num_bytes / 2**30
+        print(
+            f"{args.target}: {result.num_tensors} tensors, {size:.2f} GiB, read back and proven, "
+            f"in {seconds:.1f} s ({size / seconds:.2f} GiB/s)"
+        )
+        if result.checked:
+            print(result.checked)
+    return 0
+
+
+def _inspect(args: Namespace, ranks: Ranks) -> int:
+    with opened_as_stored(args.source, args.hf_config) as source:
+        lines = list(summary(source)) + (_listing(source) if args.tensors else [])
+    if ranks.rank == 0:
+        print("\n".join(lines))
+    return 0
+
+
+def _listing(source: Source | EngineFolder) -> list[str]:
+    return [
+        f"{name}  {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in source.tensors.items()
+    ]
+
+
+def _verify(args: Namespace, ranks: Ranks) -> int:
+    if args.other is None:
+        with opened_as_stored(args.source, args.hf_config) as stored:
+            found = compare_with_manifest(stored, _budget(args), args.quiet, ranks)
+    else:
+        with opened(args.source, args.hf_config) as a, opened(args.other, args.hf_config) as b:
+            found = compare(a, b, _budget(args), args.quiet, ranks)
+    if ranks.rank == 0:
+        for line in found.differences[:_MAX_LINES]:
+            print(line)
+        if len(found.differences) > _MAX_LINES:
+            print(f"... and {len(found.differences) - _MAX_LINES} more")
+        verdict = "DIFFERENT" if found.differences else "same"
+        print(f"{verdict}: {found.num_tensors} tensors, {found.num_bytes / 2**30:.2f} GiB compared")
+    return EXIT_DIFFERENT if found.differences else 0

@@ -1,0 +1,54 @@
+"""The first layers of a torch_dist checkpoint as one of a model that has no more, without copying."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME, read_metadata
+
+_LAYERS = "decoder.layers."
+_OBJECT = re.compile(r"(decoder\.layers\..+/shard_)(\d+)(.*_)(\d+)(.*)")  # a ShardedObject's unique key
+
+
+def link_first_layers(folder: Path, target: Path, num_layers: int) -> None:
+    """Fill the new folder `target` with links to the data of `folder`, and metadata of `num_layers` layers.
+
+    `folder` stacks its layers, as `torch_dist_names` says.
+    """
+    target.mkdir()
+    stored = read_metadata(folder)
+    kept = Metadata({}, storage_data={}, version=getattr(stored, "version", None))
+    names = {key: _renamed(key, num_layers) for key in stored.state_dict_metadata}
+    for key, entry in stored.state_dict_metadata.items():
+        if names[key] is None:
+            continue
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(_LAYERS):
+            chunks = [chunk for chunk in entry.chunks if chunk.offsets[0] < num_layers]
+            entry = replace(entry, size=torch.Size((num_layers, *entry.size[1:])), chunks=chunks)
+        kept.state_dict_metadata[names[key]] = entry
+    for index, place in stored.storage_data.items():
+        stacked = index.offset is not None and index.fqn.startswith(_LAYERS)
+        if names.get(index.fqn) and not (stacked and index.offset[0] >= num_layers):
+            kept.storage_data[replace(index, fqn=names[index.fqn])] = place
+    for path in folder.glob("*.distcp"):
+        os.symlink(path.absolute(), target / path.name)
+    shutil.copyfile(folder / "metadata.json", target / "metadata.json")
+    with (target / METADATA_NAME).open("wb") as file:
+        pickle.dump(kept, file)
+
+
+def _renamed(key: str, num_layers: int) -> str | None:
+    """The key in the smaller model; None for what is of another layer."""
+    match = _OBJECT.fullmatch(key)
+    if not match:
+        return key
+    before, layer, between, _, after = match.groups()
+    return f"{before}{layer}{between}{num_layers}{after}" if int(layer) < num_layers else None

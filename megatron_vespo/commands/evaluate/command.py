@@ -1,0 +1,188 @@
+"""`megatron-vespo evaluate`: avg@k and pass@k of a checkpoint, as a job that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.arguments.checks import check_output_folder
+from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
+from megatron_vespo.commands.evaluate.report import (
+    Progress,
+    format_table,
+    prompt_set_summary,
+    reservations,
+)
+from megatron_vespo.commands.evaluate.result_file import ResultFile
+from megatron_vespo.commands.evaluate.serving import Serving, serving
+from megatron_vespo.commands.evaluate.settings import (
+    comparable,
+    evaluation_settings,
+    start_date,
+    tokenizer_folder,
+)
+from megatron_vespo.data.stop_tokens import stop_token_ids
+from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
+from megatron_vespo.driver.prompt_data import chat_format, prompt_data
+from megatron_vespo.driver.run_record import RunRecord, describe_run
+from megatron_vespo.observability.report import write_summary
+from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.worker import RewardFunction
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.evaluation_stream import stream_groups
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
+from megatron_vespo.system.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
+from megatron_vespo.types import Completion, Prompt, SamplingParams
+
+RESULTS_NAME, SUMMARY_NAME = "prompts.jsonl", "summary.json"
+INTERVALS = "intervals: 95%, over prompts"
+
+
+def main(argv: list[str]) -> int:
+    started = time.monotonic()
+    args = parse_args(argv)
+    preemption = Preemption()
+    preemption.listen()
+    check_output_folder("--output-dir", args.output_dir)
+    folder = tokenizer_folder(args)
+    tokenizer = load_tokenizer(folder, "--checkpoint")
+    stops = stop_token_ids(folder, tokenizer.eos_token_id)
+    sampling = SamplingParams(args.temperature, args.max_completion_tokens, stops, args.top_p, args.top_k)
+    results_path = args.output_dir / RESULTS_NAME
+    date = start_date(results_path)
+    form = chat_format(args, tokenizer, date)
+    sets = {name: _prompts(args, path, form) for name, path in args.data.items()}
+    reward = load_reward_function(args.reward_function)
+    settings = comparable(evaluation_settings(args, stops, sets, date), results_path)
+    with ResultFile(results_path, settings) as results:
+        evaluation = _Evaluation(args, sets, results, tokenizer)
+        if evaluation.left:
+            RunRecord(args.output_dir, describe_run(args, make_parser()))
+            evaluation.run(sampling, reward, preemption)
+        _report(args, evaluation, settings, time.monotonic() - started)
+    return 0
+
+
+def _prompts(args: Namespace, path: Path, form: ChatFormat) -> list[Prompt]:
+    # a set without its longest prompts is another set
+    loaded = prompt_data(args, path, form, overlong="error", flag="--data")
+    for remark in loaded.remarks(args.max_prompt_tokens):
+        print(remark, file=sys.stderr)
+    return loaded.prompts[: args.num_prompts]
+
+
+class _Evaluation:
+    """Which prompts are left, and what becomes of one that has finished."""
+
+    def __init__(self, args: Namespace, sets: dict[str, list[Prompt]], results: ResultFile, tokenizer: Any):
+        self._args, self._results, self._tokenizer = args, results, tokenizer
+        self._total = sum(map(len, sets.values()))
+        done = {(record["set"], record["prompt"]) for record in results.records}
+        self.left = [
+            (name, prompt)
+            for name, prompts in sets.items()
+            for prompt in prompts
+            if (name, prompt.prompt_id) not in done
+        ]
+
+    def run(self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption) -> None:
+        """Until none is left. What has started ends with it, whatever happens."""
+        with ExitStack() as stack:
+            try:
+                self._run(sampling, reward, stack)
+            except EndedBySignal:
+                preemption.conclude(EXIT_RESUME)  # before the stack ends all, which takes seconds
+                raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
+
+    def _run(self, sampling: SamplingParams, reward: RewardFunction, stack: ExitStack) -> None:
+        args = self._args
+        progress = Progress(self._total, self._total - len(self.left))
+        stack.callback(progress.close)
+        if progress.done:
+            progress.message(f"{progress.done} of {self._total} prompts were finished before")
+        rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
+        stack.callback(rewards.close)
+        scorer = Scorer(self._tokenizer, rewards, args.max_completion_tokens, 0, 1.0)
+        served = stack.enter_context(serving(args, progress.message))
+
+        statuses: list[str] = []
+        held: list[dict[str, Any]] = []  # while no reward has worked: its zeros would be no results
+
+        def keep() -> None:
+            while held:
+                self._results.append(held.pop(0))
+
+        def finish(index: int, group: list[Completion]) -> None:
+            if failures := scorer.score(group):
+                progress.message(describe_failures(failures))
+            held.append(self._record(*self.left[index], group))
+            progress.finished([completion.reward for completion in group])
+            statuses.extend(judged(group))
+            if "ok" in statuses:
+                keep()
+
+        prompts = [prompt for _, prompt in self.left]
+        progress.start()
+        stream_groups(
+            _collector(args, served), prompts, sampling, finish,
+            num_completions=args.num_completions, seed=args.seed,
+        )  # fmt: skip
+        check_some_worked(statuses)
+        keep()  # of responses that were all cut, which no function has judged
+
+    def by_set(self) -> dict[str, list[dict]]:
+        return {
+            name: [record for record in self._results.records if record["set"] == name]
+            for name in self._args.data
+        }
+
+    def _kept(self) -> str:
+        number = len(self._results.records)
+        return f"{number} of {self._total} prompts are finished and kept: the same command goes on"
+
+    def _record(self, name: str, prompt: Prompt, group: Sequence[Completion]) -> dict[str, Any]:
+        versions = [int(version) for completion in group for version in completion.policy_versions[[0, -1]]]
+        record = {
+            "set": name,
+            "prompt": prompt.prompt_id,
+            "rewards": [completion.reward for completion in group],
+            "lengths": [len(completion.token_ids) for completion in group],
+            "finish_reasons": [completion.finish_reason for completion in group],
+            "statuses": [completion.reward_status for completion in group],
+            "policy_versions": [min(versions), max(versions)],
+            "drawn_anew": sum(len(completion.rejections) for completion in group),
+        }
+        if self._args.save_responses:
+            tokens = [completion.token_ids for completion in group]
+            record["responses"] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return record
+
+
+def _collector(args: Namespace, served: Serving) -> Collector:
+    collector = Collector(
+        served.urls,
+        request_timeout_s=args.generate_timeout,
+        max_dispatches=args.max_dispatches,
+        check=served.check,
+        api_key=served.api_key,
+        lost=served.lost,
+    )
+    collector.meanwhile = served.meanwhile
+    return collector
+
+
+def _report(args: Namespace, evaluation: _Evaluation, settings: dict[str, Any], seconds: float) -> None:
+    found = {
+        name: prompt_set_summary(records, args.pass_reward) for name, records in evaluation.by_set().items()
+    }
+    path = args.output_dir / SUMMARY_NAME
+    write_summary(path, {"settings": settings, "sets": found, "seconds": seconds})
+    print(format_table(found))
+    print("\n".join([INTERVALS, *reservations(found), f"summary: {path}"]))

@@ -1,0 +1,147 @@
+"""Flags of `megatron-vespo evaluate`. Those that training has, too, are its own: one meaning, one default."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_vespo.arguments.checks import check_folder, check_positive, check_seed
+from megatron_vespo.arguments.heldout_flags import check_temperature
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.training_flags import add_vespo_arguments
+from megatron_vespo.rollout.server_arguments import parse_sglang_flags
+from megatron_vespo.system.paths import expanded, user_path
+
+DESCRIPTION = """\
+avg@k and pass@k of a checkpoint on prompt sets, with 95% intervals over prompts.
+
+An HF folder or a Megatron checkpoint (converted first) gets SGLang engines of its own, which are handed
+--sglang-<flag>; --engine-url asks engines that run. Finished prompts are in --output-dir:
+the same command goes on where it was stopped.
+"""
+# of training, by the group here
+SHARED = {
+    "prompts": (
+        "--prompt-key", "--answer-key", "--answer-pattern", "--no-chat-template",
+        "--chat-template-arguments", "--max-prompt-tokens",
+    ),
+    "completions and rewards": (
+        "--num-completions", "--max-completion-tokens", "--generate-timeout", "--max-dispatches",
+        "--reward-function", "--reward-workers", "--reward-timeout", "--reward-memory-gb",
+    ),
+    "engines": (
+        "--rollout-engines", "--rollout-port", "--engine-start-timeout", "--engine-health-timeout",
+        "--engine-restarts", "--min-engines", "--ray-address",
+    ),
+}  # fmt: skip
+_POSITIVE = (
+    "num_completions max_prompt_tokens max_completion_tokens generate_timeout max_dispatches reward_workers "
+    "reward_timeout reward_memory_gb rollout_engines engine_start_timeout engine_health_timeout min_engines "
+    "num_prompts"
+).split()
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    """ValueError for a user's mistake."""
+    sglang_flags, rest = parse_sglang_flags(argv)
+    args = make_parser().parse_args(rest)
+    args.sglang_flags = sglang_flags
+    args.data = _named_files(args.data)
+    check_positive(args, _POSITIVE)
+    check_seed(args.seed)
+    check_folder("--output-dir", args.output_dir)
+    _check_sampling(args)
+    _check_engines(args)
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="megatron-vespo evaluate",
+        usage="megatron-vespo evaluate --checkpoint DIR --data NAME=FILE ... --output-dir DIR [flags]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", type=user_path, required=True, metavar="DIR",
+        help="HF folder or Megatron checkpoint; with --engine-url only its tokenizer is read")  # fmt: skip
+    add("--hf-config", type=user_path, metavar="DIR",
+        help="HF folder of a Megatron checkpoint that another program saved")  # fmt: skip
+    add("--engine-url", nargs="+", metavar="URL", help="engines that run already: no others are started")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds their API key")
+    add("--data", nargs="+", required=True, metavar="NAME=FILE", action="extend",
+        help="prompt sets, JSONL or parquet")  # fmt: skip
+    add("--output-dir", type=user_path, required=True, metavar="DIR")
+    _add_shared(parser)
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    training = add_vespo_arguments(argparse.ArgumentParser(add_help=False))
+    actions = {flag: action for action in training._actions for flag in action.option_strings}
+    groups = {}
+    for title, flags in SHARED.items():
+        groups[title] = parser.add_argument_group(title, "as in training" if title == "engines" else None)
+        for flag in flags:
+            groups[title]._add_action(actions[flag])
+    add = groups["prompts"].add_argument
+    add("--num-prompts", type=int, metavar="N", help="of each set, the first ones; default: all")
+    add = groups["completions and rewards"].add_argument
+    add("--temperature", type=float, default=1.0, help="0: greedy")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--top-k", type=int, default=-1, help="sample from so many tokens; -1: all")
+    add("--pass-reward", type=float, default=1.0, metavar="R",
+        help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
+    add("--seed", type=int, default=1)
+    add("--save-responses", action="store_true", help="keep their text, too")
+
+
+def _named_files(given: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not (equals and name and path):
+            raise ValueError(f"--data {entry}: write NAME=FILE, for example aime24=aime24.jsonl")
+        if name in files:
+            raise ValueError(f"--data {entry}: there is a set {name!r} already; give each its own name")
+        files[name] = Path(expanded(path))
+    return files
+
+
+def _check_sampling(args: Namespace) -> None:
+    check_temperature("--temperature", args.temperature, args.num_completions)
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p:g}: must be above 0, at most 1")
+    if not math.isfinite(args.pass_reward):
+        raise ValueError(f"--pass-reward {args.pass_reward:g}: must be finite")
+    if args.top_k != -1 and args.top_k < 1:
+        raise ValueError(f"--top-k {args.top_k}: must be positive, or -1 for all tokens")
+
+
+def _check_engines(args: Namespace) -> None:
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
+    if args.hf_config is not None and not args.hf_config.is_dir():
+        raise ValueError(f"--hf-config {args.hf_config}: no such folder")
+    if args.engine_url:
+        if args.sglang_flags:
+            raise ValueError(
+                f"--sglang-{args.sglang_flags[0].removeprefix('--')} is for engines that are started; "
+                "those at --engine-url run already"
+            )
+        for url in args.engine_url:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"--engine-url {url}: write http://HOST:PORT")
+    elif args.api_key_env:
+        raise ValueError("--api-key-env is for --engine-url: engines that are started need no key")
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise ValueError(f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty")
+    if args.engine_restarts < 0:
+        raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
+    if args.min_engines > args.rollout_engines:
+        raise ValueError(
+            f"--min-engines is {args.min_engines}, more than --rollout-engines {args.rollout_engines}"
+        )

@@ -1,0 +1,104 @@
+"""Who answers an evaluation: engines that it starts, or those that run already."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vespo.checkpoints.convert import Options, megatron_to_hf
+from megatron_vespo.checkpoints.ranks import Ranks
+from megatron_vespo.checkpoints.sources import check_served, is_hf
+from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.placement import cluster_has_gpus, place, start_ray, stop_ray
+from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
+from megatron_vespo.models.hf_config import read_unchecked
+from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
+from megatron_vespo.rollout.dispatch import LostRequests
+from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
+from megatron_vespo.system.plugins import load_runtime_plugins
+
+CONVERTED_NAME = "converted-{}"  # in the output folder, as engines on other nodes must see it
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a Collector needs to know; `urls` may change."""
+
+    urls: Sequence[str | None]
+    lost: LostRequests
+    check: Callable[[], None] | None = None
+    meanwhile: Callable[[], None] | None = None
+    api_key: str | None = None
+
+
+@contextmanager
+def serving(args: Namespace, say: Callable[[str], None]) -> Iterator[Serving]:
+    """Ends what it has started."""
+    if args.engine_url:
+        urls = [url.rstrip("/") for url in args.engine_url]
+        yield Serving(urls, LostRequests(say), api_key=api_key(args))
+        return
+    with ExitStack() as stack:
+        args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, say, stack), "trainer_ranks": 0})
+        say("starting Ray ...")
+        with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
+            load_runtime_plugins()
+        stack.callback(stop_ray)
+        start_ray(args)
+        size = engine_size(args.sglang_flags)
+        say(f"starting SGLang: {args.rollout_engines} engines ...")
+        log_dir = (args.output_dir / "logs").resolve()
+        on_gpus = cluster_has_gpus()
+        placement = place(args, size, on_gpus)
+        key = new_api_key("auto", placement.loopback)
+        if key is not None:
+            check_flags_with_key(args.sglang_flags)
+        engines = start_engines(args, placement, _server_arguments(args, on_gpus), key, log_dir, say)
+        stack.callback(engines.stop)
+        engines.wait_until_ready()
+        sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
+        sync.sync(0)
+
+        def meanwhile() -> None:
+            if sync.is_wanted(while_others_serve=True):
+                sync.sync(0)
+
+        yield Serving(engines.urls, engines.lost, engines.check, meanwhile, key)
+
+
+def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) -> Path:
+    """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
+    if is_hf(args.checkpoint):
+        check_served(args.checkpoint)
+        return args.checkpoint.resolve()
+    folder = (args.output_dir / CONVERTED_NAME.format(weights_digest(args.checkpoint))).resolve()
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    if not is_hf(folder):  # one that a killed job has left is whole
+        say(f"converting {args.checkpoint} ...")
+        megatron_to_hf(args.checkpoint, folder, Options(quiet=True), Ranks(), args.hf_config)
+    return folder
+
+
+def _server_arguments(args: Namespace, on_gpus: bool) -> list[str]:
+    return server_arguments(
+        args.sglang_flags,
+        device="cuda" if on_gpus else "cpu",
+        routes=False,
+        dtype=_dtype(args.hf_checkpoint),
+        seed=args.seed,
+        longest_step_s=args.engine_start_timeout,
+    )
+
+
+def _dtype(folder: Path) -> str:
+    """As stored: left alone, SGLang makes float16 of float32."""
+    config = read_unchecked(folder)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return stored if stored in DTYPES else "auto"

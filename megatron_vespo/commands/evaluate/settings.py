@@ -1,0 +1,137 @@
+"""What an evaluation's numbers depend on: a job that goes on must have the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.checkpoints.megatron_checkpoint import checkpoint_folder
+from megatron_vespo.checkpoints.prompt_record import digest
+from megatron_vespo.checkpoints.sources import HF_FOLDER, is_hf, is_megatron
+from megatron_vespo.commands.evaluate.result_file import made_with
+from megatron_vespo.system.http import EngineRequestError, get_json
+from megatron_vespo.types import Prompt
+
+TOKENS = "prompts as tokens (tokenizer and chat template)"
+DATE = "date of its start"  # in the settings: a chat template may write it into prompts
+MODEL_INFO_TIMEOUT_S = 30.0
+_SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
+_WEIGHT_FILES = (".safetensors", ".distcp", ".metadata", "config.json")
+# by the words of messages
+_FLAGS = {
+    "--num-completions": "num_completions",
+    "--temperature": "temperature",
+    "--top-p": "top_p",
+    "--top-k": "top_k",
+    "--max-completion-tokens": "max_completion_tokens",
+    "--max-prompt-tokens": "max_prompt_tokens",
+    "--seed": "seed",
+    "--num-prompts": "num_prompts",
+    "--prompt-key": "prompt_key",
+    "--answer-key": "answer_key",
+    "--answer-pattern": "answer_pattern",
+    "a chat template": "apply_chat_template",
+    "--chat-template-arguments": "chat_template_arguments",
+    "--reward-function": "reward_function",
+    "--reward-timeout": "reward_timeout",
+    "--save-responses": "save_responses",
+    "SGLang's flags": "sglang_flags",
+}
+
+
+def start_date(results: Path) -> datetime:
+    """When the evaluation has started that has its finished prompts in `results`; now, where none has."""
+    date = made_with(results).get(DATE)
+    return datetime.fromisoformat(date) if date else datetime.now().replace(microsecond=0)
+
+
+def evaluation_settings(
+    args: Namespace, stops: Sequence[int], sets: Mapping[str, Sequence[Prompt]], date: datetime
+) -> dict[str, Any]:
+    """JSON values. How many engines there are, and where, does not matter.
+
+    The token ids of `sets` stand for tokenizer and chat template.
+    """
+    settings: dict[str, Any] = {name: getattr(args, attribute) for name, attribute in _FLAGS.items()}
+    settings["end tokens"] = list(stops)
+    settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
+    settings[DATE] = date.isoformat()
+    settings[TOKENS] = {name: digest(prompts) for name, prompts in sets.items()}
+    settings["weights"] = _live_weights(args) if args.engine_url else weights_digest(args.checkpoint)
+    return settings
+
+
+def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
+    """`settings` without those that an older version has not written to `results`, if they add nothing."""
+    before = made_with(results)
+    added = (DATE, TOKENS, *(() if settings["--chat-template-arguments"] else ["--chat-template-arguments"]))
+    return {
+        name: value for name, value in settings.items() if not before or name in before or name not in added
+    }
+
+
+def tokenizer_folder(args: Namespace) -> Path:
+    """The HF folder of a checkpoint of either format."""
+    if is_hf(args.checkpoint) or args.engine_url:
+        return args.checkpoint
+    if not is_megatron(args.checkpoint):
+        raise ValueError(
+            f"--checkpoint {args.checkpoint}: neither an HF folder with safetensors nor a Megatron checkpoint"
+        )
+    folder = args.hf_config or checkpoint_folder(args.checkpoint) / HF_FOLDER
+    if not folder.is_dir():
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} holds no HF config: --hf-config DIR names its model's HF folder"
+        )
+    return folder
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Tells folders of weights apart: by files' names, sizes and ends."""
+    folder = checkpoint
+    if is_megatron(checkpoint) and not is_hf(checkpoint):
+        folder = checkpoint_folder(checkpoint)
+    total = hashlib.blake2b(digest_size=8)
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHT_FILES) and path.is_file())
+    for path in files:
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            total.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            total.update(file.read(_SAMPLED_BYTES))
+    return total.hexdigest()
+
+
+def api_key(args: Namespace) -> str | None:
+    return os.environ[args.api_key_env] if args.api_key_env else None
+
+
+def _live_weights(args: Namespace) -> str:
+    """What the engines say of themselves; ValueError where their replies could not be used."""
+    seen = set()
+    for url in args.engine_url:
+        try:
+            info = get_json(url.rstrip("/"), "/model_info", MODEL_INFO_TIMEOUT_S, api_key(args))
+        except EngineRequestError as error:
+            raise ValueError(f"--engine-url {url}: {error}") from error
+        version = str(info.get("weight_version"))
+        if not version.isdecimal():
+            raise ValueError(
+                f"--engine-url {url}: its weight version is {version!r}, no number: "
+                "start it with --weight-version 0"
+            )
+        seen.add(f"{info.get('model_path')}")
+    if len(seen) > 1:
+        raise ValueError(f"--engine-url: the engines serve different models, {', '.join(sorted(seen))}")
+    return f"of {seen.pop()}, served by others"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]

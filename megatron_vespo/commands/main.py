@@ -1,0 +1,182 @@
+"""`megatron-vespo COMMAND ...`; one clear line and a non-zero exit for whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from megatron_vespo.commands.endings import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_USER_ERROR, ending
+
+USAGE = """\
+usage: megatron-vespo COMMAND [flags]
+
+commands:
+  train           train an HF checkpoint with VESPO (megatron-vespo train --help)
+  evaluate        avg@k and pass@k of a checkpoint (megatron-vespo evaluate --help)
+  prepare-data    a public prompt set as JSONL, cleaned (megatron-vespo prepare-data --help)
+  plan            check a run before it waits in a queue (megatron-vespo plan --help)
+  check layout    compare what parallel layouts compute (megatron-vespo check layout --help)
+  convert         HF <-> Megatron checkpoints, inspect, verify (megatron-vespo convert --help)
+  simulate        how fast a run would be (megatron-vespo simulate --help)
+  doctor          check a machine, or by srun all nodes (megatron-vespo doctor --help)
+  smoke           every part of a run once, with a small model (megatron-vespo smoke --help)
+  submit          a training run as a SLURM job (megatron-vespo submit --help)
+  args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
+"""
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    except OSError as error:  # of this module's own output: commands are guarded
+        code = _unwritable(error)
+    sys.exit(code or _flushed())
+
+
+def _flushed() -> int:
+    """The exit code of what is left to print."""
+    try:
+        if sys.stdout is not None:  # None: closed by whoever has started this
+            sys.stdout.flush()
+    except OSError as error:
+        return _unwritable(error)
+    return 0
+
+
+def _unwritable(error: OSError) -> int:
+    """What is left of the output goes nowhere; one whose reader is gone is no mistake."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
+    print(f"megatron-vespo: the output cannot be written: {error.strerror}", file=sys.stderr)
+    return EXIT_FAILURE
+
+
+def run(argv: list[str]) -> int:
+    """The exit code: 0, 2 for a mistake in flags or data, 1 for a run that broke, 130 when interrupted.
+
+    Further ones are those of `preemption`.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else EXIT_USER_ERROR
+    for words, command in COMMANDS.items():
+        if argv[: len(words.split())] == words.split():
+            return _guarded(words, command, argv[len(words.split()) :])
+    print(f"megatron-vespo: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """What the command returns, or the exit code of what it raised, said in one line."""
+    # a scheduler's SIGTERM ends a run like Ctrl-C: everything it started ends with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return command(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = ending(error, [name, *argv])
+        if line:
+            print(f"megatron-vespo: {line}", file=sys.stderr)
+        return code
+
+
+def _train(argv: list[str]) -> int:
+    from megatron_vespo.arguments.recipe import with_recipes
+    from megatron_vespo.driver.finished import finished_by_files
+
+    argv = with_recipes(argv)
+    if finished := finished_by_files(argv):
+        print(finished)
+        return 0
+    from megatron_vespo.arguments.parse import print_help  # takes seconds
+
+    if not print_help(argv):
+        from megatron_vespo.commands.train import main as train
+
+        train(argv)
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from megatron_vespo.commands.evaluate.command import main as evaluate
+
+    return evaluate(argv)
+
+
+def _prepare_data(argv: list[str]) -> int:
+    from megatron_vespo.commands.prepare_data.command import main as prepare_data
+
+    return prepare_data(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from megatron_vespo.commands.plan.command import main as plan
+
+    return plan(argv)
+
+
+def _check_layout(argv: list[str]) -> int:
+    from megatron_vespo.commands.check_layout.command import main as check
+    from megatron_vespo.commands.check_layout.command import print_help
+
+    return 0 if print_help(argv) else check(argv)
+
+
+def _convert(argv: list[str]) -> int:
+    from megatron_vespo.commands.convert.command import main as convert
+
+    return convert(argv)
+
+
+def _simulate(argv: list[str]) -> int:
+    from megatron_vespo.commands.simulate.command import main as simulate
+
+    return simulate(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from megatron_vespo.commands.doctor.command import main as doctor
+
+    return doctor(argv)
+
+
+def _smoke(argv: list[str]) -> int:
+    from megatron_vespo.commands.smoke.command import main as smoke
+
+    return smoke(argv)
+
+
+def _submit(argv: list[str]) -> int:
+    from megatron_vespo.commands.submit.command import main as submit
+
+    return submit(argv)
+
+
+def _args(argv: list[str]) -> int:
+    from megatron_vespo.commands.args import main as args
+
+    return args(argv)
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "prepare-data": _prepare_data,
+    "plan": _plan,
+    "check layout": _check_layout,
+    "convert": _convert,
+    "simulate": _simulate,
+    "doctor": _doctor,
+    "smoke": _smoke,
+    "submit": _submit,
+    "args": _args,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""`megatron-vespo plan`: checks a run before it waits in a queue; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron_vespo.arguments.checks import check_positive
+from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.commands.plan import findings
+from megatron_vespo.commands.plan.plan import Cluster, Plan, make_plan, memory_of
+from megatron_vespo.commands.plan.recomputation import margin, selections, without_recomputation
+from megatron_vespo.commands.plan.report import format_memory, format_speed
+from megatron_vespo.commands.plan.speed import Lengths
+from megatron_vespo.models.stage import Stage
+from megatron_vespo.rollout.server_arguments import engine_size
+from megatron_vespo.system.hardware import GIB, GPUS, ON_GPUS
+from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.plugins import prepare_for_megatron
+
+DESCRIPTION = """\
+Check a run of `megatron-vespo train` before it waits in a queue. Needs no GPU and no data; of --hf-checkpoint
+only config.json.
+
+Megatron itself parses the flags and builds the model of every pipeline stage at the real number of ranks,
+on tensors without memory. What the parameters take follows from that exactly; activations, engines and
+seconds are estimates: even routing, full micro-batches, rates derived from data sheets, nothing measured.
+
+Exit code: 0 for a run that fits, 1 for one that does not, 2 for flags that are refused.
+"""
+
+
+def main(argv: list[str]) -> int:
+    options, flags = _parser().parse_known_args(argv)
+    check_positive(options, ("nodes", "gpus_per_node", "mean_prompt_tokens", "mean_completion_tokens"))
+    flags = [*ON_GPUS, *read_recipe(options.recipe), *flags]
+    cluster = Cluster(options.nodes, options.gpus_per_node, GPUS[options.gpu])
+    plan = planned(flags, cluster, options.mean_prompt_tokens, options.mean_completion_tokens)
+    print(format_memory(plan), end="\n\n")
+    if errors := what_does_not_fit(plan, flags):
+        for error in errors:
+            print(f"DOES NOT FIT: {error}")
+        return 1
+    print(format_speed(plan), end="\n\n")
+    for warning in findings.warnings(plan):
+        print(f"warning: {warning}")
+    if suggestion := less_recomputation(plan, flags):
+        print(f"suggestion: {suggestion}")
+    print("fits")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="megatron-vespo plan",
+        usage="megatron-vespo plan RECIPE --nodes N [--gpus-per-node 8] [--gpu h100] [flags of train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "recipe",
+        type=user_path,
+        metavar="RECIPE",
+        help="file of flags of `megatron-vespo train`, # for comments",
+    )
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    add("--gpu", choices=GPUS, default="h100", help="default: h100")
+    add("--mean-completion-tokens", type=float, metavar="X",
+        help="default: a quarter of --max-completion-tokens")  # fmt: skip
+    add("--mean-prompt-tokens", type=float, metavar="X", help="default: a quarter of --max-prompt-tokens")
+    return parser
+
+
+def planned(
+    flags: list[str],
+    cluster: Cluster,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+) -> Plan:
+    """The plan of a run; tokens are means. ValueError for what this program or Megatron refuses."""
+    args, stages = parsed(flags)
+    lengths = Lengths(
+        prompt_tokens or args.max_prompt_tokens / 4, completion_tokens or args.max_completion_tokens / 4
+    )
+    return make_plan(args, stages, cluster, engine_size(args.sglang_flags), lengths)
+
+
+def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
+    """The run's arguments and its pipeline stages, by Megatron."""
+    with warnings.catch_warnings(action="ignore"):
+        prepare_for_megatron()
+        from megatron_vespo.trainer.meta_model import build_stages
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    # a checkpoint to go on from need not be there yet
+    args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
+    if args.train_from or args.rollout_only:
+        raise ValueError("plan is for runs that train and generate: leave --train-from, --rollout-only out")
+    return args, build_stages(args)
+
+
+def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:
+    """A line each, with what would be right. `flags` are the plan's; without engines the trainer's only."""
+    return [*_memory_errors(plan, flags), *(findings.errors(plan) if with_engines else [])]
+
+
+def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
+    index = plan.tightest
+    headroom = plan.headroom(index)
+    if headroom >= 0:
+        return
+    where = f" on pipeline stage {index}" if len(plan.stages) > 1 else ""
+    fixes = [
+        f"{' '.join(fix)} (headroom {left / GIB:.1f} GiB)"
+        for fix in _candidates(plan.args)
+        if (left := _headroom(plan, [*flags, *fix])) is not None and left >= 0
+    ]
+    hint = ", or ".join(fixes) or "no single flag helps: more trainer ranks, or another layout"
+    yield f"trainer headroom is {headroom / GIB:.1f} GiB{where}: {hint}"
+
+
+def _candidates(args: Namespace) -> Iterator[list[str]]:
+    """Flags that save memory, the cheaper first."""
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    if args.recompute_granularity != "full":
+        yield full
+    for name in ("expert_model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if name != "expert_model_parallel_size" or args.num_experts is not None:
+            yield [f"--{name.replace('_', '-')}", str(2 * getattr(args, name))]
+    longest = -(-args.seq_length // args.context_parallel_size)
+    if longest < args.max_tokens_per_gpu:
+        yield ["--max-tokens-per-gpu", str(longest)]
+    if not args.optimizer_cpu_offload and args.bf16:
+        yield ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+        if args.recompute_granularity != "full":
+            yield [*full, "--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+
+
+def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
+    """Instead of full recomputation: the selection that computes least again of those that fit well."""
+    if plan.args.recompute_granularity != "full":
+        return None
+    for modules in selections(plan.args):
+        selective = modules and ["--recompute-granularity", "selective", "--recompute-modules", *modules]
+        try:
+            args, stages = parsed([*without_recomputation(flags), *selective])
+        except ValueError:
+            continue
+        left = _least_left(plan, args, stages)
+        if left >= margin(args, stages, plan.cluster.gpu.memory):
+            how = " ".join(selective) or "without --recompute-granularity a run"
+            return f"{how} recomputes less (headroom {left / GIB:.1f} GiB)"
+    return None
+
+
+def _headroom(plan: Plan, flags: list[str]) -> float | None:
+    """Of the fullest rank with these flags; None where they are refused."""
+    try:
+        args, stages = parsed(flags)
+    except ValueError:
+        return None
+    return _least_left(plan, args, stages)
+
+
+def _least_left(plan: Plan, args: Namespace, stages: list[Stage]) -> float:
+    """Headroom of the fullest rank."""
+    return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(args, stages))

@@ -1,0 +1,59 @@
+"""GPU memory of an engine: weights, and the keys and values that fit beside them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_vespo.models.table import ModelShape
+from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, flag_value
+from megatron_vespo.system.hardware import GIB, Gpu
+
+# where --sglang-mem-fraction-static is not given: about what SGLang takes on GPUs of 80 GB and more
+DEFAULT_STATIC_FRACTION = 0.83
+CONTEXT = 1 * GIB  # of the memory, taken by CUDA and NCCL before SGLang asks what is free: an allowance
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of one GPU of an engine; tokens and requests of the whole engine."""
+
+    size: int  # GPUs
+    fraction: float  # static: weights, keys and values
+    assumed: bool  # the fraction, as it was not given
+    weights: float
+    cache: float  # negative where the weights alone are too large
+    rest: float  # for activations, CUDA graphs and the buckets of a weight sync
+    bucket: float
+    token_bytes: float  # of a token, on one GPU
+
+    @property
+    def tokens(self) -> int:
+        return max(int(self.cache // self.token_bytes), 0)
+
+
+def engine_memory(
+    args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
+) -> EngineMemory:
+    """As SGLang profiles it: fraction x what is free before it loads, less the weights.
+
+    Tensor parallelism cuts the weights, and keys and values down to one head a rank. `trainer` are the bytes
+    of a rank on the same GPU, which starts later.
+    """
+    item = 2 if args.bf16 else 4
+    given = flag_value(args.sglang_flags, MEMORY_FRACTION)
+    fraction = DEFAULT_STATIC_FRACTION if given is None else float(given)
+    free, weights = gpu.memory - CONTEXT, parameters * item / size
+    cache_type = flag_value(args.sglang_flags, "--kv-cache-dtype") or "auto"
+    heads = max(shape.num_query_groups / size, 1)
+    cache_item = 1 if cache_type.startswith("fp8") else item
+    return EngineMemory(
+        size=size,
+        fraction=fraction,
+        assumed=given is None,
+        weights=weights,
+        cache=fraction * free - weights,
+        rest=(1 - fraction) * free - trainer,
+        bucket=args.weight_sync_bucket_mb * 2**20,
+        token_bytes=shape.num_layers * heads * shape.head_dim * 2 * cache_item,
+    )

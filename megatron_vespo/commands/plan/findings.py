@@ -1,0 +1,176 @@
+"""What is wrong with a plan, and what would be right. A line each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_vespo.commands.plan.engine_memory import CONTEXT
+from megatron_vespo.commands.plan.gpu_count import too_few_gpus
+from megatron_vespo.commands.plan.plan import Plan
+from megatron_vespo.commands.plan.trainer_memory import ENGINE_AT_REST
+from megatron_vespo.system.hardware import GIB
+
+# an engine's activations and CUDA graphs, where a trainer's memory is beside it: an allowance
+ENGINE_AT_WORK = 5 * GIB
+HOST_SHARE = 0.8  # of a node's CPU memory: the rest is for engines, files and the system
+# of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
+IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
+# over the seconds that a batch trains, for a deadline: these are estimated, and the save comes behind
+DEADLINE_MARGIN = 1.3
+
+
+def errors(plan: Plan) -> list[str]:
+    """What will not run; memory of the trainer aside, which has fixes to try."""
+    return [*_placement(plan), *_engines(plan), *_turns(plan)]
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What will run, and not well."""
+    return [
+        *_tight_engines(plan), *_restarts(plan), *_host(plan), *_layout(plan), *_balance(plan),
+        *_preemption(plan),
+    ]  # fmt: skip
+
+
+def _placement(plan: Plan) -> Iterator[str]:
+    cluster, args = plan.cluster, plan.args
+    wrong = too_few_gpus(
+        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node,
+        args.colocate,
+    )  # fmt: skip
+    if wrong:
+        yield wrong
+
+
+def _engines(plan: Plan) -> Iterator[str]:
+    engine, longest = plan.engine, plan.longest
+    if engine.tokens < longest:
+        yield (
+            f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
+            f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
+        )
+    if engine.rest < 2 * engine.bucket and not plan.args.colocate:
+        yield (
+            f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
+            f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"
+        )
+
+
+def _turns(plan: Plan) -> Iterator[str]:
+    """Weights and optimizer of the trainer, and all of the engine; for log-probs all but keys and values."""
+    engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
+    if not plan.args.colocate:
+        return
+    back = max(memory.comes_back for memory in plan.trainer)
+    left = engine.cache + engine.rest - ENGINE_AT_REST
+    if back > left:
+        yield (
+            f"a checkpoint and its log-probs may take {back / GIB:.1f} GiB, an engine's weights leave "
+            f"{left / GIB:.1f}: lower --max-tokens-per-gpu, or engines of more GPUs"
+        )
+    in_sync = max(memory.in_sync for memory in plan.trainer) + 2 * engine.bucket
+    if in_sync > (left := free - engine.weights - ENGINE_AT_REST):
+        yield (
+            f"in a weight sync trainer and buckets take {in_sync / GIB:.1f} GiB, an engine's weights leave "
+            f"{left / GIB:.1f}: engines of more GPUs, or more trainer ranks"
+        )
+    if engine.rest >= ENGINE_AT_WORK:
+        return
+    most = math.floor(100 * (engine.fraction + (engine.rest - ENGINE_AT_WORK) / free)) / 100
+    needed = (engine.weights + plan.longest * engine.token_bytes) / free
+    fix = (
+        f"--sglang-mem-fraction-static {most:g}"
+        if most > needed
+        else "more trainer ranks, engines of more GPUs, or --use-precision-aware-optimizer "
+        "--optimizer-cpu-offload"
+    )
+    yield (
+        f"while an engine generates, trainer and --sglang-mem-fraction-static {engine.fraction:g} leave it "
+        f"{engine.rest / GIB:.1f} GiB for activations and graphs, {ENGINE_AT_WORK / GIB:g} are wanted: {fix}"
+    )
+
+
+def _restarts(plan: Plan) -> Iterator[str]:
+    """An engine that is started again, also in a sync, takes its share of what the trainer leaves."""
+    engine = plan.engine
+    again = engine.cache - engine.fraction * max(memory.in_sync for memory in plan.trainer)
+    if plan.args.colocate and again < plan.longest * engine.token_bytes:
+        yield (
+            "an engine that fails cannot be started again: its share of what the trainer leaves "
+            "holds no request; engines of more GPUs, or more trainer ranks"
+        )
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    there = plan.cluster.gpu.host * plan.cluster.gpus_per_node
+    if plan.host.node > HOST_SHARE * there:
+        yield (
+            f"training takes {plan.host.node / GIB:,.0f} GiB of a node's CPU memory, a DGX has "
+            f"{there / GIB:,.0f}: a smaller --rollout-batch-size with fewer --mini-batches, or more "
+            "--trainer-ranks"
+        )
+
+
+def _tight_engines(plan: Plan) -> Iterator[str]:
+    engine, running = plan.engine, plan.speed.running
+    assigned = plan.requests_per_engine
+    fits = int(engine.tokens // plan.lengths.sample)
+    if fits < min(assigned, 64):
+        yield (
+            f"the KV cache of an engine holds {fits} mean requests, a batch brings it {assigned}: a larger "
+            "--sglang-mem-fraction-static or --sglang-tp-size"
+        )
+    if plan.args.rollout_engines > 1 and assigned < 8:
+        yield f"a rollout batch gives an engine {assigned} requests ({running} fit): fewer --rollout-engines"
+
+
+def _layout(plan: Plan) -> Iterator[str]:
+    args, per_node = plan.args, plan.cluster.gpus_per_node
+    if args.tensor_model_parallel_size > per_node:
+        yield (
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} crosses nodes of {per_node} "
+            "GPUs: at most that many, the rest by --pipeline-model-parallel-size"
+        )
+    rest = plan.cluster.gpus - plan.gpus_needed
+    if args.colocate:
+        if rest:
+            yield f"{rest} of {plan.cluster.gpus} GPUs stay empty: more --trainer-ranks"
+        if (beside := args.trainer_ranks - args.rollout_engines * plan.engine_size) >= plan.engine_size:
+            yield (
+                f"{beside} trainer ranks have no engine on their GPU: --rollout-engines "
+                f"{args.trainer_ranks // plan.engine_size}"
+            )
+    elif rest >= plan.engine_size:
+        yield (
+            f"{rest} of {plan.cluster.gpus} GPUs stay empty: --rollout-engines "
+            f"{args.rollout_engines + rest // plan.engine_size}"
+        )
+
+
+def _balance(plan: Plan) -> Iterator[str]:
+    if plan.args.colocate:
+        return
+    result = plan.speed.result
+    waiting, engines = result.trainer_idle.get("generation", 0.0), result.engines_idle.get("training", 0.0)
+    most = IDLE_SHARE if plan.args.max_staleness else IDLE_SHARE_IN_TURN
+    if waiting > most:
+        yield f"the trainer waits for engines {waiting:.0%} of the time: more of the GPUs for engines"
+    elif engines > most:
+        yield f"engines wait for the trainer {engines:.0%} of the time: more of the GPUs for the trainer"
+    elif not plan.args.max_staleness:
+        yield (
+            f"engines wait for the trainer {engines:.0%} of the time and it for them {waiting:.0%}: "
+            f"--max-staleness {2 * plan.args.mini_batches} lets both work"
+        )
+
+
+def _preemption(plan: Plan) -> Iterator[str]:
+    """A batch that trains is finished before the save: a shorter deadline saves nothing then."""
+    seconds, deadline = plan.speed.training_seconds, plan.args.preemption_deadline
+    if deadline < seconds:
+        enough = 100 * math.ceil(DEADLINE_MARGIN * seconds / 100)
+        yield (
+            f"a rollout batch trains {seconds:,.0f} s, a run that is preempted has --preemption-deadline "
+            f"{deadline:g} to finish and save it: --preemption-deadline {enough}"
+        )

@@ -1,0 +1,33 @@
+"""Whether the nodes have the GPUs of a run: the one rule, for plans and for jobs."""
+
+from __future__ import annotations
+
+from megatron_vespo.system.wording import counted
+
+
+def too_few_gpus(
+    ranks: int, engines: int, engine_size: int, nodes: int, gpus_per_node: int, colocate: bool = False
+) -> str | None:
+    """What is wrong, in a line; None for what Ray can place.
+
+    An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Trainer ranks are on one
+    node with their neighbours where that fits, else wherever a GPU is left (cluster/blocks.py): the sum
+    decides. With `colocate` the engines have GPUs of trainer ranks.
+    """
+    needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
+    have = f"{counted(nodes, 'node')} x {gpus_per_node}"
+    if engines and engine_size > gpus_per_node:
+        return (
+            f"an engine of {engine_size} GPUs does not fit a node of {gpus_per_node}: lower --sglang-tp-size"
+        )
+    if needed > there:
+        left = (there - ranks) // engine_size * (not colocate)
+        fix = f"--nodes {-(-needed // gpus_per_node)}"
+        fix += f" or --rollout-engines {left}" if left > 0 else " or a smaller layout"
+        return f"{needed} GPUs are needed, {have} = {there} are there: {fix}"
+    if engines > (most := nodes * (gpus_per_node // engine_size)):
+        return (
+            f"{have} hold{'s' * (nodes == 1)} {counted(most, 'engine')} of {counted(engine_size, 'GPU')}, "
+            f"none across nodes: --rollout-engines {most}"
+        )
+    return None

@@ -1,0 +1,66 @@
+"""CPU memory that training takes of a node."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vespo.commands.plan.packs import pack_bytes, sample_bytes
+from megatron_vespo.commands.plan.trainer_memory import TrainerMemory
+from megatron_vespo.models.stage import Stage
+
+# of the fp32 numbers that an offloaded optimizer has for a parameter, a checkpoint leaves the gradient out
+SAVED_SHARE = 3 / 4
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the fullest rank, but `samples`, which the node's ranks share. Processes themselves aside."""
+
+    packs: float  # of a rollout batch
+    optimizer: float  # offloaded for good
+    given_back: float  # of weights and optimizer, while engines generate on the GPU
+    old_policies: float
+    save: float  # copies that are written in the background
+    samples: float
+    ranks: int  # of the node
+
+    @property
+    def rank(self) -> float:
+        return self.packs + self.optimizer + self.given_back + self.old_policies + self.save
+
+    @property
+    def node(self) -> float:
+        return self.ranks * self.rank + self.samples
+
+
+def host_memory(
+    args: Namespace,
+    stages: Sequence[Stage],
+    trainer: Sequence[TrainerMemory],
+    sample_tokens: float,
+    gpus_per_node: int,
+) -> HostMemory:
+    """`sample_tokens` are those of a sample in the mean."""
+    tokens = args.rollout_batch_size * args.num_completions * sample_tokens
+    local = tokens / args.data_parallel_size / args.context_parallel_size
+    weights = max(memory.weights for memory in trainer)
+    optimizer = max(memory.optimizer for memory in trainer)
+    offloaded = max(memory.host for memory in trainer)
+    return HostMemory(
+        packs=local * max(pack_bytes(args, stage.layers) for stage in stages),
+        optimizer=offloaded,
+        given_back=weights + optimizer if args.colocate and args.colocate_offload else 0.0,
+        old_policies=weights * _policies(args),
+        save=weights + optimizer + SAVED_SHARE * offloaded if args.async_save else 0.0,
+        samples=tokens * sample_bytes(args),
+        ranks=min(gpus_per_node, args.trainer_ranks),
+    )
+
+
+def _policies(args: Namespace) -> float:
+    """Copies of the weights that pi_old's source keeps, and one of the policy while another is in place."""
+    if args.old_policy == "snapshot":
+        return args.old_policy_snapshots + 1
+    return 4 / args.params_dtype.itemsize + 1 if args.old_policy == "ewma" else 0

@@ -1,0 +1,166 @@
+"""A plan: everything that was worked out for a run, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_vespo.commands.plan.engine_memory import EngineMemory, engine_memory
+from megatron_vespo.commands.plan.host_memory import HostMemory, host_memory
+from megatron_vespo.commands.plan.speed import (
+    Lengths,
+    Speed,
+    WeightSync,
+    model_cost,
+    preset,
+    speed,
+    weight_sync,
+)
+from megatron_vespo.commands.plan.trainer_memory import TrainerMemory, trainer_memory
+from megatron_vespo.models.family import family_of, shape_of
+from megatron_vespo.models.hf_config import read_hf_config
+from megatron_vespo.models.stage import Stage
+from megatron_vespo.models.table import ModelShape
+from megatron_vespo.rollout.server_arguments import flag_value
+from megatron_vespo.system.hardware import Gpu
+
+MAX_RUNNING = 256  # of an engine, where --sglang-max-running-requests is not given
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    args: Namespace
+    cluster: Cluster
+    engine_size: int
+    shape: ModelShape
+    parameters: int  # of the whole model
+    stages: list[Stage]
+    trainer: list[TrainerMemory]  # by pipeline stage
+    host: HostMemory
+    engine: EngineMemory
+    lengths: Lengths
+    sync: WeightSync
+    beside: float  # bytes of the trainer on an engine's GPU, while it generates
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Simulated when it is asked for: takes a second."""
+        cost = model_cost(self.shape, self.parameters, self.args.moe_router_topk, 2 if self.args.bf16 else 4)
+        running = max_running(self.args, self.engine, self.lengths)
+        seconds = self.sync.seconds + self.turn_seconds
+        rates = preset(cost, self.cluster.gpu, self.engine_size, seconds, running)
+        return speed(self.args, rates, self.lengths)
+
+    @property
+    def offload(self) -> bool:
+        """Weights and optimizer of the trainer wait in CPU memory while engines generate."""
+        return self.trainer[0].offload
+
+    @property
+    def trainer_moved(self) -> float:
+        """Bytes of the fullest rank that leave its GPU for a turn of the engines."""
+        return max(memory.weights + memory.optimizer for memory in self.trainer) if self.offload else 0.0
+
+    @property
+    def turn_seconds(self) -> float:
+        """There and back."""
+        return 2 * self.trainer_moved / self.cluster.gpu.host_link
+
+    @property
+    def gpus_needed(self) -> int:
+        if self.args.colocate:
+            return self.args.trainer_ranks
+        return self.args.trainer_ranks + self.args.rollout_engines * self.engine_size
+
+    def headroom(self, index: int) -> float:
+        """Bytes left on a rank of that stage."""
+        return self.cluster.gpu.memory - self.trainer[index].total
+
+    @property
+    def tightest(self) -> int:
+        """The stage with the least of it."""
+        return min(range(len(self.stages)), key=self.headroom)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request, at most."""
+        return self.args.max_prompt_tokens + self.args.max_completion_tokens
+
+    @property
+    def requests_per_engine(self) -> int:
+        """Of one rollout batch."""
+        return -(-self.args.rollout_batch_size * self.args.num_completions // self.args.rollout_engines)
+
+
+def make_plan(
+    args: Namespace, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
+) -> Plan:
+    """`stages` are Megatron's; AssertionError where their sum is not the HF checkpoint's."""
+    shape, tensors = hf_tensors(args)
+    parameters = sum(tensors)
+    built = sum(stage.whole for stage in stages)
+    padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
+    padding *= 1 if shape.tied_embeddings else 2
+    assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
+    trainer = memory_of(args, stages)
+    beside = max(memory.at_rest for memory in trainer) if args.colocate else 0.0
+    receivers = args.rollout_engines * engine_size
+    return Plan(
+        args=args,
+        cluster=cluster,
+        engine_size=engine_size,
+        shape=shape,
+        parameters=parameters,
+        stages=stages,
+        trainer=trainer,
+        host=host_memory(args, stages, trainer, lengths.sample, cluster.gpus_per_node),
+        engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size, beside),
+        lengths=lengths,
+        sync=weight_sync(
+            args,
+            [stage.whole for stage in stages],
+            len(tensors),
+            cluster.gpu,
+            cluster.nodes,
+            cluster.gpus_per_node,
+            receivers,
+        ),
+        beside=beside,
+    )
+
+
+def memory_of(args: Namespace, stages: list[Stage]) -> list[TrainerMemory]:
+    return [trainer_memory(args, stage, index) for index, stage in enumerate(stages)]
+
+
+def model_of(args: Namespace) -> tuple[ModelShape, int]:
+    """The shape and the number of parameters of the HF checkpoint, from its config.json."""
+    shape, tensors = hf_tensors(args)
+    return shape, sum(tensors)
+
+
+def hf_tensors(args: Namespace) -> tuple[ModelShape, list[int]]:
+    """The shape, and the number of parameters of each of its tensors."""
+    config = read_hf_config(args.hf_checkpoint)
+    shape = shape_of(config)
+    return shape, [math.prod(dimensions) for dimensions in family_of(config).hf_tensors(shape).values()]
+
+
+def max_running(args: Namespace, engine: EngineMemory, lengths: Lengths) -> int:
+    """Requests that an engine runs at once: its limit, or as many mean ones as its cache holds."""
+    given = flag_value(args.sglang_flags, "--max-running-requests")
+    limit = MAX_RUNNING if given is None else int(given)
+    return max(min(limit, int(engine.tokens // lengths.sample)), 1)

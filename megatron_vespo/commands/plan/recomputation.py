@@ -1,0 +1,45 @@
+"""What to recompute in the backward pass instead of whole layers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron_vespo.commands.plan.trainer_memory import kept_by_experts
+from megatron_vespo.models.stage import Stage
+
+MARGIN = 0.1  # of the GPU's memory: activations are estimates
+UNEVEN = 2.0  # tokens of the busiest experts' rank, in shares of the mean: an allowance
+FLAGS = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
+
+
+def selections(args: Namespace) -> list[list[str]]:
+    """Names for --recompute-modules; what computes the least again comes first, nothing at all above all.
+
+    Attention is never among them: kernels keep no scores, and its projections have no name in Megatron.
+    Norms of a dense model are parts of Transformer Engine's linear layers, and without it Megatron recomputes
+    neither norms nor activation functions.
+    """
+    if args.num_experts is None:
+        return [[], ["mlp"]]
+    if args.transformer_impl != "transformer_engine":
+        return [[], ["moe"]]
+    return [[], ["layernorm", "moe_act"], ["layernorm", "moe"]]
+
+
+def margin(args: Namespace, stages: Sequence[Stage], memory: float) -> float:
+    """Bytes that should be left of a GPU's `memory`: more where what experts keep varies with the routing."""
+    kept = max(kept_by_experts(args, stage.layers, index) for index, stage in enumerate(stages))
+    return MARGIN * memory + (UNEVEN - 1) * kept
+
+
+def without_recomputation(flags: Sequence[str]) -> list[str]:
+    """The flags without those about it and their values."""
+    kept: list[str] = []
+    inside = False
+    for flag in flags:
+        if flag.startswith("--"):
+            inside = flag.partition("=")[0] in FLAGS
+        if not inside:
+            kept.append(flag)
+    return kept

@@ -1,0 +1,135 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vespo.commands.plan.plan import Plan
+from megatron_vespo.commands.plan.trainer_memory import RESERVE
+from megatron_vespo.system.hardware import GIB
+from megatron_vespo.system.wording import counted
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs")
+
+
+def format_memory(plan: Plan) -> str:
+    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_host(plan), "", *_engine(plan)])
+
+
+def format_speed(plan: Plan) -> str:
+    return "\n".join(_speed(plan))
+
+
+def _run(plan: Plan) -> Iterator[str]:
+    args, cluster = plan.args, plan.cluster
+    gpu = cluster.gpu
+    name = args.hf_checkpoint.name
+    yield f"model      {name}: {plan.parameters:,} parameters over all ranks, as in its config"
+    yield (
+        f"cluster    {counted(cluster.nodes, 'node')} x {cluster.gpus_per_node} {gpu.name} of "
+        f"{gpu.memory / GIB:.1f} GiB = {counted(cluster.gpus, 'GPU')}; {args.trainer_ranks} train, "
+        f"{counted(args.rollout_engines, 'engine')} x {plan.engine_size} generate"
+        + (", in turn on the same GPUs" if args.colocate else "")
+    )
+    sizes = {
+        "tp": args.tensor_model_parallel_size,
+        "pp": args.pipeline_model_parallel_size,
+        "vpp": args.virtual_pipeline_model_parallel_size or 1,
+        "cp": args.context_parallel_size,
+        "dp": args.data_parallel_size,
+        "ep": args.expert_model_parallel_size,
+        "etp": args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+    }
+    yield "layout     " + ", ".join(f"{name}{size}" for name, size in sizes.items())
+
+
+def _trainer(plan: Plan) -> Iterator[str]:
+    """First, last and the fullest stage."""
+    last = len(plan.stages) - 1
+    shown = sorted({0, last, plan.tightest})
+    yield "trainer, GiB a GPU".ljust(26) + "".join(_stage_name(index, last).rjust(16) for index in shown)
+
+    def row(name: str, values: list[float]) -> str:
+        return f"  {name:<24}" + "".join(f"{value / GIB:16.2f}" for value in values)
+
+    counts = "".join(f"{plan.stages[index].parameters:16,}" for index in shown)
+    yield f"  {'parameters':<24}" + counts
+    yield f"  {'of them experts':<24}" + "".join(f"{plan.stages[index].experts:16,}" for index in shown)
+    for part in PARTS:
+        yield row(part.replace("_", "-"), [getattr(plan.trainer[index], part) for index in shown])
+    yield row("CUDA, NCCL, gaps", [RESERVE] * len(shown))
+    if plan.args.colocate:
+        yield row("the engine, at rest", [plan.trainer[index].engine for index in shown])
+    yield row("headroom", [plan.headroom(index) for index in shown])
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    host = plan.host
+    yield f"{'trainer, GiB of CPU memory':<26}{'a rank':>16}{'a node':>16}"
+    for name, each in {
+        "packs of a rollout batch": host.packs,
+        "offloaded optimizer": host.optimizer,
+        "while engines generate": host.given_back,
+        "policies for pi_old": host.old_policies,
+        "a save in the background": host.save,
+    }.items():
+        if each:
+            yield f"  {name:<24}{each / GIB:16.2f}{host.ranks * each / GIB:16.1f}"
+    yield f"  {'samples, shared':<24}{'':16}{host.samples / GIB:16.1f}"
+    there = plan.cluster.gpu.host * plan.cluster.gpus_per_node / GIB
+    yield f"  {'together':<24}{host.rank / GIB:16.2f}{host.node / GIB:16.1f}   of {there:,.0f} in a DGX"
+
+
+def _stage_name(index: int, last: int) -> str:
+    if last == 0:
+        return "all ranks"
+    return f"stage {index}" + (" (last)" if index == last else "")
+
+
+def _engine(plan: Plan) -> Iterator[str]:
+    engine = plan.engine
+    share = f"{engine.fraction:g} ({'assumed' if engine.assumed else 'given'})"
+    longest, mean = plan.longest, plan.lengths.sample
+    yield f"engine of {counted(engine.size, 'GPU')}, GiB a GPU, mem-fraction-static {share}"
+    yield f"  {'weights':<24}{engine.weights / GIB:16.2f}"
+    yield (
+        f"  {'keys and values':<24}{engine.cache / GIB:16.2f}   {engine.tokens:,} tokens: "
+        f"{engine.tokens // longest:,} requests of {longest:,}, {engine.tokens // mean:,.0f} of {mean:,.0f}"
+    )
+    if plan.args.colocate:
+        stays = "its weights and optimizer wait in CPU memory" if plan.offload else "weights and optimizer"
+        yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   {stays}"
+    bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
+    yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {bucket}"
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    speed, sync, args = plan.speed, plan.sync, plan.args
+    samples = args.rollout_batch_size * args.num_completions
+    yield (
+        f"weight sync       {sync.seconds:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
+        f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link}) "
+        f"{sync.transfer:.1f} s, {sync.tensors:,} tensors loaded in {sync.buckets} buckets "
+        f"{sync.loading:.1f} s"
+    )
+    if plan.offload:
+        yield (
+            f"turns             {plan.trainer_moved / 1e9:.1f} GB of a rank to CPU memory and back at "
+            f"{plan.cluster.gpu.host_link / 1e9:.3g} GB/s: {plan.turn_seconds:.1f} s at least"
+        )
+    yield (
+        f"tokens            {plan.lengths.completion:,.0f} a response and {plan.lengths.prompt:,.0f} a "
+        "prompt, in the mean; log-normal"
+    )
+    yield f"trainer           {speed.trainer_tokens:,.0f} tokens/s while it trains"
+    yield (
+        f"engines           {speed.engine_tokens:,.0f} tokens/s together, each with {speed.running} requests"
+    )
+    idle = speed.result
+    yield (
+        f"a rollout batch   {speed.batch_seconds:,.0f} s for {samples:,} responses and {args.mini_batches} "
+        f"optimizer steps; trainer idle {sum(idle.trainer_idle.values()):.0%}, engines "
+        f"{sum(idle.engines_idle.values()):.0%}"
+    )
+    hours = speed.batch_seconds * args.train_iters / args.mini_batches / 3600
+    yield f"the run           {hours:,.1f} h for {args.train_iters:,} optimizer steps"

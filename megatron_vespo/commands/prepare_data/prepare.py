@@ -1,0 +1,153 @@
+"""Rows of a public set into ours: question, answer, source; every problem once, none that is held out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vespo.commands.prepare_data.known_sets import KnownSet
+from megatron_vespo.commands.prepare_data.same_question import HeldOut, normalised
+from megatron_vespo.data.rows import Absent, answer_text, lookup, messages_of, user_text
+
+# pairs of answers that are written differently -> whether each means the same
+SameAnswers = Callable[[Sequence[tuple[str, str]]], list[bool]]
+
+
+@dataclass
+class Counts:
+    """What has become of the rows that were read."""
+
+    read: int = 0
+    unusable: int = 0
+    repeated: int = 0  # question and answer, to the letter
+    respelled: int = 0  # the question, but for how it is written
+    contradicting: int = 0  # the same question with different answers: all of them
+    same_as_held_out: int = 0
+    near_held_out: int = 0
+    written: int = 0
+    first_unusable: str = ""  # where, and why
+    near_examples: list[tuple[str, str]] = field(default_factory=list)  # ours and the held-out one
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    source: str
+
+
+def prepare(
+    rows: Iterable[tuple[str, dict]],
+    name: str,
+    known: KnownSet,
+    held_out: HeldOut,
+    same_answers: SameAnswers,
+) -> tuple[list[Problem], Counts]:
+    """`rows` are (where, row). The order stays; of equal problems the first one does."""
+    counts = Counts()
+    groups: dict[str, list[Problem]] = {}
+    seen: set[tuple[str, str]] = set()
+    for where, row in rows:
+        number, counts.read = counts.read, counts.read + 1
+        try:
+            problem = _problem(row, where, name, known, number)
+        except ValueError as error:
+            counts.unusable += 1
+            counts.first_unusable = counts.first_unusable or str(error)
+            continue
+        if (problem.question, problem.answer) in seen:
+            counts.repeated += 1
+            continue
+        seen.add((problem.question, problem.answer))
+        groups.setdefault(normalised(problem.question), []).append(problem)
+    problems = _once_each(list(groups.values()), same_answers, counts)
+    kept = [problem for problem in problems if not _is_held_out(problem, held_out, counts)]
+    counts.written = len(kept)
+    return kept, counts
+
+
+def check_usable(counts: Counts, max_share: float, where: str) -> None:
+    """ValueError when there is too little of use: the set is another one than it is taken for."""
+    if counts.read == 0:
+        raise ValueError(f"{where}: no rows there")
+    if counts.unusable > max_share * counts.read:
+        raise ValueError(
+            f"{where}: {counts.unusable} of {counts.read} rows have no usable question or answer, more than "
+            f"--max-unusable {max_share:g}; the first one: {counts.first_unusable}"
+        )
+    if counts.written == 0:
+        raise ValueError(f"{where}: none of its {counts.read} rows is left")
+
+
+def question_of(row: dict, columns: Sequence[str], where: str) -> str:
+    """The text of the first of `columns` that the row has."""
+    column, cell = _first(row, columns, where)
+    return user_text(messages_of(cell, column, where)).strip()
+
+
+def _problem(row: dict, where: str, name: str, known: KnownSet, number: int) -> Problem:
+    question = question_of(row, known.question, where)
+    if known.question_pattern is not None:
+        question = _part(question, known.question_pattern, f"{where}: no problem")
+    column, cell = _first(row, known.answer, where)
+    answer = answer_text(cell, column, None, where)
+    if known.answer_pattern is not None:
+        answer = _part(answer, known.answer_pattern, f"{where}: no answer")
+    identity = next(
+        (_cell(row, column) for column in known.identity if _cell(row, column) is not None), number
+    )
+    return Problem(question, answer, f"{name}/{identity}")
+
+
+def _part(text: str, pattern: str, missing: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"{missing} in {text[-60:]!r}")
+    return match.group(1).strip()
+
+
+def _first(row: dict, columns: Sequence[str], where: str) -> tuple[str, Any]:
+    for column in columns:
+        if (cell := _cell(row, column)) is not None:
+            return column, cell
+    raise ValueError(f"{where}: none of the columns {', '.join(columns)} there, it has {', '.join(row)}")
+
+
+def _cell(row: dict, column: str) -> Any:
+    try:
+        return lookup(row, column, "column", "")
+    except Absent:
+        return None
+
+
+def _once_each(groups: list[list[Problem]], same_answers: SameAnswers, counts: Counts) -> list[Problem]:
+    """One of each group of the same question, none of one whose answers are not the same."""
+    doubtful = {
+        (group[0].answer, other.answer)
+        for group in groups
+        for other in group[1:]
+        if other.answer != group[0].answer
+    }
+    pairs = sorted(doubtful)
+    equal = dict(zip(pairs, same_answers(pairs) if pairs else [], strict=True))
+    problems = []
+    for first, *others in groups:
+        if all(other.answer == first.answer or equal[first.answer, other.answer] for other in others):
+            problems.append(first)
+            counts.respelled += len(others)
+        else:
+            counts.contradicting += 1 + len(others)
+    return problems
+
+
+def _is_held_out(problem: Problem, held_out: HeldOut, counts: Counts) -> bool:
+    if held_out.same(problem.question) is not None:
+        counts.same_as_held_out += 1
+        return True
+    near = held_out.near(problem.question)
+    if near is not None:
+        counts.near_held_out += 1
+        counts.near_examples.append((problem.question, near))
+    return near is not None

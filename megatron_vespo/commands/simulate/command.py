@@ -1,0 +1,302 @@
+"""`megatron-vespo simulate`: how fast a run would be, before there are machines for it."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from megatron_vespo.arguments.async_flags import add_asynchronous_arguments, check_asynchronous
+from megatron_vespo.arguments.checks import check_output_file
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.commands.simulate.calibration import Measured, measure
+from megatron_vespo.commands.simulate.lengths import Lengths, LogNormal, Recorded
+from megatron_vespo.commands.simulate.rates import PRESETS, Cost, Rates, SharedCores
+from megatron_vespo.commands.simulate.report import Row, check_picture_name, format_table, plot
+from megatron_vespo.commands.simulate.run import Settings, simulate
+from megatron_vespo.data.rollout_file import recorded_lengths
+from megatron_vespo.system.paths import user_path
+
+SCALE = {"rollout_batches": 20, "rollout_batch_size": 512, "num_completions": 8, "mini_batches": 4}
+_DESCRIPTION = """\
+Simulate synchronous and asynchronous runs: throughput, idle shares and staleness, in seconds.
+
+The controller's own buffer decides what is generated and trained on; what takes time is modelled: training
+by tokens, engines that share their speed among running requests, weight syncs, checkpoints, failures.
+"""
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
+    _complete(args, measured)
+    _check(args)
+    if args.picture is not None:
+        check_picture_name("--picture", args.picture)
+        check_output_file("--picture", args.picture)
+    lengths = _lengths(args, measured)
+    rows = []
+    for where, gpus, trainer, engines, rates in _machines(args, measured):
+        for bound in _bounds(args):
+            settings = _settings(args, engines, bound)
+            rows.append(Row(where, gpus, trainer, bound, simulate(settings, rates, lengths)))
+    print(format_table(rows))
+    for row in rows:
+        if measured is not None and row.max_staleness == 0:
+            print(
+                f"{args.from_run} took {measured.seconds:,.1f} s for {measured.num_batches} rollout batches; "
+                f"simulated: {row.result.seconds:,.1f} s for {args.rollout_batches}"
+            )
+    if args.picture is not None:
+        plot(rows, args.picture, _title(args))
+        print(f"picture: {args.picture}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="megatron-vespo simulate",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_flags(parser)
+    _add_length_flags(parser)
+    _add_rate_flags(parser)
+    _add_failure_flags(parser)
+    parser.add_argument("--picture", type=user_path, metavar="PNG", help="draw the results there")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=1, help="the same one gives the same (default: 1)"
+    )
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run, as megatron-vespo train names it")
+    add = group.add_argument
+    asynchronous = _training_defaults()
+    add("--gpus", type=int, nargs="+", default=[64], metavar="N", help="simulate each (default: 64)")
+    add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
+        help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
+    add("--max-staleness", type=int, nargs="+", metavar="S",
+        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 2N, 4N; N: --mini-batches)")  # fmt: skip
+    add("--sync-interval", type=int, metavar="K", help="default: --mini-batches")
+    for name, default in SCALE.items():
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N",
+            help=f"default: {default}, or what --from-run had")  # fmt: skip
+    add("--on-weight-update", choices=("retract", "in-place", "abort"), default=asynchronous.on_weight_update,
+        help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
+    add("--stale-groups", choices=("requeue", "drop"), default=asynchronous.stale_groups)
+    add("--over-subscription", type=float, metavar="FACTOR", help="default: all that the bound allows")
+    add("--max-dispatches", type=int, metavar="N", default=asynchronous.max_dispatches)
+    add("--save-interval", type=int, metavar="STEPS", help="default: no checkpoints")
+    add("--heldout-prompts", type=int, metavar="N", default=0, help="default: no evaluation")
+    add("--heldout-interval", type=int, metavar="N", default=5, help="rollout batches (default: 5)")
+
+
+def _add_length_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("lengths in tokens")
+    add = group.add_argument
+    add("--lengths-from", type=user_path, metavar="DIR", help="a folder that --save-rollouts has written")
+    add(
+        "--length-mean",
+        type=float,
+        metavar="X",
+        default=3200.0,
+        help="of log-normal responses (default: 3200)",
+    )
+    add(
+        "--length-sigma",
+        type=float,
+        metavar="X",
+        default=0.8,
+        help="of the length's logarithm (default: 0.8)",
+    )
+    add("--length-prompt-share", type=float, default=0.3, metavar="F",
+        help="of its variance is the prompt's (default: 0.3)")  # fmt: skip
+    add("--max-completion-tokens", type=int, metavar="N", default=16384, help="default: 16384")
+    add("--prompt-tokens", type=int, metavar="N", default=512, help="default: 512")
+
+
+def _add_rate_flags(parser: argparse.ArgumentParser) -> None:
+    preset = PRESETS["h100"]()
+    group = parser.add_argument_group(
+        "how fast things are", f"Flags win over --from-run, and that over --preset. h100 is {preset.source}."
+    )
+    add = group.add_argument
+    add("--preset", choices=PRESETS, default="h100", help="default: h100")
+    add("--from-run", type=user_path, metavar="DIR",
+        help="--output-dir of a synchronous run with --save-rollouts: its rates, lengths, size")  # fmt: skip
+    add("--gpus-per-engine", type=int, metavar="N", help=f"h100: {preset.gpus_per_engine}")
+    add("--train-rate", type=float, metavar="X", help=f"tokens/s of a GPU; h100: {preset.train:,.0f}")
+    add("--log-prob-rate", type=float, metavar="X", help=f"the same; h100: {preset.log_probs:,.0f}")
+    add("--decode-ms", type=float, nargs=2, metavar=("A", "B"),
+        help="a token of each of r running requests takes A + B r; h100: "
+        f"{1e3 * preset.decode.fixed:.3g} {1e3 * preset.decode.each:.3g}")  # fmt: skip
+    add("--prefill-rate", type=float, metavar="X", help=f"tokens/s of an engine; h100: {preset.prefill:,.0f}")
+    add("--max-running", type=int, metavar="N", help=f"requests of an engine; h100: {preset.max_running}")
+    add("--sync-seconds", type=float, metavar="X", help=f"a weight sync; h100: {preset.sync:g}")
+    add("--save-seconds", type=float, metavar="X", help=f"a checkpoint; h100: {preset.save:.3g}")
+    add("--reward-seconds", type=float, metavar="X", help="a response; h100: 0")
+    add("--shared-cores", type=float, nargs=3, metavar=("C", "T", "E"),
+        help="trainer and engines share C cores; alone the trainer keeps T busy, an engine E")  # fmt: skip
+
+
+def _add_failure_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what goes wrong")
+    add = group.add_argument
+    add("--failures-per-hour", type=float, default=0.0, metavar="X", help="of one engine (default: 0)")
+    add("--recovery-seconds", type=float, default=120.0, metavar="X", help="until it is back (default: 120)")
+    add("--lost-requests", type=float, default=0.0, metavar="F", help="share of them (default: 0)")
+
+
+def _training_defaults() -> Namespace:
+    parser = argparse.ArgumentParser()
+    add_asynchronous_arguments(parser)
+    return parser.parse_args([])
+
+
+def _bounds(args: Namespace) -> list[int]:
+    n = args.mini_batches
+    return args.max_staleness or sorted(
+        {0, *(max(bound, args.sync_interval or n) for bound in (n, 2 * n - 1, 2 * n, 4 * n))}
+    )
+
+
+def _complete(args: Namespace, measured: Measured | None) -> None:
+    """Fills in what was not given and a run knows."""
+    scale = SCALE
+    if measured is not None:
+        num_groups, num_completions = measured.lengths.completions.shape
+        size = num_groups // measured.num_batches
+        scale = dict(
+            zip(SCALE, (measured.num_batches, size, num_completions, measured.mini_batches), strict=True)
+        )
+    for name, value in scale.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _check(args: Namespace) -> None:
+    positive = ("gpus", "mini_batches", "rollout_batch_size", "num_completions", "rollout_batches",
+                "heldout_interval", "length_mean", "max_completion_tokens", "save_interval",
+                "gpus_per_engine", "train_rate", "log_prob_rate", "prefill_rate", "max_running",
+                "shared_cores")  # fmt: skip
+    other = ("max_staleness", "heldout_prompts", "length_sigma", "prompt_tokens", "decode_ms", "sync_seconds",
+             "save_seconds", "reward_seconds", "failures_per_hour", "recovery_seconds")  # fmt: skip
+    for name in (*positive, *other):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not (0 <= number < 1e12 and (number or name in other)):
+                what = "positive" if name in positive else "zero or more"
+                raise ValueError(f"--{name.replace('_', '-')} {number}: must be {what}")
+    if args.rollout_batch_size % args.mini_batches:
+        raise ValueError(
+            f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --mini-batches "
+            f"{args.mini_batches}"
+        )
+    for name, most in {"trainer_share": 1.0, "length_prompt_share": 1.0, "lost_requests": 0.5}.items():
+        value = getattr(args, name)
+        for share in value if isinstance(value, list) else [value]:
+            if not 0 <= share <= most:
+                raise ValueError(f"--{name.replace('_', '-')} {share}: must be 0 to {most:g}")
+    if args.decode_ms and not sum(args.decode_ms):
+        raise ValueError("--decode-ms 0 0: decoding takes time")
+    others = {"train_from": None, "rollout_only": False, "stop_generation": False, "routing_replay": None}
+    for bound in _bounds(args):
+        own = {"max_staleness": bound, "old_policy": "current"}
+        if not bound:  # flags of asynchronous runs, given for the others
+            own |= {"sync_interval": None, "over_subscription": None}
+        check_asynchronous(Namespace(**vars(args) | others | own))
+
+
+def _lengths(args: Namespace, measured: Measured | None) -> Lengths:
+    if measured is not None:
+        return measured.lengths
+    if args.lengths_from is not None:
+        return Recorded(*recorded_lengths(args.lengths_from))
+    return LogNormal(args.length_mean, args.length_sigma, args.max_completion_tokens, args.prompt_tokens,
+                     args.length_prompt_share)  # fmt: skip
+
+
+def _machines(args: Namespace, measured: Measured | None) -> Iterator[tuple[str, int, int, int, Rates]]:
+    """Name, number of GPUs, those of the trainer, engines and rates of each."""
+    if measured is not None:
+        if measured.rates is None:
+            raise ValueError(
+                f"--from-run {args.from_run}: an asynchronous run does not say what each side takes alone; "
+                "take a synchronous one"
+            )
+        ranks, engines = measured.trainer_ranks, measured.num_engines
+        yield (
+            "that run",
+            ranks + engines,
+            ranks,
+            engines,
+            _override(args, measured.rates, ranks),
+        )
+        return
+    preset = PRESETS[args.preset]()
+    size = args.gpus_per_engine or preset.gpus_per_engine
+    for gpus, share in product(args.gpus, args.trainer_share):
+        engines = max((gpus - max(round(gpus * share), 1)) // size, 1)
+        trainer = gpus - engines * size
+        if trainer < 1:
+            raise ValueError(f"--gpus {gpus}: an engine takes {size} of them and the trainer needs one")
+        where = f"{gpus} GPUs" if len(args.trainer_share) == 1 else f"{gpus} GPUs, {trainer} train"
+        yield where, gpus, trainer, engines, _override(args, preset.rates(trainer), trainer)
+
+
+def _override(args: Namespace, rates: Rates, trainer: int) -> Rates:
+    """By the flags that are given."""
+    engine = rates.engine
+    if args.decode_ms:
+        engine = replace(engine, decode=Cost(*(ms / 1e3 for ms in args.decode_ms)))
+    if args.prefill_rate:
+        engine = replace(engine, prefill=args.prefill_rate)
+    if args.max_running:
+        engine = replace(engine, max_running=args.max_running)
+    changes: dict[str, object] = {"engine": engine}
+    for name, rate in {"train": args.train_rate, "log_probs": args.log_prob_rate}.items():
+        if rate:
+            changes[name] = Cost(each=1 / (rate * trainer))
+    for name, seconds in {"sync": args.sync_seconds, "save": args.save_seconds}.items():
+        if seconds is not None:
+            changes[name] = Cost(seconds)
+    if args.reward_seconds is not None:
+        changes["reward"] = Cost(each=args.reward_seconds)
+    if args.shared_cores:
+        changes["shared"] = SharedCores(*args.shared_cores)
+    return replace(rates, **changes)
+
+
+def _settings(args: Namespace, engines: int, bound: int) -> Settings:
+    return Settings(
+        train_steps=args.rollout_batches * args.mini_batches,
+        mini_batches=args.mini_batches,
+        rollout_batch_size=args.rollout_batch_size,
+        num_completions=args.num_completions,
+        num_engines=engines,
+        max_staleness=bound,
+        sync_interval=args.sync_interval if bound else None,
+        on_weight_update=args.on_weight_update,
+        requeue=args.stale_groups == "requeue",
+        max_dispatches=args.max_dispatches,
+        over_subscription=args.over_subscription if bound else None,
+        save_interval=args.save_interval,
+        heldout_prompts=args.heldout_prompts,
+        heldout_interval=args.heldout_interval,
+        failures_per_hour=args.failures_per_hour,
+        recovery_seconds=args.recovery_seconds,
+        lost_share=args.lost_requests,
+        seed=args.seed,
+    )
+
+
+def _title(args: Namespace) -> str:
+    source = f"rates of {args.from_run.name}" if args.from_run else args.preset
+    return (
+        f"{args.rollout_batch_size} prompts x {args.num_completions} a rollout batch, "
+        f"{args.mini_batches} optimizer steps each ({source})"
+    )

@@ -1,0 +1,152 @@
+"""Generation in the background: the real buffer decides what is dispatched, cancelled and trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_vespo.commands.simulate.engine import Request
+from megatron_vespo.commands.simulate.lengths import Lengths
+from megatron_vespo.commands.simulate.pool import Pool
+from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
+from megatron_vespo.types import Completion
+
+
+@dataclass(slots=True)
+class _Draws:
+    """The requests of one ticket."""
+
+    stream: Stream
+    ticket: Ticket
+    requests: list[Request] = field(default_factory=list)
+    num_done: int = 0
+
+    def done(self, request: Request) -> None:
+        self.num_done += 1
+        self.stream.done(self, request)
+
+    def lost(self, request: Request) -> None:
+        self.stream.fail(self)
+
+
+class Stream:
+    """What AsyncCollector does, in virtual time: as many groups in flight as the buffer has room for.
+
+    `lost_share` of the requests come to nothing when they end. Completions have versions at their first and
+    last token only, and of their tokens nothing but the number.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        buffer: RolloutBuffer,
+        lengths: Lengths,
+        random: np.random.Generator,
+        *,
+        batch_size: int,
+        step_size: int,
+        max_staleness: int,
+        num_completions: int,
+        lost_share: float,
+    ):
+        self.buffer = buffer
+        self._pool, self._lengths, self._random = pool, lengths, random
+        self._batch_size, self._step_size, self._max_staleness = batch_size, step_size, max_staleness
+        self._num_completions, self._lost_share = num_completions, lost_share
+        self._draws: dict[int, _Draws] = {}
+        self._doomed: set[Request] = set()
+        self._on_change: Callable[[], None] | None = None
+        self._expired_at = buffer.next_step
+        self._versions: Counter[int] | None = Counter()  # of finished groups; None: not known
+
+    def fill(self) -> None:
+        """Dispatches what there is room for, after cancelling what has become too old."""
+        if self.buffer.next_step != self._expired_at:  # nothing else makes a group too old
+            self._expired_at = self.buffer.next_step
+            for ticket in self.buffer.expire():
+                self._cancel(self._draws.pop(ticket.number))
+        for _ in range(self.buffer.room()):
+            self._dispatch(self.buffer.dispatch())
+
+    def take(self) -> list[Group] | None:
+        before = self.buffer.num_finished
+        batch = self.buffer.take()
+        taken = 0 if batch is None else len(batch)
+        if self._versions is not None:
+            if before - taken != self.buffer.num_finished:
+                self._versions = None  # some were too old
+            else:
+                self._versions -= Counter(_oldest(group) for group in batch or ())
+        if self.buffer.num_finished == 0:
+            self._versions = Counter()
+        return batch
+
+    def when_changed(self, action: Callable[[], None]) -> None:
+        """Tells once, as soon as `take` may have an effect that it has not had."""
+        self._on_change = action
+
+    def _may_take(self) -> bool:
+        """False where `take` would neither find a batch nor drop anything; it sorts all that has finished."""
+        num = self.buffer.num_finished
+        if num >= self._batch_size or self._versions is None:
+            return True
+        place = 0  # oldest groups go into the first steps
+        for version in sorted(self._versions):
+            place += self._versions[version]
+            if self.buffer.next_step + (place - 1) // self._step_size - version > self._max_staleness:
+                return True
+        return False
+
+    def _dispatch(self, ticket: Ticket) -> None:
+        prompt = ticket.prompt
+        lengths = self._lengths.responses(self._random, prompt.metadata["common"], self._num_completions)
+        draws = self._draws[ticket.number] = _Draws(self, ticket)
+        draws.requests = [Request(draws, len(prompt.token_ids), tokens) for tokens in lengths]
+        if self._lost_share:
+            lost_now = self._random.random(len(lengths)) < self._lost_share
+            self._doomed |= {r for r, doomed in zip(draws.requests, lost_now, strict=True) if doomed}
+        for request in draws.requests:
+            self._pool.submit(request)
+
+    def done(self, draws: _Draws, request: Request) -> None:
+        if request in self._doomed:
+            self.fail(draws)
+        elif draws.num_done == len(draws.requests):
+            del self._draws[draws.ticket.number]
+            group = [_completion(draws.ticket, request) for request in draws.requests]
+            if self._versions is not None:
+                self._versions[_oldest(group)] += 1
+            draws.requests = []  # no cycle: see simulate
+            self.buffer.finish(draws.ticket, group)
+            self._changed()
+
+    def fail(self, draws: _Draws) -> None:
+        del self._draws[draws.ticket.number]
+        self._cancel(draws)
+        self.buffer.fail(draws.ticket)
+        self._changed()
+
+    def _cancel(self, draws: _Draws) -> None:
+        for request in draws.requests:
+            self._doomed.discard(request)
+            self._pool.cancel(request)
+        draws.requests = []
+
+    def _changed(self) -> None:
+        self.fill()
+        if self._on_change is not None and self._may_take():
+            action, self._on_change = self._on_change, None
+            action()
+
+
+def _completion(ticket: Ticket, request: Request) -> Completion:
+    versions = np.array([request.first_version, request.last_version])
+    tokens = range(request.tokens)  # it has a length
+    return Completion(ticket.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)  # type: ignore[arg-type]
+
+
+def _oldest(group: Group) -> int:
+    return min(int(completion.policy_versions[0]) for completion in group)

@@ -1,0 +1,168 @@
+"""`megatron-vespo smoke [RECIPE]`: the first command on a new cluster."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_vespo.arguments.checks import check_output_folder, check_positive
+from megatron_vespo.arguments.parse import refuse_unknown
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.recipe import read_recipe, with_recipes
+from megatron_vespo.cluster.placement import node_resources, start_ray, stop_ray
+from megatron_vespo.cluster.roles import ROLES
+from megatron_vespo.commands.smoke.fit import Nodes, Wanted, fit, nodes_of
+from megatron_vespo.commands.smoke.flags import (
+    MAX_COMPLETION_TOKENS,
+    MAX_PROMPT_TOKENS,
+    smoke_arguments,
+    wanted_layout,
+)
+from megatron_vespo.commands.smoke.model import config_for, write_config, write_weights
+from megatron_vespo.commands.smoke.run import SmokeRun, all_stages
+from megatron_vespo.commands.smoke.stages import Stages, Stopped
+from megatron_vespo.system.paths import expanded, user_path
+from megatron_vespo.system.plugins import has_runtime_plugins
+
+DESCRIPTION = """\
+Runs every part of a training run once, with a small random Qwen3-MoE: Ray's placement, trainer ranks, SGLang
+engines, log-probs of both compared, two optimizer steps, weight syncs with checksums, turns on shared GPUs
+where the run is colocated, a checkpoint and a resume.
+
+RECIPE is a file of train's flags, and flags of train may follow. Their layout and everything that decides how
+things are computed are kept; where the layout does not fit what Ray has it is made smaller. Model, data,
+lengths and batches are this command's own. Without a RECIPE it takes what there is.
+
+Exit code: 0 when all is well, 1 when a stage failed, 2 for a mistake in flags.
+"""
+WITHOUT_RECIPE = (
+    "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+)
+LOCAL_CORES = 3  # at least: two ranks and an engine, which share fewer
+
+
+def main(argv: list[str]) -> int:
+    options, flags = parse(argv)
+    wanted = wanted_layout(flags)
+    refuse_unknown(flags, "smoke")  # before anything starts
+    stages = all_stages(wanted.colocate)
+    check_output_folder("--output-dir", options.output_dir)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="smoke-", dir=options.output_dir)).resolve()
+    facts = {"wanted": str(wanted), "logs": str(folder / "logs")}
+    try:
+        run(options, flags, wanted, stages, folder, facts)
+    except Stopped:
+        pass
+    finally:
+        _clean(folder, keep_logs=not stages.ok)
+    stages.print_table()
+    report = options.output_dir / "smoke.json"
+    stages.write(report, facts)
+    took = f"{time.monotonic() - stages.started:.0f} s"
+    if stages.ok:
+        print(f"all is well, in {took}: {report}")
+        return 0
+    print(f"NOT WELL, after {took}: {report}, {facts['logs']}")
+    return 1
+
+
+def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
+    """This command's own options, and the flags of a run."""
+    flags = with_recipes(argv)
+    if argv and not argv[0].startswith("-"):
+        flags = [*read_recipe(Path(expanded(argv[0]))), *flags[1:]]
+    has_recipe = flags != argv
+    if not has_recipe:
+        flags = [*WITHOUT_RECIPE.split(), *flags]
+    parser = FlagParser(
+        prog="megatron-vespo smoke",
+        usage="megatron-vespo smoke [RECIPE] [options] [flags of train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output-dir", type=user_path, default=Path(), metavar="DIR",
+        help="on a disk that all nodes see: gets smoke.json, and the logs where something failed; default: "
+        "the recipe's, or the current folder")  # fmt: skip
+    add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
+    # the first engines on a cluster compile kernels
+    add(
+        "--timeout", type=float, default=1200.0, metavar="SECONDS", help="of every wait; default: %(default)g"
+    )
+    options, rest = parser.parse_known_args(flags)
+    check_positive(options, ("timeout",))
+    options.has_recipe = has_recipe
+    if options.ray_address:
+        rest += ["--ray-address", options.ray_address]
+    return options, rest
+
+
+def run(
+    options: Namespace, flags: list[str], wanted: Wanted, stages: Stages, folder: Path, facts: dict
+) -> None:
+    """All stages. Raises Stopped where one breaks; `facts` gets what is found out about the run."""
+    with stages.stage("cluster") as row:
+        nodes = look_around(options.ray_address)
+        row.detail = facts["nodes"] = str(nodes)
+    if nodes.on_gpus and not options.has_recipe:
+        flags = [*flags, "--bf16"]  # what their kernels are made for
+    layout = fit(wanted, nodes)
+    facts["layout"] = str(layout)
+    if (wanted.ranks, wanted.engines) not in ((layout.ranks, layout.engines), (None, None)):
+        stages.message(f"wanted: {wanted}")
+    stages.message(f"layout: {layout}")
+    args = _prepare(flags, layout, nodes, folder, options.timeout)
+    facts["dtype"] = str(args.params_dtype)
+    with stages.stage("model") as row:
+        row.bytes = model_bytes = write_weights(args.hf_checkpoint, args.params_dtype, args.seed)
+        row.detail = "Qwen3-30B-A3B's shapes, few layers" if nodes.on_gpus else "scaled down, for CPUs"
+    with ExitStack() as stack:
+        SmokeRun(args, model_bytes, stages).run(stack)
+
+
+def checked_layout(flags: list[str], nodes: Nodes, timeout_s: float) -> Wanted:
+    """What of the flags' layout fits; ValueError for flags that are refused. Nothing is started."""
+    layout = fit(wanted_layout(flags), nodes)
+    with tempfile.TemporaryDirectory() as folder:
+        _prepare(flags, layout, nodes, Path(folder), timeout_s)
+    return layout
+
+
+def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float) -> Namespace:
+    """The run's arguments; its model has a config in `folder` then."""
+    longest = 2 * (MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
+    write_config(folder / "model", config_for(layout, nodes.on_gpus, longest))
+    return smoke_arguments(flags, layout, nodes, folder, timeout_s)
+
+
+def look_around(ray_address: str | None) -> Nodes:
+    """What Ray has. RuntimeError where there is no GPU on a machine that is not set up for CPUs."""
+    start_ray(Namespace(ray_address=ray_address, trainer_ranks=1, rollout_engines=1, rollout_port=0))
+    try:
+        resources = node_resources()
+    finally:
+        stop_ray()
+    if ray_address is None and not any(node.get("GPU") for node in resources):
+        resources = [node | {"CPU": max(node.get("CPU", 0), LOCAL_CORES)} for node in resources]
+    nodes = nodes_of(resources, *ROLES.values())
+    if not nodes.on_gpus and not has_runtime_plugins():
+        raise RuntimeError(
+            f"Ray has no GPU on {len(resources)} node{'s' * (len(resources) > 1)}, and CPUs alone need the "
+            "environment of patches/cpu"
+        )
+    return nodes
+
+
+def _clean(folder: Path, keep_logs: bool) -> None:
+    """Removes what a smoke run has written, but for its logs where they are wanted."""
+    for path in folder.iterdir():
+        if not (keep_logs and path.name in ("logs", "trace.json")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

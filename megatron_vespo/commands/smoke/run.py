@@ -1,0 +1,239 @@
+"""What a smoke run does, with the objects of a real one: platform, session, controller."""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, compare, differences, prefilled
+from megatron_vespo.commands.smoke.stages import CheckFailed, Stage, Stages
+from megatron_vespo.data.prompts import PromptSet
+from megatron_vespo.driver.controller import Controller
+from megatron_vespo.driver.services import Platform, Task
+from megatron_vespo.driver.session import Session
+from megatron_vespo.driver.training_samples import training_samples
+from megatron_vespo.observability.tracing import Trace
+from megatron_vespo.system.preemption import Preemption
+from megatron_vespo.types import Prompt, SamplingParams, TrainingSample
+from megatron_vespo.weight_sync.distributed import EngineControl
+from megatron_vespo.weight_sync.verify import Sums, WeightMismatchError, compare_sums, weight_sums
+
+NUM_PREFILLED = 4  # sequences, of each engine
+ENGINES = "the end of logs/engine-N.log; megatron-vespo doctor on that node; --sglang- flags of the recipe"
+RANKS = "the end of logs/trainer-N.log; megatron-vespo doctor on that node"
+KERNELS = (
+    "which side is wrong, by --transformer-impl local, --sglang-attention-backend triton or "
+    "--sglang-disable-cuda-graph"
+)
+WIRE = (
+    "NCCL_DEBUG=INFO, and the end of logs/trainer-0.log and logs/engine-0.log; NCCL_SOCKET_IFNAME for the "
+    "network; NCCL_CUMEM_ENABLE must be the same for both; srun megatron-vespo doctor tests the nodes"
+)
+DISK = "whether all nodes see --output-dir as one folder with room: srun megatron-vespo doctor --shared-dir"
+LOADER = (
+    "NCCL_DEBUG=INFO; whether another release of SGLang or Megatron-Core is installed: megatron-vespo doctor"
+)
+
+
+def all_stages(colocate: bool) -> Stages:
+    starts = {"start SGLang": ENGINES, "start Megatron": RANKS}  # engines first, on GPUs that are empty
+    rows = {
+        "cluster": "ray status; nvidia-smi on each node; --ray-address auto for a Ray that runs",
+        "model": DISK,
+        "start Ray": "ray status: what others have taken of its GPUs",
+        **(starts if colocate else dict(reversed(starts.items()))),
+        "first weight sync": WIRE,
+        "generate": ENGINES,
+        "decoded log-probs": KERNELS,
+        "prefilled log-probs": KERNELS,
+        "train": RANKS,
+        "weight sync": LOADER,
+        "new log-probs": LOADER,
+        "colocated turn": "--sglang-disable-cuda-graph; a smaller --sglang-mem-fraction-static",
+        "checkpoint": DISK,
+        "resume": RANKS,
+        "resumed log-probs": DISK,
+        "resumed weights": LOADER,
+    }
+    return Stages([Stage(name, hint) for name, hint in rows.items() if colocate or name != "colocated turn"])
+
+
+class SmokeRun:
+    """`args` are those of `smoke_arguments`; `model_bytes` is what a weight sync sends."""
+
+    def __init__(self, args: Namespace, model_bytes: int, stages: Stages):
+        self._args, self._model_bytes, self._stages = args, model_bytes, stages
+        self._bounds = BOUNDS_BF16 if args.bf16 else BOUNDS_FP32
+        self._draw = np.random.default_rng(args.seed)
+        self._platform: Platform | None = None
+
+    def run(self, stack: ExitStack) -> None:
+        """All stages; `stack` ends what has started. Raises Stopped where one breaks."""
+        args, stages = self._args, self._stages
+        trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
+        with stages.stage("start Ray"):
+            self._platform = Platform(args, self._task(), stages, trace, Preemption(), stack)
+        first = Session(args, self._platform, 0)
+        with first:
+            samples = self._generate_and_train(first.controller)
+            log_probs, sums = self._save(first.controller, samples)
+        with stages.stage("resume") as row:
+            first.wait_until_gone()
+            second = stack.enter_context(Session(args, self._platform, 1))
+            row.detail = f"at optimizer step {second.controller.state.iteration}"
+            if second.controller.state.iteration != args.train_iters:
+                raise CheckFailed(f"resumed {row.detail}, saved was {args.train_iters}")
+        self._compare_resumed(second.controller, samples, log_probs, sums)
+
+    def _task(self) -> Task:
+        """Prompts of random tokens; nothing ends a completion but its length."""
+        args = self._args
+        lengths = self._draw.integers(1, args.max_prompt_tokens + 1, args.rollout_batch_size)
+        prompts = [
+            Prompt(number, self._draw.integers(0, args.vocab_size, length).tolist(), answer="", text="")
+            for number, length in enumerate(lengths)
+        ]
+        sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, ())
+        return Task(sampling=sampling, prompts=PromptSet(prompts, 0, Path("random tokens")))
+
+    def _generate_and_train(self, controller: Controller) -> list[TrainingSample]:
+        """Up to engines that serve the trained weights; the samples that these have made."""
+        stages = self._stages
+        self._sync(controller, "first weight sync")
+        with stages.stage("generate") as row:
+            samples = self._generate(controller, row)
+        with stages.stage("decoded log-probs") as row:
+            before = controller.trainer.log_probs(samples)
+            row.detail = self._compare_decoded(before, samples)
+        with stages.stage("prefilled log-probs") as row:
+            row.detail = self._compare_prefilled(before, samples)
+        with stages.stage("train") as row:
+            self._train(controller, samples, before, row)
+        self._sync(controller, "weight sync")
+        with stages.stage("new log-probs") as row:
+            samples = self._generate_and_compare(controller, row)
+        if self._args.colocate:
+            self._take_a_turn(controller, samples)
+        return samples
+
+    def _sync(self, controller: Controller, name: str) -> None:
+        with self._stages.stage(name) as row:
+            started = time.monotonic()
+            checking = controller.sync_weights()["sync/weight_check_seconds"]
+            row.seconds = time.monotonic() - started - checking
+            row.bytes = self._model_bytes
+            row.detail = f"of {len(self._urls())} engine(s); checksums equal, in {checking:.1f} s"
+
+    def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
+        """A rollout batch with rewards that are drawn."""
+        started = time.monotonic()
+        groups = controller.generate(self._args.rollout_batch_size, self._args.seed + controller.served)
+        completions = [completion for group in groups for completion in group]
+        for completion in completions:
+            completion.reward = float(self._draw.normal())
+        tokens = sum(len(completion.token_ids) for completion in completions)
+        row.detail = f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} per second"
+        return training_samples(groups, self._args.advantage_estimator, self._args.routing_replay)
+
+    def _train(
+        self, controller: Controller, samples: list[TrainingSample], before: list[np.ndarray], row: Stage
+    ) -> None:
+        number = self._args.mini_batches
+        size = len(samples) // number
+        controller.trainer.prepare([samples[i * size : (i + 1) * size] for i in range(number)])
+        steps = [controller.trainer.train_step(index) for index in range(number)]
+        controller.state.iteration += number
+        moved = differences(controller.trainer.log_probs(samples), before).mean()
+        losses, norms = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
+        row.detail = (
+            f"{number} steps: loss {_numbers(losses)}, gradient norm {_numbers(norms)}, "
+            f"log-probs move by {moved:.2g}"
+        )
+        if not all(math.isfinite(loss) for loss in losses):
+            raise CheckFailed(f"a loss is not finite: {_numbers(losses)}")
+        if not all(math.isfinite(norm) and norm > 0 for norm in norms):
+            raise CheckFailed(f"a gradient norm is not positive and finite: {_numbers(norms)}")
+        if not moved > 2 * self._bounds.mean:  # or the next comparison would pass with the old weights
+            raise CheckFailed(f"the steps have moved log-probs by {moved:.2g} only")
+
+    def _generate_and_compare(self, controller: Controller, row: Stage) -> list[TrainingSample]:
+        """What the engines serve now is what the trainer has, decoded and prefilled."""
+        samples = self._generate(controller, row)
+        ours = controller.trainer.log_probs(samples)
+        row.detail = self._compare_decoded(ours, samples)
+        self._compare_prefilled(ours, samples)
+        return samples
+
+    def _compare_decoded(self, ours: list[np.ndarray], samples: list[TrainingSample]) -> str:
+        theirs = [sample.behavior_log_probs for sample in samples]
+        return compare(ours, theirs, self._bounds, "decoded tokens")
+
+    def _compare_prefilled(self, ours: list[np.ndarray], samples: list[TrainingSample]) -> str:
+        """Of every engine, the last one's words."""
+        some = samples[:NUM_PREFILLED]
+        for url in self._urls():
+            theirs = prefilled(url, some, self._args.generate_timeout, self._platform.api_key)
+            told = compare(ours[: len(some)], theirs, self._bounds, f"engine {url}, prefilled tokens")
+        return told
+
+    def _take_a_turn(self, controller: Controller, samples: list[TrainingSample]) -> None:
+        """Engines give their memory back, and serve the same weights after they have it again."""
+        with self._stages.stage("colocated turn") as row:
+            seconds = self._platform.turns.seconds
+            controller.trainer.prepare([samples])
+            controller.sync_weights()
+            found = self._generate_and_compare(controller, row)
+            assert len(found) == len(samples)
+            row.seconds = self._platform.turns.seconds - seconds
+
+    def _save(
+        self, controller: Controller, samples: list[TrainingSample]
+    ) -> tuple[list[np.ndarray], list[Sums]]:
+        """What the resumed trainer and its engines are compared with."""
+        with self._stages.stage("checkpoint") as row:
+            controller.save()
+            controller.trainer.finish_save()
+            row.bytes = sum(
+                path.stat().st_size for path in Path(self._args.save).rglob("*") if path.is_file()
+            )
+            row.seconds = None
+            return controller.trainer.log_probs(samples), self._sums()
+
+    def _compare_resumed(
+        self,
+        controller: Controller,
+        samples: list[TrainingSample],
+        before: list[np.ndarray],
+        sums: list[Sums],
+    ) -> None:
+        with self._stages.stage("resumed log-probs") as row:
+            row.detail = compare(
+                controller.trainer.log_probs(samples), before, self._bounds, "resumed trainer"
+            )
+        with self._stages.stage("resumed weights") as row:
+            controller.sync_weights()
+            try:
+                for url, now, then in zip(self._urls(), self._sums(), sums, strict=True):
+                    compare_sums(url, now, "the trainer before it was saved", then, controller.served)
+            except WeightMismatchError as error:
+                raise CheckFailed(str(error)) from error
+            self._generate_and_compare(controller, row)
+
+    def _urls(self) -> list[str]:
+        return [url for url in self._platform.engines.urls if url is not None]
+
+    def _sums(self) -> list[Sums]:
+        control = EngineControl(self._urls(), self._args.weight_sync_timeout, api_key=self._platform.api_key)
+        try:
+            return weight_sums(control)
+        finally:
+            control.close()
+
+
+def _numbers(values: list[float]) -> str:
+    return " and ".join(f"{value:.3g}" for value in values)

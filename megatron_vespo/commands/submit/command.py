@@ -1,0 +1,298 @@
+"""`megatron-vespo submit RECIPE --nodes N`: a training run as a SLURM job, shown, checked and queued."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import megatron_vespo
+from megatron_vespo.arguments.checks import check_positive
+from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.commands.submit import engine_nodes
+from megatron_vespo.commands.submit.sbatch_script import checked_time_limit, render, seconds_before_limit
+from megatron_vespo.system.hardware import GPUS, ON_GPUS
+from megatron_vespo.system.paths import path_word, user_path
+from megatron_vespo.system.wording import counted
+
+DESCRIPTION = """\
+Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it if megatron-vespo plan says
+that the run fits.
+
+Flags of train that follow count after the recipe's: megatron-vespo submit R.flags --nodes 4 --train-iters 800
+
+With --smoke it is slurm/smoke.sbatch: megatron-vespo smoke RECIPE, and the flags that follow, on all nodes.
+"""
+SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
+SMOKE_SCRIPT = SCRIPT.with_name("smoke.sbatch")
+SUBMIT_TIMEOUT_S = 120.0
+END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
+
+
+def main(argv: list[str]) -> int:
+    engine_nodes.check_words(argv)
+    args, more = _parser().parse_known_args(argv)
+    check_positive(args, ("nodes",))
+    if args.gpus_per_node < 0:
+        raise ValueError(
+            f"--gpus-per-node is {args.gpus_per_node}, must be positive, or 0: the job asks for none"
+        )
+    if args.chain < 1:
+        raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
+    flags = read_recipe(args.recipe) + more
+    engine_nodes.check(args, flags)
+    if args.smoke:
+        return _submit_smoke(args, more)
+    # the machine that jobs are submitted on may have no GPU
+    there = [*(ON_GPUS if args.gpus_per_node else []), *flags]
+    run = checked_run(there)
+    from megatron_vespo.arguments.parse import with_expanded_paths  # takes seconds
+
+    # what stands in the script means the same whoever's environment it is read in
+    script = job_script(args, with_expanded_paths(flags), run.preemption_deadline)
+    print(script, flush=True)
+    use = described_use(run, args)
+    if not (run.train_from or run.rollout_only):
+        check_plan(there, args)
+    print(use)
+    return _submit_unless_dry(script, args)
+
+
+def _submit_smoke(args: Namespace, more: list[str]) -> int:
+    """The same for a smoke run, whose model fits: only its flags are checked."""
+    if args.chain > 1:
+        raise ValueError(f"--chain {args.chain} is for a run that goes on in the next job, --smoke does not")
+    script = smoke_script(args, more)
+    print(script, flush=True)
+    print(f"checked: {smoke_layout(args, more)}")
+    return _submit_unless_dry(script, args)
+
+
+def _submit_unless_dry(script: str, args: Namespace) -> int:
+    for line in asked_sbatch(script) if args.dry_run else submit(script, args.chain):
+        print(line)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="megatron-vespo submit",
+        usage="megatron-vespo submit RECIPE --nodes N [options] [flags of train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("recipe", type=user_path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="0: the job asks for none")
+    add("--gpu", choices=(*GPUS, "other"), default="h100",
+        help="whose memory the run must fit; other: that is not checked; default: h100")  # fmt: skip
+    add("--time", metavar="LIMIT", help="of one job, as sbatch takes it; default: the script's")
+    add("--sbatch", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
+        help="more options of sbatch, without dashes: partition=h100 account=rl exclude=node7")  # fmt: skip
+    engine_nodes.add_flags(parser)
+    add("--chain", type=int, default=1, metavar="JOBS",
+        help="so many jobs, each beginning when the one before has not finished the run: for clusters that "
+        "do not let jobs go back into the queue")  # fmt: skip
+    add("--venv", type=user_path, default=Path(sys.prefix), help="default: the one that this runs in")
+    add("--smoke", action="store_true",
+        help="every part of the run once, with a small model: megatron-vespo smoke RECIPE")  # fmt: skip
+    add("--container", type=path_word, metavar="IMAGE", help="instead of --venv")
+    add("--container-runtime", choices=("pyxis", "apptainer"), default="pyxis")
+    add(
+        "--mounts",
+        nargs="+",
+        default=[],
+        type=path_word,
+        metavar="DIR",
+        help="what the container sees beside this folder",
+    )
+    add("--dry-run", action="store_true", help="show and check only")
+    return parser
+
+
+def checked_run(flags: list[str]) -> Namespace:
+    """The run that train would make of the flags; ValueError for what would only show when the job runs."""
+    from megatron_vespo.arguments.parse import parse_args  # takes seconds
+
+    run = parse_args(flags, "submit")
+    if run.ray_address:
+        raise ValueError("--ray-address is the job script's to say: leave it out")
+    # one that goes back to an older checkpoint does so once, and goes on from --save
+    if run.save is None or (run.save != run.load and run.gone_back is None):
+        raise ValueError(
+            f"--save {run.save} and --load {run.load} must be one folder: a job that is started again "
+            "goes on there"
+        )
+    return run
+
+
+def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) -> str:
+    """slurm/train.sbatch as `args` and the flags want it."""
+    template, needed = _template(SCRIPT), math.ceil(preemption_deadline_s + END_S)
+    options, leave_out, variables = _options(args, args.recipe.stem)
+    if seconds_before_limit(template) < needed:
+        options["signal"] = f"B:USR1@{needed}"
+    if args.chain > 1:  # the next job goes on, not this one once more
+        options["no-requeue"] = None
+        leave_out.append("requeue")
+        variables["VESPO_MAX_RESTARTS"] = "0"
+    options |= engine_nodes.options_of_sbatch(args.sbatch)
+    script = render(template, options, leave_out, variables, flags, engine_nodes.component(args))
+    if (seconds := seconds_before_limit(script)) < needed:
+        raise ValueError(
+            f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
+            f"the end need {needed}"
+        )
+    checked_time_limit(template, options, longer_than=seconds)
+    return script
+
+
+def smoke_script(args: Namespace, more: list[str]) -> str:
+    """slurm/smoke.sbatch as `args` want it, for the recipe and the flags behind it."""
+    options, leave_out, variables = _options(args, f"smoke-{args.recipe.stem}")
+    options |= engine_nodes.options_of_sbatch(args.sbatch)
+    template = _template(SMOKE_SCRIPT)
+    checked_time_limit(template, options)
+    words = [str(args.recipe.resolve()), *more]
+    component = engine_nodes.component(args)
+    return render(template, options, leave_out, variables, words, component)
+
+
+def _template(script: Path) -> str:
+    if not script.is_file():
+        raise ValueError(f"{script}: no such file; job scripts come with a clone (pip install -e .)")
+    return script.read_text()
+
+
+def _options(args: Namespace, name: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
+    """Of a job: options of sbatch, those to leave out, and variables of slurm/environment.sh."""
+    options: dict[str, str | None] = {"job-name": name, "nodes": str(args.nodes)}
+    leave_out = []
+    if args.gpus_per_node:
+        options["gpus-per-node"] = str(args.gpus_per_node)
+    else:
+        leave_out.append("gpus-per-node")
+    if args.time:
+        options["time"] = args.time
+    variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
+    if args.container:
+        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *args.mounts]
+        variables |= {
+            "VESPO_CONTAINER": args.container,
+            "VESPO_CONTAINER_RUNTIME": args.container_runtime,
+            "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
+        }
+    else:
+        variables["VESPO_VENV"] = str(args.venv.resolve())
+    return options, leave_out, variables
+
+
+def smoke_layout(args: Namespace, more: list[str]) -> str:
+    """What a smoke run on these nodes makes of the recipe; ValueError for flags that it would refuse."""
+    with warnings.catch_warnings(action="ignore"):
+        from megatron_vespo.commands.smoke.command import checked_layout, parse  # takes seconds
+        from megatron_vespo.commands.smoke.fit import Nodes
+
+    options, flags = parse([str(args.recipe), *more])
+    if options.ray_address:
+        raise ValueError("--ray-address is the job script's to say: leave it out")
+    if not args.gpus_per_node:
+        return "none of it on a GPU, the layout as Ray's nodes have cores"
+    trainer = engines = (args.gpus_per_node,) * args.nodes
+    if args.engine_nodes is not None:
+        engines = (engine_nodes.gpus_per_node(args),) * args.engine_nodes
+    nodes = Nodes(trainer, engines, on_gpus=True, apart=args.engine_nodes is not None)
+    return str(checked_layout([*ON_GPUS, *flags], nodes, options.timeout))
+
+
+def described_use(run: Namespace, args: Namespace) -> str:
+    """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
+    from megatron_vespo.commands.plan.gpu_count import too_few_gpus
+    from megatron_vespo.rollout.server_arguments import engine_size
+
+    ranks = 0 if run.rollout_only else run.trainer_ranks
+    engines = 0 if run.train_from else run.rollout_engines
+    size = engine_size(run.sglang_flags)
+    nodes, gpus_per_node = args.nodes, args.gpus_per_node
+    if args.engine_nodes is not None and gpus_per_node:
+        return engine_nodes.described_use(args, ranks, engines, size)
+    used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
+    of_engines = f"{counted(engines, 'engine')} of {counted(size, 'GPU')}"
+    what = f"{counted(ranks, 'trainer rank')} and {of_engines}" + " in turn" * run.colocate
+    if not gpus_per_node:
+        return f"checked: {what}, none of them on a GPU"
+    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, run.colocate):
+        raise ValueError(wrong)
+    return f"checked: {what} use {used} of {there} GPUs"
+
+
+def check_plan(flags: list[str], args: Namespace) -> None:
+    """ValueError for a run that `megatron-vespo plan` refuses. Takes seconds."""
+    from megatron_vespo.commands.plan.command import parsed, planned, what_does_not_fit
+    from megatron_vespo.commands.plan.plan import Cluster
+
+    if not args.gpus_per_node or args.gpu == "other":
+        parsed(flags)
+        return
+    cluster = Cluster(*engine_nodes.all_nodes(args), GPUS[args.gpu])
+    plan, of_engines = planned(flags, cluster), args.engine_gpu or args.gpu
+    if of_engines not in (args.gpu, "other"):
+        plan = replace(plan, engine=planned(flags, replace(cluster, gpu=GPUS[of_engines])).engine)
+    if wrong := what_does_not_fit(plan, flags, with_engines=of_engines != "other"):
+        gpus = f"--gpu {args.gpu}" + (f" --engine-gpu {args.engine_gpu}" if args.engine_gpu else "")
+        more = f"; and {len(wrong) - 1} more, see megatron-vespo plan" if wrong[1:] else ""
+        raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
+
+
+def asked_sbatch(script: str) -> list[str]:
+    """A line if sbatch would take the job, none where no SLURM answers; ValueError if it would refuse it."""
+    if not _slurm_answers():
+        return []
+    told = _asked(["sbatch", "--test-only"], script)
+    if told.returncode:
+        raise ValueError(f"sbatch would refuse the job: {' '.join(told.stderr.split())}")
+    return ["sbatch would take it"]
+
+
+def _slurm_answers() -> bool:
+    if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
+        return False
+    return not _asked(["scontrol", "ping"]).returncode
+
+
+def _asked(command: list[str], script: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"{' '.join(command)} has not answered in {SUBMIT_TIMEOUT_S:g} s: its controller is busy or gone"
+        ) from error
+
+
+def submit(script: str, jobs: int) -> list[str]:
+    """One line for each job that is in the queue then."""
+    if shutil.which("sbatch") is None:
+        raise RuntimeError("sbatch is not on PATH: submit where the cluster's jobs are submitted")
+    lines: list[str] = []
+    before: str | None = None
+    for _ in range(jobs):
+        command = ["sbatch", "--parsable"]
+        if before is not None:
+            # when that one has finished the run this one never begins, and goes
+            command += [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
+        told = _asked(command, script)
+        if told.returncode:
+            queued = f" (in the queue already: {', '.join(lines)})" if lines else ""
+            raise RuntimeError(f"sbatch refuses the job: {' '.join(told.stderr.split())}{queued}")
+        number = told.stdout.strip().split(";")[0]
+        lines.append(f"job {number}" + (f", begins if {before} does not finish the run" if before else ""))
+        before = number
+    return lines

@@ -1,0 +1,1 @@
+"""A run: services, attempts, the training loop."""

@@ -1,0 +1,133 @@
+"""Runs that do half of the work: recorded batches without engines, or rollouts without a trainer."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.checkpoints.set_aside import set_aside
+from megatron_vespo.data.rollout_file import (
+    Group,
+    RolloutRecord,
+    batch_path,
+    check_record,
+    read_record,
+    write_record,
+)
+from megatron_vespo.driver.controller import Controller
+from megatron_vespo.types import TrainingSample
+
+
+class Replay(Controller):
+    """--train-from: what a run recorded takes the place of engines and rewards.
+
+    Everything after the rewards is computed anew, so the same layout, seed and flags give the same bits, and
+    another loss or advantage estimator can be tried on the same data.
+    """
+
+    def rollout_batch(self) -> tuple[list[Group], dict[str, float]]:
+        batch = self.state.iteration // self.args.mini_batches
+        record = read_record(batch_path(self.args.train_from, batch))
+        self.state.consumed_prompts = record.consumed_prompts
+        return record.groups, record.metrics
+
+    def sync_weights(self) -> dict[str, float]:
+        """There are no engines; the version is what they would have."""
+        self.served = self.state.iteration
+        return {}
+
+    def check_last_sync(self) -> None:
+        """The same."""
+
+
+class RolloutOnly(Controller):
+    """--rollout-only: the engines' first weights generate every batch; nobody trains."""
+
+    def update(self, samples: list[TrainingSample]) -> dict[str, float]:
+        self.state.iteration += self.args.mini_batches  # seeds go on as if somebody had
+        return {}
+
+    def sync_weights(self) -> dict[str, float]:
+        """There is no trainer, the version stays 0."""
+        self.engine_sync.sync(0)
+        return {}
+
+    def maybe_save(self, alarms: list) -> None:
+        """The same."""
+
+    def check_last_sync(self) -> None:
+        """The same."""
+
+
+class Recorder:
+    """--save-rollouts: a file a batch; a resumed run goes on with the number that it has come to.
+
+    Later batches of a run that has gone back are another one's: they go aside, like its checkpoints.
+    """
+
+    def __init__(self, args: Namespace, iteration: int):
+        self._folder, self._run = args.save_rollouts, recorded_run(args)
+        self._batch = iteration // args.mini_batches
+        self._goes_back = args.ckpt_step is not None
+
+    def __call__(self, groups: list[Group], metrics: dict[str, float], consumed_prompts: int) -> None:
+        path = batch_path(self._folder, self._batch)
+        if self._goes_back and (later := [old for old in path.parent.glob("batch-*.npz") if old >= path]):
+            set_aside(path.parent, later)
+        self._goes_back = False
+        write_record(path, RolloutRecord(groups, metrics, consumed_prompts, self._run))
+        self._batch += 1
+
+
+def recorded_run(args: Namespace) -> dict[str, Any]:
+    """What a recorded batch must have in common with the run that trains on it, by the words of messages."""
+    return {
+        "--rollout-batch-size": args.rollout_batch_size,
+        "--num-completions": args.num_completions,
+        "--mini-batches": args.mini_batches,
+        "a vocabulary of": args.vocab_size,
+        "number of layers": args.num_layers,
+        "hidden size": args.hidden_size,
+        "number of experts": args.num_experts,
+        "experts a token": args.moe_router_topk if args.num_experts else None,
+    }
+
+
+def check_modes(args: Namespace) -> None:
+    """ValueError for flags that contradict each other, before anything starts."""
+    if args.train_from is not None:
+        others = {
+            "--rollout-only": args.rollout_only,
+            "--save-rollouts": args.save_rollouts,
+            "--heldout-data": args.heldout_data,
+        }
+        for flag, given in others.items():
+            if given:
+                raise ValueError(f"--train-from starts no engines, {flag} needs them: leave one out")
+        if not args.load:
+            check_recorded(args, 0)
+    if args.rollout_only:
+        for flag, given in {"--load": args.load, "--save": args.save}.items():
+            if given:
+                raise ValueError(
+                    f"--rollout-only has no trainer, the weights are --hf-checkpoint's: leave {flag} out"
+                )
+    if args.save_rollouts is not None and not args.load and batch_path(args.save_rollouts, 0).exists():
+        raise ValueError(f"--save-rollouts {args.save_rollouts} has recorded batches: name another folder")
+
+
+def check_recorded(args: Namespace, iteration: int) -> None:
+    """ValueError unless --train-from has what a run from optimizer step `iteration` on will ask for."""
+    folder: Path = args.train_from
+    if not folder.is_dir():
+        raise ValueError(f"--train-from {folder}: no such folder")
+    first, end = iteration // args.mini_batches, args.train_iters // args.mini_batches
+    missing = [batch for batch in range(first, end) if not batch_path(folder, batch).is_file()]
+    if missing:
+        raise ValueError(
+            f"--train-from {folder}: {batch_path(folder, missing[0]).name} is missing; --train-iters "
+            f"{args.train_iters} at --mini-batches {args.mini_batches} needs batches {first} to {end - 1}"
+        )
+    for batch in range(first, end):
+        check_record(batch_path(folder, batch), recorded_run(args), args.routing_replay == "R3")

@@ -1,0 +1,1 @@
+"""Model families: names, shapes, mappings, HF configuration."""

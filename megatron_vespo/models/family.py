@@ -1,0 +1,40 @@
+"""The supported model families, and which one, of what shape, an HF config describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_vespo.models import llama, qwen3, qwen3_moe
+from megatron_vespo.models.config_fields import arguments_of
+from megatron_vespo.models.table import Family, ModelShape, is_expert
+
+__all__ = ["FAMILIES", "Family", "ModelShape", "family_of", "is_expert", "shape_of"]
+
+FAMILIES = {family.architecture: family for family in (qwen3_moe.FAMILY, qwen3.FAMILY, llama.FAMILY)}
+
+
+def family_of(hf_config: dict[str, Any]) -> Family:
+    """The family that config.json names; ValueError for an unsupported one."""
+    architectures = hf_config.get("architectures")
+    found = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
+    if found not in FAMILIES:
+        raise ValueError(f"its architecture is {found}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[found]
+
+
+def shape_of(hf_config: dict[str, Any], padded_vocab_size: int | None = None) -> ModelShape:
+    """The model's shape; ValueError for a config that is not supported. Without padding it is as in HF."""
+    arguments = arguments_of(hf_config, family_of(hf_config))
+    experts = arguments["num_experts"] or 0
+    return ModelShape(
+        num_layers=arguments["num_layers"],
+        hidden_size=arguments["hidden_size"],
+        ffn_hidden_size=arguments["moe_ffn_hidden_size" if experts else "ffn_hidden_size"],
+        num_experts=experts,
+        num_attention_heads=arguments["num_attention_heads"],
+        num_query_groups=arguments["num_query_groups"],
+        head_dim=arguments["kv_channels"],
+        vocab_size=arguments["vocab_size"],
+        padded_vocab_size=padded_vocab_size or arguments["vocab_size"],
+        tied_embeddings=not arguments["untie_embeddings_and_output_weights"],
+    )

@@ -1,0 +1,36 @@
+"""Which part of the model a parameter belongs to, by its Megatron name with a global layer number."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_vespo.models.table import is_expert
+
+PARTS = ("embedding", "attention", "router", "experts", "mlp", "norms", "output")
+THIRDS = ("first_third", "middle_third", "last_third")
+GRADIENT_GROUPS = (*PARTS, *THIRDS)  # every parameter is in one part, and, in a layer, in one third as well
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def part_of(name: str) -> str:
+    """One of PARTS; `mlp` is that of a dense layer. Transformer Engine keeps some norms in linear layers."""
+    if "layernorm" in name or "layer_norm" in name:
+        return "norms"
+    if is_expert(name):
+        return "experts"
+    for mark, part in (
+        (".mlp.router.", "router"),
+        (".mlp.", "mlp"),
+        (".self_attention.", "attention"),
+        ("embedding.", "embedding"),
+        ("output_layer.", "output"),
+    ):
+        if mark in name:
+            return part
+    raise KeyError(f"parameter {name} belongs to no part of the model")
+
+
+def third_of(name: str, num_layers: int) -> str | None:
+    """One of THIRDS, of the layers; None for what is in no layer."""
+    match = _LAYER.match(name)
+    return THIRDS[3 * int(match[1]) // num_layers] if match else None

@@ -1,0 +1,23 @@
+"""Qwen3ForCausalLM: the dense models, 0.6B to 32B; the small ones tie output layer and embedding."""
+
+from megatron_vespo.models import pieces
+from megatron_vespo.models.table import Family
+
+FAMILY = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    table=(
+        pieces.WORD_EMBEDDINGS,
+        pieces.INPUT_NORM,
+        *pieces.ATTENTION,
+        *pieces.QUERY_KEY_NORMS,
+        *pieces.DENSE_MLP,
+        pieces.FINAL_NORM,
+        pieces.OUTPUT,
+    ),
+    constants={"qk_layernorm": True},
+    neutral={"use_sliding_window": False},
+    required={"head_dim", "num_key_value_heads"},
+    # how wide the window would be and where it would begin, if there were one
+    harmless={"sliding_window", "max_window_layers"},
+)

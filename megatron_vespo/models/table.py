@@ -1,0 +1,137 @@
+"""What a model family is: a table of its parameters, read in both directions, and the rules of its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from megatron_vespo.models import mappings
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that decide which parameters a model has and how large they are."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int  # of one expert, or of a dense layer's MLP
+    num_experts: int  # 0 in a dense model
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    padded_vocab_size: int
+    tied_embeddings: bool  # the output layer is the embedding
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One kind of Megatron parameter and the HF tensors it is made of.
+
+    `names`: its Megatron names, the local layer spec's first, then Transformer Engine's if that differs.
+    `tensors`: HF name -> shape, whose dimensions are names of attributes of ModelShape.
+    {layer} and {expert} stand for numbers that count over the whole model.
+    `build`: HF names and shape -> mapping.
+    """
+
+    names: tuple[str, ...]
+    tensors: Mapping[str, tuple[str, ...]]
+    build: Callable[[tuple[str, ...], ModelShape], mappings.Mapping]
+
+    @cached_property
+    def patterns(self) -> tuple[re.Pattern, ...]:
+        return tuple(
+            re.compile(
+                re.escape(name)
+                .replace(r"\{layer\}", r"(?P<layer>\d+)")
+                .replace(r"\{expert\}", r"(?P<expert>\d+)")
+            )
+            for name in self.names
+        )
+
+    @property
+    def in_layer(self) -> bool:
+        return "{layer}" in self.names[0]
+
+    @property
+    def in_expert(self) -> bool:
+        return "{expert}" in self.names[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One HF architecture.
+
+    `table` is in the model's order. The rest is about config.json, beside what holds for all families:
+    `sizes` is HF field -> Megatron argument of positive integers, `constants` are Megatron arguments that all
+    its models share, `neutral` is field -> the only value that Megatron computes, `required` are fields that
+    must be there because transformers assumes something else without them, `harmless` ones change nothing.
+    """
+
+    architecture: str
+    model_type: str
+    table: tuple[Parameter, ...]
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    required: AbstractSet[str] = frozenset()
+    harmless: AbstractSet[str] = frozenset()
+
+    def parameters(self, shape: ModelShape) -> Iterator[str]:
+        """Every Megatron parameter of the whole model, in its order, as the local layer spec names it.
+
+        Layers and experts are numbered over the whole model; an output layer that is the embedding is none.
+        """
+        for row, numbers in self._rows(shape):
+            yield row.names[0].format(**numbers)
+
+    def hf_tensors(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every HF tensor of the whole model."""
+        return {
+            name.format(**numbers): tuple(getattr(shape, dimension) for dimension in dimensions)
+            for row, numbers in self._rows(shape)
+            for name, dimensions in row.tensors.items()
+        }
+
+    def mapping_for(self, megatron_name: str, shape: ModelShape) -> mappings.Mapping:
+        """The mapping of one Megatron parameter in any spelling; KeyError for one that the family lacks."""
+        if shape.tied_embeddings and megatron_name == OUTPUT_LAYER:
+            megatron_name = EMBEDDING  # its copy on the last pipeline stage
+        for row in self.table:
+            for pattern in row.patterns:
+                match = pattern.fullmatch(megatron_name)
+                if match:
+                    names = tuple(name.format(**match.groupdict()) for name in row.tensors)
+                    return row.build(names, shape)
+        raise KeyError(f"{self.architecture} has no parameter {megatron_name}")
+
+    def _rows(self, shape: ModelShape) -> Iterator[tuple[Parameter, dict[str, int]]]:
+        """Rows with the numbers to fill in, in the model's order: layer by layer, in it expert by expert."""
+        for in_layer, rows in groupby(self.table, lambda row: row.in_layer):
+            kept = [row for row in rows if not (shape.tied_embeddings and OUTPUT_LAYER in row.names)]
+            for layer in range(shape.num_layers if in_layer else 1):
+                for in_expert, part in groupby(kept, lambda row: row.in_expert):
+                    together = list(part)
+                    for expert in range(shape.num_experts if in_expert else 1):
+                        yield from ((row, {"layer": layer, "expert": expert}) for row in together)
+
+
+def is_expert(megatron_name: str) -> bool:
+    """Whether the parameter is sharded over the expert groups instead of the dense ones."""
+    return ".mlp.experts." in megatron_name

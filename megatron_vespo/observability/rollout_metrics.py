@@ -1,0 +1,172 @@
+"""One rollout batch as numbers for people."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.algorithms.diagnostics import (
+    FLOOR_TOKEN_SIGMA,
+    ratio_metrics,
+    share_dead_by,
+    weight_metrics,
+)
+from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
+from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
+from megatron_vespo.types import Completion, TrainingSample
+
+
+def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimator) -> dict[str, float]:
+    """Of scored completions."""
+    rewards = np.array([[completion.reward for completion in group] for group in groups])
+    shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
+    completions = [completion for group in groups for completion in group]
+    lengths = np.array([len(completion.token_ids) for completion in completions])
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/error_count": float(sum(c.reward_status == "error" for c in completions)),
+        "reward/timeout_count": float(sum(c.reward_status == "timeout" for c in completions)),
+        "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
+        "rollout/zero_advantage_share": float((advantages(shaped, estimator) == 0.0).all(axis=1).mean()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_p90": float(np.quantile(lengths, 0.9)),
+        "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "rollout/tokens": float(lengths.sum()),
+        "rollout/nonfinite_log_probs": float(sum(len(c.rejections) for c in completions)),
+        "rollout/retracted_share": float(np.mean([c.num_retractions > 0 for c in completions])),
+    }
+
+
+def staleness_metrics(
+    groups: list[list[Completion]], first_step: int, mini_batches: int, max_staleness: int
+) -> dict[str, float]:
+    """Of the batch that is trained from optimizer step `first_step` on, before it is. A sample's total lag is
+    its own optimizer step less the version of its oldest token; RuntimeError where it is over the bound.
+    """
+    completions = [completion for group in groups for completion in group]
+    oldest, newest = np.array([(c.policy_versions.min(), c.policy_versions.max()) for c in completions]).T
+    index = np.repeat(np.arange(mini_batches), len(completions) // mini_batches)
+    lags = first_step + index - oldest
+    if lags.max() > max_staleness or lags.min() < 0:
+        worst = completions[int(lags.argmax())].prompt.prompt_id
+        raise RuntimeError(
+            f"samples from optimizer step {first_step} on are {lags.min()} to {lags.max()} steps old, not 0 "
+            f"to {max_staleness}; the oldest is of prompt {worst}"
+        )
+    counts = np.bincount(lags, minlength=max_staleness + 1) / len(lags)
+    return {
+        "staleness/total_mean": float(lags.mean()),
+        "staleness/total_max": float(lags.max()),
+        "staleness/asynchronous_mean": float((first_step - oldest).mean()),
+        "staleness/mixed_share": float((oldest != newest).mean()),  # made by several policies
+    } | {f"staleness/share/{lag}": float(share) for lag, share in enumerate(counts)}
+
+
+def pi_old_is_in_place(args: Namespace, mini_batch: list[TrainingSample], version: int) -> bool:
+    """Whether log W of a rollout batch's first mini-batch must be 0: before its update pi_old is pi.
+
+    `version` is the policy's, before the update.
+    """
+    if args.ratio_denominator != "recomputed" or args.old_policy == "ewma":
+        return False
+    return args.old_policy == "current" or all((s.policy_versions == version).all() for s in mini_batch)
+
+
+def step_metrics(
+    steps: list[dict[str, Any]],
+    sample_advantages: np.ndarray,
+    lengths: np.ndarray,
+    floor: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Of the optimizer steps of one rollout batch; `sample_advantages` and `lengths` of the responses, in
+    tokens, are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy
+    lag. `floor` is the last one measured, see `floor_metrics`; it is handed on.
+    """
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([step[name] for step in steps])
+
+    def mean(name: str) -> float:
+        return float(np.mean([step[name] for step in steps]))
+
+    sizes = [len(step["log_w"]) for step in steps]
+    on_policy = np.repeat([step["lag"] == 0 for step in steps], sizes)
+    variance = None if floor is None else floor[FLOOR_TOKEN_SIGMA] ** 2 * lengths
+    metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy, variance)
+    metrics |= floor or {}
+    metrics |= weight_metrics(
+        joined("phi"), sample_advantages, lengths, np.repeat(np.arange(len(steps)), sizes)
+    )
+    metrics |= share_dead_by(joined("correction"), joined("phi"))
+    return (
+        metrics
+        | _token_metrics(steps)
+        | _gradient_metrics(steps)
+        | {
+            # means over responses of their tokens' mean
+            "mismatch/weight_mean": float(joined("correction").mean()),
+            "mismatch/rejected_share": float(joined("rejected").mean()),
+            "loss/zero_weight_share": mean("zero_weight_share"),
+            "train/loss": mean("loss"),
+            "train/entropy": mean("entropy"),
+            "train/learning_rate": steps[-1]["learning_rate"],
+            "train/padding_share": mean("padding_share"),
+            "train/imbalance": mean("imbalance"),
+            "train/tokens": float(sum(step["num_tokens"] for step in steps)),
+            "policy/lag_mean": mean("lag"),
+        }
+        | budget_metrics(steps)
+        | _clip_metrics(steps)
+    )
+
+
+def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """The engine's part is of steps that compare it with the policy it had: pi_old, or pi before it moved."""
+    half = len(TOKEN_SUMS) // 2
+    comparable = [step for step in steps if step["lag"] == 0 or not np.isnan(step["engine_gap"]).any()]
+    metrics: dict[str, float] = {}
+    for prefix, of, part in (("", steps, slice(half)), ("engine_", comparable, slice(half, None))):
+        if of:
+            sums = np.sum([step["token_sums"][part] for step in of], axis=0)
+            metrics |= token_metrics(sums, sum(step["num_tokens"] for step in of), prefix)
+    return metrics
+
+
+def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """`gradient/<part>` is of the step with the largest norm, so that the squares of the parts add up to that
+    of `train/grad_norm_max`. A part without gradient is left out.
+    """
+    largest = max(steps, key=lambda step: step["grad_norm"])
+    return {
+        "train/grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+        "train/grad_norm_max": float(largest["grad_norm"]),
+    } | {
+        f"gradient/{group}": float(norm)
+        for group, norm in zip(GRADIENT_GROUPS, largest["gradient_norms"], strict=True)
+        if norm > 0.0
+    }
+
+
+def _clip_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the bounds that a loss has chosen; only BAPO chooses some."""
+    low, high = np.mean([step["clip_bounds"] for step in steps], axis=0)
+    return {"loss/bapo_clip_low": float(low), "loss/bapo_clip_high": float(high)} if high > 0.0 else {}
+
+
+def budget_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Of --vespo-budget, by the sign of A: the last step's c2, the mean E_Q[W], steps without an estimate."""
+    metrics = {}
+    for i, sign in enumerate(("positive", "negative")):
+        c2, expected = (np.array([step[name][i] for step in steps]) for name in ("kernel_c2", "expected_w"))
+        if np.isnan(c2[-1]):
+            continue
+        known = ~np.isnan(expected)
+        metrics[f"budget/c2_{sign}"] = float(c2[-1])
+        metrics[f"budget/held_share_{sign}"] = float(1.0 - known.mean())
+        if known.any():
+            metrics[f"budget/expected_w_{sign}"] = float(expected[known].mean())
+    return metrics

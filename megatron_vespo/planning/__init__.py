@@ -1,1 +1,0 @@
-"""What a run will take, from its flags: memory, bytes to move, seconds. Pure arithmetic."""

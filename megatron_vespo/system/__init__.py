@@ -1,0 +1,1 @@
+"""The machine: HTTP, disk, signals, SLURM's variables, plug-ins, hardware."""

@@ -1,0 +1,30 @@
+"""Before Megatron or SGLang is imported: the one hook for packages that adapt a machine to them, such as one
+without CUDA."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from megatron_vespo.system.optional_packages import IMPORTS, import_error
+
+GROUP = "megatron_vespo.runtime"
+
+
+def has_runtime_plugins() -> bool:
+    """Whether such a package is installed."""
+    return bool(entry_points(group=GROUP))
+
+
+@cache
+def load_runtime_plugins() -> None:
+    """Call every installed `megatron_vespo.runtime` entry point, once, before Megatron is imported."""
+    for plugin in entry_points(group=GROUP):
+        plugin.load()()
+
+
+def prepare_for_megatron() -> None:
+    """First what may end Megatron's import, then the plugins, which import it."""
+    for package in IMPORTS:
+        import_error(package)
+    load_runtime_plugins()

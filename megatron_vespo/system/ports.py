@@ -1,0 +1,52 @@
+"""Ports of this machine: for SGLang servers, their rendezvous, and the trainer's."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+PORT_RANGE = range(
+    30000, 31000
+)  # below Linux's ephemeral range (32768), which outgoing connections draw from
+PORT_LANES = 40
+# SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
+# start together could draw the same one. Distinct HTTP ports make these distinct.
+RENDEZVOUS_PORT_OFFSET = 1000
+
+
+class PortError(RuntimeError):
+    """A port that nothing can listen on: a repetition does not help."""
+
+
+def require_free_ports(host: str, port: int) -> None:
+    """Raise PortError when an engine cannot listen on `host:port` or has no port for its rendezvous."""
+    _require_free_port(host, port, "the rollout engine")
+    rendezvous = f"the rollout engine on port {port} (its rendezvous)"
+    _require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, rendezvous)
+
+
+def _require_free_port(host: str, port: int, owner: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise PortError(
+                f"{owner} cannot listen on {host}:{port} ({error}); choose another port with --rollout-port"
+            ) from error
+
+
+def find_free_port(host: str, number: int | None = None) -> int:
+    """A port that an engine can use now, its rendezvous port too; random, so that runs differ.
+
+    An engine listens minutes later, so that two could have drawn the same one: with `number` a run's engines
+    draw from different ports, PORT_LANES of them on a node.
+    """
+    ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        try:
+            require_free_ports(host, port)
+        except PortError:
+            continue
+        return port
+    raise PortError(f"no free port on {host} in {PORT_RANGE.start}..{PORT_RANGE.stop - 1}")

@@ -1,0 +1,144 @@
+"""A controller whose engines, trainer and rewards are stood in for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import numpy as np
+
+from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
+from megatron_vespo.driver.controller import Controller
+from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
+from megatron_vespo.observability.metrics import MetricsWriter
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.scoring import Scorer
+from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+
+PROMPTS = [Prompt(prompt_id=i, token_ids=[1, 2], answer="", text="") for i in range(2)]
+COMPLETIONS, MINI_BATCHES = 2, 2
+
+
+class Cursor:
+    consumed = 0
+
+    def take(self, number: int) -> list[Prompt]:
+        self.consumed += number
+        return PROMPTS[:number]
+
+
+class Collector:
+    """Every completion is cut off in the batches of `truncated`."""
+
+    def __init__(self, state: RunState, truncated: set[int]):
+        self._state, self._truncated, self._batch = state, truncated, 0
+
+    def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
+        self._batch += 1
+        reason = "length" if self._batch in self._truncated else "stop"
+        return [[self._completion(prompt, reason) for _ in range(num_completions)] for prompt in prompts]
+
+    def _completion(self, prompt: Prompt, reason: str) -> Completion:
+        versions = np.full(3, self._state.iteration, np.int64)
+        return Completion(prompt, [5, 6, 7], np.zeros(3, np.float32), versions, None, reason, 1.0)
+
+
+class Trainer:
+    def __init__(self):
+        self.saved: list[dict] = []
+        self.floors_measured = 0
+        self.saved_buffers: list[bytes | None] = []
+
+    def prepare(self, mini_batches: list) -> None:
+        self._sizes = [len(samples) for samples in mini_batches]
+
+    def train_step(self, index: int) -> dict:
+        zeros = np.zeros(self._sizes[index], np.float32)
+        return {
+            **dict.fromkeys(("log_w", "mismatch", "engine_gap", "engine_difference", "rejected"), zeros),
+            **dict.fromkeys(("phi", "correction"), zeros + 1),
+            **dict.fromkeys(("kernel_c2", "expected_w"), np.full(2, np.nan)),
+            "clip_bounds": np.zeros(2),
+            "zero_weight_share": 0.0,
+            "token_sums": np.zeros(len(TOKEN_SUMS)),
+            "gradient_norms": np.zeros(len(GRADIENT_GROUPS)),
+            **dict.fromkeys(("loss", "grad_norm", "entropy", "learning_rate"), 0.5),
+            **dict.fromkeys(("padding_share", "imbalance"), 0.0),
+            "num_tokens": 6,
+        }
+
+    def log_probs(self, samples: list) -> list[np.ndarray]:
+        return [np.zeros(sample.completion_length, np.float32) for sample in samples]
+
+    def log_w_floor(self, samples: list) -> np.ndarray:
+        self.floors_measured += 1
+        return np.zeros(len(samples), np.float32)
+
+    def save(self, state: dict, rollout_buffer: bytes | None) -> None:
+        self.saved.append(state)
+        self.saved_buffers.append(rollout_buffer)
+
+
+class EngineSync:
+    def sync(self, version: int) -> float:
+        return 1.0  # seconds of the weight check
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class Rewards:
+    """Rewards alternate, so that groups are not equal."""
+
+    def score(self, items: list) -> list[RewardResult]:
+        return [RewardResult(float(i % 2), "ok", "") for i in range(len(items))]
+
+
+class Tokenizer:
+    def batch_decode(self, token_ids: list, skip_special_tokens: bool) -> list[str]:
+        return [""] * len(token_ids)
+
+
+def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **changes) -> Controller:
+    args = Namespace(
+        train_iters=MINI_BATCHES * batches,
+        mini_batches=MINI_BATCHES,
+        rollout_batch_size=len(PROMPTS),
+        num_completions=COMPLETIONS,
+        max_completion_tokens=3,
+        advantage_estimator="group-mean",
+        dynamic_sampling=False,
+        overlong_buffer=0,
+        overlong_penalty=1.0,
+        ratio_denominator="recomputed",
+        old_policy="current",
+        max_logprob_difference=None,
+        routing_replay=None,
+        heldout_interval=5,
+        heldout_completions=1,
+        heldout_temperature=None,
+        heldout_pass_reward=1.0,
+        save="folder",
+        save_interval=1000,
+        on_alarm=on_alarm,
+        sync_interval=None,
+        stop_generation=False,
+        seed=0,
+    )
+    vars(args).update(changes)
+    state = RunState()
+    return Controller(
+        args=args,
+        trainer=Trainer(),
+        collector=Collector(state, truncated),
+        scorer=Scorer(
+            Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+        ),
+        engine_sync=EngineSync(),
+        cursor=Cursor(),
+        heldout=[],
+        sampling=SamplingParams(1.0, 3, ()),
+        display=RunDisplay("test", args.train_iters),
+        metrics=MetricsWriter(tmp_path, None),
+        state=state,
+    )

@@ -1,0 +1,85 @@
+"""A tiny random model and a server of it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_vespo.rollout.client import RouteShape
+from megatron_vespo.rollout.engine import SGLangEngine
+from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.system.ports import find_free_port
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 300.0
+NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
+ROUTES = RouteShape(NUM_LAYERS, TOPK)
+
+
+def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
+    """A random fp32 Qwen3-MoE, or Qwen3, in HF format, with a character tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: index for index, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # large enough that the experts and the sampled tokens vary
+    }
+    experts = {
+        "moe_intermediate_size": 32,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOPK,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+    }
+    torch.manual_seed(seed)
+    if dense:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+    model.float().save_pretrained(folder)
+    return folder
+
+
+def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangEngine:
+    flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
+    arguments = server_arguments(
+        [*flags, *more], device="cpu", routes=True, dtype="float32", seed=1, longest_step_s=START_TIMEOUT_S
+    )
+    port = find_free_port(HOST)
+    return SGLangEngine(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
+
+
+def start_in_short_lived_thread(engine: SGLangEngine) -> None:
+    """As an actor's executor does: the server must outlive the thread that started it."""
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(engine.start).result()

@@ -1,0 +1,557 @@
+"""The command line as a whole: our flags, Megatron's, SGLang's, and what is derived.
+
+Parsing imports Megatron, which takes seconds and changes the process: one child does it for all tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import pickle
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.algorithms.losses.clipped import gspo
+from megatron_vespo.algorithms.losses.weighted import vespo
+from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.commands import main as cli
+from megatron_vespo.models.hf_config import megatron_arguments
+from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
+from megatron_vespo.system.plugins import load_runtime_plugins
+from tests.support.train_flags import BASE, CONFIG
+
+
+class Exited(Exception):
+    """argparse ended the program: exit code, what it wrote to stderr."""
+
+
+def parse_here(argv: list[str]) -> Namespace:
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            args = parse_args(argv)
+    except SystemExit as error:
+        raise Exited(error.code, stderr.getvalue()) from None
+    # Megatron's own types would import Megatron into the parent
+    plain = {
+        name: value
+        for name, value in vars(args).items()
+        if not type(value).__module__.startswith("megatron.")
+    }
+    return Namespace(**plain)
+
+
+def round_trip_here(argv: list[str]) -> bool:
+    args = parse_args(argv)
+    return pickle.loads(pickle.dumps(args)) == args
+
+
+def megatron_destinations() -> set[str]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    return {action.dest for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
+
+
+@pytest.fixture(scope="module")
+def child():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parse(child, checkpoint):
+    return lambda flags="": child(parse_here, ["--hf-checkpoint", str(checkpoint), *BASE, *flags.split()])
+
+
+@pytest.fixture(scope="module")
+def refusal(parse):
+    def message_of(flags: str) -> str:
+        with pytest.raises(ValueError) as error:
+            parse(flags)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return message_of
+
+
+def test_derived_names_are_megatrons_own(child):
+    # a wrong name would be set on the namespace and read by nobody
+    derived = megatron_arguments(CONFIG).keys() | {"global_batch_size", "micro_batch_size", "seq_length"}
+    assert derived - child(megatron_destinations) == set()
+
+
+def test_the_models_shape_arrives(parse):
+    args = parse()
+    for name, value in megatron_arguments(CONFIG).items():
+        assert getattr(args, name) == value, name
+    assert (args.num_layers, args.num_experts, args.kv_channels, args.rotary_base) == (4, 8, 8, 1000000)
+
+
+def test_a_dense_models_shape_arrives(child, tmp_path):
+    experts = {"num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+    experts |= {"mlp_only_layers", "decoder_sparse_step", "use_sliding_window"}
+    config = {name: value for name, value in CONFIG.items() if name not in experts}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "rope_parameters": llama3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["--hf-checkpoint", str(tmp_path), *BASE]
+    args = child(parse_here, command)
+    assert (args.num_experts, args.use_rope_scaling, args.rope_scaling_factor) == (None, True, 8.0)
+    assert not args.untie_embeddings_and_output_weights and not args.qk_layernorm
+    with pytest.raises(ValueError, match="^--num-experts 8 contradicts the HF config, which makes it None$"):
+        child(parse_here, [*command, "--num-experts", "8"])
+
+
+def test_an_optimizer_step_is_one_mini_batch(parse):
+    args = parse()
+    assert args.global_batch_size == 16 * 4 // 4
+    assert args.micro_batch_size == 1
+    assert args.seq_length == 50
+    assert args.calculate_per_token_loss is True
+
+
+def test_our_defaults(parse):
+    args = parse()
+    assert args.loss_function.function is vespo and args.loss_function.options == {"kernel": GammaKernel()}
+    assert args.loss_aggregation == "token-mean"
+    assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
+    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("group-mean", True, True)
+    assert (args.rollout_temperature, args.max_logprob_difference, args.heldout_data) == (1.0, None, None)
+    assert args.sglang_flags == []
+    assert isinstance(args.output_dir, Path)
+
+
+def test_megatrons_defaults_for_reinforcement_learning(parse):
+    args = parse()
+    assert (args.attention_dropout, args.hidden_dropout, args.weight_decay, args.adam_beta2) == (
+        0,
+        0,
+        0,
+        0.95,
+    )
+    assert (args.lr_decay_style, args.moe_router_dtype) == ("constant", "fp32")
+    assert args.moe_token_dispatcher_type == "alltoall"
+    assert args.use_distributed_optimizer is True
+
+
+def test_collectives_wait_longer_than_one_rank_does(parse, refusal):
+    assert parse().distributed_timeout_minutes == 60
+    assert parse("--distributed-timeout-minutes 90").distributed_timeout_minutes == 90
+    assert parse("--weight-check-timeout 7200").distributed_timeout_minutes == (7200 + 6 * 300) / 60 + 5
+    # Megatron's own default
+    assert refusal("--distributed-timeout-minutes 10").startswith(
+        "--distributed-timeout-minutes 10: ranks wait "
+    )
+
+
+def test_flags_win_over_defaults(parse):
+    args = parse(
+        "--weight-decay 0.1 --adam-beta2 0.999 --lr-decay-style cosine --seed 7 --bf16 "
+        "--vespo-positive 1 1.5 --vespo-negative 4 2.5 --ratio-denominator decoupled "
+        "--no-chat-template --no-hf-export --advantage-estimator global"
+    )
+    assert (args.weight_decay, args.adam_beta2, args.lr_decay_style) == (0.1, 0.999, "cosine")
+    assert (args.seed, args.bf16) == (7, True)
+    kernel = GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
+    assert args.loss_function.options == {"kernel": kernel}
+    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("global", False, False)
+    assert args.ratio_denominator == "decoupled"
+
+
+def test_bf16_keeps_main_gradients_in_fp32(parse):
+    args = parse("--bf16")
+    assert args.accumulate_allreduce_grads_in_fp32 is True
+
+
+def test_optimizer_offload_is_megatrons_own(parse):
+    args = parse("--bf16 --distributed-backend nccl --transformer-impl local --optimizer-cpu-offload "
+                 "--use-precision-aware-optimizer --optimizer-offload-fraction 0.5")  # fmt: skip
+    assert (args.optimizer_cpu_offload, args.optimizer_offload_fraction) == (True, 0.5)
+
+
+def test_routing_replay_gives_megatrons_routers_a_slot(parse):
+    assert parse().moe_enable_routing_replay is False
+    assert parse("--routing-replay R3").moe_enable_routing_replay is True
+
+
+def test_the_nominal_length_divides_by_context_parallelism(parse):
+    args = parse("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12")
+    assert args.seq_length == 54
+
+
+def test_other_losses_take_their_own_options(parse):
+    args = parse("--policy-loss gspo")
+    assert (args.loss_function.function, args.loss_aggregation) == (gspo, "sequence-mean-token-mean")
+    assert args.loss_function.options == {"low": 3e-4, "high": 4e-4}
+    args = parse("--policy-loss gspo --clip-range 0.1 0.2 --loss-aggregation token-mean")
+    assert args.loss_function.options == {"low": 0.1, "high": 0.2}
+    assert args.loss_aggregation == "token-mean"
+    args = parse("--policy-loss sapo --sapo-tau 1 2")
+    assert args.loss_function.options == {"tau_positive": 1.0, "tau_negative": 2.0}
+    args = parse("--policy-loss grpo --dual-clip 3")
+    assert args.loss_function.options == {"low": 0.2, "high": 0.28, "dual_clip": 3.0}
+    assert parse("--policy-loss topr").loss_aggregation == "sequence-mean-token-mean"
+    assert parse("--policy-loss m2po").loss_function.options == {"target": 0.04}
+    assert parse("--policy-loss bapo --loss-target 0.5").loss_function.options == {"target": 0.5}
+
+
+def test_losses_of_the_router_are_refused(refusal):
+    assert refusal("--moe-aux-loss-coeff 0.01").startswith("--moe-aux-loss-coeff 0.01: Megatron divides")
+    assert refusal("--moe-z-loss-coeff 0.001").startswith("--moe-z-loss-coeff 0.001: Megatron divides")
+
+
+def test_one_completion_a_prompt(parse, refusal):
+    args = parse("--num-completions 1 --advantage-estimator global --mini-batches 1 --rollout-batch-size 8")
+    assert args.global_batch_size == 8
+    assert refusal("--num-completions 1").startswith("--num-completions 1: --advantage-estimator group-mean ")
+
+
+def test_a_flag_given_twice_counts_the_last_time(parse):
+    assert parse("--train-iters 4 --train-iters 12").train_iters == 12
+
+
+def test_layout(parse):
+    args = parse(
+        "--trainer-ranks 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    )
+    assert args.world_size == 4
+    assert args.data_parallel_size == 1
+    assert args.sequence_parallel is True
+    assert args.padded_vocab_size == 98
+    alone = parse()
+    assert (alone.sequence_parallel, alone.padded_vocab_size) == (False, 97)
+
+
+def test_flags_that_agree_with_the_model_pass(parse):
+    args = parse("--num-layers 4 --norm-epsilon 1e-6 --disable-bias-linear --swiglu --seq-length 50")
+    assert (args.num_layers, args.add_bias_linear) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num-layers 5", "--num-layers 5 contradicts the HF config, which makes it 4"),
+        ("--norm-epsilon 1e-5", "--norm-epsilon 1e-05 contradicts the HF config, which makes it 1e-06"),
+        ("--rotary-base 10000", "--rotary-base 10000 contradicts the HF config, which makes it 1000000"),
+        ("--add-qkv-bias", "--add-qkv-bias True contradicts the HF config, which makes it False"),
+        # 10000 is also Megatron's default, 1 that of num_query_groups: given is not the same as left out
+        ("--num-query-groups 1", "--num-query-groups 1 contradicts the HF config, which makes it 2"),
+        (
+            "--global-batch-size 32",
+            "--global-batch-size 32 contradicts --rollout-batch-size x --num-completions / --mini-batches, "
+            "which makes it 16",
+        ),
+        (
+            "--seq-length 64",
+            "--seq-length 64 contradicts --max-prompt-tokens + --max-completion-tokens, which makes it 50",
+        ),
+        (
+            "--micro-batch-size 2",
+            "--micro-batch-size 2 contradicts packing to --max-tokens-per-gpu, which makes it 1",
+        ),
+    ],
+)
+def test_a_contradiction_names_both_values(refusal, flags, message):
+    assert refusal(flags) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--trainer-ranks 2 --tensor-model-parallel-size 4",
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size is 4, "
+            "which does not divide --trainer-ranks 2",
+        ),
+        (
+            "--bf16 --fp32-residual-connection",
+            "--fp32-residual-connection needs Transformer Engine, --transformer-impl is local: leave it out",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules layernorm moe",
+            "--recompute-modules layernorm needs Transformer Engine, --transformer-impl is local: leave "
+            "it out (core_attn, moe and mlp need none)",
+        ),
+        (
+            "--trainer-ranks 3 --pipeline-model-parallel-size 3",
+            "--pipeline-model-parallel-size is 3, which does not divide layers 4",
+        ),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size is 0, must be positive"),
+        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 4"),
+        (
+            "--mini-batches 3",
+            "--rollout-batch-size 16 prompts cannot be cut into --mini-batches 3 equal parts",
+        ),
+        (
+            "--max-prompt-tokens 227",
+            "--max-prompt-tokens + --max-completion-tokens = 257, but the model has 256 positions "
+            "(max_position_embeddings in its config)",
+        ),
+        (
+            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+            "--rollout-batch-size 1 --num-completions 3 --mini-batches 1",
+            "a mini-batch of 3 completions cannot be shared by 1 data-parallel ranks in 2 micro-batches each "
+            "(virtual pipeline stages need them) equally: change --rollout-batch-size, --num-completions or "
+            "--mini-batches",
+        ),
+        (
+            "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 4",
+            "2 pipeline stages of 4 virtual ones do not divide layers 4",
+        ),
+        ("--bf16 --fp16", "--fp16: policy and engines share fp32 or, with --bf16, bfloat16"),
+    ],
+)
+def test_mistakes_get_one_line(refusal, flags, message):
+    assert refusal(flags) == message
+
+
+def test_megatrons_own_refusals_get_one_line(refusal):
+    assert refusal("--train-samples 100") == "Megatron refuses these flags: expected iteration-based training"
+    # an assertion without a message: its source line
+    assert refusal("--min-lr 1") == "Megatron refuses these flags: assert args.min_lr <= args.lr"
+
+
+def test_missing_required_flags(child, checkpoint):
+    for argv, message in (
+        ([], "--hf-checkpoint is required; see --help"),
+        (["--hf-checkpoint", str(checkpoint)], "--prompt-data is required; see --help"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            child(parse_here, argv)
+    without_iters = [flag for flag in BASE if flag not in ("--train-iters", "8")]
+    with pytest.raises(
+        ValueError, match=r"^--train-iters \(optimizer steps\) is required and must be positive$"
+    ):
+        child(parse_here, ["--hf-checkpoint", str(checkpoint), *without_iters])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--bogus 1", "unrecognized arguments: --bogus 1"),
+        # no abbreviations
+        ("--train-ite 9", "unrecognized arguments: --train-ite 9; did you mean --train-iters?"),
+        ("--reward-functon f", "unrecognized arguments: --reward-functon f; did you mean --reward-function?"),
+        ("--trainer-ranks two", "argument --trainer-ranks: invalid int value: 'two'"),
+        ("--ratio-denominator engine", "argument --ratio-denominator: invalid choice: 'engine'"),
+        ("--vespo-positive 2", "argument --vespo-positive: expected 2 arguments"),
+    ],
+)
+def test_what_argparse_refuses(parse, flags, says):
+    with pytest.raises(Exited) as exit_:
+        parse(flags)
+    code, stderr = exit_.value.args
+    assert code == 2
+    assert says in stderr.splitlines()[-1]
+    assert len(stderr) < 600  # Megatron's usage alone has 700 lines
+
+
+def test_paths_are_expanded_in_flags_of_both(parse):
+    args = parse("--save ~/c --load=$HOME/c --output-dir=~/o --tensorboard-dir ${HOME}/t --prompt-key ~")
+    home = Path.home()
+    assert (args.save, args.load) == (str((home / "c").resolve()), str((home / "c").resolve()))
+    assert (args.output_dir, args.tensorboard_dir, args.prompt_key) == (home / "o", f"{home}/t", "~")
+
+
+@pytest.mark.parametrize("flags", ["--save $NOT_THERE/c", "--output-dir=${NOT_THERE}/c"])
+def test_a_variable_of_a_path_that_is_not_set(refusal, flags):
+    assert refusal(flags) == f"{flags.replace('=', ' ')}: the variable NOT_THERE is not set"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--seed 0", "--seed is 0, must be between 1 and 4294967295"),
+        ("--seed -3", "--seed is -3, must be between 1 and 4294967295"),
+        ("--seed 4294967296", "--seed is 4294967296, must be between 1 and 4294967295"),
+        (
+            "--seed 4294967295 --pipeline-model-parallel-size 2 --trainer-ranks 2",
+            "--seed is 4294967295, must be between 1 and 4294967195",
+        ),
+        (
+            "--nccl-communicator-config-path /n/x.yaml",
+            "--nccl-communicator-config-path /n/x.yaml: no such file",
+        ),
+        ("--wandb-project x", "--wandb-project x: nothing of a run would get there"),
+        (
+            "--partition h100",
+            "--partition is an option of sbatch: megatron-vespo submit hands it on, --sbatch ",
+        ),
+    ],
+)
+def test_what_only_a_rank_would_say(refusal, flags, says):
+    assert refusal(flags).startswith(says)
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--save", "--save-rollouts"])
+@pytest.mark.parametrize("below", ["", "/run/1"])
+def test_a_file_in_the_place_of_a_folder(refusal, flag, below, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    assert refusal(f"{flag} {file}{below}") == f"{flag} {file}{below}: {file} is a file, it must be a folder"
+
+
+def test_the_largest_seeds(parse):
+    assert parse("--seed 4294967295").seed == 4294967295
+    assert parse("--seed 1").seed == 1
+
+
+def test_sglang_flags_arrive_without_their_prefix(parse):
+    args = parse("--sglang-mem-fraction-static 0.7 --seed 5 --sglang-disable-radix-cache --sglang-tp-size=2")
+    assert args.sglang_flags == ["--mem-fraction-static", "0.7", "--disable-radix-cache", "--tp-size", "2"]
+    assert args.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--sglang-bogus 1", "--sglang-bogus: SGLang .* has no flag --bogus"),
+        ("--sglang-port 1", "--sglang-port: megatron_vespo sets SGLang's --port itself"),
+        (
+            '--sglang-preferred-sampling-params={"top_p":0.9}',
+            "--sglang-preferred-sampling-params has top_p 0.9: engines' log-probs",
+        ),
+    ],
+)
+def test_sglang_flags_are_checked(refusal, flags, says):
+    assert re.match(says, refusal(flags))
+
+
+def test_another_model_is_refused_before_megatron_is_asked(child, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(
+        ValueError, match="its architecture is GPT2LMHeadModel; supported: Qwen3MoeForCausalLM"
+    ):
+        child(parse_here, ["--hf-checkpoint", str(tmp_path), *BASE])
+
+
+def test_arguments_survive_the_way_to_a_worker(child, checkpoint):
+    assert child(round_trip_here, ["--hf-checkpoint", str(checkpoint), *BASE])
+
+
+def test_the_parent_stayed_clean(parse):
+    before = set(sys.modules)
+    parse()
+    assert not [name for name in sys.modules.keys() - before if name.partition(".")[0] == "megatron"]
+
+
+HELP_AND_MODULES = """
+import sys
+from megatron_vespo.commands.main import run
+code = run(["train", "--hf-checkpoint", "nowhere", "--help"])
+loaded = {name.partition(".")[0] for name in sys.modules}
+print(sorted(loaded & {"megatron", "ray", "sglang", "transformers"}))
+sys.exit(code)
+"""
+
+
+def test_help_shows_our_groups_and_imports_nothing_heavy():
+    program = [sys.executable, "-c", HELP_AND_MODULES]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    groups = ("model and data", "rollout and reward", "policy loss", "placement and weight sync", "output")
+    for group in groups:
+        assert f"\n{group}:\n" in done.stdout
+    assert "--help-megatron lists them all" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def help_here(argv: list[str]) -> tuple[int, str]:
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        return cli.run(argv), stdout.getvalue()
+
+
+def test_help_megatron_lists_megatrons_flags(child):
+    code, text = child(help_here, ["train", "--help-megatron"])
+    assert code == 0
+    assert text.startswith("Megatron's flags")
+    assert "\n  --tensor-model-parallel-size TENSOR_MODEL_PARALLEL_SIZE\n" in text
+    assert "\n  --moe-router-topk MOE_ROUTER_TOPK\n" in text
+    assert "%(default)s" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "stdout", "stderr"),
+    [
+        (["--help"], 0, cli.USAGE, ""),
+        ([], 2, cli.USAGE, ""),
+        (
+            ["serve"],
+            2,
+            "",
+            f"megatron-vespo: no command 'serve'; there are: {', '.join(cli.COMMANDS)}\n",
+        ),
+    ],
+)
+def test_commands(capsys, argv, code, stdout, stderr):
+    assert cli.run(argv) == code
+    assert capsys.readouterr() == (stdout, stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("--lr is required"), 2, "--lr is required"),
+        (RuntimeError("engine 0 ended"), 1, "engine 0 ended"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_whatever_goes_wrong_ends_in_one_line(capsys, monkeypatch, error, code, line):
+    def main(argv):
+        raise error
+
+    # the real module imports Ray
+    monkeypatch.setitem(sys.modules, "megatron_vespo.commands.train", Namespace(main=main))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert cli.run(["train"]) == code
+    assert capsys.readouterr().err == f"megatron-vespo: {line}\n"
+
+
+def test_runtime_plugins_are_called_once(monkeypatch):
+    calls = []
+    plugin = Namespace(load=lambda: lambda: calls.append("plugin"))
+
+    def entry_points(group):
+        assert group == "megatron_vespo.runtime"
+        return [plugin, plugin]
+
+    monkeypatch.setattr("megatron_vespo.system.plugins.entry_points", entry_points)
+    load_runtime_plugins.cache_clear()
+    try:
+        load_runtime_plugins()
+        load_runtime_plugins()
+    finally:
+        load_runtime_plugins.cache_clear()
+    assert calls == ["plugin", "plugin"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ("", 1),
+        ("--sglang-tp-size 2", 2),
+        ("--sglang-tp-size 2 --sglang-tensor-parallel-size 8 --sglang-dtype float32", 8),
+    ],
+)
+def test_the_last_of_sglangs_sizes_counts(flags, size):
+    assert engine_size(parse_sglang_flags(flags.split())[0]) == size

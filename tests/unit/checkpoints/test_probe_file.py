@@ -1,0 +1,99 @@
+"""Samples and log-probs through the file of probes, and what counts as the same policy."""
+
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_vespo.checkpoints.probe_file import NUM_PROBES, ProbeMismatchError, compare, decode, encode
+from megatron_vespo.cluster.trainer_worker import TrainerWorker
+from megatron_vespo.observability.tracing import Spans
+from megatron_vespo.types import TrainingSample
+
+
+def sample(prompt: int, completion: int) -> TrainingSample:
+    draw = np.random.default_rng(prompt)
+    routes = draw.integers(0, 9, (prompt + completion - 1, 2, 2)).astype(np.uint8)
+    return TrainingSample(
+        token_ids=draw.integers(0, 99, prompt + completion),
+        prompt_length=prompt,
+        behavior_log_probs=-draw.random(completion, np.float32),
+        policy_versions=np.full(completion, 3),
+        advantage=-0.25,
+        reward=0.5,
+        temperature=0.7,
+        group_id=prompt,
+        routed_experts=routes,
+        routes_version=3,
+    )
+
+
+def test_they_come_back_bit_for_bit_but_for_routes():
+    samples = [sample(2, 5), sample(7, 1)]
+    log_probs = [-np.random.default_rng(9).random(n, np.float32) for n in (5, 1)]
+    found, found_log_probs = decode(encode(samples, log_probs))
+    for expected, actual in zip(samples, found, strict=True):
+        assert actual.routed_experts is None and actual.routes_version is None
+        expected = dataclasses.replace(expected, routed_experts=None, routes_version=None)
+        for field in dataclasses.fields(TrainingSample):
+            before, after = getattr(expected, field.name), getattr(actual, field.name)
+            np.testing.assert_array_equal(after, before, err_msg=field.name)
+            if isinstance(before, np.ndarray):
+                assert after.dtype == before.dtype, field.name
+            else:
+                assert type(after) is type(before), field.name
+    for expected, actual in zip(log_probs, found_log_probs, strict=True):
+        assert actual.dtype == np.float32
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_probes_do_not_hold_the_batch_that_they_come_from():
+    """As Ray hands a batch over: arrays are views into one object."""
+    buffers: list[pickle.PickleBuffer] = []
+    packed = pickle.dumps(
+        [[sample(2, 5)], [sample(3 + n, 4) for n in range(NUM_PROBES + 2)]],
+        protocol=5,
+        buffer_callback=buffers.append,
+    )
+    store = [bytes(buffer) for buffer in buffers]
+    batch = pickle.loads(packed, buffers=store)
+    stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
+    worker = object.__new__(TrainerWorker)
+    worker._args = SimpleNamespace(ratio_denominator="rollout")
+    worker._spans, worker._memory = Spans(), SimpleNamespace(take_all=lambda: None)
+    worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
+    worker.prepare(batch)
+    assert len(worker._probes) == NUM_PROBES
+    for kept, given in zip(worker._probes, batch[1], strict=False):
+        assert kept.routed_experts is None and given.routed_experts is not None
+        for name in ("token_ids", "behavior_log_probs", "policy_versions"):
+            ours, theirs = getattr(kept, name), getattr(given, name)
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+            assert any(np.shares_memory(theirs, part) for part in stored), "the test sees views"
+            assert not any(np.shares_memory(ours, part) for part in stored), name
+            assert ours.base is None and ours.flags.owndata
+
+
+def test_fp32_compares_the_largest_difference():
+    saved = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
+    close = [saved[0], saved[1] + 9e-5]
+    assert compare(saved, close, bf16=False, where="here") == pytest.approx(9e-5, rel=0.01)
+    with pytest.raises(ProbeMismatchError, match="^here does not .* 2 samples differ by 1.1.e-04 .largest."):
+        compare(saved, [saved[0], saved[1] + 1.1e-4], bf16=False, where="here")
+
+
+def test_bf16_compares_the_mean():
+    saved = [np.zeros(100, np.float32)]
+    flipped = np.zeros(100, np.float32)
+    flipped[3] = 0.5  # one token whose router chose another expert
+    assert compare(saved, [flipped], bf16=True, where="here") == 0.5
+    with pytest.raises(ProbeMismatchError, match="mean"):
+        compare(saved, [flipped + 0.06], bf16=True, where="here")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_number_is_no_match(bf16):
+    with pytest.raises(ProbeMismatchError):
+        compare([np.zeros(2, np.float32)], [np.array([0, np.nan], np.float32)], bf16, "here")

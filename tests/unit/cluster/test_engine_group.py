@@ -1,0 +1,341 @@
+"""What becomes of engines that end, and how the weights get to those that run; servers are stood in for."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.cluster import engine_group
+from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.rollout.engine import EngineError, EnginePortError
+from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
+from megatron_vespo.weight_sync.verify import WeightMismatchError
+
+
+class Slot:
+    """Healthy as soon as it is allowed to; the test ends it."""
+
+    def __init__(self, number: int):
+        self.number, self.log_path = number, Path(f"logs/engine-{number}.log")
+        self.num_starts, self.url = 0, None
+        self.may_start, self.end = True, None
+        self.always_ends: str | None = None
+        self.stopped = self.dropped = self.is_probed = False
+        self.probed: list[bool] = []
+
+    def start(self) -> None:
+        self.num_starts += 1
+        self.url = None
+
+    def look(self, probing: bool) -> None:
+        self.probed.append(probing)
+        how, self.end = self.end or self.always_ends, None
+        if isinstance(how, EngineError):
+            raise how
+        if how is not None:
+            raise EngineError(f"engine http://h:{3000 + self.num_starts} {how}", "the end of its log")
+        if self.may_start and self.url is None:
+            self.url = f"http://engine-{self.number}-{self.num_starts}"
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def drop_worker(self) -> None:
+        self.dropped = True
+
+
+@pytest.fixture()
+def start(monkeypatch):
+    monkeypatch.setattr(engine_group, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine_group, "DEATH_NOTICE_S", 0.05)
+    groups = []
+
+    def start(*slots: Slot, restarts: int = 3, min_engines: int = 1):
+        said: list[str] = []
+        groups.append(EngineGroup(slots, restarts=restarts, min_engines=min_engines, say=said.append))
+        return groups[-1], said
+
+    yield start
+    for group in groups:
+        group.stop()
+        assert not group._thread.is_alive()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Trainer:
+    """Notes what is asked of it; `lose[call]` are the engines that it finds lost there, once."""
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+        self.lose: dict[str, list[str]] = {}
+
+    def _call(self, name: str, *arguments) -> None:
+        self.calls.append((name, *arguments))
+        if name in self.lose:
+            raise EnginesLostError({url: f"engine {url}: gone" for url in self.lose.pop(name)})
+
+    def connect_engines(self, urls, fresh, number, engine_size, api_key) -> None:
+        assert api_key == KEY
+        self._call("connect", urls, fresh, number, engine_size)
+
+    def sync_weights(self, version: int) -> None:
+        self._call("sync", version)
+
+    def check_weights(self, version: int) -> float:
+        self._call("check", version)
+        return 0.5
+
+
+KEY = "key"
+A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
+
+
+def engine_sync(group: EngineGroup, trainer, engine_size: int = 1) -> EngineSync:
+    sync = EngineSync(group, engine_size, KEY)
+    sync.attach(trainer)
+    return sync
+
+
+def test_engines_serve_when_they_have_the_weights(start):
+    group, said = start(Slot(0), Slot(1))
+    group.wait_until_ready()
+    assert group.urls == [None, None] and group.any_ready() and not group.any_serves()
+    trainer = Trainer()
+    sync = engine_sync(group, trainer, engine_size=2)
+    assert sync.sync(0) == 0.5
+    assert group.urls == [A1, B1] and not group.any_ready()
+    assert sync.sync(4) == 0.5
+    # connected once
+    assert trainer.calls == [
+        ("connect", [A1, B1], [A1, B1], 1, 2), ("sync", 0), ("check", 0), ("sync", 4), ("check", 4),
+    ]  # fmt: skip
+    assert said == []
+    assert group.metrics() == {"engines/serving": 2, "engines/restarts": 0, "engines/lost_requests": 0}
+
+
+def test_a_dead_engine_is_started_again_and_rejoins(start):
+    first, second = Slot(0), Slot(1)
+    group, said = start(first, second)
+    trainer = Trainer()
+    sync = engine_sync(group, trainer)
+    group.wait_until_ready()
+    sync.sync(0)
+    second.may_start, second.end = False, "died (signal SIGKILL)"
+    until(lambda: group.urls == [A1, None])
+    group.check()
+    assert said == [
+        "engine http://h:3001 died (signal SIGKILL); 1 of 2 engines serve, engine 1 is started again "
+        "(restart 1 of 3)"
+    ]
+    sync.sync(1)  # without it
+    second.may_start = True
+    until(group.any_ready)
+    assert group.urls == [A1, None]
+    assert sync.is_wanted(while_others_serve=True) and not sync.is_wanted(while_others_serve=False)
+    sync.sync(2)
+    assert group.urls == [A1, B2] and not sync.is_wanted(while_others_serve=True)
+    assert said[1:] == ["engine 1 serves again (2 of 2 engines serve)"]
+    connections = [call for call in trainer.calls if call[0] == "connect"]
+    assert connections == [
+        ("connect", [A1, B1], [A1, B1], 1, 1),
+        ("connect", [A1], [], 2, 1),
+        ("connect", [A1, B2], [B2], 3, 1),
+    ]
+
+
+@pytest.mark.parametrize("where", ["connect", "sync", "check"])
+def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
+    first, second = Slot(0), Slot(1)
+    group, said = start(first, second)
+    group.wait_until_ready()
+    trainer = Trainer()
+    trainer.lose[where] = [B1]
+    sync = engine_sync(group, trainer)
+    second.may_start = False
+    sync.sync(5)
+    assert group.urls == [A1, None] and second.num_starts == 2
+    assert trainer.calls[-3:] == [("connect", [A1], [A1], 2, 1), ("sync", 5), ("check", 5)]
+    assert said == [f"engine {B1}: gone; 0 of 2 engines serve, engine 1 is started again (restart 1 of 3)"]
+    second.may_start = True
+    until(group.any_ready)
+    sync.sync(6)
+    assert group.urls == [A1, B2]
+
+
+def test_where_no_engine_is_left_a_sync_waits_for_one(start):
+    slot = Slot(0)
+    group, _ = start(slot)
+    trainer = Trainer()
+    trainer.lose["sync"] = [A1]
+    engine_sync(group, trainer).sync(0)
+    assert group.urls == ["http://engine-0-2"]
+    again = "http://engine-0-2"
+    assert trainer.calls == [
+        ("connect", [A1], [A1], 1, 1), ("sync", 0), ("connect", [again], [again], 2, 1), ("sync", 0),
+        ("check", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [WeightMismatchError("other weights"), WeightSyncError("refused")])
+def test_what_no_restart_mends_ends_the_sync(start, error):
+    group, _ = start(Slot(0))
+    trainer = Trainer()
+
+    def refuse(version: int) -> None:
+        raise error
+
+    trainer.sync_weights = refuse
+    with pytest.raises(type(error), match=str(error)):
+        engine_sync(group, trainer).sync(0)
+    assert group.urls == [None]
+
+
+def test_restarts_run_out(start):
+    first, second = Slot(0), Slot(1)
+    group, said = start(first, second, restarts=1)
+    group.wait_until_ready()
+    for starts in (1, 2):
+        until(lambda: second.url is not None)
+        second.end = f"died (signal {starts})"
+        until(lambda: second.end is None)
+    until(lambda: second.stopped)
+    group.check()
+    assert said[-1] == (
+        "engine http://h:3002 died (signal 2) and has had its --engine-restarts 1: "
+        "the run goes on without it, 0 of 2 engines serve"
+    )
+    assert [member.number for member in group.members()] == [0]
+    first.end = "hangs"
+    until(lambda: first.num_starts == 2)
+    first.always_ends = "hangs"
+    over = (
+        r"^engine http://h:3002 hangs and has had its --engine-restarts 1: 0 engines are left, "
+        r"--min-engines is 1; see logs/engine-0.log; the end of its log$"
+    )
+    until(lambda: group._over is not None)
+    for wait in (group.check, group.members, group.wait_until_ready):
+        with pytest.raises(EngineError, match=over):
+            wait()
+
+
+def test_fewer_than_min_engines_end_the_run_though_one_serves(start):
+    first, second = Slot(0), Slot(1)
+    group, _ = start(first, second, restarts=0, min_engines=2)
+    group.wait_until_ready()
+    second.end = "died"
+    until(lambda: group._over is not None)
+    with pytest.raises(EngineError, match="1 engines are left, --min-engines is 2"):
+        group.check()
+
+
+def test_a_first_start_that_fails_twice_in_the_same_way_ends_the_run_with_the_log(start):
+    slot = Slot(0)
+    slot.always_ends = "died (exit status 2)"  # each time from another port
+    group, said = start(slot)
+    with pytest.raises(EngineError, match=r"died \(exit status \d\); the end of its log$"):
+        group.wait_until_ready()
+    assert slot.num_starts == 2 and len(said) == 1
+
+
+def test_a_first_start_that_fails_in_different_ways_goes_on(start):
+    slot = Slot(0)
+    slot.may_start, slot.end = False, "died (signal SIGKILL)"
+    group, _ = start(slot)
+    until(lambda: slot.num_starts == 2)
+    slot.end = "is not healthy"
+    until(lambda: slot.num_starts == 3)
+    slot.may_start = True
+    group.wait_until_ready()
+    assert [member.start for member in group.members()] == [3]
+
+
+def test_nobody_is_taken_for_hung_while_the_weights_change(start):
+    slot = Slot(0)
+    group, _ = start(slot)
+    group.wait_until_ready()
+    with group.quiet():
+        time.sleep(0.05)
+        slot.probed.clear()
+        until(lambda: len(slot.probed) > 3)
+        assert not any(slot.probed)
+    slot.probed.clear()
+    until(lambda: slot.probed)
+    assert all(slot.probed)
+
+
+def test_held_engines_are_neither_probed_nor_started(start):
+    first, second = Slot(0), Slot(1)
+    group, said = start(first, second)
+    assert [member.url for member in group.hold()] == [A1, B1]  # it waited for them
+    for slot in (first, second):
+        slot.probed.clear()
+    second.end = "died"
+    until(lambda: said)
+    assert second.num_starts == 1
+    # again, as by another trainer: the one that is to be started later is not waited for
+    assert [member.url for member in group.hold()] == [A1]
+    until(lambda: len(first.probed) > 3)
+    assert not any(first.probed)
+    group.start_waiting()
+    until(lambda: second.url == B2)
+    assert not any(second.probed)
+    assert [member.url for member in group.hold()] == [A1, B2]
+    group.let_go()
+    group.let_go()
+    until(lambda: first.probed[-1] and second.probed[-1])
+    assert group._quiet == 0
+
+
+def test_to_hold_waits_for_signs_of_life(start):
+    slot = Slot(0)
+    group, _ = start(slot)
+    group.wait_until_ready()
+    slot.is_probed = True
+    held = []
+    thread = threading.Thread(target=lambda: held.append(group.hold()))
+    thread.start()
+    time.sleep(0.05)
+    assert not held
+    slot.is_probed = False
+    thread.join(5)
+    assert [member.url for member in held[0]] == [A1]
+
+
+def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):
+    slot = Slot(0)
+    group, _ = start(slot)
+    [member] = group.members()
+    slot.end = "died"
+    until(lambda: slot.num_starts == 2)
+    group.members()
+    group.lose(member, "no answer")
+    group.serve([member])
+    assert slot.num_starts == 2 and group.urls == [None]
+
+
+def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
+    group, _ = start(Slot(0))
+    group.wait_until_ready()
+    sync = EngineSync(group, 1)
+    assert sync.is_wanted(while_others_serve=False)
+    assert sync.sync(0) == 0.0
+    assert group.urls == [A1]
+
+
+def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):
+    slot = Slot(0)
+    slot.always_ends = EnginePortError("it cannot listen on h:30000; choose another port with --rollout-port")
+    group, said = start(slot)
+    with pytest.raises(
+        EngineError, match="^it cannot listen on h:30000; choose another port with --rollout-port$"
+    ):
+        group.wait_until_ready()
+    assert slot.num_starts == 1 and not said

@@ -1,0 +1,47 @@
+"""The rule of the nodes' GPUs against trying every way to lay engines out."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from megatron_vespo.commands.plan.gpu_count import too_few_gpus
+
+
+def can_be_placed(ranks: int, engines: int, size: int, nodes: int, per_node: int) -> bool:
+    for on_node in product(range(engines + 1), repeat=nodes):
+        free = [per_node - here * size for here in on_node]
+        if sum(on_node) == engines and min(free) >= 0 and sum(free) >= ranks:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_what_can_be_placed(size):
+    for ranks, engines, nodes, per_node in product((0, 1, 3, 4, 9), range(5), (1, 2, 3), (1, 2, 3, 4, 7)):
+        wrong = too_few_gpus(ranks, engines, size, nodes, per_node)
+        assert (wrong is None) == can_be_placed(ranks, engines, size, nodes, per_node), wrong
+        wrong = too_few_gpus(ranks + engines * size, engines, size, nodes, per_node, colocate=True)
+        assert (wrong is None) == can_be_placed(ranks, engines, size, nodes, per_node), wrong
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ((8, 8, 2, 2, 8), "24 GPUs are needed, 2 nodes x 8 = 16 are there: --nodes 3 or --rollout-engines 4"),
+        ((32, 8, 2, 2, 8), "48 GPUs are needed, 2 nodes x 8 = 16 are there: --nodes 6 or a smaller layout"),
+        (
+            (9, 4, 2, 1, 8, True),
+            "9 GPUs are needed, 1 node x 8 = 8 are there: --nodes 2 or a smaller layout",
+        ),
+        ((4, 1, 16, 3, 8), "an engine of 16 GPUs does not fit a node of 8: lower --sglang-tp-size"),
+        (
+            (3, 2, 2, 1, 3, True),
+            "1 node x 3 holds 1 engine of 2 GPUs, none across nodes: --rollout-engines 1",
+        ),
+        ((6, 9, 2, 8, 3), "8 nodes x 3 hold 8 engines of 2 GPUs, none across nodes: --rollout-engines 8"),
+    ],
+)
+def test_what_would_be_right(run, message):
+    assert too_few_gpus(*run) == message

@@ -1,0 +1,115 @@
+"""Files of samples: what a line may hold, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_vespo.commands.check_layout.sample_file import random_samples, read_samples, with_noisy_behavior
+
+VOCAB_SIZE = 20
+ROW = {"token_ids": [5, 9, 2, 11, 19], "prompt_length": 3, "advantage": -0.25}
+
+
+@pytest.fixture()
+def write(tmp_path):
+    def write(*rows):
+        path = tmp_path / "samples.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def test_a_line_becomes_a_sample(write):
+    full = {"behavior_log_probs": [-1, -0.5], "temperature": 0.7, "reward": 1.0, "group_id": 4}
+    first, second = read_samples(write(ROW, "", ROW | full), VOCAB_SIZE)
+
+    np.testing.assert_array_equal(first.token_ids, [5, 9, 2, 11, 19])
+    assert first.token_ids.dtype == np.int64
+    assert (first.prompt_length, first.completion_length, first.advantage) == (3, 2, -0.25)
+    assert (first.temperature, first.reward, first.group_id) == (1.0, 0.0, 0)
+    assert np.isnan(first.behavior_log_probs).all() and first.behavior_log_probs.shape == (2,)
+    np.testing.assert_array_equal(first.policy_versions, [0, 0])
+
+    np.testing.assert_array_equal(second.behavior_log_probs, np.array([-1.0, -0.5], np.float32))
+    assert second.behavior_log_probs.dtype == np.float32
+    assert (second.temperature, second.reward, second.group_id) == (0.7, 1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[1]", "a row must be a JSON object, this one is a list"),
+        ({"token_ids": [1, 2], "prompt_length": 1}, "advantage is missing"),
+        (ROW | {"behaviour_log_probs": [-1, -1]},
+         "no key 'behaviour_log_probs' is known; did you mean 'behavior_log_probs'?"),
+        (ROW | {"zzz": 1}, "no key 'zzz' is known; known are token_ids, prompt_length, advantage, "
+                           "behavior_log_probs, temperature, reward, group_id"),
+        (ROW | {"token_ids": [5, 20]}, "token_ids must be a list of integers from 0 to 19"),
+        (ROW | {"token_ids": [5, -1]}, "token_ids must be a list of integers from 0 to 19"),
+        (ROW | {"token_ids": [5, 1.0]}, "token_ids must be a list of integers from 0 to 19"),
+        (ROW | {"token_ids": "5 9"}, "token_ids must be a list of integers from 0 to 19"),
+        (ROW | {"prompt_length": 0}, "prompt_length must be an integer from 1 to 4, one less than the "
+                                     "token_ids, it is the number 0"),
+        (ROW | {"prompt_length": 5}, "prompt_length must be an integer from 1 to 4"),
+        (ROW | {"prompt_length": True}, "prompt_length must be an integer from 1 to 4"),
+        (ROW | {"advantage": None}, "advantage must be a finite number, here is null"),
+        ('{"token_ids": [1, 2], "prompt_length": 1, "advantage": NaN}',
+         "advantage must be a finite number, here is the number nan"),
+        (ROW | {"temperature": 0}, "temperature must be positive, it is the number 0"),
+        (ROW | {"group_id": 1.5}, "group_id must be an integer, it is the number 1.5"),
+        (ROW | {"behavior_log_probs": [-1]},
+         "behavior_log_probs must be a list of 2 numbers, one a completion token, it is a list of 1"),
+        (ROW | {"behavior_log_probs": None},
+         "behavior_log_probs must be a list of 2 numbers, one a completion token, it is null"),
+        (ROW | {"behavior_log_probs": [-1, "x"]},
+         "behavior_log_probs must be a finite number, here is a string"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named(write, row, message):
+    path = write(ROW, row)
+    with pytest.raises(ValueError) as raised:
+        read_samples(path, VOCAB_SIZE)
+    assert str(raised.value).startswith(f"{path} line 2: {message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_without_samples(write, tmp_path):
+    with pytest.raises(ValueError, match="the file is empty; it needs one sample a line"):
+        read_samples(write(""), VOCAB_SIZE)
+    with pytest.raises(ValueError, match=r"none.jsonl: no such file"):
+        read_samples(tmp_path / "none.jsonl", VOCAB_SIZE)
+
+
+def test_random_samples_depend_on_the_seed_alone():
+    one, again, other = (random_samples(64, VOCAB_SIZE, 4, 6, seed) for seed in (1, 1, 2))
+    for a, b in zip(one, again, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        assert (a.prompt_length, a.advantage) == (b.prompt_length, b.advantage)
+    assert [s.advantage for s in one] != [s.advantage for s in other]
+
+
+def test_random_samples_cover_their_ranges():
+    samples = random_samples(400, VOCAB_SIZE, 4, 6, seed=0)
+    assert {s.prompt_length for s in samples} == {1, 2, 3, 4}
+    assert {s.completion_length for s in samples} == {1, 2, 3, 4, 5, 6}
+    assert set(np.concatenate([s.token_ids for s in samples])) == set(range(VOCAB_SIZE))
+    assert {s.advantage > 0 for s in samples} == {True, False}
+    assert {s.temperature for s in samples} == {1.0}
+
+
+def test_only_missing_behavior_is_made(write):
+    given = {"behavior_log_probs": [-3.0, -4.0]}
+    samples = read_samples(write(*[ROW] * 500, ROW | given), VOCAB_SIZE)
+    log_probs = [np.array([-1.0, -2.0], np.float32)] * len(samples)
+    filled = with_noisy_behavior(samples, log_probs, 0.05, seed=3)
+
+    np.testing.assert_array_equal(filled[-1].behavior_log_probs, np.array([-3.0, -4.0], np.float32))
+    noise = np.stack([s.behavior_log_probs for s in filled[:-1]]) - np.array([-1.0, -2.0])
+    assert noise.std() == pytest.approx(0.05, rel=0.1) and abs(noise.mean()) < 0.01
+    assert filled[0].behavior_log_probs.dtype == np.float32
+    assert np.isnan(samples[0].behavior_log_probs).all(), "the samples given are left alone"

@@ -1,0 +1,127 @@
+"""The controller's asynchronous path; what generates and trains is a stand-in."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from megatron_vespo.observability.metrics import batch_records, read_metrics
+from megatron_vespo.rollout.buffer import RolloutBuffer
+from megatron_vespo.rollout.buffer_state import unpack_pending
+from megatron_vespo.types import Completion
+from tests.support.controllers import COMPLETIONS, MINI_BATCHES, PROMPTS, controller
+
+
+class Stream:
+    """Finishes what it dispatches at once, as far ahead as the bound allows."""
+
+    def __init__(self, max_staleness: int):
+        self.log: list[str] = []
+        self.buffer = RolloutBuffer(
+            lambda: PROMPTS[0], batch_size=len(PROMPTS), mini_batches=MINI_BATCHES,
+            max_staleness=max_staleness, requeue=True, max_dispatches=1,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    def take(self, timeout_s: float):
+        batch = self.buffer.take()
+        while self.buffer.room():
+            ticket = self.buffer.dispatch()
+            versions = np.full(3, ticket.version)
+            zeros = np.zeros(3, np.float32)
+            group = [
+                Completion(ticket.prompt, [5, 6, 7], zeros, versions, None, "stop", 1.0, reward=float(i))
+                for i in range(COMPLETIONS)
+            ]
+            self.buffer.finish(ticket, group)
+        return batch or self.buffer.take()
+
+    def serve(self, version: int) -> None:
+        self.log.append(f"serve {version}")
+        self.buffer.serve(version)
+
+    def suspend(self, timeout_s: float) -> None:
+        self.log.append("suspend")
+
+    def resume(self) -> None:
+        self.log.append("resume")
+
+    def messages(self) -> list[str]:
+        return []
+
+    @contextmanager
+    def held(self):
+        yield self.buffer
+
+    def stop(self, timeout_s: float) -> None:
+        self.log.append("stop")
+
+
+def asynchronous(tmp_path, max_staleness: int, interval: int | None, **flags):
+    run = controller(
+        tmp_path, "warn", 3, set(), train_timeout=1.0, generate_timeout=1.0, weight_sync_timeout=1.0,
+        max_staleness=max_staleness, sync_interval=interval, **flags,
+    )  # fmt: skip
+    run.stream = Stream(max_staleness)
+    run.trainer.sync_weights = lambda version: 1.0  # seconds of the weight check
+    return run
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_staleness", "served"),
+    [(None, 3, [0, 2, 4, 6]), (1, 3, [0, 1, 2, 3, 4, 5, 6]), (4, 5, [0, 4, 6])],
+)
+def test_weights_are_synced_at_the_interval_and_at_the_end(tmp_path, interval, max_staleness, served):
+    run = asynchronous(tmp_path, max_staleness, interval)
+    stream = run.stream
+    recorded = []
+    run.record = lambda groups, metrics, consumed: recorded.append((len(groups), metrics["reward/mean"]))
+    assert run.train().iteration == 6
+    first, *others = (f"serve {version}" for version in served)
+    assert [entry for entry in stream.log if entry[:5] in ("serve", "start", "stop")] == [
+        first, "start", *others, "stop",
+    ]  # fmt: skip
+    records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
+    assert max(record["staleness/total_max"] for record in records) == max_staleness
+    # all syncs but the first, before any batch, are in the batch that they follow
+    ends = [record["step"] for record in records]
+    assert [record.get("sync/weight_check_seconds", 0.0) for record in records] == [
+        sum(end - MINI_BATCHES < version <= end for version in served[1:]) for end in ends
+    ]
+    assert [record["policy/version"] for record in records] == [
+        max(version for version in served if version <= end) for end in ends
+    ]
+    assert recorded == [(len(PROMPTS), record["reward/mean"]) for record in records]
+    [saved] = run.trainer.saved_buffers
+    pending = unpack_pending(saved, {0: PROMPTS[0]})
+    assert len(pending) == stream.buffer.num_finished > 0
+    assert all(p.is_finished for p in pending)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_generation_stops_for_a_save_and_where_it_is_to_stop_while_there_is_training(tmp_path, stop):
+    run = asynchronous(tmp_path, 3, None, stop_generation=stop)
+    run.train()
+    log = [entry for entry in run.stream.log if not entry.startswith("serve")]
+    batch = ["resume", "suspend"] if stop else ["resume"]
+    save = ["suspend"] if stop else ["suspend", "resume"]
+    assert log == ["start", *batch * 3, *save, "stop"]
+
+
+def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
+    run = controller(tmp_path, "warn", 3, set())
+    run.stream, run.state.iteration = Stream(3), 2
+    asked = []
+
+    def is_wanted(while_others_serve: bool) -> bool:
+        asked.append(while_others_serve)
+        return while_others_serve
+
+    run.engine_sync.is_wanted = is_wanted
+    run.meanwhile(while_others_serve=False)
+    assert run.stream.log == [] and run.served == 0
+    run.meanwhile(while_others_serve=True)
+    assert run.stream.log == ["serve 2"] and run.served == 2
+    assert asked == [False, True]
