@@ -9,7 +9,9 @@ Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -114,7 +116,13 @@ class RunState:
     consumed_prompts: int = 0
     train_seconds: float = 0.0
     evaluation_due: bool = False  # a preemption has interrupted it
-    heldout_before: dict[str, float] | None = None  # metrics of the first evaluation
-    heldout_after: dict[str, float] | None = None  # of the last one
+    eval_before: dict[str, float] | None = None  # metrics of the first evaluation
+    eval_after: dict[str, float] | None = None  # of the last one
     max_logprob_difference: float = 0.0
     log_w_floor: dict[str, float] | None = None  # the last one measured, as metrics
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> RunState:
+        """From what a checkpoint has stored, also under the names of version 0.1."""
+        renamed = {"heldout_before": "eval_before", "heldout_after": "eval_after"}
+        return cls(**{renamed.get(name, name): value for name, value in stored.items()})

@@ -46,7 +46,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         np.cumsum(phases),
         np.array([record["reward/mean"] for record in records]),
-        summary["heldout_accuracy_after"],
+        summary["eval_accuracy_after"],
         summary["idle"]["trainer"]["generation"],
         np.array(lags),
         in_vain / last.get("staleness/trained_groups", math.nan),

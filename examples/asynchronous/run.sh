@@ -22,14 +22,14 @@ for seed in 1 2 3; do
         .venv/bin/megatron-vespo train \
             --hf-checkpoint "$base/base" \
             --prompt-data "$base/train.jsonl" \
-            --heldout-data "$base/heldout.jsonl" \
+            --eval-data "$base/heldout.jsonl" \
             --output-dir "$output" \
             --seed "$seed" \
             --generate-function long_tail:generate \
-            --train-iters 80 --mini-batches 2 --rollout-batch-size 8 --num-completions 8 \
+            --train-iters 80 --steps-per-rollout 2 --rollout-batch-size 8 --group-size 8 \
             --lr 5e-5 --clip-grad 1.0 \
             --max-prompt-tokens 32 --max-completion-tokens 32 --max-tokens-per-gpu 4096 \
-            --heldout-interval 1000 --no-hf-export \
+            --eval-interval 1000 --no-hf-export \
             "${flags[@]}" "$@"
     done
 done

@@ -56,8 +56,8 @@ def command_line(trial: Trial, folder: Path) -> list[str]:
     return [
         *flags(trial, folder / "base"), *LAYOUT,
         "--prompt-data", str(folder / "train.jsonl"), "--no-chat-template",
-        "--heldout-data", str(folder / "heldout.jsonl"),
-        "--heldout-interval", str(max(1, EVALUATION_INTERVAL // trial.mini_batches)),
+        "--eval-data", str(folder / "heldout.jsonl"),
+        "--eval-interval", str(max(1, EVALUATION_INTERVAL // trial.mini_batches)),
         "--reward-function", "running_sum:text_reward",
         "--output-dir", str(folder / "run"),
     ]  # fmt: skip
@@ -96,9 +96,9 @@ def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     for row in rows:
         if "reward/mean" in row:
             since.append(row)
-        if "heldout/accuracy" in row:
+        if "eval/accuracy" in row:
             found["steps"].append(row["step"])
-            found["accuracy"].append(row["heldout/accuracy"])
+            found["accuracy"].append(row["eval/accuracy"])
             for name, metric in CURVES.items() if since else ():
                 found[name].append(float(np.mean([one[metric] for one in since])))
             since = []

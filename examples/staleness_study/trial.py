@@ -60,9 +60,9 @@ def flags(trial: Trial, base: Path) -> list[str]:
     return [
         "--hf-checkpoint", str(base), "--prompt-data", "none", "--output-dir", "none",
         "--policy-loss", trial.method, *denominator,
-        "--mini-batches", str(trial.mini_batches),
+        "--steps-per-rollout", str(trial.mini_batches),
         "--rollout-batch-size", str(trial.mini_batches * PROMPTS_PER_STEP),
-        "--num-completions", str(GROUP_SIZE), "--advantage-estimator", ADVANTAGES,
+        "--group-size", str(GROUP_SIZE), "--advantage-estimator", ADVANTAGES,
         "--train-iters", str(trial.num_steps), "--lr", str(trial.lr), "--seed", str(trial.seed + 1),
         "--max-prompt-tokens", str(running_sum.LENGTH + 1),
         "--max-completion-tokens", str(running_sum.MAX_RESPONSE),

@@ -23,9 +23,9 @@ layout=(
 # The paper's N is 8 at full size; lr and batch fit a 0.5 M parameter model.
 algorithm=(
     --train-iters 80
-    --mini-batches 4
+    --steps-per-rollout 4
     --rollout-batch-size 32
-    --num-completions 16
+    --group-size 16
     --lr 5e-5
     --clip-grad 1.0
 )
@@ -38,11 +38,11 @@ lengths=(
 exec .venv/bin/megatron-vespo train \
     --hf-checkpoint "$work/base" \
     --prompt-data "$work/train.jsonl" \
-    --heldout-data "$work/heldout.jsonl" \
+    --eval-data "$work/heldout.jsonl" \
     --output-dir "$work/run" \
     --save "$work/run/checkpoints" \
     --save-interval 40 \
-    --heldout-interval 2 \
+    --eval-interval 2 \
     --max-logprob-difference 1e-4 \
     --setup-seconds "$SECONDS" \
     "${layout[@]}" "${algorithm[@]}" "${lengths[@]}" "$@"

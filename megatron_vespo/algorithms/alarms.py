@@ -40,7 +40,7 @@ _GO_BACK = " (the same --load, and --ckpt-step N)"
 
 
 AGAINST_ROUNDING = (
-    "neither fewer --mini-batches nor a lower --lr can change it; where the model has experts, "
+    "neither fewer --steps-per-rollout nor a lower --lr can change it; where the model has experts, "
     "--routing-replay R2 or R3 lowers it"
 )
 
@@ -95,7 +95,7 @@ def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
         )
     share, floor = _get(metrics, "ratio/mismatch_share"), metrics.get("ratio/floor_share", 0.0)
     against_mismatch = "use --ratio-denominator recomputed or --routing-replay R3"
-    against_staleness = "use fewer --mini-batches or a lower --lr"
+    against_staleness = "use fewer --steps-per-rollout or a lower --lr"
     remedies = {"staleness": against_staleness, "mismatch": against_mismatch, "rounding": AGAINST_ROUNDING}
     known = not math.isnan(share)
     shares = {"staleness": 1 - share - floor, "mismatch": share, "rounding": floor}
@@ -171,8 +171,8 @@ def entropy_explosion(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | N
     return Alarm(
         "entropy_explosion",
         f"entropy is {now:.3g} nats a token, {now / start:.1f} times the run's first batches'",
-        "the policy forgets how to write: use a lower --lr or fewer --mini-batches, from a checkpoint before "
-        f"it rose{_GO_BACK}",
+        "the policy forgets how to write: use a lower --lr or fewer --steps-per-rollout, from a checkpoint "
+        f"before it rose{_GO_BACK}",
     )
 
 
@@ -242,9 +242,9 @@ def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
     if reward >= SOLVED_REWARD:
         advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
     elif "rollout/generated_prompts" in metrics:  # --dynamic-sampling replaces them
-        advice = f"the mean reward is {reward:.2f}: take easier prompts or more --num-completions"
+        advice = f"the mean reward is {reward:.2f}: take easier prompts or more --group-size"
     else:
-        advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --num-completions"
+        advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --group-size"
     return Alarm(
         "equal_groups", f"in {share:.0%} of the groups all rewards are equal, they teach nothing", advice
     )
@@ -273,7 +273,7 @@ def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
     return Alarm(
         "reward_collapse",
         f"the mean reward of {REWARD_BATCHES} batches fell to {now:.3g}, the best was {best:.3g}",
-        f"go back to a checkpoint before it fell{_GO_BACK}, with a lower --lr or fewer --mini-batches",
+        f"go back to a checkpoint before it fell{_GO_BACK}, with a lower --lr or fewer --steps-per-rollout",
     )
 
 

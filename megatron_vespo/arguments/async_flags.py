@@ -15,8 +15,8 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
         help="engines generate while training runs, and the policy that made a sample's oldest token is at "
         "most so many optimizer steps behind the one it trains; 0: generate and train in turn")  # fmt: skip
     add("--sync-interval", type=int, metavar="K",
-        help="optimizer steps between weight syncs, a divisor or a multiple of --mini-batches; default: "
-        "--mini-batches")  # fmt: skip
+        help="optimizer steps between weight syncs, a divisor or a multiple of --steps-per-rollout; default: "
+        "--steps-per-rollout")  # fmt: skip
     add("--on-weight-update", choices=("retract", "in-place", "abort"), default="retract",
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
         "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
@@ -26,17 +26,16 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
         help="a complete batch stops the others' requests; they go on with the next one")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default="requeue",
         help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
-    add("--max-dispatches", type=int, default=3,
-        help="how often a group that fails or gets too old is generated, then it is given up; also how often "
-        "a request whose engine is lost is sent, then its group has failed")  # fmt: skip
+    add("--max-attempts", type=int, default=3,
+        help="how often a group that fails or gets too old is generated; then it is given up")  # fmt: skip
 
 
 def check_asynchronous(args: Namespace) -> None:
-    staleness, steps, interval = args.max_staleness, args.mini_batches, args.sync_interval
+    staleness, steps, interval = args.max_staleness, args.steps_per_rollout, args.sync_interval
     where = f"--max-staleness {staleness}"
     if staleness < 0:
         raise ValueError(f"{where}: must not be negative")
-    check_positive(args, ("sync_interval", "max_dispatches"))
+    check_positive(args, ("sync_interval", "max_attempts"))
     if args.over_subscription is not None and args.over_subscription < 1:
         raise ValueError(f"--over-subscription is {args.over_subscription:g}, a batch alone needs 1")
     interval = interval or steps
@@ -53,19 +52,19 @@ def check_asynchronous(args: Namespace) -> None:
         if interval != steps:
             raise ValueError(
                 f"--sync-interval {interval}: without --max-staleness weights are synced after every rollout "
-                f"batch, --mini-batches {steps} optimizer steps: leave it out"
+                f"batch, --steps-per-rollout {steps} optimizer steps: leave it out"
             )
         return
     if interval % steps and steps % interval:
         raise ValueError(
-            f"--sync-interval {interval} must be a divisor or a multiple of --mini-batches {steps}"
+            f"--sync-interval {interval} must be a divisor or a multiple of --steps-per-rollout {steps}"
         )
     # a batch of the newest weights reaches max(steps, interval) - 1; one more lets generation run ahead
     least = max(steps, interval)
     if staleness < least:
         raise ValueError(
-            f"{where}: --mini-batches {steps} and --sync-interval {interval} alone make samples {least - 1} "
-            f"optimizer steps old; at least {least}, or 0 for synchronous training"
+            f"{where}: --steps-per-rollout {steps} and --sync-interval {interval} alone make samples "
+            f"{least - 1} optimizer steps old; at least {least}, or 0 for synchronous training"
         )
     _check_combinations(args, where)
 

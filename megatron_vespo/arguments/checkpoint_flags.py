@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
+from megatron_vespo.arguments.checks import check_positive
+
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and failures, beside Megatron's --save, --async-save ...")
@@ -21,6 +23,7 @@ def check_checkpoints(args: Namespace) -> None:
 
 def check_megatron_saving(args: Namespace) -> None:
     """Megatron's own flags, which are known only later."""
+    check_positive(args, ("save_interval",))
     if args.use_persistent_ckpt_worker:
         raise ValueError(
             "--use-persistent-ckpt-worker: with --async-save a thread of each rank writes: leave it out"

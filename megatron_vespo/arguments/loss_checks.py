@@ -9,21 +9,21 @@ import numpy as np
 
 def check_group(args: Namespace) -> None:
     """One completion a prompt has nothing to be compared with but the other prompts'."""
-    if args.num_completions > 1:
+    if args.group_size > 1:
         return
     if args.advantage_estimator != "global":
         raise ValueError(
-            f"--num-completions 1: --advantage-estimator {args.advantage_estimator} compares the completions "
+            f"--group-size 1: --advantage-estimator {args.advantage_estimator} compares the completions "
             "of a prompt and needs at least 2; global compares those of the rollout batch"
         )
     if args.dynamic_sampling:
         raise ValueError(
-            "--num-completions 1: --dynamic-sampling leaves out groups of equal rewards, which a group of 1 "
+            "--group-size 1: --dynamic-sampling leaves out groups of equal rewards, which a group of 1 "
             "always is: leave it out"
         )
     if args.rollout_batch_size == 1:
         raise ValueError(
-            "--num-completions 1 with --rollout-batch-size 1: one reward has nothing to be compared with"
+            "--group-size 1 with --rollout-batch-size 1: one reward has nothing to be compared with"
         )
 
 

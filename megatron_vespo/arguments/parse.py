@@ -181,7 +181,7 @@ def with_expanded_paths(argv: list[str]) -> list[str]:
 def _source(name: str) -> str:
     """Who decides on a derived argument."""
     sources = {
-        "global_batch_size": "--rollout-batch-size x --num-completions / --mini-batches",
+        "global_batch_size": "--rollout-batch-size x --group-size / --steps-per-rollout",
         "micro_batch_size": "packing to --max-tokens-per-gpu",
         "seq_length": "--max-prompt-tokens + --max-completion-tokens",
     }
@@ -191,7 +191,7 @@ def _source(name: str) -> str:
 def _batch_arguments(args: Namespace) -> dict[str, Any]:
     """Megatron's idea of a batch: one optimizer step is one mini-batch, counted in completions."""
     return {
-        "global_batch_size": args.rollout_batch_size * args.num_completions // args.mini_batches,
+        "global_batch_size": args.rollout_batch_size * args.group_size // args.steps_per_rollout,
         "micro_batch_size": 1,  # one pack
         "seq_length": args.max_prompt_tokens + args.max_completion_tokens,
     }

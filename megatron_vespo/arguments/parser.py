@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
+
+from megatron_vespo.arguments.renamed import renamed
 
 _UNKNOWN = "unrecognized arguments: "
 _SIMILAR = 0.75  # of difflib's ratio; 1 is equal
@@ -26,7 +29,10 @@ class FlagParser(argparse.ArgumentParser):
         parser.__class__ = FlagParser
 
     def parse_known_args(self, args=None, namespace=None):
-        _known.setdefault(self.prog, set()).update(_flags_of(self))
+        known = set(_flags_of(self))
+        _known.setdefault(self.prog, set()).update(known)
+        if line := renamed(sys.argv[1:] if args is None else args, known):
+            self.error(line)
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:

@@ -15,7 +15,7 @@ from megatron_vespo.arguments.async_flags import add_asynchronous_arguments
 from megatron_vespo.arguments.checkpoint_flags import add_checkpoint_arguments
 from megatron_vespo.arguments.checks import json_object
 from megatron_vespo.arguments.engine_flags import add_engine_fault_arguments
-from megatron_vespo.arguments.heldout_flags import add_heldout_arguments
+from megatron_vespo.arguments.eval_flags import add_eval_arguments
 from megatron_vespo.system.paths import user_path
 from megatron_vespo.system.time_limits import add_time_limit_arguments
 
@@ -38,7 +38,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Add them all to `parser`."""
     _add_input_arguments(parser)
     _add_rollout_arguments(parser)
-    add_heldout_arguments(parser)
+    add_eval_arguments(parser)
     add_asynchronous_arguments(parser)
     add_engine_fault_arguments(parser)
     _add_algorithm_arguments(parser)
@@ -68,7 +68,7 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rollout and reward")
     add = group.add_argument
     add("--rollout-batch-size", type=int, default=32, help="prompts a rollout batch")
-    add("--num-completions", type=int, default=8, help="completions a prompt (the group)")
+    add("--group-size", type=int, default=8, help="completions a prompt (the group)")
     add("--max-completion-tokens", type=int, default=1024)
     add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
     add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
@@ -104,7 +104,7 @@ def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
     add("--loss-target", type=float, metavar="VALUE",
         help="bapo: positive share of the loss to reach; m2po: mean square of log ratios not to exceed; "
         "default: " + _defaults_of("target"))  # fmt: skip
-    add("--mini-batches", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
+    add("--steps-per-rollout", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
     add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
     add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),

@@ -14,7 +14,7 @@ from megatron_vespo.algorithms.vespo_budget import c2_bounds
 from megatron_vespo.arguments.async_flags import check_asynchronous
 from megatron_vespo.arguments.checks import MOST_SEED, check_folder, check_positive, check_seed
 from megatron_vespo.arguments.engine_flags import check_engine_faults
-from megatron_vespo.arguments.heldout_flags import check_heldout
+from megatron_vespo.arguments.eval_flags import check_eval
 from megatron_vespo.arguments.loss_checks import check_group, check_router_losses
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.system.time_limits import TIME_LIMITS
@@ -29,23 +29,23 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         if getattr(args, flag) is None and not (flag == "prompt_data" and args.train_from):
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
     positive = (
-        "rollout_batch_size num_completions mini_batches max_prompt_tokens max_completion_tokens "
+        "rollout_batch_size group_size steps_per_rollout max_prompt_tokens max_completion_tokens "
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers "
         "weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
         "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
     ).split()
     check_positive(args, positive + [limit.name for limit in TIME_LIMITS])
     check_engine_faults(args)
-    check_heldout(args)
+    check_eval(args)
     if not args.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
     check_folder("--output-dir", args.output_dir)
     check_folder("--save-rollouts", args.save_rollouts)
     check_group(args)
-    if args.rollout_batch_size % args.mini_batches:
+    if args.rollout_batch_size % args.steps_per_rollout:
         raise ValueError(
-            f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --mini-batches "
-            f"{args.mini_batches} equal parts"
+            f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --steps-per-rollout "
+            f"{args.steps_per_rollout} equal parts"
         )
     if not 0 <= args.setup_seconds < math.inf:
         raise ValueError(f"--setup-seconds is {args.setup_seconds:g}, must be 0 or more, and finite")
@@ -201,10 +201,10 @@ def _check_training(args: Namespace) -> None:
     if args.lr is None:
         raise ValueError("--lr is required")
     _check_optimizer(args)
-    if args.train_iters % args.mini_batches:
+    if args.train_iters % args.steps_per_rollout:
         raise ValueError(
-            f"--train-iters {args.train_iters} optimizer steps must be a multiple of --mini-batches "
-            f"{args.mini_batches}"
+            f"--train-iters {args.train_iters} optimizer steps must be a multiple of --steps-per-rollout "
+            f"{args.steps_per_rollout}"
         )
     if args.fp16:
         raise ValueError("--fp16: policy and engines share fp32 or, with --bf16, bfloat16")
@@ -343,5 +343,5 @@ def _check_share(args: Namespace, ranks: int, what: str, micro_batches: int = 1)
     if args.global_batch_size % (ranks * micro_batches):
         raise ValueError(
             f"a mini-batch of {args.global_batch_size} completions cannot be shared by {ranks} {what} "
-            "equally: change --rollout-batch-size, --num-completions or --mini-batches"
+            "equally: change --rollout-batch-size, --group-size or --steps-per-rollout"
         )

@@ -3,7 +3,7 @@
     prompts.npz     rows int64 [P]                  of the prompt file, from 0; P prompts in the file's order
                     contents, tokens uint64 [P]     hashes of question and answer, and of the token ids
                     seed int64, date str            what the order follows from; what chat templates read
-                    heldout str                     digest of the held-out prompts, empty without
+                    eval_prompts str            digest of the held-out prompts, empty without
 
 The file may lie elsewhere, and have other columns beside. The date is that of the run's first start: a chat
 template that writes it makes the same prompts on every day of the run.
@@ -35,11 +35,11 @@ class PromptRecord:
     tokens: np.ndarray
     seed: int
     date: datetime
-    heldout: str
+    eval_prompts: str
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], seed: int, date: datetime, heldout: Sequence[Prompt] = ()
+        cls, prompts: Sequence[Prompt], seed: int, date: datetime, eval_prompts: Sequence[Prompt] = ()
     ) -> PromptRecord:
         return cls(
             np.array([prompt.prompt_id for prompt in prompts], np.int64),
@@ -48,7 +48,7 @@ class PromptRecord:
             _hashes(np.array(prompt.token_ids, np.int64).tobytes() for prompt in prompts),
             seed,
             date,
-            digest(heldout) if heldout else "",
+            digest(eval_prompts) if eval_prompts else "",
         )
 
     def encode(self) -> bytes:
@@ -67,7 +67,7 @@ class PromptRecord:
                 f"--load {folder} is of a run with other prompts: {difference}; give the same again, or "
                 "begin a new run with its policy (megatron-vespo convert megatron-to-hf)"
             )
-        if self.heldout and now.heldout and self.heldout != now.heldout:
+        if self.eval_prompts and now.eval_prompts and self.eval_prompts != now.eval_prompts:
             return [f"the held-out prompts are others than before {folder}: do not compare their accuracies"]
         return []
 
@@ -96,9 +96,10 @@ def read_record(folder: Path) -> PromptRecord | None:
     if not path.is_file():
         return None
     with located(f"--load {path}: broken"), np.load(path, allow_pickle=False) as stored:
+        evaluated = "eval_prompts" if "eval_prompts" in stored else "heldout"  # as it was called once
         return PromptRecord(
             stored["rows"], stored["contents"], stored["tokens"], int(stored["seed"]),
-            datetime.fromisoformat(str(stored["date"])), str(stored["heldout"]),
+            datetime.fromisoformat(str(stored["date"])), str(stored[evaluated]),
         )  # fmt: skip
 
 

@@ -15,11 +15,13 @@ FRESH_OPTIMIZER = "--no-load-optim takes the weights alone and starts the optimi
 _SAID = (
     "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
-    "mini_batches", "rollout_batch_size", "num_completions", "seed", "advantage_estimator", "policy_loss",
+    "steps_per_rollout", "rollout_batch_size", "group_size", "seed", "advantage_estimator", "policy_loss",
     "loss_aggregation", "clip_range", "dual_clip", "sapo_tau", "loss_target", "vespo_positive",
     "vespo_negative", "vespo_budget", "ratio_denominator", "old_policy", "mismatch_truncation",
     "mismatch_correction", "mismatch_bounds", "routing_replay",
 )  # fmt: skip
+# as version 0.1 has stored them
+_OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_size"}
 # --use-checkpoint-opt-param-scheduler takes these from the checkpoint
 _SCHEDULED = ("lr", "min_lr", "lr_decay_style", "weight_decay")
 
@@ -67,6 +69,7 @@ def take_schedule(saved: Mapping[str, Any], args: Namespace) -> None:
 
 def changes(saved: Mapping[str, Any], args: Namespace) -> list[str]:
     """What people should know, like "--lr 1e-06 (the checkpoint had 2e-06)"."""
+    saved = {_OLD_NAMES.get(name, name): value for name, value in saved.items()}
     scheduled = _SCHEDULED if args.use_checkpoint_opt_param_scheduler else ()
     return [
         f"--{name.replace('_', '-')} {_plain(getattr(args, name))} (the checkpoint had {_plain(saved[name])})"

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         except OSError as error:
             # no mistake in a flag: paths were right when the run started, and may be so again
             raise RuntimeError(f"the run broke: {error}") from error
-    _report(args, state, len(task.heldout), run.setup_seconds, run.idle)
+    _report(args, state, len(task.eval_prompts), run.setup_seconds, run.idle)
 
 
 class Run:
@@ -170,19 +170,20 @@ class Run:
 
 def _draw(args: Namespace) -> Path:
     picture = args.output_dir / "curves.png"
-    plot_curves(read_metrics(args.output_dir / "metrics.jsonl"), picture, f"VESPO, N = {args.mini_batches}")
+    metrics = read_metrics(args.output_dir / "metrics.jsonl")
+    plot_curves(metrics, picture, f"VESPO, N = {args.steps_per_rollout}")
     return picture
 
 
-def _heldout(when: str, metrics: dict[str, float] | None) -> dict[str, Any]:
+def _eval_summary(when: str, metrics: dict[str, float] | None) -> dict[str, Any]:
     if metrics is None:
         return {}
-    interval = [metrics["heldout/interval_low"], metrics["heldout/interval_high"]]
-    return {f"heldout_accuracy_{when}": metrics["heldout/accuracy"], f"heldout_interval_{when}": interval}
+    interval = [metrics["eval/interval_low"], metrics["eval/interval_high"]]
+    return {f"eval_accuracy_{when}": metrics["eval/accuracy"], f"eval_interval_{when}": interval}
 
 
 def _report(
-    args: Namespace, state: RunState, num_heldout: int, setup_seconds: float, idle: dict[str, dict]
+    args: Namespace, state: RunState, num_eval: int, setup_seconds: float, idle: dict[str, dict]
 ) -> None:
     paths = {
         "metrics": args.output_dir / "metrics.jsonl",
@@ -200,9 +201,9 @@ def _report(
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     context = args.context_parallel_size
     summary = {
-        **_heldout("before", state.heldout_before),
-        **_heldout("after", state.heldout_after),
-        "heldout_prompts": num_heldout,
+        **_eval_summary("before", state.eval_before),
+        **_eval_summary("after", state.eval_after),
+        "eval_prompts": num_eval,
         "train_seconds": state.train_seconds,
         "setup_seconds": setup_seconds,
         "steps": state.iteration,

@@ -27,6 +27,9 @@ from megatron_vespo.types import Completion, Prompt
 
 Group = list[Completion]
 
+# as version 0.1 has recorded them
+_OLD_NAMES = {"--mini-batches": "--steps-per-rollout", "--num-completions": "--group-size"}
+
 
 @dataclass
 class RolloutRecord:
@@ -99,7 +102,8 @@ def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def check_record(path: Path, run: Mapping[str, Any], needs_routes: bool = False) -> None:
     """ValueError where the record is of a run that differs from `run` in a value, or lacks routes."""
-    recorded = json.loads(str(_load(path, "run")["run"]))
+    stored = json.loads(str(_load(path, "run")["run"]))
+    recorded = {_OLD_NAMES.get(name, name): value for name, value in stored.items()}
     for name, value in run.items():
         if recorded.get(name) != value:
             raise ValueError(f"{path} was recorded with {name} {recorded.get(name)}, this run has {value}")

@@ -54,7 +54,7 @@ class Controller:
     collector: Collector
     scorer: Scorer
     cursor: PromptCursor
-    heldout: list[Prompt]
+    eval_prompts: list[Prompt]
     sampling: SamplingParams
     display: RunDisplay
     metrics: MetricsWriter
@@ -70,11 +70,11 @@ class Controller:
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
         self.sync_weights()
-        if self.heldout and self.state.heldout_before is None:
-            self.state.heldout_before = self.state.heldout_after = self.evaluate()
-            self.metrics.write(self.state.iteration, self.state.heldout_before)
-        if self.state.heldout_after is not None:
-            self.display.recall(self.state.heldout_after)
+        if self.eval_prompts and self.state.eval_before is None:
+            self.state.eval_before = self.state.eval_after = self.evaluate()
+            self.metrics.write(self.state.iteration, self.state.eval_before)
+        if self.state.eval_after is not None:
+            self.display.recall(self.state.eval_after)
         if self.state.evaluation_due and (missed := self.maybe_evaluate()):
             self.metrics.write(self.state.iteration, missed)
         if self.stream is not None:
@@ -112,7 +112,7 @@ class Controller:
             self.sync_weights()
 
     def sync_is_due(self) -> bool:
-        interval = self.args.sync_interval or self.args.mini_batches
+        interval = self.args.sync_interval or self.args.steps_per_rollout
         return self.state.iteration - self.served >= interval or self.state.iteration >= self.args.train_iters
 
     def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
@@ -155,7 +155,7 @@ class Controller:
             metrics, consumed = buffer.metrics(), self.cursor.consumed
         metrics |= rollout_metrics(groups, self.args.advantage_estimator)
         metrics |= staleness_metrics(
-            groups, self.state.iteration, self.args.mini_batches, self.args.max_staleness
+            groups, self.state.iteration, self.args.steps_per_rollout, self.args.max_staleness
         )
         if self.record is not None:
             self.record(groups, metrics, consumed)
@@ -165,7 +165,7 @@ class Controller:
         prompts = self.cursor.take(num_prompts)
         with self.display.phase("generate"), self.preemption.interruptible():
             groups = self.collector.collect(
-                prompts, self.sampling, num_completions=self.args.num_completions, seed=seed
+                prompts, self.sampling, num_completions=self.args.group_size, seed=seed
             )
         for completion in (c for group in groups for c in group):
             for rejection in completion.rejections:
@@ -187,7 +187,7 @@ class Controller:
 
     def update(self, samples: list[TrainingSample]) -> dict[str, float]:
         """N optimizer steps; whole groups stay together in a mini-batch."""
-        size = len(samples) // self.args.mini_batches
+        size = len(samples) // self.args.steps_per_rollout
         mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         with self.display.phase("log-probs"):
             self.trainer.prepare(mini_batches)
@@ -222,7 +222,7 @@ class Controller:
         The last one is in the checkpoint, so that a resumed run goes on with it.
         """
         if self.state.log_w_floor is None or not self.state.iteration % (
-            FLOOR_INTERVAL * self.args.mini_batches
+            FLOOR_INTERVAL * self.args.steps_per_rollout
         ):
             lengths = np.array([sample.completion_length for sample in samples])
             number = min(FLOOR_RESPONSES, max(len(samples) // FLOOR_SHARE, 2), len(samples))
@@ -233,27 +233,27 @@ class Controller:
         return self.state.log_w_floor
 
     def maybe_evaluate(self) -> dict[str, float]:
-        rollouts_done = self.state.iteration // self.args.mini_batches
+        rollouts_done = self.state.iteration // self.args.steps_per_rollout
         last = self.state.iteration >= self.args.train_iters
-        if not self.heldout or (rollouts_done % self.args.heldout_interval and not last):
+        if not self.eval_prompts or (rollouts_done % self.args.eval_interval and not last):
             return {}
         self.state.evaluation_due = True
         try:
-            self.state.heldout_after = self.evaluate()
+            self.state.eval_after = self.evaluate()
         except Preempted:
             return {}
         self.state.evaluation_due = False
-        return self.state.heldout_after
+        return self.state.eval_after
 
     def evaluate(self) -> dict[str, float]:
         with self.display.phase("evaluate"), self.preemption.interruptible():
             args = self.args
-            how = args.seed, args.heldout_completions, args.heldout_temperature, args.heldout_pass_reward
-            return evaluate(self.collector, self.heldout, self.sampling, self.score, *how).metrics()
+            how = args.seed, args.eval_completions, args.eval_temperature, args.eval_pass_reward
+            return evaluate(self.collector, self.eval_prompts, self.sampling, self.score, *how).metrics()
 
     def check_last_sync(self) -> None:
         """The weights served last have made no training sample; a few completions compare them as well."""
-        prompts = (self.heldout or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
+        prompts = (self.eval_prompts or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
         groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed())
         samples = [
             training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
@@ -285,7 +285,7 @@ class Controller:
     def maybe_save(self, alarms: list[Alarm]) -> None:
         if self.args.save is None:
             return
-        before = self.state.iteration - self.args.mini_batches
+        before = self.state.iteration - self.args.steps_per_rollout
         due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
         stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
         if due or stopping or self.state.iteration >= self.args.train_iters:

@@ -27,7 +27,7 @@ class Replay(Controller):
     """
 
     def rollout_batch(self) -> tuple[list[Group], dict[str, float]]:
-        batch = self.state.iteration // self.args.mini_batches
+        batch = self.state.iteration // self.args.steps_per_rollout
         record = read_record(batch_path(self.args.train_from, batch))
         self.state.consumed_prompts = record.consumed_prompts
         return record.groups, record.metrics
@@ -45,7 +45,7 @@ class RolloutOnly(Controller):
     """--rollout-only: the engines' first weights generate every batch; nobody trains."""
 
     def update(self, samples: list[TrainingSample]) -> dict[str, float]:
-        self.state.iteration += self.args.mini_batches  # seeds go on as if somebody had
+        self.state.iteration += self.args.steps_per_rollout  # seeds go on as if somebody had
         return {}
 
     def sync_weights(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Recorder:
 
     def __init__(self, args: Namespace, iteration: int):
         self._folder, self._run = args.save_rollouts, recorded_run(args)
-        self._batch = iteration // args.mini_batches
+        self._batch = iteration // args.steps_per_rollout
         self._goes_back = args.ckpt_step is not None
 
     def __call__(self, groups: list[Group], metrics: dict[str, float], consumed_prompts: int) -> None:
@@ -84,8 +84,8 @@ def recorded_run(args: Namespace) -> dict[str, Any]:
     """What a recorded batch must have in common with the run that trains on it, by the words of messages."""
     return {
         "--rollout-batch-size": args.rollout_batch_size,
-        "--num-completions": args.num_completions,
-        "--mini-batches": args.mini_batches,
+        "--group-size": args.group_size,
+        "--steps-per-rollout": args.steps_per_rollout,
         "a vocabulary of": args.vocab_size,
         "number of layers": args.num_layers,
         "hidden size": args.hidden_size,
@@ -100,7 +100,7 @@ def check_modes(args: Namespace) -> None:
         others = {
             "--rollout-only": args.rollout_only,
             "--save-rollouts": args.save_rollouts,
-            "--heldout-data": args.heldout_data,
+            "--eval-data": args.eval_data,
         }
         for flag, given in others.items():
             if given:
@@ -122,12 +122,13 @@ def check_recorded(args: Namespace, iteration: int) -> None:
     folder: Path = args.train_from
     if not folder.is_dir():
         raise ValueError(f"--train-from {folder}: no such folder")
-    first, end = iteration // args.mini_batches, args.train_iters // args.mini_batches
+    first, end = iteration // args.steps_per_rollout, args.train_iters // args.steps_per_rollout
     missing = [batch for batch in range(first, end) if not batch_path(folder, batch).is_file()]
     if missing:
         raise ValueError(
             f"--train-from {folder}: {batch_path(folder, missing[0]).name} is missing; --train-iters "
-            f"{args.train_iters} at --mini-batches {args.mini_batches} needs batches {first} to {end - 1}"
+            f"{args.train_iters} at --steps-per-rollout {args.steps_per_rollout} needs batches "
+            f"{first} to {end - 1}"
         )
     for batch in range(first, end):
         check_record(batch_path(folder, batch), recorded_run(args), args.routing_replay == "R3")

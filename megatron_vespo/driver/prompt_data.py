@@ -26,15 +26,15 @@ def prompt_data(
     )
 
 
-def heldout_data(args: Namespace, chat_format: ChatFormat) -> PromptSet:
-    """The prompts of --heldout-data, in columns of their own where flags name some."""
+def eval_data(args: Namespace, chat_format: ChatFormat) -> PromptSet:
+    """The prompts of --eval-data, in columns of their own where flags name some."""
     columns = Columns(
-        args.heldout_prompt_key or args.prompt_key,
-        args.heldout_answer_key or args.answer_key,
-        args.answer_pattern if args.heldout_answer_pattern is None else args.heldout_answer_pattern,
-        "--heldout-",
+        args.eval_prompt_key or args.prompt_key,
+        args.eval_answer_key or args.answer_key,
+        args.answer_pattern if args.eval_answer_pattern is None else args.eval_answer_pattern,
+        "--eval-",
     )
     return load_prompts(
-        args.heldout_data, chat_format, columns, max_prompt_tokens=args.max_prompt_tokens,
-        overlong=args.overlong_prompts, flag="--heldout-data",
+        args.eval_data, chat_format, columns, max_prompt_tokens=args.max_prompt_tokens,
+        overlong=args.overlong_prompts, flag="--eval-data",
     )  # fmt: skip

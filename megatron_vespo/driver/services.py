@@ -20,7 +20,7 @@ from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
-from megatron_vespo.driver.prompt_data import chat_format, heldout_data, prompt_data
+from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
@@ -41,7 +41,7 @@ class Task:
     tokenizer: Any = None
     sampling: SamplingParams | None = None
     prompts: PromptSet | None = None
-    heldout: list[Prompt] = field(default_factory=list)
+    eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
     generate: GenerateFunction | None = None  # None: one request is one completion
     record: bytes | None = None  # which prompts these are, for checkpoints
@@ -58,13 +58,13 @@ def load_task(args: Namespace) -> Task:
     tokenizer = load_tokenizer(args.hf_checkpoint, "--hf-checkpoint")
     form = chat_format(args, tokenizer, date)
     prompts = prompt_data(args, args.prompt_data, form, overlong=args.overlong_prompts, flag="--prompt-data")
-    sets = [prompts, *([heldout_data(args, form)] if args.heldout_data else [])]
+    sets = [prompts, *([eval_data(args, form)] if args.eval_data else [])]
     remarks = []
     for loaded in sets:
         _check_vocabulary(args, loaded)
         remarks += loaded.remarks(args.max_prompt_tokens)
-    heldout = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.heldout_prompts]]
-    record = PromptRecord.of(prompts.prompts, args.seed, date, heldout)
+    eval_prompts = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.eval_prompts]]
+    record = PromptRecord.of(prompts.prompts, args.seed, date, eval_prompts)
     if saved:
         remarks += saved.check_same(record, folder, args.prompt_data)
     elif folder:
@@ -73,7 +73,7 @@ def load_task(args: Namespace) -> Task:
     sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
     reward = load_reward_function(args.reward_function)
     generate = load_generate_function(args.generate_function) if args.generate_function else None
-    return Task(tokenizer, sampling, prompts, heldout, reward, generate, record.encode(), remarks)
+    return Task(tokenizer, sampling, prompts, eval_prompts, reward, generate, record.encode(), remarks)
 
 
 def _check_vocabulary(args: Namespace, loaded: PromptSet) -> None:

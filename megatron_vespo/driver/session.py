@@ -73,7 +73,7 @@ class Session:
             platform.wait_for_engines()
         if self._trainer is not None:
             platform.engine_sync.attach(self._trainer)
-        state = RunState(**resumed.rollout_state) if resumed else RunState()
+        state = RunState.of(resumed.rollout_state) if resumed else RunState()
         if args.train_from:
             check_recorded(args, state.iteration)
         goes_back = self._number == 0 and args.ckpt_step is not None
@@ -148,7 +148,7 @@ class Session:
             collector=collector,
             scorer=platform.scorer,
             cursor=cursor,
-            heldout=task.heldout,
+            eval_prompts=task.eval_prompts,
             sampling=task.sampling,
             display=platform.display,
             metrics=self._metrics,
@@ -172,7 +172,7 @@ class Session:
             engines.urls,
             routes=RouteShape(args.num_layers, args.moe_router_topk) if args.routing_replay == "R3" else None,
             request_timeout_s=args.generate_timeout,
-            max_dispatches=args.max_dispatches,
+            max_dispatches=1 + args.max_request_retries,
             check=self._check,
             on_requests=self._platform.trace.requests,
             lost=engines.lost,
@@ -216,7 +216,7 @@ class Session:
             buffer,
             task.sampling,
             score,
-            num_completions=args.num_completions,
+            num_completions=args.group_size,
             seed=args.seed,
             on_change=lambda buffer: trace.count(
                 "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished
@@ -232,10 +232,10 @@ def rollout_buffer_of(args: Namespace, cursor: PromptCursor, state: RunState) ->
     return RolloutBuffer(
         lambda: cursor.take(1)[0],
         batch_size=size,
-        mini_batches=args.mini_batches,
+        mini_batches=args.steps_per_rollout,
         max_staleness=args.max_staleness,
         requeue=args.stale_groups == "requeue",
-        max_dispatches=args.max_dispatches,
+        max_dispatches=args.max_attempts,
         version=state.iteration,
         serial=state.consumed_prompts,
         max_held=args.over_subscription and int(args.over_subscription * size),

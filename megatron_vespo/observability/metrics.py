@@ -62,7 +62,7 @@ def _is_before(record: dict, resume_step: int) -> bool:
 
     After the save of a step come only checks and evaluations of its weights, which have records of their own.
     """
-    checks = {"check/last_sync_logprob_difference", "heldout/accuracy"} & record.keys()
+    checks = {"check/last_sync_logprob_difference", "eval/accuracy"} & record.keys()
     after_save = resume_step > 0 and checks and not batch_records([record])
     return record["step"] < resume_step or (record["step"] == resume_step and not after_save)
 

@@ -38,7 +38,7 @@ class Row:
 
 ROWS = (
     Row("reward/mean", "reward", "7.3f", "reward"),
-    Row("heldout/accuracy", "held-out accuracy", "8.1%", "held-out"),
+    Row("eval/accuracy", "held-out accuracy", "8.1%", "held-out"),
     Row("response/length_mean", "response length", "7.1f", "length"),
     Row("response/truncated_share", "truncated", "6.1%"),
     Row("ratio/log_w_mean", "log W", "+8.4f", "logW", spread="ratio/log_w_std"),

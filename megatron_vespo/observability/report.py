@@ -57,8 +57,8 @@ def _line(axes: Axes, metrics: list[dict], name: str, label: str | None, color: 
 def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
     axes.set_title("Accuracy")
     _line(axes, metrics, "reward/mean", "training reward", ORANGE, linewidth=1.2)
-    _line(axes, metrics, "heldout/accuracy", "held-out accuracy", BLUE, marker="o", markersize=5)
-    steps, values = _series(metrics, "heldout/accuracy")
+    _line(axes, metrics, "eval/accuracy", "held-out accuracy", BLUE, marker="o", markersize=5)
+    steps, values = _series(metrics, "eval/accuracy")
     # inside the axes, and readable on top of the curves
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for index, offset, side in ((0, (2, -15), "left"), (-1, (2, -17), "right")) if len(steps) > 1 else ():
@@ -232,18 +232,16 @@ def _accuracy(share: float, interval: list[float], num_prompts: int) -> str:
 def format_summary(summary: dict) -> str:
     """One screen of aligned text about a run; what `summary` lacks is left out.
 
-    Known keys: heldout_accuracy_before, heldout_accuracy_after (shares), with them heldout_interval_before,
-    heldout_interval_after (their bounds) and heldout_prompts; steps, train_seconds, setup_seconds,
+    Known keys: eval_accuracy_before, eval_accuracy_after (shares), with them eval_interval_before,
+    eval_interval_after (their bounds) and eval_prompts; steps, train_seconds, setup_seconds,
     max_logprob_difference, exported_max_logprob_difference, layout (name -> size), idle (who -> cause ->
     share) and paths (label -> path).
     """
     lines: list[tuple[str, str]] = []
     for when in ("before", "after"):
-        if (share := summary.get(f"heldout_accuracy_{when}")) is not None:
-            interval = summary[f"heldout_interval_{when}"]
-            lines.append(
-                (f"held-out accuracy {when}", _accuracy(share, interval, summary["heldout_prompts"]))
-            )
+        if (share := summary.get(f"eval_accuracy_{when}")) is not None:
+            interval = summary[f"eval_interval_{when}"]
+            lines.append((f"held-out accuracy {when}", _accuracy(share, interval, summary["eval_prompts"])))
     if (steps := summary.get("steps")) is not None:
         lines.append(("steps", str(steps)))
     if (seconds := summary.get("train_seconds")) is not None:

@@ -106,7 +106,7 @@ class Dispatch:
                         times = f"; {dispatch} engines in a row" if dispatch > 1 else ""
                         raise CollectError(f"{error}{times}") from error.__cause__
                     self._lost.add(engine.client.url, str(error))
-        raise AssertionError(f"--max-dispatches {self._max_dispatches}")
+        raise AssertionError(f"--max-attempts {self._max_dispatches}")
 
     def refresh(self) -> None:
         """Takes in what has changed in `urls`; to be called every second while requests run."""

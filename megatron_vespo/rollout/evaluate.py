@@ -24,13 +24,13 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         low, high = self.interval
         found = {
-            "heldout/accuracy": self.accuracy,
-            "heldout/interval_low": low,
-            "heldout/interval_high": high,
-            "heldout/length_mean": self.mean_length,
+            "eval/accuracy": self.accuracy,
+            "eval/interval_low": low,
+            "eval/interval_high": high,
+            "eval/length_mean": self.mean_length,
         }
         for k, (share, low, high) in self.passes.items():
-            name = f"heldout/pass_at_{k}"
+            name = f"eval/pass_at_{k}"
             found |= {name: share, f"{name}_interval_low": low, f"{name}_interval_high": high}
         return found
 

@@ -24,7 +24,7 @@ class AdaptiveKernel:
         self._args = args
         state = rollout_state or {}
         stored, estimated = state.pop(STATE, None), state.pop(ESTIMATED, ())
-        self._estimated: deque[list[bool]] = deque(estimated, window(args.mini_batches) - 1)
+        self._estimated: deque[list[bool]] = deque(estimated, window(args.steps_per_rollout) - 1)
         if stored is not None and args.vespo_budget is not None:
             (c1_positive, _), (c1_negative, _) = self._kernel.positive, self._kernel.negative
             self._use(

@@ -34,7 +34,7 @@ SIZES = {
 }  # fmt: skip
 FLAGS = (
     f"--max-prompt-tokens {PROMPT} --max-completion-tokens {LENGTHS[-1]} --max-tokens-per-gpu 4096 --lr 1e-6 "
-    f"--log-prob-chunk-size 512 --mini-batches 1 --rollout-batch-size {NUM_SAMPLES // 2} --num-completions 2"
+    f"--log-prob-chunk-size 512 --steps-per-rollout 1 --rollout-batch-size {NUM_SAMPLES // 2} --group-size 2"
 ).split()
 
 

@@ -17,7 +17,7 @@ from tests.support.random_task import random_samples
 
 NUM_SAMPLES, MAX_PROMPT, MAX_COMPLETION = 24, 20, 120
 FLAGS = (
-    f"--rollout-batch-size 6 --mini-batches 1 --max-completion-tokens {MAX_COMPLETION} --lr 1e-3 "
+    f"--rollout-batch-size 6 --steps-per-rollout 1 --max-completion-tokens {MAX_COMPLETION} --lr 1e-3 "
     "--max-tokens-per-gpu 512 --ratio-denominator recomputed"
 ).split()
 NUM_EXPERTS = 16

@@ -17,9 +17,9 @@ from megatron_vespo.types import TrainingSample
 NUM_STEPS, MINI_BATCHES, NUM_SAMPLES, VOCAB_SIZE = 20, 2, 192, 131
 # Adam's epsilon is far above most gradients: dividing tiny ones by themselves would blow their rounding up
 FLAGS = (
-    "--prompt-data unused --output-dir unused --train-iters 20 --lr 2e-4 --adam-eps 1e-2 --mini-batches 2 "
-    "--rollout-batch-size 48 --num-completions 4 --max-prompt-tokens 16 --max-completion-tokens 32 "
-    "--max-tokens-per-gpu 1024 --log-prob-chunk-size 256"
+    "--prompt-data unused --output-dir unused --train-iters 20 --lr 2e-4 --adam-eps 1e-2 "
+    "--steps-per-rollout 2 --rollout-batch-size 48 --group-size 4 --max-prompt-tokens 16 "
+    "--max-completion-tokens 32 --max-tokens-per-gpu 1024 --log-prob-chunk-size 256"
 ).split()
 COLUMNS = ("loss", "grad_norm", "entropy", "phi_mean")
 

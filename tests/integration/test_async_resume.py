@@ -28,11 +28,11 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(400)]  # more than are taken
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
-    flags = f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
+    flags = f"--train-iters {STEPS} --steps-per-rollout {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
     flags += f"--save {saved} --load {saved} --save-rollouts {rollouts} --no-hf-export --async-save "
     flags += "--reward-function tests.support.run_rewards:all_letters "
     flags += "--stop-generation-while-training --over-subscription 2 "
-    flags += f"--max-completion-tokens 200 --max-dispatches 1000 --seed {SEED}"
+    flags += f"--max-completion-tokens 200 --max-attempts 1000 --seed {SEED}"
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split())
     draw = random.Random(1)
     resumed_with = []

@@ -130,7 +130,7 @@ MISTAKES = [
      "layout 'pp2,vpp2': 9 samples cannot be shared by dp1 x pp2 (virtual stages need so many "
      "micro-batches) equally: --samples needs a multiple of 2"),
     ("--candidate tp2 --trainer-ranks 2", "--trainer-ranks is part of a layout: say it in --reference and "),
-    ("--candidate tp2 --mini-batches=4", "--mini-batches: this command makes its own batch, see --batch, "),
+    ("--candidate tp2 --steps-per-rollout=4", "--steps-per-rollout: this command makes its own batch"),
     ("--candidate tp2 --steps 0", "--steps is 0, must be positive"),
     ("--candidate tp2 --batch none.jsonl", "none.jsonl: no such file; it must be a JSONL file of samples"),
 ]  # fmt: skip

@@ -23,7 +23,7 @@ NOT_COMPARED = (
     "rollout/tokens_per_second",
     "sync/weight_check_seconds",
 )
-FLAGS = "--train-iters 6 --mini-batches 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
+FLAGS = "--train-iters 6 --steps-per-rollout 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
 FLAGS += "--reward-function tests.support.run_rewards:first_letters"
 
 

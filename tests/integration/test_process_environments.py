@@ -36,7 +36,7 @@ def small_run(tiny_model, tmp_path_factory) -> dict:
     return run(
         "process_environments.py",
         *("--hf-checkpoint", str(tiny_model), "--prompt-data", str(prompts), "--output-dir", str(folder)),
-        *("--trainer-ranks 1 --train-iters 1 --mini-batches 1 --rollout-batch-size 4 --num-completions 4 "
+        *("--trainer-ranks 1 --train-iters 1 --steps-per-rollout 1 --rollout-batch-size 4 --group-size 4 "
           "--lr 1e-4 --max-prompt-tokens 64 --max-completion-tokens 32 --max-tokens-per-gpu 256 "
           "--sglang-max-total-tokens 4096 --sglang-context-length 1024").split(),
         PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True,max_split_size_mb:64",

@@ -32,7 +32,7 @@ def test_an_asynchronous_run_whose_template_writes_the_date(tiny_model, tmp_path
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
 
     def ended(name: str, data: Path, *more: str) -> tuple[int, str]:
-        flags = "--mini-batches 2 --max-staleness 4 --save-interval 2 --no-hf-export "
+        flags = "--steps-per-rollout 2 --max-staleness 4 --save-interval 2 --no-hf-export "
         flags += f"--save {saved} --load {saved} --save-rollouts {rollouts}"
         run = Run(train_command(model, data, tmp_path / "out", *flags.split(), *more), tmp_path / name)
         try:

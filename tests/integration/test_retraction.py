@@ -85,9 +85,7 @@ def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path, monkeypatch):
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = (
-        "--routing-replay R3 --train-iters 2 --max-completion-tokens 300 --num-completions 12 --no-hf-export"
-    )
+    flags = "--routing-replay R3 --train-iters 2 --max-completion-tokens 300 --group-size 12 --no-hf-export"
     flags += " --reward-function tests.support.run_rewards:first_letters --max-logprob-difference 1e-3"
     engine = " ".join(RETRACTING).replace("--", "--sglang-")
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split(), *engine.split())

@@ -47,8 +47,8 @@ def questions(tmp_path) -> Path:
 def test_the_tiny_example_learns(tiny_run):
     summary = json.loads((tiny_run / "summary.json").read_text())
     print(summary)
-    assert summary["heldout_accuracy_before"] <= 0.35
-    assert summary["heldout_accuracy_after"] >= 0.80
+    assert summary["eval_accuracy_before"] <= 0.35
+    assert summary["eval_accuracy_after"] >= 0.80
     assert summary["train_seconds"] <= 600
     assert summary["steps"] == 40
     assert summary["layout"] == {
@@ -90,7 +90,7 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     """Two context-parallel ranks instead of tensor times pipeline parallel, on the engine's routes."""
     work = ROOT / "examples/tiny/work"
     flags = ["--load", str(tiny_run / "checkpoints"), "--lr", "5e-5", "--train-iters", "44"]
-    flags += ["--mini-batches", "4", "--pipeline-model-parallel-size", "1", "--routing-replay", "R3"]
+    flags += ["--steps-per-rollout", "4", "--pipeline-model-parallel-size", "1", "--routing-replay", "R3"]
     flags += ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
     flags += ["--weight-check-interval", "1"]
     command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
@@ -113,8 +113,8 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"no real questions at {GSM8K}")
 def test_three_steps_on_gsm8k(tiny_model, tmp_path):
-    flags = ["--answer-pattern", r"####\s*(.+)", "--heldout-data", str(GSM8K.with_name("test.jsonl"))]
-    flags += ["--heldout-prompts", "8", "--ratio-denominator", "decoupled"]
+    flags = ["--answer-pattern", r"####\s*(.+)", "--eval-data", str(GSM8K.with_name("test.jsonl"))]
+    flags += ["--eval-prompts", "8", "--ratio-denominator", "decoupled"]
     run = Run(train_command(tiny_model, GSM8K, tmp_path / "out", *flags), tmp_path / "log")
     try:
         assert run.wait(START_S) == 0, run.output

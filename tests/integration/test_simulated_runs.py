@@ -21,8 +21,8 @@ CORES, TRAINER_RANKS = (
 )  # both ranks and the engine want a core each
 BATCHES, MINI_BATCHES, PROMPTS, COMPLETIONS = 12, 2, 16, 4
 SCALE = [
-    *("--train-iters", str(BATCHES * MINI_BATCHES), "--mini-batches", str(MINI_BATCHES)),
-    *("--rollout-batch-size", str(PROMPTS), "--num-completions", str(COMPLETIONS)),
+    *("--train-iters", str(BATCHES * MINI_BATCHES), "--steps-per-rollout", str(MINI_BATCHES)),
+    *("--rollout-batch-size", str(PROMPTS), "--group-size", str(COMPLETIONS)),
     *("--max-completion-tokens", "200"),
 ]
 
@@ -62,8 +62,8 @@ def test_a_synchronous_run_tells_how_long_asynchronous_ones_take(finished):
     errors = {}
     for bound, measured in cases.items():
         settings = Settings(
-            train_steps=BATCHES * MINI_BATCHES, mini_batches=MINI_BATCHES, rollout_batch_size=PROMPTS,
-            num_completions=COMPLETIONS, num_engines=1, max_staleness=bound,
+            train_steps=BATCHES * MINI_BATCHES, steps_per_rollout=MINI_BATCHES, rollout_batch_size=PROMPTS,
+            group_size=COMPLETIONS, num_engines=1, max_staleness=bound,
         )  # fmt: skip
         result = simulate(settings, rates, base.lengths)
         errors[bound] = result.seconds / measured.seconds - 1

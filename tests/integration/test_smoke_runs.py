@@ -68,7 +68,7 @@ def test_a_colocated_recipe_that_is_too_large(tmp_path):
     recipe = tmp_path / "large.flags"
     recipe.write_text(
         "--hf-checkpoint nowhere --prompt-data nowhere --output-dir nowhere --save c --load c --async-save\n"
-        "--train-iters 1500 --mini-batches 4 --rollout-batch-size 1024 --lr 1e-6 --bf16 --colocate\n"
+        "--train-iters 1500 --steps-per-rollout 4 --rollout-batch-size 1024 --lr 1e-6 --bf16 --colocate\n"
         "--trainer-ranks 32 --tensor-model-parallel-size 2 --expert-model-parallel-size 8\n"
         "--expert-tensor-parallel-size 1 --rollout-engines 16 --sglang-tp-size 2\n"
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1\n"

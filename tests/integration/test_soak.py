@@ -111,16 +111,14 @@ def base(tmp_path_factory) -> Path:
 @pytest.mark.timeout(2000)
 def test_two_hundred_steps_with_faults(base, tmp_path):
     saved = tmp_path / "saved"
-    flags = f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --max-staleness {STALENESS} --lr 5e-5 "
-    flags += "--rollout-batch-size 8 --num-completions 8 --max-prompt-tokens 32 --max-completion-tokens 32 "
+    flags = f"--train-iters {STEPS} --steps-per-rollout {MINI_BATCHES} --max-staleness {STALENESS} --lr 5e-5 "
+    flags += "--rollout-batch-size 8 --group-size 8 --max-prompt-tokens 32 --max-completion-tokens 32 "
     flags += f"--save {saved} --load {saved} --save-interval 10 --async-save --save-retain-interval 1000 "
     flags += "--trainer-ranks 2 --pipeline-model-parallel-size 2 --max-tokens-per-gpu 2048 --no-hf-export "
     flags += "--engine-restarts 1000 --trainer-restarts 1000 --engine-health-timeout 15 --reward-timeout 2 "
-    flags += "--weight-check-interval 10 --heldout-interval 1000 --heldout-prompts 256 --clip-grad 1.0 "
+    flags += "--weight-check-interval 10 --eval-interval 1000 --eval-prompts 256 --clip-grad 1.0 "
     flags += "--reward-function tests.support.soak_rewards:with_faults "
-    flags += (
-        f"--hf-checkpoint {base}/base --prompt-data {base}/train.jsonl --heldout-data {base}/heldout.jsonl "
-    )
+    flags += f"--hf-checkpoint {base}/base --prompt-data {base}/train.jsonl --eval-data {base}/heldout.jsonl "
     flags += f"--output-dir {tmp_path}/out"
     soak = Soak([sys.executable, "-m", "megatron_vespo", "train", *flags.split()], tmp_path)
     draw = random.Random(0)
@@ -160,6 +158,6 @@ def check(soak: Soak, folder: Path, seconds: float) -> None:
     assert max(r["staleness/total_max"] for r in records) <= STALENESS
     assert sum(soak.faults.values()) >= 10
     summary = json.loads((folder / "out/summary.json").read_text())
-    before, after = (summary[f"heldout_accuracy_{when}"] for when in ("before", "after"))
+    before, after = (summary[f"eval_accuracy_{when}"] for when in ("before", "after"))
     print(f"held-out accuracy {before:.1%} -> {after:.1%}")
     assert after >= 0.9

@@ -365,8 +365,8 @@ MUTATIONS = [
     Mutation(
         "recorded rollouts: a batch is trained on twice",
         "driver/debug_modes.py",
-        "batch = self.state.iteration // self.args.mini_batches",
-        "batch = self.state.iteration // self.args.mini_batches // 2",
+        "batch = self.state.iteration // self.args.steps_per_rollout",
+        "batch = self.state.iteration // self.args.steps_per_rollout // 2",
         ("tests/unit/driver/test_debug_modes.py", "same_samples"),
     ),
     Mutation(

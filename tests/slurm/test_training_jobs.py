@@ -104,10 +104,10 @@ def test_a_run_that_loses_a_node_goes_on_with_another(slurm, tiny_model, tmp_pat
 
 @pytest.mark.slow
 def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
-    job = train(slurm, tiny_model, tmp_path, "--lr", "-1", "--num-completions", "1")
+    job = train(slurm, tiny_model, tmp_path, "--lr", "-1", "--group-size", "1")
     state = job.wait(LONG_S)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), job.logs()
-    assert "--num-completions 1: --advantage-estimator group-mean compares" in job.output
+    assert "--group-size 1: --advantage-estimator group-mean compares" in job.output
     assert job.nothing_left()
 
 

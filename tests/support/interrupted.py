@@ -12,8 +12,8 @@ STEPS, MINI_BATCHES = 24, 2
 LAST = f"{STEPS}/{STEPS} "
 # one request at a time: the engine's batches, and with them its rounding, do not depend on arrival times
 FLAGS = (
-    f"--train-iters {STEPS} --mini-batches {MINI_BATCHES} --save-interval 4 --async-save --no-hf-export "
-    "--lr 1e-4 --heldout-interval 3 --heldout-prompts 2 --max-completion-tokens 16 --overlong-prompts error "
+    f"--train-iters {STEPS} --steps-per-rollout {MINI_BATCHES} --save-interval 4 --async-save --no-hf-export "
+    "--lr 1e-4 --eval-interval 3 --eval-prompts 2 --max-completion-tokens 16 --overlong-prompts error "
     "--reward-function tests.support.run_rewards:all_letters "
     "--sglang-enable-deterministic-inference --sglang-max-running-requests 1 --sglang-disable-radix-cache"
 ).split()
@@ -34,7 +34,7 @@ def command(model: Path, folder: Path, *flags: str) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         write_questions(data)
     saving = ["--save", str(folder / "saved"), "--load", str(folder / "saved")]
-    return train_command(model, data, folder / "out", *FLAGS, "--heldout-data", str(data), *saving, *flags)
+    return train_command(model, data, folder / "out", *FLAGS, "--eval-data", str(data), *saving, *flags)
 
 
 def curve(folder: Path) -> list[dict]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from tests.support.command_files import ANY, JSON, JSON_LINES, empty, surrogate, wrong_field, wrong_stop
 
 TRAIN = (
-    "--hf-checkpoint model --prompt-data train.jsonl --heldout-data held.jsonl --output-dir out --save ck "
-    "--train-iters 8 --lr 1e-4 --mini-batches 4 --rollout-batch-size 8 --num-completions 4 "
+    "--hf-checkpoint model --prompt-data train.jsonl --eval-data held.jsonl --output-dir out --save ck "
+    "--train-iters 8 --lr 1e-4 --steps-per-rollout 4 --rollout-batch-size 8 --group-size 4 "
     "--max-prompt-tokens 64 --max-completion-tokens 32 --max-tokens-per-gpu 512"
 )
 RECIPE = TRAIN.replace("--save ck", "--save ck --load ck")
@@ -31,8 +31,8 @@ RIGHT = {
     "convert inspect": "convert inspect megatron",
     "convert verify": "convert verify model megatron --workers 1 --quiet",
     "convert modelopt": "convert modelopt model new --format fp8",
-    "simulate": "simulate --gpus 16 --rollout-batches 2 --rollout-batch-size 16 --num-completions 2 "
-    "--mini-batches 2 --max-staleness 0",
+    "simulate": "simulate --gpus 16 --rollout-batches 2 --rollout-batch-size 16 --group-size 2 "
+    "--steps-per-rollout 2 --max-staleness 0",
     "doctor": "doctor --json found.json",
     "smoke": "smoke recipe.flags --output-dir out",
     "submit": "submit recipe.flags --nodes 1 --dry-run",
@@ -93,12 +93,12 @@ WRONG = {
 VALID: dict[tuple[str, str], str] = {
     ("--save", "dangling/new"): "what the link names is made",
     ("--seed", "-7"): "simulate and check layout take any seed",
-    ("--heldout-prompts", "99999999999999999999"): "no more than there are",
+    ("--eval-prompts", "99999999999999999999"): "no more than there are",
     ("--num-prompts", "99999999999999999999"): "no more than there are",
 }
 CONTRADICTIONS = [
     ("train", "--rollout-batch-size 7", ["--rollout-batch-size"]),
-    ("train", "--num-completions 1", ["--num-completions"]),
+    ("train", "--group-size 1", ["--group-size"]),
     ("train", "--train-iters 7", ["--train-iters"]),
     ("train", "--trainer-ranks 3 --tensor-model-parallel-size 2", ["--tensor-model-parallel-size"]),
     ("train", "--num-layers 5", ["--num-layers"]),
@@ -125,7 +125,7 @@ CONTRADICTIONS = [
     ("train", "--max-prompt-tokens 5000", ["--max-prompt-tokens"]),
     ("train", "--colocate --rollout-only", ["--colocate", "--rollout-only"]),
     ("train", "--old-policy ewma --ewma-decay 1", ["--ewma-decay"]),
-    ("evaluate", "--temperature 0 --num-completions 4", ["--temperature"]),
+    ("evaluate", "--temperature 0 --group-size 4", ["--temperature"]),
     ("evaluate", "--api-key-env NOTHING", ["--api-key-env"]),
     ("evaluate", "--data held.jsonl", ["--data"]),
     ("evaluate", "--data held=held.jsonl", ["--data"]),

@@ -99,7 +99,7 @@ def train_command(model: Path, data: Path, output: Path, *flags: str) -> list[st
             "--train-iters",
             "3",
         ),
-        *("--mini-batches", "1", "--rollout-batch-size", "4", "--num-completions", "4"),
+        *("--steps-per-rollout", "1", "--rollout-batch-size", "4", "--group-size", "4"),
         *("--max-prompt-tokens", "512", "--max-completion-tokens", "32", "--max-tokens-per-gpu", "2048"),
         *flags,
     ]

@@ -26,6 +26,6 @@ CONFIG = {
     "vocab_size": 97,
 }
 BASE = (
-    "--prompt-data train.jsonl --output-dir out --train-iters 8 --lr 1e-4 --mini-batches 4 "
-    "--rollout-batch-size 16 --num-completions 4 --max-prompt-tokens 20 --max-completion-tokens 30"
+    "--prompt-data train.jsonl --output-dir out --train-iters 8 --lr 1e-4 --steps-per-rollout 4 "
+    "--rollout-batch-size 16 --group-size 4 --max-prompt-tokens 20 --max-completion-tokens 30"
 ).split()

@@ -69,7 +69,7 @@ BEHAVIOR_DEVIATION = 0.05
 MICRO_BATCHES = 8
 # the paper's learning rate; `decoupled` has both pi_old and mu in W
 DEFAULT_FLAGS = ["--lr", "1e-6", "--ratio-denominator", "decoupled"]
-BATCH_FLAGS = ("--train-iters", "--mini-batches", "--rollout-batch-size", "--num-completions")
+BATCH_FLAGS = ("--train-iters", "--steps-per-rollout", "--rollout-batch-size", "--group-size")
 
 
 def main(argv: list[str]) -> int:
@@ -186,8 +186,8 @@ def _layout_arguments(
         "--max-completion-tokens": longest_completion,
         # one optimizer step is one mini-batch of all samples
         "--rollout-batch-size": 1,
-        "--num-completions": len(samples),
-        "--mini-batches": 1,
+        "--group-size": len(samples),
+        "--steps-per-rollout": 1,
         "--train-iters": options.steps,
     }
     argv = [*DEFAULT_FLAGS, "--max-tokens-per-gpu", str(budget), *flags]

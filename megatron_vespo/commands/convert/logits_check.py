@@ -106,7 +106,7 @@ def _megatron_logits(model: Path, num_tokens: int, checkpoint: str) -> Tensor:
     from megatron_vespo.trainer.initialize import device, initialize
     from megatron_vespo.trainer.released_weights import load_model
 
-    argv = ["--hf-checkpoint", str(model), "--mini-batches", "1", "--max-prompt-tokens", "1"]
+    argv = ["--hf-checkpoint", str(model), "--steps-per-rollout", "1", "--max-prompt-tokens", "1"]
     argv += ["--max-completion-tokens", str(num_tokens), "--train-iters", "1", "--lr", "0"]
     argv += ["--transformer-impl", "local"]
     host = "127.0.0.1"

@@ -169,7 +169,7 @@ def _collector(args: Namespace, served: Serving) -> Collector:
     collector = Collector(
         served.urls,
         request_timeout_s=args.generate_timeout,
-        max_dispatches=args.max_dispatches,
+        max_dispatches=1 + args.max_request_retries,
         check=served.check,
         api_key=served.api_key,
         lost=served.lost,

@@ -9,7 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_folder, check_positive, check_seed
-from megatron_vespo.arguments.heldout_flags import check_temperature
+from megatron_vespo.arguments.engine_flags import check_retries
+from megatron_vespo.arguments.eval_flags import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
@@ -29,7 +30,7 @@ SHARED = {
         "--chat-template-arguments", "--max-prompt-tokens",
     ),
     "completions and rewards": (
-        "--num-completions", "--max-completion-tokens", "--generate-timeout", "--max-dispatches",
+        "--max-completion-tokens", "--generate-timeout", "--max-request-retries",
         "--reward-function", "--reward-workers", "--reward-timeout", "--reward-memory-gb",
     ),
     "engines": (
@@ -38,7 +39,7 @@ SHARED = {
     ),
 }  # fmt: skip
 _POSITIVE = (
-    "num_completions max_prompt_tokens max_completion_tokens generate_timeout max_dispatches reward_workers "
+    "num_completions max_prompt_tokens max_completion_tokens generate_timeout reward_workers "
     "reward_timeout reward_memory_gb rollout_engines engine_start_timeout engine_health_timeout min_engines "
     "num_prompts"
 ).split()
@@ -90,6 +91,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = groups["prompts"].add_argument
     add("--num-prompts", type=int, metavar="N", help="of each set, the first ones; default: all")
     add = groups["completions and rewards"].add_argument
+    add("--num-completions", type=int, default=8, metavar="K", help="completions per prompt, K of avg@K")
     add("--temperature", type=float, default=1.0, help="0: greedy")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     add("--top-k", type=int, default=-1, help="sample from so many tokens; -1: all")
@@ -139,6 +141,7 @@ def _check_engines(args: Namespace) -> None:
         raise ValueError("--api-key-env is for --engine-url: engines that are started need no key")
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise ValueError(f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty")
+    check_retries(args)
     if args.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
     if args.min_engines > args.rollout_engines:

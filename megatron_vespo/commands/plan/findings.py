@@ -107,7 +107,7 @@ def _host(plan: Plan) -> Iterator[str]:
     if plan.host.node > HOST_SHARE * there:
         yield (
             f"training takes {plan.host.node / GIB:,.0f} GiB of a node's CPU memory, a DGX has "
-            f"{there / GIB:,.0f}: a smaller --rollout-batch-size with fewer --mini-batches, or more "
+            f"{there / GIB:,.0f}: a smaller --rollout-batch-size with fewer --steps-per-rollout, or more "
             "--trainer-ranks"
         )
 
@@ -161,7 +161,7 @@ def _balance(plan: Plan) -> Iterator[str]:
     elif not plan.args.max_staleness:
         yield (
             f"engines wait for the trainer {engines:.0%} of the time and it for them {waiting:.0%}: "
-            f"--max-staleness {2 * plan.args.mini_batches} lets both work"
+            f"--max-staleness {2 * plan.args.steps_per_rollout} lets both work"
         )
 
 

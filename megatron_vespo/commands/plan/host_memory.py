@@ -43,7 +43,7 @@ def host_memory(
     gpus_per_node: int,
 ) -> HostMemory:
     """`sample_tokens` are those of a sample in the mean."""
-    tokens = args.rollout_batch_size * args.num_completions * sample_tokens
+    tokens = args.rollout_batch_size * args.group_size * sample_tokens
     local = tokens / args.data_parallel_size / args.context_parallel_size
     weights = max(memory.weights for memory in trainer)
     optimizer = max(memory.optimizer for memory in trainer)

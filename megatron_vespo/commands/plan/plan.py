@@ -102,7 +102,7 @@ class Plan:
     @property
     def requests_per_engine(self) -> int:
         """Of one rollout batch."""
-        return -(-self.args.rollout_batch_size * self.args.num_completions // self.args.rollout_engines)
+        return -(-self.args.rollout_batch_size * self.args.group_size // self.args.rollout_engines)
 
 
 def make_plan(

@@ -105,7 +105,7 @@ def _engine(plan: Plan) -> Iterator[str]:
 
 def _speed(plan: Plan) -> Iterator[str]:
     speed, sync, args = plan.speed, plan.sync, plan.args
-    samples = args.rollout_batch_size * args.num_completions
+    samples = args.rollout_batch_size * args.group_size
     yield (
         f"weight sync       {sync.seconds:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
         f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link}) "
@@ -126,10 +126,11 @@ def _speed(plan: Plan) -> Iterator[str]:
         f"engines           {speed.engine_tokens:,.0f} tokens/s together, each with {speed.running} requests"
     )
     idle = speed.result
+    trainer_idle, engines_idle = sum(idle.trainer_idle.values()), sum(idle.engines_idle.values())
     yield (
-        f"a rollout batch   {speed.batch_seconds:,.0f} s for {samples:,} responses and {args.mini_batches} "
-        f"optimizer steps; trainer idle {sum(idle.trainer_idle.values()):.0%}, engines "
-        f"{sum(idle.engines_idle.values()):.0%}"
+        f"a rollout batch   {speed.batch_seconds:,.0f} s for {samples:,} responses and "
+        f"{args.steps_per_rollout} optimizer steps; trainer idle {trainer_idle:.0%}, "
+        f"engines {engines_idle:.0%}"
     )
-    hours = speed.batch_seconds * args.train_iters / args.mini_batches / 3600
+    hours = speed.batch_seconds * args.train_iters / args.steps_per_rollout / 3600
     yield f"the run           {hours:,.1f} h for {args.train_iters:,} optimizer steps"

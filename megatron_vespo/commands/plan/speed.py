@@ -74,7 +74,7 @@ class Speed:
 
     @property
     def batch_seconds(self) -> float:
-        return self.result.step_seconds * self.result.mini_batches
+        return self.result.step_seconds * self.result.steps_per_rollout
 
     @property
     def training_seconds(self) -> float:
@@ -122,18 +122,18 @@ def preset(model: ModelCost, gpu: Gpu, engine_size: int, sync: float, max_runnin
 
 def speed(args: Namespace, rates: Preset, lengths: Lengths) -> Speed:
     """Simulated: the controller's own buffer, engines and a trainer at these rates."""
-    warm_up = math.ceil(args.max_staleness / args.mini_batches) + 1  # batches until the buffer is full
+    warm_up = math.ceil(args.max_staleness / args.steps_per_rollout) + 1  # batches until the buffer is full
     settings = Settings(
-        train_steps=2 * warm_up * args.mini_batches,
-        mini_batches=args.mini_batches,
+        train_steps=2 * warm_up * args.steps_per_rollout,
+        steps_per_rollout=args.steps_per_rollout,
         rollout_batch_size=args.rollout_batch_size,
-        num_completions=args.num_completions,
+        group_size=args.group_size,
         num_engines=args.rollout_engines,
         max_staleness=args.max_staleness,
         sync_interval=args.sync_interval if args.max_staleness else None,
         on_weight_update=args.on_weight_update,
         requeue=args.stale_groups == "requeue",
-        max_dispatches=args.max_dispatches,
+        max_attempts=args.max_attempts,
         over_subscription=args.over_subscription if args.max_staleness else None,
     )
     of_run = rates.rates(args.trainer_ranks)

@@ -27,7 +27,7 @@ class Measured:
     trainer_ranks: int
     seconds: float
     num_batches: int
-    mini_batches: int
+    steps_per_rollout: int
 
 
 def measure(folder: Path, rollouts: Path | None = None) -> Measured:

@@ -19,7 +19,7 @@ from megatron_vespo.commands.simulate.run import Settings, simulate
 from megatron_vespo.data.rollout_file import recorded_lengths
 from megatron_vespo.system.paths import user_path
 
-SCALE = {"rollout_batches": 20, "rollout_batch_size": 512, "num_completions": 8, "mini_batches": 4}
+SCALE = {"rollout_batches": 20, "rollout_batch_size": 512, "group_size": 8, "steps_per_rollout": 4}
 _DESCRIPTION = """\
 Simulate synchronous and asynchronous runs: throughput, idle shares and staleness, in seconds.
 
@@ -80,8 +80,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
         help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
     add("--max-staleness", type=int, nargs="+", metavar="S",
-        help="simulate each; 0: synchronous (default: 0, N, 2N - 1, 2N, 4N; N: --mini-batches)")  # fmt: skip
-    add("--sync-interval", type=int, metavar="K", help="default: --mini-batches")
+        help="simulate each; 0: synchronous; default: 0, N, 2N - 1, 2N, 4N of "
+        "--steps-per-rollout N")  # fmt: skip
+    add("--sync-interval", type=int, metavar="K", help="default: --steps-per-rollout")
     for name, default in SCALE.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N",
             help=f"default: {default}, or what --from-run had")  # fmt: skip
@@ -89,10 +90,10 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default=asynchronous.stale_groups)
     add("--over-subscription", type=float, metavar="FACTOR", help="default: all that the bound allows")
-    add("--max-dispatches", type=int, metavar="N", default=asynchronous.max_dispatches)
+    add("--max-attempts", type=int, metavar="N", default=asynchronous.max_attempts)
     add("--save-interval", type=int, metavar="STEPS", help="default: no checkpoints")
-    add("--heldout-prompts", type=int, metavar="N", default=0, help="default: no evaluation")
-    add("--heldout-interval", type=int, metavar="N", default=5, help="rollout batches (default: 5)")
+    add("--eval-prompts", type=int, metavar="N", default=0, help="default: no evaluation")
+    add("--eval-interval", type=int, metavar="N", default=5, help="rollout batches (default: 5)")
 
 
 def _add_length_flags(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +159,7 @@ def _training_defaults() -> Namespace:
 
 
 def _bounds(args: Namespace) -> list[int]:
-    n = args.mini_batches
+    n = args.steps_per_rollout
     return args.max_staleness or sorted(
         {0, *(max(bound, args.sync_interval or n) for bound in (n, 2 * n - 1, 2 * n, 4 * n))}
     )
@@ -171,7 +172,7 @@ def _complete(args: Namespace, measured: Measured | None) -> None:
         num_groups, num_completions = measured.lengths.completions.shape
         size = num_groups // measured.num_batches
         scale = dict(
-            zip(SCALE, (measured.num_batches, size, num_completions, measured.mini_batches), strict=True)
+            zip(SCALE, (measured.num_batches, size, num_completions, measured.steps_per_rollout), strict=True)
         )
     for name, value in scale.items():
         if getattr(args, name) is None:
@@ -179,11 +180,11 @@ def _complete(args: Namespace, measured: Measured | None) -> None:
 
 
 def _check(args: Namespace) -> None:
-    positive = ("gpus", "mini_batches", "rollout_batch_size", "num_completions", "rollout_batches",
-                "heldout_interval", "length_mean", "max_completion_tokens", "save_interval",
+    positive = ("gpus", "steps_per_rollout", "rollout_batch_size", "group_size", "rollout_batches",
+                "eval_interval", "length_mean", "max_completion_tokens", "save_interval",
                 "gpus_per_engine", "train_rate", "log_prob_rate", "prefill_rate", "max_running",
                 "shared_cores")  # fmt: skip
-    other = ("max_staleness", "heldout_prompts", "length_sigma", "prompt_tokens", "decode_ms", "sync_seconds",
+    other = ("max_staleness", "eval_prompts", "length_sigma", "prompt_tokens", "decode_ms", "sync_seconds",
              "save_seconds", "reward_seconds", "failures_per_hour", "recovery_seconds")  # fmt: skip
     for name in (*positive, *other):
         value = getattr(args, name)
@@ -191,10 +192,10 @@ def _check(args: Namespace) -> None:
             if number is not None and not (0 <= number < 1e12 and (number or name in other)):
                 what = "positive" if name in positive else "zero or more"
                 raise ValueError(f"--{name.replace('_', '-')} {number}: must be {what}")
-    if args.rollout_batch_size % args.mini_batches:
+    if args.rollout_batch_size % args.steps_per_rollout:
         raise ValueError(
-            f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --mini-batches "
-            f"{args.mini_batches}"
+            f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --steps-per-rollout "
+            f"{args.steps_per_rollout}"
         )
     for name, most in {"trainer_share": 1.0, "length_prompt_share": 1.0, "lost_requests": 0.5}.items():
         value = getattr(args, name)
@@ -273,20 +274,20 @@ def _override(args: Namespace, rates: Rates, trainer: int) -> Rates:
 
 def _settings(args: Namespace, engines: int, bound: int) -> Settings:
     return Settings(
-        train_steps=args.rollout_batches * args.mini_batches,
-        mini_batches=args.mini_batches,
+        train_steps=args.rollout_batches * args.steps_per_rollout,
+        steps_per_rollout=args.steps_per_rollout,
         rollout_batch_size=args.rollout_batch_size,
-        num_completions=args.num_completions,
+        group_size=args.group_size,
         num_engines=engines,
         max_staleness=bound,
         sync_interval=args.sync_interval if bound else None,
         on_weight_update=args.on_weight_update,
         requeue=args.stale_groups == "requeue",
-        max_dispatches=args.max_dispatches,
+        max_attempts=args.max_attempts,
         over_subscription=args.over_subscription if bound else None,
         save_interval=args.save_interval,
-        heldout_prompts=args.heldout_prompts,
-        heldout_interval=args.heldout_interval,
+        eval_prompts=args.eval_prompts,
+        eval_interval=args.eval_interval,
         failures_per_hour=args.failures_per_hour,
         recovery_seconds=args.recovery_seconds,
         lost_share=args.lost_requests,
@@ -297,6 +298,6 @@ def _settings(args: Namespace, engines: int, bound: int) -> Settings:
 def _title(args: Namespace) -> str:
     source = f"rates of {args.from_run.name}" if args.from_run else args.preset
     return (
-        f"{args.rollout_batch_size} prompts x {args.num_completions} a rollout batch, "
-        f"{args.mini_batches} optimizer steps each ({source})"
+        f"{args.rollout_batch_size} prompts x {args.group_size} a rollout batch, "
+        f"{args.steps_per_rollout} optimizer steps each ({source})"
     )

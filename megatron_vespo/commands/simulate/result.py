@@ -46,14 +46,14 @@ class Result:
     engines_busy: list[list[list[float]]]  # start and end, of each engine
     tokens_generated: float  # from the start
     seconds: float  # of the whole run
-    mini_batches: int
+    steps_per_rollout: int
     bound: int
     counts: Counts
     pending: list[int]  # prompts
 
     @property
     def warm_up(self) -> int:
-        return min(math.ceil(self.bound / self.mini_batches) + 1, len(self.batches) // 2)
+        return min(math.ceil(self.bound / self.steps_per_rollout) + 1, len(self.batches) // 2)
 
     @property
     def window(self) -> tuple[float, float]:
@@ -64,7 +64,7 @@ class Result:
     def step_seconds(self) -> float:
         """An optimizer step."""
         start, end = self.window
-        return (end - start) / (len(self._steady) * self.mini_batches)
+        return (end - start) / (len(self._steady) * self.steps_per_rollout)
 
     @property
     def tokens_per_second(self) -> float:

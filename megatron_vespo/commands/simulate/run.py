@@ -29,19 +29,19 @@ class Settings:
     """Flags of `megatron-vespo train`, and what goes wrong. `max_staleness` 0 is synchronous."""
 
     train_steps: int
-    mini_batches: int
+    steps_per_rollout: int
     rollout_batch_size: int
-    num_completions: int
+    group_size: int
     num_engines: int
     max_staleness: int = 0
     sync_interval: int | None = None
     on_weight_update: str = "retract"  # or "in-place" or "abort"
     requeue: bool = True
-    max_dispatches: int = 3
+    max_attempts: int = 3
     over_subscription: float | None = None  # rollout batches ahead or under way, at most
     save_interval: int | None = None
-    heldout_prompts: int = 0
-    heldout_interval: int = 1
+    eval_prompts: int = 0
+    eval_interval: int = 1
     failures_per_hour: float = 0.0  # of one engine
     recovery_seconds: float = 60.0
     lost_share: float = 0.0  # of the requests
@@ -55,7 +55,7 @@ class Settings:
     @property
     def bound(self) -> int:
         """Of the total lag: a synchronous run has the index of the mini-batch."""
-        return self.max_staleness or self.mini_batches - 1
+        return self.max_staleness or self.steps_per_rollout - 1
 
 
 def simulate(settings: Settings, rates: Rates, lengths: Lengths) -> Result:
@@ -81,15 +81,15 @@ class _Run:
         self._numbers = count()
         self._buffer = RolloutBuffer(
             self._next_prompt,
-            batch_size=settings.rollout_batch_size, mini_batches=settings.mini_batches,
-            max_staleness=settings.bound, requeue=settings.requeue, max_dispatches=settings.max_dispatches,
+            batch_size=settings.rollout_batch_size, mini_batches=settings.steps_per_rollout,
+            max_staleness=settings.bound, requeue=settings.requeue, max_dispatches=settings.max_attempts,
             max_held=settings.max_held,
         )  # fmt: skip
         self._stream = Stream(
             self._pool, self._buffer, lengths, self._random,
             batch_size=settings.rollout_batch_size,
-            step_size=settings.rollout_batch_size // settings.mini_batches,
-            max_staleness=settings.bound, num_completions=settings.num_completions,
+            step_size=settings.rollout_batch_size // settings.steps_per_rollout,
+            max_staleness=settings.bound, num_completions=settings.group_size,
             lost_share=settings.lost_share,
         )  # fmt: skip
         self._work = Work(self._clock)
@@ -119,7 +119,7 @@ class _Run:
             engines_busy=[engine.busy for engine in self._pool.engines],
             tokens_generated=sum(engine.tokens_made for engine in self._pool.engines),
             seconds=self._clock.now,
-            mini_batches=self._settings.mini_batches,
+            steps_per_rollout=self._settings.steps_per_rollout,
             bound=self._settings.bound,
             counts=self._buffer.counts,
             pending=[pending.prompt.prompt_id for pending in self._buffer.pending()],
@@ -137,11 +137,11 @@ class _Run:
         while self._step < settings.train_steps:
             groups = yield from self._take()
             if not settings.max_staleness:  # else in the background, as groups finish
-                yield from self._phase("reward", len(groups) * settings.num_completions)
+                yield from self._phase("reward", len(groups) * settings.group_size)
             yield from self._update(groups)
-            if (self._step // settings.mini_batches) % settings.heldout_interval == 0 or self._is_last():
+            if (self._step // settings.steps_per_rollout) % settings.eval_interval == 0 or self._is_last():
                 yield from self._evaluate()
-            before = self._step - settings.mini_batches
+            before = self._step - settings.steps_per_rollout
             interval = settings.save_interval
             if interval and (self._step // interval > before // interval or self._is_last()):
                 yield from self._phase("save")
@@ -164,12 +164,13 @@ class _Run:
             yield
         self._stream.fill()
         self._phases.append(("generate", started, self._clock.now))
-        self._batches.append(Batch.of(groups, self._step, self._settings.mini_batches, self._settings.bound))
+        settings = self._settings
+        self._batches.append(Batch.of(groups, self._step, settings.steps_per_rollout, settings.bound))
         return groups
 
     def _update(self, groups: list[Group]) -> Iterator[None]:
         settings = self._settings
-        size = len(groups) // settings.mini_batches
+        size = len(groups) // settings.steps_per_rollout
         tokens = [
             sum(len(c.token_ids) + len(c.prompt.token_ids) for group in groups[i : i + size] for c in group)
             for i in range(0, len(groups), size)
@@ -178,7 +179,7 @@ class _Run:
         for number in tokens:
             yield from self._phase("train", number)
             self._step += 1
-            interval = settings.sync_interval or settings.mini_batches
+            interval = settings.sync_interval or settings.steps_per_rollout
             if self._step - self._served >= interval or self._is_last():
                 yield from self._sync()
 
@@ -197,7 +198,7 @@ class _Run:
 
     def _evaluate(self) -> Iterator[None]:
         """One completion of every held-out prompt."""
-        started, number = self._clock.now, self._settings.heldout_prompts
+        started, number = self._clock.now, self._settings.eval_prompts
         if not number:
             return
         self._left_to_evaluate = number

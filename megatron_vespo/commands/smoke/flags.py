@@ -41,7 +41,7 @@ OF_THE_RUN = {
     "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers", "--pipeline-model-parallel-layout",
     "--max-prompt-tokens", "--max-completion-tokens", "--max-tokens-per-gpu", "--rollout-temperature",
-    "--rollout-batch-size", "--num-completions", "--mini-batches", "--train-iters",
+    "--rollout-batch-size", "--group-size", "--steps-per-rollout", "--train-iters",
     "--lr", "--min-lr", "--max-logprob-difference", "--on-alarm",
     "--max-staleness", "--sync-interval", "--on-weight-update", "--over-subscription",
     "--stop-generation-while-training", "--stale-groups",
@@ -52,7 +52,7 @@ OF_THE_RUN = {
     "--engine-restarts", "--min-engines", "--trainer-restarts", "--preemption-deadline",
     "--sglang-context-length",
 }  # fmt: skip
-OF_THE_RUN_PREFIXES = ("--heldout-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
+OF_THE_RUN_PREFIXES = ("--eval-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
 # what only a GPU has, and what saves its memory
 ON_GPUS_ONLY = {
     "--transformer-impl", "--distributed-backend", "--optimizer-cpu-offload",
@@ -147,8 +147,8 @@ def _own_flags(layout: Wanted, folder: Path, timeout_s: float) -> list[str]:
         "--save": folder / "checkpoint",
         "--load": folder / "checkpoint",  # empty at first
         "--rollout-batch-size": num_prompts(layout),
-        "--num-completions": NUM_COMPLETIONS,
-        "--mini-batches": MINI_BATCHES,
+        "--group-size": NUM_COMPLETIONS,
+        "--steps-per-rollout": MINI_BATCHES,
         "--train-iters": MINI_BATCHES,
         "--max-prompt-tokens": MAX_PROMPT_TOKENS,
         "--max-completion-tokens": MAX_COMPLETION_TOKENS,

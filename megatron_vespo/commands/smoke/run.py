@@ -143,7 +143,7 @@ class SmokeRun:
     def _train(
         self, controller: Controller, samples: list[TrainingSample], before: list[np.ndarray], row: Stage
     ) -> None:
-        number = self._args.mini_batches
+        number = self._args.steps_per_rollout
         size = len(samples) // number
         controller.trainer.prepare([samples[i * size : (i + 1) * size] for i in range(number)])
         steps = [controller.trainer.train_step(index) for index in range(number)]

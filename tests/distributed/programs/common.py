@@ -15,7 +15,7 @@ from megatron_vespo.types import TrainingSample
 # 2 mini-batches of 24 samples a rollout; the longest sample has 20 + 30 tokens
 FLAGS = (
     "--prompt-data unused.jsonl --output-dir unused --train-iters 8 --lr 1e-3 --clip-grad 1.0 "
-    "--mini-batches 2 --rollout-batch-size 12 --num-completions 4 "
+    "--steps-per-rollout 2 --rollout-batch-size 12 --group-size 4 "
     "--max-prompt-tokens 20 --max-completion-tokens 30"
 ).split()
 

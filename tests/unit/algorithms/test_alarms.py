@@ -16,7 +16,7 @@ from megatron_vespo.algorithms.alarms import (
 )
 
 RECOMPUTED = "use --ratio-denominator recomputed or --routing-replay R3"
-FEWER_STEPS = "use fewer --mini-batches or a lower --lr"
+FEWER_STEPS = "use fewer --steps-per-rollout or a lower --lr"
 NAN = math.nan
 
 
@@ -265,7 +265,7 @@ def test_the_bound_of_the_spread_is_where_a_fifth_of_the_negatives_is_dead(sprea
 
 def test_equal_groups():
     failing = only(check({"rollout/zero_advantage_share": 0.95, "reward/mean": 0.02}, []), "equal_groups")
-    assert "95% of the groups" in failing.message and "more --num-completions" in failing.advice
+    assert "95% of the groups" in failing.message and "more --group-size" in failing.advice
     filtered = {"rollout/zero_advantage_share": 0.95, "reward/mean": 0.02, "rollout/generated_prompts": 320.0}
     alarm = only(check(filtered, []), "equal_groups")
     assert "--dynamic-sampling" not in alarm.advice and "easier prompts" in alarm.advice

@@ -134,7 +134,7 @@ def test_our_defaults(parse):
     assert args.loss_aggregation == "token-mean"
     assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
     assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("group-mean", True, True)
-    assert (args.rollout_temperature, args.max_logprob_difference, args.heldout_data) == (1.0, None, None)
+    assert (args.rollout_temperature, args.max_logprob_difference, args.eval_data) == (1.0, None, None)
     assert args.sglang_flags == []
     assert isinstance(args.output_dir, Path)
 
@@ -219,9 +219,9 @@ def test_losses_of_the_router_are_refused(refusal):
 
 
 def test_one_completion_a_prompt(parse, refusal):
-    args = parse("--num-completions 1 --advantage-estimator global --mini-batches 1 --rollout-batch-size 8")
+    args = parse("--group-size 1 --advantage-estimator global --steps-per-rollout 1 --rollout-batch-size 8")
     assert args.global_batch_size == 8
-    assert refusal("--num-completions 1").startswith("--num-completions 1: --advantage-estimator group-mean ")
+    assert refusal("--group-size 1").startswith("--group-size 1: --advantage-estimator group-mean ")
 
 
 def test_a_flag_given_twice_counts_the_last_time(parse):
@@ -257,7 +257,7 @@ def test_flags_that_agree_with_the_model_pass(parse):
         ("--num-query-groups 1", "--num-query-groups 1 contradicts the HF config, which makes it 2"),
         (
             "--global-batch-size 32",
-            "--global-batch-size 32 contradicts --rollout-batch-size x --num-completions / --mini-batches, "
+            "--global-batch-size 32 contradicts --rollout-batch-size x --group-size / --steps-per-rollout, "
             "which makes it 16",
         ),
         (
@@ -296,10 +296,10 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
             "--pipeline-model-parallel-size is 3, which does not divide layers 4",
         ),
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size is 0, must be positive"),
-        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 4"),
+        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --steps-per-rollout 4"),
         (
-            "--mini-batches 3",
-            "--rollout-batch-size 16 prompts cannot be cut into --mini-batches 3 equal parts",
+            "--steps-per-rollout 3",
+            "--rollout-batch-size 16 prompts cannot be cut into --steps-per-rollout 3 equal parts",
         ),
         (
             "--max-prompt-tokens 227",
@@ -308,10 +308,10 @@ def test_a_contradiction_names_both_values(refusal, flags, message):
         ),
         (
             "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
-            "--rollout-batch-size 1 --num-completions 3 --mini-batches 1",
+            "--rollout-batch-size 1 --group-size 3 --steps-per-rollout 1",
             "a mini-batch of 3 completions cannot be shared by 1 data-parallel ranks in 2 micro-batches each "
-            "(virtual pipeline stages need them) equally: change --rollout-batch-size, --num-completions or "
-            "--mini-batches",
+            "(virtual pipeline stages need them) equally: change --rollout-batch-size, --group-size or "
+            "--steps-per-rollout",
         ),
         (
             "--trainer-ranks 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 4",

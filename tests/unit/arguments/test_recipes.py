@@ -42,7 +42,7 @@ def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     assert adam == (0.9, 0.999, 1e-8, 0.01, 1.0)
     assert args.bf16 and args.save == args.load
     # a rollout batch is given up or saved as a whole
-    assert args.save_interval % args.mini_batches == args.save_retain_interval % args.save_interval == 0
+    assert args.save_interval % args.steps_per_rollout == args.save_retain_interval % args.save_interval == 0
     assert args.generate_timeout > args.preemption_deadline
 
 
@@ -76,11 +76,11 @@ def test_a_recipe_has_the_kernels_that_its_readme_names(tmp_path, recipe):
 @pytest.mark.parametrize("steps", [8, 16, 32, 64])
 def test_a_recipe_is_called_by_its_steps(tmp_path, steps):
     args = parse(f"qwen3_30b_a3b/synchronous_n{steps}", tmp_path)
-    assert args.mini_batches == steps and args.rollout_batch_size == 256 * steps
+    assert args.steps_per_rollout == steps and args.rollout_batch_size == 256 * steps
     assert args.max_staleness == 0 and args.ratio_denominator == "recomputed"
 
 
 def test_the_asynchronous_one(tmp_path):
     args = parse("qwen3_30b_a3b/asynchronous", tmp_path)
-    assert args.sync_interval == args.mini_batches == 4 and args.max_staleness == 8
+    assert args.sync_interval == args.steps_per_rollout == 4 and args.max_staleness == 8
     assert args.ratio_denominator == "rollout" and args.on_weight_update == "retract"

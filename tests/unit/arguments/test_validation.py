@@ -43,7 +43,7 @@ def layout(**changes) -> Namespace:
         on_alarm="warn",
         num_distributed_optimizer_instances=1,
         train_iters=16,
-        mini_batches=8,
+        steps_per_rollout=8,
         lr=1e-6,
         min_lr=None,
         lr_warmup_iters=0,
@@ -94,10 +94,10 @@ def message_of(check, args) -> str:
 def test_sound_flags_pass(flags):
     check_flags(flags())
     check_flags(flags("--mismatch-correction", "reject-k3", "--mismatch-bounds", "0", "0.1"))
-    check_flags(flags("--num-completions", "1", "--advantage-estimator", "global"))
+    check_flags(flags("--group-size", "1", "--advantage-estimator", "global"))
     check_flags(flags("--policy-loss", "bapo", "--dual-clip", "3"))
     check_flags(flags("--mismatch-correction", "token-mask", "--ratio-denominator", "decoupled"))
-    check_flags(flags("--vespo-positive", "0", "0", "--mini-batches", "32", "--num-completions", "2"))
+    check_flags(flags("--vespo-positive", "0", "0", "--steps-per-rollout", "32", "--group-size", "2"))
 
 
 @pytest.mark.parametrize("flag", ["--hf-checkpoint", "--prompt-data", "--output-dir"])
@@ -111,16 +111,16 @@ def test_a_required_flag_is_missing(flags, flag):
     "flag",
     [
         "--rollout-batch-size",
-        "--num-completions",
-        "--mini-batches",
+        "--group-size",
+        "--steps-per-rollout",
         "--max-prompt-tokens",
         "--max-completion-tokens",
         "--rollout-engines",
         "--trainer-ranks",
         "--max-tokens-per-gpu",
         "--reward-workers",
-        "--heldout-interval",
-        "--heldout-prompts",
+        "--eval-interval",
+        "--eval-prompts",
         "--weight-sync-bucket-mb",
         "--dynamic-sampling-max-batches",
     ],
@@ -165,34 +165,34 @@ def test_real_numbers_are_positive(flags, flag, value):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--heldout-completions 0", "--heldout-completions is 0, must be positive"),
-        ("--heldout-temperature -1", "--heldout-temperature -1: must be positive, or 0 for greedy"),
+        ("--eval-completions 0", "--eval-completions is 0, must be positive"),
+        ("--eval-temperature -1", "--eval-temperature -1: must be positive, or 0 for greedy"),
         (
-            "--heldout-temperature 0 --heldout-completions 4",
-            "--heldout-temperature 0 makes the same completion 4 times: one is enough",
+            "--eval-temperature 0 --eval-completions 4",
+            "--eval-temperature 0 makes the same completion 4 times: one is enough",
         ),
         (
-            "--num-completions 1",
-            "--num-completions 1: --advantage-estimator group-mean compares the completions of a prompt and "
+            "--group-size 1",
+            "--group-size 1: --advantage-estimator group-mean compares the completions of a prompt and "
             "needs at least 2; global compares those of the rollout batch",
         ),
         (
-            "--num-completions 1 --advantage-estimator leave-one-out",
-            "--num-completions 1: --advantage-estimator leave-one-out compares the completions of a prompt "
+            "--group-size 1 --advantage-estimator leave-one-out",
+            "--group-size 1: --advantage-estimator leave-one-out compares the completions of a prompt "
             "and needs at least 2; global compares those of the rollout batch",
         ),
         (
-            "--num-completions 1 --advantage-estimator global --dynamic-sampling",
-            "--num-completions 1: --dynamic-sampling leaves out groups of equal rewards, which a group of 1 "
+            "--group-size 1 --advantage-estimator global --dynamic-sampling",
+            "--group-size 1: --dynamic-sampling leaves out groups of equal rewards, which a group of 1 "
             "always is: leave it out",
         ),
         (
-            "--num-completions 1 --advantage-estimator global --rollout-batch-size 1 --mini-batches 1",
-            "--num-completions 1 with --rollout-batch-size 1: one reward has nothing to be compared with",
+            "--group-size 1 --advantage-estimator global --rollout-batch-size 1 --steps-per-rollout 1",
+            "--group-size 1 with --rollout-batch-size 1: one reward has nothing to be compared with",
         ),
         (
-            "--rollout-batch-size 32 --mini-batches 5",
-            "--rollout-batch-size 32 prompts cannot be cut into --mini-batches 5 equal parts",
+            "--rollout-batch-size 32 --steps-per-rollout 5",
+            "--rollout-batch-size 32 prompts cannot be cut into --steps-per-rollout 5 equal parts",
         ),
         (
             "--max-completion-tokens 64 --overlong-buffer 65",
@@ -448,7 +448,7 @@ EXPERT = "expert tensor x expert x pipeline parallel size"
         (
             {"global_batch_size": 33},
             "a mini-batch of 33 completions cannot be shared by 2 data-parallel ranks equally: change "
-            "--rollout-batch-size, --num-completions or --mini-batches",
+            "--rollout-batch-size, --group-size or --steps-per-rollout",
         ),
     ],
 )
@@ -480,7 +480,7 @@ def test_parallel_sizes_are_positive(size, value):
         ),
         ({"train_iters": None}, "--train-iters (optimizer steps) is required and must be positive"),
         ({"train_iters": 0}, "--train-iters (optimizer steps) is required and must be positive"),
-        ({"train_iters": 20}, "--train-iters 20 optimizer steps must be a multiple of --mini-batches 8"),
+        ({"train_iters": 20}, "--train-iters 20 optimizer steps must be a multiple of --steps-per-rollout 8"),
         ({"lr": None}, "--lr is required"),
         ({"lr": -1.0}, "--lr is -1, must be 0 or more, and finite"),
         ({"min_lr": -math.inf}, "--min-lr is -inf, must be 0 or more, and finite"),
@@ -546,7 +546,7 @@ def test_old_policies_that_are_sound(flags, argv):
     [
         ("--max-staleness -1", "--max-staleness -1: must not be negative"),
         ("--sync-interval 0", "--sync-interval is 0, must be positive"),
-        ("--max-dispatches 0", "--max-dispatches is 0, must be positive"),
+        ("--max-attempts 0", "--max-attempts is 0, must be positive"),
         (
             "--sync-interval 4",
             "--sync-interval 4: without --max-staleness weights are synced after",
@@ -554,7 +554,7 @@ def test_old_policies_that_are_sound(flags, argv):
         ("--max-staleness 9 --sync-interval 3", "--sync-interval 3 must be a divisor or a multiple of"),
         (
             "--max-staleness 7",
-            "--mini-batches 8 and --sync-interval 8 alone make samples 7 optimizer",
+            "--steps-per-rollout 8 and --sync-interval 8 alone make samples 7 optimizer",
         ),
         ("--max-staleness 15 --sync-interval 16", "at least 16, or 0 for synchronous training"),
         (

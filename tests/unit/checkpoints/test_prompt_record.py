@@ -105,10 +105,10 @@ class Run:
     def task(self, **changed) -> Task:
         args = Namespace(
             hf_checkpoint=self.model, prompt_data=self.write("train.jsonl", self.questions),
-            heldout_data=None, prompt_key="question", answer_key="answer", answer_pattern=None,
+            eval_data=None, prompt_key="question", answer_key="answer", answer_pattern=None,
             apply_chat_template=True,
             chat_template_arguments={}, max_prompt_tokens=64, overlong_prompts="skip", vocab_size=128, seed=1,
-            heldout_prompt_key=None, heldout_answer_key=None, heldout_answer_pattern=None, heldout_prompts=9,
+            eval_prompt_key=None, eval_answer_key=None, eval_answer_pattern=None, eval_prompts=9,
             reward_function="math", generate_function=None, rollout_temperature=1.0, max_completion_tokens=8,
             train_from=None, rollout_only=False, load=str(self.folder / "saved"), ckpt_step=None,
         )  # fmt: skip
@@ -159,26 +159,26 @@ def test_a_run_has_one_date_however_often_it_is_resumed(run, clock):
 
 def test_held_out_prompts_have_the_date_of_the_run_and_keys_of_their_own(run, clock):
     path = run.write("heldout.jsonl", [{"problem": "2 + 2 = ?", "solution": "thus #4"}])
-    keys = {"heldout_prompt_key": "problem", "heldout_answer_key": "solution"}
+    keys = {"eval_prompt_key": "problem", "eval_answer_key": "solution"}
     run.save(run.task())
     clock.today += timedelta(days=1)
-    (prompt,) = run.task(heldout_data=path, heldout_answer_pattern="#(.)", **keys).heldout
+    (prompt,) = run.task(eval_data=path, eval_answer_pattern="#(.)", **keys).eval_prompts
     assert "".join(map(chr, prompt.token_ids)) == "28 23:59:30 2 + 2 = ?" and prompt.answer == "4"
     # training's pattern, where there is none of their own, and one that takes all
     train = run.write("train2.jsonl", [{"question": "q", "answer": "x#1"}])
-    given = {"heldout_data": path, "prompt_data": train, "answer_pattern": "#(.)", "load": None} | keys
-    assert run.task(**given).heldout[0].answer == "4"
-    assert run.task(**given, heldout_answer_pattern="(?s)(.*)").heldout[0].answer == "thus #4"
-    with pytest.raises(ValueError, match=r"no key 'question' \(--heldout-prompt-key question\)"):
-        run.task(heldout_data=path)
+    given = {"eval_data": path, "prompt_data": train, "answer_pattern": "#(.)", "load": None} | keys
+    assert run.task(**given).eval_prompts[0].answer == "4"
+    assert run.task(**given, eval_answer_pattern="(?s)(.*)").eval_prompts[0].answer == "thus #4"
+    with pytest.raises(ValueError, match=r"no key 'question' \(--eval-prompt-key question\)"):
+        run.task(eval_data=path)
 
 
 def test_other_held_out_prompts_are_said(run):
     rows = [{"question": "2 + 2 = ?", "answer": "4"}, {"question": "2 + 3 = ?", "answer": "5"}]
     path = run.write("heldout.jsonl", rows)
-    run.save(run.task(heldout_data=path))
-    assert run.task(heldout_data=path).remarks == run.task().remarks == []
-    (remark,) = run.task(heldout_data=path, heldout_prompts=1).remarks
+    run.save(run.task(eval_data=path))
+    assert run.task(eval_data=path).remarks == run.task().remarks == []
+    (remark,) = run.task(eval_data=path, eval_prompts=1).remarks
     assert remark.startswith("the held-out prompts are others than before ")
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.checkpoints.resumable import changes, check_resumable, take_flags, take_schedule
+from megatron_vespo.types import RunState
 
 SAVED = {
     "rollout_state": {"iteration": 8}, "optimizer": "adam", "lr": 2e-6, "min_lr": 0.0,
     "lr_decay_style": "constant", "lr_warmup_iters": 0, "weight_decay": 0.0,
     "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8,
-    "clip_grad": 1.0, "mini_batches": 8, "seed": 1, "policy_loss": "vespo",
+    "clip_grad": 1.0, "steps_per_rollout": 8, "seed": 1, "policy_loss": "vespo",
     "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1,
     "num_experts": 8,
 }  # fmt: skip
@@ -25,10 +26,10 @@ def flags(**others) -> Namespace:
 
 def test_flags_that_differ_are_said():
     assert changes(SAVED, flags()) == []
-    assert changes(SAVED, flags(lr=1e-6, mini_batches=4, lr_decay_style="cosine", load="elsewhere")) == [
+    assert changes(SAVED, flags(lr=1e-6, steps_per_rollout=4, lr_decay_style="cosine", load="elsewhere")) == [
         "--lr 1e-06 (the checkpoint had 2e-06)",
         "--lr-decay-style cosine (the checkpoint had constant)",
-        "--mini-batches 4 (the checkpoint had 8)",
+        "--steps-per-rollout 4 (the checkpoint had 8)",
     ]
 
 
@@ -103,3 +104,9 @@ def test_flags_reach_every_parameter_group():
     [third] = changed["optimizer"][1][0]["param_groups"]
     assert first == third == group(**new)
     assert second == group(**new | {"wd_mult": 0.0, "max_lr": 7e-6})
+
+
+def test_what_version_0_1_has_stored_is_read_by_its_names():
+    old = {name: value for name, value in SAVED.items() if name != "steps_per_rollout"} | {"mini_batches": 4}
+    assert changes(old, flags()) == ["--steps-per-rollout 8 (the checkpoint had 4)"]
+    assert RunState.of({"iteration": 3, "heldout_before": {"a": 1.0}}).eval_before == {"a": 1.0}

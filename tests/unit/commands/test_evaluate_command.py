@@ -279,7 +279,7 @@ def test_an_engine_without_a_numbered_version(checkpoint, tmp_path, sets, capsys
 
 def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, sets, capsys):
     with EngineStub(ByTurns(EASY | HARD)) as engine:
-        line = command(checkpoint, tmp_path / "out", engine.url, *sets, "--max-dispatches", "1")
+        line = command(checkpoint, tmp_path / "out", engine.url, *sets, "--max-request-retries", "1")
         engine.answer = lambda body: [][0]  # the connection breaks
         assert run(line) == 1
     last = capsys.readouterr().err.splitlines()[-1]

@@ -77,7 +77,7 @@ CONFIG = {
 }
 RUN = """
 --prompt-data none.parquet --output-dir none --load none --bf16 --train-iters 64 --lr 1e-6  # nothing is there
---mini-batches 4 --rollout-batch-size 512 --num-completions 8
+--steps-per-rollout 4 --rollout-batch-size 512 --group-size 8
 --max-prompt-tokens 1024 --max-completion-tokens 15360 --max-tokens-per-gpu 16384
 """
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -195,7 +195,7 @@ def model(**changes) -> Namespace:
         "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False, "colocate_offload": True,
         "expert_model_parallel_size": 8, "num_layers": LAYERS, "max_prompt_tokens": 1024,
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
-        "rollout_batch_size": 2048, "num_completions": 8, "async_save": False, "old_policy": "current",
+        "rollout_batch_size": 2048, "group_size": 8, "async_save": False, "old_policy": "current",
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
         "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
         "accumulate_allreduce_grads_in_fp32": True,
@@ -289,7 +289,7 @@ def test_packs(replay, each):
     assert whole == pytest.approx(4 * 8 + 3 * 4 + 8 + 8 * 15 / 16 + each, abs=0.5)
     in_flight_bytes = 2 * whole + (LAYERS * TOP * 8 / 2 if replay else 0)
     for steps in (1, 64):
-        args.mini_batches, args.rollout_batch_size = steps, 256 * steps
+        args.steps_per_rollout, args.rollout_batch_size = steps, 256 * steps
         assert packs_in_flight_bytes(args, LAYERS, 0) == 1000 * in_flight_bytes
         stage = Stage(LAYERS, 0, 0, 0, 1, 1)
         host = host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)

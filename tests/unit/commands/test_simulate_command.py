@@ -15,7 +15,7 @@ from megatron_vespo.observability.metrics import dump_json
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.types import Completion, Prompt
 
-SMALL = ["--rollout-batch-size", "16", "--num-completions", "2", "--rollout-batches", "4"]
+SMALL = ["--rollout-batch-size", "16", "--group-size", "2", "--rollout-batches", "4"]
 A, B = 0.004, 0.0002  # seconds a token of each of r requests: A + B r
 RANKS, FORWARD = 4, 2e-4  # seconds a token of the log-prob pass
 PREFILL = 1 / FORWARD / RANKS  # a rank's tokens a second
@@ -86,8 +86,8 @@ def test_a_runs_rates_are_what_its_files_say(recorded_run):
     assert (measured.num_engines, measured.trainer_ranks, measured.num_batches) == (1, 4, BATCHES)
     assert measured.lengths.completions.shape == (BATCHES * PROMPTS, COMPLETIONS)
     settings = Settings(
-        train_steps=BATCHES * STEPS, mini_batches=STEPS, rollout_batch_size=PROMPTS,
-        num_completions=COMPLETIONS, num_engines=1,
+        train_steps=BATCHES * STEPS, steps_per_rollout=STEPS, rollout_batch_size=PROMPTS,
+        group_size=COMPLETIONS, num_engines=1,
     )  # fmt: skip
     # of lengths drawn anew
     assert simulate(settings, rates, measured.lengths).seconds == pytest.approx(measured.seconds, rel=0.05)
@@ -141,9 +141,9 @@ def test_a_folder_that_is_no_whole_synchronous_run_is_refused(recorded_run, tmp_
     [
         (["--gpus", "1"], "--gpus 1: an engine takes 2 of them and the trainer needs one"),
         (["--gpus", "0"], "--gpus 0: must be positive"),
-        (["--max-staleness", "2"], "--mini-batches 4 and --sync-interval 4 alone make samples 3"),
+        (["--max-staleness", "2"], "--steps-per-rollout 4 and --sync-interval 4 alone make samples 3"),
         (["--sync-interval", "3", "--max-staleness", "9"], "--sync-interval 3 must be a divisor or"),
-        (["--mini-batches", "3"], "--rollout-batch-size 16 must be a multiple of --mini-batches 3"),
+        (["--steps-per-rollout", "3"], "--rollout-batch-size 16 must be a multiple of --steps-per-rollout 3"),
         (["--trainer-share", "1.5"], "--trainer-share 1.5: must be 0 to 1"),
         (["--length-mean", "-1"], "--length-mean -1.0: must be positive"),
         (["--decode-ms", "0", "0"], "--decode-ms 0 0: decoding takes time"),
@@ -170,7 +170,7 @@ def test_the_table_and_the_picture(tmp_path, capsys):
 
 
 def test_flags_win_over_a_run(recorded_run, capsys):
-    command = ["simulate", *SMALL, "--mini-batches", "2", "--from-run", str(recorded_run),
+    command = ["simulate", *SMALL, "--steps-per-rollout", "2", "--from-run", str(recorded_run),
                "--max-staleness", "0"]  # fmt: skip
 
     def step_seconds(*flags: str) -> float:

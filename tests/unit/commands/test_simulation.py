@@ -39,7 +39,7 @@ class Constant:
 
 
 def make_settings(**changes) -> Settings:
-    options = dict(train_steps=24, mini_batches=2, rollout_batch_size=4, num_completions=2, num_engines=1)
+    options = dict(train_steps=24, steps_per_rollout=2, rollout_batch_size=4, group_size=2, num_engines=1)
     return Settings(**(options | changes))
 
 
@@ -186,7 +186,7 @@ def test_a_synchronous_run_waits_for_its_longest_response():
     assert result.phase_seconds("generate") >= 12 * 990 * (A + B)
     assert result.trainer_idle["generation"] > 0.99
     free = simulate(
-        make_settings(rollout_batch_size=40, max_staleness=16, max_dispatches=9),
+        make_settings(rollout_batch_size=40, max_staleness=16, max_attempts=9),
         Rates(ENGINE, train=Cost(1e-6)), lengths,
     )  # fmt: skip
     assert free.seconds < result.seconds
@@ -219,7 +219,7 @@ def test_more_staleness_is_not_slower():
     rates = []
     for bound in (0, 4, 7, 11, 16):
         run = make_settings(
-            train_steps=80, mini_batches=4, rollout_batch_size=32, num_completions=4, num_engines=2,
+            train_steps=80, steps_per_rollout=4, rollout_batch_size=32, group_size=4, num_engines=2,
             max_staleness=bound,
         )  # fmt: skip
         rates.append(simulate(run, preset.rates(1), lengths).tokens_per_second)
@@ -234,7 +234,7 @@ def test_the_h100_rates_are_near_a_published_step():
     preset = PRESETS["h100"]()
     lengths = LogNormal(3300, 0.3, 4096, 150, 0.3)
     run = make_settings(
-        train_steps=40, mini_batches=4, rollout_batch_size=256, num_completions=8, num_engines=16
+        train_steps=40, steps_per_rollout=4, rollout_batch_size=256, group_size=8, num_engines=16
     )
     in_turn = simulate(run, preset.rates(32), lengths)
     ahead = simulate(replace(run, max_staleness=7, num_engines=8), preset.rates(16), lengths)
@@ -270,7 +270,7 @@ def test_the_same_seed_gives_the_same():
 
 def test_asking_the_buffer_only_when_it_matters_changes_nothing(monkeypatch):
     run = make_settings(
-        train_steps=200, mini_batches=4, rollout_batch_size=8, num_engines=2, max_staleness=12,
+        train_steps=200, steps_per_rollout=4, rollout_batch_size=8, num_engines=2, max_staleness=12,
         sync_interval=8, lost_share=0.05,
     )  # fmt: skip
     rates, lengths = Rates(ENGINE, train=Cost(0.1), sync=Cost(0.1)), LogNormal(50, 1.2, 2000, 5)
@@ -283,7 +283,7 @@ def test_asking_the_buffer_only_when_it_matters_changes_nothing(monkeypatch):
 
 def test_evaluation_uses_the_engines():
     rates = Rates(ENGINE, train=Cost(1.0))
-    run = make_settings(heldout_prompts=6, heldout_interval=4, train_steps=16)
+    run = make_settings(eval_prompts=6, eval_interval=4, train_steps=16)
     result = simulate(run, rates, Constant())
     once = decode_seconds([100] * 6)
     assert result.phase_seconds("evaluate") == pytest.approx(3 * once)  # at the start, after 4 and 8 batches
@@ -325,17 +325,17 @@ def test_whatever_fails_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
     bound = pick(0, *(max(mini_batches, interval) + extra for extra in (0, 1, 3, 7)))
     run = Settings(
         train_steps=mini_batches * data.draw(st.integers(1, 20)),
-        mini_batches=mini_batches,
+        steps_per_rollout=mini_batches,
         rollout_batch_size=mini_batches * data.draw(st.integers(1, 6)),
-        num_completions=data.draw(st.integers(1, 4)),
+        group_size=data.draw(st.integers(1, 4)),
         num_engines=data.draw(st.integers(1, 4)),
         max_staleness=bound,
         sync_interval=interval if bound else None,
         on_weight_update=pick("retract", "in-place", "abort"),
         requeue=pick(True, False),
-        max_dispatches=data.draw(st.integers(1, 4)),
+        max_attempts=data.draw(st.integers(1, 4)),
         save_interval=pick(None, 4),
-        heldout_prompts=pick(0, 3),
+        eval_prompts=pick(0, 3),
         failures_per_hour=pick(0.0, 30.0, 300.0),
         recovery_seconds=pick(0.1, 20.0),
         lost_share=pick(0.0, 0.05, 0.4),
@@ -352,21 +352,21 @@ def test_whatever_fails_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
 def check_that_nothing_is_lost(run: Settings, result) -> None:
     counts, trained = result.counts, Counter(p for batch in result.batches for p in batch.prompts)
     pending = Counter(result.pending)
-    assert len(result.batches) == run.train_steps // run.mini_batches
+    assert len(result.batches) == run.train_steps // run.steps_per_rollout
     assert max(trained.values()) == 1 and max(pending.values(), default=1) == 1
     assert not trained.keys() & pending.keys()
     assert trained.total() == counts.trained == len(result.batches) * run.rollout_batch_size
     assert counts.taken == counts.trained + counts.stale_dropped + counts.given_up + pending.total()
     for batch in result.batches:
         assert 0 <= batch.lags.min() and batch.lags.max() <= run.bound
-        assert len(batch.lags) == run.rollout_batch_size * run.num_completions
+        assert len(batch.lags) == run.rollout_batch_size * run.group_size
     assert 0 <= sum(result.trainer_idle.values()) <= 1 + 1e-9
     assert 0 <= sum(result.engines_idle.values()) <= 1 + 1e-9
 
 
 def test_thousands_of_requests_and_many_failures():
     run = make_settings(
-        train_steps=400, mini_batches=4, rollout_batch_size=32, num_completions=4, num_engines=8,
+        train_steps=400, steps_per_rollout=4, rollout_batch_size=32, group_size=4, num_engines=8,
         max_staleness=7, failures_per_hour=20.0, recovery_seconds=30.0, lost_share=0.02,
     )  # fmt: skip
     result = simulate(run, Rates(ENGINE, train=Cost(0.5), sync=Cost(0.2)), LogNormal(200, 0.9, 2000, 8, 0.3))

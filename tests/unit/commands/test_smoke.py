@@ -104,7 +104,7 @@ def test_nodes_with_roles():
 
 def test_what_a_recipe_keeps():
     flags = (
-        "--hf-checkpoint m --prompt-data d --heldout-data h --bf16 --lr 1e-6 --lr-decay-style cosine "
+        "--hf-checkpoint m --prompt-data d --eval-data h --bf16 --lr 1e-6 --lr-decay-style cosine "
         "--max-staleness 8 --recompute-granularity full --sglang-tp-size 2 --sglang-mem-fraction-static 0.8 "
         "--vespo-positive 2 3 --optimizer-cpu-offload --trainer-ranks=4"
     ).split()

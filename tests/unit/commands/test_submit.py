@@ -250,7 +250,7 @@ NONSENSE = "--recompute-granularity selective --recompute-modules nonsense"
         (NONSENSE, "Megatron cannot build this model on 8 ranks: Invalid choices for recompute_modules"),
         (f"{NONSENSE} --gpus-per-node 0", "Megatron cannot build this model on 8 ranks: "),
         (f"{NONSENSE} --gpu other", "Megatron cannot build this model on 8 ranks: "),
-        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --mini-batches 8"),
+        ("--train-iters 9", "--train-iters 9 optimizer steps must be a multiple of --steps-per-rollout 8"),
         ("--chain 0", "--chain 0: must be 1, or the number of jobs"),
         ("--sbatch signal=USR1@600", "the script's own form is B:USR1@SECONDS"),
         ("--time 10:00", "--time 10:00: 600 seconds, must be longer than the 600 before its end at which"),

@@ -300,13 +300,13 @@ def test_a_column_of_tools_is_said(tmp_path):
 def test_messages_name_the_flags_of_their_columns(tmp_path):
     path = write_lines(tmp_path, {"q": "p", "a": "1"})
     form = ChatFormat(make_tokenizer())
-    options = {"max_prompt_tokens": 99, "overlong": "error", "flag": "--heldout-data"}
-    assert load_prompts(path, form, Columns("q", "a", flags="--heldout-"), **options).prompts[0].answer == "1"
+    options = {"max_prompt_tokens": 99, "overlong": "error", "flag": "--eval-data"}
+    assert load_prompts(path, form, Columns("q", "a", flags="--eval-"), **options).prompts[0].answer == "1"
     for columns, flag in (
-        (Columns("x", "a", None, "--heldout-"), "--heldout-prompt-key x"),
-        (Columns("q", "x", None, "--heldout-"), "--heldout-answer-key x"),
-        (Columns("q", "a", "(x)", "--heldout-"), "--heldout-answer-pattern '(x)' finds nothing"),
-        (Columns("q", "a", "(", "--heldout-"), "--heldout-answer-pattern '(' is no regular expression"),
+        (Columns("x", "a", None, "--eval-"), "--eval-prompt-key x"),
+        (Columns("q", "x", None, "--eval-"), "--eval-answer-key x"),
+        (Columns("q", "a", "(x)", "--eval-"), "--eval-answer-pattern '(x)' finds nothing"),
+        (Columns("q", "a", "(", "--eval-"), "--eval-answer-pattern '(' is no regular expression"),
     ):
         with pytest.raises(ValueError, match=re.escape(flag)):
             load_prompts(path, form, columns, **options)

@@ -18,7 +18,7 @@ from megatron_vespo.data.rollout_file import (
 )
 from megatron_vespo.types import Completion, Prompt
 
-RUN = {"--num-completions": 3, "number of experts": None}
+RUN = {"--group-size": 3, "number of experts": None}
 LAYERS, EXPERTS = 4, 2
 
 
@@ -130,5 +130,5 @@ def test_another_run_is_named(tmp_path):
     write_record(path, record())
     check_record(path, RUN)
     with pytest.raises(ValueError) as error:
-        check_record(path, RUN | {"--num-completions": 4})
-    assert str(error.value) == f"{path} was recorded with --num-completions 3, this run has 4"
+        check_record(path, RUN | {"--group-size": 4})
+    assert str(error.value) == f"{path} was recorded with --group-size 3, this run has 4"

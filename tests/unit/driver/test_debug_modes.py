@@ -32,9 +32,9 @@ PROMPTS = [Prompt(i, [1, 2, i], answer="", text="") for i in range(5)]
 def arguments(**changes) -> Namespace:
     args = Namespace(
         train_iters=2 * BATCHES,
-        mini_batches=2,
+        steps_per_rollout=2,
         rollout_batch_size=SIZE,
-        num_completions=GROUP,
+        group_size=GROUP,
         max_completion_tokens=3,
         advantage_estimator="group-mean",
         dynamic_sampling=False,
@@ -45,11 +45,11 @@ def arguments(**changes) -> Namespace:
         old_policy="current",
         max_logprob_difference=None,
         routing_replay="R3",
-        heldout_interval=5,
-        heldout_completions=1,
-        heldout_temperature=None,
-        heldout_pass_reward=1.0,
-        heldout_data=None,
+        eval_interval=5,
+        eval_completions=1,
+        eval_temperature=None,
+        eval_pass_reward=1.0,
+        eval_data=None,
         save=None,
         load=None,
         save_interval=1000,
@@ -119,7 +119,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
             Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
         ),
         cursor=PromptCursor(PROMPTS, 0, state.consumed_prompts),
-        heldout=[],
+        eval_prompts=[],
         sampling=SamplingParams(1.0, 3, ()),
         display=RunDisplay("test", args.train_iters),
         engine_sync=EngineSync(),
@@ -132,7 +132,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
 
 def replaying(args: Namespace) -> Replay:
     nothing = dict.fromkeys(("engine_sync", "trainer", "collector", "scorer", "cursor", "sampling"))
-    return Replay(args=args, heldout=[], display=RunDisplay("test", 1), metrics=None, **nothing)
+    return Replay(args=args, eval_prompts=[], display=RunDisplay("test", 1), metrics=None, **nothing)
 
 
 @pytest.fixture()
@@ -211,13 +211,13 @@ def test_rollout_only_runs_through_without_a_trainer(tmp_path):
     check_recorded(arguments(train_from=tmp_path / "rollouts"), 0)
 
 
-@pytest.mark.parametrize("heldout", [None, {"heldout/accuracy": 0.25}])
-def test_the_display_is_told_the_last_evaluation_before_the_first_batch(heldout):
+@pytest.mark.parametrize("eval_prompts", [None, {"eval/accuracy": 0.25}])
+def test_the_display_is_told_the_last_evaluation_before_the_first_batch(eval_prompts):
     run, told = recording(arguments(rollout_only=True), RolloutOnly), []
-    run.state.heldout_before = run.state.heldout_after = heldout
+    run.state.eval_before = run.state.eval_after = eval_prompts
     run.record, run.display.recall = None, told.append
     run.train()
-    assert told == [heldout] * (heldout is not None)
+    assert told == [eval_prompts] * (eval_prompts is not None)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_the_display_is_told_the_last_evaluation_before_the_first_batch(heldout)
          "--train-from starts no engines, --rollout-only needs them: leave one out"),
         ({"train_from": "r", "save_rollouts": Path("s")},
          "--train-from starts no engines, --save-rollouts needs them: leave one out"),
-        ({"train_from": "r", "heldout_data": Path("h")},
-         "--train-from starts no engines, --heldout-data needs them: leave one out"),
+        ({"train_from": "r", "eval_data": Path("h")},
+         "--train-from starts no engines, --eval-data needs them: leave one out"),
         ({"rollout_only": True, "load": "c"},
          "--rollout-only has no trainer, the weights are --hf-checkpoint's: leave --load out"),
         ({"rollout_only": True, "save": "c"},
@@ -253,12 +253,12 @@ def test_what_may_be_recorded_where(recorded):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mini_batches": 1}, "batch-000003.npz is missing; --train-iters 6 at --mini-batches 1 needs "
+        ({"steps_per_rollout": 1}, "--train-iters 6 at --steps-per-rollout 1 needs "
                               "batches 0 to 5"),
-        ({"train_iters": 8}, "batch-000003.npz is missing; --train-iters 8 at --mini-batches 2 needs "
+        ({"train_iters": 8}, "batch-000003.npz is missing; --train-iters 8 at --steps-per-rollout 2 needs "
                              "batches 0 to 3"),
-        ({"mini_batches": 3}, "batch-000000.npz was recorded with --mini-batches 2, this run has 3"),
-        ({"num_completions": 4}, "batch-000000.npz was recorded with --num-completions 2, this run has 4"),
+        ({"steps_per_rollout": 3}, "was recorded with --steps-per-rollout 2, this run has 3"),
+        ({"group_size": 4}, "batch-000000.npz was recorded with --group-size 2, this run has 4"),
         ({"rollout_batch_size": 8}, "was recorded with --rollout-batch-size 4, this run has 8"),
         ({"num_layers": 2}, "batch-000000.npz was recorded with number of layers 1, this run has 2"),
         ({"num_experts": None}, "was recorded with number of experts 4, this run has None"),

@@ -15,9 +15,9 @@ BATCHES = 4
 
 @pytest.fixture()
 def run(tmp_path) -> Controller:
-    run = controller(tmp_path, "warn", BATCHES, set(), heldout_interval=1)
+    run = controller(tmp_path, "warn", BATCHES, set(), eval_interval=1)
     run.preemption = Preemption(deadline_s=60.0)
-    run.heldout = PROMPTS
+    run.eval_prompts = PROMPTS
     before = signal.getsignal(signal.SIGTERM)
     run.preemption.listen()
     yield run
@@ -68,19 +68,19 @@ def test_a_batch_in_training_is_finished(run, part, tmp_path):
     records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
     assert [record["step"] for record in records] == [MINI_BATCHES, 2 * MINI_BATCHES]
     assert state["evaluation_due"], "it is left to the resumed run"
-    assert "heldout/accuracy" not in records[-1]
+    assert "eval/accuracy" not in records[-1]
 
 
 def test_an_evaluation_is_made_up_for(run, tmp_path):
     interrupt(run.collector, "collect", 5)
     state = train_until_preempted(run)
     assert state["iteration"] == 2 * MINI_BATCHES and state["evaluation_due"]
-    resumed = controller(tmp_path, "warn", BATCHES, set(), heldout_interval=1)
-    resumed.heldout, resumed.state = PROMPTS, run.state
+    resumed = controller(tmp_path, "warn", BATCHES, set(), eval_interval=1)
+    resumed.eval_prompts, resumed.state = PROMPTS, run.state
     resumed.collector._state = run.state
     assert resumed.train().iteration == BATCHES * MINI_BATCHES
     assert not resumed.state.evaluation_due
-    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "heldout/accuracy" in r]
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval/accuracy" in r]
     # the resumed run's file: its batches, and what it has made up for
     assert [record["step"] for record in records] == [2 * MINI_BATCHES, 3 * MINI_BATCHES, 4 * MINI_BATCHES]
 

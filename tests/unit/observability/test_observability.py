@@ -24,7 +24,7 @@ from megatron_vespo.observability.report import (
 
 STEP_METRICS = {
     "reward/mean": 0.5,
-    "heldout/accuracy": 0.9375,
+    "eval/accuracy": 0.9375,
     "response/length_mean": 21.25,
     "ratio/log_w_mean": -0.0123,
     "ratio/log_w_std": 0.0456,
@@ -248,7 +248,7 @@ def test_live_panel(now):
     display = RunDisplay("tiny run", 100, Terminal())
     display.update(8, STEP_METRICS | {"weight/ess": 0.5, "ratio/log_w_mean": 0.5})
     now[0] += 10
-    display.update(10, {name: value for name, value in STEP_METRICS.items() if name != "heldout/accuracy"})
+    display.update(10, {name: value for name, value in STEP_METRICS.items() if name != "eval/accuracy"})
     with display.phase("generate"):
         now[0] += 3.1
         lines = rendered_lines(display)
@@ -276,7 +276,7 @@ def test_live_panel(now):
 
 def test_what_is_known_before_the_first_step_is_shown(now):
     display = RunDisplay("tiny run", 100, Terminal())
-    display.recall({"heldout/accuracy": 0.25})
+    display.recall({"eval/accuracy": 0.25})
     assert "step 0/100" in rendered_lines(display)[1]
     assert any("held-out accuracy                   25.0%" in line for line in rendered_lines(display))
     display.update(8, STEP_METRICS)
@@ -330,7 +330,7 @@ def png_size(path):
 
 def test_plot_curves_draws_any_run(tmp_path):
     record = STEP_METRICS | {"time": 0.0, "time/custom": 1.0}
-    run = [{"step": 0, "time": 0.0, "heldout/accuracy": 0.33}]
+    run = [{"step": 0, "time": 0.0, "eval/accuracy": 0.33}]
     run += [record | {"step": step} for step in range(1, 6)]
     bad = {"ratio/log_w_mean": math.nan, "reward/mean": math.inf, "check/max_logprob_difference": 0.0}
     run.append(record | bad | {"step": 6})
@@ -343,11 +343,11 @@ def test_plot_curves_draws_any_run(tmp_path):
 def test_panels_plot_the_values(tmp_path):
     from matplotlib.figure import Figure
 
-    run = [{"step": 0, "heldout/accuracy": 0.25}]
+    run = [{"step": 0, "eval/accuracy": 0.25}]
     log_w = {"ratio/log_w_mean": -1.0, "ratio/log_w_std": 0.5}
     run += [{"step": step, "reward/mean": step / 4, **log_w} for step in (1, 2)]
     seconds = {"time/generate": 2.0, "time/train": 3.0, "time/custom": 1.0}
-    run += [{"step": 4, "heldout/accuracy": 0.75, "reward/mean": math.nan, **seconds}]
+    run += [{"step": 4, "eval/accuracy": 0.75, "reward/mean": math.nan, **seconds}]
     run += [{"step": 5 + k, "check/max_logprob_difference": diff} for k, diff in enumerate((1e-6, 0.0, 2e-6))]
     figure = Figure().subplots(2, 4)
     axes = {}
@@ -374,7 +374,7 @@ def test_alarms_are_marked_where_they_come_on(tmp_path):
     from matplotlib.figure import Figure
 
     on = {"alarm/ess_collapse": 1.0}
-    run = [{"step": 0, "heldout/accuracy": 0.5}]
+    run = [{"step": 0, "eval/accuracy": 0.5}]
     for step, alarms in ((2, {}), (4, on), (6, on), (8, {}), (10, on)):
         run.append({"step": step, "policy/version": float(step), **alarms})
         run.append({"step": step, "check/other": 0.0})  # not a batch: no alarm has ended here
@@ -396,11 +396,11 @@ def test_a_legend_gets_the_rows_that_it_needs(labels, rows):
 
 
 SUMMARY = {
-    "heldout_accuracy_before": 0.33,
-    "heldout_interval_before": [0.269, 0.398],
-    "heldout_accuracy_after": 0.95,
-    "heldout_interval_after": [0.9099, 0.9731],
-    "heldout_prompts": 200,
+    "eval_accuracy_before": 0.33,
+    "eval_interval_before": [0.269, 0.398],
+    "eval_accuracy_after": 0.95,
+    "eval_interval_after": [0.9099, 0.9731],
+    "eval_prompts": 200,
     "steps": 100,
     "train_seconds": 750.2,
     "setup_seconds": 42.13,
@@ -445,11 +445,11 @@ def test_write_summary_keeps_unknown_keys(tmp_path):
 
 def test_a_resume_drops_checks_that_came_after_the_save_it_goes_on_from(tmp_path):
     records = [
-        (0, {"heldout/accuracy": 0.1}),
-        (4, {"policy/version": 4.0, "heldout/accuracy": 0.2}),
-        (8, {"policy/version": 8.0, "heldout/accuracy": 0.3}),
+        (0, {"eval/accuracy": 0.1}),
+        (4, {"policy/version": 4.0, "eval/accuracy": 0.2}),
+        (8, {"policy/version": 8.0, "eval/accuracy": 0.3}),
         (8, {"checkpoint/seconds": 1.0}),
-        (8, {"heldout/accuracy": 0.3}),
+        (8, {"eval/accuracy": 0.3}),
         (8, {"check/last_sync_logprob_difference": 0.0}),
     ]
     writer = MetricsWriter(tmp_path, None)

@@ -191,10 +191,10 @@ def test_curves_of_the_real_stack():
         return {"step": step, "reward/mean": reward, "train/entropy": 0.1, "train/grad_norm": 0.2} | more
 
     rows = [
-        {"step": 0, "heldout/accuracy": 0.25},
+        {"step": 0, "eval/accuracy": 0.25},
         batch(16, 0.2),
-        batch(32, 0.4, **{"heldout/accuracy": 0.5}),
-        batch(48, 0.6, **{"heldout/accuracy": 0.75}),
+        batch(32, 0.4, **{"eval/accuracy": 0.5}),
+        batch(48, 0.6, **{"eval/accuracy": 0.75}),
         {"step": 48, "check/last_sync_logprob_difference": 1e-6},
     ]
     assert real_stack.curves(rows) == {

@@ -148,7 +148,7 @@ class Tokenizer:
 def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -> Controller:
     args = Namespace(
         rollout_batch_size=4,
-        num_completions=N,
+        group_size=N,
         max_completion_tokens=LONGEST,
         dynamic_sampling=True,
         dynamic_sampling_max_batches=5,
@@ -171,7 +171,7 @@ def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -
             args.overlong_penalty,
         ),
         cursor=PromptCursor(PROMPTS, args.seed, consumed),
-        heldout=[],
+        eval_prompts=[],
         sampling=SamplingParams(1.0, LONGEST, ()),
         display=Display(),
         engine_sync=None,

@@ -97,7 +97,7 @@ class Simulation:
         self, seed, *, mini_batches, per_step, max_staleness, sync_interval, requeue, failures, tail
     ):
         self.random = random.Random(seed)
-        self.mini_batches, self.per_step, self.max_staleness = mini_batches, per_step, max_staleness
+        self.steps_per_rollout, self.per_step, self.max_staleness = mini_batches, per_step, max_staleness
         self.sync_interval, self.failures, self.tail = sync_interval, failures, tail
         self.buffer = make_buffer(
             batch_size=mini_batches * per_step, mini_batches=mini_batches, max_staleness=max_staleness,
@@ -139,8 +139,8 @@ class Simulation:
                 self.fill()
                 attempts += 1
                 assert attempts < 20_000, "does not end"
-            assert len(batch) == self.mini_batches * self.per_step
-            for index in range(self.mini_batches):
+            assert len(batch) == self.steps_per_rollout * self.per_step
+            for index in range(self.steps_per_rollout):
                 for group in batch[index * self.per_step : (index + 1) * self.per_step]:
                     versions = np.concatenate([c.policy_versions for c in group])
                     assert 0 <= step - versions.min() <= self.max_staleness

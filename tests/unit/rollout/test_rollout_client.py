@@ -389,13 +389,13 @@ def test_evaluate():
     low, high = mean_interval(np.array([0.5, 0.75]), 2)
     pass_low, pass_high = mean_interval(np.array([1.0, 1.0]), 2)
     assert result.metrics() == {
-        "heldout/accuracy": 0.625,
-        "heldout/interval_low": low,
-        "heldout/interval_high": high,
-        "heldout/length_mean": 3.0,
-        "heldout/pass_at_2": 1.0,
-        "heldout/pass_at_2_interval_low": pass_low,
-        "heldout/pass_at_2_interval_high": pass_high,
+        "eval/accuracy": 0.625,
+        "eval/interval_low": low,
+        "eval/interval_high": high,
+        "eval/length_mean": 3.0,
+        "eval/pass_at_2": 1.0,
+        "eval/pass_at_2_interval_low": pass_low,
+        "eval/pass_at_2_interval_high": pass_high,
     }
     result = evaluate(FixedCollector(), [PROMPT, PROMPT], SAMPLING, score, 9, 2, None, 1.5)
     assert result.passes[2][0] == 0.0

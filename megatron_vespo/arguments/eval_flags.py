@@ -1,0 +1,39 @@
+"""Flags of the evaluation during training, their defaults and what they may be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from argparse import Namespace
+
+from megatron_vespo.arguments.checks import check_positive
+from megatron_vespo.system.paths import user_path
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    # Megatron has an --eval-interval of its own, which counts optimizer steps and is not used here
+    group = parser.add_argument_group("evaluation on held-out prompts", conflict_handler="resolve")
+    add = group.add_argument
+    add("--eval-data", metavar="FILE", type=user_path, help="prompts to evaluate on; without it none are")
+    add("--eval-prompt-key", metavar="KEY", help="default, as of the next two: training's")
+    add("--eval-answer-key", metavar="KEY")
+    add("--eval-answer-pattern", metavar="REGEX", help=r"'(?s)(.*)': the answer is the whole column")
+    add("--eval-interval", type=int, default=5, help="evaluate every so many rollout batches")
+    add("--eval-prompts", type=int, default=512, help="how many of them, at most")
+    add("--eval-completions", type=int, default=1, metavar="K", help="of each: accuracy is avg@K")
+    add("--eval-pass-reward", type=float, default=1.0, metavar="R",
+        help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
+    add("--eval-temperature", type=float, metavar="T", help="0: greedy; default: --rollout-temperature")
+
+
+def check_eval(args: Namespace) -> None:
+    check_positive(args, ("eval_interval", "eval_prompts", "eval_completions"))
+    check_temperature("--eval-temperature", args.eval_temperature, args.eval_completions)
+
+
+def check_temperature(flag: str, temperature: float | None, num_completions: int) -> None:
+    """Of an evaluation: 0 is greedy, None another flag's."""
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"{flag} {temperature:g}: must be positive, or 0 for greedy")
+    if temperature == 0 and num_completions > 1:
+        raise ValueError(f"{flag} 0 makes the same completion {num_completions} times: one is enough")

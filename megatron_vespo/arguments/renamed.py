@@ -1,0 +1,29 @@
+"""Flags that had another name once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+RENAMED = {
+    "--heldout-data": "--eval-data",
+    "--heldout-prompt-key": "--eval-prompt-key",
+    "--heldout-answer-key": "--eval-answer-key",
+    "--heldout-answer-pattern": "--eval-answer-pattern",
+    "--heldout-interval": "--eval-interval",
+    "--heldout-prompts": "--eval-prompts",
+    "--heldout-completions": "--eval-completions",
+    "--heldout-pass-reward": "--eval-pass-reward",
+    "--heldout-temperature": "--eval-temperature",
+    "--mini-batches": "--steps-per-rollout",
+    "--num-completions": "--group-size",
+    "--max-dispatches": "--max-attempts (of a group) and --max-request-retries (of a request)",
+}
+
+
+def renamed(argv: Sequence[str], known: Collection[str]) -> str | None:
+    """A line about the first flag of `argv` that has another name now; None where there is none."""
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag in RENAMED and flag not in known and RENAMED[flag].split()[0] in known:
+            return f"{flag} is called {RENAMED[flag]} now"
+    return None
