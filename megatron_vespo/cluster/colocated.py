@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.cluster.engine_group import EngineGroup, Member
+from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.trainer_worker import Resumed
@@ -49,7 +49,7 @@ class ColocatedTrainer(TrainerGroup):
 class ColocatedSync(EngineSync):
     """The engines' turn begins with the weights; the trainer keeps its own until all engines have them."""
 
-    def __init__(self, engines: EngineGroup, engine_size: int, api_key: str | None, turns: Turns):
+    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None, turns: Turns):
         super().__init__(engines, engine_size, api_key)
         self._turns = turns
 
@@ -63,11 +63,11 @@ class ColocatedSync(EngineSync):
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {"engines/turn_seconds": self._turns.seconds}
 
-    def _try(self, members: list[Member], version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
         # one that has just started, and all where the sync is repeated: the trainer's weights need the room
-        self._turns.release(members, REST)
-        self._turns.resume(members, WEIGHTS)
-        seconds = super()._try(members, version)
+        self._turns.release(endpoints, REST)
+        self._turns.resume(endpoints, WEIGHTS)
+        seconds = super()._try(endpoints, version)
         self._trainer.give_memory_back()
-        self._turns.resume(members, REST)
+        self._turns.resume(endpoints, REST)
         return seconds

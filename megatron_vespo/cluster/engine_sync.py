@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vespo.cluster.engine_group import EngineGroup, Member
+from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.weight_sync.distributed import EnginesLostError
 
@@ -14,7 +14,7 @@ class EngineSync:
     engine, `api_key` what they want to be shown.
     """
 
-    def __init__(self, engines: EngineGroup, engine_size: int, api_key: str | None = None):
+    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None = None):
         self._engines, self._engine_size, self._api_key = engines, engine_size, api_key
         self._trainer: TrainerGroup | None = None
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
@@ -26,17 +26,17 @@ class EngineSync:
         Waits for an engine where none runs. Must not be called inside an optimizer step.
         """
         while True:
-            members = self._engines.members()
+            endpoints = self._engines.endpoints()
             try:
                 with self._engines.quiet():
-                    seconds = self._try(members, version)
+                    seconds = self._try(endpoints, version)
             except EnginesLostError as error:
                 self._connected = []
-                for member in members:
-                    if member.url in error.lost:
-                        self._engines.lose(member, error.lost[member.url])
+                for endpoint in endpoints:
+                    if endpoint.url in error.lost:
+                        self._engines.lose(endpoint, error.lost[endpoint.url])
             else:
-                self._engines.serve(members)
+                self._engines.serve(endpoints)
                 return seconds
 
     def is_wanted(self, while_others_serve: bool) -> bool:
@@ -52,13 +52,13 @@ class EngineSync:
         """From now on the weights are its; whoever had them before, its ranks have to be connected."""
         self._trainer, self._connected = trainer, []
 
-    def _try(self, members: list[Member], version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
         if self._trainer is None:
             return 0.0
-        servers = [(member.number, member.start) for member in members]
+        servers = [(endpoint.number, endpoint.start) for endpoint in endpoints]
         if servers != self._connected:
             self._num_connections += 1
-            urls, fresh = [m.url for m in members], [m.url for m in members if m.fresh]
+            urls, fresh = [e.url for e in endpoints], [e.url for e in endpoints if e.fresh]
             self._trainer.connect_engines(
                 urls, fresh, self._num_connections, self._engine_size, self._api_key
             )

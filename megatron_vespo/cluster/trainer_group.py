@@ -84,7 +84,7 @@ class TrainerGroup:
         api_key: str | None,
         loaded: Mapping[str, Sums] | None = None,
     ) -> None:
-        """See EngineLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
+        """See WeightLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
         arguments = urls, fresh, number, engine_size, api_key, loaded
         self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._args))
 

@@ -174,11 +174,11 @@ class TrainerWorker:
         """
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.distributed import sync_backend
-        from megatron_vespo.weight_sync.link import EngineLink
+        from megatron_vespo.weight_sync.weight_link import WeightLink
 
         if self._link is None:
             groups, mode = self.policy.groups, self._args.on_weight_update.replace("-", "_")
-            self._link = EngineLink(
+            self._link = WeightLink(
                 rank=self.rank,
                 stage=groups.pp.rank(),
                 num_stages=groups.pp.size(),
@@ -229,15 +229,15 @@ class TrainerWorker:
             compare_sums,
         )
 
-        control = self._link.control
-        all_sums = check_engines_agree(control, version)
+        admin = self._link.admin
+        all_sums = check_engines_agree(admin, version)
         if known:
             whose = f"--hf-checkpoint {self._args.hf_checkpoint}"
-            for url, sums in zip(control.urls, all_sums, strict=True):
+            for url, sums in zip(admin.urls, all_sums, strict=True):
                 compare_sums(url, sums, whose, self._link.loaded[url], version)
         if export is not None:
             limit = self._args.weight_check_timeout
-            check_against_checkpoint(control, all_sums[0], export, version, limit)
+            check_against_checkpoint(admin, all_sums[0], export, version, limit)
 
     def _engines_have_loaded_the_policy(self) -> bool:
         """Engines and trainer have both started from --hf-checkpoint."""

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 
-from megatron_vespo.cluster.engine_group import EngineGroup, Member
-from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
+from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
+from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, weight_sums
 
 WEIGHTS = ("weights",)  # SGLang's names
@@ -33,7 +33,7 @@ class Turns:
 
     def __init__(
         self,
-        engines: EngineGroup,
+        engines: EngineFleet,
         api_key: str | None,
         timeout_s: float,
         trace: Callable[[str, int, int], None],
@@ -47,9 +47,9 @@ class Turns:
     def train(self) -> None:
         """The trainer's turn, from here to the end of the next weight sync."""
         with self._measured("release"):
-            members, self._training = self._engines.hold(), True
-            self._note_loaded(members)
-            self._surviving(members, lambda those: self.release(those, (*REST, *WEIGHTS)))
+            endpoints, self._training = self._engines.hold(), True
+            self._note_loaded(endpoints)
+            self._surviving(endpoints, lambda those: self.release(those, (*REST, *WEIGHTS)))
 
     @contextmanager
     def lent(self, give_memory_back: Callable[[], None]) -> Iterator[None]:
@@ -58,11 +58,11 @@ class Turns:
             yield
             return
         with self._measured("release"):
-            members = self._engines.hold()
-            self._surviving(members, lambda those: self.release(those, REST))
+            endpoints = self._engines.hold()
+            self._surviving(endpoints, lambda those: self.release(those, REST))
         yield  # a trainer that fails in here is followed by one that starts with its turn
         give_memory_back()
-        self._surviving(members, lambda those: self.resume(those, REST))
+        self._surviving(endpoints, lambda those: self.resume(those, REST))
         self._engines.let_go()
 
     def restart(self) -> None:
@@ -74,70 +74,75 @@ class Turns:
         self._training = False
         self._engines.let_go()
 
-    def resume(self, members: Sequence[Member], tags: Sequence[str]) -> None:
+    def resume(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
         """Memory again for what engines have given back of `tags`; raises EnginesLostError."""
-        wanted = {m: [tag for tag in tags if tag in self._given[_key(m)]] for m in members}
+        wanted = {e: [tag for tag in tags if tag in self._given[_key(e)]] for e in endpoints}
 
-        def resumed(member: Member) -> None:
-            self._given[_key(member)] -= set(wanted[member])
+        def resumed(endpoint: EngineEndpoint) -> None:
+            self._given[_key(endpoint)] -= set(wanted[endpoint])
 
         with self._measured("resume"):
             self._ask("/resume_memory_occupation", _payloads(wanted), resumed)
 
-    def release(self, members: Sequence[Member], tags: Sequence[str]) -> None:
+    def release(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
         """Engines give back what they have of `tags`; raises EnginesLostError."""
-        there = {m: [tag for tag in tags if tag not in self._given[_key(m)]] for m in members}
+        there = {e: [tag for tag in tags if tag not in self._given[_key(e)]] for e in endpoints}
         payloads = _payloads(there)
         # SGLang's scheduler dies of an assertion where it still has something to do
         self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
         self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
-        self._ask("/release_memory_occupation", payloads, lambda m: self._given[_key(m)].update(there[m]))
+        self._ask("/release_memory_occupation", payloads, lambda e: self._given[_key(e)].update(there[e]))
 
-    def _note_loaded(self, members: Sequence[Member]) -> None:
+    def _note_loaded(self, endpoints: Sequence[EngineEndpoint]) -> None:
         """The first weight check compares with it what the trainer has loaded."""
 
-        def note(members: Sequence[Member]) -> None:
-            for member in members:
-                if member.fresh and member.url not in self.loaded:
-                    with self._control([member]) as control:
-                        [self.loaded[member.url]] = weight_sums(control)
+        def note(endpoints: Sequence[EngineEndpoint]) -> None:
+            for endpoint in endpoints:
+                if endpoint.fresh and endpoint.url not in self.loaded:
+                    with self._admin([endpoint]) as admin:
+                        [self.loaded[endpoint.url]] = weight_sums(admin)
 
-        self._surviving(members, note)
+        self._surviving(endpoints, note)
 
-    def _surviving(self, members: Sequence[Member], action: Callable[[Sequence[Member]], None]) -> None:
+    def _surviving(
+        self, endpoints: Sequence[EngineEndpoint], action: Callable[[Sequence[EngineEndpoint]], None]
+    ) -> None:
         """`action` on the engines without those that it finds lost; they are started again later."""
         lost: dict[str, str] = {}
         while True:
             try:
-                action([member for member in members if member.url not in lost])
+                action([endpoint for endpoint in endpoints if endpoint.url not in lost])
                 return
             except EnginesLostError as error:
                 lost |= error.lost
-                for member in members:
-                    if member.url in error.lost:
-                        self._engines.lose(member, error.lost[member.url])
+                for endpoint in endpoints:
+                    if endpoint.url in error.lost:
+                        self._engines.lose(endpoint, error.lost[endpoint.url])
 
     def _ask(
-        self, path: str, payloads: Mapping[Member, dict], done: Callable[[Member], None] | None = None
+        self,
+        path: str,
+        payloads: Mapping[EngineEndpoint, dict],
+        done: Callable[[EngineEndpoint], None] | None = None,
     ) -> None:
         """All at once; `done` is told who has answered well, also where others have not."""
         if not payloads:
             return
-        with self._control(list(payloads)) as control:
-            calls = {m: control.submit(m.url, path, payload) for m, payload in payloads.items()}
+        with self._admin(list(payloads)) as admin:
+            calls = {e: admin.submit(e.url, path, payload) for e, payload in payloads.items()}
             futures.wait(calls.values())
-            for member, call in calls.items():
+            for endpoint, call in calls.items():
                 if done is not None and call.exception() is None:
-                    done(member)
-            control.wait(list(calls.values()))
+                    done(endpoint)
+            admin.wait(list(calls.values()))
 
     @contextmanager
-    def _control(self, members: Sequence[Member]) -> Iterator[EngineControl]:
-        control = EngineControl([member.url for member in members], self._timeout_s, api_key=self._api_key)
+    def _admin(self, endpoints: Sequence[EngineEndpoint]) -> Iterator[EngineAdmin]:
+        admin = EngineAdmin([endpoint.url for endpoint in endpoints], self._timeout_s, api_key=self._api_key)
         try:
-            yield control
+            yield admin
         finally:
-            control.close()
+            admin.close()
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[None]:
@@ -150,9 +155,9 @@ class Turns:
             self._trace(name, start, end)
 
 
-def _key(member: Member) -> tuple[int, int]:
-    return member.number, member.start
+def _key(endpoint: EngineEndpoint) -> tuple[int, int]:
+    return endpoint.number, endpoint.start
 
 
-def _payloads(tags: Mapping[Member, list[str]]) -> dict[Member, dict]:
-    return {member: {"tags": own} for member, own in tags.items() if own}
+def _payloads(tags: Mapping[EngineEndpoint, list[str]]) -> dict[EngineEndpoint, dict]:
+    return {endpoint: {"tags": own} for endpoint, own in tags.items() if own}

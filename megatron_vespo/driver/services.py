@@ -13,7 +13,7 @@ from megatron_vespo.arguments.resume_flags import resumed_folder
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
 from megatron_vespo.cluster.colocated import ColocatedSync
-from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import place, start_ray, stop_ray
 from megatron_vespo.cluster.turns import Turns

@@ -29,9 +29,9 @@ from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
-from megatron_vespo.rollout.client import RouteShape
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import teaches
+from megatron_vespo.rollout.engine_client import RouteShape
 from megatron_vespo.types import Completion, RunState
 
 STREAM_STOP_TIMEOUT_S = 5.0

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
-from megatron_vespo.rollout.client import GenerateReplyError
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import CollectError
-from megatron_vespo.rollout.engines import Engines, RejectedDraws, TooManyRejectedError
+from megatron_vespo.rollout.engine_client import GenerateReplyError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
+from megatron_vespo.rollout.router import CollectError
+from megatron_vespo.rollout.sampler import RejectedDraws, Sampler, TooManyRejectedError
 from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import SamplingParams
@@ -63,7 +63,7 @@ class AsyncCollector:
         self._failed_rewards: list[RewardResult] = []
         self._failures_in_a_row = 0
         self._stopping = self._suspended = False
-        self._engines: Engines | None = None  # while the thread runs
+        self._sampler: Sampler | None = None  # while the thread runs
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
@@ -118,18 +118,18 @@ class AsyncCollector:
         """Engines hand back what they are at, and rest: the buffer then has all tokens that were made."""
         with self._changed:
             self._suspended = True
-            engines, error = self._engines, self._error
+            sampler, error = self._sampler, self._error
         if error is not None:
             raise error
-        if engines is not None:
-            asyncio.run_coroutine_threadsafe(engines.hold(timeout_s), self._loop).result(2 * timeout_s)
+        if sampler is not None:
+            asyncio.run_coroutine_threadsafe(sampler.hold(timeout_s), self._loop).result(2 * timeout_s)
 
     def resume(self) -> None:
         """Goes on where `suspend` has stopped."""
         with self._changed:
             self._suspended = False
-            if self._engines is not None:
-                self._loop.call_soon_threadsafe(self._engines.release)
+            if self._sampler is not None:
+                self._loop.call_soon_threadsafe(self._sampler.release)
             self._notify_loop()
 
     def stop(self, timeout_s: float) -> None:
@@ -157,19 +157,19 @@ class AsyncCollector:
         finally:
             self._scoring.shutdown(wait=False, cancel_futures=True)
             with self._changed:
-                self._engines = None
+                self._sampler = None
                 self._loop.close()
 
     async def _run(self) -> None:
-        async with self._collector.connect() as engines:
+        async with self._collector.connect() as sampler:
             with self._changed:
-                self._engines = engines
-            watch = asyncio.create_task(engines.watch())
+                self._sampler = sampler
+            watch = asyncio.create_task(sampler.watch())
             groups: dict[asyncio.Task, Ticket] = {}
             try:
                 while not self._stopping:
                     self._wake.clear()
-                    self._dispatch(engines, groups)
+                    self._dispatch(sampler, groups)
                     waking = asyncio.create_task(self._wake.wait())
                     await asyncio.wait([watch, waking, *groups], return_when=asyncio.FIRST_COMPLETED)
                     waking.cancel()
@@ -184,7 +184,7 @@ class AsyncCollector:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _dispatch(self, engines: Engines, groups: dict[asyncio.Task, Ticket]) -> None:
+    def _dispatch(self, sampler: Sampler, groups: dict[asyncio.Task, Ticket]) -> None:
         with self._changed:
             if self._suspended:
                 return
@@ -196,16 +196,16 @@ class AsyncCollector:
                 task.cancel()
         for ticket in fresh:
             self._rejected.total += self._num_completions
-            groups[asyncio.create_task(self._make_group(engines, ticket))] = ticket
+            groups[asyncio.create_task(self._make_group(sampler, ticket))] = ticket
 
-    async def _make_group(self, engines: Engines, ticket: Ticket) -> tuple[Group, Sequence[RewardResult]]:
+    async def _make_group(self, sampler: Sampler, ticket: Ticket) -> tuple[Group, Sequence[RewardResult]]:
         seed = self._seed + ticket.serial + DISPATCH_SEEDS * ticket.dispatches
         ticket.drafts.extend([None] * (self._num_completions - len(ticket.drafts)))
         try:
             async with asyncio.TaskGroup() as tasks:
                 draws = [
                     tasks.create_task(
-                        engines.draw(
+                        sampler.draw(
                             ticket.prompt, self._sampling, seed, index, self._num_completions, self._rejected,
                             ticket.drafts,
                         )

@@ -8,17 +8,17 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from megatron_vespo.rollout.client import EngineClient, RouteShape
-from megatron_vespo.rollout.dispatch import Dispatch, LostRequests, OnRequests
-from megatron_vespo.rollout.engines import Check, Engines, RejectedDraws
+from megatron_vespo.rollout.engine_client import EngineClient, RouteShape
 from megatron_vespo.rollout.generate_function import GenerateFunction
+from megatron_vespo.rollout.router import LostRequests, OnRequests, Router
+from megatron_vespo.rollout.sampler import Check, RejectedDraws, Sampler
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CONNECT_TIMEOUT_S = 30.0
 
 
 class Collector:
-    """Spreads generate requests over the engines at `urls`, which may change meanwhile: see Dispatch.
+    """Spreads generate requests over the engines at `urls`, which may change meanwhile: see Router.
 
     One request is one completion: as fast as batched requests (the engine batches by itself), and every
     completion frees its place as soon as it ends. `check`, called every second and after a request that is
@@ -82,17 +82,17 @@ class Collector:
         return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress, routes))
 
     @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Engines]:
-        """The engines, for draws of any kind."""
-        async with self._connect(self._on_requests, self._routes) as engines:
-            yield engines
+    async def connect(self) -> AsyncIterator[Sampler]:
+        """A sampler, for draws of any kind."""
+        async with self._connect(self._on_requests, self._routes) as sampler:
+            yield sampler
 
     @asynccontextmanager
     async def _connect(
         self, on_requests: OnRequests | None, routes: RouteShape | None
-    ) -> AsyncIterator[Engines]:
+    ) -> AsyncIterator[Sampler]:
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)  # `Engines` has the bound
+        connector = aiohttp.TCPConnector(limit=0)  # `Router` has the bound
         # without the proxies of the environment, as in http.py
         direct = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
         async with direct as session:
@@ -100,7 +100,7 @@ class Collector:
             def client(url: str) -> EngineClient:
                 return EngineClient(url, session, routes, self._api_key)
 
-            dispatch = Dispatch(
+            router = Router(
                 self._urls,
                 client,
                 max_requests=self.max_requests,
@@ -110,7 +110,7 @@ class Collector:
                 lost=self._lost,
             )
             try:
-                yield Engines(dispatch, self._lost, self._check, self._generate_function)
+                yield Sampler(router, self._lost, self._check, self._generate_function)
             finally:
                 self._lost.tell()
 
@@ -120,9 +120,9 @@ class Collector:
         total, done = len(prompts) * num_completions, 0
         rejected = RejectedDraws(total)
 
-        async def draw(engines: Engines, prompt: Prompt, index: int) -> Completion:
+        async def draw(sampler: Sampler, prompt: Prompt, index: int) -> Completion:
             nonlocal done
-            completion = await engines.draw(prompt, sampling, seed, index, num_completions, rejected)
+            completion = await sampler.draw(prompt, sampling, seed, index, num_completions, rejected)
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
@@ -134,12 +134,12 @@ class Collector:
             first, _, before = work.get(engine, (start, end, 0))
             work[engine] = first, end, before + number
 
-        async with self._connect(add_work, routes) as engines:
+        async with self._connect(add_work, routes) as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(engines.watch(self.meanwhile))
+                    watch = tasks.create_task(sampler.watch(self.meanwhile))
                     groups = [
-                        [tasks.create_task(draw(engines, prompt, index)) for index in range(num_completions)]
+                        [tasks.create_task(draw(sampler, prompt, index)) for index in range(num_completions)]
                         for prompt in prompts
                     ]
                     if total:

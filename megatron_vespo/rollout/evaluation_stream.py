@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engines import Engines, RejectedDraws
+from megatron_vespo.rollout.sampler import RejectedDraws, Sampler
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 STOP_TIMEOUT_S = 10.0
@@ -79,25 +79,25 @@ class _Stream:
         self.scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
 
     async def run(self, collector: Collector, prompts: Iterable[Prompt]) -> None:
-        async with collector.connect() as engines:
+        async with collector.connect() as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(engines.watch(collector.meanwhile))
+                    watch = tasks.create_task(sampler.watch(collector.meanwhile))
                     groups = []
                     for index, prompt in enumerate(prompts):
                         draws = []
                         for number in range(self._num_completions):
                             await self._room.acquire()
-                            draws.append(tasks.create_task(self._draw(engines, prompt, number)))
+                            draws.append(tasks.create_task(self._draw(sampler, prompt, number)))
                         groups.append(tasks.create_task(self._group(index, draws)))
                     await asyncio.gather(*groups)
                     watch.cancel()
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
 
-    async def _draw(self, engines: Engines, prompt: Prompt, number: int) -> Completion:
+    async def _draw(self, sampler: Sampler, prompt: Prompt, number: int) -> Completion:
         try:
-            return await engines.draw(
+            return await sampler.draw(
                 prompt, self._sampling, self._seed, number, self._num_completions, self._rejected
             )
         finally:

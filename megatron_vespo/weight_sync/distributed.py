@@ -48,7 +48,7 @@ class EnginesLostError(WeightSyncError):
         return "weight sync failed: " + "; ".join(self.lost.values())
 
 
-class EngineControl:
+class EngineAdmin:
     """The same call to all engines at once; failures are raised after all have answered.
 
     EnginesLostError where there are engines without an answer, else WeightSyncError with the first refusal.
@@ -65,7 +65,7 @@ class EngineControl:
         self.urls, self.timeout_s, self.pause, self._api_key = list(urls), timeout_s, pause, api_key
         self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
 
-    def of(self, urls: Sequence[str]) -> EngineControl:
+    def of(self, urls: Sequence[str]) -> EngineAdmin:
         """The same for other engines of the run."""
         return type(self)(urls, self.timeout_s, self.pause, self._api_key)
 
@@ -138,15 +138,15 @@ class EngineControl:
 class BucketSender:
     """One pipeline stage's end of the broadcast group `name`; lives on the rank that sends."""
 
-    def __init__(self, control: EngineControl, engine_size: int, name: str, host: str, backend: SyncBackend):
+    def __init__(self, admin: EngineAdmin, engine_size: int, name: str, host: str, backend: SyncBackend):
         """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
-        self.control, self.name = control, name
+        self.admin, self.name = admin, name
         self.group: dist.ProcessGroup | None = None
-        world_size = 1 + engine_size * len(control.urls)
-        timeout = timedelta(seconds=control.timeout_s)
+        world_size = 1 + engine_size * len(admin.urls)
+        timeout = timedelta(seconds=admin.timeout_s)
         store = _store(host, world_size, timeout)
         joins = [
-            control.submit(
+            admin.submit(
                 url,
                 "/init_weights_update_group",
                 {
@@ -158,17 +158,17 @@ class BucketSender:
                     "backend": backend,
                 },
             )
-            for number, url in enumerate(control.urls)
+            for number, url in enumerate(admin.urls)
         ]
-        if not _all_have_arrived(store, world_size - 1, joins, control.timeout_s):
+        if not _all_have_arrived(store, world_size - 1, joins, admin.timeout_s):
             del store  # the engines that wait at it for others give up
-            control.wait(joins)
+            admin.wait(joins)
         try:
             self.group = _join_as_rank_zero(backend, store, world_size, self.name, timeout)
         except RuntimeError as error:
-            control.wait([join for join in joins if join.done()])
-            raise WeightSyncError(f"no group with {', '.join(control.urls)}: {error}") from error
-        control.wait(joins)
+            admin.wait([join for join in joins if join.done()])
+            raise WeightSyncError(f"no group with {', '.join(admin.urls)}: {error}") from error
+        admin.wait(joins)
 
     def send(self, bucket: dict[str, Tensor], version: int | None) -> None:
         """Broadcast one bucket. `version` on the last one: engines label tokens with it from there on."""
@@ -181,11 +181,11 @@ class BucketSender:
             "group_name": self.name,
             "load_format": "flattened_bucket",
             # what requests paused in place have in the cache is theirs; it cannot be flushed
-            "flush_cache": version is not None and self.control.pause != "in_place",
+            "flush_cache": version is not None and self.admin.pause != "in_place",
         }
         if version is not None:
             payload["weight_version"] = str(version)
-        receiving = self.control.post("/update_weights_from_distributed", payload)
+        receiving = self.admin.post("/update_weights_from_distributed", payload)
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered])
         broken = None
         try:
@@ -194,12 +194,12 @@ class BucketSender:
             broken = str(error)  # the error itself would keep the group alive
             self.close()  # engines that wait for a part that will not come give up
         try:
-            self.control.wait(receiving)  # an engine's own words say more than a broken connection
+            self.admin.wait(receiving)  # an engine's own words say more than a broken connection
         except WeightSyncError:
             self.close()  # with NCCL it is the GPU that waits, and all work behind it
             raise
         if broken is not None:
-            raise WeightSyncError(f"broadcast to {', '.join(self.control.urls)} failed: {broken}")
+            raise WeightSyncError(f"broadcast to {', '.join(self.admin.urls)} failed: {broken}")
 
     def close(self) -> None:
         """Leave the group, without waiting for anybody."""

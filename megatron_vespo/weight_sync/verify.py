@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_vespo.weight_sync.distributed import EngineControl, WeightSyncError
+from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
 
 Sums = Mapping[str, str]  # name of a tensor, with its rank where the engine has several -> checksum
 
@@ -20,35 +20,35 @@ class WeightMismatchError(WeightSyncError):
     """Engines whose weights are not those that they should be; names engine, tensor and both sums."""
 
 
-def weight_sums(control: EngineControl) -> list[Sums]:
+def weight_sums(admin: EngineAdmin) -> list[Sums]:
     """Every engine's checksums. No weight update may be running."""
-    return [_sums(answer["ranks"]) for answer in control.call("/weights_checker", {"action": "checksum"})]
+    return [_sums(answer["ranks"]) for answer in admin.call("/weights_checker", {"action": "checksum"})]
 
 
-def forget_weights(control: EngineControl) -> list[Sums]:
+def forget_weights(admin: EngineAdmin) -> list[Sums]:
     """Every engine's checksums as it is; its weights are random afterwards, to be sent anew."""
-    all_sums = weight_sums(control)
-    control.call("/weights_checker", {"action": "reset_tensors"})
+    all_sums = weight_sums(admin)
+    admin.call("/weights_checker", {"action": "reset_tensors"})
     return all_sums
 
 
-def check_engines_agree(control: EngineControl, version: int) -> list[Sums]:
+def check_engines_agree(admin: EngineAdmin, version: int) -> list[Sums]:
     """Every engine's checksums, which must be the same."""
-    all_sums = weight_sums(control)
-    for url, sums in zip(control.urls, all_sums, strict=True):
-        compare_sums(url, sums, f"engine {control.urls[0]}", all_sums[0], version)
+    all_sums = weight_sums(admin)
+    for url, sums in zip(admin.urls, all_sums, strict=True):
+        compare_sums(url, sums, f"engine {admin.urls[0]}", all_sums[0], version)
     return all_sums
 
 
 def check_against_checkpoint(
-    control: EngineControl, sums: Sums, folder: Path, version: int, load_timeout_s: float
+    admin: EngineAdmin, sums: Sums, folder: Path, version: int, load_timeout_s: float
 ) -> None:
     """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
 
     It has `load_timeout_s` seconds to load it, a disk may be slow. Requests that run are paused meanwhile:
     none may meet the random weights. The caches stay, they belong to equal weights.
     """
-    engine = control.of(control.urls[:1])
+    engine = admin.of(admin.urls[:1])
     engine.stop_generation()
     forget_weights(engine)
     payload = {

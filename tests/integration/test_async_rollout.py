@@ -19,7 +19,7 @@ from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Prompt, SamplingParams
-from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl
+from megatron_vespo.weight_sync.distributed import BucketSender, EngineAdmin
 from tests.support.runs import Run, nothing_left, train_command
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
@@ -54,7 +54,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
     sender = BucketSender(
-        EngineControl([own_engine.url], START_TIMEOUT_S, mode),
+        EngineAdmin([own_engine.url], START_TIMEOUT_S, mode),
         1,
         f"policy_{version}",
         HOST,
@@ -65,11 +65,11 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     try:
         time.sleep(0.2)  # a few tokens of each
         pieces = list(buckets(load_file(folders[version] / "model.safetensors").items(), max_bytes=100_000))
-        sender.control.begin()
+        sender.admin.begin()
         for piece in pieces[:-1]:
             sender.send(piece, None)
         sender.send(pieces[-1], version)
-        sender.control.finish(version)
+        sender.admin.finish(version)
         stream.serve(version)
         groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
     finally:

@@ -186,7 +186,7 @@ def test_an_engine_lost_in_a_sync(start, how):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("victim", ["sglang::scheduler", "ray::EngineWorker"])
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "ray::EngineActor"])
 def test_an_engine_killed_while_it_starts(start, victim):
     run = start("--rollout-engines", "1")
     deadline = time.monotonic() + START_TIMEOUT_S

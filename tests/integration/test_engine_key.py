@@ -12,10 +12,10 @@ import pytest
 
 from megatron_vespo.rollout.api_key import REPLACEMENT
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engine import group_members
+from megatron_vespo.rollout.sglang_server import group_members
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.types import SamplingParams
-from megatron_vespo.weight_sync.distributed import EngineControl
+from megatron_vespo.weight_sync.distributed import EngineAdmin
 from megatron_vespo.weight_sync.verify import weight_sums
 from tests.support.runs import Run, nothing_left, train_command
 from tests.support.servers import HOST, ROUTES, tiny_engine
@@ -46,7 +46,7 @@ def test_a_server_with_a_key(tiny_model, tmp_path, prompts):
         sampling = SamplingParams(temperature=1.0, max_new_tokens=4, stop_token_ids=())
         collector = Collector([engine.url], routes=ROUTES, request_timeout_s=60.0, api_key=KEY)
         assert len(collector.collect(prompts[:1], sampling, num_completions=2, seed=0)[0]) == 2
-        [sums] = weight_sums(EngineControl([engine.url], 60.0, None, KEY))
+        [sums] = weight_sums(EngineAdmin([engine.url], 60.0, None, KEY))
         assert len(sums) > 5
         for key in (None, "another"):
             calls = ("/generate", {"input_ids": [5]}), ("/weights_checker", {"action": "reset_tensors"})
@@ -55,7 +55,7 @@ def test_a_server_with_a_key(tiny_model, tmp_path, prompts):
                     post_json(engine.url, path, payload, 30, key)
             with pytest.raises(EngineRequestError, match="answered 401"):
                 get_json(engine.url, "/server_info", 30, key)
-        assert [sums] == weight_sums(EngineControl([engine.url], 60.0, None, KEY))
+        assert [sums] == weight_sums(EngineAdmin([engine.url], 60.0, None, KEY))
         assert len(group_members(engine.pid)) > 1 and not processes_that_show_it(group_members(engine.pid))
     assert KEY not in log.read_text()
     assert f"'api_key': '{REPLACEMENT}'" in log.read_text()  # SGLang did write its arguments

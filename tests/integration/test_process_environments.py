@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.rollout.engine import SGLangEngine
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.process_environment import CONNECTIONS, PAUSED_GRAPHS, TABLE
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -75,7 +75,7 @@ def colocated(*sglang_flags: str, **exported: str) -> dict:
         seed=1,
         memory_saver=True,
     )
-    engine = SGLangEngine("m", "127.0.0.1", 1, arguments, Path("log"), 1.0, exported=exported)
+    engine = SGLangServer("m", "127.0.0.1", 1, arguments, Path("log"), 1.0, exported=exported)
     own = engine._environment()
     return {"arguments": arguments, "variables": {name: own[name] for name in TABLE if name in own}}
 

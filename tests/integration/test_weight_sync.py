@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vespo.checkpoints.buckets import buckets
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
-from megatron_vespo.weight_sync.distributed import BucketSender, EngineControl, WeightSyncError
+from megatron_vespo.weight_sync.distributed import BucketSender, EngineAdmin, WeightSyncError
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
@@ -50,8 +50,8 @@ def own_engine(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sender(own_engine):
-    control = EngineControl([own_engine.url], timeout_s=START_TIMEOUT_S)
-    return BucketSender(control, engine_size=1, name="stage_0", host=HOST, backend="gloo")
+    admin = EngineAdmin([own_engine.url], timeout_s=START_TIMEOUT_S)
+    return BucketSender(admin, engine_size=1, name="stage_0", host=HOST, backend="gloo")
 
 
 def changed_checkpoint(model: Path, folder: Path, change: Callable[[dict], object]) -> Path:
@@ -65,7 +65,7 @@ def changed_checkpoint(model: Path, folder: Path, change: Callable[[dict], objec
 
 def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine, tiny_model, tmp_path):
     """`engine` is only asked for its checksums."""
-    both = EngineControl([engine.url, own_engine.url], START_TIMEOUT_S)
+    both = EngineAdmin([engine.url, own_engine.url], START_TIMEOUT_S)
     sums, same = verify.check_engines_agree(both, 0)
     assert sums == same
     assert {"lm_head.weight", "model.layers.1.mlp.experts.w2_weight"} <= sums.keys()
@@ -74,7 +74,7 @@ def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine
         tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] += 1e-6
 
     changed = changed_checkpoint(tiny_model, tmp_path / "changed", change)
-    own = EngineControl([own_engine.url], START_TIMEOUT_S)
+    own = EngineAdmin([own_engine.url], START_TIMEOUT_S)
     own.call("/update_weights_from_disk", {"model_path": str(changed)})
     with pytest.raises(WeightSyncError) as error:
         verify.check_engines_agree(both, 4)
@@ -88,20 +88,20 @@ def test_one_changed_element_of_one_engine_is_found_and_named(engine, own_engine
 
 
 def test_a_tensor_that_an_update_leaves_out_is_found(own_engine, sender, tiny_model, tmp_path):
-    [sums] = verify.forget_weights(sender.control)
+    [sums] = verify.forget_weights(sender.admin)
     weights = load_file(tiny_model / "model.safetensors")
     forgotten = weights.pop("model.layers.0.mlp.experts.5.up_proj.weight")
-    sender.control.begin()
+    sender.admin.begin()
     sender.send(weights, 0)
-    sender.control.finish(0)
-    [served] = verify.weight_sums(sender.control)
+    sender.admin.finish(0)
+    [served] = verify.weight_sums(sender.admin)
     with pytest.raises(WeightSyncError, match="of model.layers.0.mlp.experts.w13_weight.*1 of"):
         verify.compare_sums(own_engine.url, served, "the checkpoint", sums, 0)
-    sender.control.begin()
+    sender.admin.begin()
     sender.send(weights | {"model.layers.0.mlp.experts.5.up_proj.weight": forgotten}, 0)
-    sender.control.finish(0)
-    assert verify.weight_sums(sender.control) == [sums]
-    verify.check_against_checkpoint(sender.control, sums, tiny_model, 0, START_TIMEOUT_S)
+    sender.admin.finish(0)
+    assert verify.weight_sums(sender.admin) == [sums]
+    verify.check_against_checkpoint(sender.admin, sums, tiny_model, 0, START_TIMEOUT_S)
 
 
 def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path):
@@ -111,11 +111,11 @@ def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path
     weights = load_file(other / "model.safetensors")
     pieces = list(buckets(weights.items(), max_bytes=100_000))
     assert len(pieces) > 3
-    sender.control.begin()
+    sender.admin.begin()
     for piece in pieces[:-1]:
         sender.send(piece, None)
     sender.send(pieces[-1], 7)
-    sender.control.finish(7)
+    sender.admin.finish(7)
 
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
     for prompt in prompts:
@@ -126,14 +126,14 @@ def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path
 
 
 def test_another_version_than_expected_is_an_error(sender):
-    sender.control.begin()
+    sender.admin.begin()
     with pytest.raises(WeightSyncError, match="serves weight version 7 after the sync of version 8"):
-        sender.control.finish(8)
+        sender.admin.finish(8)
 
 
 def test_weights_outside_an_update_are_refused_in_the_engines_words(sender):
     with pytest.raises(WeightSyncError, match="begin_weight_update"):
-        sender.control.call(
+        sender.admin.call(
             "/update_weights_from_distributed",
             {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": sender.name},
         )
@@ -144,4 +144,4 @@ def test_a_dead_engine_is_named(own_engine, sender):
     with pytest.raises(
         WeightSyncError, match=f"engine {own_engine.url}: /begin_weight_update did not answer"
     ):
-        sender.control.begin()
+        sender.admin.begin()

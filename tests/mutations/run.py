@@ -343,14 +343,14 @@ MUTATIONS = [
     ),
     Mutation(
         "partial responses: what was begun is asked for again, and there twice",
-        "rollout/client.py",
+        "rollout/engine_client.py",
         "token_ids=prompt.token_ids + begun.token_ids), replace(",
         "token_ids=prompt.token_ids), replace(",
         ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(
         "partial responses: all tokens get the version that finished them",
-        "rollout/client.py",
+        "rollout/engine_client.py",
         "np.concatenate([begun.policy_versions, rest.policy_versions])",
         "np.full(len(begun.token_ids) + len(rest.token_ids), rest.policy_versions[-1])",
         ("tests/unit/rollout/test_async_collector.py", "suspended"),

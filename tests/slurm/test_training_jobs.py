@@ -51,7 +51,7 @@ class Finished:
 def finished(slurm, tiny_model, tmp_path_factory) -> Finished:
     job = train(slurm, tiny_model, tmp_path_factory.mktemp("uninterrupted"))
     job.wait_for_output(f" 4/{STEPS} ", LONG_S)
-    trainer, engine = nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineWorker")
+    trainer, engine = nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineActor")
     return Finished(job, trainer, engine, job.wait(LONG_S))
 
 
@@ -118,7 +118,7 @@ def test_trainer_and_engine_on_nodes_of_their_own(slurm, tiny_model, tmp_path, u
     flags, options = words[words.index("train") + 1 :], two_kinds("n2", "n1")
     job = Job(slurm, tmp_path, "train.sbatch", *flags, options=options)
     job.wait_for_output(f" 4/{STEPS} ", LONG_S)
-    assert (nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineWorker")) == ({"n2"}, {"n1"})
+    assert (nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineActor")) == ({"n2"}, {"n1"})
     assert job.wait(LONG_S)["JobState"] == "COMPLETED", job.logs()
     assert curve(tmp_path) == uninterrupted
     assert job.nothing_left()

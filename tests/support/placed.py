@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.placement import Placement, place
 from megatron_vespo.cluster.seats import Seat
 from tests.cluster.programs.megatron_groups import Groups
@@ -91,12 +91,12 @@ def seen_by_trainer(placement: Placement) -> list[tuple[str, list[str]]]:
 def seen_by_engines(args: Namespace, placement: Placement, logs: Path) -> list[list[str]]:
     """CUDA_VISIBLE_DEVICES of the processes that the run's own supervisors start as SGLang."""
     args = Namespace(**vars(args) | ENGINE_FLAGS)
-    group = start_engines(args, placement, [], None, logs, say=print)
+    fleet = start_engines(args, placement, [], None, logs, say=print)
     try:
-        group.wait_until_ready()
-        assert len(group.members()) == args.rollout_engines
+        fleet.wait_until_ready()
+        assert len(fleet.endpoints()) == args.rollout_engines
     finally:
-        group.stop()
+        fleet.stop()
     environments = [json.loads((logs / f"engine-{i}.log").read_text()) for i in range(args.rollout_engines)]
     return [environment["CUDA_VISIBLE_DEVICES"].split(",") for environment in environments]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_vespo.rollout.client import RouteShape
-from megatron_vespo.rollout.engine import SGLangEngine
+from megatron_vespo.rollout.engine_client import RouteShape
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.ports import find_free_port
 
 HOST = "127.0.0.1"
@@ -70,16 +70,16 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
     return folder
 
 
-def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangEngine:
+def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = None) -> SGLangServer:
     flags = ["--max-total-tokens", "16384", "--max-running-requests", "32", "--context-length", "1024"]
     arguments = server_arguments(
         [*flags, *more], device="cpu", routes=True, dtype="float32", seed=1, longest_step_s=START_TIMEOUT_S
     )
     port = find_free_port(HOST)
-    return SGLangEngine(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
+    return SGLangServer(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
 
 
-def start_in_short_lived_thread(engine: SGLangEngine) -> None:
+def start_in_short_lived_thread(engine: SGLangServer) -> None:
     """As an actor's executor does: the server must outlive the thread that started it."""
     with ThreadPoolExecutor(1) as executor:
         executor.submit(engine.start).result()

@@ -13,13 +13,13 @@ from pathlib import Path
 from megatron_vespo.checkpoints.convert import Options, megatron_to_hf
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.sources import check_served, is_hf
-from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.placement import cluster_has_gpus, place, start_ray, stop_ray
 from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
 from megatron_vespo.models.hf_config import read_unchecked
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
-from megatron_vespo.rollout.dispatch import LostRequests
+from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
 from megatron_vespo.system.plugins import load_runtime_plugins
 

@@ -20,7 +20,7 @@ from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, SamplingParams, TrainingSample
-from megatron_vespo.weight_sync.distributed import EngineControl
+from megatron_vespo.weight_sync.distributed import EngineAdmin
 from megatron_vespo.weight_sync.verify import Sums, WeightMismatchError, compare_sums, weight_sums
 
 NUM_PREFILLED = 4  # sequences, of each engine
@@ -228,11 +228,11 @@ class SmokeRun:
         return [url for url in self._platform.engines.urls if url is not None]
 
     def _sums(self) -> list[Sums]:
-        control = EngineControl(self._urls(), self._args.weight_sync_timeout, api_key=self._platform.api_key)
+        admin = EngineAdmin(self._urls(), self._args.weight_sync_timeout, api_key=self._platform.api_key)
         try:
-            return weight_sums(control)
+            return weight_sums(admin)
         finally:
-            control.close()
+            admin.close()
 
 
 def _numbers(values: list[float]) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vespo.observability.progress import clock
-from megatron_vespo.rollout.engine import EngineError
+from megatron_vespo.rollout.sglang_server import EngineError
 
 OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"
 TABLE_WIDTH = 110  # where the output is no terminal

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from megatron_vespo.arguments.parse import parse_args
-from megatron_vespo.cluster.engine_group import start_engines
+from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.rollout.server_arguments import server_arguments

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.cluster.colocated import ColocatedSync, ColocatedTrainer
-from megatron_vespo.cluster.engine_group import Member
+from megatron_vespo.cluster.engine_fleet import EngineEndpoint
 from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.system.http import EngineRequestError
 
@@ -51,16 +51,16 @@ class Servers:
         return [name for name, _ in log]
 
 
-class Group:
+class Fleet:
     """Engines that run, by number."""
 
     def __init__(self, *numbers: int):
-        self.running = [Member(n, 1, f"http://{n}-1", fresh=True) for n in numbers]
-        self.waiting: list[Member] = []
+        self.running = [EngineEndpoint(n, 1, f"http://{n}-1", fresh=True) for n in numbers]
+        self.waiting: list[EngineEndpoint] = []
         self.held = self.starts_wait = False
         self.calls: list[str] = []
 
-    def hold(self) -> list[Member]:
+    def hold(self) -> list[EngineEndpoint]:
         self.held = self.starts_wait = True
         return list(self.running)
 
@@ -73,23 +73,26 @@ class Group:
         self.start_waiting()
         self.held = False
 
-    def lose(self, member: Member, why: str) -> None:
+    def lose(self, endpoint: EngineEndpoint, why: str) -> None:
         assert "gone" in why
-        self.running.remove(member)
-        again = Member(member.number, member.start + 1, f"http://{member.number}-{member.start + 1}", True)
+        self.running.remove(endpoint)
+        again = EngineEndpoint(
+            endpoint.number, endpoint.start + 1, f"http://{endpoint.number}-{endpoint.start + 1}", True
+        )
         (self.waiting if self.starts_wait else self.running).append(again)
 
     # what a weight sync asks for
-    def members(self) -> list[Member]:
+    def endpoints(self) -> list[EngineEndpoint]:
         return list(self.running)
 
     def quiet(self):
         return nullcontext()
 
-    def serve(self, members: list[Member]) -> None:
-        served = {member.number for member in members}
+    def serve(self, endpoints: list[EngineEndpoint]) -> None:
+        served = {endpoint.number for endpoint in endpoints}
         self.running = [
-            Member(m.number, m.start, m.url, fresh=m.fresh and m.number not in served) for m in self.running
+            EngineEndpoint(e.number, e.start, e.url, fresh=e.fresh and e.number not in served)
+            for e in self.running
         ]
 
     def metrics(self) -> dict[str, float]:
@@ -99,24 +102,24 @@ class Group:
 class Trainer:
     """Computes, and says so, only where engines have made room for it."""
 
-    def __init__(self, servers: Servers, group: Group):
-        self.servers, self.group = servers, group
+    def __init__(self, servers: Servers, fleet: Fleet):
+        self.servers, self.fleet = servers, fleet
         self.did: list[str] = []
         self.loaded: dict = {}
 
     def note(self, what: str, *must_be_given: str) -> None:
-        for member in self.group.running:
-            given = self.servers.given.get(member.url, set())
-            assert set(must_be_given) <= given, f"{what} while {member.url} has given {given}"
+        for endpoint in self.fleet.running:
+            given = self.servers.given.get(endpoint.url, set())
+            assert set(must_be_given) <= given, f"{what} while {endpoint.url} has given {given}"
         self.did.append(what)
 
 
 @pytest.fixture()
 def made(monkeypatch):
     """Two engines, their servers, turns, and trainer and sync that take them."""
-    servers, group = Servers(), Group(0, 1)
+    servers, fleet = Servers(), Fleet(0, 1)
     monkeypatch.setattr("megatron_vespo.weight_sync.distributed.post_json", servers.post)
-    base = Trainer(servers, group)
+    base = Trainer(servers, fleet)
 
     class Stub(ColocatedTrainer):
         def __init__(self, turns: Turns):
@@ -126,8 +129,8 @@ def made(monkeypatch):
             base.did.append("give back all but weights" if keep_weights else "give back")
 
         def sync_weights(self, version: int) -> None:
-            for member in group.running:
-                assert servers.given.get(member.url, set()) == {"kv_cache", "cuda_graph"}
+            for endpoint in fleet.running:
+                assert servers.given.get(endpoint.url, set()) == {"kv_cache", "cuda_graph"}
             base.did.append(f"sync {version}")
 
         def check_weights(self, version: int) -> float:
@@ -150,11 +153,11 @@ def made(monkeypatch):
         lambda self, urls, fresh, number, size, key, loaded: base.loaded.update(loaded),
     )  # fmt: skip
     traced: list[str] = []
-    turns = Turns(group, "key", 5.0, lambda name, start, end: traced.append(name))
+    turns = Turns(fleet, "key", 5.0, lambda name, start, end: traced.append(name))
     trainer = Stub(turns)
-    sync = ColocatedSync(group, 1, "key", turns)
+    sync = ColocatedSync(fleet, 1, "key", turns)
     sync.attach(trainer)
-    return servers, group, base, turns, trainer, sync
+    return servers, fleet, base, turns, trainer, sync
 
 
 GIVE = ["abort_request"] * 2 + ["flush_cache"] * 2 + ["release_memory_occupation"] * 2
@@ -167,11 +170,11 @@ def turn(version: int) -> list[str]:
 
 
 def test_a_run(made):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
-    assert servers.take() == ["weights_checker"] * 2 + GIVE and group.held
+    assert servers.take() == ["weights_checker"] * 2 + GIVE and fleet.held
     sync.sync(0)
-    assert servers.take() == TAKE + TAKE and not group.held
+    assert servers.take() == TAKE + TAKE and not fleet.held
     # what they had loaded is known, though their memory is gone
     assert base.loaded == {"http://0-1": {"w": "http://0-1"}, "http://1-1": {"w": "http://1-1"}}
     for version in (1, 2):
@@ -180,7 +183,7 @@ def test_a_run(made):
         sync.sync(version)
         assert servers.take() == TAKE + TAKE and not any(servers.given.values())
     trainer.save({}, None)
-    assert servers.take() == GIVE + TAKE and not any(servers.given.values()) and not group.held
+    assert servers.take() == GIVE + TAKE and not any(servers.given.values()) and not fleet.held
     trainer.log_probs([])
     assert servers.take() == GIVE + TAKE
     trainer.export_hf(Path("hf"))
@@ -193,19 +196,19 @@ def test_a_run(made):
 
 
 def test_what_computes_in_the_trainers_turn_moves_nothing(made):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     servers.take()
     trainer.log_probs([])
     trainer.save({}, None)
     trainer.prepare([])
-    assert servers.take() == [] and group.held
+    assert servers.take() == [] and fleet.held
     assert base.did == ["start", "log-probs", "save", "prepare"]
 
 
 @pytest.mark.parametrize("path", ["abort", "flush", "release"])
 def test_an_engine_lost_on_giving_comes_back_with_the_sync(made, monkeypatch, path):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     sync.sync(0)
     post = servers.post
@@ -217,43 +220,43 @@ def test_an_engine_lost_on_giving_comes_back_with_the_sync(made, monkeypatch, pa
 
     monkeypatch.setattr("megatron_vespo.weight_sync.distributed.post_json", losing)
     trainer.prepare([])
-    assert [member.url for member in group.running] == ["http://0-1"]
-    assert [member.url for member in group.waiting] == ["http://1-2"]
+    assert [endpoint.url for endpoint in fleet.running] == ["http://0-1"]
+    assert [endpoint.url for endpoint in fleet.waiting] == ["http://1-2"]
     sync.sync(1)
-    assert [member.url for member in group.running] == ["http://0-1", "http://1-2"] and not group.held
+    assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"] and not fleet.held
     trainer.prepare([])
     assert all(servers.given[f"http://{name}"] == ALL for name in ("0-1", "1-2"))
 
 
 def test_a_sync_that_loses_an_engine_goes_on_where_the_others_are(made):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     servers.lost.add("http://1-1")
     sync.sync(0)
     assert base.did[-2:] == ["sync 0", "give back"] and not servers.given["http://0-1"]
-    assert [member.url for member in group.running] == ["http://0-1", "http://1-2"]
+    assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"]
 
 
 def test_a_sync_that_is_repeated_finds_the_room_of_the_first_one(made):
     """An engine ends when it takes its cache back; the other one, which has its own, gives way again."""
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     resume = turns.resume
 
-    def losing(members, tags):
+    def losing(endpoints, tags):
         if "kv_cache" in tags and base.did[-1] == "give back":
             servers.lost.add("http://1-1")
-        resume(members, tags)
+        resume(endpoints, tags)
 
     turns.resume = losing
     sync.sync(0)
     assert base.did[1:] == [*turn(0), *turn(0)[1:]]
-    assert [member.url for member in group.running] == ["http://0-1", "http://1-2"]
-    assert not any(servers.given[member.url] for member in group.running)
+    assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"]
+    assert not any(servers.given[endpoint.url] for endpoint in fleet.running)
 
 
 def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     died = RuntimeError("rank 1 died")
 
@@ -263,20 +266,20 @@ def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
     trainer.sync_weights = die
     with pytest.raises(RuntimeError, match="rank 1 died"):
         sync.sync(0)
-    assert group.held  # nobody asks engines without their cache for a token
+    assert fleet.held  # nobody asks engines without their cache for a token
     del trainer.sync_weights
     trainer.start()
     assert all(given == ALL for given in servers.given.values())
     sync.sync(0)
-    assert not any(servers.given.values()) and not group.held
+    assert not any(servers.given.values()) and not fleet.held
 
 
 def test_a_trainer_that_dies_at_a_save_too(made):
-    servers, group, base, turns, trainer, sync = made
+    servers, fleet, base, turns, trainer, sync = made
     trainer.start()
     sync.sync(0)
     with pytest.raises(RuntimeError), turns.lent(lambda: None):
         raise RuntimeError("rank 0 died")
-    assert group.held and all(given == {"kv_cache", "cuda_graph"} for given in servers.given.values())
+    assert fleet.held and all(given == {"kv_cache", "cuda_graph"} for given in servers.given.values())
     trainer.start()
     assert all(given == ALL for given in servers.given.values())

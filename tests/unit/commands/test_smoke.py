@@ -22,7 +22,7 @@ from megatron_vespo.commands.smoke.model import config_for, write_config, write_
 from megatron_vespo.commands.smoke.run import all_stages
 from megatron_vespo.commands.smoke.stages import CheckFailed, Stopped
 from megatron_vespo.commands.submit.sbatch_script import directives
-from megatron_vespo.rollout.engine import EngineError
+from megatron_vespo.rollout.sglang_server import EngineError
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples").glob("*/*.flags"))
 SYNCHRONOUS = Wanted(tp=2, ep=8, ranks=16, engines=8, engine_size=2)

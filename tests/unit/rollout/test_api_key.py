@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.rollout import engine as engine_module
+from megatron_vespo.rollout import sglang_server
 from megatron_vespo.rollout.api_key import (
     REPLACEMENT,
     check_flags_with_key,
@@ -22,10 +22,10 @@ from megatron_vespo.rollout.api_key import (
     new_api_key,
     receive,
 )
-from megatron_vespo.rollout.engine import SGLangEngine
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
+from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.ports import find_free_port
-from megatron_vespo.weight_sync.distributed import EngineControl, WeightSyncError
+from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
 
 KEY = "a-key-of-this-test"
 
@@ -120,9 +120,9 @@ def test_the_server_gets_it_by_no_argument_and_no_environment(monkeypatch, tmp_p
         assert command[1:3] == ["-m", "megatron_vespo.rollout.server_process"]
         return popen([sys.executable, "-c", SERVER, *command[3:]], **options)
 
-    monkeypatch.setattr(engine_module.subprocess, "Popen", start)
-    engine = SGLangEngine("m", "127.0.0.1", find_free_port("127.0.0.1"), [], tmp_path / "log", 60.0, KEY)
-    with pytest.raises(engine_module.EngineError, match="exit status 7"):
+    monkeypatch.setattr(sglang_server.subprocess, "Popen", start)
+    engine = SGLangServer("m", "127.0.0.1", find_free_port("127.0.0.1"), [], tmp_path / "log", 60.0, KEY)
+    with pytest.raises(sglang_server.EngineError, match="exit status 7"):
         engine.start()
 
 
@@ -155,8 +155,8 @@ def url():
 
 
 def test_weight_sync_shows_the_key(url):
-    control = EngineControl([url], 10.0, "retract", KEY)
-    for every in (control, control.of([url])):
+    admin = EngineAdmin([url], 10.0, "retract", KEY)
+    for every in (admin, admin.of([url])):
         every.begin()
         every.settle("/end_weight_update", {})
         every.finish(3)
@@ -166,11 +166,11 @@ def test_weight_sync_shows_the_key(url):
 @pytest.mark.parametrize("key", [None, "another"])
 def test_without_the_key_weight_sync_is_refused(url, key):
     with pytest.raises(WeightSyncError, match="/begin_weight_update answered 401") as refusal:
-        EngineControl([url], 10.0, None, key).begin()
+        EngineAdmin([url], 10.0, None, key).begin()
     assert key is None or key not in str(refusal.value)
 
 
 def test_nothing_reads_the_key_from_args():
     """They go into checkpoints as they are."""
-    package = Path(engine_module.__file__).parents[1]
+    package = Path(sglang_server.__file__).parents[1]
     assert [path for path in package.rglob("*.py") if re.search(r"args\.api_key\b", path.read_text())] == []

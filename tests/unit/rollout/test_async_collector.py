@@ -13,7 +13,7 @@ from megatron_vespo.rollout import async_collector
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import CollectError
+from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.types import Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())

@@ -11,8 +11,8 @@ import pytest
 from megatron_vespo.driver.services import _server_arguments
 from megatron_vespo.driver.session import Session
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import LostRequests
 from megatron_vespo.rollout.evaluate import evaluate
+from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.engine_stub import EngineStub
 

@@ -15,8 +15,8 @@ import torch
 
 from megatron_vespo.cluster.trainer_worker import set_environment
 from megatron_vespo.commands.doctor.processes import judge_variables
-from megatron_vespo.rollout.engine import SGLangEngine
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.process_environment import (
     ALLOCATOR,
     ALLOCATOR_NEW,
@@ -113,7 +113,7 @@ def test_cuda_graphs_are_paused_in_colocated_engines_alone():
     assert engine_environment({}, memory_saver=True, pausable_graphs=False)[PAUSED_GRAPHS] is None
 
 
-def engine(*sglang_flags: str, memory_saver: bool, exported: dict | None = None) -> SGLangEngine:
+def engine(*sglang_flags: str, memory_saver: bool, exported: dict | None = None) -> SGLangServer:
     arguments = server_arguments(
         list(sglang_flags),
         device="cuda",
@@ -123,7 +123,7 @@ def engine(*sglang_flags: str, memory_saver: bool, exported: dict | None = None)
         seed=1,
         memory_saver=memory_saver,
     )
-    return SGLangEngine("m", "127.0.0.1", 30000, arguments, Path("log"), 1.0, None, "2,3", exported)
+    return SGLangServer("m", "127.0.0.1", 30000, arguments, Path("log"), 1.0, None, "2,3", exported)
 
 
 def test_an_engine_reads_what_it_needs_from_its_arguments(monkeypatch):

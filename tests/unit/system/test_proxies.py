@@ -8,7 +8,7 @@ import pytest
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.types import Prompt, SamplingParams
-from megatron_vespo.weight_sync.distributed import EngineControl
+from megatron_vespo.weight_sync.distributed import EngineAdmin
 from tests.support.engine_stub import EngineStub
 
 KEY = "the-key"
@@ -69,7 +69,7 @@ def test_completions(proxy, engine):
 
 
 def test_weight_syncs(proxy, engine):
-    control = EngineControl([engine.url], 5.0, None, KEY)
-    assert control.call("/generate", {})[0]["output_ids"] == [5, 6]
-    control.close()
+    admin = EngineAdmin([engine.url], 5.0, None, KEY)
+    assert admin.call("/generate", {})[0]["output_ids"] == [5, 6]
+    admin.close()
     assert not proxy

@@ -15,7 +15,7 @@ from megatron_vespo.system.time_limits import (
     longest_engine_step_s,
     sync_timeout_s,
 )
-from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
+from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import check_against_checkpoint
 from tests.support.engine_stub import EngineStub
 
@@ -48,10 +48,10 @@ def test_an_engine_that_loads_slowly_is_not_lost(tmp_path):
     args = limits()
     sync, load = args.weight_sync_timeout / 300, args.weight_check_timeout / 300
     with SlowEngine(1.5 * sync) as engine:
-        control = EngineControl([engine.url], sync)
-        check_against_checkpoint(control, SUMS, tmp_path, 3, load)
+        admin = EngineAdmin([engine.url], sync)
+        check_against_checkpoint(admin, SUMS, tmp_path, 3, load)
         with pytest.raises(EnginesLostError, match="nothing within 0.1 s"):  # the limit is one
-            check_against_checkpoint(control, SUMS, tmp_path, 3, 0.1)
+            check_against_checkpoint(admin, SUMS, tmp_path, 3, 0.1)
 
 
 def test_defaults_are_enough_for_61_gb_from_a_slow_disk():

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vespo.weight_sync import verify
-from megatron_vespo.weight_sync.distributed import EngineControl, WeightSyncError
+from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 
@@ -31,8 +31,8 @@ class Control:
 
 def test_equal_engines_agree():
     sums = {"embed": "0a", "norm": "0b"}
-    control = Control({url: answer(sums) for url in (A, B, C)})
-    assert verify.check_engines_agree(control, 3) == [sums] * 3
+    admin = Control({url: answer(sums) for url in (A, B, C)})
+    assert verify.check_engines_agree(admin, 3) == [sums] * 3
 
 
 @pytest.mark.parametrize(
@@ -46,26 +46,26 @@ def test_equal_engines_agree():
 )
 def test_the_engine_that_differs_is_named(other, said):
     sums = {"embed": "0a", "norm": "0b"}
-    control = Control({A: answer(sums), B: answer(sums), C: answer(other)})
+    admin = Control({A: answer(sums), B: answer(sums), C: answer(other)})
     with pytest.raises(WeightSyncError) as error:
-        verify.check_engines_agree(control, 3)
+        verify.check_engines_agree(admin, 3)
     assert "after the sync of version 3" in str(error.value)
     assert said in str(error.value)
 
 
 def test_ranks_of_an_engine_are_compared_one_by_one():
     left, right = {"qkv": "01"}, {"qkv": "02"}
-    control = Control({A: answer(left, right), B: answer(left, left)})
+    admin = Control({A: answer(left, right), B: answer(left, left)})
     with pytest.raises(WeightSyncError, match="checksum 01 of qkv on rank 1, engine http://a:1 has 02"):
-        verify.check_engines_agree(control, 3)
-    assert verify.weight_sums(control)[0] == {"qkv on rank 0": "01", "qkv on rank 1": "02"}
+        verify.check_engines_agree(admin, 3)
+    assert verify.weight_sums(admin)[0] == {"qkv on rank 0": "01", "qkv on rank 1": "02"}
 
 
 @pytest.mark.parametrize("pause", ["retract", None])
 def test_no_request_runs_while_the_weights_are_random(tmp_path, pause):
     calls = []
 
-    class Recording(EngineControl):
+    class Recording(EngineAdmin):
         def call(self, path: str, payload: dict, timeout_s: float | None = None) -> list[dict]:
             calls.append((self.urls, path, payload.get("mode") or payload.get("action")))
             return [answer({"embed": "0a"})]

@@ -6,7 +6,7 @@ from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 
 def test_all_ranks_know_of_a_failure_and_can_repeat_the_sync(tmp_path):
-    results = launch(PROGRAMS / "engine_link.py", 4, [], TIMEOUT_S, tmp_path)
+    results = launch(PROGRAMS / "weight_link.py", 4, [], TIMEOUT_S, tmp_path)
     for result in results:
         assert result["outcomes"].tolist() == [
             "served",

@@ -44,7 +44,7 @@ class EnginePortError(EngineError):
     """A port that the user has chosen and nothing can listen on: a repetition does not help."""
 
 
-class SGLangEngine:
+class SGLangServer:
     """An SGLang server on this machine, in a session of its own.
 
     `server_args` are SGLang's own flags (see `server_arguments`), without model path, host and ports.
@@ -159,7 +159,7 @@ class SGLangEngine:
             time.sleep(0.05)
         process.wait(30)
 
-    def __enter__(self) -> SGLangEngine:
+    def __enter__(self) -> SGLangServer:
         self.start()
         return self
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
-from megatron_vespo.rollout.engine import EngineError, EnginePortError, SGLangEngine
+from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError, SGLangServer
 from megatron_vespo.system.plugins import load_runtime_plugins
 from megatron_vespo.system.ports import PortError, find_free_port, require_free_ports
 from megatron_vespo.system.preemption import shield_process
 
 
-class EngineWorker:
+class EngineActor:
     """The actor; the server dies with it."""
 
     def __init__(
@@ -40,18 +40,18 @@ class EngineWorker:
         self._args, self._number, self._server_args = args, number, server_args
         self._api_key, self._exported, self._devices = api_key, exported, devices
         self._log_path = log_dir / f"engine-{number}.log"
-        self._engine: SGLangEngine | None = None
+        self._server: SGLangServer | None = None
 
     def start(self) -> str:
         """A new server in the place of the one there may be; blocks until it is healthy; returns its url."""
         self.stop()
         port = self._port()
-        self._engine = SGLangEngine(
+        self._server = SGLangServer(
             str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
             self._args.engine_start_timeout, self._api_key, self._devices, self._exported,
         )  # fmt: skip
-        self._engine.start()
-        return self._engine.url
+        self._server.start()
+        return self._server.url
 
     def _port(self) -> int:
         chosen = self._args.rollout_port
@@ -66,9 +66,9 @@ class EngineWorker:
 
     def check(self) -> None:
         """Raises EngineError when the server's process has ended."""
-        self._engine.check()
+        self._server.check()
 
     def stop(self) -> None:
         """Kills the whole process group."""
-        if self._engine is not None:
-            self._engine.stop(timeout_s=0)
+        if self._server is not None:
+            self._server.stop(timeout_s=0)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vespo.rollout.client import generate_payload
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import CollectError
-from megatron_vespo.rollout.engine import EngineError, SGLangEngine, group_members
+from megatron_vespo.rollout.engine_client import generate_payload
+from megatron_vespo.rollout.router import CollectError
+from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer, group_members
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.types import SamplingParams
@@ -36,7 +36,7 @@ def reference(tiny_model):
     return Qwen3MoeForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
-def collector_of(engine: SGLangEngine, timeout_s: float = 60.0) -> Collector:
+def collector_of(engine: SGLangServer, timeout_s: float = 60.0) -> Collector:
     return Collector([engine.url], routes=ROUTES, request_timeout_s=timeout_s, check=engine.check)
 
 
@@ -163,7 +163,7 @@ def test_busy_port(tiny_model, tmp_path):
         holder.bind((HOST, find_free_port(HOST)))
         holder.listen()
         port = holder.getsockname()[1]
-        engine = SGLangEngine(str(tiny_model), HOST, port, [], tmp_path / "log", 10.0)
+        engine = SGLangServer(str(tiny_model), HOST, port, [], tmp_path / "log", 10.0)
         with pytest.raises(
             EngineError,
             match=rf"cannot listen on {HOST}:{port} \(.*in use\); choose another port with --rollout-port",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion
 
 # an engine that lost a request is asked no other meanwhile: longer than it takes to be found dead
@@ -63,7 +63,7 @@ class LostRequests:
                 self._say(f"{why}; {number} of its requests are sent again")
 
 
-class Dispatch:
+class Router:
     """Each request to the engine with the fewest of those at `urls`; usable inside one event loop only.
 
     `urls[number]` may change at any time: None is an engine out of service, whose requests go to others. So
@@ -96,14 +96,14 @@ class Dispatch:
     async def send(self, request: Request, what: str) -> Completion | None:
         """The answer to `request`, which is called with the client that it is for. `what` names it."""
         async with self._free_places:
-            for dispatch in range(1, self._max_dispatches + 1):
+            for attempt in range(1, self._max_dispatches + 1):
                 engine = await self._choose(what)
                 try:
                     return await self._ask(engine, request, what)
                 except _LostError as error:
                     engine.avoid_until = time.monotonic() + AVOID_S
-                    if dispatch == self._max_dispatches:
-                        times = f"; {dispatch} engines in a row" if dispatch > 1 else ""
+                    if attempt == self._max_dispatches:
+                        times = f"; {attempt} engines in a row" if attempt > 1 else ""
                         raise CollectError(f"{error}{times}") from error.__cause__
                     self._lost.add(engine.client.url, str(error))
         raise AssertionError(f"--max-attempts {self._max_dispatches}")

@@ -1,4 +1,4 @@
-"""What the engines make together: draws that outlive a lost engine, a held run and odd log-probs."""
+"""Draws completions from all engines; a draw outlives a lost engine, a held run and odd log-probs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 
-from megatron_vespo.rollout.client import NonFiniteLogProbsError
-from megatron_vespo.rollout.dispatch import CollectError, Dispatch, LostRequests
+from megatron_vespo.rollout.engine_client import NonFiniteLogProbsError
 from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
+from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
@@ -37,20 +37,20 @@ class RejectedDraws:
             ) from error
 
 
-class Engines:
-    """Draws from all engines by `dispatch`; usable inside one event loop only.
+class Sampler:
+    """Draws from all engines by `router`; usable inside one event loop only.
 
     `function` makes a completion from draws; without it each is one.
     """
 
     def __init__(
         self,
-        dispatch: Dispatch,
+        router: Router,
         lost: LostRequests,
         check: Check | None,
         function: GenerateFunction | None,
     ):
-        self._dispatch, self._lost, self._check = dispatch, lost, check
+        self._router, self._lost, self._check = router, lost, check
         self._function = function
 
     async def draw(
@@ -82,10 +82,10 @@ class Engines:
 
     async def hold(self, timeout_s: float) -> None:
         """Makes engines hand back what they are at, and asks for nothing more until `release`."""
-        await self._dispatch.hold(timeout_s)
+        await self._router.hold(timeout_s)
 
     def release(self) -> None:
-        self._dispatch.release()
+        self._router.release()
 
     async def watch(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Never returns; raises what `check` raises. `meanwhile` may block the loop."""
@@ -94,7 +94,7 @@ class Engines:
             await self._run_check()
             if meanwhile is not None:
                 meanwhile()
-            self._dispatch.refresh()
+            self._router.refresh()
             self._lost.tell()
 
     async def _complete(
@@ -124,7 +124,7 @@ class Engines:
         self, prompt: Prompt, sampling: SamplingParams, seed: int, draft: Completion | None
     ) -> Completion | None:
         try:
-            return await self._dispatch.send(
+            return await self._router.send(
                 lambda client: client.generate(prompt, sampling, seed, draft), f"prompt {prompt.prompt_id}"
             )
         except CollectError:

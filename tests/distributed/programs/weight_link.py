@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
-from megatron_vespo.weight_sync.link import EngineLink
+from megatron_vespo.weight_sync.weight_link import WeightLink
 
 NUM_BUCKETS = 4
 
@@ -29,7 +29,7 @@ class Sender:
         self.sent.append(version)
 
 
-class Control:
+class Admin:
     def __init__(self):
         self.error: WeightSyncError | None = None
 
@@ -47,11 +47,11 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=4)
     stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     stage, sends = rank // 2, rank % 2 == 0
-    link = EngineLink(
+    link = WeightLink(
         rank=rank, stage=stage, num_stages=2, is_sender=sends, engine_size=1, host="127.0.0.1",
         backend="gloo", timeout_s=1.0, pause=None,
     )  # fmt: skip
-    link._sender, link.control = sender, control = Sender(), Control()
+    link._sender, link.admin = sender, admin = Sender(), Admin()
     gathered = 0
 
     def buckets() -> Iterator[dict[str, Tensor]]:
@@ -77,7 +77,7 @@ def main() -> None:
     sender.error = None
     outcomes.append(said(3))
     if rank == 0:
-        control.error = WeightSyncError("refused")
+        admin.error = WeightSyncError("refused")
     outcomes.append(said(4))
     np.savez(os.environ["RESULT_FILE"], outcomes=outcomes, gathered=gathered, sent=np.array(sent, int))
 

@@ -15,33 +15,33 @@ from safetensors.torch import load_file
 
 from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engine import SGLangEngine
+from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.types import Prompt, SamplingParams
-from megatron_vespo.weight_sync.distributed import EngineControl, EnginesLostError
-from megatron_vespo.weight_sync.link import EngineLink
+from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
+from megatron_vespo.weight_sync.weight_link import WeightLink
 from tests.support.servers import HOST, ROUTES, make_tiny_model, tiny_engine
 
 TIMEOUT_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangEngine, SGLangEngine]]:
+def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLangServer]]:
     folder = tmp_path_factory.mktemp("link")
     first, second = (tiny_engine(tiny_model, folder / f"{number}.log") for number in (0, 1))
     with ThreadPoolExecutor() as threads:
-        list(threads.map(SGLangEngine.start, (first, second)))
+        list(threads.map(SGLangServer.start, (first, second)))
     yield first, second
     for engine in (first, second):
         engine.stop(timeout_s=0)
 
 
 @pytest.fixture(scope="module")
-def link(tmp_path_factory) -> Iterator[EngineLink]:
+def link(tmp_path_factory) -> Iterator[WeightLink]:
     """Of a trainer of one rank."""
     store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield EngineLink(
+    yield WeightLink(
         rank=0, stage=0, num_stages=1, is_sender=True, engine_size=1, host=HOST, backend="gloo",
         timeout_s=TIMEOUT_S, pause="retract",
     )  # fmt: skip
@@ -64,11 +64,11 @@ def interrupted(pieces: list[dict], action: Callable[[], object]) -> Iterator[di
         yield piece
 
 
-def sums(engine: SGLangEngine) -> Sums:
-    return weight_sums(EngineControl([engine.url], TIMEOUT_S))[0]
+def sums(engine: SGLangServer) -> Sums:
+    return weight_sums(EngineAdmin([engine.url], TIMEOUT_S))[0]
 
 
-def restart(engine: SGLangEngine) -> None:
+def restart(engine: SGLangServer) -> None:
     engine.stop(timeout_s=0)
     engine.start()
 
@@ -80,7 +80,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
     second.stop(timeout_s=0)
     for number, called_first in ((1, "/pause_generation"), (2, "/init_weights_update_group")):
         if number == 2:  # as if it had died a moment later
-            monkeypatch.setattr(EngineLink, "_leave_old_groups", lambda self, number: None)
+            monkeypatch.setattr(WeightLink, "_leave_old_groups", lambda self, number: None)
         began = time.monotonic()
         with pytest.raises(
             EnginesLostError, match=f"engine {second.url}: {called_first} did not answer"
@@ -96,7 +96,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
     before = sums(first)
     assert sums(second) != before, "its weights should be random"
     link.sync(weights[0], 2)
-    assert check_engines_agree(link.control, 2) == [before, before]
+    assert check_engines_agree(link.admin, 2) == [before, before]
 
 
 @pytest.mark.timeout(300)
@@ -130,5 +130,5 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     restart(second)
     link.connect(urls, [second.url], number + 2)
     link.sync(weights[1], number + 2)
-    after, same = check_engines_agree(link.control, number + 2)
+    after, same = check_engines_agree(link.admin, number + 2)
     assert after == same and after != before

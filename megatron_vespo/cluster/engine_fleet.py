@@ -15,11 +15,11 @@ from threading import Condition, Thread
 
 import ray
 
-from megatron_vespo.cluster.engine_slot import EngineSlot
-from megatron_vespo.cluster.engine_worker import EngineWorker
+from megatron_vespo.cluster.engine_actor import EngineActor
 from megatron_vespo.cluster.placement import Placement
-from megatron_vespo.rollout.dispatch import LostRequests
-from megatron_vespo.rollout.engine import EngineError, EnginePortError
+from megatron_vespo.cluster.supervised_engine import SupervisedEngine
+from megatron_vespo.rollout.router import LostRequests
+from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.system.process_environment import exported_values
 
 LOOK_INTERVAL_S = 1.0
@@ -35,7 +35,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Member:
+class EngineEndpoint:
     """One server that runs: of engine `number`, its start number `start`."""
 
     number: int
@@ -44,7 +44,7 @@ class Member:
     fresh: bool  # has not had a policy yet
 
 
-class EngineGroup:
+class EngineFleet:
     """A thread of its own looks after the engines: what ends is started again, `restarts` times an engine.
 
     Methods may be called from any thread. `urls[number]` is None unless the engine serves: it changes while
@@ -53,22 +53,27 @@ class EngineGroup:
     """
 
     def __init__(
-        self, slots: Sequence[EngineSlot], *, restarts: int, min_engines: int, say: Callable[[str], None]
+        self,
+        engines: Sequence[SupervisedEngine],
+        *,
+        restarts: int,
+        min_engines: int,
+        say: Callable[[str], None],
     ):
-        self.urls: list[str | None] = [None] * len(slots)
+        self.urls: list[str | None] = [None] * len(engines)
         self.lost = LostRequests(say)
-        self._slots, self._restarts, self._min_engines, self._say = slots, restarts, min_engines, say
-        self._states = [State.STARTING] * len(slots)
-        self._been_healthy = [False] * len(slots)
-        self._last_ends: list[str | None] = [None] * len(slots)
+        self._engines, self._restarts, self._min_engines, self._say = engines, restarts, min_engines, say
+        self._states = [State.STARTING] * len(engines)
+        self._been_healthy = [False] * len(engines)
+        self._last_ends: list[str | None] = [None] * len(engines)
         self._changed = Condition()  # guards everything here
         self._over: EngineError | None = None
         self._stopping = False
         self._quiet = 0
         self._held = self._starts_wait = False
-        self._to_start: list[EngineSlot] = []
-        for slot in slots:
-            slot.start()
+        self._to_start: list[SupervisedEngine] = []
+        for engine in engines:
+            engine.start()
         self._thread = Thread(target=self._look_after, name="engines", daemon=True)
         self._thread.start()
 
@@ -84,7 +89,7 @@ class EngineGroup:
                 self._wait()
             self.check()
 
-    def members(self) -> list[Member]:
+    def endpoints(self) -> list[EngineEndpoint]:
         """All servers that run; waits for one where there is none."""
         with self._changed:
             while not (found := self._running()):
@@ -100,22 +105,22 @@ class EngineGroup:
         with self._changed:
             return State.READY in self._states
 
-    def serve(self, members: list[Member]) -> None:
+    def serve(self, endpoints: list[EngineEndpoint]) -> None:
         """They have the current weights, requests may go to them."""
         with self._changed:
-            for member in members:
-                if self._states[member.number] is State.READY and self._is_current(member):
-                    self._states[member.number] = State.SERVING
-                    self.urls[member.number] = member.url
-                    if member.start > 1:
-                        self._say(f"engine {member.number} serves again ({self._serving()})")
+            for endpoint in endpoints:
+                if self._states[endpoint.number] is State.READY and self._is_current(endpoint):
+                    self._states[endpoint.number] = State.SERVING
+                    self.urls[endpoint.number] = endpoint.url
+                    if endpoint.start > 1:
+                        self._say(f"engine {endpoint.number} serves again ({self._serving()})")
 
-    def lose(self, member: Member, why: str) -> None:
+    def lose(self, endpoint: EngineEndpoint, why: str) -> None:
         """It did not answer: kill what is left of it and start it again."""
         with self._changed:
             # a connection breaks a moment before its process is seen to be dead, which says more
-            if not self._changed.wait_for(lambda: not self._is_current(member), DEATH_NOTICE_S):
-                self._ended(self._slots[member.number], EngineError(why))
+            if not self._changed.wait_for(lambda: not self._is_current(endpoint), DEATH_NOTICE_S):
+                self._ended(self._engines[endpoint.number], EngineError(why))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -131,7 +136,7 @@ class EngineGroup:
             with self._changed:
                 self._quiet -= 1
 
-    def hold(self) -> list[Member]:
+    def hold(self) -> list[EngineEndpoint]:
         """All that run. Nobody is asked for a sign of life until `let_go`, or started until `start_waiting`.
 
         Waits for those that start, and for signs of life that are asked for: engines generate them.
@@ -142,7 +147,7 @@ class EngineGroup:
             if not self._held:
                 self._quiet += 1
             self._held = self._starts_wait = True
-            while any(slot.is_probed for slot in self._slots):
+            while any(engine.is_probed for engine in self._engines):
                 self._wait()
             self.check()
             return self._running()
@@ -152,8 +157,8 @@ class EngineGroup:
         with self._changed:
             self._starts_wait = False
             waiting, self._to_start = self._to_start, []
-            for slot in waiting:
-                slot.start()
+            for engine in waiting:
+                engine.start()
 
     def let_go(self) -> None:
         """The end of `hold`, if there was one."""
@@ -165,11 +170,11 @@ class EngineGroup:
 
     def metrics(self) -> dict[str, float]:
         """Of now, and of the run so far."""
-        if not self._slots:
+        if not self._engines:
             return {}
         return {
             "engines/serving": float(sum(url is not None for url in self.urls)),
-            "engines/restarts": float(sum(slot.num_starts - 1 for slot in self._slots)),
+            "engines/restarts": float(sum(engine.num_starts - 1 for engine in self._engines)),
             "engines/lost_requests": float(self.lost.number),
         }
 
@@ -179,11 +184,11 @@ class EngineGroup:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join(STOP_TIMEOUT_S)
-        calls = [call for slot in self._slots if (call := slot.stop()) is not None]
+        calls = [call for engine in self._engines if (call := engine.stop()) is not None]
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
-        for slot in self._slots:
-            slot.drop_worker()
+        for engine in self._engines:
+            engine.kill_actor()
 
     def _wait(self) -> None:
         self.check()
@@ -192,29 +197,29 @@ class EngineGroup:
     def _look_after(self) -> None:
         with self._changed:
             while not self._stopping and self._over is None:
-                for slot in self._slots:
+                for engine in self._engines:
                     try:
-                        self._look_at(slot)
+                        self._look_at(engine)
                     except Exception as error:  # or nobody would look after the engines, unnoticed
-                        self._over = EngineError(f"engine {slot.number}: {type(error).__name__}: {error}")
+                        self._over = EngineError(f"engine {engine.number}: {type(error).__name__}: {error}")
                 self._changed.notify_all()
                 self._changed.wait(LOOK_INTERVAL_S)
 
-    def _look_at(self, slot: EngineSlot) -> None:
-        number = slot.number
-        if self._states[number] is State.GONE or slot in self._to_start:
+    def _look_at(self, engine: SupervisedEngine) -> None:
+        number = engine.number
+        if self._states[number] is State.GONE or engine in self._to_start:
             return
         try:
-            slot.look(probing=self._quiet == 0)
+            engine.look(probing=self._quiet == 0)
         except EngineError as error:
-            self._ended(slot, error)
+            self._ended(engine, error)
             return
-        if self._states[number] is State.STARTING and slot.url is not None:
+        if self._states[number] is State.STARTING and engine.url is not None:
             self._states[number] = State.READY
             self._been_healthy[number] = True
 
-    def _ended(self, slot: EngineSlot, error: EngineError) -> None:
-        number = slot.number
+    def _ended(self, engine: SupervisedEngine, error: EngineError) -> None:
+        number = engine.number
         self.urls[number] = None
         way = re.sub(r"\d+", "", error.what)  # without ports
         again = isinstance(error, EnginePortError) or self._last_ends[number] == way
@@ -222,7 +227,7 @@ class EngineGroup:
             self._over = error  # a wrong flag will not get better
             return
         self._last_ends[number] = way
-        used = slot.num_starts - 1
+        used = engine.num_starts - 1
         if used < self._restarts:
             self._states[number] = State.STARTING
             self._say(
@@ -230,17 +235,17 @@ class EngineGroup:
                 f"(restart {used + 1} of {self._restarts})"
             )
             if self._starts_wait:
-                self._to_start.append(slot)
+                self._to_start.append(engine)
             else:
-                slot.start()
+                engine.start()
             return
         self._states[number] = State.GONE
-        slot.stop()
+        engine.stop()
         left = sum(state is not State.GONE for state in self._states)
         if left < self._min_engines:
             self._over = EngineError(
                 f"{error.what} and has had its --engine-restarts {self._restarts}: {left} engines are left, "
-                f"--min-engines is {self._min_engines}; see {slot.log_path}",
+                f"--min-engines is {self._min_engines}; see {engine.log_path}",
                 error.log,
             )
         else:
@@ -249,16 +254,16 @@ class EngineGroup:
                 f"the run goes on without it, {self._serving()}"
             )
 
-    def _running(self) -> list[Member]:
+    def _running(self) -> list[EngineEndpoint]:
         return [
-            Member(slot.number, slot.num_starts, slot.url, fresh=state is State.READY)
-            for slot, state in zip(self._slots, self._states, strict=True)
+            EngineEndpoint(engine.number, engine.num_starts, engine.url, fresh=state is State.READY)
+            for engine, state in zip(self._engines, self._states, strict=True)
             if state in (State.READY, State.SERVING)
         ]
 
-    def _is_current(self, member: Member) -> bool:
-        running = self._states[member.number] in (State.READY, State.SERVING)
-        return running and self._slots[member.number].num_starts == member.start
+    def _is_current(self, endpoint: EngineEndpoint) -> bool:
+        running = self._states[endpoint.number] in (State.READY, State.SERVING)
+        return running and self._engines[endpoint.number].num_starts == endpoint.start
 
     def _serving(self) -> str:
         return f"{self._states.count(State.SERVING)} of {len(self._states)} engines serve"
@@ -271,23 +276,23 @@ def start_engines(
     api_key: str | None,
     log_dir: Path,
     say: Callable[[str], None],
-) -> EngineGroup:
+) -> EngineFleet:
     """Servers on the placement's seats for engines; they start in the background."""
-    remote = ray.remote(EngineWorker)
+    remote = ray.remote(EngineActor)
     probes = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
 
-    def slot(number: int) -> EngineSlot:
+    def engine(number: int) -> SupervisedEngine:
         seat = placement.engines[number]
 
-        def make_worker():
+        def make_actor():
             return remote.options(**placement.options(seat)).remote(
                 args, number, server_args, log_dir, placement.loopback, api_key, exported_values(os.environ),
                 seat.devices,
             )  # fmt: skip
 
-        return EngineSlot(
+        return SupervisedEngine(
             number,
-            make_worker,
+            make_actor,
             start_timeout_s=args.engine_start_timeout,
             health_timeout_s=args.engine_health_timeout,
             probes=probes,
@@ -295,8 +300,8 @@ def start_engines(
             api_key=api_key,
         )
 
-    return EngineGroup(
-        [slot(number) for number in range(args.rollout_engines)],
+    return EngineFleet(
+        [engine(number) for number in range(args.rollout_engines)],
         restarts=args.engine_restarts,
         min_engines=args.min_engines,
         say=say,

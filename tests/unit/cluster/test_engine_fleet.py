@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.cluster import engine_group
-from megatron_vespo.cluster.engine_group import EngineGroup
+from megatron_vespo.cluster import engine_fleet
+from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
-from megatron_vespo.rollout.engine import EngineError, EnginePortError
+from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
 
 
-class Slot:
+class Engine:
     """Healthy as soon as it is allowed to; the test ends it."""
 
     def __init__(self, number: int):
@@ -42,25 +42,25 @@ class Slot:
     def stop(self) -> None:
         self.stopped = True
 
-    def drop_worker(self) -> None:
+    def kill_actor(self) -> None:
         self.dropped = True
 
 
 @pytest.fixture()
 def start(monkeypatch):
-    monkeypatch.setattr(engine_group, "LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(engine_group, "DEATH_NOTICE_S", 0.05)
-    groups = []
+    monkeypatch.setattr(engine_fleet, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine_fleet, "DEATH_NOTICE_S", 0.05)
+    fleets = []
 
-    def start(*slots: Slot, restarts: int = 3, min_engines: int = 1):
+    def start(*engines: Engine, restarts: int = 3, min_engines: int = 1):
         said: list[str] = []
-        groups.append(EngineGroup(slots, restarts=restarts, min_engines=min_engines, say=said.append))
-        return groups[-1], said
+        fleets.append(EngineFleet(engines, restarts=restarts, min_engines=min_engines, say=said.append))
+        return fleets[-1], said
 
     yield start
-    for group in groups:
-        group.stop()
-        assert not group._thread.is_alive()
+    for fleet in fleets:
+        fleet.stop()
+        assert not fleet._thread.is_alive()
 
 
 def until(condition) -> None:
@@ -98,50 +98,50 @@ KEY = "key"
 A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
 
 
-def engine_sync(group: EngineGroup, trainer, engine_size: int = 1) -> EngineSync:
-    sync = EngineSync(group, engine_size, KEY)
+def engine_sync(fleet: EngineFleet, trainer, engine_size: int = 1) -> EngineSync:
+    sync = EngineSync(fleet, engine_size, KEY)
     sync.attach(trainer)
     return sync
 
 
 def test_engines_serve_when_they_have_the_weights(start):
-    group, said = start(Slot(0), Slot(1))
-    group.wait_until_ready()
-    assert group.urls == [None, None] and group.any_ready() and not group.any_serves()
+    fleet, said = start(Engine(0), Engine(1))
+    fleet.wait_until_ready()
+    assert fleet.urls == [None, None] and fleet.any_ready() and not fleet.any_serves()
     trainer = Trainer()
-    sync = engine_sync(group, trainer, engine_size=2)
+    sync = engine_sync(fleet, trainer, engine_size=2)
     assert sync.sync(0) == 0.5
-    assert group.urls == [A1, B1] and not group.any_ready()
+    assert fleet.urls == [A1, B1] and not fleet.any_ready()
     assert sync.sync(4) == 0.5
     # connected once
     assert trainer.calls == [
         ("connect", [A1, B1], [A1, B1], 1, 2), ("sync", 0), ("check", 0), ("sync", 4), ("check", 4),
     ]  # fmt: skip
     assert said == []
-    assert group.metrics() == {"engines/serving": 2, "engines/restarts": 0, "engines/lost_requests": 0}
+    assert fleet.metrics() == {"engines/serving": 2, "engines/restarts": 0, "engines/lost_requests": 0}
 
 
 def test_a_dead_engine_is_started_again_and_rejoins(start):
-    first, second = Slot(0), Slot(1)
-    group, said = start(first, second)
+    first, second = Engine(0), Engine(1)
+    fleet, said = start(first, second)
     trainer = Trainer()
-    sync = engine_sync(group, trainer)
-    group.wait_until_ready()
+    sync = engine_sync(fleet, trainer)
+    fleet.wait_until_ready()
     sync.sync(0)
     second.may_start, second.end = False, "died (signal SIGKILL)"
-    until(lambda: group.urls == [A1, None])
-    group.check()
+    until(lambda: fleet.urls == [A1, None])
+    fleet.check()
     assert said == [
         "engine http://h:3001 died (signal SIGKILL); 1 of 2 engines serve, engine 1 is started again "
         "(restart 1 of 3)"
     ]
     sync.sync(1)  # without it
     second.may_start = True
-    until(group.any_ready)
-    assert group.urls == [A1, None]
+    until(fleet.any_ready)
+    assert fleet.urls == [A1, None]
     assert sync.is_wanted(while_others_serve=True) and not sync.is_wanted(while_others_serve=False)
     sync.sync(2)
-    assert group.urls == [A1, B2] and not sync.is_wanted(while_others_serve=True)
+    assert fleet.urls == [A1, B2] and not sync.is_wanted(while_others_serve=True)
     assert said[1:] == ["engine 1 serves again (2 of 2 engines serve)"]
     connections = [call for call in trainer.calls if call[0] == "connect"]
     assert connections == [
@@ -153,30 +153,30 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
 
 @pytest.mark.parametrize("where", ["connect", "sync", "check"])
 def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
-    first, second = Slot(0), Slot(1)
-    group, said = start(first, second)
-    group.wait_until_ready()
+    first, second = Engine(0), Engine(1)
+    fleet, said = start(first, second)
+    fleet.wait_until_ready()
     trainer = Trainer()
     trainer.lose[where] = [B1]
-    sync = engine_sync(group, trainer)
+    sync = engine_sync(fleet, trainer)
     second.may_start = False
     sync.sync(5)
-    assert group.urls == [A1, None] and second.num_starts == 2
+    assert fleet.urls == [A1, None] and second.num_starts == 2
     assert trainer.calls[-3:] == [("connect", [A1], [A1], 2, 1), ("sync", 5), ("check", 5)]
     assert said == [f"engine {B1}: gone; 0 of 2 engines serve, engine 1 is started again (restart 1 of 3)"]
     second.may_start = True
-    until(group.any_ready)
+    until(fleet.any_ready)
     sync.sync(6)
-    assert group.urls == [A1, B2]
+    assert fleet.urls == [A1, B2]
 
 
 def test_where_no_engine_is_left_a_sync_waits_for_one(start):
-    slot = Slot(0)
-    group, _ = start(slot)
+    engine = Engine(0)
+    fleet, _ = start(engine)
     trainer = Trainer()
     trainer.lose["sync"] = [A1]
-    engine_sync(group, trainer).sync(0)
-    assert group.urls == ["http://engine-0-2"]
+    engine_sync(fleet, trainer).sync(0)
+    assert fleet.urls == ["http://engine-0-2"]
     again = "http://engine-0-2"
     assert trainer.calls == [
         ("connect", [A1], [A1], 1, 1), ("sync", 0), ("connect", [again], [again], 2, 1), ("sync", 0),
@@ -186,7 +186,7 @@ def test_where_no_engine_is_left_a_sync_waits_for_one(start):
 
 @pytest.mark.parametrize("error", [WeightMismatchError("other weights"), WeightSyncError("refused")])
 def test_what_no_restart_mends_ends_the_sync(start, error):
-    group, _ = start(Slot(0))
+    fleet, _ = start(Engine(0))
     trainer = Trainer()
 
     def refuse(version: int) -> None:
@@ -194,25 +194,25 @@ def test_what_no_restart_mends_ends_the_sync(start, error):
 
     trainer.sync_weights = refuse
     with pytest.raises(type(error), match=str(error)):
-        engine_sync(group, trainer).sync(0)
-    assert group.urls == [None]
+        engine_sync(fleet, trainer).sync(0)
+    assert fleet.urls == [None]
 
 
 def test_restarts_run_out(start):
-    first, second = Slot(0), Slot(1)
-    group, said = start(first, second, restarts=1)
-    group.wait_until_ready()
+    first, second = Engine(0), Engine(1)
+    fleet, said = start(first, second, restarts=1)
+    fleet.wait_until_ready()
     for starts in (1, 2):
         until(lambda: second.url is not None)
         second.end = f"died (signal {starts})"
         until(lambda: second.end is None)
     until(lambda: second.stopped)
-    group.check()
+    fleet.check()
     assert said[-1] == (
         "engine http://h:3002 died (signal 2) and has had its --engine-restarts 1: "
         "the run goes on without it, 0 of 2 engines serve"
     )
-    assert [member.number for member in group.members()] == [0]
+    assert [endpoint.number for endpoint in fleet.endpoints()] == [0]
     first.end = "hangs"
     until(lambda: first.num_starts == 2)
     first.always_ends = "hangs"
@@ -220,122 +220,124 @@ def test_restarts_run_out(start):
         r"^engine http://h:3002 hangs and has had its --engine-restarts 1: 0 engines are left, "
         r"--min-engines is 1; see logs/engine-0.log; the end of its log$"
     )
-    until(lambda: group._over is not None)
-    for wait in (group.check, group.members, group.wait_until_ready):
+    until(lambda: fleet._over is not None)
+    for wait in (fleet.check, fleet.endpoints, fleet.wait_until_ready):
         with pytest.raises(EngineError, match=over):
             wait()
 
 
 def test_fewer_than_min_engines_end_the_run_though_one_serves(start):
-    first, second = Slot(0), Slot(1)
-    group, _ = start(first, second, restarts=0, min_engines=2)
-    group.wait_until_ready()
+    first, second = Engine(0), Engine(1)
+    fleet, _ = start(first, second, restarts=0, min_engines=2)
+    fleet.wait_until_ready()
     second.end = "died"
-    until(lambda: group._over is not None)
+    until(lambda: fleet._over is not None)
     with pytest.raises(EngineError, match="1 engines are left, --min-engines is 2"):
-        group.check()
+        fleet.check()
 
 
 def test_a_first_start_that_fails_twice_in_the_same_way_ends_the_run_with_the_log(start):
-    slot = Slot(0)
-    slot.always_ends = "died (exit status 2)"  # each time from another port
-    group, said = start(slot)
+    engine = Engine(0)
+    engine.always_ends = "died (exit status 2)"  # each time from another port
+    fleet, said = start(engine)
     with pytest.raises(EngineError, match=r"died \(exit status \d\); the end of its log$"):
-        group.wait_until_ready()
-    assert slot.num_starts == 2 and len(said) == 1
+        fleet.wait_until_ready()
+    assert engine.num_starts == 2 and len(said) == 1
 
 
 def test_a_first_start_that_fails_in_different_ways_goes_on(start):
-    slot = Slot(0)
-    slot.may_start, slot.end = False, "died (signal SIGKILL)"
-    group, _ = start(slot)
-    until(lambda: slot.num_starts == 2)
-    slot.end = "is not healthy"
-    until(lambda: slot.num_starts == 3)
-    slot.may_start = True
-    group.wait_until_ready()
-    assert [member.start for member in group.members()] == [3]
+    engine = Engine(0)
+    engine.may_start, engine.end = False, "died (signal SIGKILL)"
+    fleet, _ = start(engine)
+    until(lambda: engine.num_starts == 2)
+    engine.end = "is not healthy"
+    until(lambda: engine.num_starts == 3)
+    engine.may_start = True
+    fleet.wait_until_ready()
+    assert [endpoint.start for endpoint in fleet.endpoints()] == [3]
 
 
 def test_nobody_is_taken_for_hung_while_the_weights_change(start):
-    slot = Slot(0)
-    group, _ = start(slot)
-    group.wait_until_ready()
-    with group.quiet():
+    engine = Engine(0)
+    fleet, _ = start(engine)
+    fleet.wait_until_ready()
+    with fleet.quiet():
         time.sleep(0.05)
-        slot.probed.clear()
-        until(lambda: len(slot.probed) > 3)
-        assert not any(slot.probed)
-    slot.probed.clear()
-    until(lambda: slot.probed)
-    assert all(slot.probed)
+        engine.probed.clear()
+        until(lambda: len(engine.probed) > 3)
+        assert not any(engine.probed)
+    engine.probed.clear()
+    until(lambda: engine.probed)
+    assert all(engine.probed)
 
 
 def test_held_engines_are_neither_probed_nor_started(start):
-    first, second = Slot(0), Slot(1)
-    group, said = start(first, second)
-    assert [member.url for member in group.hold()] == [A1, B1]  # it waited for them
-    for slot in (first, second):
-        slot.probed.clear()
+    first, second = Engine(0), Engine(1)
+    fleet, said = start(first, second)
+    assert [endpoint.url for endpoint in fleet.hold()] == [A1, B1]  # it waited for them
+    for engine in (first, second):
+        engine.probed.clear()
     second.end = "died"
     until(lambda: said)
     assert second.num_starts == 1
     # again, as by another trainer: the one that is to be started later is not waited for
-    assert [member.url for member in group.hold()] == [A1]
+    assert [endpoint.url for endpoint in fleet.hold()] == [A1]
     until(lambda: len(first.probed) > 3)
     assert not any(first.probed)
-    group.start_waiting()
+    fleet.start_waiting()
     until(lambda: second.url == B2)
     assert not any(second.probed)
-    assert [member.url for member in group.hold()] == [A1, B2]
-    group.let_go()
-    group.let_go()
+    assert [endpoint.url for endpoint in fleet.hold()] == [A1, B2]
+    fleet.let_go()
+    fleet.let_go()
     until(lambda: first.probed[-1] and second.probed[-1])
-    assert group._quiet == 0
+    assert fleet._quiet == 0
 
 
 def test_to_hold_waits_for_signs_of_life(start):
-    slot = Slot(0)
-    group, _ = start(slot)
-    group.wait_until_ready()
-    slot.is_probed = True
+    engine = Engine(0)
+    fleet, _ = start(engine)
+    fleet.wait_until_ready()
+    engine.is_probed = True
     held = []
-    thread = threading.Thread(target=lambda: held.append(group.hold()))
+    thread = threading.Thread(target=lambda: held.append(fleet.hold()))
     thread.start()
     time.sleep(0.05)
     assert not held
-    slot.is_probed = False
+    engine.is_probed = False
     thread.join(5)
-    assert [member.url for member in held[0]] == [A1]
+    assert [endpoint.url for endpoint in held[0]] == [A1]
 
 
 def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):
-    slot = Slot(0)
-    group, _ = start(slot)
-    [member] = group.members()
-    slot.end = "died"
-    until(lambda: slot.num_starts == 2)
-    group.members()
-    group.lose(member, "no answer")
-    group.serve([member])
-    assert slot.num_starts == 2 and group.urls == [None]
+    engine = Engine(0)
+    fleet, _ = start(engine)
+    [endpoint] = fleet.endpoints()
+    engine.end = "died"
+    until(lambda: engine.num_starts == 2)
+    fleet.endpoints()
+    fleet.lose(endpoint, "no answer")
+    fleet.serve([endpoint])
+    assert engine.num_starts == 2 and fleet.urls == [None]
 
 
 def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
-    group, _ = start(Slot(0))
-    group.wait_until_ready()
-    sync = EngineSync(group, 1)
+    fleet, _ = start(Engine(0))
+    fleet.wait_until_ready()
+    sync = EngineSync(fleet, 1)
     assert sync.is_wanted(while_others_serve=False)
     assert sync.sync(0) == 0.0
-    assert group.urls == [A1]
+    assert fleet.urls == [A1]
 
 
 def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):
-    slot = Slot(0)
-    slot.always_ends = EnginePortError("it cannot listen on h:30000; choose another port with --rollout-port")
-    group, said = start(slot)
+    engine = Engine(0)
+    engine.always_ends = EnginePortError(
+        "it cannot listen on h:30000; choose another port with --rollout-port"
+    )
+    fleet, said = start(engine)
     with pytest.raises(
         EngineError, match="^it cannot listen on h:30000; choose another port with --rollout-port$"
     ):
-        group.wait_until_ready()
-    assert slot.num_starts == 1 and not said
+        fleet.wait_until_ready()
+    assert engine.num_starts == 1 and not said

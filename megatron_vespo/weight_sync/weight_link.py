@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vespo.weight_sync.distributed import (
     BucketSender,
-    EngineControl,
+    EngineAdmin,
     EnginesLostError,
     PauseMode,
     SyncBackend,
@@ -23,7 +23,7 @@ from megatron_vespo.weight_sync.distributed import (
 from megatron_vespo.weight_sync.verify import Sums, forget_weights
 
 
-class EngineLink:
+class WeightLink:
     """One rank's end. `stage` is its pipeline stage, of `num_stages`; each has one rank that sends.
 
     `rank` is the trainer's; rank 0 is the first stage's sender and steers what is no broadcast.
@@ -47,7 +47,7 @@ class EngineLink:
         self._engine_size, self._host, self._backend = engine_size, host, backend
         self._timeout_s, self._pause, self._api_key = timeout_s, pause, api_key
         self._sender: BucketSender | None = None
-        self.control: EngineControl | None = None  # of the engines that are connected, on ranks that send
+        self.admin: EngineAdmin | None = None  # of the engines that are connected, on ranks that send
         self.loaded: dict[str, Sums] = {}  # on rank 0: what engines without a policy had loaded, by url
 
     def connect(self, urls: list[str], fresh: list[str], number: int) -> None:
@@ -60,9 +60,9 @@ class EngineLink:
             self._sender.close()
             self._sender = None
         if self._is_sender:
-            if self.control is not None:
-                self.control.close()
-            self.control = EngineControl(urls, self._timeout_s, self._pause, self._api_key)
+            if self.admin is not None:
+                self.admin.close()
+            self.admin = EngineAdmin(urls, self._timeout_s, self._pause, self._api_key)
         self.together(self._rank == 0, self._leave_old_groups, number - 1)
         for stage in range(self._num_stages):
             mine = self._is_sender and stage == self._stage
@@ -109,25 +109,25 @@ class EngineLink:
 
         Requests pause from here to the end of the next sync: engines let nothing of this happen beside them.
         """
-        self.control.stop_generation()
-        self.control.settle("/end_weight_update", {})
+        self.admin.stop_generation()
+        self.admin.settle("/end_weight_update", {})
         for stage in range(self._num_stages):
-            self.control.settle("/destroy_weights_update_group", {"group_name": group_name(number, stage)})
+            self.admin.settle("/destroy_weights_update_group", {"group_name": group_name(number, stage)})
 
     def _join(self, name: str) -> None:
-        self._sender = BucketSender(self.control, self._engine_size, name, self._host, self._backend)
+        self._sender = BucketSender(self.admin, self._engine_size, name, self._host, self._backend)
 
     def _forget(self, fresh: list[str]) -> None:
         if fresh:
-            sums = forget_weights(self.control.of(fresh))
+            sums = forget_weights(self.admin.of(fresh))
             for url, loaded in zip(fresh, sums, strict=True):
                 self.loaded.setdefault(url, loaded)  # a second time it is what a failed sync has left
 
     def _begin(self) -> None:
-        self.control.begin()
+        self.admin.begin()
 
     def _finish(self, version: int) -> None:
-        self.control.finish(version)
+        self.admin.finish(version)
 
     def _send_all(self, buckets: Iterable[dict[str, Tensor]], version: int | None) -> WeightSyncError | None:
         """The last bucket carries the version, so look one ahead."""

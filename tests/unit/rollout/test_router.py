@@ -7,10 +7,9 @@ import time
 import pytest
 from aiohttp import web
 
-from megatron_vespo.rollout import dispatch
-from megatron_vespo.rollout import engines as drawing
+from megatron_vespo.rollout import router, sampler
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import CollectError, LostRequests
+from megatron_vespo.rollout.router import CollectError, LostRequests
 from megatron_vespo.types import Prompt, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
@@ -47,8 +46,8 @@ class Engine:
 
 @pytest.fixture()
 def engines(monkeypatch):
-    monkeypatch.setattr(drawing, "CHECK_INTERVAL_S", 0.02)
-    monkeypatch.setattr(dispatch, "POLL_S", 0.02)
+    monkeypatch.setattr(sampler, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(router, "POLL_S", 0.02)
     engines, loop, ready = (Engine(), Engine()), asyncio.new_event_loop(), threading.Event()
     done = asyncio.Event()
 
@@ -94,7 +93,7 @@ def later(seconds: float, action) -> None:
 
 
 def test_requests_with_a_broken_connection_go_to_another_engine(engines, monkeypatch):
-    monkeypatch.setattr(drawing, "CHECK_INTERVAL_S", 60.0)  # all in one line, at the end
+    monkeypatch.setattr(sampler, "CHECK_INTERVAL_S", 60.0)  # all in one line, at the end
     said = []
     engines[0].breaking = 10**9
     run = collector([engine.url for engine in engines], said)
@@ -149,7 +148,7 @@ def test_a_callback_may_bring_an_engine_back(engines):
 
 
 def test_a_request_that_loses_every_engine_is_given_up(engines, monkeypatch):
-    monkeypatch.setattr(dispatch, "AVOID_S", 0.0)
+    monkeypatch.setattr(router, "AVOID_S", 0.0)
     for engine in engines:
         engine.breaking = 10**9
     run = collector([engine.url for engine in engines], [])

@@ -11,24 +11,24 @@ from typing import Any
 import ray
 
 from megatron_vespo.cluster.logs import log_tail
-from megatron_vespo.rollout.engine import EngineError
+from megatron_vespo.rollout.sglang_server import EngineError
 from megatron_vespo.system.http import get_json
 
 CHECK_TIMEOUT_S = 60.0  # for an actor's word on its server's process
 PROBES_PER_TIMEOUT = 6
 
 
-class EngineSlot:
+class SupervisedEngine:
     """`look` asks nothing that blocks; it is called every second. Not thread-safe.
 
-    `make_worker` makes a new actor of EngineWorker, at the beginning and where the old one has gone with its
+    `make_actor` makes a new actor of EngineActor, at the beginning and where the old one has gone with its
     process or its node. `probes` has a thread for each engine.
     """
 
     def __init__(
         self,
         number: int,
-        make_worker: Callable[[], Any],
+        make_actor: Callable[[], Any],
         *,
         start_timeout_s: float,
         health_timeout_s: float,
@@ -39,7 +39,7 @@ class EngineSlot:
         self.number, self.log_path = number, log_path
         self.num_starts = 0  # also the name of the server that runs now
         self.url: str | None = None  # None until it is healthy
-        self._make_worker, self._worker = make_worker, None
+        self._make_actor, self._actor = make_actor, None
         self._start_timeout_s, self._health_timeout_s = start_timeout_s, health_timeout_s
         self._probes, self._api_key = probes, api_key
         self._probe: Future | None = None
@@ -49,8 +49,8 @@ class EngineSlot:
         """Begins to start a server, in the place of the old one, which is killed."""
         self.url = self._probe = None
         self.num_starts += 1
-        if self._worker is None:
-            self._worker = self._make_worker()
+        if self._actor is None:
+            self._actor = self._make_actor()
         self._ask("start", self._start_timeout_s + CHECK_TIMEOUT_S)
 
     def look(self, probing: bool) -> None:
@@ -69,23 +69,23 @@ class EngineSlot:
 
     def stop(self) -> ray.ObjectRef | None:
         """Begins to kill the server."""
-        return None if self._worker is None else self._worker.stop.remote()
+        return None if self._actor is None else self._actor.stop.remote()
 
-    def drop_worker(self) -> None:
+    def kill_actor(self) -> None:
         """Kills the actor, and with it the server."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            ray.kill(worker)
+        actor, self._actor = self._actor, None
+        if actor is not None:
+            ray.kill(actor)
 
     def _ask(self, what: str, timeout_s: float) -> None:
-        self._call, self._asked = getattr(self._worker, what).remote(), what
+        self._call, self._asked = getattr(self._actor, what).remote(), what
         self._answer_due = time.monotonic() + timeout_s
 
     def _look_at_call(self) -> None:
         ready, _ = ray.wait([self._call], timeout=0)
         if not ready:
             if time.monotonic() > self._answer_due:
-                self.drop_worker()
+                self.kill_actor()
                 raise EngineError(
                     f"engine {self.number}'s actor: no answer to {self._asked}", log_tail(self.log_path)
                 )
@@ -97,7 +97,7 @@ class EngineSlot:
                 raise error.cause from None
             raise EngineError(f"engine {self.number}: {type(error.cause).__name__}: {error.cause}") from None
         except ray.exceptions.RayActorError as error:
-            self._worker = None
+            self._actor = None
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(
                 f"engine {self.number}'s actor died: {reason}", log_tail(self.log_path)

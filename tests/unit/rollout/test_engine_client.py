@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from megatron_vespo.algorithms.accuracy import mean_interval
-from megatron_vespo.rollout.client import (
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.engine_client import (
     GenerateReplyError,
     NonFiniteLogProbsError,
     RouteShape,
     generate_payload,
     parse_generate_reply,
 )
-from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dispatch import CollectError
-from megatron_vespo.rollout.engine import EngineError, SGLangEngine
-from megatron_vespo.rollout.engines import completion_seed
 from megatron_vespo.rollout.evaluate import evaluate
+from megatron_vespo.rollout.router import CollectError
+from megatron_vespo.rollout.sampler import completion_seed
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
+from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
@@ -281,7 +281,7 @@ def test_server_arguments():
 
 
 def test_engine_that_was_not_started():
-    engine = SGLangEngine("m", "127.0.0.1", 30000, [], Path("log"), 1.0)
+    engine = SGLangServer("m", "127.0.0.1", 30000, [], Path("log"), 1.0)
     with pytest.raises(EngineError, match=r"^engine http://127.0.0.1:30000 is not running$"):
         engine.check()
     engine.stop(timeout_s=0)
