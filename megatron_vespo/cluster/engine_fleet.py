@@ -277,17 +277,17 @@ def start_engines(
     log_dir: Path,
     say: Callable[[str], None],
 ) -> EngineFleet:
-    """Servers on the placement's seats for engines; they start in the background."""
+    """A server for each engine of `placement`; they start in the background."""
     remote = ray.remote(EngineActor)
     probes = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
 
     def engine(number: int) -> SupervisedEngine:
-        seat = placement.engines[number]
+        assignment = placement.engines[number]
 
         def make_actor():
-            return remote.options(**placement.options(seat)).remote(
+            return remote.options(**placement.options(assignment)).remote(
                 args, number, server_args, log_dir, placement.loopback, api_key, exported_values(os.environ),
-                seat.devices,
+                assignment.devices,
             )  # fmt: skip
 
         return SupervisedEngine(

@@ -18,17 +18,17 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_vespo.cluster.blocks import Run, neighbours, requested
-from megatron_vespo.cluster.seats import (
+from megatron_vespo.cluster.assignments import (
+    Assignment,
     Bundle,
-    Seat,
     divided_groups,
-    engine_seats,
-    shared_seats,
-    trainer_seats,
+    engine_assignments,
+    shared_assignments,
+    trainer_assignments,
     without_gpus,
     wrong_gpus,
 )
+from megatron_vespo.cluster.blocks import Run, neighbours, requested
 from megatron_vespo.system import ray_variables
 from megatron_vespo.system.ports import PortError, require_free_ports
 from megatron_vespo.system.preemption import SIGNALS, shielded
@@ -42,24 +42,24 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Placement:
-    """Seats of the trainer's ranks and of the engines. `loopback`: all on one machine.
+    """Assignments of the trainer's ranks and of the engines. `loopback`: all on one machine.
 
     `divided` says, a line each, which groups of ranks could be inside a node and are not.
     """
 
     group: PlacementGroup
-    trainer: list[Seat]
-    engines: list[Seat]
+    trainer: list[Assignment]
+    engines: list[Assignment]
     loopback: bool
     divided: tuple[str, ...] = ()
 
-    def options(self, seat: Seat) -> dict:
-        """Of Ray, for the actor there. The seat says which of its bundle's GPUs it sees, not Ray."""
-        options = _options(self.group, seat.bundle, num_gpus=0)
-        if seat.devices is None:
+    def options(self, assignment: Assignment) -> dict:
+        """Of Ray, for the actor there. The assignment says which of its bundle's GPUs it sees, not Ray."""
+        options = _options(self.group, assignment.bundle, num_gpus=0)
+        if assignment.devices is None:
             return options
         # Ray leaves the one alone unless the other, which a node may have set, tells it to hide all GPUs
-        visible = {"CUDA_VISIBLE_DEVICES": seat.devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        visible = {"CUDA_VISIBLE_DEVICES": assignment.devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         return options | {"runtime_env": {"env_vars": visible}}
 
     def release(self) -> None:
@@ -172,15 +172,15 @@ def place(args: Namespace, engine_size: int, on_gpus: bool, colocate: bool = Fal
     group = _reserved(request.bundles)
     located = _located(group, request.bundles)
     blocks = located[: len(request.blocks)]
-    trainer = trainer_seats(request.blocks, blocks)
+    trainer = trainer_assignments(request.blocks, blocks)
     engines = (
-        shared_seats(trainer, request.sharing, engine_size)
+        shared_assignments(trainer, request.sharing, engine_size)
         if colocate
-        else engine_seats(located[len(blocks) :], len(blocks))
+        else engine_assignments(located[len(blocks) :], len(blocks))
     )
     if not on_gpus and cluster_has_gpus():
         trainer, engines = without_gpus(trainer), without_gpus(engines)
-    divided = divided_groups(run.groups, [blocks[seat.bundle].node for seat in trainer], request.per_node)
+    divided = divided_groups(run.groups, [blocks[rank.bundle].node for rank in trainer], request.per_node)
     return Placement(group, trainer, engines, len(nodes) == 1, divided)
 
 

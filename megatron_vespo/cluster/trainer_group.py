@@ -56,10 +56,10 @@ class TrainerGroup:
         self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
         self._workers = [
-            remote.options(**placement.options(seat)).remote(
+            remote.options(**placement.options(assignment)).remote(
                 args, rank, log_dir, placement.loopback, exported_values(os.environ)
             )
-            for rank, seat in enumerate(placement.trainer)
+            for rank, assignment in enumerate(placement.trainer)
         ]
 
     def start(self) -> Resumed | None:

@@ -1,4 +1,4 @@
-"""What a trainer rank sees of its node's GPUs: the one of its seat, and in a run on CPUs none."""
+"""What a trainer rank sees of its node's GPUs: the one of its assignment, and in a run on CPUs none."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import ray
 
+from megatron_vespo.cluster.assignments import Assignment
 from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.placement import Placement, place
-from megatron_vespo.cluster.seats import Seat
 from tests.cluster.programs.megatron_groups import Groups
 from tests.cluster.programs.reporter import Reporter
 from tests.support.fake_nodes import FakeNodes
@@ -51,11 +51,11 @@ class Places:
     def __init__(self, placement: Placement):
         table = ray.util.placement_group_table(placement.group)["bundles_to_node_id"]
 
-        def place_of(seat: Seat) -> tuple[str, list[str]]:
-            return table[seat.bundle], seat.devices.split(",")
+        def place_of(assignment: Assignment) -> tuple[str, list[str]]:
+            return table[assignment.bundle], assignment.devices.split(",")
 
-        self.trainer = [place_of(seat) for seat in placement.trainer]
-        self.engines = [place_of(seat) for seat in placement.engines]
+        self.trainer = [place_of(assignment) for assignment in placement.trainer]
+        self.engines = [place_of(assignment) for assignment in placement.engines]
 
 
 def check_places(places: Places, nodes: FakeNodes, engine_size: int, colocate: bool) -> None:
@@ -83,7 +83,7 @@ def divided(groups: list[list[int]], places: Places) -> list[list[int]]:
 def seen_by_trainer(placement: Placement) -> list[tuple[str, list[str]]]:
     """What actors in the ranks' places say of themselves."""
     actor = ray.remote(Reporter)
-    actors = [actor.options(**placement.options(seat)).remote() for seat in placement.trainer]
+    actors = [actor.options(**placement.options(assignment)).remote() for assignment in placement.trainer]
     seen = ray.get([one.seen.remote() for one in actors], timeout=PATIENCE_S)
     return [(node, visible.split(",")) for node, visible in seen]
 

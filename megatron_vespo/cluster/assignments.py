@@ -1,4 +1,4 @@
-"""Which bundle of the placement group each process gets, and which GPUs. Pure arithmetic."""
+"""Assignments: which bundle of the placement group each process gets, and which GPUs. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Assignment:
     """One process's place. It sees the GPUs `devices`, as in CUDA_VISIBLE_DEVICES; None: what is there."""
 
     bundle: int
     devices: str | None = None
 
 
-def trainer_seats(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Seat]:
-    """One seat a rank; `sizes` are the ranks of each bundle.
+def trainer_assignments(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Assignment]:
+    """One assignment a rank; `sizes` are the ranks of each bundle.
 
     Ranks are numbered node by node, in a node by GPU, so that neighbours are near each other. Nodes with more
     ranks come first: what is left over by groups of ranks is then at the end.
@@ -35,28 +35,32 @@ def trainer_seats(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Seat]
     order = sorted(
         range(len(sizes)), key=lambda index: (-ranks_of_node[bundles[index].node], *_position(bundles, index))
     )
-    return [Seat(index, gpu) for index in order for gpu in _gpus(bundles[index]) or [None] * sizes[index]]
+    return [
+        Assignment(index, gpu) for index in order for gpu in _gpus(bundles[index]) or [None] * sizes[index]
+    ]
 
 
-def engine_seats(bundles: Sequence[Bundle], first: int) -> list[Seat]:
+def engine_assignments(bundles: Sequence[Bundle], first: int) -> list[Assignment]:
     """Engines with bundles of their own, which are those from number `first` on."""
     order = sorted(range(len(bundles)), key=lambda index: _position(bundles, index))
-    return [Seat(first + index, _devices(_gpus(bundles[index]))) for index in order]
+    return [Assignment(first + index, _devices(_gpus(bundles[index]))) for index in order]
 
 
-def shared_seats(trainer: Sequence[Seat], sharing: Sequence[int], engine_size: int) -> list[Seat]:
+def shared_assignments(
+    trainer: Sequence[Assignment], sharing: Sequence[int], engine_size: int
+) -> list[Assignment]:
     """Engines on GPUs of the trainer: `sharing` of each bundle. Rank i of one is on the GPU of its rank i."""
     found = []
-    for bundle in dict.fromkeys(seat.bundle for seat in trainer):
-        gpus = [seat.devices for seat in trainer if seat.bundle == bundle and seat.devices is not None]
+    for bundle in dict.fromkeys(rank.bundle for rank in trainer):
+        gpus = [rank.devices for rank in trainer if rank.bundle == bundle and rank.devices is not None]
         for number in range(sharing[bundle]):
-            found.append(Seat(bundle, _devices(gpus[number * engine_size :][:engine_size])))
+            found.append(Assignment(bundle, _devices(gpus[number * engine_size :][:engine_size])))
     return found
 
 
-def without_gpus(seats: Sequence[Seat]) -> list[Seat]:
+def without_gpus(assignments: Sequence[Assignment]) -> list[Assignment]:
     """The same, hidden from a run that uses none."""
-    return [replace(seat, devices="") for seat in seats]
+    return [replace(assignment, devices="") for assignment in assignments]
 
 
 def wrong_gpus(bundles: Sequence[Bundle], sizes: Sequence[int]) -> str | None:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron_vespo.cluster.seats import (
+from megatron_vespo.cluster.assignments import (
+    Assignment,
     Bundle,
-    Seat,
     divided_groups,
-    engine_seats,
-    shared_seats,
-    trainer_seats,
+    engine_assignments,
+    shared_assignments,
+    trainer_assignments,
     without_gpus,
     wrong_gpus,
 )
@@ -24,10 +24,10 @@ def test_ranks_are_numbered_by_node_and_gpu():
         Bundle("b", gpus(3, 2)), Bundle("a", gpus(10, 2)), Bundle("b", gpus(0, 1)), Bundle("a", gpus(1)),
         Bundle("a", gpus(0)),
     ]  # fmt: skip
-    seats = trainer_seats([2, 2, 2, 1, 1], bundles)
-    assert seats == [
-        Seat(2, "0"), Seat(2, "1"), Seat(0, "2"), Seat(0, "3"), Seat(4, "0"), Seat(3, "1"), Seat(1, "2"),
-        Seat(1, "10"),
+    assignments = trainer_assignments([2, 2, 2, 1, 1], bundles)
+    assert assignments == [
+        Assignment(2, "0"), Assignment(2, "1"), Assignment(0, "2"), Assignment(0, "3"),
+        Assignment(4, "0"), Assignment(3, "1"), Assignment(1, "2"), Assignment(1, "10"),
     ]  # fmt: skip
 
 
@@ -38,38 +38,49 @@ def test_nodes_with_more_ranks_come_first():
         Bundle("large", gpus(0, 1, 2, 3)),
         Bundle("large", gpus(4, 5, 6, 7)),
     ]
-    assert [seat.bundle for seat in trainer_seats([4, 4, 4], bundles)] == [1] * 4 + [2] * 4 + [0] * 4
+    assert [a.bundle for a in trainer_assignments([4, 4, 4], bundles)] == [1] * 4 + [2] * 4 + [0] * 4
 
 
 def test_engines_have_the_gpus_of_their_own_bundles():
     bundles = [Bundle("a", gpus(6, 7)), Bundle("b", gpus(3, 2)), Bundle("a", gpus(4, 5))]
-    assert engine_seats(bundles, 4) == [Seat(6, "4,5"), Seat(4, "6,7"), Seat(5, "2,3")]
+    assert engine_assignments(bundles, 4) == [
+        Assignment(6, "4,5"),
+        Assignment(4, "6,7"),
+        Assignment(5, "2,3"),
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_an_engine_that_shares_is_on_the_gpus_of_neighbouring_ranks(size):
     """All GPUs of two nodes of eight."""
     bundles = [Bundle("a", gpus(*range(8))), Bundle("b", gpus(*range(8)))]
-    trainer = trainer_seats([8, 8], bundles)
-    engines = shared_seats(trainer, [8 // size] * 2, size)
-    assert [(seat.bundle, gpu) for seat in engines for gpu in seat.devices.split(",")] == [
-        (seat.bundle, seat.devices) for seat in trainer
+    trainer = trainer_assignments([8, 8], bundles)
+    engines = shared_assignments(trainer, [8 // size] * 2, size)
+    assert [(a.bundle, gpu) for a in engines for gpu in a.devices.split(",")] == [
+        (a.bundle, a.devices) for a in trainer
     ]
 
 
 def test_engines_share_only_the_blocks_that_have_room_for_their_processes():
     """Three engines; Ray has swapped the blocks."""
-    trainer = trainer_seats([4, 4], [Bundle("b", gpus(4, 5, 6, 7)), Bundle("b", gpus(0, 1, 2, 3))])
-    assert [seat.bundle for seat in trainer] == [1] * 4 + [0] * 4
-    assert shared_seats(trainer, [2, 1], 2) == [Seat(1, "0,1"), Seat(0, "4,5"), Seat(0, "6,7")]
+    trainer = trainer_assignments([4, 4], [Bundle("b", gpus(4, 5, 6, 7)), Bundle("b", gpus(0, 1, 2, 3))])
+    assert [a.bundle for a in trainer] == [1] * 4 + [0] * 4
+    assert shared_assignments(trainer, [2, 1], 2) == [
+        Assignment(1, "0,1"),
+        Assignment(0, "4,5"),
+        Assignment(0, "6,7"),
+    ]
 
 
 def test_without_gpus_nothing_is_shown():
     bundles = [Bundle("a"), Bundle("a")]
-    trainer = trainer_seats([2, 1], bundles)
-    assert trainer == [Seat(0), Seat(0), Seat(1)]
-    assert shared_seats(trainer, [1, 0], 2) == [Seat(0)] and engine_seats(bundles, 3) == [Seat(3), Seat(4)]
-    assert without_gpus(trainer) == [Seat(0, ""), Seat(0, ""), Seat(1, "")]
+    trainer = trainer_assignments([2, 1], bundles)
+    assert trainer == [Assignment(0), Assignment(0), Assignment(1)]
+    assert shared_assignments(trainer, [1, 0], 2) == [Assignment(0)] and engine_assignments(bundles, 3) == [
+        Assignment(3),
+        Assignment(4),
+    ]
+    assert without_gpus(trainer) == [Assignment(0, ""), Assignment(0, ""), Assignment(1, "")]
 
 
 def test_groups_across_nodes_are_counted():
