@@ -1,4 +1,4 @@
-"""Trainer and weight sync where engines share the trainer's GPUs: whose turn each call needs."""
+"""Trainer and weight sync where engines share the trainer's GPUs: each call offloads what it needs to."""
 
 from __future__ import annotations
 
@@ -9,65 +9,65 @@ import numpy as np
 
 from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.gpu_sharing import CACHE_AND_GRAPHS, WEIGHTS, GpuSharing
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.trainer_worker import Resumed
-from megatron_vespo.cluster.turns import REST, WEIGHTS, Turns
 from megatron_vespo.types import TrainingSample
 
 
 class ColocatedTrainer(TrainerGroup):
-    """Engines make room before it computes."""
+    """Engines are offloaded before it computes."""
 
-    def __init__(self, *arguments: Any, turns: Turns):
+    def __init__(self, *arguments: Any, gpu_sharing: GpuSharing):
         super().__init__(*arguments)
-        self._turns = turns
+        self._gpu_sharing = gpu_sharing
 
     def start(self) -> Resumed | None:
-        self._turns.train()
+        self._gpu_sharing.offload_engines()
         return super().start()
 
     def connect_engines(self, *arguments: Any) -> None:
-        super().connect_engines(*arguments, loaded=self._turns.loaded)
+        super().connect_engines(*arguments, loaded=self._gpu_sharing.loaded)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
-        self._turns.train()
+        self._gpu_sharing.offload_engines()
         super().prepare(mini_batches)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
-        with self._turns.lent(self.give_memory_back):
+        with self._gpu_sharing.engines_offloaded(self.offload):
             return super().log_probs(samples)
 
     def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
-        with self._turns.lent(self.give_memory_back):
+        with self._gpu_sharing.engines_offloaded(self.offload):
             super().save(rollout_state, rollout_buffer)
 
     def export_hf(self, target: Path) -> None:
-        with self._turns.lent(self.give_memory_back):
+        with self._gpu_sharing.engines_offloaded(self.offload):
             super().export_hf(target)
 
 
 class ColocatedSync(EngineSync):
-    """The engines' turn begins with the weights; the trainer keeps its own until all engines have them."""
+    """Engines onload with the weights; the trainer keeps its own weights until all engines have them."""
 
-    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None, turns: Turns):
+    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None, gpu_sharing: GpuSharing):
         super().__init__(engines, engine_size, api_key)
-        self._turns = turns
+        self._gpu_sharing = gpu_sharing
 
     def sync(self, version: int) -> float:
-        self._trainer.give_memory_back(keep_weights=True)
-        self._turns.restart()
+        self._trainer.offload(keep_weights=True)
+        self._gpu_sharing.begin_sync()
         seconds = super().sync(version)
-        self._turns.generate()
+        self._gpu_sharing.end_sync()
         return seconds
 
     def metrics(self) -> dict[str, float]:
-        return super().metrics() | {"engines/turn_seconds": self._turns.seconds}
+        return super().metrics() | {"engines/turn_seconds": self._gpu_sharing.seconds}
 
     def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
-        # one that has just started, and all where the sync is repeated: the trainer's weights need the room
-        self._turns.release(endpoints, REST)
-        self._turns.resume(endpoints, WEIGHTS)
+        # engines that have just started, and all of them in a repeated sync: the trainer's weights need the room
+        self._gpu_sharing.offload(endpoints, CACHE_AND_GRAPHS)
+        self._gpu_sharing.onload(endpoints, WEIGHTS)
         seconds = super()._try(endpoints, version)
-        self._trainer.give_memory_back()
-        self._turns.resume(endpoints, REST)
+        self._trainer.offload()
+        self._gpu_sharing.onload(endpoints, CACHE_AND_GRAPHS)
         return seconds

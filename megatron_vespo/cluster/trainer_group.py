@@ -106,9 +106,9 @@ class TrainerGroup:
         """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
         return self._call("train_step", index, timeout_s=self._args.train_timeout)
 
-    def give_memory_back(self, keep_weights: bool = False) -> None:
-        """Of the GPUs, until a method needs it; without --colocate-offload weights and optimizer stay."""
-        self._call("give_memory_back", keep_weights, timeout_s=self._args.train_timeout)
+    def offload(self, keep_weights: bool = False) -> None:
+        """Free the GPUs until a method needs them; with --no-colocate-offload weights and optimizer stay."""
+        self._call("offload", keep_weights, timeout_s=self._args.train_timeout)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)

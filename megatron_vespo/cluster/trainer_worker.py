@@ -128,7 +128,7 @@ class TrainerWorker:
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
-        self._memory.take_all()
+        self._memory.onload()
         self._probes = probes_of(mini_batches[-1])
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
@@ -141,13 +141,13 @@ class TrainerWorker:
         """One optimizer step; the fields of StepResult."""
         return vars(self.policy.train_step(self._prepared[index]))
 
-    def give_memory_back(self, keep_weights: bool) -> None:
-        """To an engine on the same GPU, until a method needs it."""
+    def offload(self, keep_weights: bool) -> None:
+        """Free the GPU for an engine, until a method needs it."""
         self._prepared = []
-        self._memory.give_back(keep_weights)
+        self._memory.offload(keep_weights)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
-        self._memory.weights.take()
+        self._memory.weights.onload()
         return self.policy.log_probs(samples)
 
     def log_w_floor(self, samples: list[TrainingSample]) -> np.ndarray:
@@ -198,7 +198,7 @@ class TrainerWorker:
         """Make every engine serve the current weights as policy `version`."""
         from megatron_vespo.checkpoints.buckets import buckets
 
-        self._memory.weights.take()
+        self._memory.weights.onload()
         self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), version)
 
     def check_weights(self, version: int, export: Path) -> float:
@@ -249,10 +249,10 @@ class TrainerWorker:
         """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""
         given = {BUFFER: buffer, PROMPTS: prompts}
         files = {name: content for name, content in given.items() if content is not None}
-        self._memory.weights.take()
+        self._memory.weights.onload()
         if self._probes:
             files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes, False))
-        self._memory.optimizer.take()
+        self._memory.optimizer.onload()
         self._reports += self.policy.save(rollout_state, files)
 
     def poll_save(self) -> None:
@@ -266,5 +266,5 @@ class TrainerWorker:
         """Write the policy as an HF folder at `target`; it appears there only when complete."""
         from megatron_vespo.trainer.export import export_hf
 
-        self._memory.weights.take()
+        self._memory.weights.onload()
         export_hf(self.policy, target, self._bucket_bytes)

@@ -15,8 +15,8 @@ from megatron_vespo.checkpoints.sources import check_served
 from megatron_vespo.cluster.colocated import ColocatedSync
 from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.gpu_sharing import GpuSharing
 from megatron_vespo.cluster.placement import place, start_ray, stop_ray
-from megatron_vespo.cluster.turns import Turns
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
@@ -121,11 +121,11 @@ class Platform:
             args, self.placement, _server_arguments(args), self.api_key, self.log_dir, display.message
         )
         stack.callback(self.engines.stop)
-        self.turns: Turns | None = None  # where engines and trainer share GPUs
+        self.gpu_sharing: GpuSharing | None = None  # where engines and trainer share GPUs
         self.engine_sync = EngineSync(self.engines, size, self.api_key)
         if args.colocate:
-            self.turns = Turns(self.engines, self.api_key, args.weight_sync_timeout, trace.phase)
-            self.engine_sync = ColocatedSync(self.engines, size, self.api_key, self.turns)
+            self.gpu_sharing = GpuSharing(self.engines, self.api_key, args.weight_sync_timeout, trace.phase)
+            self.engine_sync = ColocatedSync(self.engines, size, self.api_key, self.gpu_sharing)
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:

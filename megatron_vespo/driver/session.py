@@ -94,7 +94,11 @@ class Session:
             platform.display.message(
                 f"{args.load}: a kill has left its tracker empty, {repaired} is complete"
             )
-        group = TrainerGroup if platform.turns is None else partial(ColocatedTrainer, turns=platform.turns)
+        group = (
+            TrainerGroup
+            if platform.gpu_sharing is None
+            else partial(ColocatedTrainer, gpu_sharing=platform.gpu_sharing)
+        )
         self._trainer = group(
             args, platform.placement, platform.log_dir, platform.engines.check, platform.trace.calls,
             self._on_save, platform.task.record,

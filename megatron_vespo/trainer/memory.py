@@ -1,4 +1,4 @@
-"""What a trainer rank has on its GPU, and what it gives back while an engine on the same GPU has its turn.
+"""Offloads a trainer rank's GPU memory while an engine on the same GPU generates.
 
 Megatron's own `optimizer.offload_to_cpu` gives tensors other memory. Shards that are views of the parameters,
 as in fp32 and with --use-precision-aware-optimizer, would be cut off from them by that, and every update with
@@ -21,10 +21,10 @@ BLOCK = 64 * 2**20  # bytes; torch rounds what it pins up to a power of two
 
 
 class HostCopy:
-    """Memory of tensors on the device that is given back; meanwhile what was in it waits in host memory.
+    """Offloads tensors: their memory on the device is freed, their content waits in host memory.
 
-    `tensors` says which; what shares memory with them is given back with them. The host's blocks are kept
-    for the next time, as pinning takes longer than copying.
+    `tensors` says which; what shares memory with them is offloaded, too. The host's blocks are kept for the
+    next time, as pinning takes longer than copying.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
@@ -32,8 +32,8 @@ class HostCopy:
         self._away: list[tuple[UntypedStorage, int]] = []
         self._blocks: list[Tensor] = []
 
-    def give(self) -> None:
-        """Nothing may use the tensors until `take`."""
+    def offload(self) -> None:
+        """Nothing may use the tensors until `onload`."""
         if self._away:
             return
         self._away = [(storage, storage.nbytes()) for storage in storages(self._tensors())]
@@ -44,8 +44,8 @@ class HostCopy:
         for storage, _ in self._away:
             storage.resize_(0)
 
-    def take(self) -> None:
-        """As it was, bit for bit; nothing waits for the copies, what uses them comes behind them."""
+    def onload(self) -> None:
+        """Bring the tensors back, bit for bit. Does not wait: later work on the stream follows the copies."""
         for storage, num_bytes in self._away:
             storage.resize_(num_bytes)
         for here, host in self._pieces():
@@ -74,27 +74,27 @@ def storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
 
 
 class GpuMemory:
-    """Of one rank's weights, gradients and optimizer; all are there at first.
+    """Memory of one rank's weights, gradients and optimizer; all are on the GPU at first.
 
-    With `offload` False weights and optimizer always stay. Between optimizer steps only.
+    With `offload_states` False weights and optimizer always stay. Between optimizer steps only.
     """
 
     def __init__(
-        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, offload: bool
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, offload_states: bool
     ):
-        self._chunks, self._optimizer, self._offload = chunks, optimizer, offload
+        self._chunks, self._optimizer, self._offload_states = chunks, optimizer, offload_states
         self.weights = HostCopy(self._weight_tensors)
         self.optimizer = HostCopy(self._optimizer_tensors)
 
-    def take_all(self) -> None:
-        """For optimizer steps: buffers of the gradients, too, which are zeros."""
-        self.weights.take()
-        self.optimizer.take()
+    def onload(self) -> None:
+        """Everything that an optimizer step needs, with gradient buffers, which are zeros."""
+        self.weights.onload()
+        self.optimizer.onload()
         for chunk in self._chunks:
             chunk.restore_grad_buffers(synchronize=False)
 
-    def give_back(self, keep_weights: bool) -> None:
-        """All of it, and what torch has cached."""
+    def offload(self, keep_weights: bool) -> None:
+        """Free all of it, and what torch has cached."""
         on_gpu = torch.cuda.is_available()
         self._optimizer.zero_grad()  # parts of them that it holds
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
@@ -104,10 +104,10 @@ class GpuMemory:
                 on_the_gpu.zero_grad(set_to_none=True)
         for chunk in self._chunks:
             chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
-        if self._offload:
-            self.optimizer.give()
-        if self._offload and not keep_weights:
-            self.weights.give()
+        if self._offload_states:
+            self.optimizer.offload()
+        if self._offload_states and not keep_weights:
+            self.weights.offload()
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()

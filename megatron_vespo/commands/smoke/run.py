@@ -182,14 +182,14 @@ class SmokeRun:
         return told
 
     def _take_a_turn(self, controller: Controller, samples: list[TrainingSample]) -> None:
-        """Engines give their memory back, and serve the same weights after they have it again."""
+        """Engines are offloaded, and serve the same weights after they have their memory again."""
         with self._stages.stage("colocated turn") as row:
-            seconds = self._platform.turns.seconds
+            seconds = self._platform.gpu_sharing.seconds
             controller.trainer.prepare([samples])
             controller.sync_weights()
             found = self._generate_and_compare(controller, row)
             assert len(found) == len(samples)
-            row.seconds = self._platform.turns.seconds - seconds
+            row.seconds = self._platform.gpu_sharing.seconds - seconds
 
     def _save(
         self, controller: Controller, samples: list[TrainingSample]

@@ -140,26 +140,26 @@ def turns(worker: TrainerWorker, samples: list, target: Path) -> dict:
     log_probs = np.concatenate(worker.log_probs(samples))
     weights = [tensor.clone() for _, tensor in worker.policy.named_hf_weights()]
     before = values(worker)  # complete now, also with --overlap-param-gather
-    worker.give_memory_back(keep_weights=True)
+    worker.offload(keep_weights=True)
     note("in a sync")
     sent = [tensor for _, tensor in worker.policy.named_hf_weights()]
     results["sent"] = all(torch.equal(a, b) for a, b in zip(weights, sent, strict=True))
-    worker.give_memory_back(keep_weights=False)
+    worker.offload(keep_weights=False)
     note("at rest")
     results["log-probs"] = np.array_equal(np.concatenate(worker.log_probs(samples)), log_probs)
     note("for log-probs")
-    worker.give_memory_back(keep_weights=False)
+    worker.offload(keep_weights=False)
     worker.save({"iteration": 2, "consumed_prompts": 7}, None)
     note("for a save")
-    worker.give_memory_back(keep_weights=False)  # while it is written, with --async-save
+    worker.offload(keep_weights=False)  # while it is written, with --async-save
     worker.finish_save()
     worker.export_hf(target)
-    worker.give_memory_back(keep_weights=False)
+    worker.offload(keep_weights=False)
     note("at rest again")
-    worker._memory.take_all()
+    worker._memory.onload()
     pairs = zip(before, values(worker), strict=True)
     results["restored"] = all(torch.equal(then, now) for then, now in pairs)
-    worker.give_memory_back(keep_weights=False)
+    worker.offload(keep_weights=False)
     losses += steps()
     return results | {"losses": losses, "log-probs after": np.concatenate(worker.log_probs(samples))}
 
@@ -180,7 +180,7 @@ def main() -> None:
 
     memory.BLOCK = BLOCK
     if worker.policy.iteration:  # resumed: what a checkpoint has brought is given back and taken, too
-        worker.give_memory_back(keep_weights=False)
+        worker.offload(keep_weights=False)
         note = held(worker)
         worker.prepare([samples, samples])
         losses = [worker.train_step(index)["loss"] for index in range(2)]

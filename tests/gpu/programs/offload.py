@@ -34,13 +34,13 @@ def main() -> None:
     policy, samples = start_policy()
     from megatron_vespo.trainer.memory import GpuMemory, storages
 
-    memory = GpuMemory(policy.model, policy.optimizer, offload=True)
-    gradients_only = GpuMemory(policy.model, policy.optimizer, offload=False)
+    memory = GpuMemory(policy.model, policy.optimizer, offload_states=True)
+    gradients_only = GpuMemory(policy.model, policy.optimizer, offload_states=False)
     tensors = {"optimizer": memory._optimizer_tensors, "weights": memory._weight_tensors}
-    give = {
-        "gradients": lambda: gradients_only.give_back(keep_weights=True),
-        "optimizer": memory.optimizer.give,
-        "weights": memory.weights.give,
+    offload = {
+        "gradients": lambda: gradients_only.offload(keep_weights=True),
+        "optimizer": memory.optimizer.offload,
+        "weights": memory.weights.offload,
     }
 
     def copies() -> list[torch.Tensor]:
@@ -58,11 +58,11 @@ def main() -> None:
     sizes["gradients"] = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
     results: dict[str, object] = {f"{name}: bytes": size for name, size in sizes.items()}
     for _ in range(2):  # the first turn also allocates and pins the host's memory
-        for name, function in give.items():
+        for name, function in offload.items():
             free = free_bytes()
             results[f"{name}: seconds"] = seconds(function)
             results[f"{name}: freed"] = free_bytes() - free
-        results["back: seconds"] = seconds(memory.take_all)
+        results["back: seconds"] = seconds(memory.onload)
     pairs = zip(before, copies(), strict=True)
     results["restored"] = all(torch.equal(then, now) for then, now in pairs)
     losses.append(step())

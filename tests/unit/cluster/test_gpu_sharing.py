@@ -1,4 +1,4 @@
-"""Whose turn it is: what engines are asked for, in order; servers, trainer and weights are stood in for."""
+"""GPU sharing: what engines are asked for, in order; stubs stand in for servers, trainer and weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vespo.cluster.colocated import ColocatedSync, ColocatedTrainer
 from megatron_vespo.cluster.engine_fleet import EngineEndpoint
-from megatron_vespo.cluster.turns import Turns
+from megatron_vespo.cluster.gpu_sharing import GpuSharing
 from megatron_vespo.system.http import EngineRequestError
 
 ALL = {"kv_cache", "cuda_graph", "weights"}
@@ -20,7 +20,7 @@ class Servers:
 
     def __init__(self):
         self.log: list[tuple[str, str]] = []
-        self.given: dict[str, set[str]] = {}
+        self.offloaded: dict[str, set[str]] = {}
         self.flushed: set[str] = set()
         self.lost: set[str] = set()
 
@@ -28,20 +28,22 @@ class Servers:
         assert api_key == "key"
         if url in self.lost:
             raise EngineRequestError(url, path, None, "gone")
-        given, name = self.given.setdefault(url, set()), path.partition("?")[0].lstrip("/")
+        offloaded, name = self.offloaded.setdefault(url, set()), path.partition("?")[0].lstrip("/")
         self.log.append((name, url))
         tags = set(payload.get("tags", ()))
         if name == "flush_cache":
             self.flushed.add(url)
         elif name == "release_memory_occupation":
-            assert url in self.flushed and tags and not tags & given, f"{url} gives {tags}, has given {given}"
-            given |= tags
+            assert url in self.flushed and tags and not tags & offloaded, (
+                f"{url} offloads {tags}, has offloaded {offloaded}"
+            )
+            offloaded |= tags
         elif name == "resume_memory_occupation":
-            assert tags and tags <= given, f"{url} takes {tags}, has given {given}"
-            given -= tags
+            assert tags and tags <= offloaded, f"{url} onloads {tags}, has offloaded {offloaded}"
+            offloaded -= tags
             self.flushed.discard(url)
         elif name == "weights_checker":
-            assert "weights" not in given
+            assert "weights" not in offloaded
             return {"ranks": [{"checksums": {"w": url}}]}
         return {}
 
@@ -107,30 +109,32 @@ class Trainer:
         self.did: list[str] = []
         self.loaded: dict = {}
 
-    def note(self, what: str, *must_be_given: str) -> None:
+    def note(self, what: str, *must_be_offloaded: str) -> None:
         for endpoint in self.fleet.running:
-            given = self.servers.given.get(endpoint.url, set())
-            assert set(must_be_given) <= given, f"{what} while {endpoint.url} has given {given}"
+            offloaded = self.servers.offloaded.get(endpoint.url, set())
+            assert set(must_be_offloaded) <= offloaded, (
+                f"{what} while {endpoint.url} has offloaded {offloaded}"
+            )
         self.did.append(what)
 
 
 @pytest.fixture()
 def made(monkeypatch):
-    """Two engines, their servers, turns, and trainer and sync that take them."""
+    """Two engines, their servers, and a trainer and a weight sync that share GPUs with them."""
     servers, fleet = Servers(), Fleet(0, 1)
     monkeypatch.setattr("megatron_vespo.weight_sync.distributed.post_json", servers.post)
     base = Trainer(servers, fleet)
 
     class Stub(ColocatedTrainer):
-        def __init__(self, turns: Turns):
-            self._turns = turns
+        def __init__(self, gpu_sharing: GpuSharing):
+            self._gpu_sharing = gpu_sharing
 
-        def give_memory_back(self, keep_weights: bool = False) -> None:
-            base.did.append("give back all but weights" if keep_weights else "give back")
+        def offload(self, keep_weights: bool = False) -> None:
+            base.did.append("offload all but weights" if keep_weights else "offload")
 
         def sync_weights(self, version: int) -> None:
             for endpoint in fleet.running:
-                assert servers.given.get(endpoint.url, set()) == {"kv_cache", "cuda_graph"}
+                assert servers.offloaded.get(endpoint.url, set()) == {"kv_cache", "cuda_graph"}
             base.did.append(f"sync {version}")
 
         def check_weights(self, version: int) -> float:
@@ -153,50 +157,50 @@ def made(monkeypatch):
         lambda self, urls, fresh, number, size, key, loaded: base.loaded.update(loaded),
     )  # fmt: skip
     traced: list[str] = []
-    turns = Turns(fleet, "key", 5.0, lambda name, start, end: traced.append(name))
-    trainer = Stub(turns)
-    sync = ColocatedSync(fleet, 1, "key", turns)
+    sharing = GpuSharing(fleet, "key", 5.0, lambda name, start, end: traced.append(name))
+    trainer = Stub(sharing)
+    sync = ColocatedSync(fleet, 1, "key", sharing)
     sync.attach(trainer)
-    return servers, fleet, base, turns, trainer, sync
+    return servers, fleet, base, sharing, trainer, sync
 
 
-GIVE = ["abort_request"] * 2 + ["flush_cache"] * 2 + ["release_memory_occupation"] * 2
-TAKE = ["resume_memory_occupation"] * 2
+OFFLOAD = ["abort_request"] * 2 + ["flush_cache"] * 2 + ["release_memory_occupation"] * 2
+ONLOAD = ["resume_memory_occupation"] * 2
 
 
-def turn(version: int) -> list[str]:
+def sync_of(version: int) -> list[str]:
     """What the trainer does for a sync: its weights stay until the engines have them."""
-    return ["give back all but weights", f"sync {version}", "give back"]
+    return ["offload all but weights", f"sync {version}", "offload"]
 
 
 def test_a_run(made):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
-    assert servers.take() == ["weights_checker"] * 2 + GIVE and fleet.held
+    assert servers.take() == ["weights_checker"] * 2 + OFFLOAD and fleet.held
     sync.sync(0)
-    assert servers.take() == TAKE + TAKE and not fleet.held
+    assert servers.take() == ONLOAD + ONLOAD and not fleet.held
     # what they had loaded is known, though their memory is gone
     assert base.loaded == {"http://0-1": {"w": "http://0-1"}, "http://1-1": {"w": "http://1-1"}}
     for version in (1, 2):
         trainer.prepare([])
-        assert servers.take() == GIVE and all(given == ALL for given in servers.given.values())
+        assert servers.take() == OFFLOAD and all(tags == ALL for tags in servers.offloaded.values())
         sync.sync(version)
-        assert servers.take() == TAKE + TAKE and not any(servers.given.values())
+        assert servers.take() == ONLOAD + ONLOAD and not any(servers.offloaded.values())
     trainer.save({}, None)
-    assert servers.take() == GIVE + TAKE and not any(servers.given.values()) and not fleet.held
+    assert servers.take() == OFFLOAD + ONLOAD and not any(servers.offloaded.values()) and not fleet.held
     trainer.log_probs([])
-    assert servers.take() == GIVE + TAKE
+    assert servers.take() == OFFLOAD + ONLOAD
     trainer.export_hf(Path("hf"))
-    assert servers.take() == GIVE + TAKE
+    assert servers.take() == OFFLOAD + ONLOAD
     assert base.did == [
-        "start", *turn(0), "prepare", *turn(1), "prepare", *turn(2),
-        "save", "give back", "log-probs", "give back", "export", "give back",
+        "start", *sync_of(0), "prepare", *sync_of(1), "prepare", *sync_of(2),
+        "save", "offload", "log-probs", "offload", "export", "offload",
     ]  # fmt: skip
-    assert sync.metrics()["engines/turn_seconds"] == turns.seconds > 0
+    assert sync.metrics()["engines/turn_seconds"] == sharing.seconds > 0
 
 
 def test_what_computes_in_the_trainers_turn_moves_nothing(made):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
     servers.take()
     trainer.log_probs([])
@@ -208,7 +212,7 @@ def test_what_computes_in_the_trainers_turn_moves_nothing(made):
 
 @pytest.mark.parametrize("path", ["abort", "flush", "release"])
 def test_an_engine_lost_on_giving_comes_back_with_the_sync(made, monkeypatch, path):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
     sync.sync(0)
     post = servers.post
@@ -225,38 +229,38 @@ def test_an_engine_lost_on_giving_comes_back_with_the_sync(made, monkeypatch, pa
     sync.sync(1)
     assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"] and not fleet.held
     trainer.prepare([])
-    assert all(servers.given[f"http://{name}"] == ALL for name in ("0-1", "1-2"))
+    assert all(servers.offloaded[f"http://{name}"] == ALL for name in ("0-1", "1-2"))
 
 
 def test_a_sync_that_loses_an_engine_goes_on_where_the_others_are(made):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
     servers.lost.add("http://1-1")
     sync.sync(0)
-    assert base.did[-2:] == ["sync 0", "give back"] and not servers.given["http://0-1"]
+    assert base.did[-2:] == ["sync 0", "offload"] and not servers.offloaded["http://0-1"]
     assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"]
 
 
 def test_a_sync_that_is_repeated_finds_the_room_of_the_first_one(made):
     """An engine ends when it takes its cache back; the other one, which has its own, gives way again."""
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
-    resume = turns.resume
+    onload = sharing.onload
 
     def losing(endpoints, tags):
-        if "kv_cache" in tags and base.did[-1] == "give back":
+        if "kv_cache" in tags and base.did[-1] == "offload":
             servers.lost.add("http://1-1")
-        resume(endpoints, tags)
+        onload(endpoints, tags)
 
-    turns.resume = losing
+    sharing.onload = losing
     sync.sync(0)
-    assert base.did[1:] == [*turn(0), *turn(0)[1:]]
+    assert base.did[1:] == [*sync_of(0), *sync_of(0)[1:]]
     assert [endpoint.url for endpoint in fleet.running] == ["http://0-1", "http://1-2"]
-    assert not any(servers.given[endpoint.url] for endpoint in fleet.running)
+    assert not any(servers.offloaded[endpoint.url] for endpoint in fleet.running)
 
 
 def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
     died = RuntimeError("rank 1 died")
 
@@ -269,17 +273,17 @@ def test_a_trainer_that_dies_in_a_sync_is_followed_by_one_with_its_turn(made):
     assert fleet.held  # nobody asks engines without their cache for a token
     del trainer.sync_weights
     trainer.start()
-    assert all(given == ALL for given in servers.given.values())
+    assert all(tags == ALL for tags in servers.offloaded.values())
     sync.sync(0)
-    assert not any(servers.given.values()) and not fleet.held
+    assert not any(servers.offloaded.values()) and not fleet.held
 
 
 def test_a_trainer_that_dies_at_a_save_too(made):
-    servers, fleet, base, turns, trainer, sync = made
+    servers, fleet, base, sharing, trainer, sync = made
     trainer.start()
     sync.sync(0)
-    with pytest.raises(RuntimeError), turns.lent(lambda: None):
+    with pytest.raises(RuntimeError), sharing.engines_offloaded(lambda: None):
         raise RuntimeError("rank 0 died")
-    assert fleet.held and all(given == {"kv_cache", "cuda_graph"} for given in servers.given.values())
+    assert fleet.held and all(tags == {"kv_cache", "cuda_graph"} for tags in servers.offloaded.values())
     trainer.start()
-    assert all(given == ALL for given in servers.given.values())
+    assert all(tags == ALL for tags in servers.offloaded.values())

@@ -1,11 +1,11 @@
-"""Engines and trainer ranks on the same GPUs: whose turn it is, and what engines give back meanwhile.
+"""Engines and trainer ranks on the same GPUs: who has the memory, and when it changes hands.
 
-While the trainer trains the engines have given back everything: SGLang takes the memory from under its
-weights, keys and values and CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on
-CPUs, it only empties its caches). Breakable graphs, which only a user's flag turns on, keep their memory. The
-other graphs lie in host memory meanwhile; weights, keys and values are lost, so engines come back by a weight
-sync alone: room for the weights, the weights, then room for the rest. Where the trainer computes log-probs,
-saves or exports, that rest is room enough, and the weights stay.
+While the trainer trains, all engines are offloaded: SGLang releases the memory of its weights, its KV cache
+and its CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on CPUs, this only
+empties its caches). The content of CUDA graphs waits in host memory; breakable graphs, which only a user's
+flag turns on, keep their GPU memory. Weights and KV cache are lost. Therefore only a weight sync brings
+engines back: memory for the weights, the weights, then memory for the rest. To compute log-probs, to save
+and to export, the trainer needs less room: engines offload all but their weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, weight_sums
 
 WEIGHTS = ("weights",)  # SGLang's names
-REST = ("kv_cache", "cuda_graph")
-IDLE_TIMEOUT = "?timeout=60"  # seconds, for requests that nobody waits for any more
+CACHE_AND_GRAPHS = ("kv_cache", "cuda_graph")
+IDLE_TIMEOUT = "?timeout=60"  # seconds, for aborted requests to end
 
 
-class Turns:
-    """What engines have of their memory; one that has just started has all of it.
+class GpuSharing:
+    """Offloads and onloads the engines; one that has just started has all of its memory.
 
-    `trace(name, start, end)`, in nanoseconds since 1970, is told of every change.
+    `trace(name, start, end)`, in nanoseconds since 1970, records every change.
     """
 
     def __init__(
@@ -39,62 +39,66 @@ class Turns:
         trace: Callable[[str, int, int], None],
     ):
         self._engines, self._api_key, self._timeout_s, self._trace = engines, api_key, timeout_s, trace
-        self._given: dict[tuple[int, int], set[str]] = defaultdict(set)  # back, by engine and start number
+        # tags that are offloaded, by engine and start number
+        self._offloaded: dict[tuple[int, int], set[str]] = defaultdict(set)
         self._training = False
-        self.loaded: dict[str, Sums] = {}  # by url, of engines that gave their weights back without a policy
-        self.seconds = 0.0  # that all changes have taken
+        self.loaded: dict[str, Sums] = {}  # by url, of engines offloaded before they had a policy
+        self.seconds = 0.0  # of all changes so far
 
-    def train(self) -> None:
-        """The trainer's turn, from here to the end of the next weight sync."""
+    def offload_engines(self) -> None:
+        """Engines are offloaded from here to the end of the next weight sync; the trainer may train."""
         with self._measured("release"):
             endpoints, self._training = self._engines.hold(), True
             self._note_loaded(endpoints)
-            self._surviving(endpoints, lambda those: self.release(those, (*REST, *WEIGHTS)))
+            self._without_lost(endpoints, lambda those: self.offload(those, (*CACHE_AND_GRAPHS, *WEIGHTS)))
 
     @contextmanager
-    def lent(self, give_memory_back: Callable[[], None]) -> Iterator[None]:
-        """Room for the trainer in the engines' turn, too, but for steps; `give_memory_back` is its own."""
+    def engines_offloaded(self, offload_trainer: Callable[[], None]) -> Iterator[None]:
+        """Inside, all but the engines' weights is offloaded: room for the trainer, except for steps.
+
+        Nothing changes while the trainer has the GPUs anyway. `offload_trainer` offloads it at the end.
+        """
         if self._training:
             yield
             return
         with self._measured("release"):
             endpoints = self._engines.hold()
-            self._surviving(endpoints, lambda those: self.release(those, REST))
-        yield  # a trainer that fails in here is followed by one that starts with its turn
-        give_memory_back()
-        self._surviving(endpoints, lambda those: self.resume(those, REST))
+            self._without_lost(endpoints, lambda those: self.offload(those, CACHE_AND_GRAPHS))
+        yield  # where the trainer fails in here, the next one begins with `offload_engines`
+        offload_trainer()
+        self._without_lost(endpoints, lambda those: self.onload(those, CACHE_AND_GRAPHS))
         self._engines.let_go()
 
-    def restart(self) -> None:
-        """A weight sync begins: engines that have ended in the trainer's turn are started."""
+    def begin_sync(self) -> None:
+        """A weight sync begins: engines that ended while the trainer had the GPUs are started."""
         self._engines.start_waiting()
 
-    def generate(self) -> None:
-        """It has ended, all engines that run have their memory."""
+    def end_sync(self) -> None:
+        """The weight sync has ended: all engines that run have their memory."""
         self._training = False
         self._engines.let_go()
 
-    def resume(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
-        """Memory again for what engines have given back of `tags`; raises EnginesLostError."""
-        wanted = {e: [tag for tag in tags if tag in self._given[_key(e)]] for e in endpoints}
+    def onload(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
+        """Give engines the memory of those `tags` that are offloaded; raises EnginesLostError."""
+        wanted = {e: [tag for tag in tags if tag in self._offloaded[_key(e)]] for e in endpoints}
 
-        def resumed(endpoint: EngineEndpoint) -> None:
-            self._given[_key(endpoint)] -= set(wanted[endpoint])
+        def onloaded(endpoint: EngineEndpoint) -> None:
+            self._offloaded[_key(endpoint)] -= set(wanted[endpoint])
 
         with self._measured("resume"):
-            self._ask("/resume_memory_occupation", _payloads(wanted), resumed)
+            self._ask("/resume_memory_occupation", _payloads(wanted), onloaded)
 
-    def release(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
-        """Engines give back what they have of `tags`; raises EnginesLostError."""
-        there = {e: [tag for tag in tags if tag not in self._given[_key(e)]] for e in endpoints}
+    def offload(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
+        """Release the memory of those `tags` that engines have; raises EnginesLostError."""
+        there = {e: [tag for tag in tags if tag not in self._offloaded[_key(e)]] for e in endpoints}
         payloads = _payloads(there)
-        # SGLang's scheduler dies of an assertion where it still has something to do
+        # SGLang's scheduler fails an assertion if a request still runs
         self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
         self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
-        self._ask("/release_memory_occupation", payloads, lambda e: self._given[_key(e)].update(there[e]))
+        self._ask("/release_memory_occupation", payloads, lambda e: self._offloaded[_key(e)].update(there[e]))
 
     def _note_loaded(self, endpoints: Sequence[EngineEndpoint]) -> None:
-        """The first weight check compares with it what the trainer has loaded."""
+        """Note the checksums of what new engines have loaded, for the first weight check."""
 
         def note(endpoints: Sequence[EngineEndpoint]) -> None:
             for endpoint in endpoints:
@@ -102,12 +106,12 @@ class Turns:
                     with self._admin([endpoint]) as admin:
                         [self.loaded[endpoint.url]] = weight_sums(admin)
 
-        self._surviving(endpoints, note)
+        self._without_lost(endpoints, note)
 
-    def _surviving(
+    def _without_lost(
         self, endpoints: Sequence[EngineEndpoint], action: Callable[[Sequence[EngineEndpoint]], None]
     ) -> None:
-        """`action` on the engines without those that it finds lost; they are started again later."""
+        """Run `action` until no engine is lost in it; lost ones are left out and started again later."""
         lost: dict[str, str] = {}
         while True:
             try:
@@ -125,7 +129,7 @@ class Turns:
         payloads: Mapping[EngineEndpoint, dict],
         done: Callable[[EngineEndpoint], None] | None = None,
     ) -> None:
-        """All at once; `done` is told who has answered well, also where others have not."""
+        """Ask all at once; `done` is called for each that succeeds, even if others fail."""
         if not payloads:
             return
         with self._admin(list(payloads)) as admin:
