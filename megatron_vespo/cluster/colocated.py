@@ -64,7 +64,7 @@ class ColocatedSync(EngineSync):
         return super().metrics() | {"engines/turn_seconds": self._gpu_sharing.seconds}
 
     def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
-        # engines that have just started, and all of them in a repeated sync: the trainer's weights need the room
+        # engines that have just started, and all engines in a repeated sync: the trainer's weights need room
         self._gpu_sharing.offload(endpoints, CACHE_AND_GRAPHS)
         self._gpu_sharing.onload(endpoints, WEIGHTS)
         seconds = super()._try(endpoints, version)
