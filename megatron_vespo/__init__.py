@@ -1,3 +1,3 @@
 """VESPO reinforcement learning on Megatron-Core, SGLang and Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,29 +1,57 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests: bash tests/run.sh [--slow] [arguments for pytest]
+# Sets up the environment, then checks and tests. `bash tests/run.sh --help` prints the lines below.
+#
+#     bash tests/run.sh                   checks, then every test that is not slow
+#     bash tests/run.sh --fast            checks, then the short unit tests: under two minutes
+#     bash tests/run.sh --slow            checks, then every test
+#     bash tests/run.sh PATH [ARGUMENTS]  pytest alone, on these paths; arguments go to pytest
+#
+# Checks are `ruff check`, `ruff format --check` and pyright.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-selection=(-m "not slow")
+lane=full
 arguments=()
 paths=()
 for argument in "$@"; do
-    if [[ $argument == --slow ]]; then
-        selection=()
-    elif [[ -e ${argument%%::*} ]]; then
-        paths+=("$argument")
-    else
-        arguments+=("$argument")
-    fi
+    case $argument in
+        --help) exec sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' tests/run.sh ;;
+        --fast | --slow) lane=${argument#--} ;;
+        *) if [[ -e ${argument%%::*} ]]; then paths+=("$argument"); else arguments+=("$argument"); fi ;;
+    esac
 done
-if ((${#paths[@]} == 0)); then
-    for folder in tests/{unit,distributed,te,golden,gpu,cluster,integration,slurm}; do
-        if [[ -d $folder ]]; then paths+=("$folder"); fi
+
+case $lane in
+    full) selection=(-m "not slow") ;;
+    fast) selection=(-m "not slow and not long") ;;
+    slow) selection=() ;;
+esac
+if ((${#paths[@]})); then
+    checks=()
+else
+    checks=("ruff check" "ruff format --check" pyright)
+    folders=(unit distributed te golden gpu cluster integration slurm)
+    if [[ $lane == fast ]]; then folders=(unit); fi
+    for folder in "${folders[@]}"; do
+        if [[ -d tests/$folder ]]; then paths+=("tests/$folder"); fi
     done
 fi
+
+stage() { # runs "${@:2}", prints its name $1 and its seconds; ends the script if it fails
+    local start=$SECONDS code=0
+    "${@:2}" || code=$?
+    printf '[%3d s] %s: %s\n' $((SECONDS - start)) "$1" "$( ((code)) && echo "failed" || echo "passed")"
+    if ((code)); then exit "$code"; fi
+}
 
 bash patches/cpu/setup_env.sh
 for folder in tests/te tests/slurm; do
     case " ${paths[*]}" in *" $folder"*) bash "$folder/install.sh" ;; esac
 done
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks the network for a newer version
+for check in "${checks[@]}"; do
+    # shellcheck disable=SC2086 # a command and its words
+    stage "$check" .venv/bin/python -m $check
+done
+stage "pytest" .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"
