@@ -22,18 +22,19 @@ from unittest.mock import patch
 from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
-from megatron_vespo.arguments.checkpoint_flags import check_checkpoints, check_megatron_saving
-from megatron_vespo.arguments.colocate_flags import check_colocation
+from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
+from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.resume_flags import resolve_load
+from megatron_vespo.arguments.placement import check_colocation
+from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.sbatch_options import check_words
-from megatron_vespo.arguments.training_flags import DESCRIPTION, add_vespo_arguments
-from megatron_vespo.arguments.validation import (
+from megatron_vespo.arguments.time_limits import collective_timeout_minutes
+from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.arguments.training_flags import (
+    DESCRIPTION,
     REQUIRED_BY_TRAIN,
+    add_vespo_arguments,
     check_flags,
-    check_layout,
-    check_ranks_start,
-    check_virtual_pipeline,
 )
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
@@ -45,7 +46,6 @@ from megatron_vespo.system.optional_packages import TRANSFORMER_ENGINE, check_tr
 from megatron_vespo.system.paths import expanded_flags, names_a_path, user_path
 from megatron_vespo.system.plugins import prepare_for_megatron
 from megatron_vespo.system.process_environment import exported_values, trainer_environment
-from megatron_vespo.system.time_limits import collective_timeout_minutes
 
 
 def parse_args(
@@ -99,6 +99,13 @@ def parse_args(
     return args
 
 
+def parse_settings(
+    argv: list[str], command: str = "train", on_gpus: Callable[[Namespace], bool] | None = None
+) -> TrainSettings:
+    """`parse_args`, as the rooms above and beside take it."""
+    return TrainSettings.of(parse_args(argv, command, on_gpus=on_gpus))
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     return FlagParser(
         prog=f"megatron-vespo {command}",
@@ -114,6 +121,15 @@ class _OwnHelp(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """With the default, unless the text says it itself."""
+        text, default = action.help or "", action.default
+        if default in (None, argparse.SUPPRESS) or isinstance(default, bool | dict) or "default: " in text:
+            return text
+        shown = " ".join(f"{value:g}" for value in default) if isinstance(default, list) else default
+        shown = f"{shown:g}" if isinstance(shown, float) else shown
+        return f"{text}; default: {shown}".replace("%", "%%")
 
 
 class _MegatronHelp(argparse.HelpFormatter):

@@ -1,24 +1,27 @@
-"""This program's own flags, one group a concern; every default is stated here and nowhere else."""
+"""All flags of `train` that are this program's own, one file per concern, and their checks."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
+import math
+from argparse import Namespace
+from collections.abc import Sequence
 
-from megatron_vespo.algorithms.advantages import ADVANTAGE_ESTIMATORS
-from megatron_vespo.algorithms.corrections import CORRECTIONS
-from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
-from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS, GammaKernel
-from megatron_vespo.arguments.async_flags import add_asynchronous_arguments
-from megatron_vespo.arguments.checkpoint_flags import add_checkpoint_arguments
-from megatron_vespo.arguments.checks import json_object
-from megatron_vespo.arguments.engine_flags import add_engine_fault_arguments
-from megatron_vespo.arguments.eval_flags import add_eval_arguments
-from megatron_vespo.system.paths import user_path
-from megatron_vespo.system.time_limits import add_time_limit_arguments
+from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_asynchronous
+from megatron_vespo.arguments.checkpoint import add_checkpoint_arguments
+from megatron_vespo.arguments.checks import check_folder, check_positive
+from megatron_vespo.arguments.data import add_data_arguments
+from megatron_vespo.arguments.engines import add_engine_arguments, check_engines
+from megatron_vespo.arguments.evaluation import add_eval_arguments, check_eval
+from megatron_vespo.arguments.loss import add_loss_arguments, check_loss
+from megatron_vespo.arguments.placement import add_placement_arguments
+from megatron_vespo.arguments.rewards import add_reward_arguments, check_overlong
+from megatron_vespo.arguments.rollout import add_rollout_arguments
+from megatron_vespo.arguments.run import add_run_arguments
+from megatron_vespo.arguments.time_limits import TIME_LIMITS, add_time_limit_arguments
+from megatron_vespo.arguments.weight_sync import add_sync_arguments, check_sync
 
+REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
 DESCRIPTION = """\
 Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
 
@@ -36,156 +39,41 @@ Most used of Megatron's: --train-iters (optimizer steps), --lr, --tensor-model-p
 
 def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add them all to `parser`."""
-    _add_input_arguments(parser)
-    _add_rollout_arguments(parser)
-    add_eval_arguments(parser)
-    add_asynchronous_arguments(parser)
-    add_engine_fault_arguments(parser)
-    _add_algorithm_arguments(parser)
-    _add_placement_arguments(parser)
-    add_checkpoint_arguments(parser)
-    add_time_limit_arguments(parser)
-    _add_output_arguments(parser)
+    for add in (
+        add_data_arguments, add_rollout_arguments, add_reward_arguments, add_eval_arguments,
+        add_asynchronous_arguments, add_loss_arguments, add_placement_arguments, add_engine_arguments,
+        add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments, add_run_arguments,
+    ):  # fmt: skip
+        add(parser)
     return parser
 
 
-def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and data")
-    add = group.add_argument
-    add("--hf-checkpoint", type=user_path, metavar="DIR", help="HF checkpoint to start from (required)")
-    add("--prompt-data", type=user_path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
-    add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
-    add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
-    add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
-    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
-    add("--chat-template-arguments", type=json_object, default={}, metavar="JSON",
-        help="an object, e.g. '{\"enable_thinking\": false}'")  # fmt: skip
-    add("--max-prompt-tokens", type=int, default=1024)
-    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="skipped ones are counted")
-
-
-def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("rollout and reward")
-    add = group.add_argument
-    add("--rollout-batch-size", type=int, default=32, help="prompts a rollout batch")
-    add("--group-size", type=int, default=8, help="completions a prompt (the group)")
-    add("--max-completion-tokens", type=int, default=1024)
-    add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
-    add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
-    add("--rollout-port", type=int, default=0, help="of the first server, others follow; 0: free ports")
-    add("--generate-function", metavar="PATH",
-        help="package.module:function that makes a completion; default: a request")  # fmt: skip
-    add("--reward-function", default="math", metavar="PATH",
-        help="'math' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
-    add("--reward-workers", type=int, default=1, help="processes")
-    add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
-        help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
-    add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
-        help="in advantages, rewards fall over so many tokens before the limit; 0: off")  # fmt: skip
-    add("--overlong-penalty", type=float, default=1.0, metavar="FACTOR", help="by so much, at most")
-    add("--dynamic-sampling", action="store_true",
-        help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
-    add("--dynamic-sampling-max-batches", type=int, default=10,
-        help="at most so many times --rollout-batch-size prompts; left-out ones fill it")  # fmt: skip
-
-
-def _add_algorithm_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("policy loss")
-    add = group.add_argument
-    kernel = GammaKernel()
-    add("--policy-loss", choices=METHODS, default="vespo")
-    add("--loss-aggregation", choices=AGGREGATIONS, help="default: " + _default_aggregations())
-    add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
-    add("--dual-clip", type=float, metavar="C",
-        help="where A < 0, ratios above C get no gradient, 3 in verl; default: none")  # fmt: skip
-    add("--sapo-tau", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"),
-        help="of SAPO's gate, by the sign of the advantage; default: " + _defaults_of("tau"))  # fmt: skip
-    add("--loss-target", type=float, metavar="VALUE",
-        help="bapo: positive share of the loss to reach; m2po: mean square of log ratios not to exceed; "
-        "default: " + _defaults_of("target"))  # fmt: skip
-    add("--steps-per-rollout", type=int, default=8, help="optimizer steps a rollout batch, the paper's N")
-    add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
-        help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
-    add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),
-        help="the same where it is < 0")  # fmt: skip
-    add("--vespo-budget", type=float, metavar="C",
-        help="adapt C2 so that E[phi W] / E[phi] <= C, by sign; default: fixed")  # fmt: skip
-    add("--ratio-denominator", choices=RATIO_DENOMINATORS, default="recomputed",
-        help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
-        "engine ratio truncated whole, or per token")  # fmt: skip
-    add("--old-policy", choices=("current", "snapshot", "ewma"), default="current",
-        help="where the trainer's policy before the first update comes from: the weights when a batch is "
-        "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
-        "average; a resumed run begins both anew")  # fmt: skip
-    add("--old-policy-snapshots", type=int, default=4, metavar="K",
-        help="policy versions that snapshot keeps in CPU memory; older tokens: error")  # fmt: skip
-    add("--ewma-decay", type=float, default=0.889,
-        help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
-    add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio")
-    add("--mismatch-correction", choices=CORRECTIONS, default="none",
-        help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
-    add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
-    add("--routing-replay", choices=("R2", "R3"),
-        help="replay expert choices: R2 pi_old's; R3 the engine's, for pi_old too")  # fmt: skip
-    add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default="group-mean",
-        help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
-        "rollout batch's mean, over the batch's std")  # fmt: skip
-    add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
-
-
-def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("placement and weight sync")
-    add = group.add_argument
-    add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
-    add("--colocate", action="store_true",
-        help="engines on the trainer's GPUs: both take turns and give memory back")  # fmt: skip
-    add(
-        "--no-colocate-offload",
-        dest="colocate_offload",
-        action="store_false",
-        help="weights and optimizer stay on the GPU in the engines' turn",
-    )
-    add("--max-tokens-per-gpu", type=int, default=8192,
-        help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
-    add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
-        help="logits exist for so many tokens at a time")  # fmt: skip
-    add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
-    add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB")
-    add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
-        help="compare an engine with an export, as on every resume; 0: only then")  # fmt: skip
-
-
-def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
-    add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
-    add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
-        help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
-    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch there")
-    add("--train-from", type=user_path, metavar="DIR",
-        help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip
-    add("--rollout-only", action="store_true",
-        help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
-    add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
-
-
-def _default_aggregations() -> str:
-    """Each loss's own, for people: those of few losses by name, the most frequent one for the others."""
-    losses: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
-        losses.setdefault(method.aggregation, []).append(name)
-    *few, most = sorted(losses, key=lambda aggregation: len(losses[aggregation]))
-    return "; ".join([f"{aggregation} of {', '.join(losses[aggregation])}" for aggregation in few] + [most])
-
-
-def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:
-    """Each entry's own value of an option, for people."""
-    values = {name: getattr(entry, option) for name, entry in table.items()}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value)
-
-
-def _plain(value: float | tuple[float, float]) -> str:
-    return " ".join(f"{number:g}" for number in (value if isinstance(value, tuple) else (value,)))
+def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) -> None:
+    """Our own flags, before anything heavy is imported; those named in `required` must be there."""
+    for flag in required:
+        if getattr(args, flag) is None and not (flag == "prompt_data" and args.train_from):
+            raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
+    positive = (
+        "rollout_batch_size group_size steps_per_rollout max_prompt_tokens max_completion_tokens "
+        "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers "
+        "weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
+        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
+    ).split()
+    check_positive(args, positive + [limit.name for limit in TIME_LIMITS])
+    check_engines(args)
+    check_sync(args)
+    check_eval(args)
+    if not args.hf_checkpoint.is_dir():
+        raise ValueError(f"--hf-checkpoint {args.hf_checkpoint}: no such folder")
+    check_folder("--output-dir", args.output_dir)
+    check_folder("--save-rollouts", args.save_rollouts)
+    if args.rollout_batch_size % args.steps_per_rollout:
+        raise ValueError(
+            f"--rollout-batch-size {args.rollout_batch_size} prompts cannot be cut into --steps-per-rollout "
+            f"{args.steps_per_rollout} equal parts"
+        )
+    if not 0 <= args.setup_seconds < math.inf:
+        raise ValueError(f"--setup-seconds is {args.setup_seconds:g}, must be 0 or more, and finite")
+    check_overlong(args)
+    check_loss(args)
+    check_asynchronous(args)

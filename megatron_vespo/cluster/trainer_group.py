@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from megatron_vespo.arguments.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.checkpoints.probe_file import ProbeMismatchError
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
@@ -21,7 +22,6 @@ from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.system.process_environment import exported_values
-from megatron_vespo.system.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.types import TrainingSample
 from megatron_vespo.weight_sync.distributed import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums

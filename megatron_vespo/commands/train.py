@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_vespo.arguments.checks import check_output_folder
 from megatron_vespo.arguments.parse import full_parser, parse_args
-from megatron_vespo.arguments.resume_flags import how_to_go_on
+from megatron_vespo.arguments.resume import how_to_go_on
 from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.cluster.calls import TrainerError
 from megatron_vespo.cluster.placement import has_gpus, nodes_of_the_cluster

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_vespo.arguments.resume_flags import resumed_folder
+from megatron_vespo.arguments.resume import resumed_folder
 from megatron_vespo.checkpoints.chunk_index import ChunkIndex
 from megatron_vespo.checkpoints.resumable import changes, check_resumable
 from megatron_vespo.checkpoints.saved_arguments import saved_arguments

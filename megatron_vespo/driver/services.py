@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from megatron_vespo.arguments.resume_flags import resumed_folder
+from megatron_vespo.arguments.resume import resumed_folder
+from megatron_vespo.arguments.time_limits import longest_engine_step_s
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
 from megatron_vespo.cluster.colocated import ColocatedSync
@@ -30,7 +31,6 @@ from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.system.time_limits import longest_engine_step_s
 from megatron_vespo.types import Prompt, SamplingParams
 
 
@@ -143,7 +143,7 @@ def _server_arguments(args: Namespace) -> list[str]:
         routes=args.routing_replay == "R3",
         dtype="bfloat16" if args.bf16 else "float32",
         seed=args.seed,
-        longest_step_s=longest_engine_step_s(args),
+        longest_step_s=longest_engine_step_s(args.engine_start_timeout, args.weight_check_timeout),
         # prefixes in the cache would be older than the request that meets them knows
         prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
         memory_saver=args.colocate and device == "cuda",

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_vespo.arguments.resume_flags import describe, resumed_folder
+from megatron_vespo.arguments.resume import describe, resumed_folder
 from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import SaveReport, newest_save, repair_tracker
 from megatron_vespo.cluster.calls import TrainerError

@@ -9,8 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_folder, check_positive, check_seed
-from megatron_vespo.arguments.engine_flags import check_retries
-from megatron_vespo.arguments.eval_flags import check_temperature
+from megatron_vespo.arguments.engines import check_retries
+from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from megatron_vespo.arguments.async_flags import add_asynchronous_arguments, check_asynchronous
+from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_asynchronous
 from megatron_vespo.arguments.checks import check_output_file
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.commands.simulate.calibration import Measured, measure

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_vespo.arguments.colocate_flags import check_colocation
+from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.weight_sync.distributed import sync_backend
 

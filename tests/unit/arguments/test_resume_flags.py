@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_vespo.arguments.resume_flags import describe, how_to_go_on, resolve_load, resumed_folder
+from megatron_vespo.arguments.resume import describe, how_to_go_on, resolve_load, resumed_folder
 from megatron_vespo.checkpoints.run_folder import COMPLETE, TRACKER_NAME
 from megatron_vespo.checkpoints.set_aside import RECORD, make_room
 

@@ -6,9 +6,9 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_vespo.arguments.training_flags import add_vespo_arguments
-from megatron_vespo.arguments.validation import check_flags, check_layout
-from megatron_vespo.system.time_limits import TIME_LIMITS
+from megatron_vespo.arguments.layout import check_layout
+from megatron_vespo.arguments.time_limits import TIME_LIMITS
+from megatron_vespo.arguments.training_flags import add_vespo_arguments, check_flags
 
 
 @pytest.fixture

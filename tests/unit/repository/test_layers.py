@@ -30,7 +30,7 @@ LAYERS = {
     "commands": 5,
 }
 # the rooms of one layer that must not know each other
-APART = [("trainer", "rollout", "weight_sync"), ("cluster", "arguments")]
+APART = [("trainer", "rollout", "weight_sync")]
 LIBRARIES = {"ray": ["cluster"], "megatron": ["trainer"], "sglang": []}
 
 

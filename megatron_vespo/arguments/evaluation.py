@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_positive
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.system.paths import user_path
 
 
@@ -16,7 +19,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--eval-data", metavar="FILE", type=user_path, help="prompts to evaluate on; without it none are")
     add("--eval-prompt-key", metavar="KEY", help="default, as of the next two: training's")
-    add("--eval-answer-key", metavar="KEY")
+    add("--eval-answer-key", metavar="KEY", help="column of the reference answer")
     add("--eval-answer-pattern", metavar="REGEX", help=r"'(?s)(.*)': the answer is the whole column")
     add("--eval-interval", type=int, default=5, help="evaluate every so many rollout batches")
     add("--eval-prompts", type=int, default=512, help="how many of them, at most")
@@ -37,3 +40,22 @@ def check_temperature(flag: str, temperature: float | None, num_completions: int
         raise ValueError(f"{flag} {temperature:g}: must be positive, or 0 for greedy")
     if temperature == 0 and num_completions > 1:
         raise ValueError(f"{flag} 0 makes the same completion {num_completions} times: one is enough")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Where a key or the pattern is None, it is training's."""
+
+    data: Path | None  # None: no evaluation
+    prompt_key: str | None
+    answer_key: str | None
+    answer_pattern: str | None
+    interval: int  # rollout batches
+    prompts: int
+    completions: int  # per prompt
+    pass_reward: float
+    temperature: float | None  # None: the rollout's
+
+    @classmethod
+    def of(cls, args: Namespace) -> EvalSettings:
+        return of_namespace(cls, args, prefix="eval_")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_vespo.arguments.checks import check_positive
+from megatron_vespo.arguments.settings import of_namespace
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,3 +34,20 @@ def check_megatron_saving(args: Namespace) -> None:
         )
     if args.save is not None and args.ckpt_format != "torch_dist":
         raise ValueError(f"--ckpt-format {args.ckpt_format}: only torch_dist is saved here, leave it out")
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """Absolute folders; see `resume.resolve_load`."""
+
+    save: str | None
+    load: str | None
+    ckpt_step: int | None  # None: the newest
+    gone_back: Mapping[str, Any] | None
+    save_interval: int  # optimizer steps
+    trainer_restarts: int
+    use_checkpoint_opt_param_scheduler: bool
+
+    @classmethod
+    def of(cls, args: Namespace) -> SaveSettings:
+        return of_namespace(cls, args)

@@ -1,16 +1,23 @@
-"""Flags of engines that fail and of the check of their weights, their defaults and what goes together."""
+"""Flags of the SGLang engines: how many, where, and what happens when one fails."""
 
 from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.rollout.api_key import API_KEY_CHOICES
 
 
-def add_engine_fault_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engines that fail")
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engines")
     add = group.add_argument
+    add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
+    add("--rollout-port", type=int, default=0, help="of the first server; 0: free ports")
+    add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
     add("--engine-restarts", type=int, default=3, metavar="N",
         help="how often each is started again; it serves when it has the current weights")  # fmt: skip
     add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
@@ -27,11 +34,7 @@ def check_retries(args: Namespace) -> None:
         raise ValueError(f"--max-request-retries is {args.max_request_retries}, must be positive, or 0: none")
 
 
-def check_engine_faults(args: Namespace) -> None:
-    if args.weight_check_interval < 0:
-        raise ValueError(
-            f"--weight-check-interval {args.weight_check_interval}: must be positive, or 0 (on resumes only)"
-        )
+def check_engines(args: Namespace) -> None:
     check_retries(args)
     if args.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
@@ -40,3 +43,23 @@ def check_engine_faults(args: Namespace) -> None:
             f"--min-engines is {args.min_engines}, must be between 1 and --rollout-engines "
             f"{args.rollout_engines}"
         )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`rollout_engines` is 0 in a run that trains on recorded batches."""
+
+    hf_checkpoint: Path
+    rollout_engines: int
+    rollout_port: int  # of the first engine; 0: free ports
+    ray_address: str | None
+    sglang_flags: tuple[str, ...]  # as SGLang takes them
+    engine_start_timeout: float  # seconds, like the next one
+    engine_health_timeout: float
+    engine_restarts: int
+    min_engines: int
+    engine_api_key: Literal["auto", "always", "never"]
+
+    @classmethod
+    def of(cls, args: Namespace) -> EngineSettings:
+        return of_namespace(cls, args)

@@ -1,12 +1,31 @@
-"""What goes together with --colocate."""
+"""Flags of where trainer ranks and engines run: apart, or colocated."""
 
 from __future__ import annotations
 
+import argparse
 from argparse import Namespace
 
 from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, engine_size, flag_value
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.wording import counted
+
+
+def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("placement")
+    add = group.add_argument
+    add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
+    add("--colocate", action="store_true",
+        help="engines on the trainer's GPUs: both take turns and give memory back")  # fmt: skip
+    add(
+        "--no-colocate-offload",
+        dest="colocate_offload",
+        action="store_false",
+        help="weights and optimizer stay on the GPU in the engines' turn",
+    )
+    add("--max-tokens-per-gpu", type=int, default=8192,
+        help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
+    add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
+        help="logits exist for so many tokens at a time")  # fmt: skip
 
 
 def check_colocation(args: Namespace) -> None:

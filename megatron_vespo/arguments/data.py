@@ -1,0 +1,47 @@
+"""Flags of the model and of the training prompts."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vespo.arguments.checks import json_object
+from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.paths import user_path
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add("--hf-checkpoint", type=user_path, metavar="DIR", help="HF checkpoint to start from (required)")
+    add("--prompt-data", type=user_path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
+    add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
+    add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
+    add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
+    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
+    add("--chat-template-arguments", type=json_object, default={}, metavar="JSON",
+        help="an object, e.g. '{\"enable_thinking\": false}'")  # fmt: skip
+    add("--max-prompt-tokens", type=int, default=1024, help="see --overlong-prompts")
+    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="prompts with more tokens")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    hf_checkpoint: Path
+    prompt_data: Path | None
+    prompt_key: str
+    answer_key: str
+    answer_pattern: str | None
+    apply_chat_template: bool
+    chat_template_arguments: Mapping[str, Any]
+    max_prompt_tokens: int
+    overlong_prompts: Literal["skip", "error"]
+    vocab_size: int  # of the model
+
+    @classmethod
+    def of(cls, args: Namespace) -> DataSettings:
+        return of_namespace(cls, args)

@@ -1,0 +1,48 @@
+"""Flags of rewards, and of what is made of them before they are advantages."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_vespo.arguments.settings import of_namespace
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rewards")
+    add = group.add_argument
+    add("--reward-function", default="math", metavar="PATH",
+        help="'math' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
+    add("--reward-workers", type=int, default=1, help="processes that compute rewards")
+    add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
+        help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
+    add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
+        help="in advantages, rewards fall over so many tokens before the limit; 0: off")  # fmt: skip
+    add("--overlong-penalty", type=float, default=1.0, metavar="FACTOR", help="by so much, at most")
+
+
+def check_overlong(args: Namespace) -> None:
+    if not 0 <= args.overlong_buffer <= args.max_completion_tokens:
+        raise ValueError(
+            f"--overlong-buffer {args.overlong_buffer} must be between 0 (off) and --max-completion-tokens "
+            f"{args.max_completion_tokens}"
+        )
+    if args.overlong_penalty == math.inf:
+        raise ValueError("--overlong-penalty inf: must be finite")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    reward_function: str
+    reward_workers: int
+    reward_timeout: float  # seconds
+    reward_memory_gb: float  # GiB; inf: no limit
+    overlong_buffer: int  # tokens
+    overlong_penalty: float
+    max_completion_tokens: int
+
+    @classmethod
+    def of(cls, args: Namespace) -> RewardSettings:
+        return of_namespace(cls, args)

@@ -1,0 +1,55 @@
+"""Flags of what is generated for a rollout batch."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vespo.arguments.settings import of_namespace
+
+
+def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rollout")
+    add = group.add_argument
+    add("--rollout-batch-size", type=int, default=32, help="prompts per rollout batch")
+    add("--group-size", type=int, default=8, help="completions per prompt")
+    add("--max-completion-tokens", type=int, default=1024, help="longer ones are cut")
+    add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
+    add("--generate-function", metavar="PATH",
+        help="package.module:function that makes a completion; default: a request")  # fmt: skip
+    add("--dynamic-sampling", action="store_true",
+        help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
+    add("--dynamic-sampling-max-batches", type=int, default=10,
+        help="at most so many times --rollout-batch-size prompts; left-out ones fill it")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What is generated when; of a run, of its plan and of its simulation."""
+
+    rollout_batch_size: int  # prompts
+    group_size: int  # completions per prompt
+    steps_per_rollout: int  # optimizer steps per rollout batch
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    rollout_temperature: float
+    generate_function: str | None
+    generate_timeout: float  # seconds
+    max_request_retries: int
+    dynamic_sampling: bool
+    dynamic_sampling_max_batches: int
+    routing_replay: Literal["R2", "R3"] | None
+    max_staleness: int  # optimizer steps; 0: synchronous
+    sync_interval: int | None  # optimizer steps; None: steps_per_rollout
+    on_weight_update: Literal["retract", "in-place", "abort"]
+    over_subscription: float | None  # rollout batches
+    stop_generation: bool
+    stale_groups: Literal["requeue", "drop"]
+    max_attempts: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: Namespace) -> RolloutSettings:
+        return of_namespace(cls, args)

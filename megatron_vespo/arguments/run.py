@@ -1,0 +1,50 @@
+"""Flags of what a run writes and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.paths import user_path
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
+    add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
+    add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
+        help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
+    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch there")
+    add("--train-from", type=user_path, metavar="DIR",
+        help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip
+    add("--rollout-only", action="store_true",
+        help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
+    add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """`hf_export` is off in a run that has no trainer."""
+
+    output_dir: Path
+    train_iters: int  # optimizer steps
+    seed: int
+    hf_export: bool
+    on_alarm: Literal["warn", "stop", "checkpoint-and-stop"]
+    max_logprob_difference: float | None
+    save_rollouts: Path | None
+    train_from: Path | None
+    rollout_only: bool
+    setup_seconds: float
+    preemption_deadline: float  # seconds, like the next two
+    train_timeout: float
+    worker_start_timeout: float
+
+    @classmethod
+    def of(cls, args: Namespace) -> RunSettings:
+        return of_namespace(cls, args)

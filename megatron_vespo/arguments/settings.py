@@ -1,0 +1,19 @@
+"""How a frozen dataclass of settings is made from the parsed command line."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any
+
+
+def of_namespace[T](cls: type[T], args: Namespace, prefix: str = "", **others: Any) -> T:
+    """One value per field: the attribute `prefix` + the field's name of `args`, or that of `others`.
+
+    A list becomes a tuple: settings do not change.
+    """
+    values = {
+        field.name: getattr(args, prefix + field.name) for field in fields(cls) if field.name not in others
+    }
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return cls(**frozen | others)

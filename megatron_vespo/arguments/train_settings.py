@@ -1,0 +1,57 @@
+"""The settings of a run, one dataclass per concern."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+from megatron_vespo.arguments.checkpoint import SaveSettings
+from megatron_vespo.arguments.data import DataSettings
+from megatron_vespo.arguments.engines import EngineSettings
+from megatron_vespo.arguments.evaluation import EvalSettings
+from megatron_vespo.arguments.rewards import RewardSettings
+from megatron_vespo.arguments.rollout import RolloutSettings
+from megatron_vespo.arguments.run import RunSettings
+from megatron_vespo.arguments.trainer import TrainerSettings
+from megatron_vespo.arguments.weight_sync import SyncSettings
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `parse_args` has read. Nothing is changed afterwards.
+
+    `megatron` is Megatron's own form of all arguments, which the trainer's ranks alone look into.
+    """
+
+    megatron: Namespace
+    trainer: TrainerSettings
+    data: DataSettings
+    rollout: RolloutSettings
+    rewards: RewardSettings
+    eval: EvalSettings
+    engines: EngineSettings
+    sync: SyncSettings
+    save: SaveSettings
+    run: RunSettings
+
+    @classmethod
+    def of(cls, args: Namespace) -> TrainSettings:
+        return cls(
+            args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
+            RewardSettings.of(args), EvalSettings.of(args), EngineSettings.of(args), SyncSettings.of(args),
+            SaveSettings.of(args), RunSettings.of(args),
+        )  # fmt: skip
+
+    def as_run(self) -> TrainSettings:
+        """Without engines where recorded batches are trained on, without a trainer for --rollout-only."""
+        if self.run.train_from:
+            return replace(self, engines=replace(self.engines, rollout_engines=0))
+        if self.run.rollout_only:
+            trainer, run = replace(self.trainer, trainer_ranks=0), replace(self.run, hf_export=False)
+            return replace(self, trainer=trainer, run=run)
+        return self
+
+    def going_on_from(self, load: str | None, step: int | None) -> TrainSettings:
+        """The same run from another checkpoint."""
+        args = Namespace(**vars(self.megatron) | {"load": load, "ckpt_step": step})
+        return replace(self, megatron=args, save=replace(self.save, load=load, ckpt_step=step))
