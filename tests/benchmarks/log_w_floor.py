@@ -64,18 +64,14 @@ def sample(model: torch.nn.Module) -> np.ndarray:
 
 def write_samples(tokens: np.ndarray, file: Path) -> None:
     """Each response whole, and its beginning."""
-    from megatron_vespo.types import TrainingSample
+    from tests.support.builders import make_sample
 
     draw = np.random.default_rng(0)
     samples = [
-        TrainingSample(
-            token_ids=row[: PROMPT + length].astype(np.int64),
-            prompt_length=PROMPT,
-            behavior_log_probs=np.zeros(length, np.float32),
-            policy_versions=np.zeros(length, np.int64),
+        make_sample(
+            row[:PROMPT],
+            row[PROMPT : PROMPT + length],
             advantage=float(draw.choice([-1.0, 1.0])),
-            reward=0.0,
-            temperature=1.0,
             group_id=i,
         )
         for i, row in enumerate(tokens)

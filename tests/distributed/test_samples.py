@@ -8,7 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from megatron_vespo.types import TrainingSample
+from tests.support.builders import make_sample
 
 ARGS = Namespace(
     max_tokens_per_gpu=4,
@@ -19,18 +19,7 @@ ARGS = Namespace(
     num_experts=6,
 )
 ROUTES = np.tile(np.array([5, 0], np.uint8), (6, 2, 1))
-SAMPLE = TrainingSample(
-    token_ids=np.arange(7),
-    prompt_length=3,
-    behavior_log_probs=np.full(4, -1.0, np.float32),
-    policy_versions=np.full(4, 3),
-    advantage=0.5,
-    reward=1.0,
-    temperature=1.0,
-    group_id=9,
-    routed_experts=ROUTES,
-    routes_version=3,
-)
+SAMPLE = make_sample(policy_versions=np.full(4, 3), group_id=9, routed_experts=ROUTES, routes_version=3)
 
 
 def repeated() -> np.ndarray:

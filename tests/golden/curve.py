@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_vespo.types import TrainingSample
+from tests.support.builders import make_sample
 
 NUM_STEPS, MINI_BATCHES, NUM_SAMPLES, VOCAB_SIZE = 20, 2, 192, 131
 # Adam's epsilon is far above most gradients: dividing tiny ones by themselves would blow their rounding up
@@ -59,14 +60,10 @@ def make_samples() -> list[TrainingSample]:
     for i in range(NUM_SAMPLES):
         prompt, completion = int(draw.integers(1, 17)), int(draw.integers(4, 33))
         samples.append(
-            TrainingSample(
-                token_ids=draw.integers(0, VOCAB_SIZE, prompt + completion),
-                prompt_length=prompt,
+            make_sample(
+                *np.split(draw.integers(0, VOCAB_SIZE, prompt + completion), [prompt]),
                 behavior_log_probs=np.full(completion, -4.9, np.float32),
-                policy_versions=np.zeros(completion, np.int64),
                 advantage=float(draw.normal(0.5)),  # both signs, and sums that do not cancel
-                reward=0.0,
-                temperature=1.0,
                 group_id=i // 4,
             )
         )

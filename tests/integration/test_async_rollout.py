@@ -18,8 +18,9 @@ from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.types import Prompt, SamplingParams
+from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.distributed import BucketSender, EngineAdmin
+from tests.support.builders import make_prompt
 from tests.support.runs import Run, nothing_left, train_command
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
@@ -48,7 +49,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
 
     numbers = count(3)
     buffer = RolloutBuffer(
-        lambda: Prompt(number := next(numbers), [number, 7], "", ""),
+        lambda: make_prompt(number := next(numbers), [number, 7]),
         batch_size=4, mini_batches=1, max_staleness=1, requeue=True, max_dispatches=2, version=version - 1,
     )  # fmt: skip
     collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
@@ -65,11 +66,11 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     try:
         time.sleep(0.2)  # a few tokens of each
         pieces = list(buckets(load_file(folders[version] / "model.safetensors").items(), max_bytes=100_000))
-        sender.admin.begin()
+        sender.control.begin()
         for piece in pieces[:-1]:
             sender.send(piece, None)
         sender.send(pieces[-1], version)
-        sender.admin.finish(version)
+        sender.control.finish(version)
         stream.serve(version)
         groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
     finally:
@@ -101,7 +102,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
     """Also through the bytes of a checkpoint: log-probs, versions and routes are those of one piece."""
     from transformers import AutoModelForCausalLM
 
-    prompts = {number: Prompt(number, [number, 7], "", "") for number in range(3, 20)}
+    prompts = {number: make_prompt(number, [number, 7]) for number in range(3, 20)}
     numbers = iter(prompts)
 
     def start(state: list[Pending]) -> AsyncCollector:
@@ -141,7 +142,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
         assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
         expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
         assert np.abs(completion.log_probs - expected).max() < 1e-4
-        longer = Prompt(0, completion.prompt.token_ids + completion.token_ids[:-1], "", "")
+        longer = make_prompt(0, completion.prompt.token_ids + completion.token_ids[:-1])
         one = SamplingParams(1.0, 1, ())
         [[forced]] = whole.collect([longer], one, num_completions=1, seed=0)
         assert (np.sort(completion.routed_experts) == np.sort(forced.routed_experts)).all()
@@ -154,8 +155,7 @@ def asynchronous_run(tiny_model, tmp_path_factory):
     questions = folder / "questions.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(64)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--steps-per-rollout", "2", "--save", str(folder / "checkpoints")]
-    flags += ["--max-completion-tokens", "200"]
+    flags = ["--mini-batches", "2", "--save", str(folder / "checkpoints"), "--max-completion-tokens", "200"]
     flags += ["--weight-check-interval", "2"]  # while requests run
     run = Run(
         train_command(

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.sglang_server import SGLangServer
-from megatron_vespo.types import Prompt, SamplingParams
+from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
 from megatron_vespo.weight_sync.weight_link import WeightLink
+from tests.support.builders import make_prompt
 from tests.support.servers import HOST, ROUTES, make_tiny_model, tiny_engine
 
 TIMEOUT_S = 20.0
@@ -96,7 +97,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
     before = sums(first)
     assert sums(second) != before, "its weights should be random"
     link.sync(weights[0], 2)
-    assert check_engines_agree(link.admin, 2) == [before, before]
+    assert check_engines_agree(link.control, 2) == [before, before]
 
 
 @pytest.mark.timeout(300)
@@ -112,7 +113,7 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     sampling = SamplingParams(temperature=1.0, max_new_tokens=900, stop_token_ids=())
     with ThreadPoolExecutor() as threads:
         running = threads.submit(
-            collector.collect, [Prompt(0, [5, 7], "", "")], sampling, num_completions=64, seed=1
+            collector.collect, [make_prompt(0, [5, 7])], sampling, num_completions=64, seed=1
         )
         time.sleep(0.3)  # a few tokens of each
         pieces = interrupted(weights[1], lambda: os.killpg(second.pid, how))
@@ -130,5 +131,5 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     restart(second)
     link.connect(urls, [second.url], number + 2)
     link.sync(weights[1], number + 2)
-    after, same = check_engines_agree(link.admin, number + 2)
+    after, same = check_engines_agree(link.control, number + 2)
     assert after == same and after != before

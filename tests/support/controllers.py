@@ -13,9 +13,10 @@ from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.scoring import Scorer
-from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+from megatron_vespo.types import Prompt, RunState, SamplingParams
+from tests.support.builders import make_group, make_prompt
 
-PROMPTS = [Prompt(prompt_id=i, token_ids=[1, 2], answer="", text="") for i in range(2)]
+PROMPTS = [make_prompt(i, [1, 2]) for i in range(2)]
 COMPLETIONS, MINI_BATCHES = 2, 2
 
 
@@ -36,11 +37,8 @@ class Collector:
     def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
         self._batch += 1
         reason = "length" if self._batch in self._truncated else "stop"
-        return [[self._completion(prompt, reason) for _ in range(num_completions)] for prompt in prompts]
-
-    def _completion(self, prompt: Prompt, reason: str) -> Completion:
-        versions = np.full(3, self._state.iteration, np.int64)
-        return Completion(prompt, [5, 6, 7], np.zeros(3, np.float32), versions, None, reason, 1.0)
+        made = {"versions": self._state.iteration, "finish_reason": reason}
+        return [make_group(prompt, [3] * num_completions, **made) for prompt in prompts]
 
 
 class Trainer:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vespo.types import TrainingSample
+from tests.support.builders import make_sample
 
 VOCAB_SIZE = 131
 NUM_SAMPLES = 48
@@ -54,13 +55,9 @@ def random_samples(
         prompt = int(draw.integers(1, max_prompt + 1))
         completion = int(draw.integers(1, max_completion + 1))
         samples.append(
-            TrainingSample(
-                token_ids=draw.integers(0, VOCAB_SIZE, prompt + completion),
-                prompt_length=prompt,
-                behavior_log_probs=np.zeros(completion, np.float32),
-                policy_versions=np.zeros(completion, np.int64),
+            make_sample(
+                *np.split(draw.integers(0, VOCAB_SIZE, prompt + completion), [prompt]),
                 advantage=float(draw.normal()),
-                reward=0.0,
                 temperature=(1.0, 0.7)[i % 2],
                 group_id=i // 4,
             )

@@ -27,7 +27,12 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_megatrons_worker_process_and_other_formats_are_refused():
-    good = {"use_persistent_ckpt_worker": False, "save_interval": 50, "save": "folder", "ckpt_format": "torch_dist"}
+    good = {
+        "use_persistent_ckpt_worker": False,
+        "save_interval": 50,
+        "save": "folder",
+        "ckpt_format": "torch_dist",
+    }
     check_megatron_saving(Namespace(**good))
     check_megatron_saving(Namespace(**good | {"save": None, "ckpt_format": "torch"}))
     with pytest.raises(ValueError, match="^--use-persistent-ckpt-worker: .* leave it out$"):

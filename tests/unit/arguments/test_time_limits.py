@@ -1,7 +1,7 @@
 """Limits that a slow disk reaches: what waits for how long, and who waits for whom."""
 
+import asyncio
 import re
-import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -33,12 +33,12 @@ class SlowEngine(EngineStub):
     """Loads a checkpoint for `seconds`, as from a slow disk; everything else is done at once."""
 
     def __init__(self, seconds: float):
-        super().__init__(lambda body: ([], "stop"))
+        super().__init__()
         self.seconds = seconds
 
-    def reply(self, body: dict) -> dict:
+    async def respond(self, path, body):
         if "model_path" in body:
-            time.sleep(self.seconds)
+            await asyncio.sleep(self.seconds)
         return {"success": True, "ranks": [{"checksums": SUMS, "parallelism_info": [{"rank": 0}]}]}
 
 

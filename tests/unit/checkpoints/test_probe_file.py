@@ -11,14 +11,14 @@ from megatron_vespo.checkpoints.probe_file import NUM_PROBES, ProbeMismatchError
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
 from megatron_vespo.types import TrainingSample
+from tests.support.builders import make_sample
 
 
 def sample(prompt: int, completion: int) -> TrainingSample:
     draw = np.random.default_rng(prompt)
     routes = draw.integers(0, 9, (prompt + completion - 1, 2, 2)).astype(np.uint8)
-    return TrainingSample(
-        token_ids=draw.integers(0, 99, prompt + completion),
-        prompt_length=prompt,
+    return make_sample(
+        *np.split(draw.integers(0, 99, prompt + completion), [prompt]),
         behavior_log_probs=-draw.random(completion, np.float32),
         policy_versions=np.full(completion, 3),
         advantage=-0.25,

@@ -15,6 +15,7 @@ from megatron_vespo.checkpoints.run_folder import COMPLETE, PROMPTS, resumed_sav
 from megatron_vespo.driver import services as platform
 from megatron_vespo.driver.services import Task, load_task
 from megatron_vespo.types import Prompt
+from tests.support.builders import make_prompt
 from tests.support.letter_tokenizer import letters
 
 DATA = "--prompt-data b.jsonl"
@@ -65,7 +66,7 @@ def test_the_same_prompts_pass_and_come_back_from_a_file(tmp_path):
 
 
 def test_a_digest_tells_where_prompts_end():
-    one, other = ([Prompt(0, ids, "", "") for ids in lists] for lists in ([[1], [2, 1, 3]], [[1, 2], [1, 3]]))
+    one, other = ([make_prompt(0, ids) for ids in lists] for lists in ([[1], [2, 1, 3]], [[1, 2], [1, 3]]))
     assert digest(one) != digest(other)
     assert digest(one) == digest([replace(prompt, answer="x") for prompt in one])
 

@@ -13,7 +13,8 @@ from megatron_vespo.commands.simulate.run import Settings, simulate
 from megatron_vespo.data.rollout_file import RolloutRecord, batch_path, recorded_lengths, write_record
 from megatron_vespo.observability.metrics import dump_json
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.types import Completion, Prompt
+from megatron_vespo.types import Completion
+from tests.support.builders import make_group, make_prompt
 
 SMALL = ["--rollout-batch-size", "16", "--group-size", "2", "--rollout-batches", "4"]
 A, B = 0.004, 0.0002  # seconds a token of each of r requests: A + B r
@@ -63,11 +64,7 @@ def recorded_run(tmp_path_factory):
 
 
 def group(number: int, lengths) -> list[Completion]:
-    prompt = Prompt(number, [3] * PROMPT_TOKENS, "", "")
-    return [
-        Completion(prompt, [5] * n, np.zeros(n, np.float32), np.zeros(n, np.int64), None, "stop", 1.0, 0.0)
-        for n in lengths
-    ]
+    return make_group(make_prompt(number, [3] * PROMPT_TOKENS), lengths, reward=0.0)
 
 
 def assert_same(cost: Cost, expected: Cost) -> None:

@@ -9,19 +9,12 @@ from hypothesis import strategies as st
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
 from megatron_vespo.types import TrainingSample
+from tests.support.builders import make_sample
 
 
-def sample(prompt: list[int], completion: list[int], log_probs=None, advantage=0.0, temperature=1.0):
-    return TrainingSample(
-        token_ids=np.array(prompt + completion, np.int64),
-        prompt_length=len(prompt),
-        behavior_log_probs=np.array([-1.0] * len(completion) if log_probs is None else log_probs, np.float32),
-        policy_versions=np.zeros(len(completion), np.int64),
-        advantage=advantage,
-        reward=0.0,
-        temperature=temperature,
-        group_id=0,
-    )
+def sample(prompt: list[int], completion: list[int], log_probs=None, **fields) -> TrainingSample:
+    log_probs = [-1.0] * len(completion) if log_probs is None else log_probs
+    return make_sample(prompt, completion, behavior_log_probs=np.array(log_probs, np.float32), **fields)
 
 
 SAMPLES = [

@@ -17,6 +17,7 @@ from megatron_vespo.data.rollout_file import (
     write_record,
 )
 from megatron_vespo.types import Completion, Prompt
+from tests.support.builders import make_prompt
 
 RUN = {"--group-size": 3, "number of experts": None}
 LAYERS, EXPERTS = 4, 2
@@ -41,7 +42,7 @@ def completion(draw: np.random.Generator, prompt: Prompt, moe: bool) -> Completi
 
 def record(seed: int = 0, moe: bool = True) -> RolloutRecord:
     draw = np.random.default_rng(seed)
-    prompts = [Prompt(i * 7, draw.integers(0, 99, i + 1).tolist(), answer="", text="") for i in range(4)]
+    prompts = [make_prompt(i * 7, draw.integers(0, 99, i + 1).tolist()) for i in range(4)]
     groups = [[completion(draw, prompt, moe) for _ in range(3)] for prompt in prompts]
     for retracted in (c for group in groups for c in group if c.num_retractions):
         retracted.routed_experts = None

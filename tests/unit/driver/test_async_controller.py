@@ -2,13 +2,12 @@
 
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
-from megatron_vespo.types import Completion
+from tests.support.builders import make_completion
 from tests.support.controllers import COMPLETIONS, MINI_BATCHES, PROMPTS, controller
 
 
@@ -29,11 +28,8 @@ class Stream:
         batch = self.buffer.take()
         while self.buffer.room():
             ticket = self.buffer.dispatch()
-            versions = np.full(3, ticket.version)
-            zeros = np.zeros(3, np.float32)
             group = [
-                Completion(ticket.prompt, [5, 6, 7], zeros, versions, None, "stop", 1.0, reward=float(i))
-                for i in range(COMPLETIONS)
+                make_completion(ticket.prompt, 3, ticket.version, reward=float(i)) for i in range(COMPLETIONS)
             ]
             self.buffer.finish(ticket, group)
         return batch or self.buffer.take()

@@ -23,10 +23,11 @@ from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+from tests.support.builders import make_completion, make_prompt
 from tests.support.controllers import EngineSync
 
 BATCHES, SIZE, GROUP = 3, 4, 2
-PROMPTS = [Prompt(i, [1, 2, i], answer="", text="") for i in range(5)]
+PROMPTS = [make_prompt(i, [1, 2, i]) for i in range(5)]
 
 
 def arguments(**changes) -> Namespace:
@@ -86,8 +87,7 @@ class Engines:
         version = self._state.iteration if self._state else 0
         routes = draw.integers(0, 4, (len(prompt.token_ids) + length - 1, 1, 2)).astype(np.uint8)
         log_probs = -draw.random(length).astype(np.float32)
-        versions = np.full(length, version, np.int64)
-        return Completion(prompt, [5] * length, log_probs, versions, routes, "stop", 1.0)
+        return make_completion(prompt, length, version, log_probs=log_probs, routed_experts=routes)
 
 
 class Rewards:

@@ -12,20 +12,12 @@ from megatron_vespo.observability.rollout_metrics import (
     staleness_metrics,
     step_metrics,
 )
-from megatron_vespo.types import Completion, Prompt
+from megatron_vespo.types import Completion
+from tests.support.builders import make_completion, make_prompt
 
 
 def completion(reward: float, length: int, finish_reason: str = "stop") -> Completion:
-    return Completion(
-        prompt=Prompt(prompt_id=0, token_ids=[1, 2, 3], answer="", text=""),
-        token_ids=[7] * length,
-        log_probs=np.zeros(length, np.float32),
-        policy_versions=np.zeros(length, np.int64),
-        routed_experts=None,
-        finish_reason=finish_reason,
-        temperature=1.0,
-        reward=reward,
-    )
+    return make_completion(make_prompt(0, [1, 2, 3]), length, 0, finish_reason, reward=reward)
 
 
 def test_rollout_metrics():
@@ -262,11 +254,7 @@ def test_bounds_that_bapo_has_chosen_are_means_over_the_steps():
 
 
 def staleness_group(*versions: list[int]) -> list[Completion]:
-    prompt = Prompt(5, [1], "", "")
-    return [
-        Completion(prompt, [7] * len(row), np.zeros(len(row), np.float32), np.array(row), None, "stop", 1.0)
-        for row in versions
-    ]
+    return [make_completion(make_prompt(5), len(row), row) for row in versions]
 
 
 def test_staleness_is_that_of_the_oldest_token_at_its_own_optimizer_step():

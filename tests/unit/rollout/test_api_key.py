@@ -1,19 +1,16 @@
 """The engines' key: when there is one, how it travels, and that it stays out of sight."""
 
 import io
-import json
 import logging
 import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from megatron_vespo.rollout import sglang_server
+from megatron_vespo.rollout import engine as engine_module
 from megatron_vespo.rollout.api_key import (
     REPLACEMENT,
     check_flags_with_key,
@@ -26,6 +23,7 @@ from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
+from tests.support.engine_stub import EngineStub
 
 KEY = "a-key-of-this-test"
 
@@ -120,47 +118,26 @@ def test_the_server_gets_it_by_no_argument_and_no_environment(monkeypatch, tmp_p
         assert command[1:3] == ["-m", "megatron_vespo.rollout.server_process"]
         return popen([sys.executable, "-c", SERVER, *command[3:]], **options)
 
-    monkeypatch.setattr(sglang_server.subprocess, "Popen", start)
+    monkeypatch.setattr(engine_module.subprocess, "Popen", start)
     engine = SGLangServer("m", "127.0.0.1", find_free_port("127.0.0.1"), [], tmp_path / "log", 60.0, KEY)
-    with pytest.raises(sglang_server.EngineError, match="exit status 7"):
+    with pytest.raises(engine_module.EngineError, match="exit status 7"):
         engine.start()
-
-
-class Engine(BaseHTTPRequestHandler):
-    """Answers with the policy version 3, whoever shows the key."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        allowed = self.headers["Authorization"] == f"Bearer {KEY}"
-        self.send_response(200 if allowed else 401)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        reply = {"weight_version": "3"} if allowed else {"error": "Unauthorized"}
-        self.wfile.write(json.dumps(reply).encode())
-
-    def log_message(self, *arguments) -> None:
-        pass
 
 
 @pytest.fixture
 def url():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with EngineStub(api_key=KEY, version="3") as stub:
+        yield stub.url
 
 
 def test_weight_sync_shows_the_key(url):
-    admin = EngineAdmin([url], 10.0, "retract", KEY)
-    for every in (admin, admin.of([url])):
+    control = EngineAdmin([url], 10.0, "retract", KEY)
+    for every in (control, control.of([url])):
         every.begin()
         every.settle("/end_weight_update", {})
         every.finish(3)
-        assert every.wait([every.submit(url, "/init_weights_update_group", {})]) == [{"weight_version": "3"}]
+        [reply] = every.wait([every.submit(url, "/init_weights_update_group", {})])
+        assert reply["weight_version"] == "3"
 
 
 @pytest.mark.parametrize("key", [None, "another"])
@@ -172,5 +149,5 @@ def test_without_the_key_weight_sync_is_refused(url, key):
 
 def test_nothing_reads_the_key_from_args():
     """They go into checkpoints as they are."""
-    package = Path(sglang_server.__file__).parents[1]
+    package = Path(engine_module.__file__).parents[1]
     assert [path for path in package.rglob("*.py") if re.search(r"args\.api_key\b", path.read_text())] == []

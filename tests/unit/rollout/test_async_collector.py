@@ -1,7 +1,6 @@
 """Background generation against a server of our own that is slow, fails and changes its version."""
 
 import asyncio
-import threading
 import time
 from itertools import count
 
@@ -14,84 +13,56 @@ from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.router import CollectError
-from megatron_vespo.types import Prompt, SamplingParams
+from tests.support.builders import SAMPLING, make_prompt
+from tests.support.engine_stub import EngineStub, sglang_reply
 
-SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
 COMPLETIONS = 2
 
 
-class Engine:
-    """/generate of one token; the test decides what a request gets."""
+class Engine(EngineStub):
+    """One token a request; the test decides what fails and what hangs until it is aborted."""
 
     def __init__(self):
+        super().__init__()
         self.version, self.failures, self.hanging = 0, 0, set()
-        self.asked: list[int] = []  # first prompt token of each request
-        self.begun: list[int] = []  # further ones
         self.cancelled = 0
-        self.url = ""
         self.writing: dict[int, asyncio.Event] = {}  # requests of `hanging` prompts, by their number
 
-    async def generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        number, *begun = body["input_ids"]
-        self.asked.append(number)
-        self.begun.append(len(begun))
+    @property
+    def asked(self) -> list[int]:
+        """First prompt token of each request."""
+        return [body["input_ids"][0] for body in self.requests]
+
+    @property
+    def begun(self) -> list[int]:
+        """How many tokens each request goes on from."""
+        return [len(body["input_ids"]) - 1 for body in self.requests]
+
+    async def respond(self, path, body):
+        if path == "/abort_request":
+            assert body == {"abort_all": True}
+            for event in self.writing.values():
+                event.set()
+            return {}
         if self.failures > 0:
             self.failures -= 1
-            return web.Response(status=500, text="out of luck")
-        if number in self.hanging:
+            raise web.HTTPInternalServerError(text="out of luck")
+        if body["input_ids"][0] in self.hanging:
             try:
-                event = self.writing[len(self.asked)] = asyncio.Event()
+                event = self.writing[len(self.requests)] = asyncio.Event()
                 await asyncio.wait_for(event.wait(), 60)
-                return self.reply([3, 4], "abort")
+                return sglang_reply([3, 4], "abort", self.version)
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
         await asyncio.sleep(0.002)
-        return self.reply([7], "stop")
-
-    def reply(self, token_ids: list[int], reason: str) -> web.Response:
-        meta = {
-            "id": "r",
-            "finish_reason": {"type": reason},
-            "output_token_logprobs": [[-0.1 * token, token, None] for token in token_ids],
-            "weight_versions": [{"version": str(self.version), "start": 0, "end": len(token_ids)}],
-            "num_retractions": 0,
-        }
-        return web.json_response({"output_ids": token_ids, "meta_info": meta})
-
-    async def abort(self, request: web.Request) -> web.Response:
-        assert (await request.json()) == {"abort_all": True}
-        for event in self.writing.values():
-            event.set()
-        return web.Response()
+        return sglang_reply([7], "stop", self.version)
 
 
 @pytest.fixture()
 def engine():
-    engine, loop, ready = Engine(), asyncio.new_event_loop(), threading.Event()
-    done = asyncio.Event()
-
-    async def serve() -> None:
-        application = web.Application()
-        application.router.add_post("/generate", engine.generate)
-        application.router.add_post("/abort_request", engine.abort)
-        runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        ready.set()
-        await done.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(10)
-    yield engine
-    loop.call_soon_threadsafe(done.set)
-    thread.join(10)
-    assert not thread.is_alive()
+    with Engine() as engine:
+        yield engine
 
 
 @pytest.fixture()
@@ -101,7 +72,7 @@ def start(engine):
     def start(max_staleness=3, check=None, on_requests=None, **changes) -> AsyncCollector:
         numbers = count()
         buffer = RolloutBuffer(
-            lambda: Prompt(number := next(numbers), [number], "", ""),
+            lambda: make_prompt(next(numbers)),
             batch_size=4, mini_batches=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
         )  # fmt: skip
         collector = Collector(

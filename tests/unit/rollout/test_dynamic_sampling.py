@@ -15,23 +15,16 @@ from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+from tests.support.builders import make_completion, make_prompt
 
 N = 4  # completions a prompt
 LONGEST = 8
-PROMPTS = [Prompt(i, [1, 2], answer=str(i), text="") for i in range(40)]
+PROMPTS = [make_prompt(i, [1, 2], answer=str(i)) for i in range(40)]
 
 
 def completion(prompt: Prompt, reward: float | None = None, length: int = 3, seed: int = 0) -> Completion:
-    return Completion(
-        prompt=prompt,
-        token_ids=[seed % 2**16] * length,
-        log_probs=np.zeros(length, np.float32),
-        policy_versions=np.zeros(length, np.int64),
-        routed_experts=None,
-        finish_reason="length" if length == LONGEST else "stop",
-        temperature=1.0,
-        reward=reward,
-    )
+    reason = "length" if length == LONGEST else "stop"
+    return make_completion(prompt, [seed % 2**16] * length, 0, reason, reward=reward)
 
 
 def group(prompt_id: int, varied: bool) -> list[Completion]:

@@ -24,6 +24,7 @@ from megatron_vespo.rollout.sampler import completion_seed
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
 from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer
 from megatron_vespo.types import Completion, Prompt, SamplingParams
+from tests.support.builders import make_completion, make_group
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,))
@@ -303,7 +304,7 @@ class FaultyEngine:
     async def generate(self, prompt, sampling, seed, begun=None):
         if seed in self.faulty:
             raise NonFiniteLogProbsError(f"seed {seed}: log-prob nan")
-        return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
+        return make_completion(prompt, 1)
 
 
 def collected(monkeypatch, faulty_indices, num_completions):
@@ -341,7 +342,7 @@ class SlowEngine(FaultyEngine):
         await asyncio.sleep(0.02)
         if "broken" in self.url:
             raise GenerateReplyError("broken")
-        return Completion(prompt, [1], np.zeros(1), np.zeros(1), None, "stop", 1.0)
+        return make_completion(prompt, 1)
 
 
 @pytest.mark.parametrize("urls", [["http://a", "http://b"], ["http://a", "http://broken"]])
@@ -366,15 +367,7 @@ class FixedCollector:
 
     def collect(self, prompts, sampling, *, num_completions, seed, for_training=True):
         assert (num_completions, seed) == (2, 9)
-        return [
-            [
-                Completion(
-                    prompt, [1] * n, np.zeros(n), np.zeros(n), None, "stop", temperature=sampling.temperature
-                )
-                for n in (2, 4)
-            ]
-            for prompt in prompts
-        ]  # fmt: skip
+        return [make_group(prompt, [2, 4], temperature=sampling.temperature) for prompt in prompts]
 
 
 def test_evaluate():

@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from megatron_vespo.rollout.generate_function import (
@@ -11,11 +10,11 @@ from megatron_vespo.rollout.generate_function import (
     load_generate_function,
     run_generate_function,
 )
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion
 from tests.support import custom_generate
+from tests.support.builders import SAMPLING, make_completion, make_prompt
 
-PROMPT = Prompt(7, [1, 2], "", "")
-SAMPLING = SamplingParams(1.0, 8, ())
+PROMPT = make_prompt(7, [1, 2])
 
 
 def run(function) -> tuple[Completion, list[int]]:
@@ -23,10 +22,7 @@ def run(function) -> tuple[Completion, list[int]]:
 
     async def draw(prompt, sampling, seed):
         seeds.append(seed)
-        length = 3 - len(seeds)  # the second one is shorter
-        return Completion(
-            prompt, [9] * length, np.zeros(length, np.float32), np.zeros(length, np.int64), None, "stop", 1.0
-        )
+        return make_completion(prompt, 3 - len(seeds))  # the second one is shorter
 
     return asyncio.run(run_generate_function(function, draw, PROMPT, SAMPLING, 40)), seeds
 

@@ -13,11 +13,12 @@ from megatron_vespo.driver.session import Session
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.router import LostRequests
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, SamplingParams
+from tests.support.builders import make_prompt
 from tests.support.engine_stub import EngineStub
 
 LAYERS, TOPK, VOCABULARY = 48, 8, 151_936  # Qwen3-30B-A3B
-PROMPT = Prompt(3, list(range(256)), "", "")
+PROMPT = make_prompt(3, range(256))
 RESPONSE = 3840  # tokens; 4,096 with the prompt
 FLAG = "--enable-return-routed-experts"
 
@@ -26,7 +27,7 @@ class Engine(EngineStub):
     """Answers in SGLang's words, with numbers of a large model; keeps how many bytes they were."""
 
     def __init__(self, num_retractions: int = 0):
-        super().__init__(lambda body: ([], "length"))
+        super().__init__()
         self.num_retractions, self.sizes = num_retractions, []
 
     def reply(self, body: dict) -> dict:
@@ -58,7 +59,7 @@ class Engine(EngineStub):
 def arguments(replay: str | None) -> Namespace:
     return Namespace(
         num_layers=LAYERS, moe_router_topk=TOPK, num_experts=128, routing_replay=replay,
-        generate_timeout=60.0, max_request_retries=0, sglang_flags=[], distributed_backend="nccl", bf16=True,
+        generate_timeout=60.0, max_dispatches=1, sglang_flags=[], distributed_backend="nccl", bf16=True,
         seed=0, max_staleness=0, on_weight_update="retract", colocate=False, engine_start_timeout=60.0,
         weight_check_timeout=60.0,
     )  # fmt: skip
@@ -92,16 +93,8 @@ def test_with_r3_training_gets_routes_and_evaluation_does_not():
     with Engine() as engine:
         completion = drawn("R3", engine)
         assert completion.routed_experts.shape == (len(PROMPT.token_ids) + RESPONSE - 1, LAYERS, TOPK)
-        evaluate(
-            collector("R3", engine),
-            [PROMPT],
-            SamplingParams(1.0, RESPONSE, (1,)),
-            lambda c: [0.0],
-            0,
-            1,
-            None,
-            1,
-        )
+        sampling = SamplingParams(1.0, RESPONSE, (1,))
+        evaluate(collector("R3", engine), [PROMPT], sampling, lambda c: [0.0], 0, 1, None, 1)
     assert [body["return_routed_experts"] for body in engine.requests] == [True, False]
     assert engine.sizes[0] > 8e6 and engine.sizes[1] <= 200_000
     assert FLAG in _server_arguments(arguments("R3"))

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.types import Completion, Prompt
+from tests.support.builders import make_completion, make_prompt
 
 
 def completion(prompt: Prompt, versions: list[int]) -> Completion:
-    zeros = np.zeros(len(versions), np.float32)
-    return Completion(prompt, [5] * len(versions), zeros, np.array(versions), None, "stop", 1.0)
+    return make_completion(prompt, len(versions), versions)
 
 
 def make_buffer(**changes) -> RolloutBuffer:
     numbers = count()
     options = {"batch_size": 4, "mini_batches": 2, "max_staleness": 3, "requeue": True, "max_dispatches": 3}
-    return RolloutBuffer(lambda: Prompt(next(numbers), [1], "", ""), **(options | changes))
+    return RolloutBuffer(lambda: make_prompt(next(numbers), [1]), **(options | changes))
 
 
 def finish(buffer: RolloutBuffer, number: int) -> None:

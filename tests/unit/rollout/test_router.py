@@ -5,73 +5,45 @@ import threading
 import time
 
 import pytest
-from aiohttp import web
 
 from megatron_vespo.rollout import router, sampler
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.router import CollectError, LostRequests
-from megatron_vespo.types import Prompt, SamplingParams
+from tests.support.builders import SAMPLING, make_prompt
+from tests.support.engine_stub import EngineStub, sglang_reply
 
-SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
-PROMPTS = [Prompt(number, [number], "", "") for number in range(6)]
+PROMPTS = [make_prompt(number) for number in range(6)]
 
 
-class Engine:
-    """/generate of one token, unless the test wants it to hang, or to break the connection so many times."""
+class Engine(EngineStub):
+    """One token a request, unless the test wants it to hang, or to break the connection so many times."""
 
     def __init__(self):
-        self.hanging, self.breaking = False, 0
-        self.asked, self.answered = 0, 0
-        self.url = ""
+        super().__init__()
+        self.hanging, self.breaking, self.answered = False, 0, 0
 
-    async def generate(self, request: web.Request) -> web.Response:
-        self.asked += 1
+    @property
+    def asked(self) -> int:
+        return len(self.requests)
+
+    async def respond(self, path, body):
         if self.hanging:
             await asyncio.sleep(60)
         if self.breaking > 0:
             self.breaking -= 1
             await asyncio.sleep(0.02)
-            request.transport.close()
+            raise ConnectionResetError
         await asyncio.sleep(0.01)
         self.answered += 1
-        meta = {
-            "id": "r",
-            "finish_reason": {"type": "stop"},
-            "output_token_logprobs": [[-0.5, 7, None]],
-            "weight_versions": [{"version": "0", "start": 0, "end": 1}],
-            "num_retractions": 0,
-        }
-        return web.json_response({"output_ids": [7], "meta_info": meta})
+        return sglang_reply([7], "stop")
 
 
 @pytest.fixture()
 def engines(monkeypatch):
     monkeypatch.setattr(sampler, "CHECK_INTERVAL_S", 0.02)
     monkeypatch.setattr(router, "POLL_S", 0.02)
-    engines, loop, ready = (Engine(), Engine()), asyncio.new_event_loop(), threading.Event()
-    done = asyncio.Event()
-
-    async def serve() -> None:
-        runners = []
-        for engine in engines:
-            application = web.Application()
-            application.router.add_post("/generate", engine.generate)
-            runners.append(web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1))
-            await runners[-1].setup()
-            await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
-            engine.url = f"http://127.0.0.1:{runners[-1].addresses[0][1]}"
-        ready.set()
-        await done.wait()
-        for runner in runners:
-            await runner.cleanup()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    assert ready.wait(10)
-    yield engines
-    loop.call_soon_threadsafe(done.set)
-    thread.join(10)
-    assert not thread.is_alive()
+    with Engine() as one, Engine() as other:
+        yield one, other
 
 
 def collector(urls: list[str | None], said: list[str], timeout_s: float = 30.0, **changes) -> Collector:

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
-from megatron_vespo.types import Prompt, SamplingParams
 from megatron_vespo.weight_sync.distributed import EngineAdmin
+from tests.support.builders import SAMPLING, make_prompt
 from tests.support.engine_stub import EngineStub
 
 KEY = "the-key"
@@ -63,13 +63,12 @@ def test_a_netrc_file_does_not_replace_the_key(engine, tmp_path, monkeypatch):
 
 def test_completions(proxy, engine):
     collector = Collector([engine.url], request_timeout_s=5.0, api_key=KEY)
-    prompt, sampling = Prompt(0, [1, 2], "", ""), SamplingParams(1.0, 2, ())
-    [[completion]] = collector.collect([prompt], sampling, num_completions=1, seed=0)
+    [[completion]] = collector.collect([make_prompt()], SAMPLING, num_completions=1, seed=0)
     assert completion.token_ids == [5, 6] and not proxy
 
 
 def test_weight_syncs(proxy, engine):
-    admin = EngineAdmin([engine.url], 5.0, None, KEY)
-    assert admin.call("/generate", {})[0]["output_ids"] == [5, 6]
-    admin.close()
+    control = EngineAdmin([engine.url], 5.0, None, KEY)
+    assert control.call("/generate", {})[0]["output_ids"] == [5, 6]
+    control.close()
     assert not proxy

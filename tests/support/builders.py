@@ -1,0 +1,69 @@
+"""The data that tests hand around, with every field that a test does not care about filled in.
+
+Example:
+    make_completion(make_prompt(3), 5, reward=1.0)   # 5 tokens for prompt 3, log-probs 0, version 0
+    make_group(make_prompt(3), [2, 4])               # two completions, of 2 and 4 tokens
+    make_sample(3, 4, advantage=-0.5)                # 3 prompt tokens, 4 completion tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
+
+
+def make_prompt(number: int = 0, token_ids: Sequence[int] | None = None, **fields: Any) -> Prompt:
+    """Its only token is its number, unless others are given."""
+    values = {"answer": "", "text": ""} | fields
+    return Prompt(number, [number] if token_ids is None else list(token_ids), **values)
+
+
+def make_completion(
+    prompt: Prompt | None = None,
+    tokens: int | Sequence[int] = 3,
+    versions: int | Sequence[int] = 0,
+    finish_reason: str = "stop",
+    **fields: Any,
+) -> Completion:
+    """`tokens` and `versions`: how many, or which; one version for all tokens."""
+    token_ids = list(tokens) if isinstance(tokens, Sequence) else [5] * int(tokens)
+    count = len(token_ids)
+    values = {"log_probs": np.zeros(count, np.float32), "routed_experts": None, "temperature": 1.0} | fields
+    made_by = np.full(count, versions, np.int64) if isinstance(versions, int) else np.array(versions)
+    return Completion(
+        prompt=make_prompt() if prompt is None else prompt,
+        token_ids=token_ids,
+        policy_versions=made_by,
+        finish_reason=finish_reason,
+        **values,
+    )
+
+
+def make_group(prompt: Prompt, lengths: Iterable[int], **fields: Any) -> list[Completion]:
+    return [make_completion(prompt, length, **fields) for length in lengths]
+
+
+Tokens = int | Sequence[int] | np.ndarray
+
+
+def make_sample(prompt: Tokens = 3, completion: Tokens = 4, **fields: Any) -> TrainingSample:
+    """`prompt` and `completion`: how many tokens, or which; tokens are numbered where none are given."""
+    first = np.asarray(range(prompt) if isinstance(prompt, int) else prompt, np.int64)
+    if isinstance(completion, int):
+        completion = range(len(first), len(first) + completion)
+    rest = np.asarray(completion, np.int64)
+    values: dict[str, Any] = {
+        "behavior_log_probs": np.zeros(len(rest), np.float32),
+        "policy_versions": np.zeros(len(rest), np.int64),
+        "advantage": 0.0,
+        "reward": 0.0,
+        "temperature": 1.0,
+        "group_id": 0,
+    }
+    return TrainingSample(np.concatenate([first, rest]), len(first), **(values | fields))
