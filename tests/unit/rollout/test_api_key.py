@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.rollout import engine as engine_module
+from megatron_vespo.rollout import sglang_server as engine_module
 from megatron_vespo.rollout.api_key import (
     REPLACEMENT,
     check_flags_with_key,
