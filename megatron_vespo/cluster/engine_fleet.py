@@ -45,11 +45,12 @@ class EngineEndpoint:
 
 
 class EngineFleet:
-    """A thread of its own looks after the engines: what ends is started again, `restarts` times an engine.
+    """Restarts the engines that end, at most `restarts` times each; a thread of its own watches them.
 
     Methods may be called from any thread. `urls[number]` is None unless the engine serves: it changes while
-    others read it. With fewer than `min_engines` left the run is over: `check` raises EngineError, as it does
-    when an engine that never was healthy ends twice in the same way. `say` is told of everything else.
+    others read it. With fewer than `min_engines` left the run is over: `check` raises EngineError. It does the
+    same when an engine that never was healthy ends twice in the same way. `log` prints everything else, a line
+    each.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class EngineFleet:
         *,
         restarts: int,
         min_engines: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.urls: list[str | None] = [None] * len(engines)
-        self.lost = LostRequests(say)
-        self._engines, self._restarts, self._min_engines, self._say = engines, restarts, min_engines, say
+        self.lost = LostRequests(log)
+        self._engines, self._restarts, self._min_engines, self._log = engines, restarts, min_engines, log
         self._states = [State.STARTING] * len(engines)
         self._been_healthy = [False] * len(engines)
         self._last_ends: list[str | None] = [None] * len(engines)
@@ -113,7 +114,7 @@ class EngineFleet:
                     self._states[endpoint.number] = State.SERVING
                     self.urls[endpoint.number] = endpoint.url
                     if endpoint.start > 1:
-                        self._say(f"engine {endpoint.number} serves again ({self._serving()})")
+                        self._log(f"engine {endpoint.number} serves again ({self._serving()})")
 
     def lose(self, endpoint: EngineEndpoint, why: str) -> None:
         """It did not answer: kill what is left of it and start it again."""
@@ -230,7 +231,7 @@ class EngineFleet:
         used = engine.num_starts - 1
         if used < self._restarts:
             self._states[number] = State.STARTING
-            self._say(
+            self._log(
                 f"{error.what}; {self._serving()}, engine {number} is started again "
                 f"(restart {used + 1} of {self._restarts})"
             )
@@ -249,7 +250,7 @@ class EngineFleet:
                 error.log,
             )
         else:
-            self._say(
+            self._log(
                 f"{error.what} and has had its --engine-restarts {self._restarts}: "
                 f"the run goes on without it, {self._serving()}"
             )
@@ -275,7 +276,7 @@ def start_engines(
     server_args: list[str],
     api_key: str | None,
     log_dir: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> EngineFleet:
     """A server for each engine of `placement`; they start in the background."""
     remote = ray.remote(EngineActor)
@@ -304,5 +305,5 @@ def start_engines(
         [engine(number) for number in range(args.rollout_engines)],
         restarts=args.engine_restarts,
         min_engines=args.min_engines,
-        say=say,
+        log=log,
     )

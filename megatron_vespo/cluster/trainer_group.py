@@ -186,10 +186,10 @@ class TrainerGroup:
             for rank, (_, spans, _) in enumerate(answers):
                 self._on_calls(rank, spans)
         result, _, reports = answers[0]
-        self._hear(reports)
+        self._take_reports(reports)
         return result
 
-    def _hear(self, reports: list[SaveReport]) -> None:
+    def _take_reports(self, reports: list[SaveReport]) -> None:
         for report in reports:
             if report.iteration == self._saving:
                 self._saving = None

@@ -80,7 +80,7 @@ class Session:
         self._metrics = MetricsWriter(args.output_dir, self._kept_step(resumed), keep_cut=goes_back)
         self._stack.callback(self._metrics.close)
         if resumed:
-            self._say_resumed(state, resumed)
+            self._log_resumed(state, resumed)
         for line in describe(args, state.iteration):
             platform.display.message(line)
         self.controller = self._make_controller(state, resumed.rollout_buffer if resumed else None)
@@ -116,7 +116,7 @@ class Session:
             return resumed.rollout_state["iteration"]
         return FROM_THE_BEGINNING if self._number else None
 
-    def _say_resumed(self, state: RunState, resumed: Resumed) -> None:
+    def _log_resumed(self, state: RunState, resumed: Resumed) -> None:
         probe = (
             ""
             if resumed.probe_difference is None

@@ -84,7 +84,7 @@ class AsyncCollector:
                 batch = self._buffer.take()
                 self._notify_loop()  # taking makes room, also where it dropped something
                 if batch is not None:
-                    self._tell()
+                    self._report()
                     return batch
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -244,10 +244,10 @@ class AsyncCollector:
                         f"{self._failures_in_a_row} groups in a row have failed; the last one: {error}"
                     ) from error
             if done:  # `take` wakes the loop: two that wake each other for nothing keep a core busy
-                self._tell()
+                self._report()
                 self._changed.notify_all()
         return failed
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._on_change is not None:
             self._on_change(self._buffer)

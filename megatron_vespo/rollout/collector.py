@@ -112,7 +112,7 @@ class Collector:
             try:
                 yield Sampler(router, self._lost, self._check, self._generate_function)
             finally:
-                self._lost.tell()
+                self._lost.report()
 
     async def _collect(
         self, prompts, sampling, num_completions, seed, on_progress, routes

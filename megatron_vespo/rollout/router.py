@@ -41,26 +41,26 @@ class _Engine:
 
 
 class LostRequests:
-    """Counts requests that were sent again, from any thread, and says so in one line an engine."""
+    """Counts requests that were sent again, from any thread, and reports them in one line per engine."""
 
-    def __init__(self, say: Callable[[str], None] | None = None):
+    def __init__(self, log: Callable[[str], None] | None = None):
         self.number = 0
-        self._say, self._lock = say, threading.Lock()
-        self._unsaid: dict[str, tuple[int, str]] = {}  # by url: how many, and why the first one was lost
+        self._log, self._lock = log, threading.Lock()
+        self._unreported: dict[str, tuple[int, str]] = {}  # by url: how many, and why the first one was lost
 
     def add(self, url: str, why: str) -> None:
         with self._lock:
             self.number += 1
-            number, first = self._unsaid.get(url, (0, why))
-            self._unsaid[url] = number + 1, first
+            number, first = self._unreported.get(url, (0, why))
+            self._unreported[url] = number + 1, first
 
-    def tell(self) -> None:
-        """Says what was lost since the last time."""
+    def report(self) -> None:
+        """Log what was lost since the last report."""
         with self._lock:
-            unsaid, self._unsaid = self._unsaid, {}
-        for number, why in unsaid.values():
-            if self._say is not None:
-                self._say(f"{why}; {number} of its requests are sent again")
+            unreported, self._unreported = self._unreported, {}
+        for number, why in unreported.values():
+            if self._log is not None:
+                self._log(f"{why}; {number} of its requests are sent again")
 
 
 class Router:

@@ -95,7 +95,7 @@ class Sampler:
             if meanwhile is not None:
                 meanwhile()
             self._router.refresh()
-            self._lost.tell()
+            self._lost.report()
 
     async def _complete(
         self,

@@ -137,7 +137,7 @@ class Progress:
 
     def start(self) -> None:
         """Time counts from now on."""
-        self._started = self._said = self.now()
+        self._started = self._reported = self.now()
 
     def finished(self, rewards: list[float]) -> None:
         """Of one prompt more."""
@@ -145,8 +145,8 @@ class Progress:
         self._reward_sum += sum(rewards)
         self._num_rewards += len(rewards)
         interval = TERMINAL_INTERVAL_S if self._terminal else PLAIN_INTERVAL_S
-        if self.done == self.total or self.now() - self._said >= interval:
-            self._said = self.now()
+        if self.done == self.total or self.now() - self._reported >= interval:
+            self._reported = self.now()
             line = self._line()
             self._write(CLEAR_LINE + line if self._terminal else line + "\n")
 

@@ -39,28 +39,28 @@ class Serving:
 
 
 @contextmanager
-def serving(args: Namespace, say: Callable[[str], None]) -> Iterator[Serving]:
+def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
     """Ends what it has started."""
     if args.engine_url:
         urls = [url.rstrip("/") for url in args.engine_url]
-        yield Serving(urls, LostRequests(say), api_key=api_key(args))
+        yield Serving(urls, LostRequests(log), api_key=api_key(args))
         return
     with ExitStack() as stack:
-        args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, say, stack), "trainer_ranks": 0})
-        say("starting Ray ...")
+        args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, log, stack), "trainer_ranks": 0})
+        log("starting Ray ...")
         with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
             load_runtime_plugins()
         stack.callback(stop_ray)
         start_ray(args)
         size = engine_size(args.sglang_flags)
-        say(f"starting SGLang: {args.rollout_engines} engines ...")
+        log(f"starting SGLang: {args.rollout_engines} engines ...")
         log_dir = (args.output_dir / "logs").resolve()
         on_gpus = cluster_has_gpus()
         placement = place(args, size, on_gpus)
         key = new_api_key("auto", placement.loopback)
         if key is not None:
             check_flags_with_key(args.sglang_flags)
-        engines = start_engines(args, placement, _server_arguments(args, on_gpus), key, log_dir, say)
+        engines = start_engines(args, placement, _server_arguments(args, on_gpus), key, log_dir, log)
         stack.callback(engines.stop)
         engines.wait_until_ready()
         sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
@@ -73,7 +73,7 @@ def serving(args: Namespace, say: Callable[[str], None]) -> Iterator[Serving]:
         yield Serving(engines.urls, engines.lost, engines.check, meanwhile, key)
 
 
-def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) -> Path:
+def _hf_folder(args: Namespace, log: Callable[[str], None], stack: ExitStack) -> Path:
     """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
     if is_hf(args.checkpoint):
         check_served(args.checkpoint)
@@ -81,7 +81,7 @@ def _hf_folder(args: Namespace, say: Callable[[str], None], stack: ExitStack) ->
     folder = (args.output_dir / CONVERTED_NAME.format(weights_digest(args.checkpoint))).resolve()
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     if not is_hf(folder):  # one that a killed job has left is whole
-        say(f"converting {args.checkpoint} ...")
+        log(f"converting {args.checkpoint} ...")
         megatron_to_hf(args.checkpoint, folder, Options(quiet=True), Ranks(), args.hf_config)
     return folder
 

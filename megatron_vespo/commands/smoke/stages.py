@@ -61,7 +61,7 @@ class Stages:
     def stage(self, name: str) -> Iterator[Stage]:
         """Runs one. A CheckFailed is written down and goes no further; everything else raises Stopped."""
         row = self._row(name)
-        self.say(f"{name} ...")
+        self.log(f"{name} ...")
         self._open, began = row, monotonic()
         try:
             yield row
@@ -77,7 +77,7 @@ class Stages:
             self._open = None
             if row.seconds is None:
                 row.seconds = monotonic() - began
-            self.say(f"{name}: {', '.join(_told(row))}")
+            self.log(f"{name}: {', '.join(_details(row))}")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Stages:
         """Nobody asks for a step's."""
         return {}
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._print(f"[{clock(monotonic() - self.started)}] {text}")
 
     def _row(self, name: str) -> Stage:
@@ -138,7 +138,7 @@ class Stages:
         path.write_text(json.dumps({"ok": self.ok, **facts, "stages": rows}, indent=2) + "\n")
 
 
-def _told(row: Stage) -> list[str]:
+def _details(row: Stage) -> list[str]:
     moved = "" if row.bytes is None else size(row.bytes)
     return [text for text in (row.result, f"{row.seconds:.1f} s", moved, row.detail, row.problem) if text]
 

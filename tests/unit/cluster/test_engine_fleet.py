@@ -54,7 +54,7 @@ def start(monkeypatch):
 
     def start(*engines: Engine, restarts: int = 3, min_engines: int = 1):
         said: list[str] = []
-        fleets.append(EngineFleet(engines, restarts=restarts, min_engines=min_engines, say=said.append))
+        fleets.append(EngineFleet(engines, restarts=restarts, min_engines=min_engines, log=said.append))
         return fleets[-1], said
 
     yield start
