@@ -22,7 +22,7 @@ from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.system.process_environment import exported_values
 
-LOOK_INTERVAL_S = 1.0
+POLL_INTERVAL_S = 1.0
 DEATH_NOTICE_S = 3.0
 STOP_TIMEOUT_S = 5.0  # for the actors; the servers themselves hold nothing worth a grace period
 
@@ -45,12 +45,11 @@ class EngineEndpoint:
 
 
 class EngineFleet:
-    """Restarts the engines that end, at most `restarts` times each; a thread of its own watches them.
+    """Restarts the engines that end, at most `restarts` times each; a thread of its own polls them.
 
     Methods may be called from any thread. `urls[number]` is None unless the engine serves: it changes while
-    others read it. With fewer than `min_engines` left the run is over: `check` raises EngineError. It does the
-    same when an engine that never was healthy ends twice in the same way. `log` prints everything else, a line
-    each.
+    others read it. The run is over when fewer than `min_engines` are left, or when an engine that never was
+    healthy ends twice in the same way: then `check` raises EngineError. `log` prints all other events.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class EngineFleet:
         self._to_start: list[SupervisedEngine] = []
         for engine in engines:
             engine.start()
-        self._thread = Thread(target=self._look_after, name="engines", daemon=True)
+        self._thread = Thread(target=self._watch, name="engines", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -148,7 +147,7 @@ class EngineFleet:
             if not self._held:
                 self._quiet += 1
             self._held = self._starts_wait = True
-            while any(engine.is_probed for engine in self._engines):
+            while any(engine.awaits_health_check for engine in self._engines):
                 self._wait()
             self.check()
             return self._running()
@@ -193,25 +192,25 @@ class EngineFleet:
 
     def _wait(self) -> None:
         self.check()
-        self._changed.wait(LOOK_INTERVAL_S)
+        self._changed.wait(POLL_INTERVAL_S)
 
-    def _look_after(self) -> None:
+    def _watch(self) -> None:
         with self._changed:
             while not self._stopping and self._over is None:
                 for engine in self._engines:
                     try:
-                        self._look_at(engine)
+                        self._poll(engine)
                     except Exception as error:  # or nobody would look after the engines, unnoticed
                         self._over = EngineError(f"engine {engine.number}: {type(error).__name__}: {error}")
                 self._changed.notify_all()
-                self._changed.wait(LOOK_INTERVAL_S)
+                self._changed.wait(POLL_INTERVAL_S)
 
-    def _look_at(self, engine: SupervisedEngine) -> None:
+    def _poll(self, engine: SupervisedEngine) -> None:
         number = engine.number
         if self._states[number] is State.GONE or engine in self._to_start:
             return
         try:
-            engine.look(probing=self._quiet == 0)
+            engine.poll(check_health=self._quiet == 0)
         except EngineError as error:
             self._ended(engine, error)
             return
@@ -280,7 +279,7 @@ def start_engines(
 ) -> EngineFleet:
     """A server for each engine of `placement`; they start in the background."""
     remote = ray.remote(EngineActor)
-    probes = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
+    executor = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
 
     def engine(number: int) -> SupervisedEngine:
         assignment = placement.engines[number]
@@ -296,7 +295,7 @@ def start_engines(
             make_actor,
             start_timeout_s=args.engine_start_timeout,
             health_timeout_s=args.engine_health_timeout,
-            probes=probes,
+            executor=executor,
             log_path=log_dir / f"engine-{number}.log",
             api_key=api_key,
         )

@@ -206,9 +206,9 @@ def _options(group: PlacementGroup, bundle: int, num_gpus: float) -> dict:
 def _located(group: PlacementGroup, bundles: list[dict[str, float]]) -> list[Bundle]:
     """Node and GPUs of each bundle; its GPUs are known inside it only, while nobody else is there."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
-    look = ray.remote(_gpu_ids)
+    gpu_ids = ray.remote(_gpu_ids)
     calls = {
-        index: look.options(**_options(group, index, bundle["GPU"])).remote()
+        index: gpu_ids.options(**_options(group, index, bundle["GPU"])).remote()
         for index, bundle in enumerate(bundles)
         if "GPU" in bundle
     }

@@ -14,15 +14,15 @@ from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.rollout.sglang_server import EngineError
 from megatron_vespo.system.http import get_json
 
-CHECK_TIMEOUT_S = 60.0  # for an actor's word on its server's process
-PROBES_PER_TIMEOUT = 6
+CHECK_TIMEOUT_S = 60.0  # for an actor to answer `check`
+HEALTH_CHECKS_PER_TIMEOUT = 6
 
 
 class SupervisedEngine:
-    """`look` asks nothing that blocks; it is called every second. Not thread-safe.
+    """`poll` never blocks; it is called every second. Not thread-safe.
 
-    `make_actor` makes a new actor of EngineActor, at the beginning and where the old one has gone with its
-    process or its node. `probes` has a thread for each engine.
+    `make_actor` makes a new EngineActor: at the start, and when the old one died with its process or node.
+    Health checks run in `executor`, which has a thread for each engine.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SupervisedEngine:
         *,
         start_timeout_s: float,
         health_timeout_s: float,
-        probes: Executor,
+        executor: Executor,
         log_path: Path,
         api_key: str | None,
     ):
@@ -41,38 +41,38 @@ class SupervisedEngine:
         self.url: str | None = None  # None until it is healthy
         self._make_actor, self._actor = make_actor, None
         self._start_timeout_s, self._health_timeout_s = start_timeout_s, health_timeout_s
-        self._probes, self._api_key = probes, api_key
-        self._probe: Future | None = None
-        self._probe_due = self._heard = 0.0
+        self._executor, self._api_key = executor, api_key
+        self._health_check: Future | None = None
+        self._next_check = self._last_healthy = 0.0
 
     def start(self) -> None:
-        """Begins to start a server, in the place of the old one, which is killed."""
-        self.url = self._probe = None
+        """Begin to start a server; the old one is killed."""
+        self.url = self._health_check = None
         self.num_starts += 1
         if self._actor is None:
             self._actor = self._make_actor()
         self._ask("start", self._start_timeout_s + CHECK_TIMEOUT_S)
 
-    def look(self, probing: bool) -> None:
-        """Takes in what has happened. EngineError when the server ended, could not start or does not answer.
+    def poll(self, check_health: bool) -> None:
+        """Raises EngineError when the server has ended, could not start or does not answer.
 
-        Without `probing` nothing is asked of the server itself, and its silence does not count.
+        Without `check_health` no health check is sent, and silence does not count.
         """
-        self._look_at_call()
+        self._poll_actor()
         if self.url is not None:
-            self._look_at_health(probing)
+            self._poll_health(check_health)
 
     @property
-    def is_probed(self) -> bool:
-        """Whether the server has been asked for a sign of life and not answered."""
-        return self._probe is not None and not self._probe.done()
+    def awaits_health_check(self) -> bool:
+        """Whether a health check has been sent and not answered yet."""
+        return self._health_check is not None and not self._health_check.done()
 
     def stop(self) -> ray.ObjectRef | None:
-        """Begins to kill the server."""
+        """Begin to kill the server."""
         return None if self._actor is None else self._actor.stop.remote()
 
     def kill_actor(self) -> None:
-        """Kills the actor, and with it the server."""
+        """Kill the actor, and with it the server."""
         actor, self._actor = self._actor, None
         if actor is not None:
             ray.kill(actor)
@@ -81,7 +81,7 @@ class SupervisedEngine:
         self._call, self._asked = getattr(self._actor, what).remote(), what
         self._answer_due = time.monotonic() + timeout_s
 
-    def _look_at_call(self) -> None:
+    def _poll_actor(self) -> None:
         ready, _ = ray.wait([self._call], timeout=0)
         if not ready:
             if time.monotonic() > self._answer_due:
@@ -103,22 +103,25 @@ class SupervisedEngine:
                 f"engine {self.number}'s actor died: {reason}", log_tail(self.log_path)
             ) from None
         if self.url is None:
-            self.url, self._heard = answer, time.monotonic()
+            self.url, self._last_healthy = answer, time.monotonic()
         self._ask("check", CHECK_TIMEOUT_S)
 
-    def _look_at_health(self, probing: bool) -> None:
+    def _poll_health(self, check_health: bool) -> None:
         now = time.monotonic()
-        if self._probe is not None and self._probe.done():
-            if self._probe.exception() is None:
-                self._heard = now
-            self._probe, self._probe_due = None, now + self._health_timeout_s / PROBES_PER_TIMEOUT
-        if not probing:
-            self._heard = now
-        elif self._probe is None and now >= self._probe_due:
-            self._probe = self._probes.submit(
+        if self._health_check is not None and self._health_check.done():
+            if self._health_check.exception() is None:
+                self._last_healthy = now
+            self._health_check, self._next_check = (
+                None,
+                now + self._health_timeout_s / HEALTH_CHECKS_PER_TIMEOUT,
+            )
+        if not check_health:
+            self._last_healthy = now
+        elif self._health_check is None and now >= self._next_check:
+            self._health_check = self._executor.submit(
                 get_json, self.url, "/health", self._health_timeout_s, self._api_key
             )
-        if now - self._heard > self._health_timeout_s:
+        if now - self._last_healthy > self._health_timeout_s:
             raise EngineError(
                 f"engine {self.url} hangs: it has generated nothing for {self._health_timeout_s:g} s",
                 log_tail(self.log_path),

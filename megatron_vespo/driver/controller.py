@@ -105,7 +105,7 @@ class Controller:
             self.stream.serve(self.served)
         return {"sync/weight_check_seconds": seconds}
 
-    def meanwhile(self, while_others_serve: bool) -> None:
+    def on_wait(self, while_others_serve: bool) -> None:
         """While generation waits: a signal, or the last weights to engines that were started again."""
         self.preemption.stop_here()
         if self.engine_sync.is_wanted(while_others_serve):

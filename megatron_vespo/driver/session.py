@@ -165,9 +165,9 @@ class Session:
             preemption=platform.preemption,
         )
         if collector is not None:
-            collector.meanwhile = partial(controller.meanwhile, while_others_serve=False)
+            collector.on_wait = partial(controller.on_wait, while_others_serve=False)
         if stream is not None:
-            stream.meanwhile = partial(controller.meanwhile, while_others_serve=True)
+            stream.on_wait = partial(controller.on_wait, while_others_serve=True)
         return controller
 
     def _collector(self) -> Collector:

@@ -55,7 +55,7 @@ class AsyncCollector:
     ):
         self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
-        self.meanwhile: Callable[[], None] = lambda: None  # called now and then by a `take` that waits
+        self.on_wait: Callable[[], None] = lambda: None  # called now and then by a `take` that waits
         self._changed = threading.Condition()  # guards the buffer and what follows
         self._on_change = on_change
         self._error: BaseException | None = None
@@ -93,7 +93,7 @@ class AsyncCollector:
                         f"finished, {self._buffer.num_in_flight} are in flight"
                     )
                 self._changed.wait(min(left, MEANWHILE_INTERVAL_S))
-            self.meanwhile()
+            self.on_wait()
 
     def serve(self, version: int) -> None:
         """The engines serve `version` from now on."""

@@ -44,7 +44,7 @@ class Collector:
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
-        self.meanwhile: Callable[[], None] | None = None  # called every second while `collect` waits
+        self.on_wait: Callable[[], None] | None = None  # called every second while `collect` waits
         self._urls, self._max_dispatches, self._lost = urls, max_dispatches, lost or LostRequests()
         self._routes = routes
         self._request_timeout_s = request_timeout_s
@@ -137,7 +137,7 @@ class Collector:
         async with self._connect(add_work, routes) as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(sampler.watch(self.meanwhile))
+                    watch = tasks.create_task(sampler.watch(self.on_wait))
                     groups = [
                         [tasks.create_task(draw(sampler, prompt, index)) for index in range(num_completions)]
                         for prompt in prompts

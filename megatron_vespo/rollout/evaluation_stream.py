@@ -82,7 +82,7 @@ class _Stream:
         async with collector.connect() as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(sampler.watch(collector.meanwhile))
+                    watch = tasks.create_task(sampler.watch(collector.on_wait))
                     groups = []
                     for index, prompt in enumerate(prompts):
                         draws = []

@@ -87,13 +87,13 @@ class Sampler:
     def release(self) -> None:
         self._router.release()
 
-    async def watch(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Never returns; raises what `check` raises. `meanwhile` may block the loop."""
+    async def watch(self, on_wait: Callable[[], None] | None = None) -> None:
+        """Never returns; raises what `check` raises. `on_wait` may block the loop."""
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
-            if meanwhile is not None:
-                meanwhile()
+            if on_wait is not None:
+                on_wait()
             self._router.refresh()
             self._lost.report()
 

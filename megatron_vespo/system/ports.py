@@ -26,10 +26,10 @@ def require_free_ports(host: str, port: int) -> None:
 
 
 def _require_free_port(host: str, port: int, owner: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            listener.bind((host, port))
         except (OSError, OverflowError) as error:
             raise PortError(
                 f"{owner} cannot listen on {host}:{port} ({error}); choose another port with --rollout-port"

@@ -149,8 +149,8 @@ def _shared(folder: Path, word: str, meeting: Meeting) -> Finding:
         told = meeting.exchange(found.status, 2 * QUICK_S)
         writers = [rank for rank, status in told.items() if status == "ok"]
         if found.status == "ok":
-            look = partial(shared_folder.look, folder, word, meeting.rank, writers, meeting.size, speed)
-            found = with_deadline("shared folder", look, QUICK_S)
+            check = partial(shared_folder.check, folder, word, meeting.rank, writers, meeting.size, speed)
+            found = with_deadline("shared folder", check, QUICK_S)
         meeting.exchange(None, 2 * QUICK_S)
         return found
     finally:

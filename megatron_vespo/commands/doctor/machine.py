@@ -99,10 +99,10 @@ def judge_ports(free: int, first: int, last: int, first_ephemeral: int) -> Findi
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            listener.bind(("", port))
         except OSError:
             return False
     return True

@@ -8,7 +8,7 @@ import sys
 
 from megatron_vespo.commands.doctor.finding import Finding, Status
 from megatron_vespo.commands.doctor.gpus import has_gpu_files
-from megatron_vespo.commands.doctor.probe import MARK
+from megatron_vespo.commands.doctor.import_check import MARK
 from megatron_vespo.commands.doctor.versions import OPTIONAL, TESTED, installed
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
@@ -33,7 +33,7 @@ def package(name: str) -> Finding:
         return Finding(name, "ok", f"not installed: {OPTIONAL[name]}", alike=True)
     if found is None:
         return Finding(name, "FAIL", "not installed", fix, alike=True)
-    wrong, number = _look(name)
+    wrong, number = _check_imports(name)
     if wrong:
         # nothing else is wrong with a run: Megatron and SGLang do without DeepEP
         status: Status = "warn" if name == "deep-ep" else "FAIL"
@@ -45,9 +45,9 @@ def package(name: str) -> Finding:
     return Finding(name, "ok", text, alike=True)
 
 
-def _look(name: str) -> tuple[list[str], int]:
+def _check_imports(name: str) -> tuple[list[str], int]:
     """What is wrong with the package, and how many names were looked for."""
-    command = [sys.executable, "-m", "megatron_vespo.commands.doctor.probe", name]
+    command = [sys.executable, "-m", "megatron_vespo.commands.doctor.import_check", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:

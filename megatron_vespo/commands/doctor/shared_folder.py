@@ -59,7 +59,7 @@ def unseen(folder: Path, word: str, ranks: Iterable[int], timeout_s: float = VIS
         time.sleep(0.5)
 
 
-def look(folder: Path, word: str, rank: int, writers: list[int], size: int, write_speed: float) -> Finding:
+def check(folder: Path, word: str, rank: int, writers: list[int], size: int, write_speed: float) -> Finding:
     """After all `writers` have written, of `size` processes: theirs are there, and the next one's is read."""
     name = "shared folder"
     if missing := unseen(folder, word, writers):

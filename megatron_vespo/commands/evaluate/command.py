@@ -174,7 +174,7 @@ def _collector(args: Namespace, served: Serving) -> Collector:
         api_key=served.api_key,
         lost=served.lost,
     )
-    collector.meanwhile = served.meanwhile
+    collector.on_wait = served.on_wait
     return collector
 
 

@@ -34,7 +34,7 @@ class Serving:
     urls: Sequence[str | None]
     lost: LostRequests
     check: Callable[[], None] | None = None
-    meanwhile: Callable[[], None] | None = None
+    on_wait: Callable[[], None] | None = None
     api_key: str | None = None
 
 
@@ -66,11 +66,11 @@ def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
         sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
         sync.sync(0)
 
-        def meanwhile() -> None:
+        def on_wait() -> None:
             if sync.is_wanted(while_others_serve=True):
                 sync.sync(0)
 
-        yield Serving(engines.urls, engines.lost, engines.check, meanwhile, key)
+        yield Serving(engines.urls, engines.lost, engines.check, on_wait, key)
 
 
 def _hf_folder(args: Namespace, log: Callable[[str], None], stack: ExitStack) -> Path:

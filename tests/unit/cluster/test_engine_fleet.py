@@ -22,15 +22,15 @@ class Engine:
         self.num_starts, self.url = 0, None
         self.may_start, self.end = True, None
         self.always_ends: str | None = None
-        self.stopped = self.dropped = self.is_probed = False
-        self.probed: list[bool] = []
+        self.stopped = self.dropped = self.awaits_health_check = False
+        self.health_checked: list[bool] = []
 
     def start(self) -> None:
         self.num_starts += 1
         self.url = None
 
-    def look(self, probing: bool) -> None:
-        self.probed.append(probing)
+    def poll(self, check_health: bool) -> None:
+        self.health_checked.append(check_health)
         how, self.end = self.end or self.always_ends, None
         if isinstance(how, EngineError):
             raise how
@@ -48,7 +48,7 @@ class Engine:
 
 @pytest.fixture()
 def start(monkeypatch):
-    monkeypatch.setattr(engine_fleet, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine_fleet, "POLL_INTERVAL_S", 0.01)
     monkeypatch.setattr(engine_fleet, "DEATH_NOTICE_S", 0.05)
     fleets = []
 
@@ -263,34 +263,34 @@ def test_nobody_is_taken_for_hung_while_the_weights_change(start):
     fleet.wait_until_ready()
     with fleet.quiet():
         time.sleep(0.05)
-        engine.probed.clear()
-        until(lambda: len(engine.probed) > 3)
-        assert not any(engine.probed)
-    engine.probed.clear()
-    until(lambda: engine.probed)
-    assert all(engine.probed)
+        engine.health_checked.clear()
+        until(lambda: len(engine.health_checked) > 3)
+        assert not any(engine.health_checked)
+    engine.health_checked.clear()
+    until(lambda: engine.health_checked)
+    assert all(engine.health_checked)
 
 
-def test_held_engines_are_neither_probed_nor_started(start):
+def test_held_engines_are_neither_checked_nor_started(start):
     first, second = Engine(0), Engine(1)
     fleet, said = start(first, second)
     assert [endpoint.url for endpoint in fleet.hold()] == [A1, B1]  # it waited for them
     for engine in (first, second):
-        engine.probed.clear()
+        engine.health_checked.clear()
     second.end = "died"
     until(lambda: said)
     assert second.num_starts == 1
     # again, as by another trainer: the one that is to be started later is not waited for
     assert [endpoint.url for endpoint in fleet.hold()] == [A1]
-    until(lambda: len(first.probed) > 3)
-    assert not any(first.probed)
+    until(lambda: len(first.health_checked) > 3)
+    assert not any(first.health_checked)
     fleet.start_waiting()
     until(lambda: second.url == B2)
-    assert not any(second.probed)
+    assert not any(second.health_checked)
     assert [endpoint.url for endpoint in fleet.hold()] == [A1, B2]
     fleet.let_go()
     fleet.let_go()
-    until(lambda: first.probed[-1] and second.probed[-1])
+    until(lambda: first.health_checked[-1] and second.health_checked[-1])
     assert fleet._quiet == 0
 
 
@@ -298,13 +298,13 @@ def test_to_hold_waits_for_signs_of_life(start):
     engine = Engine(0)
     fleet, _ = start(engine)
     fleet.wait_until_ready()
-    engine.is_probed = True
+    engine.awaits_health_check = True
     held = []
     thread = threading.Thread(target=lambda: held.append(fleet.hold()))
     thread.start()
     time.sleep(0.05)
     assert not held
-    engine.is_probed = False
+    engine.awaits_health_check = False
     thread.join(5)
     assert [endpoint.url for endpoint in held[0]] == [A1]
 

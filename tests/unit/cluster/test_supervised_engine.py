@@ -72,59 +72,59 @@ def engine(actors, health, tmp_path):
         actors.append(Actor())
         return actors[-1]
 
-    with ThreadPoolExecutor(1) as probes:
+    with ThreadPoolExecutor(1) as executor:
         yield SupervisedEngine(
-            1, make_actor, start_timeout_s=60.0, health_timeout_s=0.3, probes=probes,
+            1, make_actor, start_timeout_s=60.0, health_timeout_s=0.3, executor=executor,
             log_path=tmp_path / "engine-1.log", api_key="key",
         )  # fmt: skip
 
 
-def look_for(engine: SupervisedEngine, seconds: float, probing: bool = True) -> None:
+def poll_for(engine: SupervisedEngine, seconds: float, check_health: bool = True) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        engine.look(probing)
+        engine.poll(check_health)
         time.sleep(0.01)
 
 
 def test_it_starts_and_stays_as_long_as_it_answers(engine, actors):
     engine.start()
     assert engine.url is None
-    engine.look(probing=True)
+    engine.poll(check_health=True)
     assert engine.url == URL
     actors[0].answers["check"] = [None]
-    look_for(engine, 0.6)
+    poll_for(engine, 0.6)
     assert len(actors) == engine.num_starts == 1
 
 
 def test_the_end_of_its_process_is_told_and_it_is_started_by_the_same_actor(engine, actors):
     engine.start()
-    engine.look(True)
+    engine.poll(True)
     died = EngineError("engine died (signal SIGKILL)", "the log")
     actors[0].answers["check"] = [ray.exceptions.RayTaskError("check", "", died)]
     with pytest.raises(EngineError, match=r"^engine died \(signal SIGKILL\); the log$"):
-        engine.look(True)
+        engine.poll(True)
     engine.start()
     assert engine.url is None and engine.num_starts == 2 and len(actors) == 1
 
 
 def test_a_dead_actor_gets_a_successor(engine, actors):
     engine.start()
-    engine.look(True)
+    engine.poll(True)
     actors[0].answers["check"] = [ray.exceptions.RayActorError(error_msg="its node is gone")]
     with pytest.raises(EngineError, match="^engine 1's actor died: its node is gone; no log at"):
-        engine.look(True)
+        engine.poll(True)
     engine.start()
-    engine.look(True)
+    engine.poll(True)
     assert engine.url == URL and len(actors) == 2
 
 
 def test_an_actor_without_an_answer_is_killed(engine, actors, monkeypatch):
     monkeypatch.setattr(supervised_engine, "CHECK_TIMEOUT_S", 0.05)
     engine.start()
-    engine.look(True)
+    engine.poll(True)
     time.sleep(0.1)
     with pytest.raises(EngineError, match="^engine 1's actor: no answer to check"):
-        engine.look(True)
+        engine.poll(True)
     assert actors[0].killed
     engine.start()
     assert len(actors) == 2
@@ -133,30 +133,30 @@ def test_an_actor_without_an_answer_is_killed(engine, actors, monkeypatch):
 @pytest.mark.parametrize("status", [None, 503])
 def test_an_engine_that_does_not_generate_hangs(engine, health, status):
     engine.start()
-    look_for(engine, 0.2)
+    poll_for(engine, 0.2)
     health.append(EngineRequestError(URL, "/health", status, "nothing"))
-    look_for(engine, 0.15)  # not at the first time
+    poll_for(engine, 0.15)  # not at the first time
     with pytest.raises(EngineError, match=f"^engine {URL} hangs: it has generated nothing for 0.3 s"):
-        look_for(engine, 5.0)
+        poll_for(engine, 5.0)
 
 
 def test_silence_does_not_count_while_nobody_asks(engine, health):
     engine.start()
-    engine.look(True)
+    engine.poll(True)
     health.append(EngineRequestError(URL, "/health", 503, "paused"))
-    look_for(engine, 0.6, probing=False)
+    poll_for(engine, 0.6, check_health=False)
     health.clear()
-    look_for(engine, 0.6)
+    poll_for(engine, 0.6)
 
 
 def test_it_says_that_it_waits_for_a_sign_of_life(engine, monkeypatch):
     asked = threading.Event()
     monkeypatch.setattr(supervised_engine, "get_json", lambda *arguments: asked.wait(5))
     engine.start()
-    engine.look(True)
-    assert engine.is_probed
+    engine.poll(True)
+    assert engine.awaits_health_check
     asked.set()
     deadline = time.monotonic() + 5
-    while engine.is_probed:
+    while engine.awaits_health_check:
         assert time.monotonic() < deadline
         time.sleep(0.01)

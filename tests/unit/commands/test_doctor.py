@@ -13,8 +13,8 @@ import pytest
 import megatron_vespo
 from megatron_vespo.commands.doctor import gpus, machine, packages, patches, processes, shared_folder, traps
 from megatron_vespo.commands.doctor.finding import Check, Finding, run_checks
+from megatron_vespo.commands.doctor.import_check import problem
 from megatron_vespo.commands.doctor.own_source import uses_in
-from megatron_vespo.commands.doctor.probe import problem
 from megatron_vespo.commands.doctor.surface import ROUTES
 from megatron_vespo.commands.doctor.table import as_text, lines_of
 from megatron_vespo.commands.doctor.versions import TESTED
@@ -100,7 +100,7 @@ def found(monkeypatch):
 
     def judge(name: str, version: str | None, wrong: tuple[str, ...] = ()) -> Finding:
         monkeypatch.setattr(packages, "installed", lambda package: version)
-        monkeypatch.setattr(packages, "_look", lambda package: (list(wrong), 7))
+        monkeypatch.setattr(packages, "_check_imports", lambda package: (list(wrong), 7))
         return packages.package(name)
 
     return judge
@@ -119,11 +119,11 @@ def test_packages(found):
 
 def test_a_package_that_kills_its_process(monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif any('doctor.probe' in a for a in sys.orig_argv):\n"
+        "import sys\nif any('doctor.import_check' in a for a in sys.orig_argv):\n"
         "    print('dying', file=sys.stderr, flush=True)\n    import os\n    os.abort()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    wrong, _ = packages._look("ray")
+    wrong, _ = packages._check_imports("ray")
     assert wrong[0].startswith("its import ended with status -6")
 
 
@@ -287,9 +287,9 @@ def test_shared_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_folder, "VISIBLE_WITHIN_S", 0.0)
     for rank in (0, 1):
         assert shared_folder.write(tmp_path, "7.0", rank) > 0
-    finding = shared_folder.look(tmp_path, "7.0", 1, [0, 1], 2, 1.0)
+    finding = shared_folder.check(tmp_path, "7.0", 1, [0, 1], 2, 1.0)
     assert finding.status == "ok" and "all 2 ranks see each other" in finding.text
-    assert shared_folder.look(tmp_path, "7.0", 0, [0, 1], 2, 0.01).status == "warn"
+    assert shared_folder.check(tmp_path, "7.0", 0, [0, 1], 2, 0.01).status == "warn"
     with pytest.raises(ValueError, match="the file of rank 1 has other content"):
         shared_folder.path_of(tmp_path, "7.0", 0).replace(shared_folder.path_of(tmp_path, "7.0", 1))
         shared_folder.read(tmp_path, "7.0", 1)

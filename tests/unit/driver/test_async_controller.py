@@ -116,8 +116,8 @@ def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
         return while_others_serve
 
     run.engine_sync.is_wanted = is_wanted
-    run.meanwhile(while_others_serve=False)
+    run.on_wait(while_others_serve=False)
     assert run.stream.log == [] and run.served == 0
-    run.meanwhile(while_others_serve=True)
+    run.on_wait(while_others_serve=True)
     assert run.stream.log == ["serve 2"] and run.served == 2
     assert asked == [False, True]

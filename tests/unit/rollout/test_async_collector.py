@@ -186,17 +186,17 @@ def test_a_dead_engine_and_a_deadline_are_raised(engine, start):
 
 
 def test_a_take_that_waits_lets_others_work(engine, start, monkeypatch):
-    """`meanwhile` may call what the stream offers."""
+    """`on_wait` may call what the stream offers."""
     monkeypatch.setattr(async_collector, "MEANWHILE_INTERVAL_S", 0.01)
     engine.hanging = {1}
     run = start(max_staleness=1)
     seen = []
 
-    def meanwhile() -> None:
+    def on_wait() -> None:
         seen.append(metrics(run)["staleness/in_flight_groups"])
         run.serve(0)
 
-    run.meanwhile = meanwhile
+    run.on_wait = on_wait
     with pytest.raises(CollectError, match="no rollout batch within 0.3 s"):
         run.take(0.3)
     assert len(seen) > 3

@@ -115,7 +115,7 @@ def test_a_callback_may_bring_an_engine_back(engines):
     def heal() -> None:
         urls[0] = engines[0].url
 
-    run.meanwhile = heal
+    run.on_wait = heal
     assert all_answered(run.collect(PROMPTS, SAMPLING, num_completions=1, seed=1))
 
 

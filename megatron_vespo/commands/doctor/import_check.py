@@ -1,6 +1,6 @@
 """Imports a package and looks for what we need of it, in a process that may die of it.
 
-    python -m megatron_vespo.commands.doctor.probe PACKAGE
+    python -m megatron_vespo.commands.doctor.import_check PACKAGE
 
 The last line of standard output is a JSON list of what is wrong, or of nothing.
 """
@@ -19,7 +19,7 @@ from megatron_vespo.commands.doctor.surface import missing_in_sglang, surface
 from megatron_vespo.system.optional_packages import DEEP_EP, TRANSFORMER_ENGINE, import_error
 from megatron_vespo.system.plugins import prepare_for_megatron
 
-MARK = "megatron_vespo.commands.doctor.probe:"
+MARK = "megatron_vespo.commands.doctor.import_check:"
 # what Megatron imports of them has to be there, else it takes them for absent
 _AS_MEGATRON = {"transformer-engine": TRANSFORMER_ENGINE, "deep-ep": DEEP_EP}
 
