@@ -53,21 +53,21 @@ class ColocatedSync(EngineSync):
         super().__init__(engines, engine_size, api_key)
         self._gpu_sharing = gpu_sharing
 
-    def sync(self, version: int) -> float:
+    def sync(self, policy_version: int) -> float:
         self._trainer.offload(keep_weights=True)
         self._gpu_sharing.begin_sync()
-        seconds = super().sync(version)
+        seconds = super().sync(policy_version)
         self._gpu_sharing.end_sync()
         return seconds
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {"engines/turn_seconds": self._gpu_sharing.seconds}
 
-    def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:
         # engines that have just started, and all engines in a repeated sync: the trainer's weights need room
         self._gpu_sharing.offload(endpoints, CACHE_AND_GRAPHS)
         self._gpu_sharing.onload(endpoints, WEIGHTS)
-        seconds = super()._try(endpoints, version)
+        seconds = super()._try(endpoints, policy_version)
         self._trainer.offload()
         self._gpu_sharing.onload(endpoints, CACHE_AND_GRAPHS)
         return seconds

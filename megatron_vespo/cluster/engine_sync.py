@@ -20,8 +20,8 @@ class EngineSync:
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
         self._num_connections = 0
 
-    def sync(self, version: int) -> float:
-        """Every engine that runs serves the current weights as `version`; seconds that checking took.
+    def sync(self, policy_version: int) -> float:
+        """Every engine that runs serves the current weights as `policy_version`; seconds that checking took.
 
         Waits for an engine where none runs. Must not be called inside an optimizer step.
         """
@@ -29,7 +29,7 @@ class EngineSync:
             endpoints = self._engines.endpoints()
             try:
                 with self._engines.quiet():
-                    seconds = self._try(endpoints, version)
+                    seconds = self._try(endpoints, policy_version)
             except EnginesLostError as error:
                 self._connected = []
                 for endpoint in endpoints:
@@ -52,7 +52,7 @@ class EngineSync:
         """From now on the weights are its; whoever had them before, its ranks have to be connected."""
         self._trainer, self._connected = trainer, []
 
-    def _try(self, endpoints: list[EngineEndpoint], version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:
         if self._trainer is None:
             return 0.0
         servers = [(endpoint.number, endpoint.start) for endpoint in endpoints]
@@ -63,5 +63,5 @@ class EngineSync:
                 urls, fresh, self._num_connections, self._engine_size, self._api_key
             )
             self._connected = servers
-        self._trainer.sync_weights(version)
-        return self._trainer.check_weights(version)
+        self._trainer.sync_weights(policy_version)
+        return self._trainer.check_weights(policy_version)

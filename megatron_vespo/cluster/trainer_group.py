@@ -88,15 +88,15 @@ class TrainerGroup:
         arguments = urls, fresh, number, engine_size, api_key, loaded
         self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._args))
 
-    def sync_weights(self, version: int) -> None:
-        """Every engine that is connected serves the current weights as `version` afterwards."""
-        self._call("sync_weights", version, timeout_s=sync_timeout_s(self._args))
+    def sync_weights(self, policy_version: int) -> None:
+        """Every engine that is connected serves the current weights as `policy_version` afterwards."""
+        self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._args))
 
-    def check_weights(self, version: int) -> float:
+    def check_weights(self, policy_version: int) -> float:
         """Compares what the engines hold; the seconds that it took."""
         export = (self._args.output_dir / "weight-check").resolve()
         timeout_s = self._args.train_timeout + check_timeout_s(self._args)  # it may write an export, too
-        return self._call("check_weights", version, export, timeout_s=timeout_s)
+        return self._call("check_weights", policy_version, export, timeout_s=timeout_s)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""

@@ -194,14 +194,14 @@ class TrainerWorker:
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
 
-    def sync_weights(self, version: int) -> None:
-        """Make every engine serve the current weights as policy `version`."""
+    def sync_weights(self, policy_version: int) -> None:
+        """Make every engine serve the current weights as `policy_version`."""
         from megatron_vespo.checkpoints.buckets import buckets
 
         self._memory.weights.onload()
-        self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), version)
+        self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), policy_version)
 
-    def check_weights(self, version: int, export: Path) -> float:
+    def check_weights(self, policy_version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.
 
         At the start these are what the engines have loaded themselves. After a resume, where no engine had a
@@ -215,14 +215,14 @@ class TrainerWorker:
         due = not known if first or self._all_fresh else every_so_many
         if due:
             self.export_hf(export)
-        self._link.together(self.rank == 0, self._compare, version, known, export if due else None)
+        self._link.together(self.rank == 0, self._compare, policy_version, known, export if due else None)
         if due and self.rank == 0:
             shutil.rmtree(export)
         self._num_syncs += 1
         self._all_fresh = False
         return time.monotonic() - started
 
-    def _compare(self, version: int, known: bool, export: Path | None) -> None:
+    def _compare(self, policy_version: int, known: bool, export: Path | None) -> None:
         from megatron_vespo.weight_sync.verify import (
             check_against_checkpoint,
             check_engines_agree,
@@ -230,14 +230,14 @@ class TrainerWorker:
         )
 
         admin = self._link.admin
-        all_sums = check_engines_agree(admin, version)
+        all_sums = check_engines_agree(admin, policy_version)
         if known:
             whose = f"--hf-checkpoint {self._args.hf_checkpoint}"
             for url, sums in zip(admin.urls, all_sums, strict=True):
-                compare_sums(url, sums, whose, self._link.loaded[url], version)
+                compare_sums(url, sums, whose, self._link.loaded[url], policy_version)
         if export is not None:
             limit = self._args.weight_check_timeout
-            check_against_checkpoint(admin, all_sums[0], export, version, limit)
+            check_against_checkpoint(admin, all_sums[0], export, policy_version, limit)
 
     def _engines_have_loaded_the_policy(self) -> bool:
         """Engines and trainer have both started from --hf-checkpoint."""

@@ -64,7 +64,7 @@ class Controller:
     # told of every rollout batch: its groups, their metrics, the prompts consumed by then
     record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
     stream: AsyncCollector | None = None  # generates in the background, with --max-staleness
-    served: int = 0  # policy version that the engines have
+    policy_version: int = 0  # of the engines
     preemption: Preemption = field(default_factory=Preemption)
 
     def train(self) -> RunState:
@@ -100,9 +100,9 @@ class Controller:
     def sync_weights(self) -> dict[str, float]:
         with self.display.phase("sync"):
             seconds = self.engine_sync.sync(self.state.iteration)
-        self.served = self.state.iteration
+        self.policy_version = self.state.iteration
         if self.stream is not None:
-            self.stream.serve(self.served)
+            self.stream.serve(self.policy_version)
         return {"sync/weight_check_seconds": seconds}
 
     def on_wait(self, while_others_serve: bool) -> None:
@@ -113,7 +113,10 @@ class Controller:
 
     def sync_is_due(self) -> bool:
         interval = self.args.sync_interval or self.args.steps_per_rollout
-        return self.state.iteration - self.served >= interval or self.state.iteration >= self.args.train_iters
+        return (
+            self.state.iteration - self.policy_version >= interval
+            or self.state.iteration >= self.args.train_iters
+        )
 
     def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
         """Scored groups to train on; the metrics are of all that were generated for them."""
@@ -171,10 +174,10 @@ class Controller:
             for rejection in completion.rejections:
                 self.display.message(f"drawn anew: {rejection}")
             versions = set(completion.policy_versions.tolist())
-            if versions != {self.served}:
+            if versions != {self.policy_version}:
                 raise RuntimeError(
                     f"prompt {completion.prompt.prompt_id} was answered by policy versions "
-                    f"{sorted(versions)}, the current one is {self.served}"
+                    f"{sorted(versions)}, the current one is {self.policy_version}"
                 )
         return groups
 
@@ -315,7 +318,7 @@ class Controller:
             metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(generating, 1e-9)
         if "train" in seconds:
             metrics["train/tokens_per_second"] = metrics["train/tokens"] / max(seconds["train"], 1e-9)
-        metrics |= self.engine_sync.metrics() | {"policy/version": float(self.served)}
+        metrics |= self.engine_sync.metrics() | {"policy/version": float(self.policy_version)}
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
 

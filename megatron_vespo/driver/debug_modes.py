@@ -34,7 +34,7 @@ class Replay(Controller):
 
     def sync_weights(self) -> dict[str, float]:
         """There are no engines; the version is what they would have."""
-        self.served = self.state.iteration
+        self.policy_version = self.state.iteration
         return {}
 
     def check_last_sync(self) -> None:

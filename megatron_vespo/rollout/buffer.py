@@ -110,7 +110,7 @@ class RolloutBuffer:
         self._max_staleness = max_staleness
         self._requeue, self._max_dispatches = requeue, max_dispatches
         self._max_held, self._teaches, self._max_left_out = max_held, teaches, max_left_out
-        self.served = version  # by the engines
+        self.policy_version = version  # of the engines
         self.next_step = version  # the first that the next batch trains
         self.counts = Counts()
         self._next_serial = serial
@@ -129,7 +129,7 @@ class RolloutBuffer:
 
     def room(self) -> int:
         """How many groups may be dispatched now."""
-        num_steps = self.served + self._max_staleness - self.next_step + 1
+        num_steps = self.policy_version + self._max_staleness - self.next_step + 1
         places = num_steps * self._step_size
         if self._max_held is not None:
             places = min(places, self._max_held)
@@ -166,8 +166,8 @@ class RolloutBuffer:
 
     def serve(self, version: int) -> None:
         """The engines serve another policy."""
-        assert version >= self.served, f"version {version} after {self.served}"
-        self.served = version
+        assert version >= self.policy_version, f"version {version} after {self.policy_version}"
+        self.policy_version = version
 
     def expire(self) -> list[Ticket]:
         """Takes out what is in flight and too old for the next batch; its requests are to be cancelled.
@@ -226,7 +226,7 @@ class RolloutBuffer:
 
     def _ticket(self, pending: Pending) -> Ticket:
         begun = [draft for draft in pending.drafts if draft is not None]
-        version = min(self.served, oldest_version(begun)) if begun else self.served
+        version = min(self.policy_version, oldest_version(begun)) if begun else self.policy_version
         ticket = Ticket(
             self.counts.dispatched, pending.serial, pending.prompt, pending.dispatches + 1, version,
             pending.drafts,

@@ -109,8 +109,8 @@ class EngineAdmin:
         self.stop_generation()
         self.call("/begin_weight_update", {})
 
-    def finish(self, version: int) -> None:
-        """Close the engines' update, check that each now serves policy `version`, and let requests go on."""
+    def finish(self, policy_version: int) -> None:
+        """Close the engines' update, check that each now serves `policy_version`, and let requests go on."""
         self.call("/end_weight_update", {})
         asked = [
             self._threads.submit(get_json, url, "/model_info", self.timeout_s, self._api_key)
@@ -118,10 +118,10 @@ class EngineAdmin:
         ]
         answers = self.wait(asked)
         for url, answer in zip(self.urls, answers, strict=True):
-            served = answer.get("weight_version")
-            if served != str(version):
+            found = answer.get("weight_version")
+            if found != str(policy_version):
                 raise WeightSyncError(
-                    f"engine {url} serves weight version {served} after the sync of version {version}"
+                    f"engine {url} serves weight version {found} after the sync of version {policy_version}"
                 )
         self.go_on()
 
@@ -170,8 +170,8 @@ class BucketSender:
             raise WeightSyncError(f"no group with {', '.join(admin.urls)}: {error}") from error
         admin.wait(joins)
 
-    def send(self, bucket: dict[str, Tensor], version: int | None) -> None:
-        """Broadcast one bucket. `version` on the last one: engines label tokens with it from there on."""
+    def send(self, bucket: dict[str, Tensor], policy_version: int | None) -> None:
+        """Broadcast one bucket. The last one has `policy_version`: engines label later tokens with it."""
         # SGLang reads the flat bytes back in this order and wants every tensor aligned to its element size
         ordered = sorted(bucket.items(), key=lambda item: -item[1].element_size())
         payload = {
@@ -181,10 +181,10 @@ class BucketSender:
             "group_name": self.name,
             "load_format": "flattened_bucket",
             # what requests paused in place have in the cache is theirs; it cannot be flushed
-            "flush_cache": version is not None and self.admin.pause != "in_place",
+            "flush_cache": policy_version is not None and self.admin.pause != "in_place",
         }
-        if version is not None:
-            payload["weight_version"] = str(version)
+        if policy_version is not None:
+            payload["weight_version"] = str(policy_version)
         receiving = self.admin.post("/update_weights_from_distributed", payload)
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered])
         broken = None

@@ -32,16 +32,16 @@ def forget_weights(admin: EngineAdmin) -> list[Sums]:
     return all_sums
 
 
-def check_engines_agree(admin: EngineAdmin, version: int) -> list[Sums]:
+def check_engines_agree(admin: EngineAdmin, policy_version: int) -> list[Sums]:
     """Every engine's checksums, which must be the same."""
     all_sums = weight_sums(admin)
     for url, sums in zip(admin.urls, all_sums, strict=True):
-        compare_sums(url, sums, f"engine {admin.urls[0]}", all_sums[0], version)
+        compare_sums(url, sums, f"engine {admin.urls[0]}", all_sums[0], policy_version)
     return all_sums
 
 
 def check_against_checkpoint(
-    admin: EngineAdmin, sums: Sums, folder: Path, version: int, load_timeout_s: float
+    admin: EngineAdmin, sums: Sums, folder: Path, policy_version: int, load_timeout_s: float
 ) -> None:
     """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
 
@@ -55,21 +55,21 @@ def check_against_checkpoint(
         "model_path": str(folder),
         "load_format": "auto",
         "flush_cache": False,
-        "weight_version": str(version),
+        "weight_version": str(policy_version),
     }
     engine.call("/update_weights_from_disk", payload, load_timeout_s)
     [loaded] = weight_sums(engine)
     engine.go_on()
-    compare_sums(engine.urls[0], sums, f"the checkpoint {folder}", loaded, version)
+    compare_sums(engine.urls[0], sums, f"the checkpoint {folder}", loaded, policy_version)
 
 
-def compare_sums(url: str, sums: Sums, whose: str, expected: Sums, version: int) -> None:
+def compare_sums(url: str, sums: Sums, whose: str, expected: Sums, policy_version: int) -> None:
     """WeightMismatchError unless the engine at `url` has the `expected` checksums, which are of `whose`."""
     differing = sorted(name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name))
     if differing:
         name = differing[0]
         raise WeightMismatchError(
-            f"weights differ after the sync of version {version}: engine {url} has checksum "
+            f"weights differ after the sync of version {policy_version}: engine {url} has checksum "
             f"{sums.get(name, 'none')} of {name}, {whose} has {expected.get(name, 'none')} "
             f"({len(differing)} of {len(expected)} tensors differ)"
         )

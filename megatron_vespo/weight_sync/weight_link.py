@@ -69,8 +69,8 @@ class WeightLink:
             self.together(mine, self._join, group_name(number, stage))
         self.together(self._rank == 0, self._forget, fresh)
 
-    def sync(self, buckets: Iterable[dict[str, Tensor]], version: int) -> None:
-        """Make every engine serve the weights of all stages' `buckets` as policy `version`.
+    def sync(self, buckets: Iterable[dict[str, Tensor]], policy_version: int) -> None:
+        """Make every engine serve the weights of all stages' `buckets` as `policy_version`.
 
         To iterate over `buckets` is a collective of the stage's ranks, so all do it to the end.
         """
@@ -79,9 +79,9 @@ class WeightLink:
         for stage in range(self._num_stages):
             error = None
             if stage == self._stage:
-                error = self._send_all(buckets, version if stage == last_stage else None)
+                error = self._send_all(buckets, policy_version if stage == last_stage else None)
             self._agree(error)
-        self.together(self._rank == 0, self._finish, version)
+        self.together(self._rank == 0, self._finish, policy_version)
 
     def together(self, mine: bool, action: Callable[..., Any], *arguments: Any) -> Any:
         """What `action` returns on the ranks that it is for; all raise if it fails on one of them."""
@@ -126,22 +126,24 @@ class WeightLink:
     def _begin(self) -> None:
         self.admin.begin()
 
-    def _finish(self, version: int) -> None:
-        self.admin.finish(version)
+    def _finish(self, policy_version: int) -> None:
+        self.admin.finish(policy_version)
 
-    def _send_all(self, buckets: Iterable[dict[str, Tensor]], version: int | None) -> WeightSyncError | None:
+    def _send_all(
+        self, buckets: Iterable[dict[str, Tensor]], policy_version: int | None
+    ) -> WeightSyncError | None:
         """The last bucket carries the version, so look one ahead."""
         held = error = None
         for bucket in buckets:
             if held is not None:
                 error = error or self._send(held, None)
             held = bucket
-        return error or self._send(held, version)
+        return error or self._send(held, policy_version)
 
-    def _send(self, bucket: dict[str, Tensor], version: int | None) -> WeightSyncError | None:
+    def _send(self, bucket: dict[str, Tensor], policy_version: int | None) -> WeightSyncError | None:
         if self._is_sender:
             try:
-                self._sender.send(bucket, version)
+                self._sender.send(bucket, policy_version)
             except WeightSyncError as error:
                 return error
         return None

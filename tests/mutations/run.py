@@ -358,8 +358,8 @@ MUTATIONS = [
     Mutation(
         "asynchronous: the bound of a group that goes on forgets its older tokens",
         "rollout/buffer.py",
-        "version = min(self.served, oldest_version(begun)) if begun else self.served",
-        "version = self.served",
+        "version = min(self.policy_version, oldest_version(begun)) if begun else self.policy_version",
+        "version = self.policy_version",
         ("tests/unit/rollout/test_rollout_buffer.py", "keeps_what"),
     ),
     Mutation(

@@ -132,7 +132,9 @@ class SmokeRun:
     def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
         """A rollout batch with rewards that are drawn."""
         started = time.monotonic()
-        groups = controller.generate(self._args.rollout_batch_size, self._args.seed + controller.served)
+        groups = controller.generate(
+            self._args.rollout_batch_size, self._args.seed + controller.policy_version
+        )
         completions = [completion for group in groups for completion in group]
         for completion in completions:
             completion.reward = float(self._draw.normal())
@@ -219,7 +221,7 @@ class SmokeRun:
             controller.sync_weights()
             try:
                 for url, now, then in zip(self._urls(), self._sums(), sums, strict=True):
-                    compare_sums(url, now, "the trainer before it was saved", then, controller.served)
+                    compare_sums(url, now, "the trainer before it was saved", then, controller.policy_version)
             except WeightMismatchError as error:
                 raise CheckFailed(str(error)) from error
             self._generate_and_compare(controller, row)

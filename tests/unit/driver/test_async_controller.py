@@ -117,7 +117,7 @@ def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
 
     run.engine_sync.is_wanted = is_wanted
     run.on_wait(while_others_serve=False)
-    assert run.stream.log == [] and run.served == 0
+    assert run.stream.log == [] and run.policy_version == 0
     run.on_wait(while_others_serve=True)
-    assert run.stream.log == ["serve 2"] and run.served == 2
+    assert run.stream.log == ["serve 2"] and run.policy_version == 2
     assert asked == [False, True]

@@ -126,7 +126,7 @@ def recording(args: Namespace, mode: type[Controller] = Controller, iteration: i
         metrics=Metrics(),
         state=state,
         record=Recorder(args, iteration),
-        served=iteration,
+        policy_version=iteration,
     )
 
 
@@ -142,7 +142,7 @@ def recorded(tmp_path) -> Path:
     for _ in range(BATCHES):
         run.rollout_batch()
         run.state.iteration += 2
-        run.served = run.state.iteration
+        run.policy_version = run.state.iteration
     return tmp_path / "rollouts"
 
 
@@ -162,7 +162,7 @@ def test_a_replay_trains_on_the_same_samples(tmp_path):
             for name, value in vars(one).items():
                 np.testing.assert_array_equal(value, getattr(other, name), strict=True, err_msg=name)
         live.state.iteration += 2
-        live.served = live.state.iteration
+        live.policy_version = live.state.iteration
         replay.state.iteration += 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         batch_path(tmp_path, batch).name for batch in range(BATCHES)

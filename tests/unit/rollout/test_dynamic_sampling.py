@@ -170,7 +170,7 @@ def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -
         engine_sync=None,
         metrics=None,
         state=RunState(iteration=iteration, consumed_prompts=consumed),
-        served=iteration,
+        policy_version=iteration,
     )
 
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_seeds():
     whole = controller()
     whole.rollout_batch()
     whole.state.iteration += 2
-    version = whole.served = whole.state.iteration
+    version = whole.policy_version = whole.state.iteration
     whole.collector.collect = _of_version(whole.collector.collect, version)
     consumed = whole.state.consumed_prompts
     expected, _ = whole.rollout_batch()

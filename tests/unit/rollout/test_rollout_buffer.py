@@ -81,11 +81,11 @@ def test_a_finished_group_that_is_too_old_is_dropped_or_generated_again(requeue)
 def test_what_cannot_finish_in_time_is_generated_again_until_the_cap():
     buffer = make_buffer(max_staleness=1, max_dispatches=2)
     slow = buffer.dispatch()
-    buffer.next_step, buffer.served = 2, 2
+    buffer.next_step, buffer.policy_version = 2, 2
     assert buffer.expire() == [slow]
     second = buffer.dispatch()
     assert (second.prompt, second.dispatches) == (slow.prompt, 2)
-    buffer.next_step, buffer.served = 4, 4
+    buffer.next_step, buffer.policy_version = 4, 4
     assert buffer.expire() == [second]
     assert buffer.counts.given_up == 1 and slow.serial not in [p.serial for p in buffer.pending()]
 
@@ -256,7 +256,7 @@ def test_a_failed_group_keeps_what_it_has_and_one_that_is_too_old_does_not():
     assert buffer.fail(ticket)
     again = buffer.dispatch()
     assert (again.drafts, again.version) == ([done, None], 0)  # its bound is the draft's
-    buffer.next_step, buffer.served = 3, 3
+    buffer.next_step, buffer.policy_version = 3, 3
     assert buffer.expire() == [again]
     anew = buffer.dispatch()
     assert (anew.drafts, anew.version, anew.serial) == ([], 3, ticket.serial)
