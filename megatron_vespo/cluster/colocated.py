@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
+from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.gpu_sharing import CACHE_AND_GRAPHS, WEIGHTS, GpuSharing
+from megatron_vespo.cluster.supervised_engine import EngineEndpoint
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.cluster.trainer_worker import Resumed
 from megatron_vespo.types import TrainingSample

@@ -1,15 +1,12 @@
-"""All engines: which of them run and serve, and what becomes of those that die, hang or fail to start."""
+"""All engines of a run: which of them serve, and restarts of those that die, hang or fail to start."""
 
 from __future__ import annotations
 
 import os
-import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -17,9 +14,9 @@ import ray
 
 from megatron_vespo.cluster.engine_actor import EngineActor
 from megatron_vespo.cluster.placement import Placement
-from megatron_vespo.cluster.supervised_engine import SupervisedEngine
+from megatron_vespo.cluster.supervised_engine import EngineEndpoint, State, SupervisedEngine
 from megatron_vespo.rollout.router import LostRequests
-from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
+from megatron_vespo.rollout.sglang_server import EngineError
 from megatron_vespo.system.process_environment import exported_values
 
 POLL_INTERVAL_S = 1.0
@@ -27,29 +24,25 @@ DEATH_NOTICE_S = 3.0
 STOP_TIMEOUT_S = 5.0  # for the actors; the servers themselves hold nothing worth a grace period
 
 
-class State(Enum):
-    STARTING = "starting"
-    READY = "ready"  # runs, but has not the policy's weights
-    SERVING = "serving"
-    GONE = "gone"  # its restarts are used up
+class ServingUrls(Sequence[str | None]):
+    """The url of each engine, None unless it serves: a live view, which any thread may read."""
 
+    def __init__(self, engines: Sequence[SupervisedEngine]):
+        self._engines = engines
 
-@dataclass(frozen=True)
-class EngineEndpoint:
-    """One server that runs: of engine `number`, its start number `start`."""
+    def __len__(self) -> int:
+        return len(self._engines)
 
-    number: int
-    start: int
-    url: str
-    fresh: bool  # has not had a policy yet
+    def __getitem__(self, number):
+        return self._engines[number].serving_url
 
 
 class EngineFleet:
     """Restarts the engines that end, at most `restarts` times each; a thread of its own polls them.
 
-    Methods may be called from any thread. `urls[number]` is None unless the engine serves: it changes while
-    others read it. The run is over when fewer than `min_engines` are left, or when an engine that never was
-    healthy ends twice in the same way: then `check` raises EngineError. `log` prints all other events.
+    Methods may be called from any thread. The run is over when fewer than `min_engines` are left, or when an
+    engine that never was healthy ends twice in the same way: then `check` raises EngineError. Everything else
+    is logged.
     """
 
     def __init__(
@@ -60,18 +53,14 @@ class EngineFleet:
         min_engines: int,
         log: Callable[[str], None],
     ):
-        self.urls: list[str | None] = [None] * len(engines)
+        self.urls = ServingUrls(engines)
         self.lost = LostRequests(log)
         self._engines, self._restarts, self._min_engines, self._log = engines, restarts, min_engines, log
-        self._states = [State.STARTING] * len(engines)
-        self._been_healthy = [False] * len(engines)
-        self._last_ends: list[str | None] = [None] * len(engines)
-        self._changed = Condition()  # guards everything here
+        self._changed = Condition()  # guards everything here and the engines
         self._over: EngineError | None = None
         self._stopping = False
         self._quiet = 0
         self._held = self._starts_wait = False
-        self._to_start: list[SupervisedEngine] = []
         for engine in engines:
             engine.start()
         self._thread = Thread(target=self._watch, name="engines", daemon=True)
@@ -83,14 +72,14 @@ class EngineFleet:
             raise EngineError(self._over.what, self._over.log)
 
     def wait_until_ready(self) -> None:
-        """Until all engines run, but for those that are given up; their deadlines bound it."""
+        """Until all engines run, except for those that are given up. Their start timeouts bound it."""
         with self._changed:
-            while State.STARTING in self._states:
+            while self._num_in(State.STARTING, State.WAITING):
                 self._wait()
             self.check()
 
     def endpoints(self) -> list[EngineEndpoint]:
-        """All servers that run; waits for one where there is none."""
+        """All servers that run. Waits for one if there is none."""
         with self._changed:
             while not (found := self._running()):
                 self._wait()
@@ -103,30 +92,31 @@ class EngineFleet:
     def any_ready(self) -> bool:
         """Whether a server runs that has not the policy's weights yet."""
         with self._changed:
-            return State.READY in self._states
+            return self._num_in(State.READY) > 0
 
     def serve(self, endpoints: list[EngineEndpoint]) -> None:
-        """They have the current weights, requests may go to them."""
+        """They have the current weights: requests may go to them."""
         with self._changed:
             for endpoint in endpoints:
-                if self._states[endpoint.number] is State.READY and self._is_current(endpoint):
-                    self._states[endpoint.number] = State.SERVING
-                    self.urls[endpoint.number] = endpoint.url
+                engine = self._engines[endpoint.number]
+                if engine.state is State.READY and engine.is_still(endpoint):
+                    engine.serve()
                     if endpoint.start > 1:
                         self._log(f"engine {endpoint.number} serves again ({self._serving()})")
 
     def lose(self, endpoint: EngineEndpoint, why: str) -> None:
         """It did not answer: kill what is left of it and start it again."""
+        engine = self._engines[endpoint.number]
         with self._changed:
-            # a connection breaks a moment before its process is seen to be dead, which says more
-            if not self._changed.wait_for(lambda: not self._is_current(endpoint), DEATH_NOTICE_S):
-                self._ended(self._engines[endpoint.number], EngineError(why))
+            # the connection breaks a moment before the process is seen to be dead, which says more
+            if not self._changed.wait_for(lambda: not engine.is_still(endpoint), DEATH_NOTICE_S):
+                self._ended(engine, EngineError(why))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """While their weights change, engines are not taken for hung.
+        """No health checks inside, for while the weights change.
 
-        SGLang's /health generates a token, which a paused engine does not: it answers 503 after 20 s.
+        SGLang's /health generates a token. A paused engine does not, and answers 503 after 20 s.
         """
         with self._changed:
             self._quiet += 1
@@ -137,12 +127,12 @@ class EngineFleet:
                 self._quiet -= 1
 
     def hold(self) -> list[EngineEndpoint]:
-        """All that run. Nobody is asked for a sign of life until `let_go`, or started until `start_waiting`.
+        """All that run. No health checks until `let_go`, no starts until `start_waiting`.
 
-        Waits for those that start, and for signs of life that are asked for: engines generate them.
+        Waits for engines that start, and for health checks that are under way: engines generate for them.
         """
         with self._changed:
-            while self._states.count(State.STARTING) > len(self._to_start):
+            while self._num_in(State.STARTING):
                 self._wait()
             if not self._held:
                 self._quiet += 1
@@ -153,12 +143,12 @@ class EngineFleet:
             return self._running()
 
     def start_waiting(self) -> None:
-        """Start again what has ended since `hold`."""
+        """Restart the engines that have ended since `hold`."""
         with self._changed:
             self._starts_wait = False
-            waiting, self._to_start = self._to_start, []
-            for engine in waiting:
-                engine.start()
+            for engine in self._engines:
+                if engine.state is State.WAITING:
+                    engine.start()
 
     def let_go(self) -> None:
         """The end of `hold`, if there was one."""
@@ -169,7 +159,7 @@ class EngineFleet:
             self._held = False
 
     def metrics(self) -> dict[str, float]:
-        """Of now, and of the run so far."""
+        """Engines that serve now; restarts and lost requests of the run so far."""
         if not self._engines:
             return {}
         return {
@@ -179,7 +169,7 @@ class EngineFleet:
         }
 
     def stop(self) -> None:
-        """Kills the servers; an actor that does not answer takes its server along when killed itself."""
+        """Kill the servers. An actor that does not answer is killed, and its server dies with it."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -206,67 +196,48 @@ class EngineFleet:
                 self._changed.wait(POLL_INTERVAL_S)
 
     def _poll(self, engine: SupervisedEngine) -> None:
-        number = engine.number
-        if self._states[number] is State.GONE or engine in self._to_start:
+        if engine.state in (State.GONE, State.WAITING):
             return
         try:
             engine.poll(check_health=self._quiet == 0)
         except EngineError as error:
             self._ended(engine, error)
-            return
-        if self._states[number] is State.STARTING and engine.url is not None:
-            self._states[number] = State.READY
-            self._been_healthy[number] = True
 
     def _ended(self, engine: SupervisedEngine, error: EngineError) -> None:
-        number = engine.number
-        self.urls[number] = None
-        way = re.sub(r"\d+", "", error.what)  # without ports
-        again = isinstance(error, EnginePortError) or self._last_ends[number] == way
-        if not self._been_healthy[number] and again:
-            self._over = error  # a wrong flag will not get better
-            return
-        self._last_ends[number] = way
         used = engine.num_starts - 1
-        if used < self._restarts:
-            self._states[number] = State.STARTING
+        may_restart = used < self._restarts
+        if engine.end(error, State.WAITING if may_restart else State.GONE):
+            self._over = error  # a wrong flag will not get better
+        elif may_restart:
             self._log(
-                f"{error.what}; {self._serving()}, engine {number} is started again "
+                f"{error.what}; {self._serving()}, engine {engine.number} is started again "
                 f"(restart {used + 1} of {self._restarts})"
             )
-            if self._starts_wait:
-                self._to_start.append(engine)
-            else:
+            if not self._starts_wait:
                 engine.start()
-            return
-        self._states[number] = State.GONE
-        engine.stop()
-        left = sum(state is not State.GONE for state in self._states)
+        else:
+            engine.stop()
+            self._give_up(engine, error)
+
+    def _give_up(self, engine: SupervisedEngine, error: EngineError) -> None:
+        what = f"{error.what} and has had its --engine-restarts {self._restarts}: "
+        left = len(self._engines) - self._num_in(State.GONE)
         if left < self._min_engines:
             self._over = EngineError(
-                f"{error.what} and has had its --engine-restarts {self._restarts}: {left} engines are left, "
-                f"--min-engines is {self._min_engines}; see {engine.log_path}",
+                f"{what}{left} engines are left, --min-engines is {self._min_engines}; see {engine.log_path}",
                 error.log,
             )
         else:
-            self._log(
-                f"{error.what} and has had its --engine-restarts {self._restarts}: "
-                f"the run goes on without it, {self._serving()}"
-            )
+            self._log(f"{what}the run goes on without it, {self._serving()}")
 
     def _running(self) -> list[EngineEndpoint]:
-        return [
-            EngineEndpoint(engine.number, engine.num_starts, engine.url, fresh=state is State.READY)
-            for engine, state in zip(self._engines, self._states, strict=True)
-            if state in (State.READY, State.SERVING)
-        ]
+        return [engine.endpoint for engine in self._engines if engine.is_running]
 
-    def _is_current(self, endpoint: EngineEndpoint) -> bool:
-        running = self._states[endpoint.number] in (State.READY, State.SERVING)
-        return running and self._engines[endpoint.number].num_starts == endpoint.start
+    def _num_in(self, *states: State) -> int:
+        return sum(engine.state in states for engine in self._engines)
 
     def _serving(self) -> str:
-        return f"{self._states.count(State.SERVING)} of {len(self._states)} engines serve"
+        return f"{self._num_in(State.SERVING)} of {len(self._engines)} engines serve"
 
 
 def start_engines(

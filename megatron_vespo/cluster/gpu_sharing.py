@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 
-from megatron_vespo.cluster.engine_fleet import EngineEndpoint, EngineFleet
+from megatron_vespo.cluster.engine_fleet import EngineFleet
+from megatron_vespo.cluster.supervised_engine import EngineEndpoint
 from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, weight_sums
 

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from megatron_vespo.cluster.logs import log_tail
-from megatron_vespo.rollout.sglang_server import EngineError
+from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.system.http import get_json
 
 CHECK_TIMEOUT_S = 60.0  # for an actor to answer `check`
 HEALTH_CHECKS_PER_TIMEOUT = 6
+
+
+class State(Enum):
+    STARTING = "starting"
+    WAITING = "waiting"  # has ended and may not be started yet
+    READY = "ready"  # runs, but has not the policy's weights
+    SERVING = "serving"
+    GONE = "gone"  # its restarts are used up
+
+
+@dataclass(frozen=True)
+class EngineEndpoint:
+    """One server that runs: of engine `number`, its start number `start`."""
+
+    number: int
+    start: int
+    url: str
+    fresh: bool  # has not had a policy yet
 
 
 class SupervisedEngine:
@@ -38,7 +59,10 @@ class SupervisedEngine:
     ):
         self.number, self.log_path = number, log_path
         self.num_starts = 0  # also the name of the server that runs now
-        self.url: str | None = None  # None until it is healthy
+        self.url: str | None = None  # None unless it is healthy
+        self.state = State.WAITING
+        self._been_healthy = False
+        self._last_end: str | None = None
         self._make_actor, self._actor = make_actor, None
         self._start_timeout_s, self._health_timeout_s = start_timeout_s, health_timeout_s
         self._executor, self._api_key = executor, api_key
@@ -48,10 +72,49 @@ class SupervisedEngine:
     def start(self) -> None:
         """Begin to start a server; the old one is killed."""
         self.url = self._health_check = None
+        self.state = State.STARTING
         self.num_starts += 1
         if self._actor is None:
             self._actor = self._make_actor()
         self._ask("start", self._start_timeout_s + CHECK_TIMEOUT_S)
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in (State.READY, State.SERVING)
+
+    @property
+    def endpoint(self) -> EngineEndpoint:
+        """Of the server that runs."""
+        assert self.url is not None
+        return EngineEndpoint(self.number, self.num_starts, self.url, fresh=self.state is State.READY)
+
+    @property
+    def serving_url(self) -> str | None:
+        """None unless it serves. Any thread may ask."""
+        url = self.url  # first: when it has changed the state is another one already
+        return url if self.state is State.SERVING else None
+
+    def become_ready(self, url: str) -> None:
+        """Its server is healthy at `url`."""
+        self.url, self.state, self._been_healthy = url, State.READY, True
+
+    def serve(self) -> None:
+        """The server has the policy's weights, requests may go to it."""
+        self.state = State.SERVING
+
+    def is_still(self, endpoint: EngineEndpoint) -> bool:
+        """Whether the server of `endpoint` still runs."""
+        return self.is_running and self.num_starts == endpoint.start
+
+    def end(self, error: EngineError, state: State) -> bool:
+        """The server has ended; `state` is what follows. True if a restart cannot help.
+
+        That is so when none was ever healthy and this one ended as the last one did, or for want of its port.
+        """
+        self.url, self.state = None, state
+        way, last = re.sub(r"\d+", "", error.what), self._last_end  # without ports
+        self._last_end = way
+        return not self._been_healthy and (isinstance(error, EnginePortError) or way == last)
 
     def poll(self, check_health: bool) -> None:
         """Raises EngineError when the server has ended, could not start or does not answer.
@@ -103,7 +166,8 @@ class SupervisedEngine:
                 f"engine {self.number}'s actor died: {reason}", log_tail(self.log_path)
             ) from None
         if self.url is None:
-            self.url, self._last_healthy = answer, time.monotonic()
+            self._last_healthy = time.monotonic()
+            self.become_ready(answer)
         self._ask("check", CHECK_TIMEOUT_S)
 
     def _poll_health(self, check_health: bool) -> None:
@@ -111,10 +175,8 @@ class SupervisedEngine:
         if self._health_check is not None and self._health_check.done():
             if self._health_check.exception() is None:
                 self._last_healthy = now
-            self._health_check, self._next_check = (
-                None,
-                now + self._health_timeout_s / HEALTH_CHECKS_PER_TIMEOUT,
-            )
+            self._health_check = None
+            self._next_check = now + self._health_timeout_s / HEALTH_CHECKS_PER_TIMEOUT
         if not check_health:
             self._last_healthy = now
         elif self._health_check is None and now >= self._next_check:

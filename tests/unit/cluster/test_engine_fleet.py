@@ -9,35 +9,39 @@ import pytest
 from megatron_vespo.cluster import engine_fleet
 from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
+from megatron_vespo.cluster.supervised_engine import SupervisedEngine
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
 
 
-class Engine:
-    """Healthy as soon as it is allowed to; the test ends it."""
+class Engine(SupervisedEngine):
+    """Healthy as soon as it is allowed to; the test ends it. There is no actor and no server."""
+
+    awaits_health_check = False
 
     def __init__(self, number: int):
-        self.number, self.log_path = number, Path(f"logs/engine-{number}.log")
-        self.num_starts, self.url = 0, None
-        self.may_start, self.end = True, None
+        super().__init__(
+            number, object, start_timeout_s=0.0, health_timeout_s=0.0, executor=None,
+            log_path=Path(f"logs/engine-{number}.log"), api_key=None,
+        )  # fmt: skip
+        self.may_start, self.end_with = True, None
         self.always_ends: str | None = None
-        self.stopped = self.dropped = self.awaits_health_check = False
+        self.stopped = self.dropped = False
         self.health_checked: list[bool] = []
 
-    def start(self) -> None:
-        self.num_starts += 1
-        self.url = None
+    def _ask(self, what: str, timeout_s: float) -> None:
+        pass
 
     def poll(self, check_health: bool) -> None:
         self.health_checked.append(check_health)
-        how, self.end = self.end or self.always_ends, None
+        how, self.end_with = self.end_with or self.always_ends, None
         if isinstance(how, EngineError):
             raise how
         if how is not None:
             raise EngineError(f"engine http://h:{3000 + self.num_starts} {how}", "the end of its log")
         if self.may_start and self.url is None:
-            self.url = f"http://engine-{self.number}-{self.num_starts}"
+            self.become_ready(f"http://engine-{self.number}-{self.num_starts}")
 
     def stop(self) -> None:
         self.stopped = True
@@ -107,11 +111,11 @@ def engine_sync(fleet: EngineFleet, trainer, engine_size: int = 1) -> EngineSync
 def test_engines_serve_when_they_have_the_weights(start):
     fleet, said = start(Engine(0), Engine(1))
     fleet.wait_until_ready()
-    assert fleet.urls == [None, None] and fleet.any_ready() and not fleet.any_serves()
+    assert list(fleet.urls) == [None, None] and fleet.any_ready() and not fleet.any_serves()
     trainer = Trainer()
     sync = engine_sync(fleet, trainer, engine_size=2)
     assert sync.sync(0) == 0.5
-    assert fleet.urls == [A1, B1] and not fleet.any_ready()
+    assert list(fleet.urls) == [A1, B1] and not fleet.any_ready()
     assert sync.sync(4) == 0.5
     # connected once
     assert trainer.calls == [
@@ -128,8 +132,8 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
     sync = engine_sync(fleet, trainer)
     fleet.wait_until_ready()
     sync.sync(0)
-    second.may_start, second.end = False, "died (signal SIGKILL)"
-    until(lambda: fleet.urls == [A1, None])
+    second.may_start, second.end_with = False, "died (signal SIGKILL)"
+    until(lambda: list(fleet.urls) == [A1, None])
     fleet.check()
     assert said == [
         "engine http://h:3001 died (signal SIGKILL); 1 of 2 engines serve, engine 1 is started again "
@@ -138,10 +142,10 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
     sync.sync(1)  # without it
     second.may_start = True
     until(fleet.any_ready)
-    assert fleet.urls == [A1, None]
+    assert list(fleet.urls) == [A1, None]
     assert sync.is_wanted(while_others_serve=True) and not sync.is_wanted(while_others_serve=False)
     sync.sync(2)
-    assert fleet.urls == [A1, B2] and not sync.is_wanted(while_others_serve=True)
+    assert list(fleet.urls) == [A1, B2] and not sync.is_wanted(while_others_serve=True)
     assert said[1:] == ["engine 1 serves again (2 of 2 engines serve)"]
     connections = [call for call in trainer.calls if call[0] == "connect"]
     assert connections == [
@@ -161,13 +165,13 @@ def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
     sync = engine_sync(fleet, trainer)
     second.may_start = False
     sync.sync(5)
-    assert fleet.urls == [A1, None] and second.num_starts == 2
+    assert list(fleet.urls) == [A1, None] and second.num_starts == 2
     assert trainer.calls[-3:] == [("connect", [A1], [A1], 2, 1), ("sync", 5), ("check", 5)]
     assert said == [f"engine {B1}: gone; 0 of 2 engines serve, engine 1 is started again (restart 1 of 3)"]
     second.may_start = True
     until(fleet.any_ready)
     sync.sync(6)
-    assert fleet.urls == [A1, B2]
+    assert list(fleet.urls) == [A1, B2]
 
 
 def test_where_no_engine_is_left_a_sync_waits_for_one(start):
@@ -176,7 +180,7 @@ def test_where_no_engine_is_left_a_sync_waits_for_one(start):
     trainer = Trainer()
     trainer.lose["sync"] = [A1]
     engine_sync(fleet, trainer).sync(0)
-    assert fleet.urls == ["http://engine-0-2"]
+    assert list(fleet.urls) == ["http://engine-0-2"]
     again = "http://engine-0-2"
     assert trainer.calls == [
         ("connect", [A1], [A1], 1, 1), ("sync", 0), ("connect", [again], [again], 2, 1), ("sync", 0),
@@ -195,7 +199,7 @@ def test_what_no_restart_mends_ends_the_sync(start, error):
     trainer.sync_weights = refuse
     with pytest.raises(type(error), match=str(error)):
         engine_sync(fleet, trainer).sync(0)
-    assert fleet.urls == [None]
+    assert list(fleet.urls) == [None]
 
 
 def test_restarts_run_out(start):
@@ -204,8 +208,8 @@ def test_restarts_run_out(start):
     fleet.wait_until_ready()
     for starts in (1, 2):
         until(lambda: second.url is not None)
-        second.end = f"died (signal {starts})"
-        until(lambda: second.end is None)
+        second.end_with = f"died (signal {starts})"
+        until(lambda: second.end_with is None)
     until(lambda: second.stopped)
     fleet.check()
     assert said[-1] == (
@@ -213,7 +217,7 @@ def test_restarts_run_out(start):
         "the run goes on without it, 0 of 2 engines serve"
     )
     assert [endpoint.number for endpoint in fleet.endpoints()] == [0]
-    first.end = "hangs"
+    first.end_with = "hangs"
     until(lambda: first.num_starts == 2)
     first.always_ends = "hangs"
     over = (
@@ -230,7 +234,7 @@ def test_fewer_than_min_engines_end_the_run_though_one_serves(start):
     first, second = Engine(0), Engine(1)
     fleet, _ = start(first, second, restarts=0, min_engines=2)
     fleet.wait_until_ready()
-    second.end = "died"
+    second.end_with = "died"
     until(lambda: fleet._over is not None)
     with pytest.raises(EngineError, match="1 engines are left, --min-engines is 2"):
         fleet.check()
@@ -247,10 +251,10 @@ def test_a_first_start_that_fails_twice_in_the_same_way_ends_the_run_with_the_lo
 
 def test_a_first_start_that_fails_in_different_ways_goes_on(start):
     engine = Engine(0)
-    engine.may_start, engine.end = False, "died (signal SIGKILL)"
+    engine.may_start, engine.end_with = False, "died (signal SIGKILL)"
     fleet, _ = start(engine)
     until(lambda: engine.num_starts == 2)
-    engine.end = "is not healthy"
+    engine.end_with = "is not healthy"
     until(lambda: engine.num_starts == 3)
     engine.may_start = True
     fleet.wait_until_ready()
@@ -277,7 +281,7 @@ def test_held_engines_are_neither_checked_nor_started(start):
     assert [endpoint.url for endpoint in fleet.hold()] == [A1, B1]  # it waited for them
     for engine in (first, second):
         engine.health_checked.clear()
-    second.end = "died"
+    second.end_with = "died"
     until(lambda: said)
     assert second.num_starts == 1
     # again, as by another trainer: the one that is to be started later is not waited for
@@ -313,12 +317,12 @@ def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):
     engine = Engine(0)
     fleet, _ = start(engine)
     [endpoint] = fleet.endpoints()
-    engine.end = "died"
+    engine.end_with = "died"
     until(lambda: engine.num_starts == 2)
     fleet.endpoints()
     fleet.lose(endpoint, "no answer")
     fleet.serve([endpoint])
-    assert engine.num_starts == 2 and fleet.urls == [None]
+    assert engine.num_starts == 2 and list(fleet.urls) == [None]
 
 
 def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
@@ -327,7 +331,7 @@ def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
     sync = EngineSync(fleet, 1)
     assert sync.is_wanted(while_others_serve=False)
     assert sync.sync(0) == 0.0
-    assert fleet.urls == [A1]
+    assert list(fleet.urls) == [A1]
 
 
 def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):

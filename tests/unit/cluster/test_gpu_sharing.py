@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.cluster.colocated import ColocatedSync, ColocatedTrainer
-from megatron_vespo.cluster.engine_fleet import EngineEndpoint
 from megatron_vespo.cluster.gpu_sharing import GpuSharing
+from megatron_vespo.cluster.supervised_engine import EngineEndpoint
 from megatron_vespo.system.http import EngineRequestError
 
 ALL = {"kv_cache", "cuda_graph", "weights"}
