@@ -59,7 +59,7 @@ class Engine(EngineStub):
 def arguments(replay: str | None) -> Namespace:
     return Namespace(
         num_layers=LAYERS, moe_router_topk=TOPK, num_experts=128, routing_replay=replay,
-        generate_timeout=60.0, max_dispatches=1, sglang_flags=[], distributed_backend="nccl", bf16=True,
+        generate_timeout=60.0, max_request_retries=0, sglang_flags=[], distributed_backend="nccl", bf16=True,
         seed=0, max_staleness=0, on_weight_update="retract", colocate=False, engine_start_timeout=60.0,
         weight_check_timeout=60.0,
     )  # fmt: skip
