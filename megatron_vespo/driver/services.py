@@ -13,11 +13,7 @@ from megatron_vespo.arguments.resume import resumed_folder
 from megatron_vespo.arguments.time_limits import longest_engine_step_s
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
-from megatron_vespo.cluster.colocated import ColocatedSync
-from megatron_vespo.cluster.engine_fleet import start_engines
-from megatron_vespo.cluster.engine_sync import EngineSync
-from megatron_vespo.cluster.gpu_sharing import GpuSharing
-from megatron_vespo.cluster.placement import place, start_ray, stop_ray
+from megatron_vespo.cluster.start import start_fleet
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
@@ -25,10 +21,9 @@ from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_dat
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
-from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
 from megatron_vespo.rollout.scoring import Scorer
-from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
+from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, SamplingParams
@@ -106,26 +101,20 @@ class Platform:
             stack.callback(rewards.close)
             lengths = args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
             self.scorer = Scorer(task.tokenizer, rewards, *lengths)
-        size = engine_size(args.sglang_flags)
         with display.phase("start Ray"):
-            stack.callback(stop_ray)
-            start_ray(args)
-            self.placement = place(args, size, runs_on_gpus(args), args.colocate)
-        for line in self.placement.divided:
-            display.message(line)
-        # not in args: they go into logs and checkpoints
-        self.api_key = new_api_key(args.engine_api_key, self.placement.loopback)
-        if self.api_key is not None:
-            check_flags_with_key(args.sglang_flags)
-        self.engines = start_engines(
-            args, self.placement, _server_arguments(args), self.api_key, self.log_dir, display.message
-        )
-        stack.callback(self.engines.stop)
-        self.gpu_sharing: GpuSharing | None = None  # where engines and trainer share GPUs
-        self.engine_sync = EngineSync(self.engines, size, self.api_key)
-        if args.colocate:
-            self.gpu_sharing = GpuSharing(self.engines, self.api_key, args.weight_sync_timeout, trace.phase)
-            self.engine_sync = ColocatedSync(self.engines, size, self.api_key, self.gpu_sharing)
+            started = start_fleet(
+                args,
+                _server_arguments(args),
+                on_gpus=runs_on_gpus(args),
+                key_choice=args.engine_api_key,
+                log_dir=self.log_dir,
+                log=display.message,
+                stack=stack,
+                trace=trace.phase if args.colocate else None,
+            )
+        self.placement, self.api_key = started.placement, started.api_key
+        self.engines, self.engine_sync = started.engines, started.sync
+        self.gpu_sharing = started.gpu_sharing
         self.generates = args.rollout_engines > 0
 
     def wait_for_engines(self) -> None:

@@ -1,4 +1,4 @@
-"""Who answers an evaluation: engines that it starts, or those that run already."""
+"""The engines of an evaluation: those that it starts, or those that run already."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from pathlib import Path
 from megatron_vespo.checkpoints.convert import Options, megatron_to_hf
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.sources import check_served, is_hf
-from megatron_vespo.cluster.engine_fleet import start_engines
-from megatron_vespo.cluster.engine_sync import EngineSync
-from megatron_vespo.cluster.placement import cluster_has_gpus, place, start_ray, stop_ray
+from megatron_vespo.cluster.placement import has_gpus, stop_ray
+from megatron_vespo.cluster.start import start_fleet
 from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
 from megatron_vespo.models.hf_config import read_unchecked
-from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.router import LostRequests
-from megatron_vespo.rollout.server_arguments import engine_size, server_arguments
+from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.plugins import load_runtime_plugins
 
 CONVERTED_NAME = "converted-{}"  # in the output folder, as engines on other nodes must see it
@@ -29,7 +27,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Serving:
-    """What a Collector needs to know; `urls` may change."""
+    """What a Collector needs to know of engines. `urls[number]` may change: None is one out of service."""
 
     urls: Sequence[str | None]
     lost: LostRequests
@@ -40,7 +38,7 @@ class Serving:
 
 @contextmanager
 def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
-    """Ends what it has started."""
+    """Engines that run already, or that are started here; those end with the context."""
     if args.engine_url:
         urls = [url.rstrip("/") for url in args.engine_url]
         yield Serving(urls, LostRequests(log), api_key=api_key(args))
@@ -51,26 +49,26 @@ def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
         with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
             load_runtime_plugins()
         stack.callback(stop_ray)
-        start_ray(args)
-        size = engine_size(args.sglang_flags)
+        on_gpus = has_gpus(args)
+        started = start_fleet(
+            args,
+            _server_arguments(args, on_gpus),
+            on_gpus=on_gpus,
+            key_choice="auto",
+            log_dir=(args.output_dir / "logs").resolve(),
+            log=log,
+            stack=stack,
+        )
         log(f"starting SGLang: {args.rollout_engines} engines ...")
-        log_dir = (args.output_dir / "logs").resolve()
-        on_gpus = cluster_has_gpus()
-        placement = place(args, size, on_gpus)
-        key = new_api_key("auto", placement.loopback)
-        if key is not None:
-            check_flags_with_key(args.sglang_flags)
-        engines = start_engines(args, placement, _server_arguments(args, on_gpus), key, log_dir, log)
-        stack.callback(engines.stop)
+        engines, sync = started.engines, started.sync
         engines.wait_until_ready()
-        sync = EngineSync(engines, size, key)  # the weights are those that the engines have loaded
-        sync.sync(0)
+        sync.sync(0)  # the weights are those that the engines have loaded
 
         def on_wait() -> None:
             if sync.is_wanted(while_others_serve=True):
                 sync.sync(0)
 
-        yield Serving(engines.urls, engines.lost, engines.check, on_wait, key)
+        yield Serving(engines.urls, engines.lost, engines.check, on_wait, started.api_key)
 
 
 def _hf_folder(args: Namespace, log: Callable[[str], None], stack: ExitStack) -> Path:
