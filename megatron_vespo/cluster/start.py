@@ -44,7 +44,7 @@ def start_fleet(
     """Start or join Ray, reserve places for all ranks and engines, and begin to start the engines.
 
     `server_args` are SGLang's own flags for each server, `key_choice` is one of API_KEY_CHOICES. `stack` ends
-    what has started. With `trace`, engines and trainer share the GPUs; it records every change, see GpuSharing.
+    what has started. With `trace`, engines and trainer share the GPUs: see GpuSharing.
     Raises ValueError when the cluster is too small and RuntimeError when Ray does not start.
     """
     stack.callback(stop_ray)
