@@ -1,44 +1,32 @@
-"""The loop: generate, reward, train, sync. Everything it talks to is handed in."""
+"""The training loop: generate, train, sync, evaluate. Everything it talks to is handed in."""
 
 from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
-from megatron_vespo.algorithms.diagnostics import floor_metrics
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.driver.debug_modes import NullEngineSync
+from megatron_vespo.driver.learner import Learner, LogProbBound
 from megatron_vespo.driver.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
-from megatron_vespo.observability.rollout_metrics import (
-    pi_old_is_in_place,
-    rollout_metrics,
-    staleness_metrics,
-    step_metrics,
-)
-from megatron_vespo.rollout.async_collector import AsyncCollector
-from megatron_vespo.rollout.buffer_state import pack_pending
+from megatron_vespo.rollout.batch_source import BatchSource, Group, ScoredBatch
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.evaluate import evaluate
-from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
+from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.rollout.synchronous_batches import batch_seed
 from megatron_vespo.system.preemption import Preempted, Preemption
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
 
-NUM_PROBES = 64  # completions that compare the engines with the trainer after the last sync
-# The floor of log W is measured every so many rollout batches, by two forward passes over at most so many
-# responses and at most one of so many: well below 1% of the time of training.
-FLOOR_INTERVAL, FLOOR_RESPONSES, FLOOR_SHARE = 20, 32, 8
-# between the rounds of a rollout batch, which may meet a prompt again; more than a run has optimizer steps
-ROUND_SEEDS = 2**40
+NUM_CANARIES = 64  # completions that compare the engines with the trainer after the last sync
 
 
 class StoppedByAlarm(RuntimeError):
@@ -47,44 +35,36 @@ class StoppedByAlarm(RuntimeError):
 
 @dataclass
 class Controller:
-    """One run. `train` is the whole story; the rest are its words."""
+    """One run. `train` is the whole story; the other methods are its steps."""
 
     args: Namespace
-    trainer: TrainerGroup
-    collector: Collector
-    scorer: Scorer
-    cursor: PromptCursor
+    source: BatchSource
+    learner: Learner
+    trainer: TrainerGroup | None
+    collector: Collector | None
+    scorer: Scorer | None
+    cursor: PromptCursor | None
     eval_prompts: list[Prompt]
-    sampling: SamplingParams
+    sampling: SamplingParams | None
     display: RunDisplay
     metrics: MetricsWriter
-    engine_sync: EngineSync
+    engine_sync: EngineSync | NullEngineSync
+    log_prob_bound: LogProbBound
     state: RunState = field(default_factory=RunState)
-    history: list[dict[str, float]] = field(default_factory=list)  # of the rollout batches so far
-    # told of every rollout batch: its groups, their metrics, the prompts consumed by then
-    record: Callable[[list[list[Completion]], dict[str, float], int], None] | None = None
-    stream: AsyncCollector | None = None  # generates in the background, with --max-staleness
-    policy_version: int = 0  # of the engines
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of all rollout batches so far
+    record: Callable[[ScoredBatch], None] | None = None  # gets every rollout batch before it is trained on
+    policy_version: int = 0  # of the weights that the engines have
     preemption: Preemption = field(default_factory=Preemption)
 
     def train(self) -> RunState:
         started = time.monotonic() - self.state.train_seconds
         self.sync_weights()
-        if self.eval_prompts and self.state.eval_before is None:
-            self.state.eval_before = self.state.eval_after = self.evaluate()
-            self.metrics.write(self.state.iteration, self.state.eval_before)
-        if self.state.eval_after is not None:
-            self.display.recall(self.state.eval_after)
-        if self.state.evaluation_due and (missed := self.maybe_evaluate()):
-            self.metrics.write(self.state.iteration, missed)
-        if self.stream is not None:
-            self.stream.start()
+        self.evaluate_at_start()
+        self.source.start()
         while self.state.iteration < self.args.train_iters:
-            groups, metrics = self.rollout_batch()
-            samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
-            if self.args.routing_replay == "R3" and (lost := lost_routes(samples)):
-                self.display.message(lost)
-            metrics |= self.update(samples)
+            batch = self.next_batch()
+            samples = self.training_samples(batch.groups)
+            metrics = batch.metrics | self.learner.update(samples, self.sync_if_due)
             metrics |= self.maybe_evaluate()
             alarms = self.check_alarms(metrics)
             self.state.train_seconds = time.monotonic() - started
@@ -92,148 +72,52 @@ class Controller:
             self.report(metrics)
             self.maybe_stop(alarms)
             self.preemption.stop_here()
-        if self.stream is not None:
-            self.stream.stop(self.args.generate_timeout)
+        self.source.stop()
         self.check_last_sync()
         return self.state
 
+    def next_batch(self) -> ScoredBatch:
+        batch = self.source.next_batch(self.state.iteration)
+        if self.record is not None:
+            self.record(batch)
+        return batch
+
+    def training_samples(self, groups: list[Group]) -> list[TrainingSample]:
+        samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
+        if self.args.routing_replay == "R3" and (lost := lost_routes(samples)):
+            self.display.message(lost)
+        return samples
+
     def sync_weights(self) -> dict[str, float]:
+        """All engines serve the learner's weights afterwards."""
+        version = self.learner.policy_version
         with self.display.phase("sync"):
-            seconds = self.engine_sync.sync(self.state.iteration)
-        self.policy_version = self.state.iteration
-        if self.stream is not None:
-            self.stream.serve(self.policy_version)
+            seconds = self.engine_sync.sync(version)
+        self.policy_version = version
+        self.source.weights_synced(version)
         return {"sync/weight_check_seconds": seconds}
 
+    def sync_if_due(self) -> dict[str, float]:
+        """After an optimizer step: every --sync-interval steps and after the last one."""
+        interval = self.args.sync_interval or self.args.steps_per_rollout
+        due = self.state.iteration - self.policy_version >= interval
+        return self.sync_weights() if due or self.state.iteration >= self.args.train_iters else {}
+
     def on_wait(self, while_others_serve: bool) -> None:
-        """While generation waits: a signal, or the last weights to engines that were started again."""
+        """Called while generation waits: ends the run after a signal, syncs engines that have restarted."""
         self.preemption.stop_here()
         if self.engine_sync.is_wanted(while_others_serve):
             self.sync_weights()
 
-    def sync_is_due(self) -> bool:
-        interval = self.args.sync_interval or self.args.steps_per_rollout
-        return (
-            self.state.iteration - self.policy_version >= interval
-            or self.state.iteration >= self.args.train_iters
-        )
-
-    def rollout_batch(self) -> tuple[list[list[Completion]], dict[str, float]]:
-        """Scored groups to train on; the metrics are of all that were generated for them."""
-        if self.stream is not None:
-            return self.stream_batch(self.stream)
-        size, dynamic = self.args.rollout_batch_size, self.args.dynamic_sampling
-        batch = RolloutBatch(size, size * self.args.dynamic_sampling_max_batches if dynamic else size)
-        seed = self._seed()
-        while num_prompts := batch.num_wanted():
-            groups = self.generate(num_prompts, seed)
-            with self.display.phase("reward"), self.preemption.interruptible():
-                self.score([completion for group in groups for completion in group])
-            batch.add(groups)
-            seed += ROUND_SEEDS
-        if dynamic and batch.shortfall:
-            self.display.message(
-                f"dynamic sampling: {len(batch.generated)} prompts gave {size - batch.shortfall} groups of "
-                f"different rewards; {batch.shortfall} without fill the batch of {size}"
-            )
-        metrics = rollout_metrics(batch.generated, self.args.advantage_estimator) | (
-            batch.metrics() if dynamic else {}
-        )
-        self.state.consumed_prompts = self.cursor.consumed
-        if self.record is not None:
-            self.record(batch.groups(), metrics, self.state.consumed_prompts)
-        return batch.groups(), metrics
-
-    def stream_batch(self, stream: AsyncCollector) -> tuple[list[list[Completion]], dict[str, float]]:
-        """The same from the background; generation goes on, unless it is to stop while there is training."""
-        stream.resume()
-        with self.display.phase("generate"):
-            groups = stream.take(self.args.train_timeout)
-            if self.args.stop_generation:
-                stream.suspend(self.args.weight_sync_timeout)
-        for message in stream.messages():
-            self.display.message(message)
-        check_some_worked([status for group in groups for status in judged(group)])
-        with stream.held() as buffer:
-            metrics, consumed = buffer.metrics(), self.cursor.consumed
-        metrics |= rollout_metrics(groups, self.args.advantage_estimator)
-        metrics |= staleness_metrics(
-            groups, self.state.iteration, self.args.steps_per_rollout, self.args.max_staleness
-        )
-        if self.record is not None:
-            self.record(groups, metrics, consumed)
-        return groups, metrics
-
-    def generate(self, num_prompts: int, seed: int) -> list[list[Completion]]:
-        prompts = self.cursor.take(num_prompts)
-        with self.display.phase("generate"), self.preemption.interruptible():
-            groups = self.collector.collect(
-                prompts, self.sampling, num_completions=self.args.group_size, seed=seed
-            )
-        for completion in (c for group in groups for c in group):
-            for rejection in completion.rejections:
-                self.display.message(f"drawn anew: {rejection}")
-            versions = set(completion.policy_versions.tolist())
-            if versions != {self.policy_version}:
-                raise RuntimeError(
-                    f"prompt {completion.prompt.prompt_id} was answered by policy versions "
-                    f"{sorted(versions)}, the current one is {self.policy_version}"
-                )
-        return groups
-
-    def score(self, completions: list[Completion]) -> list[float]:
-        failures = self.scorer.score(completions)
-        if failures:
-            self.display.message(describe_failures(failures))
-            check_some_worked(judged(completions), describe_failures(failures))
-        return [completion.reward for completion in completions]
-
-    def update(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """N optimizer steps; whole groups stay together in a mini-batch."""
-        size = len(samples) // self.args.steps_per_rollout
-        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        with self.display.phase("log-probs"):
-            self.trainer.prepare(mini_batches)
-            floor = self.measure_floor(samples)
-        version = self.state.iteration
-        older = any((sample.policy_versions != version).any() for sample in samples)
-        steps, sync_seconds = [], Counter()
-        for index, mini_batch in enumerate(mini_batches):
-            with self.display.phase("train"):
-                steps.append(self.trainer.train_step(index))
-            lags = [self.state.iteration - sample.policy_versions for sample in mini_batch]
-            steps[-1]["lag"] = np.concatenate(lags).mean()
-            self.state.iteration += 1
-            if self.sync_is_due():
-                sync_seconds.update(self.sync_weights())
-        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
-        lengths = np.array([sample.completion_length for sample in samples])
-        metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sync_seconds)
-        if pi_old_is_in_place(self.args, mini_batches[0], version):
-            metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
-        if older or self.stream is not None:
-            return metrics  # older policies have sampled: only the last sync's completions compare
-        # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
-        comparable = steps if self.args.ratio_denominator != "rollout" else steps[:1]
-        difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
-        self._check_logprobs(difference)
-        return metrics | {"check/max_logprob_difference": difference}
-
-    def measure_floor(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """What rounding alone puts into log W, of a few responses of all lengths; anew now and then.
-
-        The last one is in the checkpoint, so that a resumed run goes on with it.
-        """
-        if self.state.log_w_floor is None or not self.state.iteration % (
-            FLOOR_INTERVAL * self.args.steps_per_rollout
-        ):
-            lengths = np.array([sample.completion_length for sample in samples])
-            number = min(FLOOR_RESPONSES, max(len(samples) // FLOOR_SHARE, 2), len(samples))
-            ranks = np.linspace(0, len(samples) - 1, number).round().astype(int)
-            chosen = np.argsort(lengths, kind="stable")[ranks]
-            log_w = self.trainer.log_w_floor([samples[i] for i in chosen])
-            self.state.log_w_floor = floor_metrics(log_w, lengths[chosen])
-        return self.state.log_w_floor
+    def evaluate_at_start(self) -> None:
+        """Before the first step of a run, and what a preemption has interrupted before a resume."""
+        if self.eval_prompts and self.state.eval_before is None:
+            self.state.eval_before = self.state.eval_after = self.evaluate()
+            self.metrics.write(self.state.iteration, self.state.eval_before)
+        if self.state.eval_after is not None:
+            self.display.recall(self.state.eval_after)
+        if self.state.evaluation_due and (missed := self.maybe_evaluate()):
+            self.metrics.write(self.state.iteration, missed)
 
     def maybe_evaluate(self) -> dict[str, float]:
         rollouts_done = self.state.iteration // self.args.steps_per_rollout
@@ -254,21 +138,26 @@ class Controller:
             how = args.seed, args.eval_completions, args.eval_temperature, args.eval_pass_reward
             return evaluate(self.collector, self.eval_prompts, self.sampling, self.score, *how).metrics()
 
+    def score(self, completions: list[Completion]) -> list[float]:
+        return score_and_report(self.scorer, completions, self.display.message)
+
     def check_last_sync(self) -> None:
-        """The weights served last have made no training sample; a few completions compare them as well."""
-        prompts = (self.eval_prompts or self.cursor.take(NUM_PROBES))[:NUM_PROBES]
-        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=self._seed())
+        """No training sample comes from the weights synced last, so a few canary completions compare them."""
+        if self.collector is None or self.trainer is None:
+            return  # --train-from or --rollout-only: only one side has weights
+        prompts = (self.eval_prompts or self.cursor.take(NUM_CANARIES))[:NUM_CANARIES]
+        seed = batch_seed(self.args.seed, self.state.iteration)
+        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=seed)
         samples = [
             training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
         ]
-        ours = self.trainer.log_probs(samples)
-        pairs = zip(ours, samples, strict=True)
-        difference = float(max(np.abs(o - s.behavior_log_probs).max() for o, s in pairs))
+        pairs = zip(self.trainer.log_probs(samples), samples, strict=True)
+        difference = float(max(np.abs(ours - s.behavior_log_probs).max() for ours, s in pairs))
         self.metrics.write(self.state.iteration, {"check/last_sync_logprob_difference": difference})
-        self._check_logprobs(difference)
+        self.log_prob_bound.check(difference)
 
     def check_alarms(self, metrics: dict[str, float]) -> list[Alarm]:
-        """What is wrong with this batch, in words and as metrics; said once and then only now and then."""
+        """What is wrong with this batch, also as metrics. A repeated alarm is reported only now and then."""
         alarms = check(metrics, self.history)
         for alarm in alarms:
             if is_news(alarm, self.history):
@@ -297,40 +186,19 @@ class Controller:
     def save(self) -> None:
         """Everything as of the end of the last rollout batch."""
         with self.display.phase("save"):
-            pending = None if self.stream is None else self.pending(self.stream)
-            self.trainer.save(asdict(self.state), pending)
-
-    def pending(self, stream: AsyncCollector) -> bytes:
-        """All that the stream has, unfinished responses too; generation goes on with it."""
-        stream.suspend(self.args.weight_sync_timeout)
-        with stream.held() as buffer:
-            self.state.consumed_prompts = self.cursor.consumed
-            pending = buffer.pending()
-        if not self.args.stop_generation:
-            stream.resume()
-        return pack_pending(pending)
+            source = self.source.state()
+            self.state.consumed_prompts = source.consumed_prompts
+            self.trainer.save(asdict(self.state), source.pending)
 
     def report(self, metrics: dict[str, float]) -> None:
+        """Writes and shows the metrics of a rollout batch; throughputs are tokens per second."""
         seconds = self.display.phase_seconds()
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
-        if self.collector is not None:  # see debug_modes
-            generating = seconds["generate"] if self.stream is None else sum(seconds.values())
+        if "generate" in seconds:
+            generating = sum(seconds.values()) if self.source.in_background else seconds["generate"]
             metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / max(generating, 1e-9)
         if "train" in seconds:
             metrics["train/tokens_per_second"] = metrics["train/tokens"] / max(seconds["train"], 1e-9)
         metrics |= self.engine_sync.metrics() | {"policy/version": float(self.policy_version)}
         self.metrics.write(self.state.iteration, metrics)
         self.display.update(self.state.iteration, metrics)
-
-    def _check_logprobs(self, difference: float) -> None:
-        self.state.max_logprob_difference = max(self.state.max_logprob_difference, difference)
-        bound = self.args.max_logprob_difference
-        if bound is not None and not difference <= bound:
-            raise RuntimeError(
-                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, "
-                f"more than --max-logprob-difference {bound:g}: their weights or numerics are not the same"
-            )
-
-    def _seed(self) -> int:
-        """A new stream every rollout batch; --seed itself is the held-out prompts', always."""
-        return self.args.seed + 1 + self.state.iteration

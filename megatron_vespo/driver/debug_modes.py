@@ -3,67 +3,57 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_vespo.checkpoints.set_aside import set_aside
+from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.rollout_file import (
-    Group,
     RolloutRecord,
     batch_path,
     check_record,
-    read_record,
     write_record,
 )
-from megatron_vespo.driver.controller import Controller
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.rollout.batch_source import ScoredBatch
+from megatron_vespo.types import RunState, TrainingSample
 
 
-class Replay(Controller):
-    """--train-from: what a run recorded takes the place of engines and rewards.
+class NullLearner:
+    """--rollout-only: optimizer steps are counted, so that seeds go on as in training, but nobody trains."""
 
-    Everything after the rewards is computed anew, so the same layout, seed and flags give the same bits, and
-    another loss or advantage estimator can be tried on the same data.
-    """
+    policy_version = 0  # the engines keep the weights that they have loaded
 
-    def rollout_batch(self) -> tuple[list[Group], dict[str, float]]:
-        batch = self.state.iteration // self.args.steps_per_rollout
-        record = read_record(batch_path(self.args.train_from, batch))
-        self.state.consumed_prompts = record.consumed_prompts
-        return record.groups, record.metrics
+    def __init__(self, state: RunState, steps_per_rollout: int):
+        self._state, self._steps_per_rollout = state, steps_per_rollout
 
-    def sync_weights(self) -> dict[str, float]:
-        """There are no engines; the version is what they would have."""
-        self.policy_version = self.state.iteration
+    def update(
+        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        self._state.iteration += self._steps_per_rollout
         return {}
 
-    def check_last_sync(self) -> None:
-        """The same."""
 
+class NullEngineSync:
+    """--train-from: there are no engines that could get weights."""
 
-class RolloutOnly(Controller):
-    """--rollout-only: the engines' first weights generate every batch; nobody trains."""
+    def attach(self, trainer: TrainerGroup) -> None:
+        """Nothing to connect."""
 
-    def update(self, samples: list[TrainingSample]) -> dict[str, float]:
-        self.state.iteration += self.args.steps_per_rollout  # seeds go on as if somebody had
+    def sync(self, version: int) -> float:
+        return 0.0
+
+    def is_wanted(self, while_others_serve: bool) -> bool:
+        return False
+
+    def metrics(self) -> dict[str, float]:
         return {}
-
-    def sync_weights(self) -> dict[str, float]:
-        """There is no trainer, the version stays 0."""
-        self.engine_sync.sync(0)
-        return {}
-
-    def maybe_save(self, alarms: list) -> None:
-        """The same."""
-
-    def check_last_sync(self) -> None:
-        """The same."""
 
 
 class Recorder:
-    """--save-rollouts: a file a batch; a resumed run goes on with the number that it has come to.
+    """--save-rollouts: one file per batch; a resumed run continues the numbering.
 
-    Later batches of a run that has gone back are another one's: they go aside, like its checkpoints.
+    When a run goes back to an older checkpoint, files of later batches are set aside like its checkpoints.
     """
 
     def __init__(self, args: Namespace, iteration: int):
@@ -71,12 +61,12 @@ class Recorder:
         self._batch = iteration // args.steps_per_rollout
         self._goes_back = args.ckpt_step is not None
 
-    def __call__(self, groups: list[Group], metrics: dict[str, float], consumed_prompts: int) -> None:
+    def __call__(self, batch: ScoredBatch) -> None:
         path = batch_path(self._folder, self._batch)
         if self._goes_back and (later := [old for old in path.parent.glob("batch-*.npz") if old >= path]):
             set_aside(path.parent, later)
         self._goes_back = False
-        write_record(path, RolloutRecord(groups, metrics, consumed_prompts, self._run))
+        write_record(path, RolloutRecord(batch.groups, batch.metrics, batch.consumed_prompts, self._run))
         self._batch += 1
 
 

@@ -1,4 +1,4 @@
-"""Ray, engines and rewards: what lives as long as the run, whatever becomes of its trainer."""
+"""Ray, engines and rewards: they live as long as the run, also when its trainer is restarted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_vespo.cluster.start import start_fleet
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
@@ -80,8 +81,8 @@ def _check_vocabulary(args: Namespace, loaded: PromptSet) -> None:
         )
 
 
-class Platform:
-    """The engines start in the background from construction on; `stack` ends what has started."""
+class Services:
+    """Starts Ray, engines and rewards; engines go on starting in the background. `stack` ends everything."""
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class Platform:
                 trace=trace.phase if args.colocate else None,
             )
         self.placement, self.api_key = started.placement, started.api_key
-        self.engines, self.engine_sync = started.engines, started.sync
+        self.engines = started.engines
+        self.engine_sync = NullEngineSync() if args.train_from else started.sync
         self.gpu_sharing = started.gpu_sharing
         self.generates = args.rollout_engines > 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,14 +65,16 @@ def staleness_metrics(
     } | {f"staleness/share/{lag}": float(share) for lag, share in enumerate(counts)}
 
 
-def pi_old_is_in_place(args: Namespace, mini_batch: list[TrainingSample], version: int) -> bool:
+def pi_old_is_in_place(
+    ratio_denominator: str, old_policy: str, mini_batch: list[TrainingSample], version: int
+) -> bool:
     """Whether log W of a rollout batch's first mini-batch must be 0: before its update pi_old is pi.
 
     `version` is the policy's, before the update.
     """
-    if args.ratio_denominator != "recomputed" or args.old_policy == "ewma":
+    if ratio_denominator != "recomputed" or old_policy == "ewma":
         return False
-    return args.old_policy == "current" or all((s.policy_versions == version).all() for s in mini_batch)
+    return old_policy == "current" or all((s.policy_versions == version).all() for s in mini_batch)
 
 
 def step_metrics(

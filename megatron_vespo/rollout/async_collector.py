@@ -23,7 +23,7 @@ from megatron_vespo.types import SamplingParams
 # a request that failed in one of these ways says nothing about the next one
 FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
 MAX_FAILURES_IN_A_ROW = 32  # groups; then it is not the requests
-MEANWHILE_INTERVAL_S = 1.0
+ON_WAIT_INTERVAL_S = 1.0
 RETRY_PAUSE_S = (
     0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second
 )
@@ -33,12 +33,14 @@ Score = Callable[[Group], Sequence[RewardResult]]
 
 
 class AsyncCollector:
-    """Fills `buffer`, which nothing else touches while the thread runs, until `stop`.
+    """Fills `buffer` in a thread, from `start` to `stop`; nothing else touches the buffer meanwhile.
 
-    All methods may be called from the thread that trains. What ends generation, a dead engine for one, is
-    raised by the next `take`. `score` fills rewards in and returns those that failed, `on_change` is told
-    when groups have finished or were taken. The seed of a prompt is its own, wherever and when it is
-    generated: that of its place in the run and of its dispatch.
+    All methods may be called from the thread that trains. If generation ends, because of a dead engine for
+    example, the next `take` raises the error.
+
+    `score` fills in rewards and returns those that failed. `on_wait` is called every second by a `take` that
+    waits, `on_change` when groups have finished or were taken. The seed of a group depends only on its
+    prompt's place in the run and on its dispatch, not on when and where it is generated.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class AsyncCollector:
         num_completions: int,
         seed: int,
         max_failures: int = MAX_FAILURES_IN_A_ROW,
+        on_wait: Callable[[], None] = lambda: None,
         on_change: Callable[[RolloutBuffer], None] | None = None,
     ):
         self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
-        self.on_wait: Callable[[], None] = lambda: None  # called now and then by a `take` that waits
+        self._on_wait = on_wait
         self._changed = threading.Condition()  # guards the buffer and what follows
         self._on_change = on_change
         self._error: BaseException | None = None
@@ -92,8 +95,8 @@ class AsyncCollector:
                         f"no rollout batch within {timeout_s:g} s: {self._buffer.num_finished} groups have "
                         f"finished, {self._buffer.num_in_flight} are in flight"
                     )
-                self._changed.wait(min(left, MEANWHILE_INTERVAL_S))
-            self.on_wait()
+                self._changed.wait(min(left, ON_WAIT_INTERVAL_S))
+            self._on_wait()
 
     def serve(self, version: int) -> None:
         """The engines serve `version` from now on."""
@@ -110,7 +113,7 @@ class AsyncCollector:
 
     @contextmanager
     def held(self) -> Iterator[RolloutBuffer]:
-        """The buffer, which does not change meanwhile: nothing is dispatched, no prompt is taken."""
+        """The buffer, which does not change inside: nothing is dispatched, no prompt is taken."""
         with self._changed:
             yield self._buffer
 

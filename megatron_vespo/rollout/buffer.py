@@ -1,20 +1,22 @@
-"""What asynchronous generation has in flight and has finished, and which step may train on it. No I/O.
+"""The groups of asynchronous generation, in flight and finished, and which step may train on them. No I/O.
 
 A policy version is a number of optimizer steps: step t trains version t and makes version t + 1. A rollout
-batch of `batch_size` groups is cut into `mini_batches` optimizer steps, G = batch_size / mini_batches groups
-each. A group's version u is that of the oldest token in it. Trained on at step t its total lag is
+batch of `batch_size` groups is trained in `steps_per_rollout` optimizer steps, so every step trains on
+G = batch_size / steps_per_rollout groups. A group's version u is that of its oldest token. If step t trains
+on it, its total lag is
 
-    t - u = (first step of its rollout batch - u) + index of its mini-batch
+    t - u = (first step of its rollout batch - u) + (index of the step in the batch)
           = asynchronous lag                      + what a synchronous run has too
 
-and the bound is on this total: t - u <= max_staleness, so the group's last step is u + max_staleness.
+The total lag is bounded: t - u <= max_staleness. So u + max_staleness is the group's last step.
 
-Every step has places for G groups. Earliest last step first fills them best: the j-th oldest group lies in
-step next_step + j // G, and one that lies after its last step there is too old wherever it is put. While
-engines serve version w nothing dispatched can be older than w, and all of it has to fit the steps up to
-w + max_staleness: so many places, less what is held already, is the `room` for new groups. Beyond it
-something would be certain to be generated in vain. A whole batch of fresh groups fits if next_step - w +
-mini_batches - 1 <= max_staleness when the batch is waited for.
+Every step has places for G groups. Filling them by the earliest last step is optimal: the j-th oldest group
+goes to step next_step + j // G. If that is after its last step, it is too old for any place.
+
+`room` is how many new groups may be dispatched. While engines serve version w, a new group is not older than
+w, so its last step is w + max_staleness or later. All groups held must fit into the steps up to that one;
+generating more would be in vain for certain. A whole batch of fresh groups fits if
+next_step - w + steps_per_rollout - 1 <= max_staleness when the batch is waited for.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class RolloutBuffer:
         next_prompt: Callable[[], Prompt],
         *,
         batch_size: int,
-        mini_batches: int,
+        steps_per_rollout: int,
         max_staleness: int,
         requeue: bool,
         max_dispatches: int,
@@ -103,10 +105,10 @@ class RolloutBuffer:
         teaches: Callable[[Group], bool] = lambda group: True,
         max_left_out: int = 0,
     ):
-        assert batch_size % mini_batches == 0, (batch_size, mini_batches)
+        assert batch_size % steps_per_rollout == 0, (batch_size, steps_per_rollout)
         self._next_prompt = next_prompt
-        self._batch_size, self._mini_batches = batch_size, mini_batches
-        self._step_size = batch_size // mini_batches
+        self._batch_size, self._mini_batches = batch_size, steps_per_rollout
+        self._step_size = batch_size // steps_per_rollout
         self._max_staleness = max_staleness
         self._requeue, self._max_dispatches = requeue, max_dispatches
         self._max_held, self._teaches, self._max_left_out = max_held, teaches, max_left_out

@@ -18,7 +18,7 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class Collector:
-    """Spreads generate requests over the engines at `urls`, which may change meanwhile: see Router.
+    """Spreads generate requests over the engines at `urls`, which may change at any time: see Router.
 
     One request is one completion: as fast as batched requests (the engine batches by itself), and every
     completion frees its place as soon as it ends. `check`, called every second and after a request that is
@@ -41,10 +41,11 @@ class Collector:
         on_requests: OnRequests | None = None,
         lost: LostRequests | None = None,
         generate_function: GenerateFunction | None = None,
+        on_wait: Callable[[], None] | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
-        self.on_wait: Callable[[], None] | None = None  # called every second while `collect` waits
+        self.on_wait = on_wait  # called every second while `collect` waits
         self._urls, self._max_dispatches, self._lost = urls, max_dispatches, lost or LostRequests()
         self._routes = routes
         self._request_timeout_s = request_timeout_s

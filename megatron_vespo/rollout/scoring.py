@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,20 @@ class Scorer:
             completion.reward_status = result.status
             completion.reward = result.value  # last: with it the completion is done
         return [result for result in results if result.status != "ok"]
+
+
+def score_and_report(
+    scorer: Scorer, completions: Sequence[Completion], report: Callable[[str], None]
+) -> list[float]:
+    """Rewards of all completions, float [len(completions)]; `report` gets one line about those that failed.
+
+    Raises RuntimeError if all of them failed.
+    """
+    failures = scorer.score(completions)
+    if failures:
+        report(describe_failures(failures))
+        check_some_worked(judged(completions), describe_failures(failures))
+    return [completion.reward for completion in completions]
 
 
 def describe_failures(failures: Sequence[RewardResult]) -> str:

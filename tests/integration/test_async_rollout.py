@@ -50,7 +50,8 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     numbers = count(3)
     buffer = RolloutBuffer(
         lambda: make_prompt(number := next(numbers), [number, 7]),
-        batch_size=4, mini_batches=1, max_staleness=1, requeue=True, max_dispatches=2, version=version - 1,
+        batch_size=4, steps_per_rollout=1, max_staleness=1, requeue=True, max_dispatches=2,
+        version=version - 1,
     )  # fmt: skip
     collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
@@ -108,7 +109,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
     def start(state: list[Pending]) -> AsyncCollector:
         buffer = RolloutBuffer(
             lambda: prompts[next(numbers)],
-            batch_size=4, mini_batches=1, max_staleness=0, requeue=True, max_dispatches=2,
+            batch_size=4, steps_per_rollout=1, max_staleness=0, requeue=True, max_dispatches=2,
         )  # fmt: skip
         buffer.restore(state)
         collector = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)

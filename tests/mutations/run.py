@@ -364,9 +364,9 @@ MUTATIONS = [
     ),
     Mutation(
         "recorded rollouts: a batch is trained on twice",
-        "driver/debug_modes.py",
-        "batch = self.state.iteration // self.args.steps_per_rollout",
-        "batch = self.state.iteration // self.args.steps_per_rollout // 2",
+        "rollout/recorded_batches.py",
+        "iteration // self._steps_per_rollout",
+        "iteration // self._steps_per_rollout // 2",
         ("tests/unit/driver/test_debug_modes.py", "same_samples"),
     ),
     Mutation(

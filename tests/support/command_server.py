@@ -18,7 +18,7 @@ import warnings
 
 ACCEPTED = 77
 STARTS = {
-    "megatron_vespo.commands.train": "Platform",
+    "megatron_vespo.commands.train": "Services",
     "megatron_vespo.commands.evaluate.command": "serving",
     "megatron_vespo.commands.check_layout.command": "start_ray",
     "megatron_vespo.commands.smoke.command": "start_ray",

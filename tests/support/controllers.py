@@ -8,11 +8,15 @@ import numpy as np
 
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
 from megatron_vespo.driver.controller import Controller
+from megatron_vespo.driver.learner import LogProbBound, PolicyLearner
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.batch_source import BatchSource
 from megatron_vespo.rollout.scoring import Scorer
+from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
+from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, RunState, SamplingParams
 from tests.support.builders import make_group, make_prompt
 
@@ -97,20 +101,24 @@ class Tokenizer:
         return [""] * len(token_ids)
 
 
-def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **changes) -> Controller:
+def controller(
+    tmp_path,
+    on_alarm: str,
+    batches: int,
+    truncated: set[int],
+    *,
+    state: RunState | None = None,
+    source: BatchSource | None = None,
+    **changes,
+) -> Controller:
+    """`source` is a synchronous one unless it is given; `changes` are of the flags."""
     args = Namespace(
         train_iters=MINI_BATCHES * batches,
         steps_per_rollout=MINI_BATCHES,
-        rollout_batch_size=len(PROMPTS),
-        group_size=COMPLETIONS,
         max_completion_tokens=3,
         advantage_estimator="group-mean",
-        dynamic_sampling=False,
         overlong_buffer=0,
         overlong_penalty=1.0,
-        ratio_denominator="recomputed",
-        old_policy="current",
-        max_logprob_difference=None,
         routing_replay=None,
         eval_interval=5,
         eval_completions=1,
@@ -120,23 +128,36 @@ def controller(tmp_path, on_alarm: str, batches: int, truncated: set[int], **cha
         save_interval=1000,
         on_alarm=on_alarm,
         sync_interval=None,
-        stop_generation=False,
         seed=0,
     )
     vars(args).update(changes)
-    state = RunState()
+    state, display = state or RunState(), RunDisplay("test", args.train_iters)
+    parts = dict(collector=Collector(state, truncated), cursor=Cursor(), sampling=SamplingParams(1.0, 3, ()))
+    scorer = Scorer(
+        Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+    )
+    preemption = Preemption(deadline_s=60.0)
+    if source is None:
+        source = SynchronousBatches(
+            **parts, scorer=scorer, batch_size=len(PROMPTS), group_size=COMPLETIONS, max_batches=None, seed=0,
+            advantage_estimator=args.advantage_estimator, display=display, preemption=preemption,
+        )  # fmt: skip
+    trainer, bound = Trainer(), LogProbBound(None, state)
     return Controller(
         args=args,
-        trainer=Trainer(),
-        collector=Collector(state, truncated),
-        scorer=Scorer(
-            Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+        source=source,
+        learner=PolicyLearner(
+            trainer, state, display, args.steps_per_rollout, "recomputed", "current",
+            compares_engines=not source.in_background, log_prob_bound=bound,
         ),
+        trainer=trainer,
+        scorer=scorer,
         engine_sync=EngineSync(),
-        cursor=Cursor(),
+        log_prob_bound=bound,
         eval_prompts=[],
-        sampling=SamplingParams(1.0, 3, ()),
-        display=RunDisplay("test", args.train_iters),
+        display=display,
         metrics=MetricsWriter(tmp_path, None),
         state=state,
-    )
+        preemption=preemption,
+        **parts,
+    )  # fmt: skip

@@ -166,16 +166,15 @@ class _Evaluation:
 
 
 def _collector(args: Namespace, served: Serving) -> Collector:
-    collector = Collector(
+    return Collector(
         served.urls,
         request_timeout_s=args.generate_timeout,
         max_dispatches=1 + args.max_request_retries,
         check=served.check,
         api_key=served.api_key,
         lost=served.lost,
+        on_wait=served.on_wait,
     )
-    collector.on_wait = served.on_wait
-    return collector
 
 
 def _report(args: Namespace, evaluation: _Evaluation, settings: dict[str, Any], seconds: float) -> None:

@@ -81,7 +81,7 @@ class _Run:
         self._numbers = count()
         self._buffer = RolloutBuffer(
             self._next_prompt,
-            batch_size=settings.rollout_batch_size, mini_batches=settings.steps_per_rollout,
+            batch_size=settings.rollout_batch_size, steps_per_rollout=settings.steps_per_rollout,
             max_staleness=settings.bound, requeue=settings.requeue, max_dispatches=settings.max_attempts,
             max_held=settings.max_held,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a smoke run does, with the objects of a real one: platform, session, controller."""
+"""What a smoke run does, with the objects of a real one: services, trainer attempt, controller."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, co
 from megatron_vespo.commands.smoke.stages import CheckFailed, Stage, Stages
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.driver.controller import Controller
-from megatron_vespo.driver.services import Platform, Task
-from megatron_vespo.driver.session import Session
+from megatron_vespo.driver.services import Services, Task
+from megatron_vespo.driver.trainer_attempt import TrainerAttempt
 from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.system.preemption import Preemption
@@ -70,21 +70,21 @@ class SmokeRun:
         self._args, self._model_bytes, self._stages = args, model_bytes, stages
         self._bounds = BOUNDS_BF16 if args.bf16 else BOUNDS_FP32
         self._draw = np.random.default_rng(args.seed)
-        self._platform: Platform | None = None
+        self._services: Services | None = None
 
     def run(self, stack: ExitStack) -> None:
         """All stages; `stack` ends what has started. Raises Stopped where one breaks."""
         args, stages = self._args, self._stages
         trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
         with stages.stage("start Ray"):
-            self._platform = Platform(args, self._task(), stages, trace, Preemption(), stack)
-        first = Session(args, self._platform, 0)
+            self._services = Services(args, self._task(), stages, trace, Preemption(), stack)
+        first = TrainerAttempt(args, self._services, 0)
         with first:
             samples = self._generate_and_train(first.controller)
             log_probs, sums = self._save(first.controller, samples)
         with stages.stage("resume") as row:
             first.wait_until_gone()
-            second = stack.enter_context(Session(args, self._platform, 1))
+            second = stack.enter_context(TrainerAttempt(args, self._services, 1))
             row.detail = f"at optimizer step {second.controller.state.iteration}"
             if second.controller.state.iteration != args.train_iters:
                 raise CheckFailed(f"resumed {row.detail}, saved was {args.train_iters}")
@@ -132,7 +132,7 @@ class SmokeRun:
     def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
         """A rollout batch with rewards that are drawn."""
         started = time.monotonic()
-        groups = controller.generate(
+        groups = controller.source.generate(
             self._args.rollout_batch_size, self._args.seed + controller.policy_version
         )
         completions = [completion for group in groups for completion in group]
@@ -179,19 +179,19 @@ class SmokeRun:
         """Of every engine, the last one's words."""
         some = samples[:NUM_PREFILLED]
         for url in self._urls():
-            theirs = prefilled(url, some, self._args.generate_timeout, self._platform.api_key)
+            theirs = prefilled(url, some, self._args.generate_timeout, self._services.api_key)
             told = compare(ours[: len(some)], theirs, self._bounds, f"engine {url}, prefilled tokens")
         return told
 
     def _take_a_turn(self, controller: Controller, samples: list[TrainingSample]) -> None:
         """Engines are offloaded, and serve the same weights after they have their memory again."""
         with self._stages.stage("colocated turn") as row:
-            seconds = self._platform.gpu_sharing.seconds
+            seconds = self._services.gpu_sharing.seconds
             controller.trainer.prepare([samples])
             controller.sync_weights()
             found = self._generate_and_compare(controller, row)
             assert len(found) == len(samples)
-            row.seconds = self._platform.gpu_sharing.seconds - seconds
+            row.seconds = self._services.gpu_sharing.seconds - seconds
 
     def _save(
         self, controller: Controller, samples: list[TrainingSample]
@@ -227,10 +227,10 @@ class SmokeRun:
             self._generate_and_compare(controller, row)
 
     def _urls(self) -> list[str]:
-        return [url for url in self._platform.engines.urls if url is not None]
+        return [url for url in self._services.engines.urls if url is not None]
 
     def _sums(self) -> list[Sums]:
-        admin = EngineAdmin(self._urls(), self._args.weight_sync_timeout, api_key=self._platform.api_key)
+        admin = EngineAdmin(self._urls(), self._args.weight_sync_timeout, api_key=self._services.api_key)
         try:
             return weight_sums(admin)
         finally:

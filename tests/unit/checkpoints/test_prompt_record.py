@@ -12,7 +12,7 @@ import pytest
 
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, digest, read_record
 from megatron_vespo.checkpoints.run_folder import COMPLETE, PROMPTS, resumed_save
-from megatron_vespo.driver import services as platform
+from megatron_vespo.driver import services
 from megatron_vespo.driver.services import Task, load_task
 from megatron_vespo.types import Prompt
 from tests.support.builders import make_prompt
@@ -138,7 +138,7 @@ class Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch) -> type[Clock]:
-    monkeypatch.setattr(platform, "datetime", Clock)
+    monkeypatch.setattr(services, "datetime", Clock)
     monkeypatch.setattr(Clock, "today", DATE)
     return Clock
 

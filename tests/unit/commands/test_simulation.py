@@ -320,13 +320,13 @@ def test_whatever_fails_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
     def pick(*values):
         return data.draw(st.sampled_from(values))
 
-    mini_batches = pick(1, 2, 4)
-    interval = pick(*(k for k in (1, 2, 4) if mini_batches % k == 0), 2 * mini_batches)
-    bound = pick(0, *(max(mini_batches, interval) + extra for extra in (0, 1, 3, 7)))
+    steps_per_rollout = pick(1, 2, 4)
+    interval = pick(*(k for k in (1, 2, 4) if steps_per_rollout % k == 0), 2 * steps_per_rollout)
+    bound = pick(0, *(max(steps_per_rollout, interval) + extra for extra in (0, 1, 3, 7)))
     run = Settings(
-        train_steps=mini_batches * data.draw(st.integers(1, 20)),
-        steps_per_rollout=mini_batches,
-        rollout_batch_size=mini_batches * data.draw(st.integers(1, 6)),
+        train_steps=steps_per_rollout * data.draw(st.integers(1, 20)),
+        steps_per_rollout=steps_per_rollout,
+        rollout_batch_size=steps_per_rollout * data.draw(st.integers(1, 6)),
         group_size=data.draw(st.integers(1, 4)),
         num_engines=data.draw(st.integers(1, 4)),
         max_staleness=bound,

@@ -1,23 +1,25 @@
-"""The controller's asynchronous path; what generates and trains is a stand-in."""
+"""Batches of the background through the controller's loop; what generates and trains is a stand-in."""
 
 from contextlib import contextmanager
 
 import pytest
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.rollout.background_batches import BackgroundBatches
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
 from tests.support.builders import make_completion
-from tests.support.controllers import COMPLETIONS, MINI_BATCHES, PROMPTS, controller
+from tests.support.controllers import COMPLETIONS, MINI_BATCHES, PROMPTS, Cursor, controller
 
 
-class Stream:
+class Background:
     """Finishes what it dispatches at once, as far ahead as the bound allows."""
 
     def __init__(self, max_staleness: int):
         self.log: list[str] = []
         self.buffer = RolloutBuffer(
-            lambda: PROMPTS[0], batch_size=len(PROMPTS), mini_batches=MINI_BATCHES,
+            lambda: PROMPTS[0], batch_size=len(PROMPTS), steps_per_rollout=MINI_BATCHES,
             max_staleness=max_staleness, requeue=True, max_dispatches=1,
         )  # fmt: skip
 
@@ -55,14 +57,15 @@ class Stream:
         self.log.append("stop")
 
 
-def asynchronous(tmp_path, max_staleness: int, interval: int | None, **flags):
-    run = controller(
-        tmp_path, "warn", 3, set(), train_timeout=1.0, generate_timeout=1.0, weight_sync_timeout=1.0,
-        max_staleness=max_staleness, sync_interval=interval, **flags,
+def asynchronous(tmp_path, max_staleness: int, interval: int | None = None, stop: bool = False):
+    """A controller, and what generates for it."""
+    background = Background(max_staleness)
+    source = BackgroundBatches(
+        background, Cursor(), steps_per_rollout=MINI_BATCHES, max_staleness=max_staleness,
+        stop_while_training=stop, advantage_estimator="group-mean", display=RunDisplay("test", 1),
+        batch_timeout_s=1.0, suspend_timeout_s=1.0, stop_timeout_s=1.0,
     )  # fmt: skip
-    run.stream = Stream(max_staleness)
-    run.trainer.sync_weights = lambda version: 1.0  # seconds of the weight check
-    return run
+    return controller(tmp_path, "warn", 3, set(), source=source, sync_interval=interval), background
 
 
 @pytest.mark.parametrize(
@@ -70,13 +73,12 @@ def asynchronous(tmp_path, max_staleness: int, interval: int | None, **flags):
     [(None, 3, [0, 2, 4, 6]), (1, 3, [0, 1, 2, 3, 4, 5, 6]), (4, 5, [0, 4, 6])],
 )
 def test_weights_are_synced_at_the_interval_and_at_the_end(tmp_path, interval, max_staleness, served):
-    run = asynchronous(tmp_path, max_staleness, interval)
-    stream = run.stream
+    run, background = asynchronous(tmp_path, max_staleness, interval)
     recorded = []
-    run.record = lambda groups, metrics, consumed: recorded.append((len(groups), metrics["reward/mean"]))
+    run.record = lambda batch: recorded.append((len(batch.groups), batch.metrics["reward/mean"]))
     assert run.train().iteration == 6
     first, *others = (f"serve {version}" for version in served)
-    assert [entry for entry in stream.log if entry[:5] in ("serve", "start", "stop")] == [
+    assert [entry for entry in background.log if entry[:5] in ("serve", "start", "stop")] == [
         first, "start", *others, "stop",
     ]  # fmt: skip
     records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
@@ -92,23 +94,23 @@ def test_weights_are_synced_at_the_interval_and_at_the_end(tmp_path, interval, m
     assert recorded == [(len(PROMPTS), record["reward/mean"]) for record in records]
     [saved] = run.trainer.saved_buffers
     pending = unpack_pending(saved, {0: PROMPTS[0]})
-    assert len(pending) == stream.buffer.num_finished > 0
+    assert len(pending) == background.buffer.num_finished > 0
     assert all(p.is_finished for p in pending)
 
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_generation_stops_for_a_save_and_where_it_is_to_stop_while_there_is_training(tmp_path, stop):
-    run = asynchronous(tmp_path, 3, None, stop_generation=stop)
+    run, background = asynchronous(tmp_path, 3, stop=stop)
     run.train()
-    log = [entry for entry in run.stream.log if not entry.startswith("serve")]
+    log = [entry for entry in background.log if not entry.startswith("serve")]
     batch = ["resume", "suspend"] if stop else ["resume"]
     save = ["suspend"] if stop else ["suspend", "resume"]
     assert log == ["start", *batch * 3, *save, "stop"]
 
 
 def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
-    run = controller(tmp_path, "warn", 3, set())
-    run.stream, run.state.iteration = Stream(3), 2
+    run, background = asynchronous(tmp_path, 3)
+    run.state.iteration = 2
     asked = []
 
     def is_wanted(while_others_serve: bool) -> bool:
@@ -117,7 +119,7 @@ def test_engines_that_wait_for_weights_get_those_of_now(tmp_path):
 
     run.engine_sync.is_wanted = is_wanted
     run.on_wait(while_others_serve=False)
-    assert run.stream.log == [] and run.policy_version == 0
+    assert background.log == [] and run.policy_version == 0
     run.on_wait(while_others_serve=True)
-    assert run.stream.log == ["serve 2"] and run.policy_version == 2
+    assert background.log == ["serve 2"] and run.policy_version == 2
     assert asked == [False, True]

@@ -11,23 +11,23 @@ import pytest
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.driver.controller import Controller
-from megatron_vespo.driver.debug_modes import (
-    Recorder,
-    Replay,
-    RolloutOnly,
-    check_modes,
-    check_recorded,
-)
+from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_modes, check_recorded
+from megatron_vespo.driver.learner import LogProbBound
 from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.batch_source import ScoredBatch, SourceState
+from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.scoring import Scorer
+from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
+from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 from tests.support.builders import make_completion, make_prompt
 from tests.support.controllers import EngineSync
 
 BATCHES, SIZE, GROUP = 3, 4, 2
 PROMPTS = [make_prompt(i, [1, 2, i]) for i in range(5)]
+SAMPLING = SamplingParams(1.0, 3, ())
 
 
 def arguments(**changes) -> Namespace:
@@ -108,70 +108,96 @@ class Tokenizer:
         return [""] * len(token_ids)
 
 
-def recording(args: Namespace, mode: type[Controller] = Controller, iteration: int = 0) -> Controller:
-    """Engines and rewards, no trainer."""
-    state = RunState(iteration=iteration, consumed_prompts=iteration // 2 * SIZE)
-    return mode(
-        args=args,
-        trainer=None,
-        collector=Engines(None if mode is RolloutOnly else state),
-        scorer=Scorer(
-            Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
-        ),
-        cursor=PromptCursor(PROMPTS, 0, state.consumed_prompts),
-        eval_prompts=[],
-        sampling=SamplingParams(1.0, 3, ()),
-        display=RunDisplay("test", args.train_iters),
-        engine_sync=EngineSync(),
-        metrics=Metrics(),
-        state=state,
-        record=Recorder(args, iteration),
-        policy_version=iteration,
+class Recording:
+    """Engines, rewards and files, and optimizer steps that are only counted."""
+
+    def __init__(self, args: Namespace, iteration: int = 0):
+        self.state = RunState(iteration=iteration, consumed_prompts=iteration // 2 * SIZE)
+        self.source = synchronous(args, Engines(self.state), self.state, RunDisplay("test", 1))
+        self.source.weights_synced(iteration)
+        self._record = Recorder(args, iteration)
+
+    def batch(self) -> ScoredBatch:
+        """The next one; two optimizer steps follow it."""
+        batch = self.source.next_batch(self.state.iteration)
+        self._record(batch)
+        self.state.iteration += 2
+        self.source.weights_synced(self.state.iteration)
+        return batch
+
+
+def synchronous(
+    args: Namespace, engines: Engines, state: RunState, display: RunDisplay
+) -> SynchronousBatches:
+    return SynchronousBatches(
+        engines, scorer(args), PromptCursor(PROMPTS, 0, state.consumed_prompts), SAMPLING,
+        batch_size=SIZE, group_size=GROUP, max_batches=None, seed=0, advantage_estimator="group-mean",
+        display=display, preemption=Preemption(),
+    )  # fmt: skip
+
+
+def scorer(args: Namespace) -> Scorer:
+    return Scorer(
+        Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
     )
 
 
-def replaying(args: Namespace) -> Replay:
-    nothing = dict.fromkeys(("engine_sync", "trainer", "collector", "scorer", "cursor", "sampling"))
-    return Replay(args=args, eval_prompts=[], display=RunDisplay("test", 1), metrics=None, **nothing)
+def rollout_only(args: Namespace) -> Controller:
+    state, engines, display = RunState(), Engines(None), RunDisplay("test", args.train_iters)
+    return Controller(
+        args=args,
+        source=synchronous(args, engines, state, display),
+        learner=NullLearner(state, args.steps_per_rollout),
+        trainer=None,
+        collector=engines,
+        scorer=scorer(args),
+        cursor=None,
+        eval_prompts=[],
+        sampling=SAMPLING,
+        display=display,
+        metrics=Metrics(),
+        engine_sync=EngineSync(),
+        log_prob_bound=LogProbBound(None, state),
+        state=state,
+        record=Recorder(args, 0) if args.save_rollouts else None,
+    )
 
 
 @pytest.fixture()
 def recorded(tmp_path) -> Path:
     """Three batches, as weights that change wrote them."""
-    run = recording(arguments(save_rollouts=tmp_path / "rollouts"))
+    run = Recording(arguments(save_rollouts=tmp_path / "rollouts"))
     for _ in range(BATCHES):
-        run.rollout_batch()
-        run.state.iteration += 2
-        run.policy_version = run.state.iteration
+        run.batch()
     return tmp_path / "rollouts"
 
 
+def replayed(folder: Path) -> RecordedBatches:
+    return RecordedBatches(folder, steps_per_rollout=2, consumed_prompts=0)
+
+
 def test_a_replay_trains_on_the_same_samples(tmp_path):
-    live = recording(arguments(save_rollouts=tmp_path))
-    replay = replaying(arguments(train_from=tmp_path))
-    for _ in range(BATCHES):
-        groups, metrics = live.rollout_batch()
-        again, metrics_again = replay.rollout_batch()
-        assert metrics == metrics_again
-        assert replay.state.consumed_prompts == live.state.consumed_prompts
-        samples = zip(
-            *(training_samples(batch, "group-mean", "R3") for batch in (groups, again)), strict=True
-        )
+    live, replay = Recording(arguments(save_rollouts=tmp_path)), replayed(tmp_path)
+    for number in range(BATCHES):
+        batch, again = live.batch(), replay.next_batch(2 * number)
+        assert batch.metrics == again.metrics
+        assert batch.consumed_prompts == again.consumed_prompts == replay.state().consumed_prompts
+        samples = zip(*(training_samples(b.groups, "group-mean", "R3") for b in (batch, again)), strict=True)
         for one, other in samples:
             assert one.routed_experts is not None
             for name, value in vars(one).items():
                 np.testing.assert_array_equal(value, getattr(other, name), strict=True, err_msg=name)
-        live.state.iteration += 2
-        live.policy_version = live.state.iteration
-        replay.state.iteration += 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         batch_path(tmp_path, batch).name for batch in range(BATCHES)
     ]
 
 
+def test_a_replay_that_has_trained_nothing_keeps_its_place(tmp_path):
+    assert RecordedBatches(tmp_path, steps_per_rollout=2, consumed_prompts=8).state() == SourceState(8)
+
+
 def test_advantages_are_made_anew(recorded):
-    replay = replaying(arguments(train_from=recorded, advantage_estimator="leave-one-out"))
-    groups, _ = replay.rollout_batch()
+    groups = replayed(recorded).next_batch(0).groups
     rewards = [[c.reward + c.overlong_penalty for c in group] for group in groups]
     expected = [own - other for a, b in rewards for own, other in ((a, b), (b, a))]
     assert [sample.advantage for sample in training_samples(groups, "leave-one-out", None)] == pytest.approx(
@@ -181,17 +207,16 @@ def test_advantages_are_made_anew(recorded):
 
 def test_a_resumed_recording_goes_on(recorded):
     stale = batch_path(recorded, 1).read_bytes()
-    run = recording(arguments(save_rollouts=recorded, load="checkpoint"), iteration=2)
-    run.rollout_batch()
+    Recording(arguments(save_rollouts=recorded, load="checkpoint"), iteration=2).batch()
     assert batch_path(recorded, 1).read_bytes() == stale  # the same batch, in its old place
     assert read_record(batch_path(recorded, 1)).consumed_prompts == 2 * SIZE
 
 
 def test_a_recording_that_goes_back_sets_later_batches_aside(recorded):
     earlier, later = batch_path(recorded, 0).read_bytes(), batch_path(recorded, 2).read_bytes()
-    run = recording(arguments(save_rollouts=recorded, load="checkpoint", ckpt_step=2), iteration=2)
+    run = Recording(arguments(save_rollouts=recorded, load="checkpoint", ckpt_step=2), iteration=2)
     for _ in range(2):
-        run.rollout_batch()
+        run.batch()
     assert batch_path(recorded, 0).read_bytes() == earlier
     aside = recorded / "set-aside-001"
     assert sorted(aside.iterdir()) == [batch_path(aside, 1), batch_path(aside, 2)]
@@ -200,8 +225,7 @@ def test_a_recording_that_goes_back_sets_later_batches_aside(recorded):
 
 
 def test_rollout_only_runs_through_without_a_trainer(tmp_path):
-    args = arguments(rollout_only=True, save_rollouts=tmp_path / "rollouts", save="never")
-    run = recording(args, RolloutOnly)
+    run = rollout_only(arguments(rollout_only=True, save_rollouts=tmp_path / "rollouts"))
     assert run.train().iteration == 2 * BATCHES
     assert len(set(run.collector.seeds)) == BATCHES
     records = run.metrics.records
@@ -211,13 +235,13 @@ def test_rollout_only_runs_through_without_a_trainer(tmp_path):
     check_recorded(arguments(train_from=tmp_path / "rollouts"), 0)
 
 
-@pytest.mark.parametrize("eval_prompts", [None, {"eval/accuracy": 0.25}])
-def test_the_display_is_told_the_last_evaluation_before_the_first_batch(eval_prompts):
-    run, told = recording(arguments(rollout_only=True), RolloutOnly), []
-    run.state.eval_before = run.state.eval_after = eval_prompts
-    run.record, run.display.recall = None, told.append
+@pytest.mark.parametrize("evaluation", [None, {"eval/accuracy": 0.25}])
+def test_the_display_is_told_the_last_evaluation_before_the_first_batch(evaluation):
+    run, told = rollout_only(arguments(rollout_only=True)), []
+    run.state.eval_before = run.state.eval_after = evaluation
+    run.display.recall = told.append
     run.train()
-    assert told == [eval_prompts] * (eval_prompts is not None)
+    assert told == [evaluation] * (evaluation is not None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_vespo.driver.controller import FLOOR_INTERVAL, StoppedByAlarm
+from megatron_vespo.driver.controller import StoppedByAlarm
+from megatron_vespo.driver.learner import FLOOR_INTERVAL
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from tests.support.controllers import MINI_BATCHES, controller
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from megatron_vespo.system.preemption import Preempted, Preemption
+from megatron_vespo.system.preemption import Preempted
 from tests.support.controllers import MINI_BATCHES, PROMPTS, Controller, controller
 
 BATCHES = 4
@@ -16,7 +16,6 @@ BATCHES = 4
 @pytest.fixture()
 def run(tmp_path) -> Controller:
     run = controller(tmp_path, "warn", BATCHES, set(), eval_interval=1)
-    run.preemption = Preemption(deadline_s=60.0)
     run.eval_prompts = PROMPTS
     before = signal.getsignal(signal.SIGTERM)
     run.preemption.listen()
@@ -52,7 +51,7 @@ def test_a_batch_under_way_is_given_up(run, part, call, tmp_path):
     interrupt(getattr(run, part), name, call)
     state = train_until_preempted(run)
     assert state["iteration"] == MINI_BATCHES
-    assert state["consumed_prompts"] == len(PROMPTS)
+    assert run.source.state().consumed_prompts == len(PROMPTS)
     assert not state["evaluation_due"]
     records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
     assert [record["step"] for record in records] == [MINI_BATCHES]
@@ -64,7 +63,7 @@ def test_a_batch_in_training_is_finished(run, part, tmp_path):
     interrupt(owner, part, {"prepare": 2, "train_step": 3, "sync": 3}[part])
     state = train_until_preempted(run)
     assert state["iteration"] == 2 * MINI_BATCHES
-    assert state["consumed_prompts"] == 2 * len(PROMPTS)
+    assert run.source.state().consumed_prompts == 2 * len(PROMPTS)
     records = batch_records(read_metrics(tmp_path / "metrics.jsonl"))
     assert [record["step"] for record in records] == [MINI_BATCHES, 2 * MINI_BATCHES]
     assert state["evaluation_due"], "it is left to the resumed run"
@@ -75,9 +74,8 @@ def test_an_evaluation_is_made_up_for(run, tmp_path):
     interrupt(run.collector, "collect", 5)
     state = train_until_preempted(run)
     assert state["iteration"] == 2 * MINI_BATCHES and state["evaluation_due"]
-    resumed = controller(tmp_path, "warn", BATCHES, set(), eval_interval=1)
-    resumed.eval_prompts, resumed.state = PROMPTS, run.state
-    resumed.collector._state = run.state
+    resumed = controller(tmp_path, "warn", BATCHES, set(), state=run.state, eval_interval=1)
+    resumed.eval_prompts = PROMPTS
     assert resumed.train().iteration == BATCHES * MINI_BATCHES
     assert not resumed.state.evaluation_due
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval/accuracy" in r]
@@ -89,4 +87,4 @@ def test_save_stores_the_state_of_the_last_batch(run):
     interrupt(run.collector, "collect", 4)
     state = train_until_preempted(run)
     run.save()
-    assert run.trainer.saved == [state]
+    assert run.trainer.saved == [state | {"consumed_prompts": len(PROMPTS)}]

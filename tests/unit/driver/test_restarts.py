@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vespo.checkpoints.run_folder import TRACKER_NAME
 from megatron_vespo.cluster.calls import TrainerError
-from megatron_vespo.driver.session import Restarts
+from megatron_vespo.driver.run import Restarts
 
 ERROR = TrainerError("trainer rank 1 died in train_step: killed\nend of its log: ...")
 ERROR.died = True

@@ -56,9 +56,8 @@ def test_rollout_metrics():
     ],
 )
 def test_where_log_w_must_be_0(denominator, old_policy, versions, in_place):
-    args = SimpleNamespace(ratio_denominator=denominator, old_policy=old_policy)
     mini_batch = [SimpleNamespace(policy_versions=np.array([version] * 3)) for version in versions]
-    assert pi_old_is_in_place(args, mini_batch, version=7) == in_place
+    assert pi_old_is_in_place(denominator, old_policy, mini_batch, version=7) == in_place
 
 
 def test_a_penalty_counts_for_the_advantages_not_for_the_reward():

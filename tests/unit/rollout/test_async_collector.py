@@ -73,7 +73,7 @@ def start(engine):
         numbers = count()
         buffer = RolloutBuffer(
             lambda: make_prompt(next(numbers)),
-            batch_size=4, mini_batches=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
+            batch_size=4, steps_per_rollout=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
         )  # fmt: skip
         collector = Collector(
             [engine.url], request_timeout_s=30.0, check=check,
@@ -186,17 +186,16 @@ def test_a_dead_engine_and_a_deadline_are_raised(engine, start):
 
 
 def test_a_take_that_waits_lets_others_work(engine, start, monkeypatch):
-    """`on_wait` may call what the stream offers."""
-    monkeypatch.setattr(async_collector, "MEANWHILE_INTERVAL_S", 0.01)
+    """`on_wait` may call what the collector offers."""
+    monkeypatch.setattr(async_collector, "ON_WAIT_INTERVAL_S", 0.01)
     engine.hanging = {1}
-    run = start(max_staleness=1)
     seen = []
 
     def on_wait() -> None:
         seen.append(metrics(run)["staleness/in_flight_groups"])
         run.serve(0)
 
-    run.on_wait = on_wait
+    run = start(max_staleness=1, on_wait=on_wait)
     with pytest.raises(CollectError, match="no rollout batch within 0.3 s"):
         run.take(0.3)
     assert len(seen) > 3

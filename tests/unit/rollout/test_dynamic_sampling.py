@@ -1,20 +1,21 @@
-"""Dynamic sampling: what a rollout batch keeps, and the controller that fills it, against fakes."""
+"""Dynamic sampling: what a rollout batch keeps, and the source that fills it, against fakes."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from megatron_vespo.data.prompts import PromptCursor
-from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.rewards.pool import RewardResult
+from megatron_vespo.rollout.batch_source import SourceState
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.scoring import Scorer
-from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
+from megatron_vespo.system.preemption import Preemption
+from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.builders import make_completion, make_prompt
 
 N = 4  # completions a prompt
@@ -115,11 +116,14 @@ class Engines:
     """Completions of lengths 1 to LONGEST, marked with the seed of their round."""
 
     def __init__(self):
-        self.seeds = []
+        self.seeds, self.version = [], 0
 
     def collect(self, prompts, sampling, *, num_completions, seed):
         self.seeds.append(seed)
-        return [[completion(p, length=1 + i * 7 // 3, seed=seed) for i in range(N)] for p in prompts]
+        groups = [[completion(p, length=1 + i * 7 // 3, seed=seed) for i in range(N)] for p in prompts]
+        for member in (c for group in groups for c in group):
+            member.policy_versions += self.version
+        return groups
 
 
 class Rewards:
@@ -138,74 +142,53 @@ class Tokenizer:
         return [""] * len(token_ids)
 
 
-def controller(every: int = 3, consumed: int = 0, iteration: int = 0, **flags) -> Controller:
-    args = Namespace(
-        rollout_batch_size=4,
-        group_size=N,
-        max_completion_tokens=LONGEST,
-        dynamic_sampling=True,
-        dynamic_sampling_max_batches=5,
-        overlong_buffer=0,
-        overlong_penalty=1.0,
-        advantage_estimator="group-mean",
-        routing_replay=None,
-        seed=5,
-    )
-    vars(args).update(flags)
-    return Controller(
-        args=args,
-        trainer=None,
-        collector=Engines(),
-        scorer=Scorer(
-            Tokenizer(),
-            Rewards(every),
-            args.max_completion_tokens,
-            args.overlong_buffer,
-            args.overlong_penalty,
-        ),
-        cursor=PromptCursor(PROMPTS, args.seed, consumed),
-        eval_prompts=[],
-        sampling=SamplingParams(1.0, LONGEST, ()),
-        display=Display(),
-        engine_sync=None,
-        metrics=None,
-        state=RunState(iteration=iteration, consumed_prompts=consumed),
-        policy_version=iteration,
-    )
+class Source(SynchronousBatches):
+    """Its parts are at hand."""
+
+    def __init__(self, every: int = 3, consumed: int = 0, penalty: tuple[int, float] = (0, 1.0), **changes):
+        self.engines, self.display = Engines(), Display()
+        self.cursor = PromptCursor(PROMPTS, 5, consumed)
+        super().__init__(
+            self.engines, Scorer(Tokenizer(), Rewards(every), LONGEST, *penalty), self.cursor,
+            SamplingParams(1.0, LONGEST, ()),
+            **{"batch_size": 4, "group_size": N, "max_batches": 5, "seed": 5} | changes,
+            advantage_estimator="group-mean", display=self.display, preemption=Preemption(),
+        )  # fmt: skip
 
 
-def test_the_controller_trains_on_groups_with_variance_only():
-    run = controller()
-    groups, metrics = run.rollout_batch()
+def test_batches_are_groups_with_variance_only():
+    source = Source()
+    batch = source.next_batch(0)
+    groups, metrics = batch.groups, batch.metrics
     assert len(groups) == 4 and all(prompt_id % 3 == 0 for prompt_id in ids(groups))
     samples = training_samples(groups, "group-mean", None)
     assert len(samples) == 16 and all(sample.advantage != 0 for sample in samples)
     generated = int(metrics["rollout/generated_prompts"])
-    assert run.state.consumed_prompts == run.cursor.consumed == generated > 4
+    assert batch.consumed_prompts == source.cursor.consumed == generated > 4
+    assert source.state() == SourceState(generated)
     # of everything generated, or a filter of half-solved prompts would pass for the policy's accuracy
     solved = sum(p.prompt_id % 3 == 0 for p in PromptCursor(PROMPTS, 5).take(generated))
     assert metrics["reward/mean"] == pytest.approx(solved / generated / N)
     assert metrics["rollout/zero_advantage_share"] == pytest.approx(1 - solved / generated)
     assert metrics["rollout/tokens"] == generated * sum(1 + i * 7 // 3 for i in range(N))
-    assert run.display.messages == []
+    assert source.display.messages == []
 
 
 def test_every_round_draws_its_own_samples():
     """A small prompt file comes round again within one batch: the same seed would repeat its completions."""
-    run = controller(every=1000, dynamic_sampling_max_batches=20)
-    run.rollout_batch()
-    assert run.state.consumed_prompts == 80 > len(PROMPTS)
-    seeds = run.collector.seeds
+    source = Source(every=1000, max_batches=20)
+    assert source.next_batch(0).consumed_prompts == 80 > len(PROMPTS)
+    seeds = source.engines.seeds
     assert len(set(seeds)) == len(seeds) == 20
     assert seeds[0] == 5 + 1  # the first round's is that of a run without dynamic sampling
 
 
 def test_the_cap_is_said():
-    run = controller(every=1000)
-    groups, metrics = run.rollout_batch()
-    assert len(groups) == 4 and metrics["rollout/shortfall_groups"] >= 3
-    [message] = run.display.messages
-    left = int(metrics["rollout/shortfall_groups"])
+    source = Source(every=1000)
+    batch = source.next_batch(0)
+    left = int(batch.metrics["rollout/shortfall_groups"])
+    assert len(batch.groups) == 4 and left >= 3
+    [message] = source.display.messages
     assert message == (
         f"dynamic sampling: 20 prompts gave {4 - left} groups of different rewards; {left} without fill the "
         "batch of 4"
@@ -213,41 +196,38 @@ def test_the_cap_is_said():
 
 
 def test_a_resumed_run_goes_on_with_the_same_prompts_and_seeds():
-    whole = controller()
-    whole.rollout_batch()
-    whole.state.iteration += 2
-    version = whole.policy_version = whole.state.iteration
-    whole.collector.collect = _of_version(whole.collector.collect, version)
-    consumed = whole.state.consumed_prompts
-    expected, _ = whole.rollout_batch()
-    resumed = controller(consumed=consumed, iteration=version)
-    resumed.collector.collect = _of_version(resumed.collector.collect, version)
-    actual, _ = resumed.rollout_batch()
-    assert ids(actual) == ids(expected)
-    assert [c.token_ids for g in actual for c in g] == [c.token_ids for g in expected for c in g]
-    assert resumed.state.consumed_prompts == whole.state.consumed_prompts
+    whole = Source()
+    consumed = whole.next_batch(0).consumed_prompts
+    whole.engines.version = 2
+    whole.weights_synced(2)
+    expected = whole.next_batch(2)
+    resumed = Source(consumed=consumed)
+    resumed.engines.version = 2
+    resumed.weights_synced(2)
+    actual = resumed.next_batch(2)
+    assert ids(actual.groups) == ids(expected.groups)
+    tokens = [[c.token_ids for group in batch.groups for c in group] for batch in (actual, expected)]
+    assert tokens[0] == tokens[1]
+    assert actual.consumed_prompts == expected.consumed_prompts
 
 
-def _of_version(collect, version):
-    def collected(*args, **kwargs):
-        groups = collect(*args, **kwargs)
-        for member in (c for g in groups for c in g):
-            member.policy_versions += version
-        return groups
-
-    return collected
+def test_another_policy_than_the_current_one_is_an_error():
+    source = Source()
+    source.engines.version = 2
+    with pytest.raises(RuntimeError, match=r"was answered by policy versions \[2\], the current one is 0$"):
+        source.next_batch(0)
 
 
 def test_without_the_flag_the_batch_is_the_next_prompts():
-    run = controller(dynamic_sampling=False)
-    groups, metrics = run.rollout_batch()
-    assert ids(groups) == [p.prompt_id for p in PromptCursor(PROMPTS, 5).take(4)]
-    assert run.collector.seeds == [6] and "rollout/generated_prompts" not in metrics
+    source = Source(max_batches=None)
+    batch = source.next_batch(0)
+    assert ids(batch.groups) == [p.prompt_id for p in PromptCursor(PROMPTS, 5).take(4)]
+    assert source.engines.seeds == [6] and "rollout/generated_prompts" not in batch.metrics
 
 
 def test_the_overlong_penalty_moves_advantages_not_rewards():
-    run = controller(dynamic_sampling=False, overlong_buffer=4, overlong_penalty=0.5)
-    groups, metrics = run.rollout_batch()
+    batch = Source(max_batches=None, penalty=(4, 0.5)).next_batch(0)
+    groups, metrics = batch.groups, batch.metrics
     # lengths 1, 3, 5, 8 of at most 8: the last two are 1 into the buffer, and truncated
     for members in groups:
         assert [member.overlong_penalty for member in members] == [0.0, 0.0, -0.125, -0.5]
@@ -265,6 +245,5 @@ def test_the_overlong_penalty_moves_advantages_not_rewards():
 
 
 def test_the_penalty_alone_does_not_pass_the_filter():
-    run = controller(every=1000, overlong_buffer=4)
-    groups, metrics = run.rollout_batch()
+    metrics = Source(every=1000, penalty=(4, 1.0)).next_batch(0).metrics
     assert metrics["rollout/generated_prompts"] == 20 and metrics["rollout/shortfall_groups"] >= 3

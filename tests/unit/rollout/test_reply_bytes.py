@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.driver.services import _server_arguments
-from megatron_vespo.driver.session import Session
+from megatron_vespo.driver.trainer_attempt import TrainerAttempt
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.router import LostRequests
@@ -69,8 +69,8 @@ def collector(replay: str | None, engine: EngineStub) -> Collector:
     """As a run makes it."""
     engines = SimpleNamespace(urls=[engine.url], lost=LostRequests(), check=lambda: None)
     trace, task = SimpleNamespace(requests=None), SimpleNamespace(generate=None)
-    platform = SimpleNamespace(engines=engines, trace=trace, task=task, api_key=None)
-    return Session(arguments(replay), platform, 0)._collector()
+    services = SimpleNamespace(engines=engines, trace=trace, task=task, api_key=None)
+    return TrainerAttempt(arguments(replay), services, 0)._collector()
 
 
 def drawn(replay: str | None, engine: EngineStub) -> Completion:

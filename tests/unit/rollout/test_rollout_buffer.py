@@ -21,7 +21,13 @@ def completion(prompt: Prompt, versions: list[int]) -> Completion:
 
 def make_buffer(**changes) -> RolloutBuffer:
     numbers = count()
-    options = {"batch_size": 4, "mini_batches": 2, "max_staleness": 3, "requeue": True, "max_dispatches": 3}
+    options = {
+        "batch_size": 4,
+        "steps_per_rollout": 2,
+        "max_staleness": 3,
+        "requeue": True,
+        "max_dispatches": 3,
+    }
     return RolloutBuffer(lambda: make_prompt(next(numbers), [1]), **(options | changes))
 
 
@@ -94,14 +100,14 @@ class Simulation:
     """Engines with random latencies and failures, a trainer that takes batches, weight syncs in between."""
 
     def __init__(
-        self, seed, *, mini_batches, per_step, max_staleness, sync_interval, requeue, failures, tail
+        self, seed, *, steps_per_rollout, per_step, max_staleness, sync_interval, requeue, failures, tail
     ):
         self.random = random.Random(seed)
-        self.steps_per_rollout, self.per_step, self.max_staleness = mini_batches, per_step, max_staleness
+        self.steps_per_rollout, self.per_step, self.max_staleness = steps_per_rollout, per_step, max_staleness
         self.sync_interval, self.failures, self.tail = sync_interval, failures, tail
         self.buffer = make_buffer(
-            batch_size=mini_batches * per_step, mini_batches=mini_batches, max_staleness=max_staleness,
-            requeue=requeue,
+            batch_size=steps_per_rollout * per_step, steps_per_rollout=steps_per_rollout,
+            max_staleness=max_staleness, requeue=requeue,
         )  # fmt: skip
         self.now, self.served_at, self.running = 0.0, [(0.0, 0)], []  # running: (end, ticket number, ticket)
         self.trained = Counter()
@@ -171,15 +177,15 @@ class Simulation:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
-    mini_batches = data.draw(st.sampled_from([1, 2, 4]))
-    interval = mini_batches * data.draw(st.sampled_from([1, 2]))
+    steps_per_rollout = data.draw(st.sampled_from([1, 2, 4]))
+    interval = steps_per_rollout * data.draw(st.sampled_from([1, 2]))
     if data.draw(st.booleans()):
-        interval = data.draw(st.sampled_from([k for k in (1, 2, 4) if mini_batches % k == 0]))
+        interval = data.draw(st.sampled_from([k for k in (1, 2, 4) if steps_per_rollout % k == 0]))
     simulation = Simulation(
         data.draw(st.integers(0, 2**32)),
-        mini_batches=mini_batches,
+        steps_per_rollout=steps_per_rollout,
         per_step=data.draw(st.integers(1, 4)),
-        max_staleness=max(mini_batches, interval) - 1 + data.draw(st.integers(0, 9)),
+        max_staleness=max(steps_per_rollout, interval) - 1 + data.draw(st.integers(0, 9)),
         sync_interval=interval,
         requeue=data.draw(st.booleans()),
         failures=data.draw(st.sampled_from([0.0, 0.1, 0.4])),
@@ -192,7 +198,7 @@ def test_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
 def test_thousands_of_requests():
     simulation = Simulation(
         1,
-        mini_batches=4,
+        steps_per_rollout=4,
         per_step=8,
         max_staleness=8,
         sync_interval=4,
@@ -210,7 +216,14 @@ def test_thousands_of_requests():
 
 def test_without_tail_and_failures_nothing_is_generated_in_vain():
     simulation = Simulation(
-        2, mini_batches=2, per_step=4, max_staleness=3, sync_interval=2, requeue=True, failures=0.0, tail=1.0
+        2,
+        steps_per_rollout=2,
+        per_step=4,
+        max_staleness=3,
+        sync_interval=2,
+        requeue=True,
+        failures=0.0,
+        tail=1.0,
     )
     simulation.random.expovariate = lambda rate: 1.0
     simulation.run(50)

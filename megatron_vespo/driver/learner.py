@@ -1,0 +1,126 @@
+"""One rollout batch becomes optimizer steps, with the checks that belong to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_vespo.algorithms.diagnostics import floor_metrics
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.observability.rollout_metrics import pi_old_is_in_place, step_metrics
+from megatron_vespo.types import RunState, TrainingSample
+
+# The floor of log W is measured every FLOOR_INTERVAL rollout batches, by two forward passes over at most
+# FLOOR_RESPONSES responses and at most one of FLOOR_SHARE: well below 1% of the training time.
+FLOOR_INTERVAL, FLOOR_RESPONSES, FLOOR_SHARE = 20, 32, 8
+
+
+class Learner(Protocol):
+    """What the training loop asks for: `PolicyLearner` trains, `NullLearner` only counts."""
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that a weight sync sends."""
+
+    def update(
+        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """Trains on a rollout batch and returns its metrics; `after_step` is called after every step."""
+
+
+@dataclass
+class LogProbBound:
+    """--max-logprob-difference: how far engines and trainer may be apart, in nats per token; None: any."""
+
+    bound: float | None
+    state: RunState  # remembers the largest difference
+
+    def check(self, difference: float) -> None:
+        """RuntimeError if `difference` is over the bound, or NaN."""
+        self.state.max_logprob_difference = max(self.state.max_logprob_difference, difference)
+        if self.bound is not None and not difference <= self.bound:
+            raise RuntimeError(
+                f"engine and trainer log-probs differ by {difference:.2e} at version {self.state.iteration}, "
+                f"more than --max-logprob-difference {self.bound:g}: their weights or numerics are not the "
+                "same"
+            )
+
+
+@dataclass
+class PolicyLearner:
+    """Trains the policy on rollout batches and counts the optimizer steps in `state`.
+
+    With `compares_engines` the engines' log-probs are compared with the trainer's after every batch that the
+    current policy has sampled.
+    """
+
+    trainer: TrainerGroup
+    state: RunState
+    display: RunDisplay
+    steps_per_rollout: int  # optimizer steps per rollout batch
+    ratio_denominator: str
+    old_policy: str
+    compares_engines: bool
+    log_prob_bound: LogProbBound
+
+    @property
+    def policy_version(self) -> int:
+        return self.state.iteration
+
+    def update(
+        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """The steps of one rollout batch; whole groups stay together in a mini-batch.
+
+        The values that `after_step` returns are summed into the metrics.
+        """
+        size = len(samples) // self.steps_per_rollout
+        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        with self.display.phase("log-probs"):
+            self.trainer.prepare(mini_batches)
+            floor = self._floor(samples)
+        version = self.state.iteration
+        steps, sums = [], Counter()
+        for index, mini_batch in enumerate(mini_batches):
+            with self.display.phase("train"):
+                steps.append(self.trainer.train_step(index))
+            lags = [self.state.iteration - sample.policy_versions for sample in mini_batch]
+            steps[-1]["lag"] = np.concatenate(lags).mean()
+            self.state.iteration += 1
+            sums.update(after_step())
+        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
+        lengths = np.array([sample.completion_length for sample in samples])
+        metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)
+        if pi_old_is_in_place(self.ratio_denominator, self.old_policy, mini_batches[0], version):
+            metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
+        on_policy = all((sample.policy_versions == version).all() for sample in samples)
+        if self.compares_engines and on_policy:
+            metrics["check/max_logprob_difference"] = self._engine_difference(steps)
+        return metrics
+
+    def _engine_difference(self, steps: list[dict]) -> float:
+        # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
+        comparable = steps if self.ratio_denominator != "rollout" else steps[:1]
+        difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
+        self.log_prob_bound.check(difference)
+        return difference
+
+    def _floor(self, samples: list[TrainingSample]) -> dict[str, float]:
+        """What rounding alone puts into log W, measured on a few responses of all lengths now and then.
+
+        The last measurement is in the checkpoint, so that a resumed run goes on with it.
+        """
+        due = self.state.iteration % (FLOOR_INTERVAL * self.steps_per_rollout) == 0
+        if self.state.log_w_floor is None or due:
+            lengths = np.array([sample.completion_length for sample in samples])
+            number = min(FLOOR_RESPONSES, max(len(samples) // FLOOR_SHARE, 2), len(samples))
+            ranks = np.linspace(0, len(samples) - 1, number).round().astype(int)
+            chosen = np.argsort(lengths, kind="stable")[ranks]
+            log_w = self.trainer.log_w_floor([samples[i] for i in chosen])
+            self.state.log_w_floor = floor_metrics(log_w, lengths[chosen])
+        return self.state.log_w_floor

@@ -1,0 +1,201 @@
+"""One attempt of the trainer: its ranks, their connection to the engines, and the state that they start from.
+
+A run needs one attempt. If trainer ranks die, the next attempt takes over on the same services.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from megatron_vespo.arguments.resume import describe
+from megatron_vespo.checkpoints.run_folder import SaveReport, newest_save, repair_tracker
+from megatron_vespo.cluster.colocated import ColocatedTrainer
+from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.cluster.trainer_worker import Resumed
+from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.driver.batch_sources import make_batch_source
+from megatron_vespo.driver.controller import Controller
+from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_recorded
+from megatron_vespo.driver.learner import Learner, LogProbBound, PolicyLearner
+from megatron_vespo.driver.services import Services
+from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.engine_client import RouteShape
+from megatron_vespo.types import RunState
+
+FROM_THE_BEGINNING = -1  # no step of the attempt before is kept
+
+
+class TrainerAttempt:
+    """Entering starts it, leaving ends what it has started. `number` 0 is the run's first attempt."""
+
+    def __init__(self, args: Namespace, services: Services, number: int):
+        self._args, self._services, self._number = args, services, number
+        self._stack = ExitStack()
+        self._trainer: TrainerGroup | None = None
+        self._metrics: MetricsWriter | None = None
+        self.controller: Controller | None = None  # None until everything has started
+
+    def __enter__(self) -> TrainerAttempt:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def wait_until_gone(self) -> None:
+        """Waits, after the end, until the processes have freed their GPUs for the next attempt."""
+        if self._trainer is not None:
+            self._trainer.wait_until_gone()
+
+    def _start(self) -> None:
+        args, services = self._args, self._services
+        if self._number == 0 and args.colocate:  # engines take their share of a GPU that is empty
+            services.wait_for_engines()
+        resumed = self._start_trainer()
+        if self._number == 0 and not args.colocate:
+            services.wait_for_engines()
+        if self._trainer is not None:
+            services.engine_sync.attach(self._trainer)
+        state = RunState.of(resumed.rollout_state) if resumed else RunState()
+        if args.train_from:
+            check_recorded(args, state.iteration)
+        goes_back = self._number == 0 and args.ckpt_step is not None
+        self._metrics = MetricsWriter(args.output_dir, self._kept_step(resumed), keep_cut=goes_back)
+        self._stack.callback(self._metrics.close)
+        if resumed:
+            self._log_resumed(state, resumed)
+        for line in describe(args, state.iteration):
+            services.display.message(line)
+        self.controller = self._make_controller(state, resumed.rollout_buffer if resumed else None)
+        services.display.phase_seconds()  # start-up phases end here
+
+    def _start_trainer(self) -> Resumed | None:
+        args, services = self._args, self._services
+        if args.rollout_only:
+            return None
+        if args.load and (repaired := repair_tracker(Path(args.load))):
+            services.display.message(
+                f"{args.load}: a kill has left its tracker empty, {repaired} is complete"
+            )
+        group = (
+            TrainerGroup
+            if services.gpu_sharing is None
+            else partial(ColocatedTrainer, gpu_sharing=services.gpu_sharing)
+        )
+        self._trainer = group(
+            args, services.placement, services.log_dir, services.engines.check, services.trace.calls,
+            self._on_save, services.task.record,
+        )  # fmt: skip
+        self._stack.callback(self._trainer.stop)
+        with services.display.phase("start Megatron"):
+            resumed = self._trainer.start()
+            for line in self._trainer.describe() if self._number == 0 else ():
+                services.display.message(line)
+        return resumed
+
+    def _kept_step(self, resumed: Resumed | None) -> int | None:
+        """The last step whose metrics stay; None where this run has written none yet."""
+        if resumed:
+            return resumed.rollout_state["iteration"]
+        return FROM_THE_BEGINNING if self._number else None
+
+    def _log_resumed(self, state: RunState, resumed: Resumed) -> None:
+        probe = (
+            ""
+            if resumed.probe_difference is None
+            else f"; log-probs saved with it differ by {resumed.probe_difference:.1e} at most"
+        )
+        self._services.display.message(
+            f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed{probe}"
+        )
+
+    def _on_save(self, report: SaveReport) -> None:
+        if report.problem is None:
+            seconds = {"checkpoint/seconds": report.seconds, "checkpoint/bytes": float(report.num_bytes)}
+            self._metrics.write(report.iteration, seconds)
+            return
+        newest = newest_save(Path(self._args.save)) or "no checkpoint"
+        self._services.display.message(
+            f"WARNING: THE CHECKPOINT OF OPTIMIZER STEP {report.iteration} COULD NOT BE SAVED: "
+            f"{report.problem}; {newest} stays, the run goes on"
+        )
+
+    def _make_controller(self, state: RunState, rollout_buffer: bytes | None) -> Controller:
+        args, services = self._args, self._services
+        task = services.task
+        collector = cursor = None
+        if services.generates:
+            collector = self._collector()
+            cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts)
+        on_wait = partial(self._on_wait, True)
+        source = make_batch_source(
+            args, services, collector, cursor, state, rollout_buffer, on_wait, self._stack
+        )
+        bound = LogProbBound(args.max_logprob_difference, state)
+        return Controller(
+            args=args,
+            source=source,
+            learner=self._learner(state, bound),
+            trainer=self._trainer,
+            collector=collector,
+            scorer=services.scorer,
+            cursor=cursor,
+            eval_prompts=task.eval_prompts,
+            sampling=task.sampling,
+            display=services.display,
+            metrics=self._metrics,
+            engine_sync=services.engine_sync,
+            log_prob_bound=bound,
+            state=state,
+            # what the alarms compare with survives a resume into the same folder
+            history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
+            record=Recorder(args, state.iteration) if args.save_rollouts else None,
+            preemption=services.preemption,
+        )
+
+    def _learner(self, state: RunState, bound: LogProbBound) -> Learner:
+        args = self._args
+        if self._trainer is None:
+            return NullLearner(state, args.steps_per_rollout)
+        return PolicyLearner(
+            trainer=self._trainer,
+            state=state,
+            display=self._services.display,
+            steps_per_rollout=args.steps_per_rollout,
+            ratio_denominator=args.ratio_denominator,
+            old_policy=args.old_policy,
+            compares_engines=args.max_staleness == 0,
+            log_prob_bound=bound,
+        )
+
+    def _collector(self) -> Collector:
+        args, engines = self._args, self._services.engines
+        return Collector(
+            engines.urls,
+            routes=RouteShape(args.num_layers, args.moe_router_topk) if args.routing_replay == "R3" else None,
+            request_timeout_s=args.generate_timeout,
+            max_dispatches=1 + args.max_request_retries,
+            check=self._check,
+            on_requests=self._services.trace.requests,
+            lost=engines.lost,
+            generate_function=self._services.task.generate,
+            api_key=self._services.api_key,
+            on_wait=partial(self._on_wait, False),
+        )
+
+    def _on_wait(self, while_others_serve: bool) -> None:
+        self.controller.on_wait(while_others_serve)
+
+    def _check(self) -> None:
+        """Every second while engines generate."""
+        self._services.engines.check()
+        if self._trainer is not None:
+            self._trainer.poll_save()

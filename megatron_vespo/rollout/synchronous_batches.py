@@ -1,0 +1,114 @@
+"""Rollout batches of the current policy: generate, score, and only then train."""
+
+from __future__ import annotations
+
+from megatron_vespo.algorithms.advantages import AdvantageEstimator
+from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.observability.progress import RunDisplay
+from megatron_vespo.observability.rollout_metrics import rollout_metrics
+from megatron_vespo.rollout.batch_source import Group, ScoredBatch, SourceState
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
+from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.system.preemption import Preemption
+from megatron_vespo.types import SamplingParams
+
+# Distance between the seeds of a batch's rounds, which may meet a prompt again: more than a run has steps.
+ROUND_SEEDS = 2**40
+
+
+class SynchronousBatches:
+    """Generates a batch when the training loop asks for it.
+
+    This is not BackgroundBatches with a staleness of 0, because the seeds differ: here a completion's seed
+    depends on its batch and round, there on its prompt's place in the run and on its attempt. A synchronous
+    run must draw the same completions as ever. And a preemption gives up a synchronous batch as a whole.
+
+    `max_batches` turns dynamic sampling on: at most that many batches of prompts are generated to fill one.
+    """
+
+    in_background = False
+
+    def __init__(
+        self,
+        collector: Collector,
+        scorer: Scorer,
+        cursor: PromptCursor,
+        sampling: SamplingParams,
+        *,
+        batch_size: int,
+        group_size: int,
+        max_batches: int | None,
+        seed: int,
+        advantage_estimator: AdvantageEstimator,
+        display: RunDisplay,
+        preemption: Preemption,
+    ):
+        self._collector, self._scorer, self._cursor, self._sampling = collector, scorer, cursor, sampling
+        self._batch_size, self._group_size, self._max_batches = batch_size, group_size, max_batches
+        self._seed, self._advantage_estimator = seed, advantage_estimator
+        self._display, self._preemption = display, preemption
+        self._policy_version = 0
+        self._consumed_prompts = cursor.consumed  # after the last complete batch
+
+    def start(self) -> None:
+        """Nothing runs between batches."""
+
+    def stop(self) -> None:
+        """Nothing runs between batches."""
+
+    def weights_synced(self, policy_version: int) -> None:
+        self._policy_version = policy_version
+
+    def state(self) -> SourceState:
+        return SourceState(self._consumed_prompts)
+
+    def next_batch(self, iteration: int) -> ScoredBatch:
+        """Raises RuntimeError if every reward of the batch failed."""
+        size = self._batch_size
+        batch = RolloutBatch(size, size * (self._max_batches or 1))
+        seed = batch_seed(self._seed, iteration)
+        while num_prompts := batch.num_wanted():
+            groups = self.generate(num_prompts, seed)
+            with self._display.phase("reward"), self._preemption.interruptible():
+                completions = [completion for group in groups for completion in group]
+                score_and_report(self._scorer, completions, self._display.message)
+            batch.add(groups)
+            seed += ROUND_SEEDS
+        metrics = rollout_metrics(batch.generated, self._advantage_estimator)
+        if self._max_batches is not None:
+            metrics |= batch.metrics()
+            self._report_shortfall(batch)
+        self._consumed_prompts = self._cursor.consumed
+        return ScoredBatch(batch.groups(), metrics, self._consumed_prompts)
+
+    def generate(self, num_prompts: int, seed: int) -> list[Group]:
+        """Groups of the next prompts, not scored yet; RuntimeError if another policy version answered."""
+        prompts = self._cursor.take(num_prompts)
+        with self._display.phase("generate"), self._preemption.interruptible():
+            groups = self._collector.collect(
+                prompts, self._sampling, num_completions=self._group_size, seed=seed
+            )
+        for completion in (c for group in groups for c in group):
+            for rejection in completion.rejections:
+                self._display.message(f"drawn anew: {rejection}")
+            versions = set(completion.policy_versions.tolist())
+            if versions != {self._policy_version}:
+                raise RuntimeError(
+                    f"prompt {completion.prompt.prompt_id} was answered by policy versions "
+                    f"{sorted(versions)}, the current one is {self._policy_version}"
+                )
+        return groups
+
+    def _report_shortfall(self, batch: RolloutBatch) -> None:
+        if batch.shortfall:
+            size = self._batch_size
+            self._display.message(
+                f"dynamic sampling: {len(batch.generated)} prompts gave {size - batch.shortfall} groups of "
+                f"different rewards; {batch.shortfall} without fill the batch of {size}"
+            )
+
+
+def batch_seed(seed: int, iteration: int) -> int:
+    """Of the batch that starts at optimizer step `iteration`; --seed itself is the evaluation's."""
+    return seed + 1 + iteration
