@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from megatron_vespo.arguments.checks import json_object
 from megatron_vespo.arguments.settings import of_namespace
@@ -30,18 +30,26 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    hf_checkpoint: Path
-    prompt_data: Path | None
+class PromptSettings:
+    """How prompts are read from their files, in training and in evaluations."""
+
     prompt_key: str
     answer_key: str
     answer_pattern: str | None
     apply_chat_template: bool
     chat_template_arguments: Mapping[str, Any]
     max_prompt_tokens: int
-    overlong_prompts: Literal["skip", "error"]
-    vocab_size: int  # of the model
 
     @classmethod
-    def of(cls, args: Namespace) -> DataSettings:
+    def of(cls, args: Namespace) -> Self:
         return of_namespace(cls, args)
+
+
+@dataclass(frozen=True)
+class DataSettings(PromptSettings):
+    """Those of training."""
+
+    hf_checkpoint: Path
+    prompt_data: Path | None
+    overlong_prompts: Literal["skip", "error"]
+    vocab_size: int  # of the model

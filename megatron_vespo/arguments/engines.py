@@ -61,5 +61,7 @@ class EngineSettings:
     engine_api_key: Literal["auto", "always", "never"]
 
     @classmethod
-    def of(cls, args: Namespace) -> EngineSettings:
-        return of_namespace(cls, args)
+    def of(cls, args: Namespace, hf_checkpoint: Path | None = None) -> EngineSettings:
+        """`hf_checkpoint` stands for the flag in commands that have another one."""
+        others = {"hf_checkpoint": hf_checkpoint} if hf_checkpoint else {}
+        return of_namespace(cls, args, **others)

@@ -52,11 +52,11 @@ def parse_args(
     argv: list[str],
     command: str = "train",
     required: Sequence[str] = REQUIRED_BY_TRAIN,
-    on_gpus: Callable[[Namespace], bool] | None = None,
+    on_gpus: Callable[[str | None], bool] | None = None,
 ) -> Namespace:
     """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours.
 
-    `on_gpus` is asked, with our flags, whether the run's nodes have GPUs; without it this machine is meant.
+    `on_gpus` is asked, with --ray-address, whether the run's nodes have GPUs; without it, this machine is.
     The answer is the default of --distributed-backend.
     """
     _refuse_dashes(argv)
@@ -74,7 +74,8 @@ def parse_args(
     # what is missing here says nothing about the workers' machines
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
-        backend = "nccl" if (on_gpus or _has_cuda)(args) else "gloo"
+        has_gpus = on_gpus(args.ray_address) if on_gpus else _has_cuda()
+        backend = "nccl" if has_gpus else "gloo"
         args, explicit, flags = _parse_with_megatron(argv, command, backend)
     for name, value in derived.items():
         assert name in flags, f"Megatron has no argument {name}"
@@ -84,8 +85,8 @@ def parse_args(
             )
         setattr(args, name, value)
     # plan and submit name it: they may run on other machines; trainer ranks look for themselves
-    if runs_on_gpus(args) and "transformer_impl" not in explicit:
-        check_transformer_engine(args, "this machine")
+    if runs_on_gpus(args.distributed_backend) and "transformer_impl" not in explicit:
+        check_transformer_engine(args.transformer_impl, "this machine")
     args.sglang_flags = sglang_flags
     args.world_size = args.trainer_ranks
     resolve_load(args, explicit)
@@ -100,10 +101,13 @@ def parse_args(
 
 
 def parse_settings(
-    argv: list[str], command: str = "train", on_gpus: Callable[[Namespace], bool] | None = None
+    argv: list[str],
+    command: str = "train",
+    required: Sequence[str] = REQUIRED_BY_TRAIN,
+    on_gpus: Callable[[str | None], bool] | None = None,
 ) -> TrainSettings:
-    """`parse_args`, as the rooms above and beside take it."""
-    return TrainSettings.of(parse_args(argv, command, on_gpus=on_gpus))
+    """`parse_args`, as the other rooms take it."""
+    return TrainSettings.of(parse_args(argv, command, required, on_gpus))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -213,7 +217,7 @@ def _batch_arguments(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _has_cuda(args: Namespace) -> bool:
+def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
@@ -338,7 +342,7 @@ def _megatron_validate(args: Namespace) -> None:
     variables = {name: value for name, value in of_ranks.items() if value is not None}
     background = args.async_save
     # a head node or a laptop need not have the GPUs that the run will have
-    machine = planned_machine() if runs_on_gpus(args) else contextlib.nullcontext()
+    machine = planned_machine() if runs_on_gpus(args.distributed_backend) else contextlib.nullcontext()
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),

@@ -56,7 +56,7 @@ def check_colocation(args: Namespace) -> None:
             f"--trainer-ranks {args.trainer_ranks}: {fix}"
         )
     fraction = flag_value(args.sglang_flags, MEMORY_FRACTION)
-    if runs_on_gpus(args) and fraction is None:
+    if runs_on_gpus(args.distributed_backend) and fraction is None:
         raise ValueError(
             "--colocate needs --sglang-mem-fraction-static: by itself SGLang takes most of a GPU, where a "
             "part of the trainer's memory stays; megatron-vespo plan says how much is left"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.arguments.checkpoint import SaveSettings
 from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps
 from megatron_vespo.checkpoints.set_aside import RECORD, has_gone_back, kept_step, later_steps, next_place
@@ -68,29 +69,29 @@ def _check_tracker(args: Namespace) -> None:
         raise ValueError(f"--load {args.load}: no checkpoint there ({TRACKER_NAME} is missing)")
 
 
-def resumed_folder(args: Namespace) -> Path | None:
-    """The checkpoint that `args` go on from; None where there is none, or converted weights."""
-    return resumed_save(Path(args.load), args.ckpt_step) if args.load else None
+def resumed_folder(settings: SaveSettings) -> Path | None:
+    """The checkpoint that a run goes on from; None where there is none, or converted weights."""
+    return resumed_save(Path(settings.load), settings.ckpt_step) if settings.load else None
 
 
-def describe(args: Namespace, step: int) -> list[str]:
+def describe(settings: SaveSettings, step: int) -> list[str]:
     """What people should know of a run that has loaded optimizer step `step`, 0 for none."""
     lines = []
-    if args.gone_back is not None and args.ckpt_step is None and args.load == args.save:
+    if settings.gone_back is not None and settings.ckpt_step is None and settings.load == settings.save:
         lines.append(
-            f"this command has gone back to optimizer step {args.gone_back['step']} before and goes on from "
-            f"there; to go back once more remove {Path(args.save) / RECORD}"
+            f"this command has gone back to optimizer step {settings.gone_back['step']} before and goes on "
+            f"from there; to go back once more remove {Path(settings.save) / RECORD}"
         )
-    save = args.save and Path(args.save)
-    if save and (later := later_steps(save, kept_step(args, step))):
+    save = settings.save and Path(settings.save)
+    if save and (later := later_steps(save, kept_step(settings, step))):
         lines.append(
-            f"{args.save} has checkpoints of other training, optimizer steps {', '.join(map(str, later))}: "
-            f"the first save moves them to {next_place(save)}"
+            f"{settings.save} has checkpoints of other training, optimizer steps "
+            f"{', '.join(map(str, later))}: the first save moves them to {next_place(save)}"
         )
     return lines
 
 
-def how_to_go_on(args: Namespace, step: int) -> str:
+def how_to_go_on(settings: SaveSettings, step: int) -> str:
     """The flags with which a run goes on from optimizer step `step`, which is in --save."""
-    named = newest_step(Path(args.save)) == step
-    return f"--load {args.save}" + ("" if named else f" --ckpt-step {step}")
+    named = newest_step(Path(settings.save)) == step
+    return f"--load {settings.save}" + ("" if named else f" --ckpt-step {step}")

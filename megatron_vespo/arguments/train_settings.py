@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
+from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.checkpoint import SaveSettings
 from megatron_vespo.arguments.data import DataSettings
 from megatron_vespo.arguments.engines import EngineSettings
@@ -33,13 +34,14 @@ class TrainSettings:
     sync: SyncSettings
     save: SaveSettings
     run: RunSettings
+    loss: LossSettings
 
     @classmethod
     def of(cls, args: Namespace) -> TrainSettings:
         return cls(
             args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
             RewardSettings.of(args), EvalSettings.of(args), EngineSettings.of(args), SyncSettings.of(args),
-            SaveSettings.of(args), RunSettings.of(args),
+            SaveSettings.of(args), RunSettings.of(args), LossSettings.of(vars(args)),
         )  # fmt: skip
 
     def as_run(self) -> TrainSettings:

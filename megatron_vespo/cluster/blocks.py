@@ -7,25 +7,25 @@ whether a tensor-parallel pair lies inside a node.
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_vespo.arguments.trainer import TrainerSettings
 from megatron_vespo.cluster.roles import Bundle, Resources, by_role, for_trainer, shortage
 
 
-def neighbours(args: Namespace) -> dict[str, int]:
+def neighbours(settings: TrainerSettings) -> dict[str, int]:
     """Ranks that talk much to each other -> how many: the most important first.
 
     Megatron numbers them one after another (its order is tp-cp-ep-dp-pp): each group is a run of ranks that
     begins at a multiple of its size.
     """
-    tensor = args.tensor_model_parallel_size
+    tensor = settings.tensor_model_parallel_size
     return {
         "tensor-parallel": tensor,
-        "expert-parallel": args.expert_model_parallel_size * args.expert_tensor_parallel_size,
-        "context-parallel": tensor * args.context_parallel_size,
+        "expert-parallel": settings.expert_model_parallel_size * settings.expert_tensor_parallel_size,
+        "context-parallel": tensor * settings.context_parallel_size,
     }
 
 

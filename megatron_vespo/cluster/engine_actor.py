@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import host_address
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError, SGLangServer
@@ -19,7 +19,7 @@ class EngineActor:
 
     def __init__(
         self,
-        args: Namespace,
+        settings: EngineSettings,
         number: int,
         server_args: list[str],
         log_dir: Path,
@@ -34,10 +34,11 @@ class EngineActor:
         """
         shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
-        if args.ray_address:  # else Ray is the driver's child, and its environment what the plugins have set
+        # else Ray is the driver's child, and its environment what the plugins have set
+        if settings.ray_address:
             load_runtime_plugins()
         self._host = host_address(loopback)
-        self._args, self._number, self._server_args = args, number, server_args
+        self._settings, self._number, self._server_args = settings, number, server_args
         self._api_key, self._exported, self._devices = api_key, exported, devices
         self._log_path = log_dir / f"engine-{number}.log"
         self._server: SGLangServer | None = None
@@ -47,14 +48,14 @@ class EngineActor:
         self.stop()
         port = self._port()
         self._server = SGLangServer(
-            str(self._args.hf_checkpoint), self._host, port, self._server_args, self._log_path,
-            self._args.engine_start_timeout, self._api_key, self._devices, self._exported,
+            str(self._settings.hf_checkpoint), self._host, port, self._server_args, self._log_path,
+            self._settings.engine_start_timeout, self._api_key, self._devices, self._exported,
         )  # fmt: skip
         self._server.start()
         return self._server.url
 
     def _port(self) -> int:
-        chosen = self._args.rollout_port
+        chosen = self._settings.rollout_port
         try:
             if not chosen:
                 return find_free_port(self._host, self._number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from threading import Condition, Thread
 
 import ray
 
+from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.cluster.engine_actor import EngineActor
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint, State, SupervisedEngine
@@ -241,7 +241,7 @@ class EngineFleet:
 
 
 def start_engines(
-    args: Namespace,
+    settings: EngineSettings,
     placement: Placement,
     server_args: list[str],
     api_key: str | None,
@@ -250,30 +250,30 @@ def start_engines(
 ) -> EngineFleet:
     """A server for each engine of `placement`; they start in the background."""
     remote = ray.remote(EngineActor)
-    executor = ThreadPoolExecutor(max(1, args.rollout_engines), thread_name_prefix="engine-health")
+    executor = ThreadPoolExecutor(max(1, settings.rollout_engines), thread_name_prefix="engine-health")
 
     def engine(number: int) -> SupervisedEngine:
         assignment = placement.engines[number]
 
         def make_actor():
             return remote.options(**placement.options(assignment)).remote(
-                args, number, server_args, log_dir, placement.loopback, api_key, exported_values(os.environ),
-                assignment.devices,
+                settings, number, server_args, log_dir, placement.loopback, api_key,
+                exported_values(os.environ), assignment.devices,
             )  # fmt: skip
 
         return SupervisedEngine(
             number,
             make_actor,
-            start_timeout_s=args.engine_start_timeout,
-            health_timeout_s=args.engine_health_timeout,
+            start_timeout_s=settings.engine_start_timeout,
+            health_timeout_s=settings.engine_health_timeout,
             executor=executor,
             log_path=log_dir / f"engine-{number}.log",
             api_key=api_key,
         )
 
     return EngineFleet(
-        [engine(number) for number in range(args.rollout_engines)],
-        restarts=args.engine_restarts,
-        min_engines=args.min_engines,
+        [engine(number) for number in range(settings.rollout_engines)],
+        restarts=settings.engine_restarts,
+        min_engines=settings.min_engines,
         log=log,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from megatron_vespo.cluster.assignments import (
     without_gpus,
     wrong_gpus,
 )
-from megatron_vespo.cluster.blocks import Run, neighbours, requested
+from megatron_vespo.cluster.blocks import Run, requested
 from megatron_vespo.system import ray_variables
 from megatron_vespo.system.ports import PortError, require_free_ports
 from megatron_vespo.system.preemption import SIGNALS, shielded
@@ -67,11 +67,11 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def has_gpus(args: Namespace) -> bool:
+def has_gpus(ray_address: str | None) -> bool:
     """Whether the run's nodes have GPUs: those of `--ray-address`, which is joined to see it, or this one."""
-    if not args.ray_address:
+    if not ray_address:
         return _own_gpus() > 0
-    start_ray(args)
+    start_ray(ray_address)
     return cluster_has_gpus()
 
 
@@ -95,55 +95,53 @@ def cluster_has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def start_ray(args: Namespace) -> None:
-    """Join `--ray-address`, or start a Ray of our own on this machine; RuntimeError if that fails.
+def start_ray(address: str | None, num_processes: int = 1, engine_ports: Sequence[int] = ()) -> None:
+    """Join `address`, or start a Ray of our own on this machine; RuntimeError if that fails.
 
-    ValueError for variables and flags with which a Ray of our own cannot start.
+    One of our own has room for `num_processes` trainer ranks and engines. ValueError for variables with
+    which it cannot start, and for `engine_ports` that are in use here.
 
     Nothing happens where that is done already. This process hears signals as before.
     """
     if ray.is_initialized():
         return
-    if not args.ray_address:
-        _check_own(args)
+    if not address:
+        _check_own(engine_ports)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}  # Ray sets its own
     try:
         with shielded():
             try:
-                _init(args)
+                _init(address, num_processes)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
     except Exception as error:  # where its own processes do not come up, Ray raises no narrower class
-        where = (
-            f"--ray-address {args.ray_address} cannot be joined" if args.ray_address else "Ray did not start"
-        )
+        where = f"--ray-address {address} cannot be joined" if address else "Ray did not start"
         raise RuntimeError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def _check_own(args: Namespace) -> None:
+def _check_own(engine_ports: Sequence[int]) -> None:
     """ValueError for what a Ray and engines on this machine cannot start with, before any of it starts."""
     if problem := ray_variables.problem(os.environ):
         raise ValueError(": ".join(problem))
-    for number in range(args.rollout_engines if args.rollout_port else 0):
+    for port in engine_ports:
         try:
-            require_free_ports(LOOPBACK, args.rollout_port + number)
+            require_free_ports(LOOPBACK, port)
         except PortError as error:
             raise ValueError(str(error)) from error
 
 
-def _init(args: Namespace) -> None:
-    if args.ray_address:
-        ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR")
+def _init(address: str | None, num_processes: int) -> None:
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         return
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Ray listens on all interfaces and asks for a token, but leaves its own in a file that all may read
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # bundles of one CPU are only Ray's bookkeeping: two cores may carry more processes
-    needed = args.trainer_ranks + args.rollout_engines
     ray.init(
         address="local",  # else it joins one that somebody runs here, or has run
-        num_cpus=max(needed, os.cpu_count() or 1),
+        num_cpus=max(num_processes, os.cpu_count() or 1),
         num_gpus=_own_gpus(),
         include_dashboard=False,
         log_to_driver=False,
@@ -152,18 +150,26 @@ def _init(args: Namespace) -> None:
     )
 
 
-def place(args: Namespace, engine_size: int, on_gpus: bool, colocate: bool = False) -> Placement:
-    """Reserve places for every rank and engine; ValueError when the cluster is too small.
+def place(
+    ranks: int,
+    groups: Mapping[str, int],
+    engines: int,
+    engine_size: int,
+    on_gpus: bool,
+    colocate: bool = False,
+) -> Placement:
+    """Reserve places for trainer ranks and engines; ValueError when the cluster is too small.
 
+    `groups` of so many neighbouring ranks should be inside a node, see `neighbours`.
     With `colocate` an engine shares the GPUs of as many trainer ranks, else everybody has GPUs of their own.
     """
     if on_gpus and not cluster_has_gpus():
         raise ValueError("--distributed-backend nccl needs GPUs, the Ray cluster has none")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     run = Run(
-        ranks=args.trainer_ranks,
-        groups=neighbours(args) if args.trainer_ranks else {},
-        engines=args.rollout_engines,
+        ranks=ranks,
+        groups=groups,
+        engines=engines,
         engine_size=engine_size,
         on_gpus=on_gpus,
         colocate=colocate,

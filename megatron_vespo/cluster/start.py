@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vespo.arguments.engines import EngineSettings
+from megatron_vespo.arguments.trainer import TrainerSettings
+from megatron_vespo.cluster.blocks import neighbours
 from megatron_vespo.cluster.colocated import ColocatedSync
 from megatron_vespo.cluster.engine_fleet import EngineFleet, start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
@@ -24,42 +26,50 @@ class StartedFleet:
     placement: Placement
     engines: EngineFleet
     sync: EngineSync
-    api_key: str | None = (
-        None  # without it they answer nobody; not in args, which go into logs and checkpoints
-    )
+    api_key: str | None = None  # without it they answer nobody; logs and checkpoints do not have it
     gpu_sharing: GpuSharing | None = None  # where engines and trainer share GPUs
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How engines and trainer share GPUs: the limit of a call to the engines, and who is told of phases."""
+
+    timeout_s: float
+    trace: Callable[[str, int, int], None]
+
+
 def start_fleet(
-    args: Namespace,
+    settings: EngineSettings,
     server_args: list[str],
     *,
     on_gpus: bool,
-    key_choice: str,
     log_dir: Path,
     log: Callable[[str], None],
     stack: ExitStack,
-    trace: Callable[[str, int, int], None] | None = None,
+    trainer: TrainerSettings | None = None,
+    sharing: Sharing | None = None,
 ) -> StartedFleet:
     """Start or join Ray, reserve places for all ranks and engines, and begin to start the engines.
 
-    `server_args` are SGLang's own flags for each server, `key_choice` is one of API_KEY_CHOICES. `stack` ends
-    what has started. With `trace`, engines and trainer share the GPUs: see GpuSharing.
+    `server_args` are SGLang's own flags for each server. `stack` ends what has started. Without `trainer` no
+    places are reserved for its ranks. With `sharing` engines and trainer share the GPUs.
     Raises ValueError when the cluster is too small and RuntimeError when Ray does not start.
     """
     stack.callback(stop_ray)
-    start_ray(args)
-    size, colocate = engine_size(args.sglang_flags), trace is not None
-    placement = place(args, size, on_gpus, colocate)
+    ranks, number = trainer.trainer_ranks if trainer else 0, settings.rollout_engines
+    ports = range(settings.rollout_port, settings.rollout_port + number) if settings.rollout_port else ()
+    start_ray(settings.ray_address, ranks + number, ports)
+    size, groups = engine_size(settings.sglang_flags), neighbours(trainer) if ranks else {}
+    placement = place(ranks, groups, number, size, on_gpus, colocate=sharing is not None)
     for line in placement.divided:
         log(line)
-    api_key = new_api_key(key_choice, placement.loopback)
+    api_key = new_api_key(settings.engine_api_key, placement.loopback)
     if api_key is not None:
-        check_flags_with_key(args.sglang_flags)
-    engines = start_engines(args, placement, server_args, api_key, log_dir, log)
+        check_flags_with_key(settings.sglang_flags)
+    engines = start_engines(settings, placement, server_args, api_key, log_dir, log)
     stack.callback(engines.stop)
-    if trace is None:
+    if sharing is None:
         return StartedFleet(placement, engines, EngineSync(engines, size, api_key), api_key)
-    sharing = GpuSharing(engines, api_key, args.weight_sync_timeout, trace)
-    sync = ColocatedSync(engines, size, api_key, sharing)
-    return StartedFleet(placement, engines, sync, api_key, sharing)
+    gpu_sharing = GpuSharing(engines, api_key, sharing.timeout_s, sharing.trace)
+    sync = ColocatedSync(engines, size, api_key, gpu_sharing)
+    return StartedFleet(placement, engines, sync, api_key, gpu_sharing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -13,6 +12,7 @@ import numpy as np
 import ray
 
 from megatron_vespo.arguments.time_limits import check_timeout_s, sync_timeout_s
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.probe_file import ProbeMismatchError
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
@@ -38,7 +38,7 @@ class TrainerGroup:
 
     def __init__(
         self,
-        args: Namespace,
+        settings: TrainSettings,
         placement: Placement,
         log_dir: Path,
         watch: Callable[[], None],
@@ -47,7 +47,8 @@ class TrainerGroup:
         prompts: bytes | None = None,
     ):
         """`prompts` are what every checkpoint says of them, see `prompt_record`."""
-        self._args, self._log_dir, self._watch = args, log_dir, watch
+        self._settings, self._log_dir, self._watch = settings, log_dir, watch
+        self._timeout_s = settings.run.train_timeout
         self._prompts = prompts
         self._on_calls, self._on_save = on_calls, on_save
         self._one_call = Lock()  # a collective of the ranks: all get their calls in the same order
@@ -57,23 +58,23 @@ class TrainerGroup:
         remote = ray.remote(TrainerWorker)
         self._workers = [
             remote.options(**placement.options(assignment)).remote(
-                args, rank, log_dir, placement.loopback, exported_values(os.environ)
+                settings, rank, log_dir, placement.loopback, exported_values(os.environ)
             )
             for rank, assignment in enumerate(placement.trainer)
         ]
 
     def start(self) -> Resumed | None:
         """Bring Megatron up; what the checkpoint that was resumed has stored, if there was one."""
-        timeout = self._args.worker_start_timeout
+        timeout = self._settings.run.worker_start_timeout
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
         resumed = self._call("start", host, port, timeout_s=timeout)
-        if resumed is not None and self._args.load == self._args.save:
+        if resumed is not None and self._settings.save.load == self._settings.save.save:
             self.saved_iteration = resumed.rollout_state["iteration"]
         return resumed
 
     def describe(self) -> list[str]:
         """What runs each part of the model on rank 0's machine, for people."""
-        return self._call("describe", timeout_s=self._args.worker_start_timeout)
+        return self._call("describe", timeout_s=self._settings.run.worker_start_timeout)
 
     def connect_engines(
         self,
@@ -86,40 +87,40 @@ class TrainerGroup:
     ) -> None:
         """See WeightLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
         arguments = urls, fresh, number, engine_size, api_key, loaded
-        self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._args))
+        self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
 
     def sync_weights(self, policy_version: int) -> None:
         """Every engine that is connected serves the current weights as `policy_version` afterwards."""
-        self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._args))
+        self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._settings.sync))
 
     def check_weights(self, policy_version: int) -> float:
         """Compares what the engines hold; the seconds that it took."""
-        export = (self._args.output_dir / "weight-check").resolve()
-        timeout_s = self._args.train_timeout + check_timeout_s(self._args)  # it may write an export, too
+        export = (self._settings.run.output_dir / "weight-check").resolve()
+        timeout_s = self._timeout_s + check_timeout_s(self._settings.sync)  # it may write an export, too
         return self._call("check_weights", policy_version, export, timeout_s=timeout_s)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""
-        self._call("prepare", ray.put(mini_batches), timeout_s=self._args.train_timeout)
+        self._call("prepare", ray.put(mini_batches), timeout_s=self._timeout_s)
 
     def train_step(self, index: int) -> dict[str, Any]:
         """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
-        return self._call("train_step", index, timeout_s=self._args.train_timeout)
+        return self._call("train_step", index, timeout_s=self._timeout_s)
 
     def offload(self, keep_weights: bool = False) -> None:
         """Free the GPUs until a method needs them; with --no-colocate-offload weights and optimizer stay."""
-        self._call("offload", keep_weights, timeout_s=self._args.train_timeout)
+        self._call("offload", keep_weights, timeout_s=self._timeout_s)
 
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
-        return self._call("log_probs", ray.put(samples), timeout_s=self._args.train_timeout)
+        return self._call("log_probs", ray.put(samples), timeout_s=self._timeout_s)
 
     def log_w_floor(self, samples: list[TrainingSample]) -> np.ndarray:
         """What rounding alone puts into log W, float32 [num_samples]; after `prepare`, before a step."""
-        return self._call("log_w_floor", ray.put(samples), timeout_s=self._args.train_timeout)
+        return self._call("log_w_floor", ray.put(samples), timeout_s=self._timeout_s)
 
     def measure_layout(self, samples: list[TrainingSample], num_steps: int) -> LayoutMeasurement:
         """Optimizer steps on the samples, with everything that must not depend on the layout."""
-        return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._args.train_timeout)
+        return self._call("measure_layout", ray.put(samples), num_steps, timeout_s=self._timeout_s)
 
     def save(self, rollout_state: dict, rollout_buffer: bytes | None) -> None:
         """One atomic checkpoint; with --async-save begun, and complete when `on_save` is told so.
@@ -131,7 +132,7 @@ class TrainerGroup:
         calls = [(rollout_state, *files)] + [(rollout_state, None, None)] * (len(self._workers) - 1)
         with self._one_call:
             self._saving = rollout_state["iteration"]
-            self._calls("save", calls, self._args.train_timeout)
+            self._calls("save", calls, self._timeout_s)
 
     def poll_save(self) -> None:
         """Complete a save that has been written, unless a call is going on, which does so at its end.
@@ -140,13 +141,13 @@ class TrainerGroup:
         """
         if self._saving is not None and self._one_call.acquire(blocking=False):
             try:
-                self._calls("poll_save", [()] * len(self._workers), self._args.train_timeout)
+                self._calls("poll_save", [()] * len(self._workers), self._timeout_s)
             finally:
                 self._one_call.release()
 
     def wait_for_save(self) -> None:
         """Until a save that is going on has ended, well or not."""
-        self._call("finish_save", timeout_s=self._args.train_timeout)
+        self._call("finish_save", timeout_s=self._timeout_s)
 
     def finish_save(self) -> None:
         """The same; RuntimeError if the last save has failed."""
@@ -158,7 +159,7 @@ class TrainerGroup:
             )
 
     def export_hf(self, target: Path) -> None:
-        self._call("export_hf", target, timeout_s=self._args.train_timeout)
+        self._call("export_hf", target, timeout_s=self._timeout_s)
 
     def stop(self) -> None:
         for worker in self._workers:

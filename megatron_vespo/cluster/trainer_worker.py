@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.probe_file import compare, decode, encode, probes_of
 from megatron_vespo.checkpoints.run_folder import BUFFER, PROBE, PROMPTS, SaveReport
 from megatron_vespo.cluster.logs import redirect_output
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 LOADING_FLAGS = {"--load-format", "--dtype"}
 
 
-def set_environment(args: Namespace, exported: Mapping[str, str]) -> None:
+def set_environment(settings: TrainSettings, exported: Mapping[str, str]) -> None:
     """This rank's, before Megatron, CUDA and NCCL are there to read it."""
-    threads = cores_of_a_gpu() if args.optimizer_cpu_offload else None
-    symmetric = has_symmetric_memory(args.sglang_flags)
+    threads = cores_of_a_gpu() if settings.trainer.optimizer_cpu_offload else None
+    symmetric = has_symmetric_memory(settings.engines.sglang_flags)
     apply_here(trainer_environment(exported, threads=threads, symmetric_memory=symmetric))
     # torch has read the variable when it was imported
     torch.set_num_threads(int(os.environ[THREADS]))
@@ -60,14 +60,14 @@ class TrainerWorker:
     """All methods are collectives: the group calls them on every rank. Results are the same on all."""
 
     def __init__(
-        self, args: Namespace, rank: int, log_dir: Path, loopback: bool, exported: Mapping[str, str]
+        self, settings: TrainSettings, rank: int, log_dir: Path, loopback: bool, exported: Mapping[str, str]
     ):
         """`exported` is what the user has set of `process_environment.TABLE`."""
-        set_environment(args, exported)
+        set_environment(settings, exported)
         redirect_output(log_dir / f"trainer-{rank}.log")
-        self._args, self.rank = args, rank
+        self._settings, self._args, self.rank = settings, settings.megatron, rank
         self._host = host_address(loopback)
-        self._bucket_bytes = args.weight_sync_bucket_mb * 2**20
+        self._bucket_bytes = settings.sync.weight_sync_bucket_mb * 2**20
         self.policy: MegatronPolicy | None = None
         self._memory: GpuMemory | None = None
         self._prepared: list = []
@@ -93,10 +93,10 @@ class TrainerWorker:
 
     def start(self, master_address: str, master_port: int) -> Resumed | None:
         """Bring Megatron up and load the weights; what the checkpoint has stored, where one is resumed."""
-        check_visible_gpus(self.rank, int(runs_on_gpus(self._args)))
+        check_visible_gpus(self.rank, int(runs_on_gpus(self._settings.trainer.distributed_backend)))
         where = f"trainer rank {self.rank} on {self._host}"
-        check_transformer_engine(self._args, where)
-        check_deep_ep(self._args, where)
+        check_transformer_engine(self._args.transformer_impl, where)
+        check_deep_ep(self._args.moe_token_dispatcher_type, self._args.moe_flex_dispatcher_backend, where)
         from megatron_vespo.trainer.capabilities import check_router
         from megatron_vespo.trainer.initialize import initialize
         from megatron_vespo.trainer.memory import GpuMemory
@@ -106,7 +106,9 @@ class TrainerWorker:
         # this process sees its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
         self.policy = MegatronPolicy(self._args)
-        self._memory = GpuMemory(self.policy.model, self.policy.optimizer, self._args.colocate_offload)
+        self._memory = GpuMemory(
+            self.policy.model, self.policy.optimizer, self._settings.sync.colocate_offload
+        )
         if self.policy.stored is None:
             return None
         buffer = self.policy.stored.file(BUFFER) if self.rank == 0 else None
@@ -118,7 +120,7 @@ class TrainerWorker:
             return None
         samples, saved = decode(content)
         now = self.policy.log_probs(samples, False)
-        return compare(saved, now, self._args.bf16, f"--load {self.policy.stored.folder}")
+        return compare(saved, now, self._settings.trainer.bf16, f"--load {self.policy.stored.folder}")
 
     def describe(self) -> list[str]:
         """Which implementation runs each part of the model on this machine, and why."""
@@ -177,7 +179,7 @@ class TrainerWorker:
         from megatron_vespo.weight_sync.weight_link import WeightLink
 
         if self._link is None:
-            groups, mode = self.policy.groups, self._args.on_weight_update.replace("-", "_")
+            groups, mode = self.policy.groups, self._settings.sync.on_weight_update.replace("-", "_")
             self._link = WeightLink(
                 rank=self.rank,
                 stage=groups.pp.rank(),
@@ -185,9 +187,9 @@ class TrainerWorker:
                 is_sender=self.policy.is_sender,
                 engine_size=engine_size,
                 host=self._host,
-                backend=sync_backend(device().type == "cuda", self._args.colocate),
-                timeout_s=self._args.weight_sync_timeout,
-                pause=mode if self._args.max_staleness else None,
+                backend=sync_backend(device().type == "cuda", self._settings.sync.colocate),
+                timeout_s=self._settings.sync.weight_sync_timeout,
+                pause=mode if self._settings.sync.max_staleness else None,
                 api_key=api_key,
             )
         self._link.loaded |= loaded or {}
@@ -209,7 +211,7 @@ class TrainerWorker:
         weights differ.
         """
         started = time.monotonic()
-        first, interval = self._num_syncs == 0, self._args.weight_check_interval
+        first, interval = self._num_syncs == 0, self._settings.sync.weight_check_interval
         known = first and self._all_fresh and self._engines_have_loaded_the_policy()
         every_so_many = interval > 0 and (self._num_syncs + 1) % interval == 0
         due = not known if first or self._all_fresh else every_so_many
@@ -232,18 +234,20 @@ class TrainerWorker:
         admin = self._link.admin
         all_sums = check_engines_agree(admin, policy_version)
         if known:
-            whose = f"--hf-checkpoint {self._args.hf_checkpoint}"
+            whose = f"--hf-checkpoint {self._settings.engines.hf_checkpoint}"
             for url, sums in zip(admin.urls, all_sums, strict=True):
                 compare_sums(url, sums, whose, self._link.loaded[url], policy_version)
         if export is not None:
-            limit = self._args.weight_check_timeout
+            limit = self._settings.sync.weight_check_timeout
             check_against_checkpoint(admin, all_sums[0], export, policy_version, limit)
 
     def _engines_have_loaded_the_policy(self) -> bool:
         """Engines and trainer have both started from --hf-checkpoint."""
         from megatron_vespo.trainer import checkpoint
 
-        return not checkpoint.exists(self._args) and LOADING_FLAGS.isdisjoint(self._args.sglang_flags)
+        return not checkpoint.exists(self._args) and LOADING_FLAGS.isdisjoint(
+            self._settings.engines.sglang_flags
+        )
 
     def save(self, rollout_state: dict, buffer: bytes | None, prompts: bytes | None = None) -> None:
         """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""

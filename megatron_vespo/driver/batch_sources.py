@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from megatron_vespo.arguments.rollout import RolloutSettings
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.driver.services import Services
 from megatron_vespo.rewards.pool import RewardResult
@@ -25,7 +26,7 @@ STOP_TIMEOUT_S = 5.0  # of generation in the background, when a run ends early
 
 
 def make_batch_source(
-    args: Namespace,
+    settings: TrainSettings,
     services: Services,
     collector: Collector | None,
     cursor: PromptCursor | None,
@@ -39,56 +40,61 @@ def make_batch_source(
     `on_wait` is called while the training loop waits for a batch from the background. `stack` stops the
     background. Raises ValueError if a synchronous run would lose pending groups.
     """
-    if args.train_from:
+    if settings.run.train_from:
         return RecordedBatches(
-            args.train_from, steps_per_rollout=args.steps_per_rollout, consumed_prompts=state.consumed_prompts
+            settings.run.train_from,
+            steps_per_rollout=settings.rollout.steps_per_rollout,
+            consumed_prompts=state.consumed_prompts,
         )
-    pending = _pending_groups(args, services, rollout_buffer)
-    if args.max_staleness == 0:
+    rollout = settings.rollout
+    pending = _pending_groups(settings, services, rollout_buffer)
+    if rollout.max_staleness == 0:
         return SynchronousBatches(
             collector,
             services.scorer,
             cursor,
             services.task.sampling,
-            batch_size=args.rollout_batch_size,
-            group_size=args.group_size,
-            max_batches=args.dynamic_sampling_max_batches if args.dynamic_sampling else None,
-            seed=args.seed,
-            advantage_estimator=args.advantage_estimator,
+            batch_size=rollout.rollout_batch_size,
+            group_size=rollout.group_size,
+            max_batches=rollout.dynamic_sampling_max_batches if rollout.dynamic_sampling else None,
+            seed=rollout.seed,
+            advantage_estimator=settings.loss.advantage_estimator,
             display=services.display,
             preemption=services.preemption,
         )
-    buffer = _rollout_buffer(args, cursor, state)
+    buffer = _rollout_buffer(rollout, cursor, state)
     buffer.restore(pending)
-    background = _async_collector(args, services, collector, buffer, on_wait)
+    background = _async_collector(settings, services, collector, buffer, on_wait)
     stack.callback(background.stop, STOP_TIMEOUT_S)
     return BackgroundBatches(
         background,
         cursor,
-        steps_per_rollout=args.steps_per_rollout,
-        max_staleness=args.max_staleness,
-        stop_while_training=args.stop_generation,
-        advantage_estimator=args.advantage_estimator,
+        steps_per_rollout=rollout.steps_per_rollout,
+        max_staleness=rollout.max_staleness,
+        stop_while_training=rollout.stop_generation,
+        advantage_estimator=settings.loss.advantage_estimator,
         display=services.display,
-        batch_timeout_s=args.train_timeout,
-        suspend_timeout_s=args.weight_sync_timeout,
-        stop_timeout_s=args.generate_timeout,
+        batch_timeout_s=settings.run.train_timeout,
+        suspend_timeout_s=settings.sync.weight_sync_timeout,
+        stop_timeout_s=rollout.generate_timeout,
     )
 
 
-def _pending_groups(args: Namespace, services: Services, rollout_buffer: bytes | None) -> list[Pending]:
+def _pending_groups(
+    settings: TrainSettings, services: Services, rollout_buffer: bytes | None
+) -> list[Pending]:
     by_id = {prompt.prompt_id: prompt for prompt in services.task.prompts.prompts}
     pending = unpack_pending(rollout_buffer, by_id) if rollout_buffer else []
-    if pending and args.max_staleness == 0:
+    if pending and settings.rollout.max_staleness == 0:
         raise ValueError(
-            f"--load {args.load}: {len(pending)} prompts were in flight when this asynchronous run "
+            f"--load {settings.save.load}: {len(pending)} prompts were in flight when this asynchronous run "
             "was saved: go on with --max-staleness above 0"
         )
     return pending
 
 
 def _async_collector(
-    args: Namespace,
+    settings: TrainSettings,
     services: Services,
     collector: Collector,
     buffer: RolloutBuffer,
@@ -108,8 +114,8 @@ def _async_collector(
         buffer,
         services.task.sampling,
         score,
-        num_completions=args.group_size,
-        seed=args.seed,
+        num_completions=settings.rollout.group_size,
+        seed=settings.rollout.seed,
         on_wait=on_wait,
         on_change=lambda buffer: trace.count(
             "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished
@@ -117,19 +123,19 @@ def _async_collector(
     )
 
 
-def _rollout_buffer(args: Namespace, cursor: PromptCursor, state: RunState) -> RolloutBuffer:
+def _rollout_buffer(settings: RolloutSettings, cursor: PromptCursor, state: RunState) -> RolloutBuffer:
     """Empty; as the flags say."""
-    size = args.rollout_batch_size
+    size = settings.rollout_batch_size
     return RolloutBuffer(
         lambda: cursor.take(1)[0],
         batch_size=size,
-        steps_per_rollout=args.steps_per_rollout,
-        max_staleness=args.max_staleness,
-        requeue=args.stale_groups == "requeue",
-        max_dispatches=args.max_attempts,
+        steps_per_rollout=settings.steps_per_rollout,
+        max_staleness=settings.max_staleness,
+        requeue=settings.stale_groups == "requeue",
+        max_dispatches=settings.max_attempts,
         version=state.iteration,
         serial=state.consumed_prompts,
-        max_held=args.over_subscription and int(args.over_subscription * size),
+        max_held=settings.over_subscription and int(settings.over_subscription * size),
         teaches=teaches,
-        max_left_out=(args.dynamic_sampling_max_batches - 1) * size if args.dynamic_sampling else 0,
+        max_left_out=(settings.dynamic_sampling_max_batches - 1) * size if settings.dynamic_sampling else 0,
     )

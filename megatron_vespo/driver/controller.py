@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from megatron_vespo.algorithms.alarms import Alarm, check, is_news
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.prompts import PromptCursor
@@ -37,7 +37,7 @@ class StoppedByAlarm(RuntimeError):
 class Controller:
     """One run. `train` is the whole story; the other methods are its steps."""
 
-    args: Namespace
+    settings: TrainSettings
     source: BatchSource
     learner: Learner
     trainer: TrainerGroup | None
@@ -61,7 +61,7 @@ class Controller:
         self.sync_weights()
         self.evaluate_at_start()
         self.source.start()
-        while self.state.iteration < self.args.train_iters:
+        while self.state.iteration < self.settings.run.train_iters:
             batch = self.next_batch()
             samples = self.training_samples(batch.groups)
             metrics = batch.metrics | self.learner.update(samples, self.sync_if_due)
@@ -83,8 +83,9 @@ class Controller:
         return batch
 
     def training_samples(self, groups: list[Group]) -> list[TrainingSample]:
-        samples = training_samples(groups, self.args.advantage_estimator, self.args.routing_replay)
-        if self.args.routing_replay == "R3" and (lost := lost_routes(samples)):
+        estimator, replay = self.settings.loss.advantage_estimator, self.settings.rollout.routing_replay
+        samples = training_samples(groups, estimator, replay)
+        if replay == "R3" and (lost := lost_routes(samples)):
             self.display.message(lost)
         return samples
 
@@ -99,9 +100,9 @@ class Controller:
 
     def sync_if_due(self) -> dict[str, float]:
         """After an optimizer step: every --sync-interval steps and after the last one."""
-        interval = self.args.sync_interval or self.args.steps_per_rollout
+        interval = self.settings.rollout.sync_interval or self.settings.rollout.steps_per_rollout
         due = self.state.iteration - self.policy_version >= interval
-        return self.sync_weights() if due or self.state.iteration >= self.args.train_iters else {}
+        return self.sync_weights() if due or self.state.iteration >= self.settings.run.train_iters else {}
 
     def on_wait(self, while_others_serve: bool) -> None:
         """Called while generation waits: ends the run after a signal, syncs engines that have restarted."""
@@ -120,9 +121,9 @@ class Controller:
             self.metrics.write(self.state.iteration, missed)
 
     def maybe_evaluate(self) -> dict[str, float]:
-        rollouts_done = self.state.iteration // self.args.steps_per_rollout
-        last = self.state.iteration >= self.args.train_iters
-        if not self.eval_prompts or (rollouts_done % self.args.eval_interval and not last):
+        rollouts_done = self.state.iteration // self.settings.rollout.steps_per_rollout
+        last = self.state.iteration >= self.settings.run.train_iters
+        if not self.eval_prompts or (rollouts_done % self.settings.eval.interval and not last):
             return {}
         self.state.evaluation_due = True
         try:
@@ -134,8 +135,8 @@ class Controller:
 
     def evaluate(self) -> dict[str, float]:
         with self.display.phase("evaluate"), self.preemption.interruptible():
-            args = self.args
-            how = args.seed, args.eval_completions, args.eval_temperature, args.eval_pass_reward
+            settings, seed = self.settings.eval, self.settings.rollout.seed
+            how = seed, settings.completions, settings.temperature, settings.pass_reward
             return evaluate(self.collector, self.eval_prompts, self.sampling, self.score, *how).metrics()
 
     def score(self, completions: list[Completion]) -> list[float]:
@@ -146,11 +147,10 @@ class Controller:
         if self.collector is None or self.trainer is None:
             return  # --train-from or --rollout-only: only one side has weights
         prompts = (self.eval_prompts or self.cursor.take(NUM_CANARIES))[:NUM_CANARIES]
-        seed = batch_seed(self.args.seed, self.state.iteration)
+        seed = batch_seed(self.settings.rollout.seed, self.state.iteration)
         groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=seed)
-        samples = [
-            training_sample(group[0], 0.0, g, self.args.routing_replay) for g, group in enumerate(groups)
-        ]
+        replay = self.settings.rollout.routing_replay
+        samples = [training_sample(group[0], 0.0, g, replay) for g, group in enumerate(groups)]
         pairs = zip(self.trainer.log_probs(samples), samples, strict=True)
         difference = float(max(np.abs(ours - s.behavior_log_probs).max() for ours, s in pairs))
         self.metrics.write(self.state.iteration, {"check/last_sync_logprob_difference": difference})
@@ -167,20 +167,22 @@ class Controller:
         return alarms
 
     def maybe_stop(self, alarms: list[Alarm]) -> None:
-        if alarms and self.args.on_alarm != "warn":
-            saved = f"; checkpoint in {self.args.save}" if self.args.on_alarm == "checkpoint-and-stop" else ""
+        on_alarm = self.settings.run.on_alarm
+        if alarms and on_alarm != "warn":
+            saved = f"; checkpoint in {self.settings.save.save}" if on_alarm == "checkpoint-and-stop" else ""
             raise StoppedByAlarm(
                 f"stopped by alarm {alarms[0].name} at optimizer step {self.state.iteration}: "
                 f"{alarms[0]}{saved}"
             )
 
     def maybe_save(self, alarms: list[Alarm]) -> None:
-        if self.args.save is None:
+        if self.settings.save.save is None:
             return
-        before = self.state.iteration - self.args.steps_per_rollout
-        due = self.state.iteration // self.args.save_interval > before // self.args.save_interval
-        stopping = bool(alarms) and self.args.on_alarm == "checkpoint-and-stop"
-        if due or stopping or self.state.iteration >= self.args.train_iters:
+        before = self.state.iteration - self.settings.rollout.steps_per_rollout
+        interval = self.settings.save.save_interval
+        due = self.state.iteration // interval > before // interval
+        stopping = bool(alarms) and self.settings.run.on_alarm == "checkpoint-and-stop"
+        if due or stopping or self.state.iteration >= self.settings.run.train_iters:
             self.save()
 
     def save(self) -> None:

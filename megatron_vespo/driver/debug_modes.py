@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.set_aside import set_aside
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.rollout_file import (
@@ -56,10 +56,10 @@ class Recorder:
     When a run goes back to an older checkpoint, files of later batches are set aside like its checkpoints.
     """
 
-    def __init__(self, args: Namespace, iteration: int):
-        self._folder, self._run = args.save_rollouts, recorded_run(args)
-        self._batch = iteration // args.steps_per_rollout
-        self._goes_back = args.ckpt_step is not None
+    def __init__(self, settings: TrainSettings, iteration: int):
+        self._folder, self._run = settings.run.save_rollouts, recorded_run(settings)
+        self._batch = iteration // settings.rollout.steps_per_rollout
+        self._goes_back = settings.save.ckpt_step is not None
 
     def __call__(self, batch: ScoredBatch) -> None:
         path = batch_path(self._folder, self._batch)
@@ -70,55 +70,57 @@ class Recorder:
         self._batch += 1
 
 
-def recorded_run(args: Namespace) -> dict[str, Any]:
+def recorded_run(settings: TrainSettings) -> dict[str, Any]:
     """What a recorded batch must have in common with the run that trains on it, by the words of messages."""
     return {
-        "--rollout-batch-size": args.rollout_batch_size,
-        "--group-size": args.group_size,
-        "--steps-per-rollout": args.steps_per_rollout,
-        "a vocabulary of": args.vocab_size,
-        "number of layers": args.num_layers,
-        "hidden size": args.hidden_size,
-        "number of experts": args.num_experts,
-        "experts a token": args.moe_router_topk if args.num_experts else None,
+        "--rollout-batch-size": settings.rollout.rollout_batch_size,
+        "--group-size": settings.rollout.group_size,
+        "--steps-per-rollout": settings.rollout.steps_per_rollout,
+        "a vocabulary of": settings.trainer.vocab_size,
+        "number of layers": settings.trainer.num_layers,
+        "hidden size": settings.trainer.hidden_size,
+        "number of experts": settings.trainer.num_experts,
+        "experts a token": settings.trainer.moe_router_topk if settings.trainer.num_experts else None,
     }
 
 
-def check_modes(args: Namespace) -> None:
+def check_modes(settings: TrainSettings) -> None:
     """ValueError for flags that contradict each other, before anything starts."""
-    if args.train_from is not None:
+    if settings.run.train_from is not None:
         others = {
-            "--rollout-only": args.rollout_only,
-            "--save-rollouts": args.save_rollouts,
-            "--eval-data": args.eval_data,
+            "--rollout-only": settings.run.rollout_only,
+            "--save-rollouts": settings.run.save_rollouts,
+            "--eval-data": settings.eval.data,
         }
         for flag, given in others.items():
             if given:
                 raise ValueError(f"--train-from starts no engines, {flag} needs them: leave one out")
-        if not args.load:
-            check_recorded(args, 0)
-    if args.rollout_only:
-        for flag, given in {"--load": args.load, "--save": args.save}.items():
+        if not settings.save.load:
+            check_recorded(settings, 0)
+    if settings.run.rollout_only:
+        for flag, given in {"--load": settings.save.load, "--save": settings.save.save}.items():
             if given:
                 raise ValueError(
                     f"--rollout-only has no trainer, the weights are --hf-checkpoint's: leave {flag} out"
                 )
-    if args.save_rollouts is not None and not args.load and batch_path(args.save_rollouts, 0).exists():
-        raise ValueError(f"--save-rollouts {args.save_rollouts} has recorded batches: name another folder")
+    folder = settings.run.save_rollouts
+    if folder is not None and not settings.save.load and batch_path(folder, 0).exists():
+        raise ValueError(f"--save-rollouts {folder} has recorded batches: name another folder")
 
 
-def check_recorded(args: Namespace, iteration: int) -> None:
+def check_recorded(settings: TrainSettings, iteration: int) -> None:
     """ValueError unless --train-from has what a run from optimizer step `iteration` on will ask for."""
-    folder: Path = args.train_from
+    folder: Path = settings.run.train_from
     if not folder.is_dir():
         raise ValueError(f"--train-from {folder}: no such folder")
-    first, end = iteration // args.steps_per_rollout, args.train_iters // args.steps_per_rollout
+    steps, train_iters = settings.rollout.steps_per_rollout, settings.run.train_iters
+    first, end = iteration // steps, train_iters // steps
     missing = [batch for batch in range(first, end) if not batch_path(folder, batch).is_file()]
     if missing:
         raise ValueError(
             f"--train-from {folder}: {batch_path(folder, missing[0]).name} is missing; --train-iters "
-            f"{args.train_iters} at --steps-per-rollout {args.steps_per_rollout} needs batches "
-            f"{first} to {end - 1}"
+            f"{train_iters} at --steps-per-rollout {steps} needs batches {first} to {end - 1}"
         )
     for batch in range(first, end):
-        check_record(batch_path(folder, batch), recorded_run(args), args.routing_replay == "R3")
+        replays = settings.rollout.routing_replay == "R3"
+        check_record(batch_path(folder, batch), recorded_run(settings), replays)

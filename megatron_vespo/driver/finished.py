@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
-from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_vespo.system.paths import path_word, user_path
 
 _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 
 
-def why_finished(args: Namespace, folder: Path, step: int) -> str | None:
+@dataclass(frozen=True)
+class Wanted:
+    """What a run is to reach."""
+
+    load: str
+    train_iters: int  # optimizer steps
+    output_dir: Path
+    hf_export: bool
+
+
+def why_finished(wanted: Wanted, folder: Path, step: int) -> str | None:
     """What to tell people where neither training nor export nor summary is left to do; else None.
 
-    `step` is how many optimizer steps the checkpoint in `folder` has done. Of `args` it needs load,
-    train_iters, output_dir and hf_export.
+    `step` is how many optimizer steps the checkpoint in `folder` has done.
     """
-    if step < args.train_iters:
+    if step < wanted.train_iters:
         return None
-    export, summary = args.output_dir / "hf", args.output_dir / "summary.json"
+    export, summary = wanted.output_dir / "hf", wanted.output_dir / "summary.json"
     try:
         result = json.loads(summary.read_text())
         paths = result["paths"]
         known = paths.get("checkpoint"), result.get("steps")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if known != (args.load, step):  # another run's
+    if known != (wanted.load, step):  # another run's
         return None
-    if args.hf_export and not ("HF export" in paths and export.is_dir()):
+    if wanted.hf_export and not ("HF export" in paths and export.is_dir()):
         return None
-    left = f"; HF export in {export}" if args.hf_export else ""
-    return f"{step} of {args.train_iters} steps are done: {folder}{left}, summary in {summary}"
+    left = f"; HF export in {export}" if wanted.hf_export else ""
+    return f"{step} of {wanted.train_iters} steps are done: {folder}{left}, summary in {summary}"
 
 
 def finished_by_files(argv: Sequence[str]) -> str | None:
@@ -50,11 +60,11 @@ def finished_by_files(argv: Sequence[str]) -> str | None:
     except (OSError, ValueError):  # nothing saved yet, or what the whole start-up knows better
         return None
     folder = load / f"iter_{step:07d}"
-    args.load = str(load)
-    return why_finished(args, folder, step) if folder.is_dir() else None
+    wanted = Wanted(str(load), args.train_iters, args.output_dir, args.hf_export)
+    return why_finished(wanted, folder, step) if folder.is_dir() else None
 
 
-def _few_flags(argv: Sequence[str]) -> Namespace | None:
+def _few_flags(argv: Sequence[str]) -> Any:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--load", type=path_word)
     parser.add_argument("--ckpt-step", type=int)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_vespo.arguments.resume import resumed_folder
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.chunk_index import ChunkIndex
 from megatron_vespo.checkpoints.resumable import changes, check_resumable
 from megatron_vespo.checkpoints.saved_arguments import saved_arguments
@@ -22,11 +22,11 @@ class FoundCheckpoint:
     changes: list[str] = field(default_factory=list)  # flags that it was saved with, and that differ now
 
 
-def find_checkpoint(args: Namespace) -> FoundCheckpoint | None:
+def find_checkpoint(settings: TrainSettings) -> FoundCheckpoint | None:
     """None where training starts anew. ValueError for one that these flags cannot go on from."""
-    folder = resumed_folder(args)
+    folder = resumed_folder(settings.save)
     if folder is None or not (folder / METADATA_NAME).is_file():
         return None
     saved = saved_arguments(ChunkIndex(folder))
-    check_resumable(folder, saved, args)
-    return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, args))
+    check_resumable(folder, saved, settings.megatron)
+    return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, settings.megatron))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.arguments.resume import how_to_go_on, resumed_folder
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.cluster.calls import TrainerError
@@ -21,17 +20,17 @@ from megatron_vespo.types import RunState
 class Run:
     """Starts the trainer, and starts it again when ranks die, as often as --trainer-restarts allows."""
 
-    def __init__(self, args: Namespace, services: Services, setup_seconds: float):
+    def __init__(self, settings: TrainSettings, services: Services, setup_seconds: float):
         """`setup_seconds` plus the time of the monotonic clock is the setup time, in seconds."""
-        self._args, self._services = args, services
+        self._settings, self._services = settings, services
         self.setup_seconds = setup_seconds
         self.idle: dict[str, dict] = {}
         self._training_since: int | None = None  # nanoseconds since 1970
 
     def train(self) -> RunState:
-        restarts, args, number = Restarts(self._args), self._args, 0
+        restarts, settings, number = Restarts(self._settings), self._settings, 0
         while True:
-            attempt = TrainerAttempt(args, self._services, number)
+            attempt = TrainerAttempt(settings, self._services, number)
             try:
                 with attempt:
                     return self._train(attempt.controller)
@@ -40,18 +39,18 @@ class Run:
                     self._end_unsaved(str(error).splitlines()[0], error)
                 if self._training_since is None:  # a restart does not repair what has never started
                     raise
-                args, message = restarts.next(error)
+                settings, message = restarts.next(error)
                 self._services.display.message(message)
             attempt.wait_until_gone()
             number += 1
 
     def _train(self, controller: Controller) -> RunState:
-        args, services = self._args, self._services
+        settings, services = self._settings, self._services
         if self._training_since is None:
             self.setup_seconds += time.monotonic()
             self._training_since = time.time_ns()
         try:
-            if args.save is None:
+            if settings.save.save is None:
                 state = controller.train()
             else:
                 with services.preemption.guarded():
@@ -63,22 +62,22 @@ class Run:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._interrupted(controller.state.iteration)) from None
         except StoppedByAlarm:
-            if args.save is not None:
+            if settings.save.save is not None:
                 controller.trainer.finish_save()
             raise
         self.idle = services.trace.idle(self._training_since, time.time_ns())
-        if args.save is not None:
+        if settings.save.save is not None:
             with services.display.phase("save"):
                 controller.trainer.finish_save()
-        if args.hf_export:
+        if settings.run.hf_export:
             with services.display.phase("export"):
-                controller.trainer.export_hf((args.output_dir / "hf").resolve())
+                controller.trainer.export_hf((settings.run.output_dir / "hf").resolve())
         return state
 
     def _end_resumable(self, controller: Controller) -> None:
         """Saves before the preemption's deadline; raises Preempted, or EndedBySignal if the save failed."""
-        args, preemption = self._args, self._services.preemption
-        if args.save is None:
+        settings, preemption = self._settings, self._services.preemption
+        if settings.save.save is None:
             preemption.conclude(EXIT_RESUME)
             raise Preempted(f"ended by {preemption.signal}; without --save nothing is kept")
         trainer, step = controller.trainer, controller.state.iteration
@@ -91,17 +90,19 @@ class Run:
             self._end_unsaved(str(error).splitlines()[0], error)
         preemption.conclude(EXIT_RESUME)
         saved = (
-            f", which is saved: go on with {how_to_go_on(args, step)}" if step else ": nothing to save yet"
+            f", which is saved: go on with {how_to_go_on(settings.save, step)}"
+            if step
+            else ": nothing to save yet"
         )
         raise Preempted(f"ended by {preemption.signal} at optimizer step {step}{saved}")
 
     def _interrupted(self, step: int) -> str:
-        save, where = self._args.save, f"interrupted at optimizer step {step}"
+        save, where = self._settings.save.save, f"interrupted at optimizer step {step}"
         if save is None:
             return f"{where}; without --save nothing is kept"
         if (newest := newest_save(Path(save))) is None:
             return f"{where}, before the first checkpoint: the same command begins anew"
-        how = "the same command goes on" if self._args.load == save else f"go on with --load {save}"
+        how = "the same command goes on" if self._settings.save.load == save else f"go on with --load {save}"
         return f"{where}; the newest checkpoint is {newest}: {how}"
 
     def _end_unsaved(self, reason: str, error: Exception) -> None:
@@ -113,34 +114,34 @@ class Run:
 class Restarts:
     """Decides from which checkpoint a run continues after its trainer has died, and how often it may."""
 
-    def __init__(self, args: Namespace):
-        self._args, self._left = args, args.trainer_restarts
+    def __init__(self, settings: TrainSettings):
+        self._settings, self._left = settings, settings.save.trainer_restarts
         self._first = self._newest = self._tracker()
         self._last_failure: str | None = None
 
-    def next(self, error: TrainerError) -> tuple[Namespace, str]:
+    def next(self, error: TrainerError) -> tuple[TrainSettings, str]:
         """The next attempt's arguments and a message for the log; raises `error` if no restart is left."""
         newest = self._tracker()
         if newest != self._newest:  # it has come further
-            self._newest, self._left = newest, self._args.trainer_restarts
+            self._newest, self._left = newest, self._settings.save.trainer_restarts
         first_line = str(error).splitlines()[0]
         repeated = not error.died and first_line == self._last_failure  # the next time would be no better
         self._last_failure = first_line
         if self._left == 0 or repeated:
             raise error
         self._left -= 1
-        args, where = copy.copy(self._args), "from the beginning, there is no checkpoint yet"
+        settings, where = self._settings, "from the beginning, there is no checkpoint yet"
         if newest is not None and newest != self._first:  # this run has saved
-            args.load, args.ckpt_step = args.save, None
-        if folder := resumed_folder(args):
+            settings = settings.going_on_from(settings.save.save, None)
+        if folder := resumed_folder(settings.save):
             where = f"from {folder}"
-        return args, (
+        return settings, (
             f"RESTART OF THE TRAINER {where} ({self._left} more without a new checkpoint): {first_line}"
         )
 
     def _tracker(self) -> tuple[Path, int] | None:
         """The newest checkpoint of --save and when it was named: a run may save under an old one's name."""
-        if self._args.save is None:
+        if self._settings.save.save is None:
             return None
-        folder = newest_save(Path(self._args.save))
+        folder = newest_save(Path(self._settings.save.save))
         return None if folder is None else (folder, (folder.parent / TRACKER_NAME).stat().st_mtime_ns)

@@ -25,7 +25,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
@@ -59,13 +58,13 @@ class RunRecord:
         write_atomically(self.path, json.dumps(self._content, indent=1) + "\n")
 
 
-def describe_run(args: Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The record of a run of `args`, as of now; `parser` has the flags with their defaults."""
+def describe_run(args: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The record of a run with these arguments, as of now; `parser` has the flags with their defaults."""
     defaults = {action.dest: action.default for action in parser._actions}
-    arguments = {name: _plain(name, value) for name, value in sorted(vars(args).items())}
+    arguments = {name: _plain(name, value) for name, value in sorted(args.items())}
     exported = exported_values(os.environ)
-    symmetric = has_symmetric_memory(args.sglang_flags)
-    saver = getattr(args, "colocate", False) and runs_on_gpus(args)
+    symmetric = has_symmetric_memory(args["sglang_flags"])
+    saver = args.get("colocate", False) and runs_on_gpus(args["distributed_backend"])
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(without_secrets(sys.argv)),
@@ -75,7 +74,7 @@ def describe_run(args: Namespace, parser: argparse.ArgumentParser) -> dict[str, 
             for name, value in arguments.items()
             if name in defaults and value != _plain(name, defaults[name])
         },
-        "seed": args.seed,
+        "seed": args["seed"],
         "source": source_commit(ROOT),
         "packages": _packages(),
         "patches": str(patch_state()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from typing import Any
 
 from megatron_vespo.arguments.resume import resumed_folder
 from megatron_vespo.arguments.time_limits import longest_engine_step_s
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
-from megatron_vespo.cluster.start import start_fleet
+from megatron_vespo.cluster.start import Sharing, start_fleet
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
@@ -44,40 +44,43 @@ class Task:
     remarks: list[str] = field(default_factory=list)  # what people should know of the data
 
 
-def load_task(args: Namespace) -> Task:
-    if args.train_from:
+def load_task(settings: TrainSettings) -> Task:
+    if settings.run.train_from:
         return Task()
-    check_served(args.hf_checkpoint)
-    folder = None if args.rollout_only else resumed_folder(args)
+    check_served(settings.engines.hf_checkpoint)
+    folder = None if settings.run.rollout_only else resumed_folder(settings.save)
     saved = folder and read_record(folder)
     date = saved.date if saved else datetime.now().replace(microsecond=0)
-    tokenizer = load_tokenizer(args.hf_checkpoint, "--hf-checkpoint")
-    form = chat_format(args, tokenizer, date)
-    prompts = prompt_data(args, args.prompt_data, form, overlong=args.overlong_prompts, flag="--prompt-data")
-    sets = [prompts, *([eval_data(args, form)] if args.eval_data else [])]
+    tokenizer = load_tokenizer(settings.engines.hf_checkpoint, "--hf-checkpoint")
+    data = settings.data
+    form = chat_format(data, tokenizer, date)
+    path, overlong = data.prompt_data, data.overlong_prompts
+    prompts = prompt_data(data, path, form, overlong=overlong, flag="--prompt-data")
+    sets = [prompts, *([eval_data(data, settings.eval, form)] if settings.eval.data else [])]
     remarks = []
     for loaded in sets:
-        _check_vocabulary(args, loaded)
-        remarks += loaded.remarks(args.max_prompt_tokens)
-    eval_prompts = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: args.eval_prompts]]
-    record = PromptRecord.of(prompts.prompts, args.seed, date, eval_prompts)
+        _check_vocabulary(settings, loaded)
+        remarks += loaded.remarks(settings.rollout.max_prompt_tokens)
+    eval_prompts = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: settings.eval.prompts]]
+    record = PromptRecord.of(prompts.prompts, settings.rollout.seed, date, eval_prompts)
     if saved:
-        remarks += saved.check_same(record, folder, args.prompt_data)
+        remarks += saved.check_same(record, folder, settings.data.prompt_data)
     elif folder:
         remarks.append(f"{folder} does not say which prompts its run has: they are not compared")
-    stops = stop_token_ids(args.hf_checkpoint, tokenizer.eos_token_id)
-    sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, stops)
-    reward = load_reward_function(args.reward_function)
-    generate = load_generate_function(args.generate_function) if args.generate_function else None
+    stops = stop_token_ids(settings.engines.hf_checkpoint, tokenizer.eos_token_id)
+    rollout = settings.rollout
+    sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, stops)
+    reward = load_reward_function(settings.rewards.reward_function)
+    generate = load_generate_function(rollout.generate_function) if rollout.generate_function else None
     return Task(tokenizer, sampling, prompts, eval_prompts, reward, generate, record.encode(), remarks)
 
 
-def _check_vocabulary(args: Namespace, loaded: PromptSet) -> None:
+def _check_vocabulary(settings: TrainSettings, loaded: PromptSet) -> None:
     largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
-    if largest >= args.vocab_size:  # SGLang's scheduler would die of it
+    if largest >= settings.trainer.vocab_size:  # SGLang's scheduler would die of it
         raise ValueError(
-            f"--hf-checkpoint {args.hf_checkpoint}: its tokenizer makes token id {largest} of {loaded.path}, "
-            f"but the model's vocabulary has {args.vocab_size} entries"
+            f"--hf-checkpoint {settings.engines.hf_checkpoint}: its tokenizer makes token id {largest} of "
+            f"{loaded.path}, but the model's vocabulary has {settings.trainer.vocab_size} entries"
         )
 
 
@@ -86,7 +89,7 @@ class Services:
 
     def __init__(
         self,
-        args: Namespace,
+        settings: TrainSettings,
         task: Task,
         display: RunDisplay,
         trace: Trace,
@@ -94,30 +97,35 @@ class Services:
         stack: ExitStack,
     ):
         self.task, self.display, self.trace, self.preemption = task, display, trace, preemption
-        self.log_dir = (args.output_dir / "logs").resolve()
+        self.log_dir = (settings.run.output_dir / "logs").resolve()
         self.scorer: Scorer | None = None
         if task.reward is not None:
-            limits = args.reward_workers, args.reward_timeout, args.reward_memory_gb
-            rewards = RewardPool(task.reward, *limits)
+            flags = settings.rewards
+            rewards = RewardPool(
+                task.reward, flags.reward_workers, flags.reward_timeout, flags.reward_memory_gb
+            )
             stack.callback(rewards.close)
-            lengths = args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+            lengths = flags.max_completion_tokens, flags.overlong_buffer, flags.overlong_penalty
             self.scorer = Scorer(task.tokenizer, rewards, *lengths)
         with display.phase("start Ray"):
+            sharing = (
+                Sharing(settings.sync.weight_sync_timeout, trace.phase) if settings.sync.colocate else None
+            )
             started = start_fleet(
-                args,
-                _server_arguments(args),
-                on_gpus=runs_on_gpus(args),
-                key_choice=args.engine_api_key,
+                settings.engines,
+                _server_arguments(settings),
+                on_gpus=runs_on_gpus(settings.trainer.distributed_backend),
                 log_dir=self.log_dir,
                 log=display.message,
                 stack=stack,
-                trace=trace.phase if args.colocate else None,
+                trainer=settings.trainer,
+                sharing=sharing,
             )
         self.placement, self.api_key = started.placement, started.api_key
         self.engines = started.engines
-        self.engine_sync = NullEngineSync() if args.train_from else started.sync
+        self.engine_sync = NullEngineSync() if settings.run.train_from else started.sync
         self.gpu_sharing = started.gpu_sharing
-        self.generates = args.rollout_engines > 0
+        self.generates = settings.engines.rollout_engines > 0
 
     def wait_for_engines(self) -> None:
         """Until they have started, once."""
@@ -126,16 +134,18 @@ class Services:
                 self.engines.wait_until_ready()
 
 
-def _server_arguments(args: Namespace) -> list[str]:
-    device = "cuda" if runs_on_gpus(args) else "cpu"
+def _server_arguments(settings: TrainSettings) -> list[str]:
+    device = "cuda" if runs_on_gpus(settings.trainer.distributed_backend) else "cpu"
     return server_arguments(
-        args.sglang_flags,
+        settings.engines.sglang_flags,
         device=device,
-        routes=args.routing_replay == "R3",
-        dtype="bfloat16" if args.bf16 else "float32",
-        seed=args.seed,
-        longest_step_s=longest_engine_step_s(args.engine_start_timeout, args.weight_check_timeout),
+        routes=settings.rollout.routing_replay == "R3",
+        dtype="bfloat16" if settings.trainer.bf16 else "float32",
+        seed=settings.rollout.seed,
+        longest_step_s=longest_engine_step_s(
+            settings.engines.engine_start_timeout, settings.sync.weight_check_timeout
+        ),
         # prefixes in the cache would be older than the request that meets them knows
-        prefix_cache=not (args.max_staleness and args.on_weight_update == "in-place"),
-        memory_saver=args.colocate and device == "cuda",
+        prefix_cache=not (settings.rollout.max_staleness and settings.rollout.on_weight_update == "in-place"),
+        memory_saver=settings.sync.colocate and device == "cuda",
     )

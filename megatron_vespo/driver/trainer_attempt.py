@@ -5,12 +5,12 @@ A run needs one attempt. If trainer ranks die, the next attempt takes over on th
 
 from __future__ import annotations
 
-from argparse import Namespace
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from megatron_vespo.arguments.resume import describe
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.run_folder import SaveReport, newest_save, repair_tracker
 from megatron_vespo.cluster.colocated import ColocatedTrainer
 from megatron_vespo.cluster.trainer_group import TrainerGroup
@@ -32,8 +32,8 @@ FROM_THE_BEGINNING = -1  # no step of the attempt before is kept
 class TrainerAttempt:
     """Entering starts it, leaving ends what it has started. `number` 0 is the run's first attempt."""
 
-    def __init__(self, args: Namespace, services: Services, number: int):
-        self._args, self._services, self._number = args, services, number
+    def __init__(self, settings: TrainSettings, services: Services, number: int):
+        self._settings, self._services, self._number = settings, services, number
         self._stack = ExitStack()
         self._trainer: TrainerGroup | None = None
         self._metrics: MetricsWriter | None = None
@@ -56,34 +56,34 @@ class TrainerAttempt:
             self._trainer.wait_until_gone()
 
     def _start(self) -> None:
-        args, services = self._args, self._services
-        if self._number == 0 and args.colocate:  # engines take their share of a GPU that is empty
+        settings, services = self._settings, self._services
+        if self._number == 0 and settings.sync.colocate:  # engines take their share of a GPU that is empty
             services.wait_for_engines()
         resumed = self._start_trainer()
-        if self._number == 0 and not args.colocate:
+        if self._number == 0 and not settings.sync.colocate:
             services.wait_for_engines()
         if self._trainer is not None:
             services.engine_sync.attach(self._trainer)
         state = RunState.of(resumed.rollout_state) if resumed else RunState()
-        if args.train_from:
-            check_recorded(args, state.iteration)
-        goes_back = self._number == 0 and args.ckpt_step is not None
-        self._metrics = MetricsWriter(args.output_dir, self._kept_step(resumed), keep_cut=goes_back)
+        if settings.run.train_from:
+            check_recorded(settings, state.iteration)
+        goes_back = self._number == 0 and settings.save.ckpt_step is not None
+        self._metrics = MetricsWriter(settings.run.output_dir, self._kept_step(resumed), keep_cut=goes_back)
         self._stack.callback(self._metrics.close)
         if resumed:
             self._log_resumed(state, resumed)
-        for line in describe(args, state.iteration):
+        for line in describe(settings.save, state.iteration):
             services.display.message(line)
         self.controller = self._make_controller(state, resumed.rollout_buffer if resumed else None)
         services.display.phase_seconds()  # start-up phases end here
 
     def _start_trainer(self) -> Resumed | None:
-        args, services = self._args, self._services
-        if args.rollout_only:
+        settings, services = self._settings, self._services
+        if settings.run.rollout_only:
             return None
-        if args.load and (repaired := repair_tracker(Path(args.load))):
+        if settings.save.load and (repaired := repair_tracker(Path(settings.save.load))):
             services.display.message(
-                f"{args.load}: a kill has left its tracker empty, {repaired} is complete"
+                f"{settings.save.load}: a kill has left its tracker empty, {repaired} is complete"
             )
         group = (
             TrainerGroup
@@ -91,7 +91,7 @@ class TrainerAttempt:
             else partial(ColocatedTrainer, gpu_sharing=services.gpu_sharing)
         )
         self._trainer = group(
-            args, services.placement, services.log_dir, services.engines.check, services.trace.calls,
+            settings, services.placement, services.log_dir, services.engines.check, services.trace.calls,
             self._on_save, services.task.record,
         )  # fmt: skip
         self._stack.callback(self._trainer.stop)
@@ -122,26 +122,26 @@ class TrainerAttempt:
             seconds = {"checkpoint/seconds": report.seconds, "checkpoint/bytes": float(report.num_bytes)}
             self._metrics.write(report.iteration, seconds)
             return
-        newest = newest_save(Path(self._args.save)) or "no checkpoint"
+        newest = newest_save(Path(self._settings.save.save)) or "no checkpoint"
         self._services.display.message(
             f"WARNING: THE CHECKPOINT OF OPTIMIZER STEP {report.iteration} COULD NOT BE SAVED: "
             f"{report.problem}; {newest} stays, the run goes on"
         )
 
     def _make_controller(self, state: RunState, rollout_buffer: bytes | None) -> Controller:
-        args, services = self._args, self._services
+        settings, services = self._settings, self._services
         task = services.task
         collector = cursor = None
         if services.generates:
             collector = self._collector()
-            cursor = PromptCursor(task.prompts.prompts, args.seed, state.consumed_prompts)
+            cursor = PromptCursor(task.prompts.prompts, settings.rollout.seed, state.consumed_prompts)
         on_wait = partial(self._on_wait, True)
         source = make_batch_source(
-            args, services, collector, cursor, state, rollout_buffer, on_wait, self._stack
+            settings, services, collector, cursor, state, rollout_buffer, on_wait, self._stack
         )
-        bound = LogProbBound(args.max_logprob_difference, state)
+        bound = LogProbBound(settings.run.max_logprob_difference, state)
         return Controller(
-            args=args,
+            settings=settings,
             source=source,
             learner=self._learner(state, bound),
             trainer=self._trainer,
@@ -156,33 +156,34 @@ class TrainerAttempt:
             log_prob_bound=bound,
             state=state,
             # what the alarms compare with survives a resume into the same folder
-            history=batch_records(read_metrics(args.output_dir / "metrics.jsonl")),
-            record=Recorder(args, state.iteration) if args.save_rollouts else None,
+            history=batch_records(read_metrics(settings.run.output_dir / "metrics.jsonl")),
+            record=Recorder(settings, state.iteration) if settings.run.save_rollouts else None,
             preemption=services.preemption,
         )
 
     def _learner(self, state: RunState, bound: LogProbBound) -> Learner:
-        args = self._args
+        settings = self._settings
         if self._trainer is None:
-            return NullLearner(state, args.steps_per_rollout)
+            return NullLearner(state, settings.rollout.steps_per_rollout)
         return PolicyLearner(
             trainer=self._trainer,
             state=state,
             display=self._services.display,
-            steps_per_rollout=args.steps_per_rollout,
-            ratio_denominator=args.ratio_denominator,
-            old_policy=args.old_policy,
-            compares_engines=args.max_staleness == 0,
+            steps_per_rollout=settings.rollout.steps_per_rollout,
+            ratio_denominator=settings.loss.ratio_denominator,
+            old_policy=settings.loss.old_policy,
+            compares_engines=settings.rollout.max_staleness == 0,
             log_prob_bound=bound,
         )
 
     def _collector(self) -> Collector:
-        args, engines = self._args, self._services.engines
+        settings, engines = self._settings, self._services.engines
+        routes = RouteShape(settings.trainer.num_layers, settings.trainer.moe_router_topk)
         return Collector(
             engines.urls,
-            routes=RouteShape(args.num_layers, args.moe_router_topk) if args.routing_replay == "R3" else None,
-            request_timeout_s=args.generate_timeout,
-            max_dispatches=1 + args.max_request_retries,
+            routes=routes if settings.rollout.routing_replay == "R3" else None,
+            request_timeout_s=settings.rollout.generate_timeout,
+            max_dispatches=1 + settings.rollout.max_request_retries,
             check=self._check,
             on_requests=self._services.trace.requests,
             lost=engines.lost,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -11,9 +10,9 @@ GIB = 2**30
 ON_GPUS = ("--distributed-backend", "nccl", "--transformer-impl", "transformer_engine")
 
 
-def runs_on_gpus(args: Namespace) -> bool:
+def runs_on_gpus(distributed_backend: str) -> bool:
     """Trainer and engines of a run; parsing its flags has decided it."""
-    return args.distributed_backend == "nccl"
+    return distributed_backend == "nccl"
 
 
 @dataclass(frozen=True)

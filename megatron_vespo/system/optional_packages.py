@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from argparse import Namespace
 from functools import cache
 
 TRANSFORMER_ENGINE = "transformer_engine"
@@ -44,18 +43,18 @@ def import_error(package: str) -> str | None:
     return None
 
 
-def check_transformer_engine(args: Namespace, where: str) -> None:
+def check_transformer_engine(transformer_impl: str, where: str) -> None:
     """ValueError if these flags want its layers and it cannot be imported; `where` names this process."""
-    if args.transformer_impl == "transformer_engine":
+    if transformer_impl == "transformer_engine":
         _refuse(TRANSFORMER_ENGINE, where, "--transformer-impl local runs Megatron's own, slower layers")
 
 
-def check_deep_ep(args: Namespace, where: str) -> None:
+def check_deep_ep(dispatcher: str, flex_backend: str | None, where: str) -> None:
     """The same of DeepEP. For processes that have a GPU: without one, it cannot be imported."""
-    if args.moe_token_dispatcher_type == "flex" and args.moe_flex_dispatcher_backend == "deepep":
+    if dispatcher == "flex" and flex_backend == "deepep":
         _refuse(DEEP_EP, where, "--moe-token-dispatcher-type alltoall does without it")
 
 
 def _refuse(package: str, where: str, instead: str) -> None:
     if error := import_error(package):
-        raise ValueError(f"{where}: no {package} ({error}); install it as README.md says, or {instead}")
+        raise ValueError(f"{where}: no {package} ({error}); see docs/install.md, or {instead}")

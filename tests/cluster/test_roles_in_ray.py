@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import pytest
 import ray
 
 from megatron_vespo.cluster import placement
 from megatron_vespo.cluster.roles import ROLES
 from tests.support.fake_nodes import FakeNodes
-from tests.support.placed import a_run
 
 ENGINE = ROLES["engines"]
 
@@ -24,12 +21,12 @@ def one_node(fake_nodes: FakeNodes) -> FakeNodes:
 
 
 def test_engines_find_no_place_on_the_trainers_node(one_node):
-    place = placement.place(a_run(3, 0), 1, on_gpus=False)
+    place = placement.place(3, {}, 0, 1, on_gpus=False)
     nodes = ray.util.placement_group_table(place.group)["bundles_to_node_id"]
     assert list(nodes.values()) == [ray.nodes()[0]["NodeID"]] * 3
     place.release()
     with pytest.raises(ValueError, match="1 trainer ranks and 2 engines of 1 ranks find no place") as error:
-        placement.place(a_run(1, 2), 1, on_gpus=False)
+        placement.place(1, {}, 2, 1, on_gpus=False)
     assert str(error.value).endswith(
         f"; engines ask for {{'CPU': 2, 'GPU': 0}}, the nodes with {ENGINE} (0) have {{'CPU': 0, 'GPU': 0}}"
     )
@@ -37,7 +34,7 @@ def test_engines_find_no_place_on_the_trainers_node(one_node):
 
 def test_a_driver_with_a_gpu_joins_a_cluster_without(one_node, monkeypatch):
     monkeypatch.setattr(placement, "_own_gpus", lambda: 8)
-    assert placement.has_gpus(Namespace(ray_address=None))
-    assert not placement.has_gpus(Namespace(ray_address="auto"))
+    assert placement.has_gpus(None)
+    assert not placement.has_gpus("auto")
     with pytest.raises(ValueError, match="--distributed-backend nccl needs GPUs, the Ray cluster has none"):
-        placement.place(a_run(1, 0), 1, on_gpus=True)
+        placement.place(1, {}, 0, 1, on_gpus=True)

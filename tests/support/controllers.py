@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import numpy as np
 
 from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
@@ -19,6 +17,7 @@ from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, RunState, SamplingParams
 from tests.support.builders import make_group, make_prompt
+from tests.support.settings import flat_settings
 
 PROMPTS = [make_prompt(i, [1, 2]) for i in range(2)]
 COMPLETIONS, MINI_BATCHES = 2, 2
@@ -112,7 +111,7 @@ def controller(
     **changes,
 ) -> Controller:
     """`source` is a synchronous one unless it is given; `changes` are of the flags."""
-    args = Namespace(
+    flags = dict(
         train_iters=MINI_BATCHES * batches,
         steps_per_rollout=MINI_BATCHES,
         max_completion_tokens=3,
@@ -130,7 +129,8 @@ def controller(
         sync_interval=None,
         seed=0,
     )
-    vars(args).update(changes)
+    settings = flat_settings(**flags | changes)
+    args = settings.values
     state, display = state or RunState(), RunDisplay("test", args.train_iters)
     parts = dict(collector=Collector(state, truncated), cursor=Cursor(), sampling=SamplingParams(1.0, 3, ()))
     scorer = Scorer(
@@ -144,7 +144,7 @@ def controller(
         )  # fmt: skip
     trainer, bound = Trainer(), LogProbBound(None, state)
     return Controller(
-        args=args,
+        settings=settings,
         source=source,
         learner=PolicyLearner(
             trainer, state, display, args.steps_per_rollout, "recomputed", "current",

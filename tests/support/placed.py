@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 
 from megatron_vespo.cluster.assignments import Assignment
+from megatron_vespo.cluster.blocks import neighbours
 from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.placement import Placement, place
 from tests.cluster.programs.megatron_groups import Groups
@@ -38,7 +39,10 @@ def a_run(ranks: int, engines: int, **parallel: int) -> Namespace:
 
 @contextlib.contextmanager
 def placed(args: Namespace, engine_size: int) -> Iterator[Placement]:
-    placement = place(args, engine_size, on_gpus=True, colocate=args.colocate)
+    groups = neighbours(args) if args.trainer_ranks else {}
+    placement = place(
+        args.trainer_ranks, groups, args.rollout_engines, engine_size, on_gpus=True, colocate=args.colocate
+    )
     try:
         yield placement
     finally:

@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vespo.arguments.checks import check_output_file, check_output_folder, check_positive
-from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.arguments.trainer import TrainerSettings
+from megatron_vespo.cluster.blocks import neighbours
 from megatron_vespo.cluster.placement import has_gpus, place, start_ray, stop_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.commands.check_layout.bounds import rounding_bounds
@@ -166,7 +169,7 @@ def _samples(options: Namespace) -> list[TrainingSample]:
 
 def _layout_arguments(
     layout: Layout, options: Namespace, flags: Sequence[str], samples: Sequence[TrainingSample]
-) -> Namespace:
+) -> TrainSettings:
     """Everything the ranks of a layout need; nothing is started yet, so that a mistake shows at once."""
     shares = layout.dp * (layout.pp if layout.vpp > 1 else 1)
     if len(samples) % shares:
@@ -193,27 +196,26 @@ def _layout_arguments(
     argv = [*DEFAULT_FLAGS, "--max-tokens-per-gpu", str(budget), *flags]
     argv += [str(word) for pair in common.items() for word in pair]
     try:
-        args = parse_args([*argv, *layout.flags()], COMMAND, required=(), on_gpus=has_gpus)
+        settings = parse_settings([*argv, *layout.flags()], COMMAND, required=(), on_gpus=has_gpus)
     except ValueError as error:
         raise ValueError(f"layout {layout.name!r}: {error}") from error
-    if args.routing_replay == "R3":
+    if settings.rollout.routing_replay == "R3":
         raise ValueError("--routing-replay R3 needs an engine's routes, which no sample has here; R2 works")
-    args.rollout_engines = 0
-    return args
+    return settings
 
 
-def _bounds(options: Namespace, args: Namespace, samples: Sequence[TrainingSample]) -> Differences:
+def _bounds(options: Namespace, trainer: TrainerSettings, samples: Sequence[TrainingSample]) -> Differences:
     given = {name: getattr(options, _bound_flag(name)[2:].replace("-", "_")) for name in BOUND_HELP}
     log_probs = [sample.behavior_log_probs for sample in samples]
     return dataclasses.replace(
-        rounding_bounds(log_probs, args.num_layers, args.bf16),
+        rounding_bounds(log_probs, trainer.num_layers, trainer.bf16),
         **{name: value for name, value in given.items() if value is not None},
     )
 
 
 def _run(
     layouts: Sequence[Layout],
-    arguments: Sequence[Namespace],
+    settings: Sequence[TrainSettings],
     samples: list[TrainingSample],
     options: Namespace,
 ) -> tuple[list[Row], Differences]:
@@ -224,12 +226,13 @@ def _run(
     rows: list[Row] = []
     with ExitStack() as stack:
         stack.callback(stop_ray)
-        start_ray(max(arguments, key=lambda args: args.trainer_ranks))
+        ranks = max(of_layout.trainer.trainer_ranks for of_layout in settings)
+        start_ray(settings[0].engines.ray_address, ranks)
         reference: LayoutMeasurement | None = None
-        for layout, args in zip(layouts, arguments, strict=True):
+        for layout, of_layout in zip(layouts, settings, strict=True):
             started = time.monotonic()
             try:
-                samples, measured = _measure(args, samples, options, folder / layout.name)
+                samples, measured = _measure(of_layout, samples, options, folder / layout.name)
             except RuntimeError as error:
                 if reference is None:
                     raise
@@ -238,7 +241,7 @@ def _run(
                 continue
             seconds = time.monotonic() - started
             if reference is None:
-                reference, bounds = measured, _bounds(options, args, samples)
+                reference, bounds = measured, _bounds(options, of_layout.trainer, samples)
                 rows.append(Row(layout.name, layout.world_size, seconds, verdict="reference"))
             else:
                 differences, worst = compare(reference, measured)
@@ -254,7 +257,7 @@ def _run(
 
 
 def _measure(
-    args: Namespace, samples: list[TrainingSample], options: Namespace, log_dir: Path
+    settings: TrainSettings, samples: list[TrainingSample], options: Namespace, log_dir: Path
 ) -> tuple[list[TrainingSample], LayoutMeasurement]:
     """Run one layout and wait until its processes are gone.
 
@@ -262,11 +265,13 @@ def _measure(
     are returned for the others.
     """
     with ExitStack() as stack:
-        placement = place(args, engine_size=1, on_gpus=runs_on_gpus(args))  # there are none
+        trainer = settings.trainer
+        on_gpus = runs_on_gpus(trainer.distributed_backend)
+        placement = place(trainer.trainer_ranks, neighbours(trainer), 0, 1, on_gpus)
         stack.callback(placement.release)
         for line in placement.divided:
-            print(f"{args.trainer_ranks} ranks: {line}", file=sys.stderr, flush=True)
-        group = TrainerGroup(args, placement, log_dir.resolve(), watch=lambda: None)
+            print(f"{trainer.trainer_ranks} ranks: {line}", file=sys.stderr, flush=True)
+        group = TrainerGroup(settings, placement, log_dir.resolve(), watch=lambda: None)
         stack.callback(group.wait_until_gone)
         stack.callback(group.stop)
         group.start()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.checks import check_output_folder
+from megatron_vespo.arguments.data import PromptSettings
 from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
 from megatron_vespo.commands.evaluate.report import (
     Progress,
@@ -55,14 +56,14 @@ def main(argv: list[str]) -> int:
     sampling = SamplingParams(args.temperature, args.max_completion_tokens, stops, args.top_p, args.top_k)
     results_path = args.output_dir / RESULTS_NAME
     date = start_date(results_path)
-    form = chat_format(args, tokenizer, date)
+    form = chat_format(PromptSettings.of(args), tokenizer, date)
     sets = {name: _prompts(args, path, form) for name, path in args.data.items()}
     reward = load_reward_function(args.reward_function)
     settings = comparable(evaluation_settings(args, stops, sets, date), results_path)
     with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(args, sets, results, tokenizer)
         if evaluation.left:
-            RunRecord(args.output_dir, describe_run(args, make_parser()))
+            RunRecord(args.output_dir, describe_run(vars(args), make_parser()))
             evaluation.run(sampling, reward, preemption)
         _report(args, evaluation, settings, time.monotonic() - started)
     return 0
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 def _prompts(args: Namespace, path: Path, form: ChatFormat) -> list[Prompt]:
     # a set without its longest prompts is another set
-    loaded = prompt_data(args, path, form, overlong="error", flag="--data")
+    loaded = prompt_data(PromptSettings.of(args), path, form, overlong="error", flag="--data")
     for remark in loaded.remarks(args.max_prompt_tokens):
         print(remark, file=sys.stderr)
     return loaded.prompts[: args.num_prompts]

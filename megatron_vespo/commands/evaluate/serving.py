@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.checkpoints.convert import Options, megatron_to_hf
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.sources import check_served, is_hf
@@ -44,17 +45,16 @@ def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
         yield Serving(urls, LostRequests(log), api_key=api_key(args))
         return
     with ExitStack() as stack:
-        args = Namespace(**vars(args) | {"hf_checkpoint": _hf_folder(args, log, stack), "trainer_ranks": 0})
+        settings = EngineSettings.of(args, _hf_folder(args, log, stack))
         log("starting Ray ...")
         with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
             load_runtime_plugins()
         stack.callback(stop_ray)
-        on_gpus = has_gpus(args)
+        on_gpus = has_gpus(settings.ray_address)
         started = start_fleet(
-            args,
-            _server_arguments(args, on_gpus),
+            settings,
+            _server_arguments(settings, args.seed, on_gpus),
             on_gpus=on_gpus,
-            key_choice="auto",
             log_dir=(args.output_dir / "logs").resolve(),
             log=log,
             stack=stack,
@@ -84,14 +84,14 @@ def _hf_folder(args: Namespace, log: Callable[[str], None], stack: ExitStack) ->
     return folder
 
 
-def _server_arguments(args: Namespace, on_gpus: bool) -> list[str]:
+def _server_arguments(settings: EngineSettings, seed: int, on_gpus: bool) -> list[str]:
     return server_arguments(
-        args.sglang_flags,
+        settings.sglang_flags,
         device="cuda" if on_gpus else "cpu",
         routes=False,
-        dtype=_dtype(args.hf_checkpoint),
-        seed=args.seed,
-        longest_step_s=args.engine_start_timeout,
+        dtype=_dtype(settings.hf_checkpoint),
+        seed=seed,
+        longest_step_s=settings.engine_start_timeout,
     )
 
 

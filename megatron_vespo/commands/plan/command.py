@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from argparse import Namespace
 from collections.abc import Iterator
 
 from megatron_vespo.arguments.checks import check_positive
-from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan import findings
 from megatron_vespo.commands.plan.plan import Cluster, Plan, make_plan, memory_of
 from megatron_vespo.commands.plan.recomputation import margin, selections, without_recomputation
@@ -85,14 +85,15 @@ def planned(
     completion_tokens: float | None = None,
 ) -> Plan:
     """The plan of a run; tokens are means. ValueError for what this program or Megatron refuses."""
-    args, stages = parsed(flags)
+    settings, stages = parsed(flags)
     lengths = Lengths(
-        prompt_tokens or args.max_prompt_tokens / 4, completion_tokens or args.max_completion_tokens / 4
+        prompt_tokens or settings.rollout.max_prompt_tokens / 4,
+        completion_tokens or settings.rollout.max_completion_tokens / 4,
     )
-    return make_plan(args, stages, cluster, engine_size(args.sglang_flags), lengths)
+    return make_plan(settings, stages, cluster, engine_size(settings.engines.sglang_flags), lengths)
 
 
-def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
+def parsed(flags: list[str]) -> tuple[TrainSettings, list[Stage]]:
     """The run's arguments and its pipeline stages, by Megatron."""
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
@@ -100,10 +101,10 @@ def parsed(flags: list[str]) -> tuple[Namespace, list[Stage]]:
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # a checkpoint to go on from need not be there yet
-    args = parse_args([*flags, "--load", ""], "plan", ("hf_checkpoint",))
-    if args.train_from or args.rollout_only:
+    settings = parse_settings([*flags, "--load", ""], "plan", ("hf_checkpoint",))
+    if settings.run.train_from or settings.run.rollout_only:
         raise ValueError("plan is for runs that train and generate: leave --train-from, --rollout-only out")
-    return args, build_stages(args)
+    return settings, build_stages(settings.megatron)
 
 
 def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:
@@ -119,42 +120,42 @@ def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
     where = f" on pipeline stage {index}" if len(plan.stages) > 1 else ""
     fixes = [
         f"{' '.join(fix)} (headroom {left / GIB:.1f} GiB)"
-        for fix in _candidates(plan.args)
+        for fix in _candidates(plan.settings)
         if (left := _headroom(plan, [*flags, *fix])) is not None and left >= 0
     ]
     hint = ", or ".join(fixes) or "no single flag helps: more trainer ranks, or another layout"
     yield f"trainer headroom is {headroom / GIB:.1f} GiB{where}: {hint}"
 
 
-def _candidates(args: Namespace) -> Iterator[list[str]]:
+def _candidates(settings: TrainSettings) -> Iterator[list[str]]:
     """Flags that save memory, the cheaper first."""
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    if args.recompute_granularity != "full":
+    if settings.trainer.recompute_granularity != "full":
         yield full
     for name in ("expert_model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if name != "expert_model_parallel_size" or args.num_experts is not None:
-            yield [f"--{name.replace('_', '-')}", str(2 * getattr(args, name))]
-    longest = -(-args.seq_length // args.context_parallel_size)
-    if longest < args.max_tokens_per_gpu:
+        if name != "expert_model_parallel_size" or settings.trainer.num_experts is not None:
+            yield [f"--{name.replace('_', '-')}", str(2 * getattr(settings.trainer, name))]
+    longest = -(-settings.trainer.seq_length // settings.trainer.context_parallel_size)
+    if longest < settings.trainer.max_tokens_per_gpu:
         yield ["--max-tokens-per-gpu", str(longest)]
-    if not args.optimizer_cpu_offload and args.bf16:
+    if not settings.trainer.optimizer_cpu_offload and settings.trainer.bf16:
         yield ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
-        if args.recompute_granularity != "full":
+        if settings.trainer.recompute_granularity != "full":
             yield [*full, "--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
 
 
 def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
     """Instead of full recomputation: the selection that computes least again of those that fit well."""
-    if plan.args.recompute_granularity != "full":
+    if plan.settings.trainer.recompute_granularity != "full":
         return None
-    for modules in selections(plan.args):
+    for modules in selections(plan.settings):
         selective = modules and ["--recompute-granularity", "selective", "--recompute-modules", *modules]
         try:
-            args, stages = parsed([*without_recomputation(flags), *selective])
+            settings, stages = parsed([*without_recomputation(flags), *selective])
         except ValueError:
             continue
-        left = _least_left(plan, args, stages)
-        if left >= margin(args, stages, plan.cluster.gpu.memory):
+        left = _least_left(plan, settings, stages)
+        if left >= margin(settings, stages, plan.cluster.gpu.memory):
             how = " ".join(selective) or "without --recompute-granularity a run"
             return f"{how} recomputes less (headroom {left / GIB:.1f} GiB)"
     return None
@@ -163,12 +164,12 @@ def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
 def _headroom(plan: Plan, flags: list[str]) -> float | None:
     """Of the fullest rank with these flags; None where they are refused."""
     try:
-        args, stages = parsed(flags)
+        settings, stages = parsed(flags)
     except ValueError:
         return None
-    return _least_left(plan, args, stages)
+    return _least_left(plan, settings, stages)
 
 
-def _least_left(plan: Plan, args: Namespace, stages: list[Stage]) -> float:
+def _least_left(plan: Plan, settings: TrainSettings, stages: list[Stage]) -> float:
     """Headroom of the fullest rank."""
-    return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(args, stages))
+    return plan.cluster.gpu.memory - max(memory.total for memory in memory_of(settings, stages))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.models.table import ModelShape
 from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, flag_value
 from megatron_vespo.system.hardware import GIB, Gpu
@@ -33,18 +33,18 @@ class EngineMemory:
 
 
 def engine_memory(
-    args: Namespace, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
+    settings: TrainSettings, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
 ) -> EngineMemory:
     """As SGLang profiles it: fraction x what is free before it loads, less the weights.
 
     Tensor parallelism cuts the weights, and keys and values down to one head a rank. `trainer` are the bytes
     of a rank on the same GPU, which starts later.
     """
-    item = 2 if args.bf16 else 4
-    given = flag_value(args.sglang_flags, MEMORY_FRACTION)
+    item = 2 if settings.trainer.bf16 else 4
+    given = flag_value(settings.engines.sglang_flags, MEMORY_FRACTION)
     fraction = DEFAULT_STATIC_FRACTION if given is None else float(given)
     free, weights = gpu.memory - CONTEXT, parameters * item / size
-    cache_type = flag_value(args.sglang_flags, "--kv-cache-dtype") or "auto"
+    cache_type = flag_value(settings.engines.sglang_flags, "--kv-cache-dtype") or "auto"
     heads = max(shape.num_query_groups / size, 1)
     cache_item = 1 if cache_type.startswith("fp8") else item
     return EngineMemory(
@@ -54,6 +54,6 @@ def engine_memory(
         weights=weights,
         cache=fraction * free - weights,
         rest=(1 - fraction) * free - trainer,
-        bucket=args.weight_sync_bucket_mb * 2**20,
+        bucket=settings.sync.weight_sync_bucket_mb * 2**20,
         token_bytes=shape.num_layers * heads * shape.head_dim * 2 * cache_item,
     )

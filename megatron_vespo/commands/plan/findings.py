@@ -34,10 +34,10 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def _placement(plan: Plan) -> Iterator[str]:
-    cluster, args = plan.cluster, plan.args
+    cluster, settings = plan.cluster, plan.settings
     wrong = too_few_gpus(
-        args.trainer_ranks, args.rollout_engines, plan.engine_size, cluster.nodes, cluster.gpus_per_node,
-        args.colocate,
+        settings.trainer.trainer_ranks, settings.engines.rollout_engines, plan.engine_size, cluster.nodes,
+        cluster.gpus_per_node, settings.sync.colocate,
     )  # fmt: skip
     if wrong:
         yield wrong
@@ -50,7 +50,7 @@ def _engines(plan: Plan) -> Iterator[str]:
             f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
             f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
         )
-    if engine.rest < 2 * engine.bucket and not plan.args.colocate:
+    if engine.rest < 2 * engine.bucket and not plan.settings.sync.colocate:
         yield (
             f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
             f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"
@@ -60,7 +60,7 @@ def _engines(plan: Plan) -> Iterator[str]:
 def _turns(plan: Plan) -> Iterator[str]:
     """Weights and optimizer of the trainer, and all of the engine; for log-probs all but keys and values."""
     engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
-    if not plan.args.colocate:
+    if not plan.settings.sync.colocate:
         return
     back = max(memory.comes_back for memory in plan.trainer)
     left = engine.cache + engine.rest - ENGINE_AT_REST
@@ -95,7 +95,7 @@ def _restarts(plan: Plan) -> Iterator[str]:
     """An engine that is started again, also in a sync, takes its share of what the trainer leaves."""
     engine = plan.engine
     again = engine.cache - engine.fraction * max(memory.in_sync for memory in plan.trainer)
-    if plan.args.colocate and again < plan.longest * engine.token_bytes:
+    if plan.settings.sync.colocate and again < plan.longest * engine.token_bytes:
         yield (
             "an engine that fails cannot be started again: its share of what the trainer leaves "
             "holds no request; engines of more GPUs, or more trainer ranks"
@@ -121,53 +121,55 @@ def _tight_engines(plan: Plan) -> Iterator[str]:
             f"the KV cache of an engine holds {fits} mean requests, a batch brings it {assigned}: a larger "
             "--sglang-mem-fraction-static or --sglang-tp-size"
         )
-    if plan.args.rollout_engines > 1 and assigned < 8:
+    if plan.settings.engines.rollout_engines > 1 and assigned < 8:
         yield f"a rollout batch gives an engine {assigned} requests ({running} fit): fewer --rollout-engines"
 
 
 def _layout(plan: Plan) -> Iterator[str]:
-    args, per_node = plan.args, plan.cluster.gpus_per_node
-    if args.tensor_model_parallel_size > per_node:
+    settings, per_node = plan.settings, plan.cluster.gpus_per_node
+    if settings.trainer.tensor_model_parallel_size > per_node:
         yield (
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} crosses nodes of {per_node} "
-            "GPUs: at most that many, the rest by --pipeline-model-parallel-size"
+            f"--tensor-model-parallel-size {settings.trainer.tensor_model_parallel_size} crosses nodes of "
+            f"{per_node} GPUs: at most that many, the rest by --pipeline-model-parallel-size"
         )
     rest = plan.cluster.gpus - plan.gpus_needed
-    if args.colocate:
+    if settings.sync.colocate:
         if rest:
             yield f"{rest} of {plan.cluster.gpus} GPUs stay empty: more --trainer-ranks"
-        if (beside := args.trainer_ranks - args.rollout_engines * plan.engine_size) >= plan.engine_size:
+        if (
+            beside := settings.trainer.trainer_ranks - settings.engines.rollout_engines * plan.engine_size
+        ) >= plan.engine_size:
             yield (
                 f"{beside} trainer ranks have no engine on their GPU: --rollout-engines "
-                f"{args.trainer_ranks // plan.engine_size}"
+                f"{settings.trainer.trainer_ranks // plan.engine_size}"
             )
     elif rest >= plan.engine_size:
         yield (
             f"{rest} of {plan.cluster.gpus} GPUs stay empty: --rollout-engines "
-            f"{args.rollout_engines + rest // plan.engine_size}"
+            f"{settings.engines.rollout_engines + rest // plan.engine_size}"
         )
 
 
 def _balance(plan: Plan) -> Iterator[str]:
-    if plan.args.colocate:
+    if plan.settings.sync.colocate:
         return
     result = plan.speed.result
     waiting, engines = result.trainer_idle.get("generation", 0.0), result.engines_idle.get("training", 0.0)
-    most = IDLE_SHARE if plan.args.max_staleness else IDLE_SHARE_IN_TURN
+    most = IDLE_SHARE if plan.settings.rollout.max_staleness else IDLE_SHARE_IN_TURN
     if waiting > most:
         yield f"the trainer waits for engines {waiting:.0%} of the time: more of the GPUs for engines"
     elif engines > most:
         yield f"engines wait for the trainer {engines:.0%} of the time: more of the GPUs for the trainer"
-    elif not plan.args.max_staleness:
+    elif not plan.settings.rollout.max_staleness:
         yield (
             f"engines wait for the trainer {engines:.0%} of the time and it for them {waiting:.0%}: "
-            f"--max-staleness {2 * plan.args.steps_per_rollout} lets both work"
+            f"--max-staleness {2 * plan.settings.rollout.steps_per_rollout} lets both work"
         )
 
 
 def _preemption(plan: Plan) -> Iterator[str]:
     """A batch that trains is finished before the save: a shorter deadline saves nothing then."""
-    seconds, deadline = plan.speed.training_seconds, plan.args.preemption_deadline
+    seconds, deadline = plan.speed.training_seconds, plan.settings.run.preemption_deadline
     if deadline < seconds:
         enough = 100 * math.ceil(DEADLINE_MARGIN * seconds / 100)
         yield (

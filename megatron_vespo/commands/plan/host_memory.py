@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan.packs import pack_bytes, sample_bytes
 from megatron_vespo.commands.plan.trainer_memory import TrainerMemory
 from megatron_vespo.models.stage import Stage
@@ -36,31 +36,31 @@ class HostMemory:
 
 
 def host_memory(
-    args: Namespace,
+    settings: TrainSettings,
     stages: Sequence[Stage],
     trainer: Sequence[TrainerMemory],
     sample_tokens: float,
     gpus_per_node: int,
 ) -> HostMemory:
     """`sample_tokens` are those of a sample in the mean."""
-    tokens = args.rollout_batch_size * args.group_size * sample_tokens
-    local = tokens / args.data_parallel_size / args.context_parallel_size
+    tokens = settings.rollout.rollout_batch_size * settings.rollout.group_size * sample_tokens
+    local = tokens / settings.trainer.data_parallel_size / settings.trainer.context_parallel_size
     weights = max(memory.weights for memory in trainer)
     optimizer = max(memory.optimizer for memory in trainer)
     offloaded = max(memory.host for memory in trainer)
     return HostMemory(
-        packs=local * max(pack_bytes(args, stage.layers) for stage in stages),
+        packs=local * max(pack_bytes(settings, stage.layers) for stage in stages),
         optimizer=offloaded,
-        given_back=weights + optimizer if args.colocate and args.colocate_offload else 0.0,
-        old_policies=weights * _policies(args),
-        save=weights + optimizer + SAVED_SHARE * offloaded if args.async_save else 0.0,
-        samples=tokens * sample_bytes(args),
-        ranks=min(gpus_per_node, args.trainer_ranks),
+        given_back=weights + optimizer if settings.sync.colocate and settings.sync.colocate_offload else 0.0,
+        old_policies=weights * _policies(settings),
+        save=weights + optimizer + SAVED_SHARE * offloaded if settings.trainer.async_save else 0.0,
+        samples=tokens * sample_bytes(settings),
+        ranks=min(gpus_per_node, settings.trainer.trainer_ranks),
     )
 
 
-def _policies(args: Namespace) -> float:
+def _policies(settings: TrainSettings) -> float:
     """Copies of the weights that pi_old's source keeps, and one of the policy while another is in place."""
-    if args.old_policy == "snapshot":
-        return args.old_policy_snapshots + 1
-    return 4 / args.params_dtype.itemsize + 1 if args.old_policy == "ewma" else 0
+    if settings.loss.old_policy == "snapshot":
+        return settings.loss.old_policy_snapshots + 1
+    return 4 / settings.trainer.params_dtype.itemsize + 1 if settings.loss.old_policy == "ewma" else 0

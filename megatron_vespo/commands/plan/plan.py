@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan.engine_memory import EngineMemory, engine_memory
 from megatron_vespo.commands.plan.host_memory import HostMemory, host_memory
 from megatron_vespo.commands.plan.speed import (
@@ -42,7 +42,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    args: Namespace
+    settings: TrainSettings
     cluster: Cluster
     engine_size: int
     shape: ModelShape
@@ -58,11 +58,16 @@ class Plan:
     @cached_property
     def speed(self) -> Speed:
         """Simulated when it is asked for: takes a second."""
-        cost = model_cost(self.shape, self.parameters, self.args.moe_router_topk, 2 if self.args.bf16 else 4)
-        running = max_running(self.args, self.engine, self.lengths)
+        cost = model_cost(
+            self.shape,
+            self.parameters,
+            self.settings.trainer.moe_router_topk,
+            2 if self.settings.trainer.bf16 else 4,
+        )
+        running = max_running(self.settings, self.engine, self.lengths)
         seconds = self.sync.seconds + self.turn_seconds
         rates = preset(cost, self.cluster.gpu, self.engine_size, seconds, running)
-        return speed(self.args, rates, self.lengths)
+        return speed(self.settings, rates, self.lengths)
 
     @property
     def offload(self) -> bool:
@@ -81,9 +86,9 @@ class Plan:
 
     @property
     def gpus_needed(self) -> int:
-        if self.args.colocate:
-            return self.args.trainer_ranks
-        return self.args.trainer_ranks + self.args.rollout_engines * self.engine_size
+        if self.settings.sync.colocate:
+            return self.settings.trainer.trainer_ranks
+        return self.settings.trainer.trainer_ranks + self.settings.engines.rollout_engines * self.engine_size
 
     def headroom(self, index: int) -> float:
         """Bytes left on a rank of that stage."""
@@ -97,40 +102,46 @@ class Plan:
     @property
     def longest(self) -> int:
         """Tokens of a request, at most."""
-        return self.args.max_prompt_tokens + self.args.max_completion_tokens
+        return self.settings.rollout.max_prompt_tokens + self.settings.rollout.max_completion_tokens
 
     @property
     def requests_per_engine(self) -> int:
         """Of one rollout batch."""
-        return -(-self.args.rollout_batch_size * self.args.group_size // self.args.rollout_engines)
+        return -(
+            -self.settings.rollout.rollout_batch_size
+            * self.settings.rollout.group_size
+            // self.settings.engines.rollout_engines
+        )
 
 
 def make_plan(
-    args: Namespace, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
+    settings: TrainSettings, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
 ) -> Plan:
     """`stages` are Megatron's; AssertionError where their sum is not the HF checkpoint's."""
-    shape, tensors = hf_tensors(args)
+    shape, tensors = hf_tensors(settings)
     parameters = sum(tensors)
     built = sum(stage.whole for stage in stages)
-    padding = (args.padded_vocab_size - args.vocab_size) * args.hidden_size
+    padding = (
+        settings.trainer.padded_vocab_size - settings.trainer.vocab_size
+    ) * settings.trainer.hidden_size
     padding *= 1 if shape.tied_embeddings else 2
     assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
-    trainer = memory_of(args, stages)
-    beside = max(memory.at_rest for memory in trainer) if args.colocate else 0.0
-    receivers = args.rollout_engines * engine_size
+    trainer = memory_of(settings, stages)
+    beside = max(memory.at_rest for memory in trainer) if settings.sync.colocate else 0.0
+    receivers = settings.engines.rollout_engines * engine_size
     return Plan(
-        args=args,
+        settings=settings,
         cluster=cluster,
         engine_size=engine_size,
         shape=shape,
         parameters=parameters,
         stages=stages,
         trainer=trainer,
-        host=host_memory(args, stages, trainer, lengths.sample, cluster.gpus_per_node),
-        engine=engine_memory(args, shape, parameters, cluster.gpu, engine_size, beside),
+        host=host_memory(settings, stages, trainer, lengths.sample, cluster.gpus_per_node),
+        engine=engine_memory(settings, shape, parameters, cluster.gpu, engine_size, beside),
         lengths=lengths,
         sync=weight_sync(
-            args,
+            settings,
             [stage.whole for stage in stages],
             len(tensors),
             cluster.gpu,
@@ -142,25 +153,25 @@ def make_plan(
     )
 
 
-def memory_of(args: Namespace, stages: list[Stage]) -> list[TrainerMemory]:
-    return [trainer_memory(args, stage, index) for index, stage in enumerate(stages)]
+def memory_of(settings: TrainSettings, stages: list[Stage]) -> list[TrainerMemory]:
+    return [trainer_memory(settings, stage, index) for index, stage in enumerate(stages)]
 
 
-def model_of(args: Namespace) -> tuple[ModelShape, int]:
+def model_of(settings: TrainSettings) -> tuple[ModelShape, int]:
     """The shape and the number of parameters of the HF checkpoint, from its config.json."""
-    shape, tensors = hf_tensors(args)
+    shape, tensors = hf_tensors(settings)
     return shape, sum(tensors)
 
 
-def hf_tensors(args: Namespace) -> tuple[ModelShape, list[int]]:
+def hf_tensors(settings: TrainSettings) -> tuple[ModelShape, list[int]]:
     """The shape, and the number of parameters of each of its tensors."""
-    config = read_hf_config(args.hf_checkpoint)
+    config = read_hf_config(settings.engines.hf_checkpoint)
     shape = shape_of(config)
     return shape, [math.prod(dimensions) for dimensions in family_of(config).hf_tensors(shape).values()]
 
 
-def max_running(args: Namespace, engine: EngineMemory, lengths: Lengths) -> int:
+def max_running(settings: TrainSettings, engine: EngineMemory, lengths: Lengths) -> int:
     """Requests that an engine runs at once: its limit, or as many mean ones as its cache holds."""
-    given = flag_value(args.sglang_flags, "--max-running-requests")
+    given = flag_value(settings.engines.sglang_flags, "--max-running-requests")
     limit = MAX_RUNNING if given is None else int(given)
     return max(min(limit, int(engine.tokens // lengths.sample)), 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan.trainer_memory import kept_by_experts
 from megatron_vespo.models.stage import Stage
 
@@ -13,23 +13,23 @@ UNEVEN = 2.0  # tokens of the busiest experts' rank, in shares of the mean: an a
 FLAGS = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules")
 
 
-def selections(args: Namespace) -> list[list[str]]:
+def selections(settings: TrainSettings) -> list[list[str]]:
     """Names for --recompute-modules; what computes the least again comes first, nothing at all above all.
 
     Attention is never among them: kernels keep no scores, and its projections have no name in Megatron.
     Norms of a dense model are parts of Transformer Engine's linear layers, and without it Megatron recomputes
     neither norms nor activation functions.
     """
-    if args.num_experts is None:
+    if settings.trainer.num_experts is None:
         return [[], ["mlp"]]
-    if args.transformer_impl != "transformer_engine":
+    if settings.trainer.transformer_impl != "transformer_engine":
         return [[], ["moe"]]
     return [[], ["layernorm", "moe_act"], ["layernorm", "moe"]]
 
 
-def margin(args: Namespace, stages: Sequence[Stage], memory: float) -> float:
+def margin(settings: TrainSettings, stages: Sequence[Stage], memory: float) -> float:
     """Bytes that should be left of a GPU's `memory`: more where what experts keep varies with the routing."""
-    kept = max(kept_by_experts(args, stage.layers, index) for index, stage in enumerate(stages))
+    kept = max(kept_by_experts(settings, stage.layers, index) for index, stage in enumerate(stages))
     return MARGIN * memory + (UNEVEN - 1) * kept
 
 

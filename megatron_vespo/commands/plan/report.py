@@ -21,24 +21,25 @@ def format_speed(plan: Plan) -> str:
 
 
 def _run(plan: Plan) -> Iterator[str]:
-    args, cluster = plan.args, plan.cluster
+    settings, cluster = plan.settings, plan.cluster
     gpu = cluster.gpu
-    name = args.hf_checkpoint.name
+    name = settings.engines.hf_checkpoint.name
     yield f"model      {name}: {plan.parameters:,} parameters over all ranks, as in its config"
     yield (
         f"cluster    {counted(cluster.nodes, 'node')} x {cluster.gpus_per_node} {gpu.name} of "
-        f"{gpu.memory / GIB:.1f} GiB = {counted(cluster.gpus, 'GPU')}; {args.trainer_ranks} train, "
-        f"{counted(args.rollout_engines, 'engine')} x {plan.engine_size} generate"
-        + (", in turn on the same GPUs" if args.colocate else "")
+        f"{gpu.memory / GIB:.1f} GiB = {counted(cluster.gpus, 'GPU')}; "
+        f"{settings.trainer.trainer_ranks} train, "
+        f"{counted(settings.engines.rollout_engines, 'engine')} x {plan.engine_size} generate"
+        + (", in turn on the same GPUs" if settings.sync.colocate else "")
     )
     sizes = {
-        "tp": args.tensor_model_parallel_size,
-        "pp": args.pipeline_model_parallel_size,
-        "vpp": args.virtual_pipeline_model_parallel_size or 1,
-        "cp": args.context_parallel_size,
-        "dp": args.data_parallel_size,
-        "ep": args.expert_model_parallel_size,
-        "etp": args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        "tp": settings.trainer.tensor_model_parallel_size,
+        "pp": settings.trainer.pipeline_model_parallel_size,
+        "vpp": settings.trainer.virtual_pipeline_model_parallel_size or 1,
+        "cp": settings.trainer.context_parallel_size,
+        "dp": settings.trainer.data_parallel_size,
+        "ep": settings.trainer.expert_model_parallel_size,
+        "etp": settings.trainer.expert_tensor_parallel_size or settings.trainer.tensor_model_parallel_size,
     }
     yield "layout     " + ", ".join(f"{name}{size}" for name, size in sizes.items())
 
@@ -58,7 +59,7 @@ def _trainer(plan: Plan) -> Iterator[str]:
     for part in PARTS:
         yield row(part.replace("_", "-"), [getattr(plan.trainer[index], part) for index in shown])
     yield row("CUDA, NCCL, gaps", [RESERVE] * len(shown))
-    if plan.args.colocate:
+    if plan.settings.sync.colocate:
         yield row("the engine, at rest", [plan.trainer[index].engine for index in shown])
     yield row("headroom", [plan.headroom(index) for index in shown])
 
@@ -96,7 +97,7 @@ def _engine(plan: Plan) -> Iterator[str]:
         f"  {'keys and values':<24}{engine.cache / GIB:16.2f}   {engine.tokens:,} tokens: "
         f"{engine.tokens // longest:,} requests of {longest:,}, {engine.tokens // mean:,.0f} of {mean:,.0f}"
     )
-    if plan.args.colocate:
+    if plan.settings.sync.colocate:
         stays = "its weights and optimizer wait in CPU memory" if plan.offload else "weights and optimizer"
         yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   {stays}"
     bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
@@ -104,8 +105,8 @@ def _engine(plan: Plan) -> Iterator[str]:
 
 
 def _speed(plan: Plan) -> Iterator[str]:
-    speed, sync, args = plan.speed, plan.sync, plan.args
-    samples = args.rollout_batch_size * args.group_size
+    speed, sync, settings = plan.speed, plan.sync, plan.settings
+    samples = settings.rollout.rollout_batch_size * settings.rollout.group_size
     yield (
         f"weight sync       {sync.seconds:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
         f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link}) "
@@ -129,8 +130,8 @@ def _speed(plan: Plan) -> Iterator[str]:
     trainer_idle, engines_idle = sum(idle.trainer_idle.values()), sum(idle.engines_idle.values())
     yield (
         f"a rollout batch   {speed.batch_seconds:,.0f} s for {samples:,} responses and "
-        f"{args.steps_per_rollout} optimizer steps; trainer idle {trainer_idle:.0%}, "
+        f"{settings.rollout.steps_per_rollout} optimizer steps; trainer idle {trainer_idle:.0%}, "
         f"engines {engines_idle:.0%}"
     )
-    hours = speed.batch_seconds * args.train_iters / args.steps_per_rollout / 3600
-    yield f"the run           {hours:,.1f} h for {args.train_iters:,} optimizer steps"
+    hours = speed.batch_seconds * settings.run.train_iters / settings.rollout.steps_per_rollout / 3600
+    yield f"the run           {hours:,.1f} h for {settings.run.train_iters:,} optimizer steps"

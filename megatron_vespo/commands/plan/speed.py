@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.simulate.lengths import LogNormal
 from megatron_vespo.commands.simulate.rates import Cost, EngineRates, ModelCost, Preset, Rates, derived
 from megatron_vespo.commands.simulate.result import Result
@@ -83,7 +83,7 @@ class Speed:
 
 
 def weight_sync(
-    args: Namespace,
+    settings: TrainSettings,
     stage_parameters: Iterable[int],
     tensors: int,
     gpu: Gpu,
@@ -96,13 +96,18 @@ def weight_sync(
     Tensors are gathered inside nodes where the groups that share them fit. With --colocate gloo broadcasts:
     hop after hop down a binomial tree.
     """
-    item, bucket = 2 if args.bf16 else 4, args.weight_sync_bucket_mb * 2**20
+    item, bucket = 2 if settings.trainer.bf16 else 4, settings.sync.weight_sync_bucket_mb * 2**20
     sizes = [parameters * item for parameters in stage_parameters]
     broadcast, link = (gpu.network, "network") if nodes > 1 else (gpu.nvlink, "NVLink")
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    shared = max(args.tensor_model_parallel_size, args.expert_model_parallel_size * expert_tensor)
+    expert_tensor = (
+        settings.trainer.expert_tensor_parallel_size or settings.trainer.tensor_model_parallel_size
+    )
+    shared = max(
+        settings.trainer.tensor_model_parallel_size,
+        settings.trainer.expert_model_parallel_size * expert_tensor,
+    )
     gathered = gpu.nvlink if shared <= gpus_per_node else gpu.network
-    if args.colocate:
+    if settings.sync.colocate:
         broadcast, link = GLOO / math.ceil(math.log2(1 + receivers)), "gloo, through the hosts"
     buckets = sum(math.ceil(size / bucket) for size in sizes)
     return WeightSync(sum(sizes), tensors, buckets, gathered, broadcast, link)
@@ -120,34 +125,40 @@ def preset(model: ModelCost, gpu: Gpu, engine_size: int, sync: float, max_runnin
     return replace(derived(gpu, model, engine_size), sync=sync, max_running=max_running)
 
 
-def speed(args: Namespace, rates: Preset, lengths: Lengths) -> Speed:
+def speed(settings: TrainSettings, rates: Preset, lengths: Lengths) -> Speed:
     """Simulated: the controller's own buffer, engines and a trainer at these rates."""
-    warm_up = math.ceil(args.max_staleness / args.steps_per_rollout) + 1  # batches until the buffer is full
-    settings = Settings(
-        train_steps=2 * warm_up * args.steps_per_rollout,
-        steps_per_rollout=args.steps_per_rollout,
-        rollout_batch_size=args.rollout_batch_size,
-        group_size=args.group_size,
-        num_engines=args.rollout_engines,
-        max_staleness=args.max_staleness,
-        sync_interval=args.sync_interval if args.max_staleness else None,
-        on_weight_update=args.on_weight_update,
-        requeue=args.stale_groups == "requeue",
-        max_attempts=args.max_attempts,
-        over_subscription=args.over_subscription if args.max_staleness else None,
+    warm_up = (
+        math.ceil(settings.rollout.max_staleness / settings.rollout.steps_per_rollout) + 1
+    )  # batches until the buffer is full
+    simulated = Settings(
+        train_steps=2 * warm_up * settings.rollout.steps_per_rollout,
+        steps_per_rollout=settings.rollout.steps_per_rollout,
+        rollout_batch_size=settings.rollout.rollout_batch_size,
+        group_size=settings.rollout.group_size,
+        num_engines=settings.engines.rollout_engines,
+        max_staleness=settings.rollout.max_staleness,
+        sync_interval=settings.rollout.sync_interval if settings.rollout.max_staleness else None,
+        on_weight_update=settings.rollout.on_weight_update,
+        requeue=settings.rollout.stale_groups == "requeue",
+        max_attempts=settings.rollout.max_attempts,
+        over_subscription=settings.rollout.over_subscription if settings.rollout.max_staleness else None,
     )
-    of_run = rates.rates(args.trainer_ranks)
-    if args.ratio_denominator == "rollout":
+    of_run = rates.rates(settings.trainer.trainer_ranks)
+    if settings.loss.ratio_denominator == "rollout":
         of_run = replace(of_run, log_probs=Cost())
     responses = LogNormal(
-        lengths.completion, LENGTH_SIGMA, args.max_completion_tokens, round(lengths.prompt), PROMPT_SHARE
+        lengths.completion,
+        LENGTH_SIGMA,
+        settings.rollout.max_completion_tokens,
+        round(lengths.prompt),
+        PROMPT_SHARE,
     )
-    result = simulate(settings, of_run, responses)
+    result = simulate(simulated, of_run, responses)
     return Speed(
         rates=of_run,
         result=result,
         trainer_tokens=1 / (of_run.train.each + of_run.log_probs.each),
-        engine_tokens=args.rollout_engines * _generated(of_run.engine, lengths),
+        engine_tokens=settings.engines.rollout_engines * _generated(of_run.engine, lengths),
         running=of_run.engine.max_running,
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan.layer_activations import kept_by_layer
 from megatron_vespo.commands.plan.packs import pack_bytes, replayed_bytes
 from megatron_vespo.models.stage import Stage
@@ -57,118 +57,142 @@ class TrainerMemory:
         return self.weights + max(forward, self.optimizer)
 
 
-def trainer_memory(args: Namespace, stage: Stage, index: int) -> TrainerMemory:
+def trainer_memory(settings: TrainSettings, stage: Stage, index: int) -> TrainerMemory:
     """Of a rank of pipeline stage `index`."""
-    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype.itemsize
-    optimizer, host = optimizer_bytes(args)
+    gradient = (
+        4 if settings.trainer.accumulate_allreduce_grads_in_fp32 else settings.trainer.params_dtype.itemsize
+    )
+    optimizer, host = optimizer_bytes(settings)
     shard = stage.parameters
-    if args.use_distributed_optimizer:
+    if settings.trainer.use_distributed_optimizer:
         shard = stage.dense / stage.dense_shards + stage.experts / stage.expert_shards
     return TrainerMemory(
-        weights=stage.parameters * args.params_dtype.itemsize,
+        weights=stage.parameters * settings.trainer.params_dtype.itemsize,
         gradients=stage.parameters * gradient,
         optimizer=shard * optimizer,
-        activations=activation_bytes(args, stage.layers, index),
-        log_probs=log_prob_bytes(args) if index == args.pipeline_model_parallel_size - 1 else 0.0,
-        packs=packs_in_flight_bytes(args, stage.layers, index),
-        sync=2 * args.weight_sync_bucket_mb * 2**20,  # a bucket, and flattened
+        activations=activation_bytes(settings, stage.layers, index),
+        log_probs=log_prob_bytes(settings)
+        if index == settings.trainer.pipeline_model_parallel_size - 1
+        else 0.0,
+        packs=packs_in_flight_bytes(settings, stage.layers, index),
+        sync=2 * settings.sync.weight_sync_bucket_mb * 2**20,  # a bucket, and flattened
         host=shard * host,
-        engine=ENGINE_AT_REST if args.colocate else 0.0,
-        offload=args.colocate and args.colocate_offload,
+        engine=ENGINE_AT_REST if settings.sync.colocate else 0.0,
+        offload=settings.sync.colocate and settings.sync.colocate_offload,
     )
 
 
-def optimizer_bytes(args: Namespace) -> tuple[float, float]:
+def optimizer_bytes(settings: TrainSettings) -> tuple[float, float]:
     """Of a parameter in the optimizer's shard: on the GPU, in CPU memory.
 
     Adam has two moments and, for bf16, the fp32 weights. --use-precision-aware-optimizer stores each moment
     in its own type; Transformer Engine then keeps of fp32 weights only the 2 bytes that bf16 lacks. Offloaded
     ones live in CPU memory, in fp32, with copies of weight and gradient.
     """
-    if not args.bf16:
+    if not settings.trainer.bf16:
         return 8.0, 0.0
-    if not args.use_precision_aware_optimizer:
-        copy_of_gradient = 0 if args.accumulate_allreduce_grads_in_fp32 else 4
+    if not settings.trainer.use_precision_aware_optimizer:
+        copy_of_gradient = 0 if settings.trainer.accumulate_allreduce_grads_in_fp32 else 4
         return 12.0 + copy_of_gradient, 0.0
-    moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
-    offloaded = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
+    moments = settings.trainer.exp_avg_dtype.itemsize + settings.trainer.exp_avg_sq_dtype.itemsize
+    offloaded = settings.trainer.optimizer_offload_fraction if settings.trainer.optimizer_cpu_offload else 0.0
     weights = 2  # of fp32 as of fp16
     return (1 - offloaded) * (weights + moments), offloaded * (4 + 4 + 4 + 4)
 
 
-def activation_bytes(args: Namespace, layers: int, index: int) -> float:
+def activation_bytes(settings: TrainSettings, layers: int, index: int) -> float:
     """What the micro-batches in flight keep, and what the layer at work has beside that.
 
     A full micro-batch has --max-tokens-per-gpu tokens on each context-parallel rank.
     """
-    kept = kept_by_layer(args)
+    kept = kept_by_layer(settings.trainer)
     everything = sum(tensor.bytes for tensor in kept)
     largest = max(tensor.bytes for tensor in kept)  # its gradient
-    if args.recompute_granularity == "full":
-        inputs = args.params_dtype.itemsize * args.hidden_size
-        inputs /= args.tensor_model_parallel_size if _inputs_are_sliced(args) else 1
-        every, chunks = args.recompute_num_layers, args.virtual_pipeline_model_parallel_size or 1
-        if args.recompute_method == "uniform":
+    if settings.trainer.recompute_granularity == "full":
+        inputs = settings.trainer.params_dtype.itemsize * settings.trainer.hidden_size
+        inputs /= settings.trainer.tensor_model_parallel_size if _inputs_are_sliced(settings) else 1
+        every, chunks = (
+            settings.trainer.recompute_num_layers,
+            settings.trainer.virtual_pipeline_model_parallel_size or 1,
+        )
+        if settings.trainer.recompute_method == "uniform":
             stored, at_work = inputs * math.ceil(layers / chunks / every) * chunks, every
         else:
             recomputed = min(every * chunks, layers)
             stored, at_work = inputs * recomputed + everything * (layers - recomputed), 1
         working = everything * at_work + largest
     else:
-        freed = _freed_modules(args)
+        freed = _freed_modules(settings)
         remaining = sum(tensor.bytes for tensor in kept if not tensor.modules & freed)
         stored, working = remaining * layers, everything - remaining + largest
-    return args.max_tokens_per_gpu * (stored * in_flight(args, index) + working)
+    return settings.trainer.max_tokens_per_gpu * (stored * in_flight(settings, index) + working)
 
 
-def kept_by_experts(args: Namespace, layers: int, index: int) -> float:
+def kept_by_experts(settings: TrainSettings, layers: int, index: int) -> float:
     """Its part that grows with a rank's share of the tokens; not for full recomputation."""
-    freed = _freed_modules(args)
+    freed = _freed_modules(settings)
     kept = [
-        tensor for tensor in kept_by_layer(args) if "moe" in tensor.modules and not tensor.modules & freed
+        tensor
+        for tensor in kept_by_layer(settings.trainer)
+        if "moe" in tensor.modules and not tensor.modules & freed
     ]
-    return args.max_tokens_per_gpu * sum(tensor.bytes for tensor in kept) * layers * in_flight(args, index)
-
-
-def _freed_modules(args: Namespace) -> frozenset[str]:
     return (
-        frozenset(args.recompute_modules or ()) if args.recompute_granularity == "selective" else frozenset()
+        settings.trainer.max_tokens_per_gpu
+        * sum(tensor.bytes for tensor in kept)
+        * layers
+        * in_flight(settings, index)
     )
 
 
-def _inputs_are_sliced(args: Namespace) -> bool:
-    return args.sequence_parallel or args.distribute_saved_activations
+def _freed_modules(settings: TrainSettings) -> frozenset[str]:
+    return (
+        frozenset(settings.trainer.recompute_modules or ())
+        if settings.trainer.recompute_granularity == "selective"
+        else frozenset()
+    )
 
 
-def in_flight(args: Namespace, index: int) -> float:
+def _inputs_are_sliced(settings: TrainSettings) -> bool:
+    return settings.trainer.sequence_parallel or settings.trainer.distribute_saved_activations
+
+
+def in_flight(settings: TrainSettings, index: int) -> float:
     """Micro-batches whose activations stage `index` holds at once, in units of all its layers.
 
     1F1B: the stages from here on. Interleaved: as many virtual stages as Megatron warms up with, and the one
     at work (get_pp_rank_microbatches in its schedules; arXiv 2104.04473, section 2.2).
     """
-    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
-    most = args.global_batch_size // args.data_parallel_size  # a pack has a sample at least
+    stages, virtual = (
+        settings.trainer.pipeline_model_parallel_size,
+        settings.trainer.virtual_pipeline_model_parallel_size,
+    )
+    most = (
+        settings.trainer.global_batch_size // settings.trainer.data_parallel_size
+    )  # a pack has a sample at least
     if virtual is None:
         return min(stages - index, most)
-    group = args.microbatch_group_size_per_vp_stage or stages
+    group = settings.trainer.microbatch_group_size_per_vp_stage or stages
     return min((stages - index - 1) * 2 + (virtual - 1) * group + 1, most * virtual) / virtual
 
 
-def packs_in_flight_bytes(args: Namespace, layers: int, index: int) -> float:
+def packs_in_flight_bytes(settings: TrainSettings, layers: int, index: int) -> float:
     """Each model chunk has its own copy; one more is on its way. All others wait in host memory."""
-    micro_batches, chunks = in_flight(args, index), args.virtual_pipeline_model_parallel_size or 1
-    copies = (micro_batches * chunks + 1) * pack_bytes(args, layers)
-    return args.max_tokens_per_gpu * (copies + micro_batches * replayed_bytes(args, layers))
+    micro_batches, chunks = (
+        in_flight(settings, index),
+        settings.trainer.virtual_pipeline_model_parallel_size or 1,
+    )
+    copies = (micro_batches * chunks + 1) * pack_bytes(settings, layers)
+    return settings.trainer.max_tokens_per_gpu * (copies + micro_batches * replayed_bytes(settings, layers))
 
 
-def log_prob_bytes(args: Namespace) -> float:
+def log_prob_bytes(settings: TrainSettings) -> float:
     """The output layer's work on one micro-batch: see `algorithms.linear_log_probs`.
 
     Hidden states of all tokens and their gradient, in fp32 as well; a tile of fp32 logits, and of their
     gradient where that is bf16; six fp64 numbers a token; the weight's gradient.
     """
-    size, tokens = args.params_dtype.itemsize, args.max_tokens_per_gpu
-    rows = args.padded_vocab_size / args.tensor_model_parallel_size
-    hidden = tokens * args.hidden_size * (2 * size + 4)
-    tile = args.log_prob_chunk_size * rows * (4 if size == 4 else 4 + size)
-    return hidden + tile + 6 * 8 * tokens + rows * args.hidden_size * size
+    size, tokens = settings.trainer.params_dtype.itemsize, settings.trainer.max_tokens_per_gpu
+    rows = settings.trainer.padded_vocab_size / settings.trainer.tensor_model_parallel_size
+    hidden = tokens * settings.trainer.hidden_size * (2 * size + 4)
+    tile = settings.trainer.log_prob_chunk_size * rows * (4 if size == 4 else 4 + size)
+    return hidden + tile + 6 * 8 * tokens + rows * settings.trainer.hidden_size * size

@@ -14,6 +14,7 @@ from megatron_vespo.arguments.checks import check_output_folder, check_positive
 from megatron_vespo.arguments.parse import refuse_unknown
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe, with_recipes
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.placement import node_resources, start_ray, stop_ray
 from megatron_vespo.cluster.roles import ROLES
 from megatron_vespo.commands.smoke.fit import Nodes, Wanted, fit, nodes_of
@@ -117,13 +118,14 @@ def run(
     if (wanted.ranks, wanted.engines) not in ((layout.ranks, layout.engines), (None, None)):
         stages.message(f"wanted: {wanted}")
     stages.message(f"layout: {layout}")
-    args = _prepare(flags, layout, nodes, folder, options.timeout)
-    facts["dtype"] = str(args.params_dtype)
+    settings = _prepare(flags, layout, nodes, folder, options.timeout)
+    facts["dtype"] = str(settings.trainer.params_dtype)
     with stages.stage("model") as row:
-        row.bytes = model_bytes = write_weights(args.hf_checkpoint, args.params_dtype, args.seed)
+        checkpoint, dtype = settings.engines.hf_checkpoint, settings.trainer.params_dtype
+        row.bytes = model_bytes = write_weights(checkpoint, dtype, settings.run.seed)
         row.detail = "Qwen3-30B-A3B's shapes, few layers" if nodes.on_gpus else "scaled down, for CPUs"
     with ExitStack() as stack:
-        SmokeRun(args, model_bytes, stages).run(stack)
+        SmokeRun(settings, model_bytes, stages).run(stack)
 
 
 def checked_layout(flags: list[str], nodes: Nodes, timeout_s: float) -> Wanted:
@@ -134,7 +136,7 @@ def checked_layout(flags: list[str], nodes: Nodes, timeout_s: float) -> Wanted:
     return layout
 
 
-def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float) -> Namespace:
+def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float) -> TrainSettings:
     """The run's arguments; its model has a config in `folder` then."""
     longest = 2 * (MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     write_config(folder / "model", config_for(layout, nodes.on_gpus, longest))
@@ -143,7 +145,7 @@ def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeo
 
 def look_around(ray_address: str | None) -> Nodes:
     """What Ray has. RuntimeError where there is no GPU on a machine that is not set up for CPUs."""
-    start_ray(Namespace(ray_address=ray_address, trainer_ranks=1, rollout_engines=1, rollout_port=0))
+    start_ray(ray_address, 2)
     try:
         resources = node_resources()
     finally:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parse import parse_settings
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.smoke.fit import Nodes, Wanted
 from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_flags
@@ -85,8 +85,8 @@ def _size(flag: str, text: str) -> int:
 
 def smoke_arguments(
     flags: Sequence[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float
-) -> Namespace:
-    """The smoke run's arguments; ValueError for flags that train would refuse, too.
+) -> TrainSettings:
+    """The smoke run's settings; ValueError for flags that train would refuse, too.
 
     `flags` are a run's, `layout` is what of theirs fits `nodes`. `folder` has the model, and gets everything
     else. No wait is longer than `timeout_s`.
@@ -98,7 +98,7 @@ def smoke_arguments(
     own = [*_own_flags(layout, folder, timeout_s), "--lr", str(LOGIT_STEP / hidden)]
     argv = [*kept(flags, nodes.on_gpus), *sizes, *own]
     required = ("hf_checkpoint", "output_dir")
-    return parse_args(argv, "smoke", required, on_gpus=lambda args: nodes.on_gpus)
+    return parse_settings(argv, "smoke", required, on_gpus=lambda address: nodes.on_gpus)
 
 
 def kept(flags: Sequence[str], on_gpus: bool) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, compare, differences, prefilled
 from megatron_vespo.commands.smoke.stages import CheckFailed, Stage, Stages
 from megatron_vespo.data.prompts import PromptSet
@@ -64,41 +64,41 @@ def all_stages(colocate: bool) -> Stages:
 
 
 class SmokeRun:
-    """`args` are those of `smoke_arguments`; `model_bytes` is what a weight sync sends."""
+    """`settings` are those of `smoke_arguments`; `model_bytes` is what a weight sync sends."""
 
-    def __init__(self, args: Namespace, model_bytes: int, stages: Stages):
-        self._args, self._model_bytes, self._stages = args, model_bytes, stages
-        self._bounds = BOUNDS_BF16 if args.bf16 else BOUNDS_FP32
-        self._draw = np.random.default_rng(args.seed)
+    def __init__(self, settings: TrainSettings, model_bytes: int, stages: Stages):
+        self._settings, self._model_bytes, self._stages = settings, model_bytes, stages
+        self._bounds = BOUNDS_BF16 if settings.trainer.bf16 else BOUNDS_FP32
+        self._draw = np.random.default_rng(settings.rollout.seed)
         self._services: Services | None = None
 
     def run(self, stack: ExitStack) -> None:
         """All stages; `stack` ends what has started. Raises Stopped where one breaks."""
-        args, stages = self._args, self._stages
-        trace = stack.enter_context(Trace(args.output_dir / "trace.json"))
+        settings, stages = self._settings, self._stages
+        trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
         with stages.stage("start Ray"):
-            self._services = Services(args, self._task(), stages, trace, Preemption(), stack)
-        first = TrainerAttempt(args, self._services, 0)
+            self._services = Services(settings, self._task(), stages, trace, Preemption(), stack)
+        first = TrainerAttempt(settings, self._services, 0)
         with first:
             samples = self._generate_and_train(first.controller)
             log_probs, sums = self._save(first.controller, samples)
         with stages.stage("resume") as row:
             first.wait_until_gone()
-            second = stack.enter_context(TrainerAttempt(args, self._services, 1))
+            second = stack.enter_context(TrainerAttempt(settings, self._services, 1))
             row.detail = f"at optimizer step {second.controller.state.iteration}"
-            if second.controller.state.iteration != args.train_iters:
-                raise CheckFailed(f"resumed {row.detail}, saved was {args.train_iters}")
+            if second.controller.state.iteration != settings.run.train_iters:
+                raise CheckFailed(f"resumed {row.detail}, saved was {settings.run.train_iters}")
         self._compare_resumed(second.controller, samples, log_probs, sums)
 
     def _task(self) -> Task:
         """Prompts of random tokens; nothing ends a completion but its length."""
-        args = self._args
-        lengths = self._draw.integers(1, args.max_prompt_tokens + 1, args.rollout_batch_size)
+        rollout, vocab_size = self._settings.rollout, self._settings.trainer.vocab_size
+        lengths = self._draw.integers(1, rollout.max_prompt_tokens + 1, rollout.rollout_batch_size)
         prompts = [
-            Prompt(number, self._draw.integers(0, args.vocab_size, length).tolist(), answer="", text="")
+            Prompt(number, self._draw.integers(0, vocab_size, length).tolist(), answer="", text="")
             for number, length in enumerate(lengths)
         ]
-        sampling = SamplingParams(args.rollout_temperature, args.max_completion_tokens, ())
+        sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, ())
         return Task(sampling=sampling, prompts=PromptSet(prompts, 0, Path("random tokens")))
 
     def _generate_and_train(self, controller: Controller) -> list[TrainingSample]:
@@ -117,7 +117,7 @@ class SmokeRun:
         self._sync(controller, "weight sync")
         with stages.stage("new log-probs") as row:
             samples = self._generate_and_compare(controller, row)
-        if self._args.colocate:
+        if self._settings.sync.colocate:
             self._take_a_turn(controller, samples)
         return samples
 
@@ -133,19 +133,20 @@ class SmokeRun:
         """A rollout batch with rewards that are drawn."""
         started = time.monotonic()
         groups = controller.source.generate(
-            self._args.rollout_batch_size, self._args.seed + controller.policy_version
+            self._settings.rollout.rollout_batch_size, self._settings.rollout.seed + controller.policy_version
         )
         completions = [completion for group in groups for completion in group]
         for completion in completions:
             completion.reward = float(self._draw.normal())
         tokens = sum(len(completion.token_ids) for completion in completions)
         row.detail = f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} per second"
-        return training_samples(groups, self._args.advantage_estimator, self._args.routing_replay)
+        estimator, replay = self._settings.loss.advantage_estimator, self._settings.rollout.routing_replay
+        return training_samples(groups, estimator, replay)
 
     def _train(
         self, controller: Controller, samples: list[TrainingSample], before: list[np.ndarray], row: Stage
     ) -> None:
-        number = self._args.steps_per_rollout
+        number = self._settings.rollout.steps_per_rollout
         size = len(samples) // number
         controller.trainer.prepare([samples[i * size : (i + 1) * size] for i in range(number)])
         steps = [controller.trainer.train_step(index) for index in range(number)]
@@ -179,7 +180,7 @@ class SmokeRun:
         """Of every engine, the last one's words."""
         some = samples[:NUM_PREFILLED]
         for url in self._urls():
-            theirs = prefilled(url, some, self._args.generate_timeout, self._services.api_key)
+            theirs = prefilled(url, some, self._settings.rollout.generate_timeout, self._services.api_key)
             told = compare(ours[: len(some)], theirs, self._bounds, f"engine {url}, prefilled tokens")
         return told
 
@@ -201,7 +202,7 @@ class SmokeRun:
             controller.save()
             controller.trainer.finish_save()
             row.bytes = sum(
-                path.stat().st_size for path in Path(self._args.save).rglob("*") if path.is_file()
+                path.stat().st_size for path in Path(self._settings.save.save).rglob("*") if path.is_file()
             )
             row.seconds = None
             return controller.trainer.log_probs(samples), self._sums()
@@ -230,7 +231,8 @@ class SmokeRun:
         return [url for url in self._services.engines.urls if url is not None]
 
     def _sums(self) -> list[Sums]:
-        admin = EngineAdmin(self._urls(), self._args.weight_sync_timeout, api_key=self._services.api_key)
+        timeout_s = self._settings.sync.weight_sync_timeout
+        admin = EngineAdmin(self._urls(), timeout_s, api_key=self._services.api_key)
         try:
             return weight_sums(admin)
         finally:

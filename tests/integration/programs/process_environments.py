@@ -15,6 +15,7 @@ import ray
 import torch
 
 from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.engine_fleet import start_engines
 from megatron_vespo.cluster.placement import place, start_ray
 from megatron_vespo.cluster.trainer_group import TrainerGroup
@@ -64,17 +65,18 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     own = exported_values(os.environ)
     os.environ.update(OF_THE_NODE)
-    start_ray(args)
+    settings = TrainSettings.of(args)
+    start_ray(None, 2)
     for name in TABLE:
         del os.environ[name]
     os.environ.update(own)
-    placement = place(args, 1, on_gpus=False)
+    placement = place(1, {}, 1, 1, on_gpus=False)
     log_dir = args.output_dir / "logs"
     arguments = server_arguments(
         args.sglang_flags, device="cpu", routes=False, longest_step_s=300.0, dtype="float32", seed=1
     )
-    engines = start_engines(args, placement, arguments, None, log_dir, print)
-    trainer = TrainerGroup(args, placement, log_dir, lambda: None)
+    engines = start_engines(settings.engines, placement, arguments, None, log_dir, print)
+    trainer = TrainerGroup(settings, placement, log_dir, lambda: None)
     try:
         trainer.start()
         engines.wait_until_ready()

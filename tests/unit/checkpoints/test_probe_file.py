@@ -12,6 +12,7 @@ from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
 from megatron_vespo.types import TrainingSample
 from tests.support.builders import make_sample
+from tests.support.settings import flat_settings
 
 
 def sample(prompt: int, completion: int) -> TrainingSample:
@@ -61,8 +62,9 @@ def test_probes_do_not_hold_the_batch_that_they_come_from():
     batch = pickle.loads(packed, buffers=store)
     stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
     worker = object.__new__(TrainerWorker)
-    worker._args = SimpleNamespace(ratio_denominator="rollout")
-    worker._spans, worker._memory = Spans(), SimpleNamespace(take_all=lambda: None)
+    worker._settings = flat_settings(ratio_denominator="rollout")
+    worker._args = worker._settings.values
+    worker._spans, worker._memory = Spans(), SimpleNamespace(onload=lambda: None)
     worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
     worker.prepare(batch)
     assert len(worker._probes) == NUM_PROBES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_vespo.driver.services import Task, load_task
 from megatron_vespo.types import Prompt
 from tests.support.builders import make_prompt
 from tests.support.letter_tokenizer import letters
+from tests.support.settings import flat_settings
 
 DATA = "--prompt-data b.jsonl"
 DATE = datetime(2026, 2, 28, 23, 59, 30)
@@ -104,7 +104,7 @@ class Run:
         return path
 
     def task(self, **changed) -> Task:
-        args = Namespace(
+        args = flat_settings(
             hf_checkpoint=self.model, prompt_data=self.write("train.jsonl", self.questions),
             eval_data=None, prompt_key="question", answer_key="answer", answer_pattern=None,
             apply_chat_template=True,
@@ -113,7 +113,7 @@ class Run:
             reward_function="math", generate_function=None, rollout_temperature=1.0, max_completion_tokens=8,
             train_from=None, rollout_only=False, load=str(self.folder / "saved"), ckpt_step=None,
         )  # fmt: skip
-        return load_task(Namespace(**vars(args) | changed))
+        return load_task(flat_settings(**vars(args.values) | changed))
 
     def save(self, task: Task) -> None:
         folder = self.folder / "saved/iter_0000004"

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from argparse import Namespace
 
 import pytest
 
@@ -24,9 +23,7 @@ def started(monkeypatch):
         options: dict = {}
         token = "RAY_AUTH_TOKEN"
         monkeypatch.setattr(placement.ray, "init", lambda **o: options.update(o, token=os.environ.get(token)))
-        placement.start_ray(
-            Namespace(ray_address=address, trainer_ranks=1, rollout_engines=2, rollout_port=port)
-        )
+        placement.start_ray(address, 3, range(port, port + 2) if port else ())
         return options
 
     return start

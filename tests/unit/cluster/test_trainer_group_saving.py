@@ -1,6 +1,5 @@
 """What the group of ranks is asked to save, and what it makes of the reports; the ranks are stand-ins."""
 
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster import trainer_group
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from tests.support.settings import flat_settings
 
 
 class Rank:
@@ -23,7 +23,7 @@ def group(monkeypatch) -> TrainerGroup:
     monkeypatch.setattr(trainer_group, "gather", lambda refs, *others: refs)
     monkeypatch.setattr(trainer_group.ray, "put", lambda value: ("reference", value))
     nowhere = SimpleNamespace(trainer=[])
-    group = TrainerGroup(Namespace(train_timeout=1.0), nowhere, None, lambda: None, prompts=b"prompts")
+    group = TrainerGroup(flat_settings(train_timeout=1.0), nowhere, None, lambda: None, prompts=b"prompts")
     group.told = []
     group._on_save = group.told.append
     return group

@@ -12,9 +12,9 @@ import re
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ from megatron_vespo.commands.plan.trainer_memory import (
     trainer_memory,
 )
 from megatron_vespo.system.hardware import GLOO, GPUS, ON_GPUS
+from tests.support.settings import flat_settings
 
 LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
     48,
@@ -181,7 +182,7 @@ def test_flags_of_the_optimizer(plan):
     assert small_gradients.gradients == 2 * (dense + experts) and small_gradients.optimizer == 6 * shard
 
 
-def model(**changes) -> Namespace:
+def model(**changes) -> SimpleNamespace:
     plain = {
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None, "microbatch_group_size_per_vp_stage": None,
@@ -200,7 +201,7 @@ def model(**changes) -> Namespace:
         "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
         "accumulate_allreduce_grads_in_fp32": True,
     }  # fmt: skip
-    return Namespace(**(plain | changes))
+    return flat_settings(**(plain | changes))
 
 
 def test_what_a_layer_keeps():
@@ -334,7 +335,7 @@ def test_the_output_layer():
 
 
 def test_engines(checkpoint):
-    shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
+    shape, parameters = model_of(flat_settings(hf_checkpoint=checkpoint))
     gpu, free = GPUS["h100"], GPUS["h100"].memory - 2**30
     given = ["--mem-fraction-static", "0.8"]
     engine = engine_memory(model(sglang_flags=given), shape, parameters, gpu, 2)
@@ -456,7 +457,7 @@ def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
     forward = memory.activations + memory.log_probs + memory.packs
     assert memory.comes_back == forward
     assert offloading.comes_back == memory.weights + max(forward, memory.optimizer)
-    shape, parameters = model_of(Namespace(hf_checkpoint=checkpoint))
+    shape, parameters = model_of(flat_settings(hf_checkpoint=checkpoint))
     given = model(sglang_flags=["--mem-fraction-static", "0.5"])
     alone, beside = (
         engine_memory(given, shape, parameters, GPUS["h100"], 2, trainer) for trainer in (0.0, memory.at_rest)

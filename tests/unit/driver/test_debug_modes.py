@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,15 @@ from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 from tests.support.builders import make_completion, make_prompt
 from tests.support.controllers import EngineSync
+from tests.support.settings import flat_settings
 
 BATCHES, SIZE, GROUP = 3, 4, 2
 PROMPTS = [make_prompt(i, [1, 2, i]) for i in range(5)]
 SAMPLING = SamplingParams(1.0, 3, ())
 
 
-def arguments(**changes) -> Namespace:
-    args = Namespace(
+def arguments(**changes) -> flat_settings:
+    flags = dict(
         train_iters=2 * BATCHES,
         steps_per_rollout=2,
         rollout_batch_size=SIZE,
@@ -66,9 +66,8 @@ def arguments(**changes) -> Namespace:
         train_from=None,
         rollout_only=False,
     )
-    assert not changes.keys() - vars(args).keys()
-    vars(args).update(changes)
-    return args
+    assert not changes.keys() - flags.keys()
+    return flat_settings(**flags | changes)
 
 
 class Engines:
@@ -111,7 +110,7 @@ class Tokenizer:
 class Recording:
     """Engines, rewards and files, and optimizer steps that are only counted."""
 
-    def __init__(self, args: Namespace, iteration: int = 0):
+    def __init__(self, args: flat_settings, iteration: int = 0):
         self.state = RunState(iteration=iteration, consumed_prompts=iteration // 2 * SIZE)
         self.source = synchronous(args, Engines(self.state), self.state, RunDisplay("test", 1))
         self.source.weights_synced(iteration)
@@ -127,7 +126,7 @@ class Recording:
 
 
 def synchronous(
-    args: Namespace, engines: Engines, state: RunState, display: RunDisplay
+    args: flat_settings, engines: Engines, state: RunState, display: RunDisplay
 ) -> SynchronousBatches:
     return SynchronousBatches(
         engines, scorer(args), PromptCursor(PROMPTS, 0, state.consumed_prompts), SAMPLING,
@@ -136,18 +135,22 @@ def synchronous(
     )  # fmt: skip
 
 
-def scorer(args: Namespace) -> Scorer:
+def scorer(args: flat_settings) -> Scorer:
     return Scorer(
-        Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
+        Tokenizer(),
+        Rewards(),
+        args.values.max_completion_tokens,
+        args.values.overlong_buffer,
+        args.values.overlong_penalty,
     )
 
 
-def rollout_only(args: Namespace) -> Controller:
-    state, engines, display = RunState(), Engines(None), RunDisplay("test", args.train_iters)
+def rollout_only(args: flat_settings) -> Controller:
+    state, engines, display = RunState(), Engines(None), RunDisplay("test", args.values.train_iters)
     return Controller(
-        args=args,
+        settings=args,
         source=synchronous(args, engines, state, display),
-        learner=NullLearner(state, args.steps_per_rollout),
+        learner=NullLearner(state, args.values.steps_per_rollout),
         trainer=None,
         collector=engines,
         scorer=scorer(args),
@@ -159,7 +162,7 @@ def rollout_only(args: Namespace) -> Controller:
         engine_sync=EngineSync(),
         log_prob_bound=LogProbBound(None, state),
         state=state,
-        record=Recorder(args, 0) if args.save_rollouts else None,
+        record=Recorder(args, 0) if args.values.save_rollouts else None,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vespo.driver.finished import finished_by_files, why_finished
 from megatron_vespo.driver.resume import find_checkpoint
+from tests.support.settings import flat_settings
 
 FOUND = Path("/saved/iter_0000016"), 16
 
@@ -105,5 +106,5 @@ def test_what_the_files_do_not_tell(args, saved, more):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert find_checkpoint(Namespace(load=None, ckpt_step=None)) is None
-    assert find_checkpoint(Namespace(load=str(tmp_path), ckpt_step=None)) is None
+    assert find_checkpoint(flat_settings(load=None, ckpt_step=None)) is None
+    assert find_checkpoint(flat_settings(load=str(tmp_path), ckpt_step=None)) is None

@@ -42,7 +42,7 @@ def args() -> Namespace:
 
 def described(args: Namespace, monkeypatch, *argv: str) -> dict:
     monkeypatch.setattr(sys, "argv", ["megatron-vespo", "train", *argv])
-    return json.loads(json.dumps(describe_run(args, parser())))
+    return json.loads(json.dumps(describe_run(vars(args), parser())))
 
 
 def test_what_is_told(args, tmp_path, monkeypatch):

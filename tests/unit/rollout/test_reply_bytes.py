@@ -2,7 +2,6 @@
 
 import base64
 import json
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,7 @@ from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.types import Completion, SamplingParams
 from tests.support.builders import make_prompt
 from tests.support.engine_stub import EngineStub
+from tests.support.settings import flat_settings
 
 LAYERS, TOPK, VOCABULARY = 48, 8, 151_936  # Qwen3-30B-A3B
 PROMPT = make_prompt(3, range(256))
@@ -56,8 +56,8 @@ class Engine(EngineStub):
         return reply
 
 
-def arguments(replay: str | None) -> Namespace:
-    return Namespace(
+def arguments(replay: str | None) -> SimpleNamespace:
+    return flat_settings(
         num_layers=LAYERS, moe_router_topk=TOPK, num_experts=128, routing_replay=replay,
         generate_timeout=60.0, max_request_retries=0, sglang_flags=[], distributed_backend="nccl", bf16=True,
         seed=0, max_staleness=0, on_weight_update="retract", colocate=False, engine_start_timeout=60.0,
@@ -70,7 +70,9 @@ def collector(replay: str | None, engine: EngineStub) -> Collector:
     engines = SimpleNamespace(urls=[engine.url], lost=LostRequests(), check=lambda: None)
     trace, task = SimpleNamespace(requests=None), SimpleNamespace(generate=None)
     services = SimpleNamespace(engines=engines, trace=trace, task=task, api_key=None)
-    return TrainerAttempt(arguments(replay), services, 0)._collector()
+    made = TrainerAttempt(arguments(replay), services, 0)._collector()
+    made.on_wait = None  # the attempt has not started
+    return made
 
 
 def drawn(replay: str | None, engine: EngineStub) -> Completion:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.commands.doctor import packages
 from megatron_vespo.system.optional_packages import DEEP_EP, IMPORTS, TRANSFORMER_ENGINE, check_deep_ep
+from tests.support.settings import flat_settings
 from tests.support.train_flags import BASE, CONFIG
 
 # as the real one begins
@@ -117,7 +117,8 @@ def test_a_run_on_gpus_without_transformer_engine(error, tmp_path):
 def test_a_trainer_rank_names_itself():
     worker = TrainerWorker.__new__(TrainerWorker)
     worker.rank, worker._host = 3, "10.0.0.7"
-    worker._args = Namespace(transformer_impl="transformer_engine", distributed_backend="gloo")
+    worker._settings = flat_settings(transformer_impl="transformer_engine", distributed_backend="gloo")
+    worker._args = worker._settings.values
     with pytest.raises(ValueError, match=r"^trainer rank 3 on 10\.0\.0\.7: no transformer_engine \(Module"):
         worker.start("127.0.0.1", 1)
 
@@ -129,11 +130,9 @@ def test_a_deep_ep_that_ends_its_import_does_not_end_megatrons(tmp_path):
 
 
 def test_the_flex_dispatcher_wants_deep_ep():
-    args = Namespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
     with pytest.raises(ValueError, match=r"^here: no deep_ep \(ModuleNotFoundError.*type alltoall"):
-        check_deep_ep(args, "here")
-    args.moe_token_dispatcher_type = "alltoall"
-    check_deep_ep(args, "here")
+        check_deep_ep("flex", "deepep", "here")
+    check_deep_ep("alltoall", "deepep", "here")
 
 
 @pytest.mark.parametrize(

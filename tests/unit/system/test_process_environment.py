@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +34,7 @@ from megatron_vespo.system.process_environment import (
     trainer_environment,
     without_expandable_segments,
 )
+from tests.support.settings import flat_settings
 
 # a node's Ray has all of it, and everything is wrong there
 RAYLET = {name: "of the node" for name in TABLE} | {"PATH": "/bin", THREADS: "1"}
@@ -146,7 +146,7 @@ def test_a_rank_sets_its_own(monkeypatch):
     for name in TABLE:
         monkeypatch.setenv(name, "of the node")
     threads = torch.get_num_threads()
-    args = Namespace(optimizer_cpu_offload=False, sglang_flags=["--enable-symm-mem"])
+    args = flat_settings(optimizer_cpu_offload=False, sglang_flags=["--enable-symm-mem"])
     try:
         set_environment(args, {THREADS: "3", ALLOCATOR_NEW: "max_split_size_mb:64"})
         assert torch.get_num_threads() == 3
@@ -168,7 +168,7 @@ def test_the_optimizer_on_the_cpu_gets_a_share_of_the_node(cores, gpus, share, m
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
     try:
-        set_environment(Namespace(optimizer_cpu_offload=True, sglang_flags=[]), {})
+        set_environment(flat_settings(optimizer_cpu_offload=True, sglang_flags=[]), {})
         assert (os.environ[THREADS], torch.get_num_threads()) == (str(share), share)
     finally:
         torch.set_num_threads(threads)
