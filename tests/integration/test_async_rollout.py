@@ -67,11 +67,11 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     try:
         time.sleep(0.2)  # a few tokens of each
         pieces = list(buckets(load_file(folders[version] / "model.safetensors").items(), max_bytes=100_000))
-        sender.control.begin()
+        sender.admin.begin()
         for piece in pieces[:-1]:
             sender.send(piece, None)
         sender.send(pieces[-1], version)
-        sender.control.finish(version)
+        sender.admin.finish(version)
         stream.serve(version)
         groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
     finally:

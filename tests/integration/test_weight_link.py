@@ -97,7 +97,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
     before = sums(first)
     assert sums(second) != before, "its weights should be random"
     link.sync(weights[0], 2)
-    assert check_engines_agree(link.control, 2) == [before, before]
+    assert check_engines_agree(link.admin, 2) == [before, before]
 
 
 @pytest.mark.timeout(300)
@@ -131,5 +131,5 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
     restart(second)
     link.connect(urls, [second.url], number + 2)
     link.sync(weights[1], number + 2)
-    after, same = check_engines_agree(link.control, number + 2)
+    after, same = check_engines_agree(link.admin, number + 2)
     assert after == same and after != before

@@ -131,8 +131,8 @@ def url():
 
 
 def test_weight_sync_shows_the_key(url):
-    control = EngineAdmin([url], 10.0, "retract", KEY)
-    for every in (control, control.of([url])):
+    admin = EngineAdmin([url], 10.0, "retract", KEY)
+    for every in (admin, admin.of([url])):
         every.begin()
         every.settle("/end_weight_update", {})
         every.finish(3)

@@ -68,7 +68,7 @@ def test_completions(proxy, engine):
 
 
 def test_weight_syncs(proxy, engine):
-    control = EngineAdmin([engine.url], 5.0, None, KEY)
-    assert control.call("/generate", {})[0]["output_ids"] == [5, 6]
-    control.close()
+    admin = EngineAdmin([engine.url], 5.0, None, KEY)
+    assert admin.call("/generate", {})[0]["output_ids"] == [5, 6]
+    admin.close()
     assert not proxy

@@ -18,7 +18,7 @@ def answer(*ranks: dict[str, str]) -> dict:
     }
 
 
-class Control:
+class Admin:
     """Answers of several engines to /weights_checker."""
 
     def __init__(self, answers: dict[str, dict]):
@@ -31,7 +31,7 @@ class Control:
 
 def test_equal_engines_agree():
     sums = {"embed": "0a", "norm": "0b"}
-    admin = Control({url: answer(sums) for url in (A, B, C)})
+    admin = Admin({url: answer(sums) for url in (A, B, C)})
     assert verify.check_engines_agree(admin, 3) == [sums] * 3
 
 
@@ -46,7 +46,7 @@ def test_equal_engines_agree():
 )
 def test_the_engine_that_differs_is_named(other, said):
     sums = {"embed": "0a", "norm": "0b"}
-    admin = Control({A: answer(sums), B: answer(sums), C: answer(other)})
+    admin = Admin({A: answer(sums), B: answer(sums), C: answer(other)})
     with pytest.raises(WeightSyncError) as error:
         verify.check_engines_agree(admin, 3)
     assert "after the sync of version 3" in str(error.value)
@@ -55,7 +55,7 @@ def test_the_engine_that_differs_is_named(other, said):
 
 def test_ranks_of_an_engine_are_compared_one_by_one():
     left, right = {"qkv": "01"}, {"qkv": "02"}
-    admin = Control({A: answer(left, right), B: answer(left, left)})
+    admin = Admin({A: answer(left, right), B: answer(left, left)})
     with pytest.raises(WeightSyncError, match="checksum 01 of qkv on rank 1, engine http://a:1 has 02"):
         verify.check_engines_agree(admin, 3)
     assert verify.weight_sums(admin)[0] == {"qkv on rank 0": "01", "qkv on rank 1": "02"}
