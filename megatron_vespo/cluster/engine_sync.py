@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.weight_sync.distributed import EnginesLostError
+from megatron_vespo.weight_sync.engine_admin import EnginesLostError
 
 
 class EngineSync:

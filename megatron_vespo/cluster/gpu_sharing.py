@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint
-from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, weight_sums
 
 WEIGHTS = ("weights",)  # SGLang's names

@@ -23,7 +23,7 @@ from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.system.process_environment import exported_values
 from megatron_vespo.types import TrainingSample
-from megatron_vespo.weight_sync.distributed import EnginesLostError
+from megatron_vespo.weight_sync.engine_admin import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums
 
 STOP_TIMEOUT_S = 60.0

@@ -175,7 +175,7 @@ class TrainerWorker:
         `loaded` says what those had loaded that have given their weights' memory back since.
         """
         from megatron_vespo.trainer.initialize import device
-        from megatron_vespo.weight_sync.distributed import sync_backend
+        from megatron_vespo.weight_sync.bucket_sender import sync_backend
         from megatron_vespo.weight_sync.weight_link import WeightLink
 
         if self._link is None:

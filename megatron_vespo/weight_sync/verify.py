@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
 
 Sums = Mapping[str, str]  # name of a tensor, with its rank where the engine has several -> checksum
 

@@ -12,14 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vespo.weight_sync.distributed import (
-    BucketSender,
-    EngineAdmin,
-    EnginesLostError,
-    PauseMode,
-    SyncBackend,
-    WeightSyncError,
-)
+from megatron_vespo.weight_sync.bucket_sender import BucketSender, SyncBackend
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError, PauseMode, WeightSyncError
 from megatron_vespo.weight_sync.verify import Sums, forget_weights
 
 

@@ -19,7 +19,8 @@ from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import SamplingParams
-from megatron_vespo.weight_sync.distributed import BucketSender, EngineAdmin
+from megatron_vespo.weight_sync.bucket_sender import BucketSender
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.builders import make_prompt
 from tests.support.runs import Run, nothing_left, train_command
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine

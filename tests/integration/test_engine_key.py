@@ -15,7 +15,7 @@ from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.sglang_server import group_members
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.types import SamplingParams
-from megatron_vespo.weight_sync.distributed import EngineAdmin
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from megatron_vespo.weight_sync.verify import weight_sums
 from tests.support.runs import Run, nothing_left, train_command
 from tests.support.servers import HOST, ROUTES, tiny_engine

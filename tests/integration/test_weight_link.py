@@ -17,7 +17,7 @@ from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.types import SamplingParams
-from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
 from megatron_vespo.weight_sync.weight_link import WeightLink
 from tests.support.builders import make_prompt

@@ -17,7 +17,8 @@ from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
-from megatron_vespo.weight_sync.distributed import BucketSender, EngineAdmin, WeightSyncError
+from megatron_vespo.weight_sync.bucket_sender import BucketSender
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())

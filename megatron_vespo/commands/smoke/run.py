@@ -20,7 +20,7 @@ from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, SamplingParams, TrainingSample
-from megatron_vespo.weight_sync.distributed import EngineAdmin
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from megatron_vespo.weight_sync.verify import Sums, WeightMismatchError, compare_sums, weight_sums
 
 NUM_PREFILLED = 4  # sequences, of each engine

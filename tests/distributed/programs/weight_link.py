@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
+from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.weight_link import WeightLink
 
 NUM_BUCKETS = 4

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.rollout.server_arguments import server_arguments
-from megatron_vespo.weight_sync.distributed import sync_backend
+from megatron_vespo.weight_sync.bucket_sender import sync_backend
 
 
 def run(sglang: str = "--tp-size 2 --mem-fraction-static 0.5", **changes) -> Namespace:

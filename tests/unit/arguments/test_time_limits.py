@@ -15,7 +15,7 @@ from megatron_vespo.arguments.time_limits import (
     sync_timeout_s,
 )
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
-from megatron_vespo.weight_sync.distributed import EngineAdmin, EnginesLostError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.verify import check_against_checkpoint
 from tests.support.engine_stub import EngineStub
 

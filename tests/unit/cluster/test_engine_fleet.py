@@ -11,7 +11,7 @@ from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.supervised_engine import SupervisedEngine
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
-from megatron_vespo.weight_sync.distributed import EnginesLostError, WeightSyncError
+from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
 
 

@@ -122,7 +122,7 @@ class Trainer:
 def made(monkeypatch):
     """Two engines, their servers, and a trainer and a weight sync that share GPUs with them."""
     servers, fleet = Servers(), Fleet(0, 1)
-    monkeypatch.setattr("megatron_vespo.weight_sync.distributed.post_json", servers.post)
+    monkeypatch.setattr("megatron_vespo.weight_sync.engine_admin.post_json", servers.post)
     base = Trainer(servers, fleet)
 
     class Stub(ColocatedTrainer):
@@ -222,7 +222,7 @@ def test_an_engine_lost_on_giving_comes_back_with_the_sync(made, monkeypatch, pa
             servers.lost.add(url)
         return post(url, call, payload, timeout_s, api_key)
 
-    monkeypatch.setattr("megatron_vespo.weight_sync.distributed.post_json", losing)
+    monkeypatch.setattr("megatron_vespo.weight_sync.engine_admin.post_json", losing)
     trainer.prepare([])
     assert [endpoint.url for endpoint in fleet.running] == ["http://0-1"]
     assert [endpoint.url for endpoint in fleet.waiting] == ["http://1-2"]

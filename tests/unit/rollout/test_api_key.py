@@ -22,7 +22,7 @@ from megatron_vespo.rollout.api_key import (
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.ports import find_free_port
-from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
 from tests.support.engine_stub import EngineStub
 
 KEY = "a-key-of-this-test"

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
-from megatron_vespo.weight_sync.distributed import EngineAdmin
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.builders import SAMPLING, make_prompt
 from tests.support.engine_stub import EngineStub
 

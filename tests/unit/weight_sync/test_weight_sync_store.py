@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from megatron_vespo.weight_sync.distributed import _all_have_arrived, _store
+from megatron_vespo.weight_sync.bucket_sender import _all_have_arrived, _store
 
 TIMEOUT = timedelta(seconds=20)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vespo.weight_sync import verify
-from megatron_vespo.weight_sync.distributed import EngineAdmin, WeightSyncError
+from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
 
 A, B, C = "http://a:1", "http://b:1", "http://c:1"
 

@@ -1,0 +1,115 @@
+"""Control calls over HTTP to the engines of a run: the same call to all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+from megatron_vespo.system.http import EngineRequestError, get_json, post_json
+
+RECOVERY_TIMEOUT_S = 60.0  # for what a healthy engine answers at once
+# SGLang's names. Running requests keep their KV cache, compute it anew with the new weights, or end.
+PauseMode = Literal["in_place", "retract", "abort"]
+
+
+class WeightSyncError(RuntimeError):
+    """Engines that did not take the weights; says which."""
+
+
+class EnginesLostError(WeightSyncError):
+    """Engines that did not answer: dead, hung or out of reach. `lost` says of each url why."""
+
+    def __init__(self, lost: dict[str, str]):
+        super().__init__(lost)
+        self.lost = lost
+
+    def __str__(self) -> str:
+        return "weight sync failed: " + "; ".join(self.lost.values())
+
+
+class EngineAdmin:
+    """The same call to all engines at once; failures are raised after all have answered.
+
+    EnginesLostError where there are engines without an answer, else WeightSyncError with the first refusal.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        timeout_s: float,
+        pause: PauseMode | None = None,
+        api_key: str | None = None,
+    ):
+        """`pause` is what becomes of requests that run during an update; without it there must be none."""
+        self.urls, self.timeout_s, self.pause, self._api_key = list(urls), timeout_s, pause, api_key
+        self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
+
+    def of(self, urls: Sequence[str]) -> EngineAdmin:
+        """The same for other engines of the run."""
+        return type(self)(urls, self.timeout_s, self.pause, self._api_key)
+
+    def submit(self, url: str, path: str, payload: dict, timeout_s: float | None = None) -> Future:
+        """One call to one engine, without waiting."""
+        return self._threads.submit(post_json, url, path, payload, timeout_s or self.timeout_s, self._api_key)
+
+    def post(self, path: str, payload: dict, timeout_s: float | None = None) -> list[Future]:
+        """Send without waiting; pass the result to `wait`."""
+        return [self.submit(url, path, payload, timeout_s) for url in self.urls]
+
+    def wait(self, futures: list[Future]) -> list[dict]:
+        """The engines' answers, in their order."""
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        lost = {e.url: str(e) for e in errors if isinstance(e, EngineRequestError) and e.status is None}
+        if lost:
+            raise EnginesLostError(lost)
+        if errors:
+            raise WeightSyncError(f"weight sync failed: {errors[0]}") from errors[0]
+        return [future.result() for future in futures]
+
+    def call(self, path: str, payload: dict, timeout_s: float | None = None) -> list[dict]:
+        """`timeout_s` in the place of the usual limit."""
+        return self.wait(self.post(path, payload, timeout_s))
+
+    def close(self) -> None:
+        """No more calls; those that run end by themselves."""
+        self._threads.shutdown(wait=False)
+
+    def stop_generation(self) -> None:
+        """Running requests wait until `go_on`."""
+        if self.pause is not None:
+            self.call("/pause_generation", {"mode": self.pause})
+
+    def go_on(self) -> None:
+        if self.pause is not None:
+            self.call("/continue_generation", {})
+
+    def begin(self) -> None:
+        """Open the engines for new weights."""
+        self.stop_generation()
+        self.call("/begin_weight_update", {})
+
+    def finish(self, policy_version: int) -> None:
+        """Close the engines' update, check that each now serves `policy_version`, and let requests go on."""
+        self.call("/end_weight_update", {})
+        asked = [
+            self._threads.submit(get_json, url, "/model_info", self.timeout_s, self._api_key)
+            for url in self.urls
+        ]
+        answers = self.wait(asked)
+        for url, answer in zip(self.urls, answers, strict=True):
+            found = answer.get("weight_version")
+            if found != str(policy_version):
+                raise WeightSyncError(
+                    f"engine {url} serves weight version {found} after the sync of version {policy_version}"
+                )
+        self.go_on()
+
+    def settle(self, path: str, payload: dict) -> None:
+        """A call that engines may refuse, as there is nothing to do for them, but that all must answer."""
+        try:
+            self.call(path, payload, RECOVERY_TIMEOUT_S)
+        except EnginesLostError:
+            raise
+        except WeightSyncError:
+            pass
