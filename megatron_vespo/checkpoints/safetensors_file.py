@@ -1,7 +1,10 @@
-"""The safetensors format: 8 bytes of header length, a JSON header, the tensors' bytes one after another.
+"""Where the tensors of a safetensors file are, so that parts of them can be read and written.
 
-The library hands out whole tensors; a conversion in bounded memory has to read and write parts of them, so
-it needs to know where they are. https://github.com/huggingface/safetensors describes the format.
+A file is 8 bytes of header length, a JSON header, and the tensors' bytes one after another
+(https://github.com/huggingface/safetensors). The library reads and checks the header. The bytes are read by
+`OpenFiles`, because both ways of the library (0.8.0) to read a part break the memory bound of a conversion:
+`backend="mmap"` keeps all that was read resident, and a file that shrinks, or a disk error, ends the process
+with SIGBUS; `backend="pread"` reads the whole tensor for each part.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -30,7 +34,6 @@ DTYPES = {
     "F64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100 * 2**20  # bytes; the library's own limit
 _ALIGNMENT = 8
 
 
@@ -64,68 +67,38 @@ class StoredTensor(TensorInfo):
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file; ValueError for a file that is cut short or whose header does not fit it."""
+    """Every tensor of the file, in the order of its bytes.
+
+    The library checks that every size fits its dtype and shape, and that the tensors fill the file without
+    a gap. ValueError for a file that is cut short, or whose header is damaged, and for other dtypes.
+    """
+    tensors: dict[str, StoredTensor] = {}
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER):
-                raise ValueError(f"{path} is no safetensors file, or is cut short inside its header")
-            header = _parsed(path, file.read(header_bytes))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _stored(path, 8 + header_bytes, name, entry) for name, entry in entries.items()}
+            position = 8 + int.from_bytes(file.read(8), "little")
+        with safe_open(path, "numpy") as opened:
+            for name in opened.offset_keys():
+                entry = opened.get_slice(name)
+                tensor = StoredTensor(
+                    _dtype(path, name, entry.get_dtype()), tuple(entry.get_shape()), path, position
+                )
+                tensors[name] = tensor
+                position += tensor.nbytes
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    _check_tiling(path, tensors, 8 + header_bytes, file_bytes)
+    except SafetensorError as error:
+        reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())[:300]
+        raise ValueError(
+            f"{path} ({file_bytes} bytes) is cut short or no safetensors file: {reason}"
+        ) from error
     return tensors
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError(f"it is a {type(header).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its safetensors header is not a JSON object: {error}") from error
-    return header
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name appears twice")
-    return found
-
-
-def _stored(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = [*shape, begin, end]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the header's entry of {name} is malformed: {str(entry)[:200]}") from error
-    tensor = StoredTensor(dtype, shape, path, data_start + begin)
-    if tensor.nbytes != end - begin:
-        raise ValueError(
-            f"{path}: {name} is {entry['dtype']} {list(shape)}, {tensor.nbytes} bytes, "
-            f"but the header gives it {end - begin}"
-        )
-    return tensor
-
-
-def _check_tiling(path: Path, tensors: Mapping[str, StoredTensor], start: int, file_bytes: int) -> None:
-    """The format allows neither holes nor overlaps nor anything behind the last tensor."""
-    position = start
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.offset != position:
-            raise ValueError(f"{path}: the header places {name} at byte {tensor.offset}, not at {position}")
-        position += tensor.nbytes
-    if position != file_bytes:
-        raise ValueError(
-            f"{path} has {file_bytes} bytes, by its header it should have {position}: "
-            + ("it is cut short" if file_bytes < position else "something follows the last tensor")
-        )
+def _dtype(path: Path, name: str, code: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} is {code}; supported are {', '.join(DTYPES)}")
+    return DTYPES[code]
 
 
 def header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:

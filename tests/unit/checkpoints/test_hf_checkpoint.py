@@ -95,9 +95,7 @@ def test_truncated_file(layout, file, request):
     path = request.getfixturevalue(layout) / file
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-4])
-    assert refused(path.parent) == (
-        f"{path} has {size - 4} bytes, by its header it should have {size}: it is cut short"
-    )
+    assert refused(path.parent).startswith(f"{path} ({size - 4} bytes) is cut short or no safetensors file: ")
 
 
 def test_a_file_that_shrinks_while_it_is_read(single):
