@@ -35,7 +35,7 @@ INSTALL_REQUIRES = [
 ]
 
 # Their whole environment: requirements-gpu.txt. Transformer Engine is the one for the CUDA of sglang's torch;
-# its extension is compiled, see README.md. NVIDIA Apex is not needed: PyPI's `apex` is another project.
+# its extension is compiled, see docs/install.md. NVIDIA Apex is not needed: PyPI's `apex` is another project.
 GPU_REQUIRES = [
     "nvidia-modelopt==0.47.0",
     "sglang==0.5.23",

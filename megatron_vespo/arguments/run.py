@@ -18,7 +18,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
-        help="what an alarm does, see README: Reading a run; the last one needs --save")  # fmt: skip
+        help="what an alarm does, see docs/reference/alarms.md; the last one needs --save")  # fmt: skip
     add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch there")
     add("--train-from", type=user_path, metavar="DIR",
         help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip

@@ -39,7 +39,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and its defaults, those of the method's authors; docs/losses.md compares them with others'.
+    """A loss and its defaults, those of the method's authors; docs/guides/losses.md compares others'.
 
     `aggregation` is token-mean, as in the VESPO paper, but where the method's own paper has another one.
     `adapt` chooses the loss's options by all of an optimizer step's inputs, before the first backward pass.

@@ -21,7 +21,7 @@ from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 from tests.support.naive_losses import LONGEST, OWN_AGGREGATION, bapo_bounds, batch, naive, responses_of
 
-DEFINITIONS = Path(__file__).parents[3] / "docs/losses.md"
+DEFINITIONS = Path(__file__).parents[3] / "docs/guides/losses.md"
 KERNEL = GammaKernel()
 NO_OPTIONS = {"clip_range": None, "tau": None, "target": None, "dual_clip": None}
 TINY = 1e-37  # float32 knows little below

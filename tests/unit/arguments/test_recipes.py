@@ -14,7 +14,7 @@ from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 from megatron_vespo.system.hardware import ON_GPUS
 from tests.support.recipes import CONFIGS, EXAMPLES, RECIPES
 
-DEFINITIONS = EXAMPLES.parent / "docs/losses.md"
+DEFINITIONS = EXAMPLES.parent / "docs/guides/losses.md"
 
 
 def parse(recipe: str, folder: Path, *more: str):

@@ -19,7 +19,7 @@ from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostErro
 from megatron_vespo.weight_sync.verify import check_against_checkpoint
 from tests.support.engine_stub import EngineStub
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs/guides/fault-tolerance.md"
 GB_OF_30B = 61.0
 SUMS = {"embed": "0a"}
 
@@ -85,8 +85,8 @@ def test_ranks_in_a_collective_outlive_the_one_that_they_wait_for(argv):
         assert "\n" not in said
 
 
-def test_the_readme_has_every_limit_with_its_default():
-    rows = re.findall(r"^\| `(--[a-z-]+)` \| ([\d,]+) s \| (.*) \| (.*) \|$", README.read_text(), re.M)
+def test_the_page_has_every_limit_with_its_default():
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| ([\d,]+) s \| (.*) \| (.*) \|$", PAGE.read_text(), re.M)
     assert [(flag, float(seconds.replace(",", "")), until, why) for flag, seconds, until, why in rows] == [
         (limit.flag, limit.default, limit.until, limit.why) for limit in TIME_LIMITS
     ]

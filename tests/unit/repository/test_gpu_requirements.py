@@ -1,4 +1,4 @@
-"""The lock of GPU machines: it is what setup.py resolves to, and what the README installs."""
+"""The lock of GPU machines: it is what setup.py resolves to, and what docs/install.md installs."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def test_transformer_engine_is_whole_and_for_the_cuda_of_torch():
     assert any(r.name == "cuda-toolkit" and r.specifier.contains(locked["cuda-toolkit"]) for r in torch)
 
 
-def test_the_readme_installs_torch_before_it_compiles_against_it(tmp_path):
+def test_the_page_installs_torch_before_it_compiles_against_it(tmp_path):
     """Its lines, run by a shell whose programs only write down what they are asked."""
-    readme = (ROOT / "README.md").read_text()
-    block = readme.partition("## On GPUs\n")[2].strip("\n").partition("\n\n")[0]
+    page = (ROOT / "docs/install.md").read_text()
+    block = page.partition("## A GPU machine { #gpus }\n")[2].strip("\n").partition("\n\n")[0]
     log = tmp_path / "log"
     for name in ("uv", "pip", "python", "python3.12", "megatron-vespo"):
         program = tmp_path / name
