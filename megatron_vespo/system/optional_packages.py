@@ -57,4 +57,4 @@ def check_deep_ep(dispatcher: str, flex_backend: str | None, where: str) -> None
 
 def _refuse(package: str, where: str, instead: str) -> None:
     if error := import_error(package):
-        raise ValueError(f"{where}: no {package} ({error}); see docs/install.md, or {instead}")
+        raise ValueError(f"{where}: no {package} ({error}); install it as docs/install.md says, or {instead}")
