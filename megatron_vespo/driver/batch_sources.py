@@ -14,10 +14,10 @@ from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.background_batches import BackgroundBatches
 from megatron_vespo.rollout.batch_source import BatchSource
-from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
+from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.dynamic_sampling import teaches
+from megatron_vespo.rollout.dynamic_sampling import has_reward_variance
 from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.types import Completion, RunState
@@ -82,7 +82,7 @@ def make_batch_source(
 
 def _pending_groups(
     settings: TrainSettings, services: Services, rollout_buffer: bytes | None
-) -> list[Pending]:
+) -> list[PendingGroup]:
     by_id = {prompt.prompt_id: prompt for prompt in services.task.prompts.prompts}
     pending = unpack_pending(rollout_buffer, by_id) if rollout_buffer else []
     if pending and settings.rollout.max_staleness == 0:
@@ -132,10 +132,10 @@ def _rollout_buffer(settings: RolloutSettings, cursor: PromptCursor, state: RunS
         steps_per_rollout=settings.steps_per_rollout,
         max_staleness=settings.max_staleness,
         requeue=settings.stale_groups == "requeue",
-        max_dispatches=settings.max_attempts,
-        version=state.iteration,
+        max_attempts=settings.max_attempts,
+        policy_version=state.iteration,
         serial=state.consumed_prompts,
         max_held=settings.over_subscription and int(settings.over_subscription * size),
-        teaches=teaches,
+        has_reward_variance=has_reward_variance,
         max_left_out=(settings.dynamic_sampling_max_batches - 1) * size if settings.dynamic_sampling else 0,
     )

@@ -183,7 +183,7 @@ class TrainerAttempt:
             engines.urls,
             routes=routes if settings.rollout.routing_replay == "R3" else None,
             request_timeout_s=settings.rollout.generate_timeout,
-            max_dispatches=1 + settings.rollout.max_request_retries,
+            max_attempts=1 + settings.rollout.max_request_retries,
             check=self._check,
             on_requests=self._services.trace.requests,
             lost=engines.lost,

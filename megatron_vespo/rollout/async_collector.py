@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 from megatron_vespo.rewards.pool import RewardResult
-from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
+from megatron_vespo.rollout.buffer import Group, InFlightGroup, RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.engine_client import GenerateReplyError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
@@ -18,7 +19,7 @@ from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.rollout.sampler import RejectedDraws, Sampler, TooManyRejectedError
 from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.system.http import EngineRequestError
-from megatron_vespo.types import SamplingParams
+from megatron_vespo.types import Completion, SamplingParams
 
 # a request that failed in one of these ways says nothing about the next one
 FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
@@ -27,8 +28,8 @@ ON_WAIT_INTERVAL_S = 1.0
 RETRY_PAUSE_S = (
     0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second
 )
-# between the dispatches of one prompt; more than a run takes prompts
-DISPATCH_SEEDS = 2**40
+# between the attempts of one prompt; more than a run takes prompts
+ATTEMPT_SEEDS = 2**40
 Score = Callable[[Group], Sequence[RewardResult]]
 
 
@@ -98,10 +99,10 @@ class AsyncCollector:
                 self._changed.wait(min(left, ON_WAIT_INTERVAL_S))
             self._on_wait()
 
-    def serve(self, version: int) -> None:
-        """The engines serve `version` from now on."""
+    def weights_synced(self, policy_version: int) -> None:
+        """The engines serve `policy_version` from now on."""
         with self._changed:
-            self._buffer.serve(version)
+            self._buffer.weights_synced(policy_version)
             self._notify_loop()
 
     def messages(self) -> list[str]:
@@ -168,7 +169,7 @@ class AsyncCollector:
             with self._changed:
                 self._sampler = sampler
             watch = asyncio.create_task(sampler.watch())
-            groups: dict[asyncio.Task, Ticket] = {}
+            groups: dict[asyncio.Task, InFlightGroup] = {}
             try:
                 while not self._stopping:
                     self._wake.clear()
@@ -187,61 +188,61 @@ class AsyncCollector:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _dispatch(self, sampler: Sampler, groups: dict[asyncio.Task, Ticket]) -> None:
+    def _dispatch(self, sampler: Sampler, groups: dict[asyncio.Task, InFlightGroup]) -> None:
         with self._changed:
             if self._suspended:
                 return
-            expired = {ticket.number for ticket in self._buffer.expire()}
+            expired = {in_flight.number for in_flight in self._buffer.expire()}
             fresh = [self._buffer.dispatch() for _ in range(self._buffer.room())]
-        for task, ticket in list(groups.items()):
-            if ticket.number in expired:
+        for task, in_flight in list(groups.items()):
+            if in_flight.number in expired:
                 del groups[task]
                 task.cancel()
-        for ticket in fresh:
+        for in_flight in fresh:
             self._rejected.total += self._num_completions
-            groups[asyncio.create_task(self._make_group(sampler, ticket))] = ticket
+            groups[asyncio.create_task(self._make_group(sampler, in_flight))] = in_flight
 
-    async def _make_group(self, sampler: Sampler, ticket: Ticket) -> tuple[Group, Sequence[RewardResult]]:
-        seed = self._seed + ticket.serial + DISPATCH_SEEDS * ticket.dispatches
-        ticket.drafts.extend([None] * (self._num_completions - len(ticket.drafts)))
+    async def _make_group(
+        self, sampler: Sampler, in_flight: InFlightGroup
+    ) -> tuple[Group, Sequence[RewardResult]]:
+        size, partials = self._num_completions, in_flight.partials
+        seed = self._seed + in_flight.serial + ATTEMPT_SEEDS * in_flight.attempts
+        partials.extend([None] * (size - len(partials)))
+
+        def draw(index: int) -> Coroutine[Any, Any, Completion]:
+            how = seed, index, size, self._rejected, partials
+            return sampler.draw(in_flight.prompt, self._sampling, *how)
+
         try:
             async with asyncio.TaskGroup() as tasks:
-                draws = [
-                    tasks.create_task(
-                        sampler.draw(
-                            ticket.prompt, self._sampling, seed, index, self._num_completions, self._rejected,
-                            ticket.drafts,
-                        )
-                    )
-                    for index in range(self._num_completions)
-                ]  # fmt: skip
+                draws = [tasks.create_task(draw(index)) for index in range(size)]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         group = [draw.result() for draw in draws]
         return group, await self._loop.run_in_executor(self._scoring, self._score, group)
 
-    def _settle(self, done: dict[asyncio.Task, Ticket]) -> bool:
+    def _settle(self, done: dict[asyncio.Task, InFlightGroup]) -> bool:
         """Hands finished groups to the buffer; whether one has failed."""
         failed = False
         errors = [
             task.exception() for task in done
         ]  # of all, else asyncio complains of those behind the first
         with self._changed:
-            for (task, ticket), error in zip(done.items(), errors, strict=True):
+            for (task, in_flight), error in zip(done.items(), errors, strict=True):
                 if error is None:
                     self._failures_in_a_row = 0
                     group, failed_rewards = task.result()
                     self._failed_rewards += failed_rewards
                     self._messages += [f"drawn anew: {reason}" for c in group for reason in c.rejections]
-                    self._buffer.finish(ticket, group)
+                    self._buffer.finish(in_flight, group)
                     continue
                 if isinstance(error, TooManyRejectedError) or not isinstance(error, FAILED_REQUEST):
                     raise error
                 failed = True
                 self._failures_in_a_row += 1
-                again = self._buffer.fail(ticket)
-                what = "generated again" if again else f"given up after {ticket.dispatches} dispatches"
-                self._messages.append(f"prompt {ticket.prompt.prompt_id} {what}: {error}")
+                again = self._buffer.fail(in_flight)
+                what = "generated again" if again else f"given up after {in_flight.attempts} attempts"
+                self._messages.append(f"prompt {in_flight.prompt.prompt_id} {what}: {error}")
                 if self._failures_in_a_row >= self._max_failures:
                     raise CollectError(
                         f"{self._failures_in_a_row} groups in a row have failed; the last one: {error}"

@@ -9,7 +9,7 @@ from megatron_vespo.observability.rollout_metrics import rollout_metrics, stalen
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.batch_source import ScoredBatch, SourceState
 from megatron_vespo.rollout.buffer_state import pack_pending
-from megatron_vespo.rollout.scoring import check_some_worked, judged
+from megatron_vespo.rollout.scoring import check_some_worked, reward_statuses
 
 
 class BackgroundBatches:
@@ -48,7 +48,7 @@ class BackgroundBatches:
         self._collector.stop(self._stop_timeout_s)
 
     def weights_synced(self, policy_version: int) -> None:
-        self._collector.serve(policy_version)
+        self._collector.weights_synced(policy_version)
 
     def next_batch(self, iteration: int) -> ScoredBatch:
         """Raises RuntimeError if every reward failed, or if a sample is older than the bound allows."""
@@ -59,7 +59,7 @@ class BackgroundBatches:
                 self._collector.suspend(self._suspend_timeout_s)
         for message in self._collector.messages():
             self._display.message(message)
-        check_some_worked([status for group in groups for status in judged(group)])
+        check_some_worked([status for group in groups for status in reward_statuses(group)])
         with self._collector.held() as buffer:
             metrics, consumed = buffer.metrics(), self._cursor.consumed
         metrics |= rollout_metrics(groups, self._advantage_estimator)

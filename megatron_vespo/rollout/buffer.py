@@ -28,53 +28,55 @@ from dataclasses import asdict, dataclass, field
 from megatron_vespo.types import Completion, Prompt
 
 Group = list[Completion]
+PartialCompletions = list[Completion | None]  # of a group; None: nothing of it yet
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """One dispatch of one prompt.
+class InFlightGroup:
+    """One attempt at generating the group of one prompt.
 
-    Example, the second dispatch of the prompt that was taken as the 18th of the run, while the engines serve
-    version 12:
-        Ticket(number=31, serial=17, prompt=..., dispatches=2, version=12, drafts=[None, None])
+    Example, the second attempt for the run's 18th prompt, while the engines serve version 12:
+        InFlightGroup(number=31, serial=17, prompt=..., attempts=2, version=12, partials=[None, None])
     """
 
-    number: int  # of all dispatches, from 0
-    serial: int  # place of this prompt in the order in which prompts are taken: whatever becomes of it
+    number: int  # of the attempt, among all of this buffer, from 0
+    serial: int  # place of the prompt in the order in which the run takes prompts; the same in every attempt
     prompt: Prompt
-    dispatches: int  # of this prompt, this one included
-    version: int  # served at the dispatch, or of an older draft: no token of it can be older
-    drafts: list[Completion | None] = field(compare=False)  # what has been made of it by now
+    attempts: int  # for this prompt, this one included
+    version: int  # lower bound of its tokens' versions: served at the dispatch, or of an older partial
+    partials: PartialCompletions = field(compare=False)  # as far as they have been generated
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A prompt that is not done with; for a finished group `drafts` is that group, with its rewards."""
+class PendingGroup:
+    """A prompt that the run is not done with. In a finished group all `partials` are complete and scored."""
 
     serial: int
     prompt: Prompt
-    dispatches: int  # in vain so far
-    drafts: list[Completion | None]  # to go on from
+    attempts: int  # in vain so far
+    partials: PartialCompletions  # to continue from
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.drafts) and all(draft and draft.reward is not None for draft in self.drafts)
+        return bool(self.partials) and all(
+            completion and completion.reward is not None for completion in self.partials
+        )
 
 
 @dataclass
 class Counts:
-    """Groups since the start. A prompt taken ends in exactly one of trained, left_out, stale_dropped and
+    """Groups since the start. Every prompt taken ends in exactly one of trained, left_out, stale_dropped and
     given_up."""
 
     taken: int = 0  # prompts
     dispatched: int = 0
     trained: int = 0
-    left_out: int = 0  # finished, but they teach nothing
+    left_out: int = 0  # finished, but without reward variance
     stale_dropped: int = 0  # finished, but too old for every step
-    stale_requeued: int = 0  # the same, and their prompts are generated once more
+    stale_requeued: int = 0  # the same, and the prompt is generated again
     expired: int = 0  # too old before they had finished
-    failed: int = 0  # of a failed request
-    given_up: int = 0  # prompts that were dispatched as often as allowed
+    failed: int = 0  # because of a failed request
+    given_up: int = 0  # prompts after their last attempt
 
 
 def oldest_version(completions: Iterable[Completion]) -> int:
@@ -82,12 +84,20 @@ def oldest_version(completions: Iterable[Completion]) -> int:
 
 
 class RolloutBuffer:
-    """Groups waiting, in flight and finished. `next_prompt` gives a new prompt, `requeue` says whether those
-    of finished groups that are too old are generated again, `max_dispatches` how often one prompt may be,
-    `serial` is that of the first new prompt.
+    """Groups waiting, in flight and finished.
 
-    At most `max_held` groups are in flight or finished at a time. A finished group for which `teaches` is
-    false is left out, `max_left_out` of them before a batch is complete, and further ones fill it then.
+    Args:
+        next_prompt: gives a new prompt.
+        batch_size: groups per rollout batch.
+        steps_per_rollout: optimizer steps per rollout batch; divides batch_size.
+        max_staleness: bound of the total lag, in optimizer steps.
+        requeue: whether prompts of finished groups that are too old are generated again, or dropped.
+        max_attempts: how often the group of one prompt may be generated.
+        policy_version: what the engines serve; also the first optimizer step of the next batch.
+        serial: of the first new prompt.
+        max_held: bound of the groups in flight and finished; None: only max_staleness bounds them.
+        has_reward_variance: a finished group without it is left out, and another one fills the batch.
+        max_left_out: how many groups may be left out before a batch is complete.
     """
 
     def __init__(
@@ -98,28 +108,29 @@ class RolloutBuffer:
         steps_per_rollout: int,
         max_staleness: int,
         requeue: bool,
-        max_dispatches: int,
-        version: int = 0,
+        max_attempts: int,
+        policy_version: int = 0,
         serial: int = 0,
         max_held: int | None = None,
-        teaches: Callable[[Group], bool] = lambda group: True,
+        has_reward_variance: Callable[[Group], bool] = lambda group: True,
         max_left_out: int = 0,
     ):
         assert batch_size % steps_per_rollout == 0, (batch_size, steps_per_rollout)
         self._next_prompt = next_prompt
-        self._batch_size, self._mini_batches = batch_size, steps_per_rollout
+        self._batch_size, self._steps_per_rollout = batch_size, steps_per_rollout
         self._step_size = batch_size // steps_per_rollout
         self._max_staleness = max_staleness
-        self._requeue, self._max_dispatches = requeue, max_dispatches
-        self._max_held, self._teaches, self._max_left_out = max_held, teaches, max_left_out
-        self.policy_version = version  # of the engines
-        self.next_step = version  # the first that the next batch trains
+        self._requeue, self._max_attempts = requeue, max_attempts
+        self._max_held, self._max_left_out = max_held, max_left_out
+        self._has_reward_variance = has_reward_variance
+        self.policy_version = policy_version  # that the engines serve
+        self.next_step = policy_version  # the first that the next batch trains
         self.counts = Counts()
         self._next_serial = serial
         self._left_out_of_batch = 0
-        self._waiting: deque[Pending] = deque()
-        self._in_flight: dict[int, Ticket] = {}
-        self._finished: list[tuple[int, Ticket, Group]] = []  # version first
+        self._waiting: deque[PendingGroup] = deque()
+        self._in_flight: dict[int, InFlightGroup] = {}
+        self._finished: list[tuple[int, InFlightGroup, Group]] = []  # version first
 
     @property
     def num_in_flight(self) -> int:
@@ -137,84 +148,85 @@ class RolloutBuffer:
             places = min(places, self._max_held)
         return max(places - self.num_in_flight - self.num_finished, 0)
 
-    def dispatch(self) -> Ticket:
-        """The next prompt is in flight from now on: one to be generated again before a new one."""
+    def dispatch(self) -> InFlightGroup:
+        """Puts the next group in flight: of a prompt that waits for another attempt, else of a new prompt."""
         assert self.room() > 0, "nothing may be dispatched"
         if self._waiting:
             pending = self._waiting.popleft()
         else:
-            pending = Pending(self._next_serial, self._next_prompt(), 0, [])
+            pending = PendingGroup(self._next_serial, self._next_prompt(), 0, [])
             self._next_serial += 1
             self.counts.taken += 1
-        ticket = self._ticket(pending)
-        self._in_flight[ticket.number] = ticket
-        return ticket
+        in_flight = self._next_attempt(pending)
+        self._in_flight[in_flight.number] = in_flight
+        return in_flight
 
-    def finish(self, ticket: Ticket, group: Group) -> None:
-        del self._in_flight[ticket.number]
+    def finish(self, in_flight: InFlightGroup, group: Group) -> None:
+        """The group is complete and scored."""
+        del self._in_flight[in_flight.number]
         version = oldest_version(group)
-        assert version >= ticket.version, f"{ticket} has a token of version {version}"
-        if self._left_out_of_batch < self._max_left_out and not self._teaches(group):
+        assert version >= in_flight.version, f"{in_flight} has a token of version {version}"
+        if self._left_out_of_batch < self._max_left_out and not self._has_reward_variance(group):
             self._left_out_of_batch += 1
             self.counts.left_out += 1
         else:
-            self._finished.append((version, ticket, group))
+            self._finished.append((version, in_flight, group))
 
-    def fail(self, ticket: Ticket) -> bool:
-        """A request of the group failed, what it has come to is kept; False if its prompt is given up."""
-        del self._in_flight[ticket.number]
+    def fail(self, in_flight: InFlightGroup) -> bool:
+        """A request of the group has failed; its partials are kept. False if the prompt is given up."""
+        del self._in_flight[in_flight.number]
         self.counts.failed += 1
-        return self._again(ticket, ticket.drafts)
+        return self._again(in_flight, in_flight.partials)
 
-    def serve(self, version: int) -> None:
-        """The engines serve another policy."""
-        assert version >= self.policy_version, f"version {version} after {self.policy_version}"
-        self.policy_version = version
+    def weights_synced(self, policy_version: int) -> None:
+        """The engines serve `policy_version` from now on."""
+        assert policy_version >= self.policy_version, f"{policy_version} after {self.policy_version}"
+        self.policy_version = policy_version
 
-    def expire(self) -> list[Ticket]:
-        """Takes out what is in flight and too old for the next batch; its requests are to be cancelled.
+    def expire(self) -> list[InFlightGroup]:
+        """Takes out groups in flight that are too old for the next batch; the caller cancels their requests.
 
-        A ticket knows when it was dispatched, not when its first token was made: this may take out a group
-        that waited in an engine over a weight sync.
+        A group in flight has the version of its dispatch, not of its first token. So this may also take out a
+        group that waited in an engine during a weight sync.
         """
-        late = [t for t in self._in_flight.values() if t.version + self._max_staleness < self.next_step]
-        for ticket in late:
-            del self._in_flight[ticket.number]
+        late = [g for g in self._in_flight.values() if g.version + self._max_staleness < self.next_step]
+        for in_flight in late:
+            del self._in_flight[in_flight.number]
             self.counts.expired += 1
-            self._again(ticket, [])
+            self._again(in_flight, [])
         return late
 
     def take(self) -> list[Group] | None:
-        """A rollout batch, oldest groups first, as its mini-batches follow; None if too few have finished."""
+        """A rollout batch, oldest groups first, in the order of its steps; None if too few have finished."""
         self._drop_stale()
         if len(self._finished) < self._batch_size:
             return None
         batch, self._finished = self._finished[: self._batch_size], self._finished[self._batch_size :]
         self.counts.trained += self._batch_size
-        self.next_step += self._mini_batches
+        self.next_step += self._steps_per_rollout
         self._left_out_of_batch = 0
         return [group for _, _, group in batch]
 
-    def pending(self) -> list[Pending]:
-        """Everything taken and not trained on, left out, dropped or given up, in the order of dispatches.
+    def pending(self) -> list[PendingGroup]:
+        """Every prompt taken that is not trained on, left out, dropped or given up, in the order of attempts.
 
-        What is in flight was not dispatched in vain if it goes on from here, and is not counted.
+        A group in flight continues from here, so its attempt was not in vain and is not counted.
         """
-        held = [(t.number, Pending(t.serial, t.prompt, t.dispatches - 1, list(t.drafts)))
-                for t in self._in_flight.values()]  # fmt: skip
+        held = [(g.number, PendingGroup(g.serial, g.prompt, g.attempts - 1, list(g.partials)))
+                for g in self._in_flight.values()]  # fmt: skip
         held += [
-            (t.number, Pending(t.serial, t.prompt, t.dispatches - 1, list(group)))
-            for _, t, group in self._finished
+            (g.number, PendingGroup(g.serial, g.prompt, g.attempts - 1, list(group)))
+            for _, g, group in self._finished
         ]
         return [pending for _, pending in sorted(held, key=lambda entry: entry[0])] + list(self._waiting)
 
-    def restore(self, all_pending: Iterable[Pending]) -> None:
-        """What was pending when a checkpoint was written: finished groups are, the others are generated."""
+    def restore(self, all_pending: Iterable[PendingGroup]) -> None:
+        """Takes over what was pending in a checkpoint: finished groups as such, the others wait."""
         for pending in all_pending:
             self.counts.taken += 1
             if pending.is_finished:
-                ticket = self._ticket(pending)
-                self._finished.append((ticket.version, ticket, pending.drafts))
+                in_flight = self._next_attempt(pending)
+                self._finished.append((in_flight.version, in_flight, pending.partials))
             else:
                 self._waiting.append(pending)
 
@@ -226,19 +238,19 @@ class RolloutBuffer:
             "staleness/finished_groups": float(self.num_finished),
         }
 
-    def _ticket(self, pending: Pending) -> Ticket:
-        begun = [draft for draft in pending.drafts if draft is not None]
+    def _next_attempt(self, pending: PendingGroup) -> InFlightGroup:
+        begun = [partial for partial in pending.partials if partial is not None]
         version = min(self.policy_version, oldest_version(begun)) if begun else self.policy_version
-        ticket = Ticket(
-            self.counts.dispatched, pending.serial, pending.prompt, pending.dispatches + 1, version,
-            pending.drafts,
+        in_flight = InFlightGroup(
+            self.counts.dispatched, pending.serial, pending.prompt, pending.attempts + 1, version,
+            pending.partials,
         )  # fmt: skip
         self.counts.dispatched += 1
-        return ticket
+        return in_flight
 
     def _drop_stale(self) -> None:
         self._finished.sort(key=lambda entry: (entry[0], entry[1].number))
-        kept: list[tuple[int, Ticket, Group]] = []
+        kept: list[tuple[int, InFlightGroup, Group]] = []
         for entry in self._finished:
             if self.next_step + len(kept) // self._step_size - entry[0] <= self._max_staleness:
                 kept.append(entry)
@@ -248,9 +260,9 @@ class RolloutBuffer:
                 self.counts.stale_requeued += 1
         self._finished = kept
 
-    def _again(self, ticket: Ticket, drafts: list[Completion | None]) -> bool:
-        if ticket.dispatches >= self._max_dispatches:
+    def _again(self, in_flight: InFlightGroup, partials: PartialCompletions) -> bool:
+        if in_flight.attempts >= self._max_attempts:
             self.counts.given_up += 1
             return False
-        self._waiting.append(Pending(ticket.serial, ticket.prompt, ticket.dispatches, drafts))
+        self._waiting.append(PendingGroup(in_flight.serial, in_flight.prompt, in_flight.attempts, partials))
         return True

@@ -1,11 +1,11 @@
 """What a rollout buffer has pending, as bytes for a checkpoint.
 
-An .npz file of plain arrays, no pickles. Of Q pending prompts and their N drafts that there are:
+An .npz file of plain arrays, no pickles. For Q pending prompts with N completions, whole or partial:
 
-    serials, prompt_ids, dispatches, sizes int64 [Q]     sizes: of the groups, 0 before the first draft
+    serials, prompt_ids, dispatches, sizes int64 [Q]     sizes: of the groups, 0 if nothing was generated
     prompt_tokens_crc uint32 [Q]                         of the prompt's tokens
     owners, places int64 [N]                             which prompt, which completion of its group
-    and data/completion_arrays.py's arrays of the drafts
+    and data/completion_arrays.py's arrays of the completions
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_vespo.data.completion_arrays import completion_arrays, completions_of
-from megatron_vespo.rollout.buffer import Pending
+from megatron_vespo.rollout.buffer import PendingGroup
 from megatron_vespo.types import Prompt
 
 
-def pack_pending(all_pending: Sequence[Pending]) -> bytes:
+def pack_pending(all_pending: Sequence[PendingGroup]) -> bytes:
     places = [
-        (owner, place, draft)
+        (owner, place, partial)
         for owner, pending in enumerate(all_pending)
-        for place, draft in enumerate(pending.drafts)
-        if draft is not None
+        for place, partial in enumerate(pending.partials)
+        if partial is not None
     ]
     file = io.BytesIO()
     np.savez(
         file,
         serials=np.array([pending.serial for pending in all_pending], np.int64),
         prompt_ids=np.array([pending.prompt.prompt_id for pending in all_pending], np.int64),
-        dispatches=np.array([pending.dispatches for pending in all_pending], np.int64),
-        sizes=np.array([len(pending.drafts) for pending in all_pending], np.int64),
+        dispatches=np.array([pending.attempts for pending in all_pending], np.int64),
+        sizes=np.array([len(pending.partials) for pending in all_pending], np.int64),
         prompt_tokens_crc=np.array([_crc(pending.prompt) for pending in all_pending], np.uint32),
         owners=np.array([owner for owner, _, _ in places], np.int64),
         places=np.array([place for _, place, _ in places], np.int64),
-        **completion_arrays([draft for _, _, draft in places]),
+        **completion_arrays([partial for _, _, partial in places]),
     )
     return file.getvalue()
 
 
-def unpack_pending(packed: bytes, prompts: Mapping[int, Prompt]) -> list[Pending]:
+def unpack_pending(packed: bytes, prompts: Mapping[int, Prompt]) -> list[PendingGroup]:
     """`prompts` by their ids; ValueError where they are not those that the buffer had."""
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
@@ -60,14 +60,14 @@ def unpack_pending(packed: bytes, prompts: Mapping[int, Prompt]) -> list[Pending
                 "--prompt-data, the tokenizer and the chat template must be the same"
             )
         owners.append(prompt)
-    drafts: list[list] = [[None] * size for size in arrays["sizes"]]
+    partials: list[list] = [[None] * size for size in arrays["sizes"]]
     completions = completions_of(arrays, [owners[owner] for owner in arrays["owners"]])
     for owner, place, completion in zip(arrays["owners"], arrays["places"], completions, strict=True):
-        drafts[owner][place] = completion
+        partials[owner][place] = completion
     return [
-        Pending(serial, prompt, dispatches, group)
-        for serial, prompt, dispatches, group in zip(
-            arrays["serials"].tolist(), owners, arrays["dispatches"].tolist(), drafts, strict=True
+        PendingGroup(serial, prompt, attempts, group)
+        for serial, prompt, attempts, group in zip(
+            arrays["serials"].tolist(), owners, arrays["dispatches"].tolist(), partials, strict=True
         )
     ]
 

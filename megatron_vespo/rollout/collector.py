@@ -35,7 +35,7 @@ class Collector:
         routes: RouteShape | None = None,
         request_timeout_s: float,
         max_requests_per_engine: int = 512,
-        max_dispatches: int = 1,
+        max_attempts: int = 1,
         check: Check | None = None,
         api_key: str | None = None,
         on_requests: OnRequests | None = None,
@@ -46,7 +46,7 @@ class Collector:
         if not urls:
             raise ValueError("a collector needs at least one engine url")
         self.on_wait = on_wait  # called every second while `collect` waits
-        self._urls, self._max_dispatches, self._lost = urls, max_dispatches, lost or LostRequests()
+        self._urls, self._max_attempts, self._lost = urls, max_attempts, lost or LostRequests()
         self._routes = routes
         self._request_timeout_s = request_timeout_s
         self._max_requests_per_engine = max_requests_per_engine
@@ -105,7 +105,7 @@ class Collector:
                 self._urls,
                 client,
                 max_requests=self.max_requests,
-                max_dispatches=self._max_dispatches,
+                max_attempts=self._max_attempts,
                 timeout_s=self._request_timeout_s,
                 on_requests=on_requests,
                 lost=self._lost,

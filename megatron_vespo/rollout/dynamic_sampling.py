@@ -17,7 +17,7 @@ from megatron_vespo.types import Completion
 Group = list[Completion]
 
 
-def teaches(group: Group) -> bool:
+def has_reward_variance(group: Group) -> bool:
     """Whether its rewards differ."""
     return bool(has_variance(np.array([[completion.reward for completion in group]]))[0])
 
@@ -49,7 +49,7 @@ class RolloutBatch:
 
     def add(self, groups: list[Group]) -> None:
         self.generated += groups
-        self.varied += [teaches(group) for group in groups]
+        self.varied += [has_reward_variance(group) for group in groups]
 
     def groups(self) -> list[Group]:
         """`size` groups as they were generated: the first ones with variance, then, if too few, others."""

@@ -67,7 +67,7 @@ class Router:
     """Each request to the engine with the fewest of those at `urls`; usable inside one event loop only.
 
     `urls[number]` may change at any time: None is an engine out of service, whose requests go to others. So
-    do those without an answer for `timeout_s`, each of them `max_dispatches` times at most. Where no engine
+    do those without an answer for `timeout_s`, each of them `max_attempts` times at most. Where no engine
     serves, requests wait for one, as long.
 
     `on_requests` is told of every request when it ends, from the engine's last end on, or from where the
@@ -80,13 +80,13 @@ class Router:
         make_client: Callable[[str], EngineClient],
         *,
         max_requests: int,
-        max_dispatches: int,
+        max_attempts: int,
         timeout_s: float,
         on_requests: OnRequests | None,
         lost: LostRequests,
     ):
         self._urls, self._make_client = urls, make_client
-        self._max_dispatches, self._timeout_s = max_dispatches, timeout_s
+        self._max_attempts, self._timeout_s = max_attempts, timeout_s
         self._on_requests, self._lost = on_requests, lost
         self._engines: dict[int, _Engine] = {}
         self._free_places = asyncio.Semaphore(max_requests)
@@ -96,17 +96,17 @@ class Router:
     async def send(self, request: Request, what: str) -> Completion | None:
         """The answer to `request`, which is called with the client that it is for. `what` names it."""
         async with self._free_places:
-            for attempt in range(1, self._max_dispatches + 1):
+            for attempt in range(1, self._max_attempts + 1):
                 engine = await self._choose(what)
                 try:
                     return await self._ask(engine, request, what)
                 except _LostError as error:
                     engine.avoid_until = time.monotonic() + AVOID_S
-                    if attempt == self._max_dispatches:
+                    if attempt == self._max_attempts:
                         times = f"; {attempt} engines in a row" if attempt > 1 else ""
                         raise CollectError(f"{error}{times}") from error.__cause__
                     self._lost.add(engine.client.url, str(error))
-        raise AssertionError(f"--max-attempts {self._max_dispatches}")
+        raise AssertionError(f"--max-attempts {self._max_attempts}")
 
     def refresh(self) -> None:
         """Takes in what has changed in `urls`; to be called every second while requests run."""

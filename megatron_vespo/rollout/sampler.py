@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 
+from megatron_vespo.rollout.buffer import PartialCompletions
 from megatron_vespo.rollout.engine_client import NonFiniteLogProbsError
 from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
 from megatron_vespo.rollout.router import CollectError, LostRequests, Router
@@ -15,7 +16,6 @@ CHECK_INTERVAL_S = 1.0
 # a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
-Drafts = list[Completion | None]  # of a group, a place each
 
 
 class TooManyRejectedError(CollectError):
@@ -61,24 +61,24 @@ class Sampler:
         index: int,
         num_completions: int,
         rejected: RejectedDraws,
-        drafts: Drafts | None = None,
+        partials: PartialCompletions | None = None,
     ) -> Completion:
         """Completion `index` of a group; one with non-finite log-probs is drawn anew.
 
-        `drafts[index]` is where it begins and, at any time, as far as it has come. One that an engine hands
+        `partials[index]` is where it begins and, at any time, as far as it has come. One that an engine hands
         back unfinished goes on as soon as that is allowed.
         """
-        drafts = [None] * num_completions if drafts is None else drafts
+        partials = [None] * num_completions if partials is None else partials
         if self._function is None:
-            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, drafts)
+            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, partials)
 
         async def ask(prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
             return await self._complete(prompt, sampling, seed, 0, 1, rejected, [None])
 
-        if drafts[index] is None:
+        if partials[index] is None:
             own_seed = completion_seed(seed, prompt.prompt_id, index)
-            drafts[index] = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
-        return drafts[index]
+            partials[index] = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
+        return partials[index]
 
     async def hold(self, timeout_s: float) -> None:
         """Makes engines hand back what they are at, and asks for nothing more until `release`."""
@@ -105,27 +105,27 @@ class Sampler:
         index: int,
         num_completions: int,
         rejected: RejectedDraws,
-        drafts: Drafts,
+        partials: PartialCompletions,
     ) -> Completion:
         rejections: tuple[str, ...] = ()
-        while (draft := drafts[index]) is None or draft.finish_reason == "abort":
+        while (partial := partials[index]) is None or partial.finish_reason == "abort":
             number = index + num_completions * len(rejections)
             try:
-                drafts[index] = await self._draw_once(
-                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number), draft
+                partials[index] = await self._draw_once(
+                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number), partial
                 )
             except NonFiniteLogProbsError as error:
                 rejected.add(error)
                 rejections += (str(error),)
-        draft.rejections += rejections
-        return draft
+        partial.rejections += rejections
+        return partial
 
     async def _draw_once(
-        self, prompt: Prompt, sampling: SamplingParams, seed: int, draft: Completion | None
+        self, prompt: Prompt, sampling: SamplingParams, seed: int, partial: Completion | None
     ) -> Completion | None:
         try:
             return await self._router.send(
-                lambda client: client.generate(prompt, sampling, seed, draft), f"prompt {prompt.prompt_id}"
+                lambda client: client.generate(prompt, sampling, seed, partial), f"prompt {prompt.prompt_id}"
             )
         except CollectError:
             # The connection breaks a moment before the process can be seen to be dead.

@@ -54,7 +54,7 @@ def score_and_report(
     failures = scorer.score(completions)
     if failures:
         report(describe_failures(failures))
-        check_some_worked(judged(completions), describe_failures(failures))
+        check_some_worked(reward_statuses(completions), describe_failures(failures))
     return [completion.reward for completion in completions]
 
 
@@ -63,7 +63,7 @@ def describe_failures(failures: Sequence[RewardResult]) -> str:
     return f"{len(failures)} rewards failed, the first one: {failures[0].status} {failures[0].detail}"
 
 
-def judged(completions: Sequence[Completion]) -> list[str]:
+def reward_statuses(completions: Sequence[Completion]) -> list[str]:
     """Reward status of those that the reward function has seen."""
     return [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.rollout.async_collector import AsyncCollector
-from megatron_vespo.rollout.buffer import Pending, RolloutBuffer
+from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import SamplingParams
@@ -51,8 +51,8 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     numbers = count(3)
     buffer = RolloutBuffer(
         lambda: make_prompt(number := next(numbers), [number, 7]),
-        batch_size=4, steps_per_rollout=1, max_staleness=1, requeue=True, max_dispatches=2,
-        version=version - 1,
+        batch_size=4, steps_per_rollout=1, max_staleness=1, requeue=True, max_attempts=2,
+        policy_version=version - 1,
     )  # fmt: skip
     collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
@@ -73,7 +73,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
             sender.send(piece, None)
         sender.send(pieces[-1], version)
         sender.admin.finish(version)
-        stream.serve(version)
+        stream.weights_synced(version)
         groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
     finally:
         stream.stop(10)
@@ -107,10 +107,10 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
     prompts = {number: make_prompt(number, [number, 7]) for number in range(3, 20)}
     numbers = iter(prompts)
 
-    def start(state: list[Pending]) -> AsyncCollector:
+    def start(state: list[PendingGroup]) -> AsyncCollector:
         buffer = RolloutBuffer(
             lambda: prompts[next(numbers)],
-            batch_size=4, steps_per_rollout=1, max_staleness=0, requeue=True, max_dispatches=2,
+            batch_size=4, steps_per_rollout=1, max_staleness=0, requeue=True, max_attempts=2,
         )  # fmt: skip
         buffer.restore(state)
         collector = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)
@@ -118,7 +118,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
         stream.start()
         return stream
 
-    state: list[Pending] = []
+    state: list[PendingGroup] = []
     lengths, unfinished = [], []
     for _ in range(3):  # stops twice on the way
         stream = start(state)
@@ -129,8 +129,8 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
         with stream.held() as buffer:
             state = unpack_pending(pack_pending(buffer.pending()), prompts)
         stream.stop(10)
-        lengths.append([len(d.token_ids) for p in state for d in p.drafts])
-        unfinished.append(sum(d.finish_reason == "abort" for p in state for d in p.drafts))
+        lengths.append([len(d.token_ids) for p in state for d in p.partials])
+        unfinished.append(sum(d.finish_reason == "abort" for p in state for d in p.partials))
     try:
         groups = stream.take(120)
     finally:

@@ -36,7 +36,7 @@ from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups
-from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, reward_statuses
 from megatron_vespo.system.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
@@ -125,7 +125,7 @@ class _Evaluation:
                 progress.message(describe_failures(failures))
             held.append(self._record(*self.left[index], group))
             progress.finished([completion.reward for completion in group])
-            statuses.extend(judged(group))
+            statuses.extend(reward_statuses(group))
             if "ok" in statuses:
                 keep()
 
@@ -136,7 +136,7 @@ class _Evaluation:
             num_completions=args.num_completions, seed=args.seed,
         )  # fmt: skip
         check_some_worked(statuses)
-        keep()  # of responses that were all cut, which no function has judged
+        keep()  # of responses that were all cut, which no reward function has judged
 
     def by_set(self) -> dict[str, list[dict]]:
         return {
@@ -170,7 +170,7 @@ def _collector(args: Namespace, served: Serving) -> Collector:
     return Collector(
         served.urls,
         request_timeout_s=args.generate_timeout,
-        max_dispatches=1 + args.max_request_retries,
+        max_attempts=1 + args.max_request_retries,
         check=served.check,
         api_key=served.api_key,
         lost=served.lost,

@@ -82,7 +82,7 @@ class _Run:
         self._buffer = RolloutBuffer(
             self._next_prompt,
             batch_size=settings.rollout_batch_size, steps_per_rollout=settings.steps_per_rollout,
-            max_staleness=settings.bound, requeue=settings.requeue, max_dispatches=settings.max_attempts,
+            max_staleness=settings.bound, requeue=settings.requeue, max_attempts=settings.max_attempts,
             max_held=settings.max_held,
         )  # fmt: skip
         self._stream = Stream(
@@ -192,7 +192,7 @@ class _Run:
         self._pool.resume(self._step, recompute=self._settings.on_weight_update == "retract")
         for request in aborted:
             self._pool.submit(request)
-        self._buffer.serve(self._step)
+        self._buffer.weights_synced(self._step)
         if self._streaming:
             self._stream.fill()
 

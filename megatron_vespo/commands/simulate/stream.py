@@ -11,16 +11,16 @@ import numpy as np
 from megatron_vespo.commands.simulate.engine import Request
 from megatron_vespo.commands.simulate.lengths import Lengths
 from megatron_vespo.commands.simulate.pool import Pool
-from megatron_vespo.rollout.buffer import Group, RolloutBuffer, Ticket
+from megatron_vespo.rollout.buffer import Group, InFlightGroup, RolloutBuffer
 from megatron_vespo.types import Completion
 
 
 @dataclass(slots=True)
 class _Draws:
-    """The requests of one ticket."""
+    """The requests of one group in flight."""
 
     stream: Stream
-    ticket: Ticket
+    in_flight: InFlightGroup
     requests: list[Request] = field(default_factory=list)
     num_done: int = 0
 
@@ -66,8 +66,8 @@ class Stream:
         """Dispatches what there is room for, after cancelling what has become too old."""
         if self.buffer.next_step != self._expired_at:  # nothing else makes a group too old
             self._expired_at = self.buffer.next_step
-            for ticket in self.buffer.expire():
-                self._cancel(self._draws.pop(ticket.number))
+            for in_flight in self.buffer.expire():
+                self._cancel(self._draws.pop(in_flight.number))
         for _ in range(self.buffer.room()):
             self._dispatch(self.buffer.dispatch())
 
@@ -100,10 +100,10 @@ class Stream:
                 return True
         return False
 
-    def _dispatch(self, ticket: Ticket) -> None:
-        prompt = ticket.prompt
+    def _dispatch(self, in_flight: InFlightGroup) -> None:
+        prompt = in_flight.prompt
         lengths = self._lengths.responses(self._random, prompt.metadata["common"], self._num_completions)
-        draws = self._draws[ticket.number] = _Draws(self, ticket)
+        draws = self._draws[in_flight.number] = _Draws(self, in_flight)
         draws.requests = [Request(draws, len(prompt.token_ids), tokens) for tokens in lengths]
         if self._lost_share:
             lost_now = self._random.random(len(lengths)) < self._lost_share
@@ -115,18 +115,18 @@ class Stream:
         if request in self._doomed:
             self.fail(draws)
         elif draws.num_done == len(draws.requests):
-            del self._draws[draws.ticket.number]
-            group = [_completion(draws.ticket, request) for request in draws.requests]
+            del self._draws[draws.in_flight.number]
+            group = [_completion(draws.in_flight, request) for request in draws.requests]
             if self._versions is not None:
                 self._versions[_oldest(group)] += 1
             draws.requests = []  # no cycle: see simulate
-            self.buffer.finish(draws.ticket, group)
+            self.buffer.finish(draws.in_flight, group)
             self._changed()
 
     def fail(self, draws: _Draws) -> None:
-        del self._draws[draws.ticket.number]
+        del self._draws[draws.in_flight.number]
         self._cancel(draws)
-        self.buffer.fail(draws.ticket)
+        self.buffer.fail(draws.in_flight)
         self._changed()
 
     def _cancel(self, draws: _Draws) -> None:
@@ -142,10 +142,10 @@ class Stream:
             action()
 
 
-def _completion(ticket: Ticket, request: Request) -> Completion:
+def _completion(in_flight: InFlightGroup, request: Request) -> Completion:
     versions = np.array([request.first_version, request.last_version])
     tokens = range(request.tokens)  # it has a length
-    return Completion(ticket.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)  # type: ignore[arg-type]
+    return Completion(in_flight.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)  # type: ignore[arg-type]
 
 
 def _oldest(group: Group) -> int:

@@ -14,13 +14,13 @@ from tests.support.controllers import COMPLETIONS, MINI_BATCHES, PROMPTS, Cursor
 
 
 class Background:
-    """Finishes what it dispatches at once, as far ahead as the bound allows."""
+    """Finishes what it attempts at once, as far ahead as the bound allows."""
 
     def __init__(self, max_staleness: int):
         self.log: list[str] = []
         self.buffer = RolloutBuffer(
             lambda: PROMPTS[0], batch_size=len(PROMPTS), steps_per_rollout=MINI_BATCHES,
-            max_staleness=max_staleness, requeue=True, max_dispatches=1,
+            max_staleness=max_staleness, requeue=True, max_attempts=1,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -29,16 +29,17 @@ class Background:
     def take(self, timeout_s: float):
         batch = self.buffer.take()
         while self.buffer.room():
-            ticket = self.buffer.dispatch()
+            in_flight = self.buffer.dispatch()
             group = [
-                make_completion(ticket.prompt, 3, ticket.version, reward=float(i)) for i in range(COMPLETIONS)
+                make_completion(in_flight.prompt, 3, in_flight.version, reward=float(i))
+                for i in range(COMPLETIONS)
             ]
-            self.buffer.finish(ticket, group)
+            self.buffer.finish(in_flight, group)
         return batch or self.buffer.take()
 
-    def serve(self, version: int) -> None:
+    def weights_synced(self, version: int) -> None:
         self.log.append(f"serve {version}")
-        self.buffer.serve(version)
+        self.buffer.weights_synced(version)
 
     def suspend(self, timeout_s: float) -> None:
         self.log.append("suspend")

@@ -20,7 +20,7 @@ from megatron_vespo.rewards import math as math_rewards
 from megatron_vespo.rewards.answer_text import last_boxed
 from megatron_vespo.rewards.math import math_reward
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult, load_reward_function
-from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, judged
+from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, reward_statuses
 from megatron_vespo.types import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -457,10 +457,10 @@ def test_a_batch_in_which_every_reward_failed_is_refused(pool):
 
     some, none = batch(0, 1), batch(0, 0)
     scorer.score(some)
-    check_some_worked(judged(some))
+    check_some_worked(reward_statuses(some))
     why = describe_failures(scorer.score(none))
     with pytest.raises(RuntimeError, match="all 2 rewards of a batch failed: .*KeyError: 'it'"):
-        check_some_worked(judged(none), why)
+        check_some_worked(reward_statuses(none), why)
 
 
 def test_batches_from_several_threads_do_not_mix(pool):

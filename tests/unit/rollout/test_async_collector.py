@@ -73,7 +73,7 @@ def start(engine):
         numbers = count()
         buffer = RolloutBuffer(
             lambda: make_prompt(next(numbers)),
-            batch_size=4, steps_per_rollout=2, max_staleness=max_staleness, requeue=True, max_dispatches=2,
+            batch_size=4, steps_per_rollout=2, max_staleness=max_staleness, requeue=True, max_attempts=2,
         )  # fmt: skip
         collector = Collector(
             [engine.url], request_timeout_s=30.0, check=check,
@@ -114,7 +114,7 @@ def test_it_generates_ahead_as_far_as_the_bound_allows_and_no_further(engine, st
     time.sleep(0.1)
     assert len(engine.asked) == 8 * COMPLETIONS
     engine.version = 2
-    run.serve(2)
+    run.weights_synced(2)
     until(lambda: metrics(run)["staleness/finished_groups"] == 8)
     second = run.take(10)
     assert {int(c.policy_versions[0]) for group in second for c in group} == {0}
@@ -164,7 +164,7 @@ def test_what_would_be_too_old_is_cancelled_and_dispatched_again(engine, start):
     run = start(max_staleness=2)
     for version in (2, 4):
         run.take(10)
-        run.serve(version)
+        run.weights_synced(version)
         engine.version = version
         until(lambda: metrics(run)["staleness/in_flight_groups"] == 1)
     engine.hanging = set()
@@ -193,7 +193,7 @@ def test_a_take_that_waits_lets_others_work(engine, start, monkeypatch):
 
     def on_wait() -> None:
         seen.append(metrics(run)["staleness/in_flight_groups"])
-        run.serve(0)
+        run.weights_synced(0)
 
     run = start(max_staleness=1, on_wait=on_wait)
     with pytest.raises(CollectError, match="no rollout batch within 0.3 s"):
@@ -219,12 +219,12 @@ def test_responses_go_on_from_where_a_suspended_run_has_stopped(engine, start):
     run.suspend(5)
     with run.held() as buffer:
         [pending] = [p for p in buffer.pending() if p.serial == 2]
-    assert [(d.token_ids, d.finish_reason) for d in pending.drafts] == [([3, 4], "abort")] * COMPLETIONS
+    assert [(d.token_ids, d.finish_reason) for d in pending.partials] == [([3, 4], "abort")] * COMPLETIONS
     asked = len(engine.asked)
     time.sleep(0.1)
     assert len(engine.asked) == asked  # it rests
     engine.hanging, engine.version = set(), 2
-    run.serve(2)
+    run.weights_synced(2)
     run.resume()
     groups = run.take(10) + run.take(10)
     assert engine.begun[asked : asked + COMPLETIONS] == [2] * COMPLETIONS

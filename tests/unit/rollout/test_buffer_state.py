@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_vespo.rollout.buffer import Pending
+from megatron_vespo.rollout.buffer import PendingGroup
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.types import Completion, Prompt
 
@@ -11,7 +11,7 @@ PROMPTS = {number: Prompt(number, [number, 1, 2], "42", "six by seven") for numb
 LAYERS, EXPERTS = 2, 2
 
 
-def draft(prompt: Prompt, length: int, reason: str, reward: float | None, moe: bool) -> Completion:
+def partial(prompt: Prompt, length: int, reason: str, reward: float | None, moe: bool) -> Completion:
     rng = np.random.default_rng(length)
     routes = rng.integers(0, 256, (len(prompt.token_ids) + length - 1, LAYERS, EXPERTS)).astype(np.uint8)
     return Completion(
@@ -22,22 +22,22 @@ def draft(prompt: Prompt, length: int, reason: str, reward: float | None, moe: b
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_drafts_come_back_bit_by_bit_in_their_places(moe):
-    finished = [draft(PROMPTS[3], 4, "stop", 1.0, moe), draft(PROMPTS[3], 2, "length", 0.0, moe)]
+    finished = [partial(PROMPTS[3], 4, "stop", 1.0, moe), partial(PROMPTS[3], 2, "length", 0.0, moe)]
     finished[0].routed_experts, finished[0].num_retractions = None, 2
-    begun = [None, draft(PROMPTS[8], 3, "abort", None, moe)]
+    begun = [None, partial(PROMPTS[8], 3, "abort", None, moe)]
     state = [
-        Pending(17, PROMPTS[3], 0, finished),
-        Pending(18, PROMPTS[5], 2, []),
-        Pending(20, PROMPTS[8], 1, begun),
-        Pending(21, PROMPTS[8], 0, [None, None]),
+        PendingGroup(17, PROMPTS[3], 0, finished),
+        PendingGroup(18, PROMPTS[5], 2, []),
+        PendingGroup(20, PROMPTS[8], 1, begun),
+        PendingGroup(21, PROMPTS[8], 0, [None, None]),
     ]
     back = unpack_pending(pack_pending(state), PROMPTS)
-    assert [(p.serial, p.prompt, p.dispatches, len(p.drafts), p.is_finished) for p in back] == [
+    assert [(p.serial, p.prompt, p.attempts, len(p.partials), p.is_finished) for p in back] == [
         (17, PROMPTS[3], 0, 2, True), (18, PROMPTS[5], 2, 0, False), (20, PROMPTS[8], 1, 2, False),
         (21, PROMPTS[8], 0, 2, False),
     ]  # fmt: skip
     for before, after in zip(state, back, strict=True):
-        for one, other in zip(before.drafts, after.drafts, strict=True):
+        for one, other in zip(before.partials, after.partials, strict=True):
             assert (one is None) == (other is None)
             for name, value in vars(one).items() if one else ():
                 found = getattr(other, name)
@@ -52,7 +52,7 @@ def test_nothing_pending_is_a_state_too():
 
 
 def test_other_prompts_and_broken_bytes_are_refused():
-    packed = pack_pending([Pending(0, PROMPTS[5], 0, [])])
+    packed = pack_pending([PendingGroup(0, PROMPTS[5], 0, [])])
     for prompts in ({}, {5: Prompt(5, [9], "", "")}):
         with pytest.raises(ValueError, match="^prompt 5 was in flight .* --prompt-data, the tokenizer"):
             unpack_pending(packed, prompts)

@@ -26,15 +26,15 @@ def make_buffer(**changes) -> RolloutBuffer:
         "steps_per_rollout": 2,
         "max_staleness": 3,
         "requeue": True,
-        "max_dispatches": 3,
+        "max_attempts": 3,
     }
     return RolloutBuffer(lambda: make_prompt(next(numbers), [1]), **(options | changes))
 
 
 def finish(buffer: RolloutBuffer, number: int) -> None:
     for _ in range(number):
-        ticket = buffer.dispatch()
-        buffer.finish(ticket, [completion(ticket.prompt, [ticket.version])])
+        in_flight = buffer.dispatch()
+        buffer.finish(in_flight, [completion(in_flight.prompt, [in_flight.version])])
 
 
 def test_room_is_what_the_steps_up_to_the_bound_can_train():
@@ -46,22 +46,22 @@ def test_room_is_what_the_steps_up_to_the_bound_can_train():
     assert buffer.room() == 4  # steps 2 and 3, while 0 and 1 are trained
     finish(buffer, 4)
     assert buffer.room() == 0
-    buffer.serve(2)
+    buffer.weights_synced(2)
     assert buffer.room() == 4  # steps 2..5, less the four that wait
 
 
 def test_older_groups_come_first_and_too_old_ones_not_at_all():
     """Version 0 may be trained up to step 3: at step 2, 2, 3, 3 of the batch that starts at 2."""
     buffer = make_buffer(requeue=False)
-    tickets = [buffer.dispatch() for _ in range(8)]
-    for ticket in tickets[:4]:
-        buffer.finish(ticket, [completion(ticket.prompt, [0])])
+    dispatched = [buffer.dispatch() for _ in range(8)]
+    for in_flight in dispatched[:4]:
+        buffer.finish(in_flight, [completion(in_flight.prompt, [0])])
     assert [group[0].prompt.prompt_id for group in buffer.take()] == [0, 1, 2, 3]
-    buffer.serve(2)
-    for ticket in tickets[4:6]:
-        buffer.finish(ticket, [completion(ticket.prompt, [1, 2])])
-    for ticket in tickets[6:]:
-        buffer.finish(ticket, [completion(ticket.prompt, [0, 1, 2]), completion(ticket.prompt, [2])])
+    buffer.weights_synced(2)
+    for in_flight in dispatched[4:6]:
+        buffer.finish(in_flight, [completion(in_flight.prompt, [1, 2])])
+    for in_flight in dispatched[6:]:
+        buffer.finish(in_flight, [completion(in_flight.prompt, [0, 1, 2]), completion(in_flight.prompt, [2])])
     assert [group[0].prompt.prompt_id for group in buffer.take()] == [6, 7, 4, 5]
     assert buffer.counts.stale_dropped == 0
     assert buffer.take() is None
@@ -73,11 +73,11 @@ def test_a_finished_group_that_is_too_old_is_dropped_or_generated_again(requeue)
     late = [buffer.dispatch() for _ in range(2)]
     finish(buffer, 4)
     assert len(buffer.take()) == 4
-    buffer.serve(2)
+    buffer.weights_synced(2)
     finish(buffer, 4)
     assert len(buffer.take()) == 4  # next step: 4, version 0 is out of reach
-    for ticket in late:
-        buffer.finish(ticket, [completion(ticket.prompt, [0])])
+    for in_flight in late:
+        buffer.finish(in_flight, [completion(in_flight.prompt, [0])])
     assert buffer.take() is None
     assert (buffer.counts.stale_dropped, buffer.counts.stale_requeued) == ((0, 2) if requeue else (2, 0))
     again = buffer.dispatch().prompt.prompt_id
@@ -85,12 +85,12 @@ def test_a_finished_group_that_is_too_old_is_dropped_or_generated_again(requeue)
 
 
 def test_what_cannot_finish_in_time_is_generated_again_until_the_cap():
-    buffer = make_buffer(max_staleness=1, max_dispatches=2)
+    buffer = make_buffer(max_staleness=1, max_attempts=2)
     slow = buffer.dispatch()
     buffer.next_step, buffer.policy_version = 2, 2
     assert buffer.expire() == [slow]
     second = buffer.dispatch()
-    assert (second.prompt, second.dispatches) == (slow.prompt, 2)
+    assert (second.prompt, second.attempts) == (slow.prompt, 2)
     buffer.next_step, buffer.policy_version = 4, 4
     assert buffer.expire() == [second]
     assert buffer.counts.given_up == 1 and slow.serial not in [p.serial for p in buffer.pending()]
@@ -109,29 +109,33 @@ class Simulation:
             batch_size=steps_per_rollout * per_step, steps_per_rollout=steps_per_rollout,
             max_staleness=max_staleness, requeue=requeue,
         )  # fmt: skip
-        self.now, self.served_at, self.running = 0.0, [(0.0, 0)], []  # running: (end, ticket number, ticket)
+        self.now, self.served_at, self.running = (
+            0.0,
+            [(0.0, 0)],
+            [],
+        )  # running: (end, number, group)
         self.trained = Counter()
         self.requests = 0
 
     def fill(self) -> None:
-        late = {ticket.number for ticket in self.buffer.expire()}
+        late = {in_flight.number for in_flight in self.buffer.expire()}
         self.running = [entry for entry in self.running if entry[1] not in late]
         heapq.heapify(self.running)
         while self.buffer.room():
-            ticket = self.buffer.dispatch()
+            in_flight = self.buffer.dispatch()
             seconds = self.random.expovariate(1.0) * (self.tail if self.random.random() < 0.05 else 1.0)
-            heapq.heappush(self.running, (self.now + seconds, ticket.number, (ticket, self.now)))
+            heapq.heappush(self.running, (self.now + seconds, in_flight.number, (in_flight, self.now)))
             self.requests += 1
 
     def one_ends(self) -> None:
-        self.now, _, (ticket, started) = heapq.heappop(self.running)
+        self.now, _, (in_flight, started) = heapq.heappop(self.running)
         if self.random.random() < self.failures:
-            self.buffer.fail(ticket)
+            self.buffer.fail(in_flight)
             return
         # in place: the tokens before a sync keep their version
         first = max(version for when, version in self.served_at if when <= started)
         later = [version for when, version in self.served_at if started < when <= self.now]
-        self.buffer.finish(ticket, [completion(ticket.prompt, [first, *later])])
+        self.buffer.finish(in_flight, [completion(in_flight.prompt, [first, *later])])
 
     def run(self, num_batches: int) -> None:
         step = 0
@@ -162,7 +166,7 @@ class Simulation:
         self.now = until
         if step % self.sync_interval == 0:
             self.served_at.append((self.now, step))
-            self.buffer.serve(step)
+            self.buffer.weights_synced(step)
 
     def check_that_nothing_is_lost(self) -> None:
         counts, pending = self.buffer.counts, Counter(p.serial for p in self.buffer.pending())
@@ -239,44 +243,44 @@ def test_what_is_pending_goes_on_after_a_resume():
     buffer = make_buffer()
     finish(buffer, 4)
     scored, unscored, flying, failed = (buffer.dispatch() for _ in range(4))
-    for ticket in (scored, unscored):
-        buffer.finish(ticket, [completion(ticket.prompt, [0, 0])])
+    for in_flight in (scored, unscored):
+        buffer.finish(in_flight, [completion(in_flight.prompt, [0, 0])])
     group = buffer._finished[-2][2]
     group[0].reward = 1.0
     begun = completion(flying.prompt, [0])
     begun.finish_reason = "abort"
-    flying.drafts.extend([None, begun])
+    flying.partials.extend([None, begun])
     buffer.fail(failed)
     assert len(buffer.take()) == 4
     state = buffer.pending()
-    assert [(p.serial, p.dispatches) for p in state] == [(4, 0), (5, 0), (6, 0), (7, 1)]
-    resumed = make_buffer(version=2, serial=8)
+    assert [(p.serial, p.attempts) for p in state] == [(4, 0), (5, 0), (6, 0), (7, 1)]
+    resumed = make_buffer(policy_version=2, serial=8)
     resumed.restore(state)
     assert resumed.num_finished == 1 and resumed.counts.taken == 4
-    tickets = [resumed.dispatch() for _ in range(3)]
-    assert [(t.serial, t.dispatches, t.version) for t in tickets] == [(5, 1, 0), (6, 1, 0), (7, 2, 2)]
-    assert tickets[1].drafts == [None, begun]
+    in_flight = [resumed.dispatch() for _ in range(3)]
+    assert [(t.serial, t.attempts, t.version) for t in in_flight] == [(5, 1, 0), (6, 1, 0), (7, 2, 2)]
+    assert in_flight[1].partials == [None, begun]
     assert resumed.dispatch().serial == 8
     assert {p.serial for p in resumed.pending()} == {4, 5, 6, 7, 8}
 
 
 def test_a_failed_group_keeps_what_it_has_and_one_that_is_too_old_does_not():
     buffer = make_buffer(max_staleness=2)
-    ticket = buffer.dispatch()
-    done = completion(ticket.prompt, [0])
-    ticket.drafts.extend([done, None])
-    buffer.serve(1)
-    assert buffer.fail(ticket)
+    in_flight = buffer.dispatch()
+    done = completion(in_flight.prompt, [0])
+    in_flight.partials.extend([done, None])
+    buffer.weights_synced(1)
+    assert buffer.fail(in_flight)
     again = buffer.dispatch()
-    assert (again.drafts, again.version) == ([done, None], 0)  # its bound is the draft's
+    assert (again.partials, again.version) == ([done, None], 0)  # its bound is the partial's
     buffer.next_step, buffer.policy_version = 3, 3
     assert buffer.expire() == [again]
     anew = buffer.dispatch()
-    assert (anew.drafts, anew.version, anew.serial) == ([], 3, ticket.serial)
+    assert (anew.partials, anew.version, anew.serial) == ([], 3, in_flight.serial)
 
 
 def test_groups_that_teach_nothing_are_left_out_up_to_the_cap():
-    buffer = make_buffer(teaches=lambda group: group[0].prompt.prompt_id % 2 == 0, max_left_out=3)
+    buffer = make_buffer(has_reward_variance=lambda group: group[0].prompt.prompt_id % 2 == 0, max_left_out=3)
     for _ in range(2):
         finish(buffer, 7)
         # of serials 0..6 and 7..13: three odd ones are left out, then everything fills the batch

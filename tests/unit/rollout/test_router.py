@@ -47,7 +47,7 @@ def engines(monkeypatch):
 
 
 def collector(urls: list[str | None], said: list[str], timeout_s: float = 30.0, **changes) -> Collector:
-    options = {"max_dispatches": 3} | changes
+    options = {"max_attempts": 3} | changes
     return Collector(
         urls,
         request_timeout_s=timeout_s,
