@@ -113,7 +113,7 @@ class PolicyLearner:
     def _floor(self, samples: list[TrainingSample]) -> dict[str, float]:
         """What rounding alone puts into log W, measured on a few responses of all lengths now and then.
 
-        The last measurement is in the checkpoint, so that a resumed run goes on with it.
+        The last measurement is in the checkpoint, so a resumed run continues with it.
         """
         due = self.state.iteration % (FLOOR_INTERVAL * self.steps_per_rollout) == 0
         if self.state.log_w_floor is None or due:

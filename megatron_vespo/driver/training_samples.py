@@ -1,4 +1,4 @@
-"""Scored completions become what is trained on."""
+"""Turns scored completions into training samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training_samples(
 def training_sample(
     completion: Completion, advantage: float, group_id: int, routing_replay: str | None
 ) -> TrainingSample:
-    # routes are by far the largest part of a sample: they travel only where they are used
+    # routes are by far the largest part of a sample, so they travel only where they are used
     replay = routing_replay == "R3" and completion.num_retractions == 0
     return TrainingSample(
         token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
@@ -41,13 +41,13 @@ def training_sample(
 
 
 def lost_routes(samples: list[TrainingSample]) -> str | None:
-    """How many of `samples` R3 cannot replay, for people; None if it can replay all."""
+    """A log line about samples that R3 cannot replay; None if it can replay all."""
     number = sum(not sample.replays for sample in samples)
     if number == 0:
         return None
     return (
-        f"{number} of {len(samples)} responses are trained without routing replay: their engines were out of "
-        "memory for keys and values, dropped these responses' and computed them anew, and the routes of the "
-        "sampling are gone. Give engines more memory (--sglang-mem-fraction-static) or fewer requests at a "
-        "time (--sglang-max-running-requests)"
+        f"{number} of {len(samples)} responses are trained without routing replay: their engines ran out of "
+        "KV cache and recomputed these responses, so the routes of the sampling are lost. Give the engines "
+        "more memory (--sglang-mem-fraction-static) or fewer requests at a time "
+        "(--sglang-max-running-requests)"
     )

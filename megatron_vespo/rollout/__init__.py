@@ -1,1 +1,1 @@
-"""Rollout: SGLang engines as child processes, and the clients that draw completions from them."""
+"""Rollouts: SGLang engines as child processes, and everything that generates completions with them."""

@@ -1,8 +1,8 @@
-"""The key without which a run's engines answer nobody: drawn for the run, seen by no one else.
+"""The API key of a run's engines: drawn at random for every run and known to its processes only.
 
-Whoever reaches an engine may replace its weights and have it load any folder. The key is in no command line,
-environment, file or log: processes of the run get it through pipes and Ray's calls. Only /health and /metrics
-answer without it.
+Without a key, anyone who reaches an engine could replace its weights or make it load any folder. The key is
+in no command line, environment, file or log. The processes of the run get it through pipes and Ray calls.
+Only /health and /metrics answer without it.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ REPLACEMENT = "<API key>"
 
 
 def new_api_key(choice: str, loopback: bool) -> str | None:
-    """None where engines shall answer everybody. `loopback`: only this machine can reach them."""
+    """A new key; None if engines answer everybody. `loopback`: only this machine can reach them."""
     if choice == "never" or (choice == "auto" and loopback):
         return None
     return secrets.token_urlsafe(KEY_BYTES)
 
 
 def check_flags_with_key(sglang_flags: list[str]) -> None:
-    """ValueError for what SGLang cannot do while it asks for a key."""
+    """ValueError for flags with which SGLang does not ask for the key."""
     flag = "--tokenizer-worker-num"
     if flag_value(sglang_flags, flag) not in (None, "1"):
         raise ValueError(
-            f"--sglang{flag[1:]}: with several workers SGLang asks nobody for a key; use 1, or "
+            f"--sglang{flag[1:]}: with several workers SGLang does not ask for the API key; use 1, or "
             "--engine-api-key never"
         )
 
 
 def hand_over(api_key: str | None, server_input: IO[bytes]) -> None:
-    """To the server's process, which waits for it at the other end of the pipe."""
+    """Writes the key, or an empty line, into the pipe from which the server's process reads it."""
     try:
         with server_input:
             server_input.write(f"{api_key or ''}\n".encode())
     except BrokenPipeError:
-        pass  # it has ended already, which is found out elsewhere
+        pass  # the server has ended already; whoever waits for it reports that
 
 
 def receive(server_input: TextIO) -> str | None:
-    """What `hand_over` has sent."""
+    """The key that `hand_over` has sent, or None."""
     return server_input.readline().strip() or None
 
 
 def keep_out_of_logs(api_key: str) -> None:
-    """For this process, whatever logs: SGLang writes all of its arguments at --log-level info."""
+    """Removes the key from the logs of this process: at --log-level info SGLang logs all arguments."""
     make_record = logging.getLogRecordFactory()
 
     def without_key(*arguments, **options) -> logging.LogRecord:
         record = make_record(*arguments, **options)
         try:
             message = record.getMessage()
-        except Exception:  # a broken call; logging says so where it does no harm
+        except Exception:  # a broken logging call; logging itself reports it
             return record
         if api_key in message:
             record.msg, record.args = message.replace(api_key, REPLACEMENT), ()

@@ -1,4 +1,4 @@
-"""Generation in the background: a thread keeps as many groups in flight as may still be trained on."""
+"""Generation in the background: a thread keeps as many groups in flight as can still be trained on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from megatron_vespo.rollout.scoring import describe_failures
 from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import Completion, SamplingParams
 
-# a request that failed in one of these ways says nothing about the next one
+# after one of these errors the next request may succeed
 FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
-MAX_FAILURES_IN_A_ROW = 32  # groups; then it is not the requests
+MAX_FAILURES_IN_A_ROW = 32  # groups; after so many the cause is not a single request
 ON_WAIT_INTERVAL_S = 1.0
-RETRY_PAUSE_S = (
-    0.5  # after a failure: an engine that refuses everything is not asked a thousand times a second
-)
-# between the attempts of one prompt; more than a run takes prompts
+RETRY_PAUSE_S = 0.5  # after a failure, so that an engine that refuses everything is not flooded
+# distance between the seeds of a prompt's attempts; more than a run takes prompts
 ATTEMPT_SEEDS = 2**40
 Score = Callable[[Group], Sequence[RewardResult]]
 
@@ -70,9 +68,9 @@ class AsyncCollector:
         self._sampler: Sampler | None = None  # while the thread runs
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
-        self._scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
+        self._scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
         self._rejected = RejectedDraws(0)
-        # daemon: a program that dies of something else does not wait for it
+        # daemon: a program that ends with another error does not wait for it
         self._thread = threading.Thread(target=self._main, name="async-rollout", daemon=True)
 
     def start(self) -> None:
@@ -86,7 +84,7 @@ class AsyncCollector:
                 if self._error is not None:
                     raise self._error
                 batch = self._buffer.take()
-                self._notify_loop()  # taking makes room, also where it dropped something
+                self._notify_loop()  # `take` makes room, also when it only drops stale groups
                 if batch is not None:
                     self._report()
                     return batch
@@ -106,7 +104,7 @@ class AsyncCollector:
             self._notify_loop()
 
     def messages(self) -> list[str]:
-        """What has happened since the last call, for people."""
+        """Log lines about what has happened since the last call."""
         with self._changed:
             messages, self._messages = self._messages, []
             failures, self._failed_rewards = self._failed_rewards, []
@@ -114,12 +112,12 @@ class AsyncCollector:
 
     @contextmanager
     def held(self) -> Iterator[RolloutBuffer]:
-        """The buffer, which does not change inside: nothing is dispatched, no prompt is taken."""
+        """The buffer, locked: inside the block nothing is dispatched and no prompt is taken."""
         with self._changed:
             yield self._buffer
 
     def suspend(self, timeout_s: float) -> None:
-        """Engines hand back what they are at, and rest: the buffer then has all tokens that were made."""
+        """Engines hand back unfinished responses and stop: the buffer then has every token generated."""
         with self._changed:
             self._suspended = True
             sampler, error = self._sampler, self._error
@@ -129,7 +127,7 @@ class AsyncCollector:
             asyncio.run_coroutine_threadsafe(sampler.hold(timeout_s), self._loop).result(2 * timeout_s)
 
     def resume(self) -> None:
-        """Goes on where `suspend` has stopped."""
+        """Continues after `suspend`."""
         with self._changed:
             self._suspended = False
             if self._sampler is not None:
@@ -222,7 +220,7 @@ class AsyncCollector:
         return group, await self._loop.run_in_executor(self._scoring, self._score, group)
 
     def _settle(self, done: dict[asyncio.Task, InFlightGroup]) -> bool:
-        """Hands finished groups to the buffer; whether one has failed."""
+        """Hands finished groups to the buffer; True if one has failed."""
         failed = False
         errors = [
             task.exception() for task in done
@@ -233,7 +231,7 @@ class AsyncCollector:
                     self._failures_in_a_row = 0
                     group, failed_rewards = task.result()
                     self._failed_rewards += failed_rewards
-                    self._messages += [f"drawn anew: {reason}" for c in group for reason in c.rejections]
+                    self._messages += [f"sampled again: {reason}" for c in group for reason in c.rejections]
                     self._buffer.finish(in_flight, group)
                     continue
                 if isinstance(error, TooManyRejectedError) or not isinstance(error, FAILED_REQUEST):
@@ -247,7 +245,7 @@ class AsyncCollector:
                     raise CollectError(
                         f"{self._failures_in_a_row} groups in a row have failed; the last one: {error}"
                     ) from error
-            if done:  # `take` wakes the loop: two that wake each other for nothing keep a core busy
+            if done:  # `take` wakes this loop; waking it for nothing would keep a core busy
                 self._report()
                 self._changed.notify_all()
         return failed

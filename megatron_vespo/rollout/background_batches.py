@@ -15,7 +15,7 @@ from megatron_vespo.rollout.scoring import check_some_worked, reward_statuses
 class BackgroundBatches:
     """Takes batches out of the buffer that `collector` fills.
 
-    With `stop_while_training` generation pauses as soon as a batch is complete and goes on with the next one.
+    With `stop_while_training` generation pauses when a batch is complete and continues with the next one.
     The time limits, in seconds: of a batch, of engines that hand back unfinished responses, of the end.
     """
 

@@ -1,4 +1,4 @@
-"""Groups of completions from all engines at once: blocking, with deadlines, whatever happens to an engine."""
+"""Groups of completions from all engines at once: blocking, with deadlines, and tolerant of lost engines."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ CONNECT_TIMEOUT_S = 30.0
 class Collector:
     """Spreads generate requests over the engines at `urls`, which may change at any time: see Router.
 
-    One request is one completion: as fast as batched requests (the engine batches by itself), and every
-    completion frees its place as soon as it ends. `check`, called every second and after a request that is
-    given up, raises when nothing will come any more. With `routes` completions have the experts chosen.
-    `on_requests(engine, start, end, number)` is told after every `collect` when an engine's first request
-    was sent and its last one of `number` was answered, in nanoseconds since 1970; of what is drawn from
-    `connect` it is told request by request.
+    One request is one completion. That is as fast as batched requests, because the engine batches by itself,
+    and every completion frees its place as soon as it ends.
+
+    Args:
+        routes: with it completions carry the experts chosen for every token.
+        check: called every second and after a request that is given up; raises if no more answers will come.
+        on_requests: called as (engine, start, end, number), times in nanoseconds since 1970. After every
+            `collect` it gets an engine's whole work: when the first of its `number` requests was sent and the
+            last one was answered. For draws from `connect` it is called once per request.
+        generate_function: a user's own function that makes a completion of several draws.
+        on_wait: called every second while `collect` waits.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class Collector:
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
-        self.on_wait = on_wait  # called every second while `collect` waits
+        self.on_wait = on_wait
         self._urls, self._max_attempts, self._lost = urls, max_attempts, lost or LostRequests()
         self._routes = routes
         self._request_timeout_s = request_timeout_s
@@ -57,7 +62,7 @@ class Collector:
 
     @property
     def max_requests(self) -> int:
-        """How many are under way at once, at most."""
+        """The bound of requests in flight."""
         return self._max_requests_per_engine * len(self._urls)
 
     def collect(
@@ -72,12 +77,12 @@ class Collector:
     ) -> list[list[Completion]]:
         """`num_completions` completions of each prompt, in prompt order; blocks the calling thread.
 
-        A completion with non-finite log-probs is drawn anew, and the new one's `rejections` say so; more than
-        MAX_REJECTED_SHARE of them, but always one, are an error.
+        A completion with non-finite log-probs is sampled again, and the new one's `rejections` tell why. One
+        such completion is always allowed; more than MAX_REJECTED_SHARE of all are an error.
         `on_progress(done, total)` is called after every completion. Without `for_training` none has routes.
-        Raises at the first failure, naming the
-        engine, and cancels what is still running: CollectError, EngineRequestError, GenerateReplyError, or
-        whatever `check` raises.
+
+        Raises the first failure, which names the engine, and cancels the other requests: CollectError,
+        EngineRequestError, GenerateReplyError, or whatever `check` raises.
         """
         routes = self._routes if for_training else None
         return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress, routes))
@@ -93,7 +98,7 @@ class Collector:
         self, on_requests: OnRequests | None, routes: RouteShape | None
     ) -> AsyncIterator[Sampler]:
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)  # `Router` has the bound
+        connector = aiohttp.TCPConnector(limit=0)  # `Router` bounds the requests in flight
         # without the proxies of the environment, as in http.py
         direct = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
         async with direct as session:
@@ -129,7 +134,7 @@ class Collector:
                 on_progress(done, total)
             return completion
 
-        work: dict[int, tuple[int, int, int]] = {}  # of each engine
+        work: dict[int, tuple[int, int, int]] = {}  # engine -> start, end, number of requests
 
         def add_work(engine: int, start: int, end: int, number: int) -> None:
             first, _, before = work.get(engine, (start, end, 0))

@@ -1,8 +1,8 @@
-"""Filling a rollout batch with groups that teach something (dynamic sampling, DAPO, arXiv 2503.14476).
+"""Dynamic sampling (DAPO, arXiv 2503.14476): a rollout batch of groups with reward variance.
 
-Groups whose completions all earn the same are left out and further prompts are generated in their place. The
-task's reward decides, as in the paper, not a penalty for length: else groups of wrong answers would stay
-because some are longer.
+A group whose completions all have the same reward has no gradient. It is left out, and the group of another
+prompt is generated instead. As in the paper the task's reward decides, without the length penalty: with the
+penalty, groups of wrong answers would stay because some answers are longer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Group = list[Completion]
 
 
 def has_reward_variance(group: Group) -> bool:
-    """Whether its rewards differ."""
+    """Whether the rewards of its completions differ."""
     return bool(has_variance(np.array([[completion.reward for completion in group]]))[0])
 
 
@@ -26,8 +26,8 @@ def has_reward_variance(group: Group) -> bool:
 class RolloutBatch:
     """Collects scored groups until `size` of them have variance or `max_prompts` prompts were generated.
 
-    Nothing is carried over to the next batch, so the prompts consumed are the whole state of a resumed run.
-    With `max_prompts` = `size` one round takes everything as it comes: no dynamic sampling.
+    Nothing is carried over to the next batch, so the number of consumed prompts is the whole state to resume
+    from. If `max_prompts` equals `size`, one round takes all groups: no dynamic sampling.
     """
 
     size: int
@@ -36,11 +36,11 @@ class RolloutBatch:
     varied: list[bool] = field(default_factory=list)  # of each, whether its rewards differ
 
     def num_wanted(self) -> int:
-        """Prompts of the next round, 0 when there is none.
+        """How many prompts the next round generates; 0 if the batch is full or `max_prompts` is reached.
 
-        As many as fill the batch if the share with variance stays what it was, at most a whole batch. That is
-        fewer rounds than with only the missing ones, each of which waits for its longest response, and less
-        is thrown away than with whole batches.
+        As many as fill the batch if the share of groups with variance stays the same, at most a whole batch.
+        Generating only the missing groups would take more rounds, and every round waits for its longest
+        response. Generating whole batches would throw more away.
         """
         kept, done = sum(self.varied), len(self.generated)
         missing = max(self.size - kept, 0)
@@ -52,13 +52,13 @@ class RolloutBatch:
         self.varied += [has_reward_variance(group) for group in groups]
 
     def groups(self) -> list[Group]:
-        """`size` groups as they were generated: the first ones with variance, then, if too few, others."""
+        """`size` groups in the order of generation: the first with variance, then, if too few, others."""
         order = sorted(range(len(self.generated)), key=lambda i: not self.varied[i])
         return [self.generated[i] for i in sorted(order[: self.size])]
 
     @property
     def shortfall(self) -> int:
-        """Groups without variance that fill the batch because the cap was reached."""
+        """How many groups without variance fill the batch, because `max_prompts` was reached."""
         return max(self.size - sum(self.varied), 0)
 
     def metrics(self) -> dict[str, float]:

@@ -25,11 +25,11 @@ class GenerateReplyError(RuntimeError):
 
 
 class NonFiniteLogProbsError(GenerateReplyError):
-    """A completion whose log-probs are no numbers: another draw may be sound."""
+    """A completion whose log-probs are not finite; sampling it again may give a sound one."""
 
 
 class RouteShape(NamedTuple):
-    """Of one token's routes: L and K."""
+    """Shape of the routes of one token: L and K."""
 
     num_layers: int
     topk: int
@@ -38,7 +38,7 @@ class RouteShape(NamedTuple):
 class EngineClient:
     """Draws completions from the engine at `url`; usable inside `session`'s event loop only.
 
-    With `routes` they have the experts that were chosen: a megabyte a thousand tokens of a large model.
+    With `routes` completions carry the chosen experts: one megabyte per thousand tokens of a large model.
     """
 
     def __init__(
@@ -55,12 +55,13 @@ class EngineClient:
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, seed: int | None, begun: Completion | None = None
     ) -> Completion | None:
-        """One sampled completion. `seed` takes effect when the engine runs --enable-deterministic-inference.
+        """One sampled completion. `seed` has an effect if the engine runs --enable-deterministic-inference.
 
-        `begun` are the tokens that there are already, and the completion goes on from there. What comes back
-        with finish reason "abort" is such a beginning; None is one without a token.
-        Raises EngineRequestError when the engine refuses, GenerateReplyError for an unusable reply, and lets
-        aiohttp.ClientError and TimeoutError (the session's deadline) through.
+        The completion continues from `begun`, a partial completion. A result with finish reason "abort" is
+        partial as well; None is one without a token.
+
+        Raises EngineRequestError if the engine refuses, and GenerateReplyError for an unusable reply. Lets
+        aiohttp.ClientError and TimeoutError, the session's deadline, through.
         """
         asked, left = _after(prompt, sampling, begun)
         payload = generate_payload(asked, left, seed, routed_experts=self._routes is not None)
@@ -77,7 +78,7 @@ class EngineClient:
         return rest if begun is None else _joined(begun, rest)
 
     async def abort(self) -> None:
-        """Every request that this engine has comes back with what it has by then."""
+        """The engine returns every request that it has, with the tokens generated so far."""
         async with self._session.post(
             self.url + "/abort_request", json={"abort_all": True}, headers=self._headers
         ) as response:
@@ -88,7 +89,7 @@ class EngineClient:
 def _after(
     prompt: Prompt, sampling: SamplingParams, begun: Completion | None
 ) -> tuple[Prompt, SamplingParams]:
-    """What to ask an engine for, so that it goes on from `begun`."""
+    """The prompt and parameters with which an engine continues from `begun`."""
     if begun is None:
         return prompt, sampling
     left = sampling.max_new_tokens - len(begun.token_ids)
@@ -98,7 +99,7 @@ def _after(
 
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
-    """`rest` was made with `begun` in its prompt. Tokens of `begun` keep what they were made with."""
+    """`begun` continued by `rest`, whose prompt was that of `begun` and its tokens."""
     old, routes = begun.routed_experts, rest.routed_experts
     if routes is not None:
         routes = None if old is None else np.concatenate([old, routes[len(old) :]])
@@ -114,7 +115,7 @@ def _joined(begun: Completion, rest: Completion) -> Completion:
 
 
 def _is_aborted_in_queue(reply: dict, routed_experts: bool) -> bool:
-    """Then nothing new was made, or its log-probs and routes have not come along."""
+    """Whether an aborted request brings nothing new, or tokens without their log-probs and routes."""
     meta, token_ids = reply.get("meta_info", {}), reply.get("output_ids")
     if meta.get("finish_reason", {}).get("type") != "abort":
         return False
@@ -127,8 +128,8 @@ def generate_payload(
 ) -> dict:
     """The body of one /generate request.
 
-    Truncated sampling is off in training whatever the model's generation_config says: its log-probs would not
-    be those of the distribution that was sampled.
+    Training turns truncated sampling off, whatever the model's generation_config says: the log-probs would
+    not be those of the sampled distribution.
     """
     sampling_params = {
         "temperature": sampling.temperature,
@@ -151,9 +152,9 @@ def generate_payload(
 def parse_generate_reply(
     reply: dict, prompt: Prompt, temperature: float, routes: RouteShape | None
 ) -> Completion:
-    """Check one /generate reply and make it a Completion; raises GenerateReplyError.
+    """Checks one /generate reply and returns it as a Completion; raises GenerateReplyError.
 
-    SGLang's log-probs are those after temperature. Without `routes` those of the reply are not looked at.
+    SGLang's log-probs are those after temperature. Without `routes` the reply's routes are ignored.
     """
     try:
         meta = reply["meta_info"]
@@ -168,7 +169,7 @@ def parse_generate_reply(
     where = f"request {meta.get('id')} (prompt {prompt.prompt_id})"
     if finish["type"] not in ("stop", "length", "abort"):
         raise GenerateReplyError(f"{where}: unknown finish reason {finish}")
-    # SGLang ends such a request as "stop", after writing a stop token over what it sampled.
+    # SGLang ends such a request with "stop", after replacing the sampled token by a stop token.
     if finish.get("matched") == "NaN happened":
         raise NonFiniteLogProbsError(
             f"{where}: the engine sampled a token outside the vocabulary (NaN logits)"
@@ -180,7 +181,7 @@ def parse_generate_reply(
             f"{where}: {len(token_ids)} output ids do not match {len(scored)} scored tokens"
         )
     routed_experts = None
-    # SGLang keeps log-probs and tokens over a retraction, but the routes of the pass that computed them anew
+    # After a retraction SGLang keeps tokens and log-probs, but returns the routes of the recomputation.
     if routes is not None and num_retractions == 0:
         num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
         routed_experts = _routed_experts(experts, (num_entering, *routes), where)

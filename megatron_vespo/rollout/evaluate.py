@@ -1,4 +1,4 @@
-"""Accuracy of the current policy: avg@K, the mean reward of K completions a prompt, and pass@k."""
+"""Accuracy of the current policy: avg@K, the mean reward of K completions per prompt, and pass@k."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 @dataclass
 class Evaluation:
-    """What one pass over the evaluation prompts gave. Intervals are 95%, over prompts."""
+    """Result of one pass over the evaluation prompts. Intervals are 95% confidence, over prompts."""
 
     accuracy: float  # mean reward, avg@K
     interval: tuple[float, float]
@@ -45,10 +45,11 @@ def evaluate(
     temperature: float | None,
     pass_reward: float,
 ) -> Evaluation:
-    """Sample completions of each prompt and score them; the same seed draws the same seeds.
+    """Samples `num_completions` completions of each prompt and scores them.
 
-    `temperature` in the place of that of `sampling`, if it is given. A completion is correct, for pass@k, if
-    its reward is at least `pass_reward`.
+    The same `seed` gives every completion the same sampling seed. `temperature`, if given, replaces that of
+    `sampling`. For pass@k a completion is correct if its reward is at least `pass_reward`.
+    Raises ValueError without prompts.
     """
     if not prompts:
         raise ValueError("evaluation needs at least one prompt")

@@ -1,4 +1,4 @@
-"""Groups of completions of many prompts, scored and handed on one by one: nothing piles up."""
+"""Groups of completions for many prompts, handed on one by one, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def stream_groups(
     num_completions: int,
     seed: int,
 ) -> None:
-    """Calls `finish(index, group)` for every prompt, as its `num_completions` completions are there.
+    """Calls `finish(index, group)` for every prompt as soon as its `num_completions` completions are there.
 
-    All calls come from one other thread, one after another, so that `finish` may take its time: rewards are
-    computed there while engines generate. Prompts begin in their order, as engines have places; completions
-    are kept until their group has finished, no longer.
+    All calls come from one other thread, one after another. So `finish` may compute rewards while engines
+    generate. Prompts start in their order, when engines have places. Completions are kept only until their
+    group has finished.
     Blocks the calling thread; raises the first failure, as Collector.collect does, or what `finish` raises.
     """
     stream = _Stream(sampling, finish, num_completions, seed, len(prompts), collector.max_requests)
@@ -40,7 +40,7 @@ def stream_groups(
 
 
 def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:
-    """A signal's exception comes up here, in the main thread, and never in the middle of the loop's work."""
+    """Raises the exception of a signal here, in the main thread, and never inside the event loop."""
     loop, ended = asyncio.new_event_loop(), threading.Event()
     task = loop.create_task(work)
 
@@ -76,7 +76,7 @@ class _Stream:
         self._num_completions, self._seed = num_completions, seed
         self._rejected = RejectedDraws(num_prompts * num_completions)
         self._room = asyncio.Semaphore(max_requests)
-        self.scoring = ThreadPoolExecutor(1, "scoring")  # the rewards' processes take one batch at a time
+        self.scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
 
     async def run(self, collector: Collector, prompts: Iterable[Prompt]) -> None:
         async with collector.connect() as sampler:

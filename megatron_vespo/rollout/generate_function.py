@@ -1,14 +1,14 @@
-"""Completions made by a user's own function: several drafts and the best one, an environment in between.
+"""Completions from a user's own function, for example the best of several draws or a multi-turn episode.
 
     async def generate(draw, prompt, sampling, seed):
         first, second = [await draw(prompt, sampling, seed + i) for i in range(2)]
         return min(first, second, key=lambda completion: len(completion.token_ids))
 
-`draw(prompt, sampling, seed)` is one finished Completion of an engine. The function may ask for several, of
-other prompts too, and returns one of them or one put together from theirs: every token of it is trained on,
-so every token needs the log-prob and the policy version with which an engine has sampled it, and every draw
-the temperature, top_p and top_k of `sampling`. Its time counts as generation. What it has under way when a
-run is saved begins anew after the resume.
+`draw(prompt, sampling, seed)` gives one finished Completion of an engine. The function may draw several,
+also of other prompts, and returns one of them or a combination. Every token of the result is trained on. So
+every token needs the log-prob and the policy version with which an engine has sampled it, and every draw
+needs the temperature, top_p and top_k of `sampling`. The function's time counts as generation. If a run is
+saved while the function runs, the function starts from the beginning after the resume.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GenerateFunction = Callable[[Draw, Prompt, SamplingParams, int], Awaitable[Compl
 
 
 class GenerateFunctionError(RuntimeError):
-    """A user's function that raised or made something that cannot be trained on; says which prompt."""
+    """The user's function raised, or returned something that cannot be trained on; names the prompt."""
 
 
 def load_generate_function(import_path: str) -> GenerateFunction:
@@ -51,7 +51,7 @@ async def run_generate_function(
 
     try:
         completion = await function(checked_draw, prompt, sampling, seed)
-    except Exception as error:  # it may raise anything; what an engine has raised says where by itself
+    except Exception as error:  # it may raise anything; errors of engines are already clear
         if type(error).__module__.startswith("megatron_vespo."):
             raise
         raise GenerateFunctionError(
@@ -75,5 +75,5 @@ def _problem(completion: Completion, prompt: Prompt) -> str | None:
         if len(getattr(completion, name)) != length:
             return f"{length} tokens and {len(getattr(completion, name))} {name}"
     if not np.isfinite(completion.log_probs).all():
-        return "log-probs that are no numbers"
+        return "log-probs that are not finite"
     return None

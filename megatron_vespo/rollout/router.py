@@ -1,4 +1,4 @@
-"""Which engine a request goes to, and to which one next when that engine is lost."""
+"""Chooses the engine for every request, and another one if that engine is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import aiohttp
 from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion
 
-# an engine that lost a request is asked no other meanwhile: longer than it takes to be found dead
+# an engine that lost a request gets no other for so long: longer than it takes to be found dead
 AVOID_S = 10.0
 POLL_S = 0.5
 HOLD_POLL_S = 0.05
@@ -23,11 +23,11 @@ Request = Callable[[EngineClient], Awaitable[Completion | None]]
 
 
 class CollectError(RuntimeError):
-    """A generate request without an answer, or engines whose answers are not to be used."""
+    """A generate request without an answer, or engines whose answers cannot be used."""
 
 
 class _LostError(Exception):
-    """A request that its engine will not answer; says which and why."""
+    """A request that its engine will not answer; the message names the request and the cause."""
 
 
 @dataclass(eq=False)
@@ -64,14 +64,15 @@ class LostRequests:
 
 
 class Router:
-    """Each request to the engine with the fewest of those at `urls`; usable inside one event loop only.
+    """Sends each request to the engine at `urls` with the fewest requests; usable inside one event loop only.
 
-    `urls[number]` may change at any time: None is an engine out of service, whose requests go to others. So
-    do those without an answer for `timeout_s`, each of them `max_attempts` times at most. Where no engine
-    serves, requests wait for one, as long.
+    `urls[number]` may change at any time; None is an engine out of service. If an engine goes out of service,
+    or does not answer for `timeout_s`, its requests go to others, each at most `max_attempts` times. While no
+    engine serves, requests wait for one, at most `timeout_s`.
 
-    `on_requests` is told of every request when it ends, from the engine's last end on, or from where the
-    engine began to work: of one engine these times follow each other and together are all of its work.
+    `on_requests` is called when a request ends. The time span that it gets starts where the engine's last
+    request ended, or where the engine started to work. So the spans of one engine follow each other, and
+    together they are its whole working time.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Router:
         self._allowed.set()
 
     async def send(self, request: Request, what: str) -> Completion | None:
-        """The answer to `request`, which is called with the client that it is for. `what` names it."""
+        """The answer to `request`, which is called with the client of the chosen engine; `what` names it."""
         async with self._free_places:
             for attempt in range(1, self._max_attempts + 1):
                 engine = await self._choose(what)
@@ -109,7 +110,7 @@ class Router:
         raise AssertionError(f"--max-attempts {self._max_attempts}")
 
     def refresh(self) -> None:
-        """Takes in what has changed in `urls`; to be called every second while requests run."""
+        """Takes over the changes of `urls`; must be called every second while requests run."""
         for number, url in enumerate(self._urls):
             engine = self._engines.get(number)
             if engine is not None and engine.client.url != url:
@@ -120,15 +121,15 @@ class Router:
                 self._engines[number] = _Engine(number, self._make_client(url), gone)
 
     async def hold(self, timeout_s: float) -> None:
-        """Makes engines hand back what they are at, and sends nothing more until `release`."""
+        """Makes engines hand back unfinished responses, and sends nothing more until `release`."""
         self._allowed.clear()
         deadline = time.monotonic() + timeout_s
         while busy := [engine for engine in self._engines.values() if engine.outstanding]:
             if time.monotonic() > deadline:
                 urls = ", ".join(engine.client.url for engine in busy)
-                raise CollectError(f"{urls}: still at work {timeout_s:g} s after being asked to hand it back")
-            # again and again: a request may reach its engine after this does. An engine that does not answer
-            # is found dead or hung by those who look after it.
+                raise CollectError(f"{urls}: still generating {timeout_s:g} s after being asked to stop")
+            # Repeated, because a request may reach its engine after the abort. An engine that does not answer
+            # is found dead or hung by its supervisor.
             aborts = [asyncio.create_task(engine.client.abort()) for engine in busy]
             await asyncio.wait(aborts, timeout=ABORT_TIMEOUT_S)
             for abort in aborts:
@@ -158,7 +159,7 @@ class Router:
         engine.outstanding += 1
         url = engine.client.url
         asking = asyncio.ensure_future(request(engine.client))
-        # where nobody waits any more, its error is nobody's
+        # if nobody waits any more, nobody else retrieves its error
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait((asking, engine.gone), return_when=asyncio.FIRST_COMPLETED)

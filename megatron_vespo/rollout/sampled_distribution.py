@@ -1,8 +1,8 @@
-"""What would let engines sample from another distribution than the one that their log-probs describe.
+"""Refuses settings with which engines sample from another distribution than their log-probs describe.
 
-Training takes an engine's log-prob of a token for that of the distribution that the token was drawn from.
-SGLang's is the soft-max of logits over temperature: truncated sampling, penalties, biases and grammars draw
-from something else, and nothing in the reply shows it.
+Training assumes that an engine's log-prob of a token belongs to the distribution that the token was drawn
+from. SGLang's log-probs are those of softmax(logits / temperature). Truncated sampling, penalties, biases and
+grammars draw from another distribution, and nothing in the reply shows it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_vespo.system.process_environment import OTHER_LOG_PROBS
 from megatron_vespo.types import SamplingParams
 
 PREFERRED = "--preferred-sampling-params"
-# with less than 1 speculative decoding accepts tokens that the model would not have drawn
+# below 1, speculative decoding accepts tokens that the model would not have drawn
 _THRESHOLDS = ("--speculative-accept-threshold-single", "--speculative-accept-threshold-acc")
 _WHY = "engines' log-probs do not describe what is sampled with {}, and training needs them to"
 _OFF = {"", "0", "false", "no", "n"}
-# of SGLang's SamplingParams: what a field may be, beside null. Others, such as a grammar, may only be empty
+# Allowed values, besides null, of fields of SGLang's SamplingParams. Others, as a grammar, must be empty.
 _NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "n": 1, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -28,7 +28,7 @@ _ABOUT_TEXT = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_
 
 
 def wrong_log_probs(env: Mapping[str, str]) -> str | None:
-    """What is wrong with the variable that makes SGLang return other log-probs; None if it is off."""
+    """What is wrong with the variable with which SGLang returns other log-probs; None if it is off."""
     value = env.get(OTHER_LOG_PROBS, "")
     if value.lower() in _OFF:
         return None
@@ -36,13 +36,13 @@ def wrong_log_probs(env: Mapping[str, str]) -> str | None:
 
 
 def check_environment(env: Mapping[str, str]) -> None:
-    """ValueError where `wrong_log_probs` says something."""
+    """ValueError if `wrong_log_probs` finds something."""
     if wrong := wrong_log_probs(env):
         raise ValueError(f"{wrong}: unset it")
 
 
 def check_flags(sglang_flags: list[str]) -> None:
-    """ValueError naming the flag of SGLang, and the field, that changes what is sampled."""
+    """ValueError for a flag or field of SGLang that changes the sampled distribution."""
     for flag in _THRESHOLDS:
         given = flag_value(sglang_flags, flag)
         if given is not None and given not in ("1", "1.0"):
@@ -67,7 +67,7 @@ def _ours(flag: str) -> str:
 
 
 def other_distribution(asked: SamplingParams, given: SamplingParams) -> str | None:
-    """How `asked` samples from another distribution than `given`, in words; None where it is the same."""
+    """How `asked` samples from another distribution than `given`, in words; None if it is the same."""
     for field in ("temperature", "top_p", "top_k"):
         wanted, usual = getattr(asked, field), getattr(given, field)
         if wanted != usual:

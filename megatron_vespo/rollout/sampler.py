@@ -1,4 +1,4 @@
-"""Draws completions from all engines; a draw outlives a lost engine, a held run and odd log-probs."""
+"""Draws completions from all engines; a draw survives lost engines, pauses and non-finite log-probs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
-# a rare overflow costs a draw; an engine that makes them all the time would train a policy on what is left
+# A rare overflow costs one draw. If it happened all the time, the policy would train on a biased selection.
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
 
 
 class TooManyRejectedError(CollectError):
-    """Completions whose log-probs are no numbers, so many that the engine or the weights must be broken."""
+    """So many completions with non-finite log-probs that the engine or the weights must be broken."""
 
 
 class RejectedDraws:
-    """Counts the completions that had to be drawn anew among `total`; an error when they are too many."""
+    """Counts the completions that are sampled again among `total`; too many are an error."""
 
     def __init__(self, total: int):
         self.total, self._num = total, 0
@@ -63,10 +63,10 @@ class Sampler:
         rejected: RejectedDraws,
         partials: PartialCompletions | None = None,
     ) -> Completion:
-        """Completion `index` of a group; one with non-finite log-probs is drawn anew.
+        """Completion `index` of a group; one with non-finite log-probs is sampled again.
 
-        `partials[index]` is where it begins and, at any time, as far as it has come. One that an engine hands
-        back unfinished goes on as soon as that is allowed.
+        It continues from `partials[index]`, which always holds what has been generated so far. A completion
+        that an engine hands back unfinished continues after `release`.
         """
         partials = [None] * num_completions if partials is None else partials
         if self._function is None:
@@ -81,14 +81,14 @@ class Sampler:
         return partials[index]
 
     async def hold(self, timeout_s: float) -> None:
-        """Makes engines hand back what they are at, and asks for nothing more until `release`."""
+        """Makes engines hand back unfinished responses, and sends nothing more until `release`."""
         await self._router.hold(timeout_s)
 
     def release(self) -> None:
         self._router.release()
 
     async def watch(self, on_wait: Callable[[], None] | None = None) -> None:
-        """Never returns; raises what `check` raises. `on_wait` may block the loop."""
+        """Calls `check` and `on_wait` every second and raises what they raise; `on_wait` may block."""
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
@@ -128,7 +128,7 @@ class Sampler:
                 lambda client: client.generate(prompt, sampling, seed, partial), f"prompt {prompt.prompt_id}"
             )
         except CollectError:
-            # The connection breaks a moment before the process can be seen to be dead.
+            # The connection breaks a moment before the process is seen to be dead.
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
             raise

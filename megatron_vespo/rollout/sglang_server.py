@@ -41,16 +41,18 @@ class EngineError(RuntimeError):
 
 
 class EnginePortError(EngineError):
-    """A port that the user has chosen and nothing can listen on: a repetition does not help."""
+    """The port that the user has chosen is not free; another attempt would not help."""
 
 
 class SGLangServer:
-    """An SGLang server on this machine, in a session of its own.
+    """An SGLang server on this machine, in a process group of its own; it dies with its starting process.
 
-    `server_args` are SGLang's own flags (see `server_arguments`), without model path, host and ports.
-    The server's output is appended to `log_path`. The server dies with the process that started it. It sees
-    the GPUs `devices` (as in CUDA_VISIBLE_DEVICES), or those that this process does. `exported` is what the
-    user has set of `process_environment.TABLE`; None: what this process has of it.
+    Args:
+        server_args: SGLang's own flags (see `server_arguments`), without model path, host and ports.
+        log_path: the server's output is appended to it.
+        devices: the GPUs that it sees, as in CUDA_VISIBLE_DEVICES; None: those of this process.
+        exported: the variables of `process_environment.TABLE` that the user has set; None: those of this
+            process.
     """
 
     def __init__(
@@ -86,11 +88,11 @@ class SGLangServer:
         return self._process.pid
 
     def start(self) -> None:
-        """Launch the server and wait until it is healthy; raises EngineError, leaving nothing running."""
+        """Starts the server and waits until it is healthy. After an EngineError nothing is left running."""
         assert self._process is None, "engine already started"
         try:
             require_free_ports(self.host, self.port)
-        except PortError as error:  # free a moment ago: another one may be had
+        except PortError as error:  # it was free a moment ago; another attempt gets another port
             raise EngineError(str(error)) from error
         rendezvous_port = self.port + RENDEZVOUS_PORT_OFFSET
         command = [sys.executable, "-m", "megatron_vespo.rollout.server_process", str(os.getpid())]
@@ -128,7 +130,7 @@ class SGLangServer:
         return apply(values | reached_directly(self.host, os.environ), os.environ)
 
     def check(self) -> None:
-        """Raise EngineError, with the end of the log, when the server is not running."""
+        """Raises EngineError, with the end of the log, if the server is not running."""
         if self._process is None:
             raise EngineError(f"engine {self.url} is not running")
         status = self._process.poll()
@@ -137,7 +139,7 @@ class SGLangServer:
             raise EngineError(f"engine {self.url} died ({how})", self._log_tail())
 
     def stop(self, timeout_s: float) -> None:
-        """End the whole process group: SIGTERM, up to `timeout_s` seconds of grace, then SIGKILL."""
+        """Ends the whole process group: SIGTERM, up to `timeout_s` seconds of grace, then SIGKILL."""
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -187,7 +189,7 @@ class SGLangServer:
         self._check_plugins()
 
     def _check_plugins(self) -> None:
-        """SGLang only logs a plugin that fails, and then runs without what the plugin was to change."""
+        """Raises EngineError for a plugin that failed: SGLang only logs that, and runs without the plugin."""
         failed = sorted({match.group(1) for match in FAILED_PLUGIN.finditer(self._log())})
         if failed:
             raise EngineError(
@@ -205,7 +207,7 @@ class SGLangServer:
 
 
 def group_members(process_group: int) -> list[int]:
-    """Ids of the group's processes that still run (an unreaped zombie does not)."""
+    """Ids of the group's processes that still run; zombies do not count."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -91,7 +91,7 @@ class SynchronousBatches:
             )
         for completion in (c for group in groups for c in group):
             for rejection in completion.rejections:
-                self._display.message(f"drawn anew: {rejection}")
+                self._display.message(f"sampled again: {rejection}")
             versions = set(completion.policy_versions.tolist())
             if versions != {self._policy_version}:
                 raise RuntimeError(
