@@ -157,7 +157,14 @@ def asynchronous_run(tiny_model, tmp_path_factory):
     questions = folder / "questions.jsonl"
     rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(64)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--mini-batches", "2", "--save", str(folder / "checkpoints"), "--max-completion-tokens", "200"]
+    flags = [
+        "--steps-per-rollout",
+        "2",
+        "--save",
+        str(folder / "checkpoints"),
+        "--max-completion-tokens",
+        "200",
+    ]
     flags += ["--weight-check-interval", "2"]  # while requests run
     run = Run(
         train_command(
