@@ -20,6 +20,7 @@ INTERPRETED_TESTS = Path(__file__).parents[2] / "support/interpreted_log_prob_ke
 TIMEOUT_S = 240
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter():
     """In a pytest of its own: the interpreter has to be chosen before anything imports Triton."""
     done = subprocess.run(

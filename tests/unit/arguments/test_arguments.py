@@ -9,13 +9,11 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import pickle
 import re
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,12 +61,6 @@ def megatron_destinations() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def child():
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -91,6 +83,7 @@ def refusal(parse):
     return message_of
 
 
+@pytest.mark.long
 def test_derived_names_are_megatrons_own(child):
     # a wrong name would be set on the namespace and read by nobody
     derived = megatron_arguments(CONFIG).keys() | {"global_batch_size", "micro_batch_size", "seq_length"}
@@ -464,6 +457,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.long
 def test_help_shows_our_groups_and_imports_nothing_heavy():
     program = [sys.executable, "-c", HELP_AND_MODULES]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)

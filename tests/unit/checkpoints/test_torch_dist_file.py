@@ -72,6 +72,7 @@ def test_other_values_are_refused(tmp_path, value):
     refused(tmp_path / "file", 0, (tmp_path / "file").stat().st_size)
 
 
+@pytest.mark.long
 def test_every_flipped_bit_is_refused_or_of_no_consequence(tmp_path):
     """Of the archive, the values themselves excepted: these have only a manifest to protect them."""
     values = torch.arange(4.0)

@@ -86,6 +86,7 @@ def check_case(kind: str, damaged: Path, original: Path, room: Path) -> str:
     return "unknowable"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CASES)
 def test_nothing_wrong_is_accepted(kind, intact, tmp_path, fast_and_bounded):
     found: Counter[tuple[str, str]] = Counter()

@@ -70,6 +70,7 @@ def test_clocks(word, monkeypatch):
         assert offsets == {0: 0.0, 1: pytest.approx(100.0, abs=0.5), 2: pytest.approx(0.0, abs=0.5)}
 
 
+@pytest.mark.long
 def test_who_does_not_come_is_named(word):
     with ThreadPoolExecutor(1) as threads:
         host = threads.submit(Host, 3, word, 2.0)

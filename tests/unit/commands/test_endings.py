@@ -121,6 +121,7 @@ def raises_any(error: BaseException):
     return raising
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words", ["train --help", "simulate --help", "simulate --gpus 8 --rollout-batches 2"]
 )

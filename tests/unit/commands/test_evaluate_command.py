@@ -188,6 +188,7 @@ def keep_finished(path: Path, number: int) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 + number]))
 
 
+@pytest.mark.long
 def test_another_chat_template_is_refused(checkpoint, tmp_path, sets, capsys):
     out, template = tmp_path / "out", "{{ messages[0].content }}"
     model = with_template(checkpoint, tmp_path / "model", template)
@@ -206,6 +207,7 @@ def test_another_chat_template_is_refused(checkpoint, tmp_path, sets, capsys):
         assert run(line) == 0
 
 
+@pytest.mark.long
 def test_an_evaluation_of_an_older_version_goes_on(checkpoint, tmp_path, sets):
     """Its file has not all the settings of now."""
     path = tmp_path / "out/prompts.jsonl"
@@ -223,6 +225,7 @@ def test_an_evaluation_of_an_older_version_goes_on(checkpoint, tmp_path, sets):
         assert len(path.read_text().splitlines()) == 1 + 5
 
 
+@pytest.mark.long
 def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tmp_path, sets, capsys):
     with EngineStub(ByTurns(EASY | HARD)) as engine:
         line = command(checkpoint, tmp_path / "out", engine.url, *sets)
@@ -233,6 +236,7 @@ def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tm
         assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_template_writes_the_date_of_the_start(checkpoint, tmp_path, sets, monkeypatch):
     class Clock(datetime):
         today = datetime(2026, 2, 28)
@@ -258,6 +262,7 @@ def test_a_template_writes_the_date_of_the_start(checkpoint, tmp_path, sets, mon
         assert "".join(map(chr, engine.requests[-1]["input_ids"][:2])) == "01"
 
 
+@pytest.mark.long
 def test_a_key_from_the_environment(checkpoint, tmp_path, sets, capsys, monkeypatch):
     with EngineStub(ByTurns(EASY | HARD), api_key="secret") as engine:
         line = command(checkpoint, tmp_path / "out", engine.url, *sets)
@@ -277,6 +282,7 @@ def test_an_engine_without_a_numbered_version(checkpoint, tmp_path, sets, capsys
     )
 
 
+@pytest.mark.long
 def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, sets, capsys):
     with EngineStub(ByTurns(EASY | HARD)) as engine:
         line = command(checkpoint, tmp_path / "out", engine.url, *sets, "--max-request-retries", "1")

@@ -10,9 +10,7 @@ import contextlib
 import importlib
 import io
 import json
-import multiprocessing
 import subprocess
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,12 +24,6 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = {"tiny/run.sh": (1, 4), "asynchronous/run.sh": (6, 1)}
 PYTHON_PROGRAMS = {"staleness_study/run.sh"}  # its runs are a table's, see below
 NOTES = '#!/bin/bash\nprintf "%s\\0" "$@" >>"${0%/*}/given"; echo >>"${0%/*}/given"\n'
-
-
-@pytest.fixture(scope="module")
-def child():
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
 
 
 def planned(words: list[str]) -> tuple[int, str]:
@@ -51,6 +43,7 @@ def write_config(folder: Path, config: dict) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_its_nodes(child, tmp_path, recipe):
     model = write_config(tmp_path, CONFIGS[recipe.partition("/")[0]])
@@ -100,6 +93,7 @@ def test_the_runs_of_a_script(child, tmp_path, monkeypatch, script):
     ]
 
 
+@pytest.mark.long
 def test_the_runs_of_the_study(child, tmp_path, monkeypatch):
     """Those in its process and those on the real stack: each method with its options once."""
     monkeypatch.syspath_prepend(EXAMPLES / "staleness_study")

@@ -94,6 +94,7 @@ def wrong(case: Case, answer: dict) -> str | None:
     return None if any(name in said for name in case.names) else f"does not name {' or '.join(case.names)}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", RIGHT)
 def test_without_a_mistake_it_is_accepted(server, command):
     answer = server.answer(Case(command, RIGHT[command].split(), "", []))
@@ -102,6 +103,7 @@ def test_without_a_mistake_it_is_accepted(server, command):
     assert answer["code"] in (0, ACCEPTED), answer
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("first", "end"), [(0, QUICK), pytest.param(QUICK, NUMBER, marks=pytest.mark.slow)])
 def test_mistakes_are_answered_in_one_line(server, capsys, first, end):
@@ -122,6 +124,7 @@ def test_mistakes_are_answered_in_one_line(server, capsys, first, end):
     assert not failures, f"seed {SEED}:\n" + "\n".join(failures)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", cold_cases(), ids=lambda case: f"{case.command} {case.what}")
 def test_variables_that_count_when_a_process_starts(server, case):
     assert (problem := wrong(case, answer := server.answer(case))) is None, (problem, answer)

@@ -5,14 +5,12 @@ Plans import Megatron, which changes the process: one child does it for all test
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import multiprocessing
-import os
 import re
 import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,12 +99,6 @@ def plan_here(flags: str) -> tuple[list, list, int]:
 
 
 @pytest.fixture(scope="module")
-def child():
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=120)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("Qwen3-30B-A3B")
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -141,6 +133,7 @@ def held(stage: int, tensor: int, pipeline: int, expert: int, expert_tensor: int
     return dense, layers * EXPERTS // expert * 3 * HIDDEN * FFN // expert_tensor
 
 
+@pytest.mark.long
 def test_kernels_that_this_machine_lacks_change_no_plan(plan):
     """Megatron's own checks of them still count."""
     flags = flags_of(*LAYOUTS[0])
@@ -370,11 +363,16 @@ def test_weight_sync():
     assert Lengths(256, 3840).sample == 4096
 
 
-def command(recipe: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_vespo", "plan", str(recipe), *flags],
-        capture_output=True, text=True, timeout=120, env=os.environ,
-    )  # fmt: skip
+def command_here(words: list[str]) -> Namespace:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run(["plan", *words])
+    return Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def command(child):
+    """What `megatron-vespo plan` returns and prints, in the process that has Megatron."""
+    return lambda recipe, *flags: child(command_here, [str(recipe), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -386,10 +384,11 @@ def recipe(checkpoint, tmp_path_factory) -> Path:
     return path
 
 
-def test_the_command(recipe):
-    started = time.monotonic()
-    done = command(recipe, "--nodes", "4")
-    print(done.stdout, done.stderr, time.monotonic() - started)
+@pytest.mark.long
+def test_the_command(command, recipe):
+    words = [sys.executable, "-m", "megatron_vespo", "plan", str(recipe), "--nodes", "4"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    print(done.stdout, done.stderr)
     assert done.returncode == 0 and done.stderr == ""
     assert "30,532,122,624 parameters over all ranks" in done.stdout
     assert "4 nodes x 8 h100" in done.stdout and "tp2, pp1, vpp1, cp1, dp8, ep8, etp1" in done.stdout
@@ -424,7 +423,8 @@ def test_flags_of_recomputation_are_taken_out():
     assert without_recomputation(["--recompute-method=uniform", "--x"]) == ["--x"]
 
 
-def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
+@pytest.mark.long
+def test_a_run_that_does_not_fit_names_flags_that_help(command, recipe):
     done = command(recipe, "--nodes", "1", "--gpu", "a100-40gb", "--trainer-ranks", "8")
     print(done.stdout, done.stderr)
     assert done.returncode == 1
@@ -432,14 +432,16 @@ def test_a_run_that_does_not_fit_names_flags_that_help(recipe):
     assert "--use-precision-aware-optimizer --optimizer-cpu-offload (headroom " in done.stdout
 
 
-def test_one_is_said_as_one(recipe):
+@pytest.mark.long
+def test_one_is_said_as_one(command, recipe):
     flags = "--nodes 1 --gpus-per-node 1 --trainer-ranks 1 --tensor-model-parallel-size 1 --sglang-tp-size 1"
     done = command(recipe, *flags.split(), "--expert-model-parallel-size", "1", "--rollout-engines", "1")
     assert "cluster    1 node x 1 h100 of 79.1 GiB = 1 GPU; 1 train, 1 engine x 1 generate\n" in done.stdout
     assert "\nengine of 1 GPU, GiB a GPU, mem-fraction-static 0.8 (given)\n" in done.stdout
 
 
-def test_gpus_that_are_shared_in_turn(plan, checkpoint, recipe):
+@pytest.mark.long
+def test_gpus_that_are_shared_in_turn(plan, command, checkpoint, recipe):
     colocated = "--colocate --rollout-engines 8 --sglang-tp-size 2 --sglang-mem-fraction-static"
     layout = flags_of(16, 2, 1, 1, 1, 8, 1)
     [stage], [offloading], _ = plan(f"{layout} {colocated} 0.5 {FULL}")

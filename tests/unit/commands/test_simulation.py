@@ -314,6 +314,7 @@ def test_recorded_lengths_stay_together():
         assert set(recorded.responses(random, common, 9)) <= set(own)
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_whatever_fails_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):

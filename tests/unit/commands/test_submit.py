@@ -230,6 +230,7 @@ def test_a_long_deadline_is_asked_for_earlier(recipe, capsys):
 NONSENSE = "--recompute-granularity selective --recompute-modules nonsense"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -311,6 +312,7 @@ def test_no_time_limit(text):
         time_limit(text)
 
 
+@pytest.mark.long
 def test_gpus_that_no_plan_knows(recipe, capsys):
     """Flags are still checked, memory is not."""
     huge = "--max-tokens-per-gpu 16384 --gpu".split()

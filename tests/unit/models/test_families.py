@@ -144,6 +144,7 @@ def test_published_models(model):
     assert from_megatron == Counter(list(tensors))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_the_published_moe_at_expert_parallel_8(tensor_parallel):
     """Every tensor to the shards of a layout and back, at full size, on tensors without values."""

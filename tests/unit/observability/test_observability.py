@@ -328,6 +328,7 @@ def png_size(path):
     return int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
 
 
+@pytest.mark.long
 def test_plot_curves_draws_any_run(tmp_path):
     record = STEP_METRICS | {"time": 0.0, "time/custom": 1.0}
     run = [{"step": 0, "time": 0.0, "eval/accuracy": 0.33}]

@@ -140,6 +140,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for machines without CUDA")
 def test_the_list_of_replacements_is_complete():
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}

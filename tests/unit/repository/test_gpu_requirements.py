@@ -58,6 +58,7 @@ def resolve(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_lock_is_what_setup_resolves_to(tmp_path):
     done = resolve(tmp_path)
     if done.returncode and any(text in done.stderr for text in NO_REGISTRY):

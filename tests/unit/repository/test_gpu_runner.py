@@ -27,6 +27,7 @@ def items(folder, *chosen, machine=HERE, seconds=100.0):
     return list(run.run_items(chosen, "cpu", machine, folder, [], time.monotonic() + seconds))
 
 
+@pytest.mark.long
 def test_without_a_gpu_everything_is_skipped_and_the_json_says_so(tmp_path):
     report = tmp_path / "figures.json"
     command = [sys.executable, str(RUNNER), "--json", str(report), "--pack", str(tmp_path)]
@@ -41,6 +42,7 @@ def test_without_a_gpu_everything_is_skipped_and_the_json_says_so(tmp_path):
     assert f"0 ok, 0 failed, {len(ITEMS)} skipped" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_an_item_that_hangs_and_one_that_crashes_stop_no_other(tmp_path):
     hangs = dataclasses.replace(BY_NAME["ceilings"], limit_s=0.2)
     crashes = dataclasses.replace(BY_NAME["ceilings"], environment={"PYTHONHOME": str(tmp_path)})

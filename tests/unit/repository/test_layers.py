@@ -124,6 +124,7 @@ def is_definition(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef | ast.ClassDef)
 
 
+@pytest.mark.long
 def test_lower_layers_load_no_framework():
     pure = [f"megatron_vespo.{module}" for module in MODULES if LAYERS[part(module)] <= 1]
     assert len(pure) > 15

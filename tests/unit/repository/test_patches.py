@@ -256,6 +256,7 @@ def test_environment_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"qwen3_moe", "qwen3", "llama"} & set(disabled)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for machines without CUDA")
 def test_torch_cuda_stand_ins() -> None:
     """In a process of its own: torch must stay as it is in this one."""

@@ -151,6 +151,7 @@ def test_failed_installation_is_not_ready(checkout: Checkout) -> None:
     assert (checkout.root / ".venv/.incomplete").exists()
 
 
+@pytest.mark.long
 def test_a_second_run_waits_for_the_first(checkout: Checkout) -> None:
     script = checkout.root / "patches/cpu/setup_env.sh"
     holder = subprocess.Popen(["flock", script, "sleep", "2"])

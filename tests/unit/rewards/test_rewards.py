@@ -351,6 +351,7 @@ def test_response_that_did_not_end_earns_nothing_and_is_not_run(pool):
     assert results == [cut, cut, RewardResult(1.0, "ok", "")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["hang", "hang_in_c"])
 def test_hanging_item_costs_only_itself(pool, command):
     items = [item("is 1") for _ in range(200)]
@@ -363,6 +364,7 @@ def test_hanging_item_costs_only_itself(pool, command):
     assert sum(result == RewardResult(1.0, "ok", "") for result in results) == 198
 
 
+@pytest.mark.long
 def test_deadline_is_for_each_item_not_for_the_chunk(custom):
     pool = RewardPool(custom, num_workers=1, timeout_s=0.5)
     assert pool.score([item("slow 0.2")] * 12) == [RewardResult(0.0, "ok", "")] * 12  # chunks of three
@@ -491,6 +493,7 @@ def test_512_cheap_items_take_well_under_half_a_second():
     assert fastest < 0.5
 
 
+@pytest.mark.long
 def test_sympy_power_tower_meets_the_deadline():
     pool = RewardPool(math_reward, num_workers=1, timeout_s=1.0)
     pool.score([RewardItem(boxed("x"), "42", {}, True)])  # the first LaTeX parse is slow
@@ -560,6 +563,7 @@ def test_nothing_is_left_after_interpreter_exit(custom):
     assert wait_until(lambda: not is_alive(worker), 5.0)
 
 
+@pytest.mark.long
 def test_killed_parent_leaves_no_worker_not_even_a_hung_one(custom):
     process, worker = start_driver(custom, "1.5", "hang_in_c")
     time.sleep(0.5)

@@ -101,6 +101,7 @@ def test_the_imports_are_megatrons_own(package, module):
     assert handler.type.id == "ImportError"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", BROKEN)
 def test_a_run_on_gpus_without_transformer_engine(error, tmp_path):
     """Refused with the real error, unless the local layers are asked for; plans and CPU runs are not."""
@@ -123,6 +124,7 @@ def test_a_trainer_rank_names_itself():
         worker.start("127.0.0.1", 1)
 
 
+@pytest.mark.long
 def test_a_deep_ep_that_ends_its_import_does_not_end_megatrons(tmp_path):
     """SGLang's looks for CUDA's folder by an assertion, which Megatron does not catch."""
     write(tmp_path, DEEP_EP, {"__init__.py": "assert False, 'no CUDA home'\n"})
@@ -135,6 +137,7 @@ def test_the_flex_dispatcher_wants_deep_ep():
     check_deep_ep("alltoall", "deepep", "here")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("package", "distribution", "files", "status"),
     [

@@ -233,6 +233,7 @@ def test_what_is_no_number_of_threads(text):
 ACTIVATE = "import megatron_vespo_cpu, torch; megatron_vespo_cpu.activate(); print(torch.get_num_threads())"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("text", "threads"), [("", "1"), ("2,1", "2")])
 def test_the_cpu_runtime_reads_threads_alike(text, threads):
     done = subprocess.run(
