@@ -1,4 +1,4 @@
-"""Test modules stand alone: none imports another, and no two have one name. What they share is in tests/support."""
+"""Test modules stand alone: none imports another, names are unique. What they share is in tests/support."""
 
 import ast
 from collections import Counter
