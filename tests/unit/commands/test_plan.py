@@ -363,10 +363,10 @@ def test_weight_sync():
     assert Lengths(256, 3840).sample == 4096
 
 
-def command_here(words: list[str]) -> Namespace:
+def command_here(words: list[str]) -> SimpleNamespace:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = run(["plan", *words])
-    return Namespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
