@@ -1,39 +1,46 @@
-"""A config.json from the HF hub."""
+"""Files config.json of the HF hub, as transformers 4 wrote them."""
 
-# Qwen/Qwen3-30B-A3B as transformers 4 wrote it
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
+from __future__ import annotations
+
+from typing import Any
+
+_COMMON = {
+    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+    "num_attention_heads": 32, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+}  # fmt: skip
+_QWEN3 = _COMMON | {
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False,
+    "transformers_version": "4.51.0", "vocab_size": 151936,
+}  # fmt: skip
+# Qwen/Qwen3-30B-A3B
+QWEN3_30B_A3B: dict[str, Any] = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_size": 2048,
+    "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+# Qwen/Qwen3-8B
+QWEN3_8B: dict[str, Any] = _QWEN3 | {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288,
+    "max_window_layers": 36, "model_type": "qwen3", "num_hidden_layers": 36, "num_key_value_heads": 8,
+    "rope_theta": 1000000,
+}  # fmt: skip
+LLAMA3_ROPE: dict[str, Any] = {
+    "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3",
+}  # fmt: skip
+# meta-llama/Llama-3.2-1B
+LLAMA_1B: dict[str, Any] = _COMMON | {
+    "architectures": ["LlamaForCausalLM"], "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "llama", "num_hidden_layers": 16, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0,
+    "tie_word_embeddings": True, "transformers_version": "4.45.0", "vocab_size": 128256,
+}  # fmt: skip
+# meta-llama/Llama-3.2-3B
+LLAMA_3B = LLAMA_1B | {
+    "head_dim": 128, "hidden_size": 3072, "num_attention_heads": 24, "num_hidden_layers": 28,
+}  # fmt: skip

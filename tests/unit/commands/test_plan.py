@@ -37,43 +37,12 @@ from megatron_vespo.commands.plan.trainer_memory import (
     trainer_memory,
 )
 from megatron_vespo.system.hardware import GLOO, GPUS, ON_GPUS
+from tests.support.published_config import QWEN3_30B_A3B
 from tests.support.settings import flat_settings
 
-LAYERS, HIDDEN, HEADS, GROUPS, WIDTH, EXPERTS, TOP, FFN, VOCABULARY = (
-    48,
-    2048,
-    32,
-    4,
-    128,
-    128,
-    8,
-    768,
-    151936,
-)
+LAYERS, HIDDEN, HEADS, GROUPS, WIDTH = 48, 2048, 32, 4, 128
+EXPERTS, TOP, FFN, VOCABULARY = 128, 8, 768, 151936
 PARAMETERS = 30_532_122_624
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": WIDTH,
-    "hidden_act": "silu",
-    "hidden_size": HIDDEN,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": FFN,
-    "norm_topk_prob": True,
-    "num_attention_heads": HEADS,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": TOP,
-    "num_hidden_layers": LAYERS,
-    "num_key_value_heads": GROUPS,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": VOCABULARY,
-}
 RUN = """
 --prompt-data none.parquet --output-dir none --load none --bf16 --train-iters 64 --lr 1e-6  # nothing is there
 --steps-per-rollout 4 --rollout-batch-size 512 --group-size 8
@@ -101,7 +70,7 @@ def plan_here(flags: str) -> tuple[list, list, int]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("Qwen3-30B-A3B")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
     return folder
 
 
