@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import ray
+import ray.exceptions
 
 POLL_S = 1.0
 DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice that a process is gone

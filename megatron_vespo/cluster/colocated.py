@@ -55,6 +55,7 @@ class ColocatedSync(EngineSync):
         self._gpu_sharing = gpu_sharing
 
     def sync(self, policy_version: int) -> float:
+        assert self._trainer is not None, "attach comes first"
         self._trainer.offload(keep_weights=True)
         self._gpu_sharing.begin_sync()
         seconds = super().sync(policy_version)
@@ -65,6 +66,7 @@ class ColocatedSync(EngineSync):
         return super().metrics() | {"engines/turn_seconds": self._gpu_sharing.seconds}
 
     def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:
+        assert self._trainer is not None, "attach comes first"
         # engines that have just started, and all engines in a repeated sync: the trainer's weights need room
         self._gpu_sharing.offload(endpoints, CACHE_AND_GRAPHS)
         self._gpu_sharing.onload(endpoints, WEIGHTS)

@@ -67,6 +67,7 @@ class EngineActor:
 
     def check(self) -> None:
         """Raises EngineError when the server's process has ended."""
+        assert self._server is not None, "start comes first"
         self._server.check()
 
     def stop(self) -> None:

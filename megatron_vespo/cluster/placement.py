@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -133,7 +135,7 @@ def _check_own(engine_ports: Sequence[int]) -> None:
 
 def _init(address: str | None, num_processes: int) -> None:
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Ray listens on all interfaces and asks for a token, but leaves its own in a file that all may read
@@ -145,7 +147,7 @@ def _init(address: str | None, num_processes: int) -> None:
         num_gpus=_own_gpus(),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
@@ -123,7 +124,7 @@ class SupervisedEngine:
         """
         self._poll_actor()
         if self.url is not None:
-            self._poll_health(check_health)
+            self._poll_health(self.url, check_health)
 
     @property
     def awaits_health_check(self) -> bool:
@@ -154,7 +155,7 @@ class SupervisedEngine:
                 )
             return
         try:
-            answer = ray.get(self._call)
+            answer: Any = ray.get(self._call)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, EngineError):
                 raise error.cause from None
@@ -170,7 +171,7 @@ class SupervisedEngine:
             self.become_ready(answer)
         self._ask("check", CHECK_TIMEOUT_S)
 
-    def _poll_health(self, check_health: bool) -> None:
+    def _poll_health(self, url: str, check_health: bool) -> None:
         now = time.monotonic()
         if self._health_check is not None and self._health_check.done():
             if self._health_check.exception() is None:
@@ -181,10 +182,10 @@ class SupervisedEngine:
             self._last_healthy = now
         elif self._health_check is None and now >= self._next_check:
             self._health_check = self._executor.submit(
-                get_json, self.url, "/health", self._health_timeout_s, self._api_key
+                get_json, url, "/health", self._health_timeout_s, self._api_key
             )
         if now - self._last_healthy > self._health_timeout_s:
             raise EngineError(
-                f"engine {self.url} hangs: it has generated nothing for {self._health_timeout_s:g} s",
+                f"engine {url} hangs: it has generated nothing for {self._health_timeout_s:g} s",
                 log_tail(self.log_path),
             )

@@ -56,7 +56,7 @@ class TrainerGroup:
         self._last_save: SaveReport | None = None
         self.saved_iteration: int | None = None  # the newest in --save that this trainer knows to be its own
         remote = ray.remote(TrainerWorker)
-        self._workers = [
+        self._workers: list[Any] = [
             remote.options(**placement.options(assignment)).remote(
                 settings, rank, log_dir, placement.loopback, exported_values(os.environ)
             )

@@ -30,9 +30,11 @@ from megatron_vespo.system.process_environment import THREADS, apply_here, train
 from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
+    from megatron_vespo.trainer.checkpoint import Stored
     from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
     from megatron_vespo.weight_sync.verify import Sums
+    from megatron_vespo.weight_sync.weight_link import WeightLink
 
 # of SGLang: with these engines may have loaded other values than --hf-checkpoint's
 LOADING_FLAGS = {"--load-format", "--dtype"}
@@ -59,6 +61,9 @@ class Resumed:
 class TrainerWorker:
     """All methods are collectives: the group calls them on every rank. Results are the same on all."""
 
+    policy: MegatronPolicy  # from `start` on
+    _memory: GpuMemory  # from `start` on
+
     def __init__(
         self, settings: TrainSettings, rank: int, log_dir: Path, loopback: bool, exported: Mapping[str, str]
     ):
@@ -68,10 +73,9 @@ class TrainerWorker:
         self._settings, self._args, self.rank = settings, settings.megatron, rank
         self._host = host_address(loopback)
         self._bucket_bytes = settings.sync.weight_sync_bucket_mb * 2**20
-        self.policy: MegatronPolicy | None = None
-        self._memory: GpuMemory | None = None
+        self._started = False
         self._prepared: list = []
-        self._link = None  # to the engines
+        self._link: WeightLink | None = None
         self._num_syncs = 0
         self._probes: list[TrainingSample] = []  # of the last rollout batch
         self._reports: list[SaveReport] = []
@@ -82,7 +86,7 @@ class TrainerWorker:
         """What the method returns, when it did what on this machine's clock, and saves that have ended."""
         with self._spans.span(method):
             result = getattr(self, method)(*arguments)
-        if self.policy is not None and method != "save":
+        if self._started and method != "save":
             self._reports += self.policy.saver.poll()
         reports, self._reports = self._reports, []
         return result, self._spans.take(), reports
@@ -109,18 +113,20 @@ class TrainerWorker:
         self._memory = GpuMemory(
             self.policy.model, self.policy.optimizer, self._settings.sync.colocate_offload
         )
-        if self.policy.stored is None:
+        self._started = True
+        stored = self.policy.stored
+        if stored is None:
             return None
-        buffer = self.policy.stored.file(BUFFER) if self.rank == 0 else None
-        return Resumed(self.policy.rollout_state, buffer, self._check_probes())
+        buffer = stored.file(BUFFER) if self.rank == 0 else None
+        return Resumed(stored.state, buffer, self._check_probes(stored))
 
-    def _check_probes(self) -> float | None:
-        content = self.policy.stored.file(PROBE)
+    def _check_probes(self, stored: Stored) -> float | None:
+        content = stored.file(PROBE)
         if content is None:
             return None
         samples, saved = decode(content)
         now = self.policy.log_probs(samples, False)
-        return compare(saved, now, self._settings.trainer.bf16, f"--load {self.policy.stored.folder}")
+        return compare(saved, now, self._settings.trainer.bf16, f"--load {stored.folder}")
 
     def describe(self) -> list[str]:
         """Which implementation runs each part of the model on this machine, and why."""
@@ -196,12 +202,17 @@ class TrainerWorker:
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
 
+    @property
+    def _engines(self) -> WeightLink:
+        assert self._link is not None, "connect_engines comes first"
+        return self._link
+
     def sync_weights(self, policy_version: int) -> None:
         """Make every engine serve the current weights as `policy_version`."""
         from megatron_vespo.checkpoints.buckets import buckets
 
         self._memory.weights.onload()
-        self._link.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), policy_version)
+        self._engines.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), policy_version)
 
     def check_weights(self, policy_version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.
@@ -217,7 +228,7 @@ class TrainerWorker:
         due = not known if first or self._all_fresh else every_so_many
         if due:
             self.export_hf(export)
-        self._link.together(self.rank == 0, self._compare, policy_version, known, export if due else None)
+        self._engines.together(self.rank == 0, self._compare, policy_version, known, export if due else None)
         if due and self.rank == 0:
             shutil.rmtree(export)
         self._num_syncs += 1
@@ -231,12 +242,12 @@ class TrainerWorker:
             compare_sums,
         )
 
-        admin = self._link.admin
+        admin = self._engines.admin
         all_sums = check_engines_agree(admin, policy_version)
         if known:
             whose = f"--hf-checkpoint {self._settings.engines.hf_checkpoint}"
             for url, sums in zip(admin.urls, all_sums, strict=True):
-                compare_sums(url, sums, whose, self._link.loaded[url], policy_version)
+                compare_sums(url, sums, whose, self._engines.loaded[url], policy_version)
         if export is not None:
             limit = self._settings.sync.weight_check_timeout
             check_against_checkpoint(admin, all_sums[0], export, policy_version, limit)

@@ -5,6 +5,7 @@ Exit code 1 and one line when it is not in time. For job scripts: the node that 
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -26,7 +27,7 @@ def wait_for_nodes(address: str, num_nodes: int, timeout_s: float) -> None:
             raise RuntimeError(f"{num_nodes} nodes wanted, Ray at {address} {found}")
         try:
             if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
         except Exception as error:  # before all of its processes run, Ray raises no narrower class
             failure = " ".join(str(error).split())

@@ -10,6 +10,7 @@ import importlib
 import sys
 import warnings
 from functools import cache
+from typing import Any
 
 TRANSFORMER_ENGINE = "transformer_engine"
 DEEP_EP = "deep_ep"
@@ -38,7 +39,8 @@ def import_error(package: str) -> str | None:
                         raise ImportError(f"cannot import name {name!r} from {module!r}")
     except Exception as error:
         if not (isinstance(error, ModuleNotFoundError) and error.name == package):
-            sys.modules[package] = None  # an import of it is a ModuleNotFoundError from now on
+            hidden: dict[str, Any] = sys.modules
+            hidden[package] = None  # an import of it is a ModuleNotFoundError from now on
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 

@@ -11,11 +11,12 @@ import socket
 import time
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
@@ -103,17 +104,17 @@ class BucketSender:
             dist.destroy_process_group(group)
 
 
-def _store(host: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
+def _store(host: str, world_size: int, timeout: timedelta) -> TCPStore:
     """On a port that is free, and on this address only: by itself torch listens on all interfaces."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    return dist.TCPStore(
+    return TCPStore(
         host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
 
 
-def _all_have_arrived(store: dist.TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
+def _all_have_arrived(store: TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
     """Whether so many ranks came to the store, none of `joins` failing, and wait there for rank 0.
 
     gloo's ranks leave their addresses under keys that end in their number; NCCL's do not wait. Where one
@@ -134,11 +135,16 @@ def _all_have_arrived(store: dist.TCPStore, number: int, joins: list[Future], ti
 
 
 def _join_as_rank_zero(
-    backend: str, store: dist.Store, world_size: int, name: str, timeout: timedelta
+    backend: str, store: Store, world_size: int, name: str, timeout: timedelta
 ) -> dist.ProcessGroup:
     """A process group with processes outside this trainer's world; torch offers it only by its internals."""
+    prefixed, named = (
+        PrefixStore(name, store),
+        cast(Any, name),
+    )  # GroupName in new versions of torch
     group, _ = _new_process_group_helper(
-        world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
+        world_size, 0, [], Backend(backend), prefixed, group_name=named, timeout=timeout
     )
+    assert isinstance(group, dist.ProcessGroup)
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group

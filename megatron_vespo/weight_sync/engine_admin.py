@@ -42,7 +42,8 @@ class EngineAdmin:
         api_key: str | None = None,
     ):
         """`pause` is what becomes of requests that run during an update; without it there must be none."""
-        self.urls, self.timeout_s, self.pause, self._api_key = list(urls), timeout_s, pause, api_key
+        self.urls, self.timeout_s, self._api_key = list(urls), timeout_s, api_key
+        self.pause: PauseMode | None = pause
         self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
 
     def of(self, urls: Sequence[str]) -> EngineAdmin:

@@ -38,11 +38,18 @@ class WeightLink:
         api_key: str | None = None,
     ):
         self._rank, self._stage, self._num_stages, self._is_sender = rank, stage, num_stages, is_sender
-        self._engine_size, self._host, self._backend = engine_size, host, backend
-        self._timeout_s, self._pause, self._api_key = timeout_s, pause, api_key
+        self._engine_size, self._host, self._timeout_s, self._api_key = engine_size, host, timeout_s, api_key
+        self._backend: SyncBackend = backend
+        self._pause: PauseMode | None = pause
         self._sender: BucketSender | None = None
-        self.admin: EngineAdmin | None = None  # of the engines that are connected, on ranks that send
+        self._admin: EngineAdmin | None = None
         self.loaded: dict[str, Sums] = {}  # on rank 0: what engines without a policy had loaded, by url
+
+    @property
+    def admin(self) -> EngineAdmin:
+        """Of the engines that are connected; on ranks that send."""
+        assert self._admin is not None, "connect comes first, and on other ranks there is none"
+        return self._admin
 
     def connect(self, urls: list[str], fresh: list[str], number: int) -> None:
         """Build all broadcast groups anew with the engines at `urls`, stage after stage: no deadlock.
@@ -54,9 +61,9 @@ class WeightLink:
             self._sender.close()
             self._sender = None
         if self._is_sender:
-            if self.admin is not None:
-                self.admin.close()
-            self.admin = EngineAdmin(urls, self._timeout_s, self._pause, self._api_key)
+            if self._admin is not None:
+                self._admin.close()
+            self._admin = EngineAdmin(urls, self._timeout_s, self._pause, self._api_key)
         self.together(self._rank == 0, self._leave_old_groups, number - 1)
         for stage in range(self._num_stages):
             mine = self._is_sender and stage == self._stage
@@ -126,16 +133,18 @@ class WeightLink:
     def _send_all(
         self, buckets: Iterable[dict[str, Tensor]], policy_version: int | None
     ) -> WeightSyncError | None:
-        """The last bucket carries the version, so look one ahead."""
-        held = error = None
+        """The last bucket carries the version: each is sent when the next one is known."""
+        held: dict[str, Tensor] | None = None
+        error: WeightSyncError | None = None
         for bucket in buckets:
             if held is not None:
                 error = error or self._send(held, None)
             held = bucket
         return error or self._send(held, policy_version)
 
-    def _send(self, bucket: dict[str, Tensor], policy_version: int | None) -> WeightSyncError | None:
+    def _send(self, bucket: dict[str, Tensor] | None, policy_version: int | None) -> WeightSyncError | None:
         if self._is_sender:
+            assert self._sender is not None and bucket is not None
             try:
                 self._sender.send(bucket, policy_version)
             except WeightSyncError as error:

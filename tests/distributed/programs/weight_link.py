@@ -51,7 +51,7 @@ def main() -> None:
         rank=rank, stage=stage, num_stages=2, is_sender=sends, engine_size=1, host="127.0.0.1",
         backend="gloo", timeout_s=1.0, pause=None,
     )  # fmt: skip
-    link._sender, link.admin = sender, admin = Sender(), Admin()
+    link._sender, link._admin = sender, admin = Sender(), Admin()
     gathered = 0
 
     def buckets() -> Iterator[dict[str, Tensor]]:
