@@ -16,15 +16,16 @@ from megatron_vespo.cluster.roles import Bundle, Resources, by_role, for_trainer
 
 
 def neighbours(settings: TrainerSettings) -> dict[str, int]:
-    """Ranks that talk much to each other -> how many: the most important first.
+    """Groups of ranks that exchange much data -> ranks in each. The most important group comes first.
 
     Megatron numbers them one after another (its order is tp-cp-ep-dp-pp): each group is a run of ranks that
     begins at a multiple of its size.
     """
     tensor = settings.tensor_model_parallel_size
+    expert_tensor = settings.expert_tensor_parallel_size or tensor  # as Megatron does
     return {
         "tensor-parallel": tensor,
-        "expert-parallel": settings.expert_model_parallel_size * settings.expert_tensor_parallel_size,
+        "expert-parallel": settings.expert_model_parallel_size * expert_tensor,
         "context-parallel": tensor * settings.context_parallel_size,
     }
 

@@ -181,15 +181,15 @@ def place(
     located = _located(group, request.bundles)
     blocks = located[: len(request.blocks)]
     trainer = trainer_assignments(request.blocks, blocks)
-    engines = (
+    servers = (
         shared_assignments(trainer, request.sharing, engine_size)
         if colocate
         else engine_assignments(located[len(blocks) :], len(blocks))
     )
     if not on_gpus and cluster_has_gpus():
-        trainer, engines = without_gpus(trainer), without_gpus(engines)
+        trainer, servers = without_gpus(trainer), without_gpus(servers)
     divided = divided_groups(run.groups, [blocks[rank.bundle].node for rank in trainer], request.per_node)
-    return Placement(group, trainer, engines, len(nodes) == 1, divided)
+    return Placement(group, trainer, servers, len(nodes) == 1, divided)
 
 
 def _reserved(bundles: list[dict[str, float]]) -> PlacementGroup:

@@ -59,7 +59,7 @@ def start_fleet(
     ranks, number = trainer.trainer_ranks if trainer else 0, settings.rollout_engines
     ports = range(settings.rollout_port, settings.rollout_port + number) if settings.rollout_port else ()
     start_ray(settings.ray_address, ranks + number, ports)
-    size, groups = engine_size(settings.sglang_flags), neighbours(trainer) if ranks else {}
+    size, groups = engine_size(settings.sglang_flags), neighbours(trainer) if trainer and ranks else {}
     placement = place(ranks, groups, number, size, on_gpus, colocate=sharing is not None)
     for line in placement.divided:
         log(line)

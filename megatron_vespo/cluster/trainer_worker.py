@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_vespo.trainer.checkpoint import Stored
     from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
+    from megatron_vespo.weight_sync.engine_admin import PauseMode
     from megatron_vespo.weight_sync.verify import Sums
     from megatron_vespo.weight_sync.weight_link import WeightLink
 
@@ -178,14 +179,15 @@ class TrainerWorker:
     ) -> None:
         """Join new broadcast groups with the engines; `fresh` ones have to get a policy first.
 
-        `loaded` says what those had loaded that have given their weights' memory back since.
+        `loaded` has the checksums of what those had loaded that were offloaded since.
         """
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.bucket_sender import sync_backend
         from megatron_vespo.weight_sync.weight_link import WeightLink
 
         if self._link is None:
-            groups, mode = self.policy.groups, self._settings.sync.on_weight_update.replace("-", "_")
+            groups = self.policy.groups
+            mode = cast("PauseMode", self._settings.sync.on_weight_update.replace("-", "_"))
             self._link = WeightLink(
                 rank=self.rank,
                 stage=groups.pp.rank(),

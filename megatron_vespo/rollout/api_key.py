@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from typing import IO, TextIO
 
 from megatron_vespo.rollout.server_arguments import flag_value
@@ -25,7 +26,7 @@ def new_api_key(choice: str, loopback: bool) -> str | None:
     return secrets.token_urlsafe(KEY_BYTES)
 
 
-def check_flags_with_key(sglang_flags: list[str]) -> None:
+def check_flags_with_key(sglang_flags: Sequence[str]) -> None:
     """ValueError for flags with which SGLang does not ask for the key."""
     flag = "--tokenizer-worker-num"
     if flag_value(sglang_flags, flag) not in (None, "1"):

@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def _keyword(call: ast.Call, name: str) -> ast.expr | None:
     return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
 
 
-def flag_value(sglang_flags: list[str], *names: str) -> str | None:
+def flag_value(sglang_flags: Sequence[str], *names: str) -> str | None:
     """What stands behind the last of these flags, spellings of one, as SGLang reads them; None without."""
     found = None
     for name, value in zip(sglang_flags, sglang_flags[1:], strict=False):
@@ -209,16 +210,16 @@ def flag_value(sglang_flags: list[str], *names: str) -> str | None:
     return found
 
 
-def engine_size(sglang_flags: list[str]) -> int:
+def engine_size(sglang_flags: Sequence[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
     return int(flag_value(sglang_flags, *SIZE_FLAGS) or 1)
 
 
-def has_pausable_graphs(arguments: list[str]) -> bool:
+def has_pausable_graphs(arguments: Sequence[str]) -> bool:
     """Whether SGLang can give the memory of all CUDA graphs of a colocated engine back."""
     return not any("breakable" in (flag_value(arguments, flag) or "") for flag in GRAPH_FLAGS)
 
 
-def has_symmetric_memory(arguments: list[str]) -> bool:
+def has_symmetric_memory(arguments: Sequence[str]) -> bool:
     """Whether SGLang turns on NCCL's cuMem, whatever the environment says."""
     return "--enable-symm-mem" in arguments
