@@ -33,9 +33,9 @@ def planned(words: list[str]) -> tuple[int, str]:
 
 
 def ranks_of(flags: list[str]) -> int:
-    args, stages = parsed(flags)
-    assert len(stages) == args.pipeline_model_parallel_size
-    return args.world_size
+    settings, stages = parsed(flags)
+    assert len(stages) == settings.trainer.pipeline_model_parallel_size
+    return settings.trainer.trainer_ranks
 
 
 def write_config(folder: Path, config: dict) -> str:

@@ -170,19 +170,19 @@ def test_what_a_layer_keeps():
     # bf16 a token: four of the hidden size; queries, keys before and after their norms, values, output
     attention = 2 * (4 * 2048 + 2 * (4096 + 512) + 512 + 4096) + 4 * 32
     experts = 2 * 8 * (2048 + 3 * 768) + 8 * 128
-    assert sum(kept.bytes for kept in kept_by_layer(model())) == attention + experts
+    assert sum(kept.bytes for kept in kept_by_layer(model().trainer)) == attention + experts
     # two ranks with sequence parallelism: a half of everything
     halves = model(tensor_model_parallel_size=2, sequence_parallel=True)
-    assert sum(kept.bytes for kept in kept_by_layer(halves)) == (attention + experts) / 2
+    assert sum(kept.bytes for kept in kept_by_layer(halves.trainer)) == (attention + experts) / 2
     # expert tensor parallelism gathers the tokens of both, of which the rank has half the widths
     gathered = model(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
-    assert sum(kept.bytes for kept in kept_by_layer(gathered)) == (attention + experts) / 2 + 8 * 2048
-    dense = sum(kept.bytes for kept in kept_by_layer(model(num_experts=None)))
+    assert sum(kept.bytes for kept in kept_by_layer(gathered.trainer)) == (attention + experts) / 2 + 8 * 2048
+    dense = sum(kept.bytes for kept in kept_by_layer(model(num_experts=None).trainer))
     assert dense == attention + 2 * 3 * 6144
 
 
 def test_recomputation():
-    everything, tokens = sum(kept.bytes for kept in kept_by_layer(model())), 1000
+    everything, tokens = sum(kept.bytes for kept in kept_by_layer(model().trainer)), 1000
     largest = 2 * 8 * 2 * 768 if 2 * 768 > 2048 else 2 * 8 * 2048
     assert activation_bytes(model(), 48, 0) == tokens * (48 * everything + largest)
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -212,8 +212,8 @@ def test_recomputation():
 def test_norms_inside_the_linear_layers_of_transformer_engine(experts, modules, freed):
     selective = {"recompute_granularity": "selective", "recompute_modules": modules}
     args = model(transformer_impl="transformer_engine", num_experts=experts, **selective)
-    kept = sum(kept.bytes for kept in kept_by_layer(args))
-    largest = max(kept.bytes for kept in kept_by_layer(args))
+    kept = sum(kept.bytes for kept in kept_by_layer(args.trainer))
+    largest = max(kept.bytes for kept in kept_by_layer(args.trainer))
     assert activation_bytes(args, 48, 0) == 1000 * (48 * (kept - freed) + freed + largest)
 
 
@@ -235,7 +235,7 @@ def test_micro_batches_in_flight(stages):
             args = model(pipeline_model_parallel_size=stages, global_batch_size=batch)
             assert in_flight(args, stage) == peak(stages - stage - 1, batch)
             if stages > 1 and batch >= stages:
-                args.virtual_pipeline_model_parallel_size = 3
+                args.values.virtual_pipeline_model_parallel_size = 3
                 warm_up = (stages - stage - 1) * 2 + 2 * stages
                 assert in_flight(args, stage) == pytest.approx(peak(warm_up, 3 * batch) / 3)
 
@@ -252,7 +252,7 @@ def test_packs(replay, each):
     assert whole == pytest.approx(4 * 8 + 3 * 4 + 8 + 8 * 15 / 16 + each, abs=0.5)
     in_flight_bytes = 2 * whole + (LAYERS * TOP * 8 / 2 if replay else 0)
     for steps in (1, 64):
-        args.steps_per_rollout, args.rollout_batch_size = steps, 256 * steps
+        args.values.steps_per_rollout, args.values.rollout_batch_size = steps, 256 * steps
         assert packs_in_flight_bytes(args, LAYERS, 0) == 1000 * in_flight_bytes
         stage = Stage(LAYERS, 0, 0, 0, 1, 1)
         host = host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)

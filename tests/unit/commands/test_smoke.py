@@ -155,7 +155,7 @@ def test_a_wrong_flag_of_train(flag, monkeypatch, tmp_path, capsys):
 def test_without_a_gpu(monkeypatch, tmp_path, capsys):
     """On a machine that is not made for it, CPUs are no substitute: a broken driver must not pass."""
     monkeypatch.setattr(command, "has_runtime_plugins", lambda: False)
-    monkeypatch.setattr(command, "start_ray", lambda args: None)
+    monkeypatch.setattr(command, "start_ray", lambda *arguments: None)
     monkeypatch.setattr(command, "node_resources", lambda: [{"CPU": 64.0}])
     assert run(["smoke", "--output-dir", str(tmp_path)]) == 1
     said = capsys.readouterr().out

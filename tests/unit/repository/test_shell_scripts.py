@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-FOLDERS = ("examples", "patches", "slurm", "tests")
+FOLDERS = ("docs", "examples", "patches", "slurm", "tests")
 
 
 def shell_scripts() -> list[str]:
