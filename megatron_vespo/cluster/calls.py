@@ -1,4 +1,4 @@
-"""Waiting for remote calls: with a deadline, and with the first failure said at once."""
+"""Waits for remote calls with a deadline; the first failure is raised at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice that a proc
 
 
 class WorkerError(RuntimeError):
-    """A remote process that failed, died or did not answer; names it."""
+    """A remote process failed, died or did not answer; the message names it."""
 
     died = False
 
 
 class TrainerError(WorkerError):
-    """One of the trainer's ranks: the others cannot go on without it, the run can."""
+    """A trainer rank failed. The other ranks cannot continue; the run can restart the trainer."""
 
 
 def gather(
@@ -34,9 +34,9 @@ def gather(
 ) -> list:
     """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
 
-    `names[i]` is who answers ref i, `explain(i)` adds what is known about it, `watch` is called every second
-    and may raise. Errors of the classes `passed_on` say everything themselves and are raised as they are: a
-    ValueError, for one, is the user's mistake. Everything else is raised as a `failure`.
+    `names[i]` is the process that answers ref i, `explain(i)` adds what is known about it. `watch` is called
+    every second and may raise. Errors of the classes `passed_on` are raised as they are: a ValueError, for
+    example, is the user's mistake. All other errors are raised as `failure`.
     """
     deadline = time.monotonic() + timeout_s
     pending = {ref: i for i, ref in enumerate(refs)}
@@ -71,7 +71,7 @@ def _raise_if_one_died(
     explain: Callable[[int], str],
     failure: type[WorkerError],
 ) -> None:
-    """A broken connection is how the living learn of a death: name the dead, not who noticed."""
+    """When a process dies, others fail with a broken connection: name the dead process, not those."""
     ready, _ = (
         ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_NOTICE_S) if pending else ([], [])
     )
@@ -85,7 +85,7 @@ def _raise_if_one_died(
 
 
 def _watch_a_while(watch: Callable[[], None] | None) -> None:
-    """The same for what is watched: a connection breaks a moment before its process is seen to be dead."""
+    """Give `watch` time to find a dead process: its connections break a moment earlier."""
     deadline = time.monotonic() + DEATH_NOTICE_S
     while watch is not None and time.monotonic() < deadline:
         watch()

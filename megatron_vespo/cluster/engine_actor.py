@@ -15,7 +15,7 @@ from megatron_vespo.system.preemption import shield_process
 
 
 class EngineActor:
-    """The actor; the server dies with it."""
+    """Runs and supervises one server, which dies with it."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class EngineActor:
         exported: Mapping[str, str],
         devices: str | None = None,
     ):
-        """`devices` are the GPUs that the server sees; None: those that the actor does.
+        """`devices` are the GPUs that the server sees; None: those of the actor.
 
         `exported` is what the user has set of `process_environment.TABLE`.
         """
@@ -44,7 +44,7 @@ class EngineActor:
         self._server: SGLangServer | None = None
 
     def start(self) -> str:
-        """A new server in the place of the one there may be; blocks until it is healthy; returns its url."""
+        """Start a server and stop the old one, if any. Blocks until it is healthy; returns its url."""
         self.stop()
         port = self._port()
         self._server = SGLangServer(
@@ -71,6 +71,6 @@ class EngineActor:
         self._server.check()
 
     def stop(self) -> None:
-        """Kills the whole process group."""
+        """Kill the server's whole process group."""
         if self._server is not None:
             self._server.stop(timeout_s=0)

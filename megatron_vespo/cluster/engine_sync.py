@@ -1,4 +1,4 @@
-"""The trainer's weights to all engines that run, again without those that are lost on the way."""
+"""Syncs the trainer's weights to all engines that run; repeats it without engines that are lost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_vespo.weight_sync.engine_admin import EnginesLostError
 
 
 class EngineSync:
-    """What brings engines into service: nothing is asked of one that has not the current weights, compared.
+    """Brings engines into service: only engines whose weights are current and checked get requests.
 
-    Until `attach` the weights are those that the engines load themselves. `engine_size` is the ranks of one
-    engine, `api_key` what they want to be shown.
+    Until `attach` the weights are those that the engines load themselves. `engine_size` is the number of
+    ranks of one engine, `api_key` the key that engines ask for.
     """
 
     def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None = None):
@@ -22,9 +22,10 @@ class EngineSync:
         self._num_connections = 0
 
     def sync(self, policy_version: int) -> float:
-        """Every engine that runs serves the current weights as `policy_version`; seconds that checking took.
+        """Make every engine that runs serve the current weights as `policy_version`.
 
-        Waits for an engine where none runs. Must not be called inside an optimizer step.
+        Returns the seconds that checking took. Waits for an engine if none runs. Must not be called inside an
+        optimizer step.
         """
         while True:
             endpoints = self._engines.endpoints()
@@ -41,7 +42,7 @@ class EngineSync:
                 return seconds
 
     def is_wanted(self, while_others_serve: bool) -> bool:
-        """Whether an engine waits for the weights; by default only where no other can do its work."""
+        """Whether an engine waits for weights. Without `while_others_serve`: and no other engine serves."""
         if not while_others_serve and self._trainer is not None and self._engines.any_serves():
             return False
         return self._engines.any_ready()
@@ -50,7 +51,7 @@ class EngineSync:
         return self._engines.metrics()
 
     def attach(self, trainer: TrainerGroup) -> None:
-        """From now on the weights are its; whoever had them before, its ranks have to be connected."""
+        """Take the weights from `trainer` from now on; the next sync connects its ranks."""
         self._trainer, self._connected = trainer, []
 
     def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:

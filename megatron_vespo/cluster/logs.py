@@ -1,4 +1,4 @@
-"""Where the output of a worker process goes, and its end when something broke."""
+"""Redirects the output of worker processes to files, and quotes the end of such a file."""
 
 from __future__ import annotations
 

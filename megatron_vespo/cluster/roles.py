@@ -1,10 +1,10 @@
-"""Nodes for the trainer and others for engines: who goes where in a Ray cluster that tells them apart."""
+"""Roles of nodes: in a Ray cluster that defines them, trainer ranks and engines go to different nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-# What a node has of its role, by `ray start --resources`. slurm/ray_node.sh says the same names, once.
+# The resource that marks a node's role, from `ray start --resources`. slurm/ray_node.sh has the same names.
 ROLES = {"trainer ranks": "vespo_trainer", "engines": "vespo_engine"}
 SHARE = 0.001  # of it for a bundle, so that one such resource serves any node
 

@@ -1,4 +1,4 @@
-"""JSON over HTTP to a rollout engine's control endpoints, with one way to fail."""
+"""JSON over HTTP to an engine's control endpoints; every failure is an EngineRequestError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BODY_CHARACTERS = 300  # how much of a refused reply an error quotes
 
 
 class EngineRequestError(RuntimeError):
-    """A control call that an engine refused, or that never reached it."""
+    """A control call that an engine refused or did not answer; then `status` is None."""
 
     def __init__(self, url: str, path: str, status: int | None, body: str):
         answered = f"answered {status}" if status is not None else "did not answer"

@@ -1,5 +1,7 @@
-"""Before Megatron or SGLang is imported: the one hook for packages that adapt a machine to them, such as one
-without CUDA."""
+"""The hook for packages that adapt a machine, such as one without CUDA, to Megatron and SGLang.
+
+It runs before either is imported.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def load_runtime_plugins() -> None:
 
 
 def prepare_for_megatron() -> None:
-    """First what may end Megatron's import, then the plugins, which import it."""
+    """Hide broken packages that would end Megatron's import, then run the plugins, which import it."""
     for package in IMPORTS:
         import_error(package)
     load_runtime_plugins()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 import socket
 
-PORT_RANGE = range(
-    30000, 31000
-)  # below Linux's ephemeral range (32768), which outgoing connections draw from
+# below Linux's ephemeral range (32768), which outgoing connections draw from
+PORT_RANGE = range(30000, 31000)
 PORT_LANES = 40
 # SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
 # start together could draw the same one. Distinct HTTP ports make these distinct.
@@ -15,7 +14,7 @@ RENDEZVOUS_PORT_OFFSET = 1000
 
 
 class PortError(RuntimeError):
-    """A port that nothing can listen on: a repetition does not help."""
+    """Nothing can listen on this port, and trying again does not help."""
 
 
 def require_free_ports(host: str, port: int) -> None:
@@ -37,10 +36,10 @@ def _require_free_port(host: str, port: int, owner: str) -> None:
 
 
 def find_free_port(host: str, number: int | None = None) -> int:
-    """A port that an engine can use now, its rendezvous port too; random, so that runs differ.
+    """A random port that is free now, as is its rendezvous port.
 
-    An engine listens minutes later, so that two could have drawn the same one: with `number` a run's engines
-    draw from different ports, PORT_LANES of them on a node.
+    An engine listens on it minutes later, so two engines could draw the same port. With `number` the engines
+    of a run draw from different ports, for up to PORT_LANES engines on a node.
     """
     ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
     for port in random.SystemRandom().sample(ports, len(ports)):

@@ -1,9 +1,9 @@
-"""A cluster takes the machine back: SIGTERM or SIGUSR1 makes a run save and end, within a deadline.
+"""Preemption: on SIGTERM or SIGUSR1 a run saves and ends within a deadline.
 
-Where generation, rewards or an evaluation go on, they are given up at once; what trains, syncs or saves goes
-on to the end of its rollout batch. The exit code says how it went, see `EndedBySignal`. A second signal, and
-the deadline, end the run at once; but the same signal within a moment is the first one once more, as some
-programs send it to a process and to its group. Ctrl-C is none of this.
+Generation, rewards and evaluation are given up at once. Training, syncing and saving continue to the end of
+the rollout batch. The exit code says whether everything is saved, see `EndedBySignal`. A second signal, or
+the deadline, ends the run at once. The same signal again within two seconds counts as the first one: some
+programs send it to a process and to its group. Ctrl-C is not handled here.
 
 Signal handlers belong to a process's main thread, and so does everything here.
 """
@@ -19,26 +19,26 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again. Everything is saved, or nothing was to be
-EXIT_UNSAVED = 76  # the last checkpoint counts, what came after it is lost
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again. Everything is saved, or there was nothing to save
+EXIT_UNSAVED = 76  # what came after the last checkpoint is lost
 SAME_SIGNAL_S = 2.0  # timeout(1), for one, reaches a process twice
-LAST_GRACE_S = 30.0  # to end everything after the deadline; then this process ends without
+LAST_GRACE_S = 30.0  # to end everything after the deadline; then this process exits anyway
 
 
 class EndedBySignal(KeyboardInterrupt):
-    """Ends the run. Like Ctrl-C no `except Exception` holds it up, and asyncio lets it through."""
+    """Ends the run. As with Ctrl-C, no `except Exception` catches it, and asyncio lets it through."""
 
     exit_code = EXIT_UNSAVED
 
 
 class Preempted(EndedBySignal):
-    """There is time to save; when this leaves the program all is saved, or nothing was to be."""
+    """There is time to save. When this leaves the program, everything is saved."""
 
     exit_code = EXIT_RESUME
 
 
 class Preemption:
-    """Hears the signals from `listen` on and tells the run, which works inside `guarded`."""
+    """Handles the signals from `listen` on, and interrupts the run, which works inside `guarded`."""
 
     def __init__(self, deadline_s: float = 0.0):
         self._deadline_s = deadline_s
@@ -53,7 +53,7 @@ class Preemption:
         signal.signal(signal.SIGALRM, self._on_deadline)
 
     def conclude(self, exit_code: int) -> None:
-        """Nothing more will be saved: further signals say nothing new, the end has a little time."""
+        """Nothing more will be saved: ignore further signals, and exit if the end takes too long."""
 
         def give_up(number: int, frame: FrameType | None) -> None:
             print("megatron-vespo: the run does not end, its process does", file=sys.stderr, flush=True)
@@ -66,7 +66,7 @@ class Preemption:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A signal does not interrupt what is inside, but in `interruptible` parts and at `stop_here`."""
+        """A signal interrupts what is inside only in `interruptible` parts and at `stop_here`."""
         self._guarded = True
         try:
             yield
@@ -75,7 +75,7 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What is inside can be given up at any moment: no state changes before its end."""
+        """What is inside can be given up at any moment: it changes no state before its end."""
         self._interruptible = True
         try:
             self.stop_here()
@@ -84,7 +84,7 @@ class Preemption:
             self._interruptible = False
 
     def stop_here(self) -> None:
-        """Raises Preempted if a signal has come: the state is that of the end of a rollout batch."""
+        """Raise Preempted if a signal has come. To be called at the end of a rollout batch."""
         if self.signal is not None:
             raise Preempted(f"ended by {self.signal}")
 
@@ -110,7 +110,7 @@ class Preemption:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started inside never get the signals: schedulers send them to all processes of a job.
+    """Processes started inside never get the signals, which schedulers send to all processes of a job.
 
     A blocked signal stays blocked in children whatever handlers they set.
     """
@@ -122,7 +122,7 @@ def shielded() -> Iterator[None]:
 
 
 def shield_process() -> None:
-    """The same for this process, a worker, and all that it will start: the driver decides for them."""
+    """Ignore the signals in this worker process and all that it starts: the driver decides for them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,4 +1,4 @@
-"""What SLURM's variables say about this process. Only the tasks of srun are meant, not an sbatch script."""
+"""This process's place in a SLURM step, by SLURM's variables. For tasks of srun, not sbatch scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCONTROL_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Step:
-    """A step of several tasks; tasks are numbered node by node or around them, the first is on the first."""
+    """A step of several tasks. Task 0 is on the first node."""
 
     rank: int
     size: int
@@ -22,7 +22,7 @@ class Step:
 
 
 def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
-    """None for a process that srun has not started, an sbatch script's shell among them."""
+    """None for a process that srun has not started, such as the shell of an sbatch script."""
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
     return Step(
@@ -35,7 +35,7 @@ def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
 
 
 def number_of(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """What a variable says; ValueError, with its name, for no number, or none without a default."""
+    """A variable as a number. ValueError if it is no number, or is missing without a default."""
     text = env.get(name)
     if text is None and default is not None:
         return default
@@ -45,7 +45,7 @@ def number_of(env: Mapping[str, str], name: str, default: int | None = None) -> 
 
 
 def _nodes(env: Mapping[str, str]) -> str:
-    """Of a step on all components of a heterogeneous job the first one's: the step's own list is sorted."""
+    """A step's nodes. On all components of a heterogeneous job: the first one's, as the list is sorted."""
     groups = range(number_of(env, "SLURM_HET_SIZE", 0))
     of_all = sum(number_of(env, f"SLURM_JOB_NUM_NODES_HET_GROUP_{group}", 0) for group in groups)
     if of_all and env.get("SLURM_STEP_NUM_NODES") == str(of_all):
@@ -54,7 +54,7 @@ def _nodes(env: Mapping[str, str]) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """Of a compressed list of nodes."""
+    """The first host of a compressed list of nodes."""
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
     )

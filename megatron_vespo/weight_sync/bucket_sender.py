@@ -1,8 +1,8 @@
-"""Broadcasts from one trainer rank to all engines, steered over HTTP.
+"""Broadcasts from one trainer rank to all engines, controlled over HTTP.
 
 Every pipeline stage has one sender and one process group: the sender is rank 0, the engines' ranks follow.
-SGLang joins on /init_weights_update_group, receives one flattened bucket a /update_weights_from_distributed
-call, and only loads weights between /begin_weight_update and /end_weight_update.
+SGLang joins on /init_weights_update_group and receives one flattened bucket per call of
+/update_weights_from_distributed. It loads weights only between /begin_weight_update and /end_weight_update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SyncBackend = Literal["nccl", "gloo"]
 
 
 def sync_backend(on_gpus: bool, colocated: bool) -> SyncBackend:
-    """NCCL refuses two processes of a group on one GPU; gloo broadcasts a GPU's tensors through the host."""
+    """NCCL, or gloo for colocated engines, as NCCL refuses two processes on one GPU, and for CPUs."""
     return "nccl" if on_gpus and not colocated else "gloo"
 
 
@@ -34,7 +34,7 @@ class BucketSender:
     """One pipeline stage's end of the broadcast group `name`; lives on the rank that sends."""
 
     def __init__(self, admin: EngineAdmin, engine_size: int, name: str, host: str, backend: SyncBackend):
-        """`engine_size` is the ranks of one engine; all engines are alike. Blocks until all have joined."""
+        """`engine_size` is the number of ranks of each engine. Blocks until all have joined."""
         self.admin, self.name = admin, name
         self.group: dist.ProcessGroup | None = None
         world_size = 1 + engine_size * len(admin.urls)
@@ -97,7 +97,7 @@ class BucketSender:
             raise WeightSyncError(f"broadcast to {', '.join(self.admin.urls)} failed: {broken}")
 
     def close(self) -> None:
-        """Leave the group, without waiting for anybody."""
+        """Leave the group without waiting for the engines."""
         group, self.group = self.group, None
         if group is not None:
             group.abort()
@@ -105,7 +105,7 @@ class BucketSender:
 
 
 def _store(host: str, world_size: int, timeout: timedelta) -> TCPStore:
-    """On a port that is free, and on this address only: by itself torch listens on all interfaces."""
+    """A store on a free port of this address only. By default torch would listen on all interfaces."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -115,11 +115,11 @@ def _store(host: str, world_size: int, timeout: timedelta) -> TCPStore:
 
 
 def _all_have_arrived(store: TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
-    """Whether so many ranks came to the store, none of `joins` failing, and wait there for rank 0.
+    """True when `number` ranks wait at the store for rank 0, or have joined, and none of `joins` has failed.
 
-    gloo's ranks leave their addresses under keys that end in their number; NCCL's do not wait. Where one
-    has failed the others are still waited for: who comes to a store that has gone looks for it until its own
-    time is up, who waits at one that goes gives up at once.
+    gloo's ranks leave their addresses under keys that end in their number; NCCL's ranks do not wait. If one
+    join fails, the others are still waited for: a rank that waits at a store which closes gives up at once. A
+    rank that arrives later would look for the store until its timeout.
     """
     deadline = time.monotonic() + timeout_s
     size = number // len(joins)  # ranks of an engine
@@ -137,11 +137,9 @@ def _all_have_arrived(store: TCPStore, number: int, joins: list[Future], timeout
 def _join_as_rank_zero(
     backend: str, store: Store, world_size: int, name: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """A process group with processes outside this trainer's world; torch offers it only by its internals."""
-    prefixed, named = (
-        PrefixStore(name, store),
-        cast(Any, name),
-    )  # GroupName in new versions of torch
+    """A process group with processes outside the trainer's world, by internal functions of torch."""
+    prefixed = PrefixStore(name, store)
+    named = cast(Any, name)  # a GroupName in new versions of torch
     group, _ = _new_process_group_helper(
         world_size, 0, [], Backend(backend), prefixed, group_name=named, timeout=timeout
     )

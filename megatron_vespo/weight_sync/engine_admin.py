@@ -14,11 +14,11 @@ PauseMode = Literal["in_place", "retract", "abort"]
 
 
 class WeightSyncError(RuntimeError):
-    """Engines that did not take the weights; says which."""
+    """Engines did not take the weights; the message names them."""
 
 
 class EnginesLostError(WeightSyncError):
-    """Engines that did not answer: dead, hung or out of reach. `lost` says of each url why."""
+    """Engines did not answer: they are dead, hung or out of reach. `lost` has the reason by url."""
 
     def __init__(self, lost: dict[str, str]):
         super().__init__(lost)
@@ -29,9 +29,9 @@ class EnginesLostError(WeightSyncError):
 
 
 class EngineAdmin:
-    """The same call to all engines at once; failures are raised after all have answered.
+    """Sends the same call to all engines at once, and raises failures after all have answered.
 
-    EnginesLostError where there are engines without an answer, else WeightSyncError with the first refusal.
+    Raises EnginesLostError if engines did not answer, else WeightSyncError with the first refusal.
     """
 
     def __init__(
@@ -41,25 +41,25 @@ class EngineAdmin:
         pause: PauseMode | None = None,
         api_key: str | None = None,
     ):
-        """`pause` is what becomes of requests that run during an update; without it there must be none."""
+        """`pause`: what happens to requests that run during an update. Without it none may run."""
         self.urls, self.timeout_s, self._api_key = list(urls), timeout_s, api_key
         self.pause: PauseMode | None = pause
         self._threads = ThreadPoolExecutor(max_workers=len(self.urls), thread_name_prefix="weight-sync")
 
     def of(self, urls: Sequence[str]) -> EngineAdmin:
-        """The same for other engines of the run."""
+        """An EngineAdmin with the same settings for other engines of the run."""
         return type(self)(urls, self.timeout_s, self.pause, self._api_key)
 
     def submit(self, url: str, path: str, payload: dict, timeout_s: float | None = None) -> Future:
-        """One call to one engine, without waiting."""
+        """Send one call to one engine without waiting."""
         return self._threads.submit(post_json, url, path, payload, timeout_s or self.timeout_s, self._api_key)
 
     def post(self, path: str, payload: dict, timeout_s: float | None = None) -> list[Future]:
-        """Send without waiting; pass the result to `wait`."""
+        """Send to all without waiting; pass the result to `wait`."""
         return [self.submit(url, path, payload, timeout_s) for url in self.urls]
 
     def wait(self, futures: list[Future]) -> list[dict]:
-        """The engines' answers, in their order."""
+        """The answers, in the order of `futures`."""
         errors = [error for future in futures if (error := future.exception()) is not None]
         lost = {e.url: str(e) for e in errors if isinstance(e, EngineRequestError) and e.status is None}
         if lost:
@@ -69,15 +69,15 @@ class EngineAdmin:
         return [future.result() for future in futures]
 
     def call(self, path: str, payload: dict, timeout_s: float | None = None) -> list[dict]:
-        """`timeout_s` in the place of the usual limit."""
+        """Send to all and wait; `timeout_s` replaces the usual limit."""
         return self.wait(self.post(path, payload, timeout_s))
 
     def close(self) -> None:
-        """No more calls; those that run end by themselves."""
+        """End the threads. Calls that run are not waited for."""
         self._threads.shutdown(wait=False)
 
     def stop_generation(self) -> None:
-        """Running requests wait until `go_on`."""
+        """Pause running requests until `go_on`."""
         if self.pause is not None:
             self.call("/pause_generation", {"mode": self.pause})
 
@@ -107,7 +107,7 @@ class EngineAdmin:
         self.go_on()
 
     def settle(self, path: str, payload: dict) -> None:
-        """A call that engines may refuse, as there is nothing to do for them, but that all must answer."""
+        """A call that engines may refuse because there is nothing to do. All must answer."""
         try:
             self.call(path, payload, RECOVERY_TIMEOUT_S)
         except EnginesLostError:

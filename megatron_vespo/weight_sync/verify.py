@@ -1,9 +1,9 @@
-"""Whether engines hold the weights they should, by SGLang's own checksum of every tensor (/weights_checker).
+"""Checks the weights of engines by SGLang's own checksum of every tensor (/weights_checker).
 
-A checksum is of a tensor as the engine keeps it: q, k and v in one, experts stacked, a rank's part only. All
-parameters and buffers have one but the rotary embedding's tables. GPUs and CPUs compute different functions,
-so an engine's sums are compared with another engine's or with its own after it has loaded a checkpoint. In
-between its weights are made random: what an update leaves out cannot pass.
+A checksum covers a tensor as the engine stores it: q, k and v fused, experts stacked, one rank's part. All
+parameters and buffers have one, except the tables of the rotary embedding. GPUs and CPUs compute different
+checksums. Therefore an engine is compared with another engine, or with itself after it has loaded a
+checkpoint. In between its weights are made random, so that a tensor which an update leaves out is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Sums = Mapping[str, str]  # name of a tensor, with its rank where the engine has
 
 
 class WeightMismatchError(WeightSyncError):
-    """Engines whose weights are not those that they should be; names engine, tensor and both sums."""
+    """An engine has wrong weights; the message names engine, tensor and both checksums."""
 
 
 def weight_sums(admin: EngineAdmin) -> list[Sums]:
@@ -26,14 +26,14 @@ def weight_sums(admin: EngineAdmin) -> list[Sums]:
 
 
 def forget_weights(admin: EngineAdmin) -> list[Sums]:
-    """Every engine's checksums as it is; its weights are random afterwards, to be sent anew."""
+    """Every engine's checksums; afterwards the weights are random and have to be sent again."""
     all_sums = weight_sums(admin)
     admin.call("/weights_checker", {"action": "reset_tensors"})
     return all_sums
 
 
 def check_engines_agree(admin: EngineAdmin, policy_version: int) -> list[Sums]:
-    """Every engine's checksums, which must be the same."""
+    """Every engine's checksums; WeightMismatchError unless all are the same."""
     all_sums = weight_sums(admin)
     for url, sums in zip(admin.urls, all_sums, strict=True):
         compare_sums(url, sums, f"engine {admin.urls[0]}", all_sums[0], policy_version)
@@ -43,10 +43,10 @@ def check_engines_agree(admin: EngineAdmin, policy_version: int) -> list[Sums]:
 def check_against_checkpoint(
     admin: EngineAdmin, sums: Sums, folder: Path, policy_version: int, load_timeout_s: float
 ) -> None:
-    """The first engine, whose checksums are `sums`, has the same ones after it has loaded `folder`.
+    """Check that the first engine, which has the checksums `sums`, has the same after it loaded `folder`.
 
-    It has `load_timeout_s` seconds to load it, a disk may be slow. Requests that run are paused meanwhile:
-    none may meet the random weights. The caches stay, they belong to equal weights.
+    It may take `load_timeout_s` seconds to load it. Running requests are paused in the meantime: none may use
+    the random weights. The caches stay, because they belong to equal weights.
     """
     engine = admin.of(admin.urls[:1])
     engine.stop_generation()

@@ -1,7 +1,7 @@
-"""All trainer ranks' way to all engines: connected, synced and checked as one, or failed as one.
+"""Connects all trainer ranks with all engines and syncs the weights.
 
-What goes wrong at one rank is known to all of them before any goes on, so none waits for one that gave up:
-every method is a collective that returns on all ranks or raises the same on all, and the ranks stay usable.
+Every method is a collective: it returns on all ranks, or raises the same error on all of them. Ranks exchange
+their errors before any of them continues, so that none waits for a rank that has failed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megatron_vespo.weight_sync.verify import Sums, forget_weights
 
 
 class WeightLink:
-    """One rank's end. `stage` is its pipeline stage, of `num_stages`; each has one rank that sends.
+    """One rank's end. `stage` is its pipeline stage of `num_stages`; each stage has one rank that sends.
 
-    `rank` is the trainer's; rank 0 is the first stage's sender and steers what is no broadcast.
+    Rank 0 of the trainer sends for the first stage and makes the calls that are not broadcasts.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class WeightLink:
         return self._admin
 
     def connect(self, urls: list[str], fresh: list[str], number: int) -> None:
-        """Build all broadcast groups anew with the engines at `urls`, stage after stage: no deadlock.
+        """Rebuild all broadcast groups with the engines at `urls`, stage after stage to avoid a deadlock.
 
-        `number` is one more than the last time, also that of an earlier trainer. The weights of engines in
-        `fresh` are made random: the first sync has to bring all of them.
+        `number` is one more than at the last call, which may have been an earlier trainer's. The weights of
+        the engines in `fresh` are made random: the first sync has to bring all of them.
         """
         if self._sender is not None:
             self._sender.close()
@@ -73,7 +73,7 @@ class WeightLink:
     def sync(self, buckets: Iterable[dict[str, Tensor]], policy_version: int) -> None:
         """Make every engine serve the weights of all stages' `buckets` as `policy_version`.
 
-        To iterate over `buckets` is a collective of the stage's ranks, so all do it to the end.
+        Iterating over `buckets` is a collective of the stage's ranks: all of them do it to the end.
         """
         self.together(self._rank == 0, self._begin)
         last_stage = self._num_stages - 1
@@ -85,7 +85,7 @@ class WeightLink:
         self.together(self._rank == 0, self._finish, policy_version)
 
     def together(self, mine: bool, action: Callable[..., Any], *arguments: Any) -> Any:
-        """What `action` returns on the ranks that it is for; all raise if it fails on one of them."""
+        """Run `action` on the ranks where `mine` is true; all ranks raise if it fails on one of them."""
         result = error = None
         if mine:
             try:
@@ -106,9 +106,9 @@ class WeightLink:
             raise EnginesLostError(lost) if lost else failures[0]
 
     def _leave_old_groups(self, number: int) -> None:
-        """Close what an update that failed has left open, too; engines that hang in one do not answer.
+        """Leave the old groups, and close an update that failed. Engines that hang in one do not answer.
 
-        Requests pause from here to the end of the next sync: engines let nothing of this happen beside them.
+        Requests are paused from here to the end of the next sync: SGLang allows none of this while they run.
         """
         self.admin.stop_generation()
         self.admin.settle("/end_weight_update", {})
@@ -122,7 +122,7 @@ class WeightLink:
         if fresh:
             sums = forget_weights(self.admin.of(fresh))
             for url, loaded in zip(fresh, sums, strict=True):
-                self.loaded.setdefault(url, loaded)  # a second time it is what a failed sync has left
+                self.loaded.setdefault(url, loaded)  # the second time these are what a failed sync has left
 
     def _begin(self) -> None:
         self.admin.begin()
