@@ -16,8 +16,8 @@ from megatron_vespo.rollout.background_batches import BackgroundBatches
 from megatron_vespo.rollout.batch_source import BatchSource
 from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import unpack_pending
-from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import has_reward_variance
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.types import Completion, RunState
@@ -28,8 +28,7 @@ STOP_TIMEOUT_S = 5.0  # of generation in the background, when a run ends early
 def make_batch_source(
     settings: TrainSettings,
     services: Services,
-    collector: Collector | None,
-    cursor: PromptCursor | None,
+    generation: Generation | None,
     state: RunState,
     rollout_buffer: bytes | None,
     on_wait: Callable[[], None],
@@ -40,39 +39,37 @@ def make_batch_source(
     `on_wait` is called while the training loop waits for a batch from the background. `stack` stops the
     background. Raises ValueError if a synchronous run would lose pending groups.
     """
-    if settings.run.train_from:
+    if generation is None:
+        assert settings.run.train_from is not None
         return RecordedBatches(
             settings.run.train_from,
             steps_per_rollout=settings.rollout.steps_per_rollout,
             consumed_prompts=state.consumed_prompts,
         )
-    rollout = settings.rollout
     pending = _pending_groups(settings, services, rollout_buffer)
+    rollout, estimator = settings.rollout, settings.loss.advantage_estimator
     if rollout.max_staleness == 0:
         return SynchronousBatches(
-            collector,
-            services.scorer,
-            cursor,
-            services.task.sampling,
+            generation,
             batch_size=rollout.rollout_batch_size,
             group_size=rollout.group_size,
             max_batches=rollout.dynamic_sampling_max_batches if rollout.dynamic_sampling else None,
             seed=rollout.seed,
-            advantage_estimator=settings.loss.advantage_estimator,
+            advantage_estimator=estimator,
             display=services.display,
             preemption=services.preemption,
         )
-    buffer = _rollout_buffer(rollout, cursor, state)
+    buffer = _rollout_buffer(rollout, generation.cursor, state)
     buffer.restore(pending)
-    background = _async_collector(settings, services, collector, buffer, on_wait)
+    background = _async_collector(settings, services, generation, buffer, on_wait)
     stack.callback(background.stop, STOP_TIMEOUT_S)
     return BackgroundBatches(
         background,
-        cursor,
+        generation.cursor,
         steps_per_rollout=rollout.steps_per_rollout,
         max_staleness=rollout.max_staleness,
         stop_while_training=rollout.stop_generation,
-        advantage_estimator=settings.loss.advantage_estimator,
+        advantage_estimator=estimator,
         display=services.display,
         batch_timeout_s=settings.run.train_timeout,
         suspend_timeout_s=settings.sync.weight_sync_timeout,
@@ -83,8 +80,11 @@ def make_batch_source(
 def _pending_groups(
     settings: TrainSettings, services: Services, rollout_buffer: bytes | None
 ) -> list[PendingGroup]:
+    if not rollout_buffer:
+        return []
+    assert services.task.prompts is not None
     by_id = {prompt.prompt_id: prompt for prompt in services.task.prompts.prompts}
-    pending = unpack_pending(rollout_buffer, by_id) if rollout_buffer else []
+    pending = unpack_pending(rollout_buffer, by_id)
     if pending and settings.rollout.max_staleness == 0:
         raise ValueError(
             f"--load {settings.save.load}: {len(pending)} prompts were in flight when this asynchronous run "
@@ -96,23 +96,24 @@ def _pending_groups(
 def _async_collector(
     settings: TrainSettings,
     services: Services,
-    collector: Collector,
+    generation: Generation,
     buffer: RolloutBuffer,
     on_wait: Callable[[], None],
 ) -> AsyncCollector:
-    trace = services.trace
+    trace, scorer = services.trace, generation.scorer
+    assert scorer is not None
 
     def score(group: list[Completion]) -> Sequence[RewardResult]:
         start = time.time_ns()
         try:
-            return services.scorer.score(group)
+            return scorer.score(group)
         finally:
             trace.phase("score", start, time.time_ns())
 
     return AsyncCollector(
-        collector,
+        generation.collector,
         buffer,
-        services.task.sampling,
+        generation.sampling,
         score,
         num_completions=settings.rollout.group_size,
         seed=settings.rollout.seed,
@@ -124,8 +125,8 @@ def _async_collector(
 
 
 def _rollout_buffer(settings: RolloutSettings, cursor: PromptCursor, state: RunState) -> RolloutBuffer:
-    """Empty; as the flags say."""
-    size = settings.rollout_batch_size
+    """An empty buffer, as the flags say."""
+    size, over_subscription = settings.rollout_batch_size, settings.over_subscription
     return RolloutBuffer(
         lambda: cursor.take(1)[0],
         batch_size=size,
@@ -135,7 +136,7 @@ def _rollout_buffer(settings: RolloutSettings, cursor: PromptCursor, state: RunS
         max_attempts=settings.max_attempts,
         policy_version=state.iteration,
         serial=state.consumed_prompts,
-        max_held=settings.over_subscription and int(settings.over_subscription * size),
+        max_held=None if over_subscription is None else int(over_subscription * size),
         has_reward_variance=has_reward_variance,
         max_left_out=(settings.dynamic_sampling_max_batches - 1) * size if settings.dynamic_sampling else 0,
     )

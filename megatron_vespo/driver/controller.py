@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -12,19 +13,17 @@ from megatron_vespo.algorithms.alarms import Alarm, check, is_news
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
-from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.learner import Learner, LogProbBound
 from megatron_vespo.driver.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rollout.batch_source import BatchSource, Group, ScoredBatch
-from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluate import evaluate
-from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.synchronous_batches import batch_seed
 from megatron_vespo.system.preemption import Preempted, Preemption
-from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams, TrainingSample
+from megatron_vespo.types import Prompt, RunState, TrainingSample
 
 NUM_CANARIES = 64  # completions that compare the engines with the trainer after the last sync
 
@@ -40,12 +39,9 @@ class Controller:
     settings: TrainSettings
     source: BatchSource
     learner: Learner
-    trainer: TrainerGroup | None
-    collector: Collector | None
-    scorer: Scorer | None
-    cursor: PromptCursor | None
+    trainer: TrainerGroup | None  # None with --rollout-only
+    generation: Generation | None  # None with --train-from
     eval_prompts: list[Prompt]
-    sampling: SamplingParams | None
     display: RunDisplay
     metrics: MetricsWriter
     engine_sync: EngineSync | NullEngineSync
@@ -134,21 +130,22 @@ class Controller:
         return self.state.eval_after
 
     def evaluate(self) -> dict[str, float]:
+        assert self.generation is not None, "--train-from does not evaluate"
+        collector, sampling = self.generation.collector, self.generation.sampling
         with self.display.phase("evaluate"), self.preemption.interruptible():
             settings, seed = self.settings.eval, self.settings.rollout.seed
             how = seed, settings.completions, settings.temperature, settings.pass_reward
-            return evaluate(self.collector, self.eval_prompts, self.sampling, self.score, *how).metrics()
-
-    def score(self, completions: list[Completion]) -> list[float]:
-        return score_and_report(self.scorer, completions, self.display.message)
+            score = partial(self.generation.score, report=self.display.message)
+            return evaluate(collector, self.eval_prompts, sampling, score, *how).metrics()
 
     def check_last_sync(self) -> None:
         """No training sample comes from the weights synced last, so a few canary completions compare them."""
-        if self.collector is None or self.trainer is None:
-            return  # --train-from or --rollout-only: only one side has weights
-        prompts = (self.eval_prompts or self.cursor.take(NUM_CANARIES))[:NUM_CANARIES]
+        generation = self.generation
+        if generation is None or self.trainer is None:
+            return  # only one side has weights
+        prompts = (self.eval_prompts or generation.cursor.take(NUM_CANARIES))[:NUM_CANARIES]
         seed = batch_seed(self.settings.rollout.seed, self.state.iteration)
-        groups = self.collector.collect(prompts, self.sampling, num_completions=1, seed=seed)
+        groups = generation.collector.collect(prompts, generation.sampling, num_completions=1, seed=seed)
         replay = self.settings.rollout.routing_replay
         samples = [training_sample(group[0], 0.0, g, replay) for g, group in enumerate(groups)]
         pairs = zip(self.trainer.log_probs(samples), samples, strict=True)
@@ -187,6 +184,7 @@ class Controller:
 
     def save(self) -> None:
         """Everything as of the end of the last rollout batch."""
+        assert self.trainer is not None, "--rollout-only does not save"
         with self.display.phase("save"):
             source = self.source.state()
             self.state.consumed_prompts = source.consumed_prompts

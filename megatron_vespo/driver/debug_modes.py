@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.train_settings import TrainSettings
@@ -57,6 +56,7 @@ class Recorder:
     """
 
     def __init__(self, settings: TrainSettings, iteration: int):
+        assert settings.run.save_rollouts is not None
         self._folder, self._run = settings.run.save_rollouts, recorded_run(settings)
         self._batch = iteration // settings.rollout.steps_per_rollout
         self._goes_back = settings.save.ckpt_step is not None
@@ -110,7 +110,8 @@ def check_modes(settings: TrainSettings) -> None:
 
 def check_recorded(settings: TrainSettings, iteration: int) -> None:
     """ValueError unless --train-from has what a run from optimizer step `iteration` on will ask for."""
-    folder: Path = settings.run.train_from
+    folder = settings.run.train_from
+    assert folder is not None
     if not folder.is_dir():
         raise ValueError(f"--train-from {folder}: no such folder")
     steps, train_iters = settings.rollout.steps_per_rollout, settings.run.train_iters

@@ -26,11 +26,13 @@ class Learner(Protocol):
     @property
     def policy_version(self) -> int:
         """Of the weights that a weight sync sends."""
+        ...
 
     def update(
         self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
         """Trains on a rollout batch and returns its metrics; `after_step` is called after every step."""
+        ...
 
 
 @dataclass

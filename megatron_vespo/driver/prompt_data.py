@@ -34,6 +34,7 @@ def prompt_data(
 
 def eval_data(settings: DataSettings, evaluation: EvalSettings, chat_format: ChatFormat) -> PromptSet:
     """The prompts of --eval-data, in columns of their own where flags name some."""
+    assert evaluation.data is not None
     pattern = evaluation.answer_pattern
     columns = Columns(
         evaluation.prompt_key or settings.prompt_key,

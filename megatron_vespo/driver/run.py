@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_vespo.arguments.resume import how_to_go_on, resumed_folder
@@ -33,6 +34,7 @@ class Run:
             attempt = TrainerAttempt(settings, self._services, number)
             try:
                 with attempt:
+                    assert attempt.controller is not None
                     return self._train(attempt.controller)
             except TrainerError as error:
                 if self._services.preemption.signal is not None:
@@ -46,15 +48,13 @@ class Run:
 
     def _train(self, controller: Controller) -> RunState:
         settings, services = self._settings, self._services
+        trainer, saves = controller.trainer, settings.save.save is not None
         if self._training_since is None:
             self.setup_seconds += time.monotonic()
             self._training_since = time.time_ns()
         try:
-            if settings.save.save is None:
+            with services.preemption.guarded() if saves else nullcontext():
                 state = controller.train()
-            else:
-                with services.preemption.guarded():
-                    state = controller.train()
         except Preempted:
             self._end_resumable(controller)
         except EndedBySignal:
@@ -62,16 +62,16 @@ class Run:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._interrupted(controller.state.iteration)) from None
         except StoppedByAlarm:
-            if settings.save.save is not None:
-                controller.trainer.finish_save()
+            if trainer is not None and saves:
+                trainer.finish_save()
             raise
         self.idle = services.trace.idle(self._training_since, time.time_ns())
-        if settings.save.save is not None:
+        if trainer is not None and saves:
             with services.display.phase("save"):
-                controller.trainer.finish_save()
-        if settings.run.hf_export:
+                trainer.finish_save()
+        if trainer is not None and settings.run.hf_export:
             with services.display.phase("export"):
-                controller.trainer.export_hf((settings.run.output_dir / "hf").resolve())
+                trainer.export_hf((settings.run.output_dir / "hf").resolve())
         return state
 
     def _end_resumable(self, controller: Controller) -> None:
@@ -81,6 +81,7 @@ class Run:
             preemption.conclude(EXIT_RESUME)
             raise Preempted(f"ended by {preemption.signal}; without --save nothing is kept")
         trainer, step = controller.trainer, controller.state.iteration
+        assert trainer is not None, "--rollout-only does not save"
         try:
             trainer.wait_for_save()
             if step not in (0, trainer.saved_iteration):

@@ -116,7 +116,7 @@ def _plain(name: str, value: Any) -> Any:
     """As JSON has it."""
     if value is not None and _SECRET.fullmatch("--" + name.replace("_", "-")):
         return LEFT_OUT
-    if name == "sglang_flags":
+    if name == "sglang_flags" and value is not None:
         return without_secrets(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(str(key), inner) for key, inner in value.items()}

@@ -49,12 +49,13 @@ def load_task(settings: TrainSettings) -> Task:
         return Task()
     check_served(settings.engines.hf_checkpoint)
     folder = None if settings.run.rollout_only else resumed_folder(settings.save)
-    saved = folder and read_record(folder)
+    saved = read_record(folder) if folder else None
     date = saved.date if saved else datetime.now().replace(microsecond=0)
     tokenizer = load_tokenizer(settings.engines.hf_checkpoint, "--hf-checkpoint")
     data = settings.data
     form = chat_format(data, tokenizer, date)
     path, overlong = data.prompt_data, data.overlong_prompts
+    assert path is not None, "required, but for --train-from"
     prompts = prompt_data(data, path, form, overlong=overlong, flag="--prompt-data")
     sets = [prompts, *([eval_data(data, settings.eval, form)] if settings.eval.data else [])]
     remarks = []
@@ -63,8 +64,8 @@ def load_task(settings: TrainSettings) -> Task:
         remarks += loaded.remarks(settings.rollout.max_prompt_tokens)
     eval_prompts = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: settings.eval.prompts]]
     record = PromptRecord.of(prompts.prompts, settings.rollout.seed, date, eval_prompts)
-    if saved:
-        remarks += saved.check_same(record, folder, settings.data.prompt_data)
+    if folder and saved:
+        remarks += saved.check_same(record, folder, path)
     elif folder:
         remarks.append(f"{folder} does not say which prompts its run has: they are not compared")
     stops = stop_token_ids(settings.engines.hf_checkpoint, tokenizer.eos_token_id)

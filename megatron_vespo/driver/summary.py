@@ -62,7 +62,7 @@ def _eval_summary(when: str, metrics: dict[str, float] | None) -> dict[str, Any]
     return {f"eval_accuracy_{when}": metrics["eval/accuracy"], f"eval_interval_{when}": interval}
 
 
-def _layout(settings: TrainSettings) -> dict[str, int]:
+def _layout(settings: TrainSettings) -> dict[str, int | None]:
     trainer = settings.trainer
     tensor, pipeline = trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size
     context = trainer.context_parallel_size

@@ -24,6 +24,7 @@ from megatron_vespo.driver.services import Services
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.engine_client import RouteShape
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.types import RunState
 
 FROM_THE_BEGINNING = -1  # no step of the attempt before is kept
@@ -118,6 +119,7 @@ class TrainerAttempt:
         )
 
     def _on_save(self, report: SaveReport) -> None:
+        assert self._metrics is not None and self._settings.save.save is not None
         if report.problem is None:
             seconds = {"checkpoint/seconds": report.seconds, "checkpoint/bytes": float(report.num_bytes)}
             self._metrics.write(report.iteration, seconds)
@@ -130,14 +132,11 @@ class TrainerAttempt:
 
     def _make_controller(self, state: RunState, rollout_buffer: bytes | None) -> Controller:
         settings, services = self._settings, self._services
-        task = services.task
-        collector = cursor = None
-        if services.generates:
-            collector = self._collector()
-            cursor = PromptCursor(task.prompts.prompts, settings.rollout.seed, state.consumed_prompts)
+        assert self._metrics is not None
+        generation = self._generation(state)
         on_wait = partial(self._on_wait, True)
         source = make_batch_source(
-            settings, services, collector, cursor, state, rollout_buffer, on_wait, self._stack
+            settings, services, generation, state, rollout_buffer, on_wait, self._stack
         )
         bound = LogProbBound(settings.run.max_logprob_difference, state)
         return Controller(
@@ -145,11 +144,8 @@ class TrainerAttempt:
             source=source,
             learner=self._learner(state, bound),
             trainer=self._trainer,
-            collector=collector,
-            scorer=services.scorer,
-            cursor=cursor,
-            eval_prompts=task.eval_prompts,
-            sampling=task.sampling,
+            generation=generation,
+            eval_prompts=services.task.eval_prompts,
             display=services.display,
             metrics=self._metrics,
             engine_sync=services.engine_sync,
@@ -160,6 +156,14 @@ class TrainerAttempt:
             record=Recorder(settings, state.iteration) if settings.run.save_rollouts else None,
             preemption=services.preemption,
         )
+
+    def _generation(self, state: RunState) -> Generation | None:
+        task = self._services.task
+        if not self._services.generates:
+            return None
+        assert task.prompts is not None and task.sampling is not None
+        cursor = PromptCursor(task.prompts.prompts, self._settings.rollout.seed, state.consumed_prompts)
+        return Generation(self._collector(), cursor, task.sampling, self._services.scorer)
 
     def _learner(self, state: RunState, bound: LogProbBound) -> Learner:
         settings = self._settings
@@ -193,6 +197,7 @@ class TrainerAttempt:
         )
 
     def _on_wait(self, while_others_serve: bool) -> None:
+        assert self.controller is not None, "nothing is generated before there is a controller"
         self.controller.on_wait(while_others_serve)
 
     def _check(self) -> None:

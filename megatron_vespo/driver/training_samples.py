@@ -31,7 +31,7 @@ def training_sample(
         behavior_log_probs=completion.log_probs,
         policy_versions=completion.policy_versions,
         advantage=advantage,
-        reward=completion.reward,
+        reward=float("nan") if completion.reward is None else completion.reward,  # canaries have none
         temperature=completion.temperature,
         group_id=group_id,
         routed_experts=completion.routed_experts if replay else None,

@@ -37,7 +37,8 @@ class BackgroundBatches:
     ):
         self._collector, self._cursor, self._display = collector, cursor, display
         self._steps_per_rollout, self._max_staleness = steps_per_rollout, max_staleness
-        self._stop_while_training, self._advantage_estimator = stop_while_training, advantage_estimator
+        self._stop_while_training = stop_while_training
+        self._advantage_estimator: AdvantageEstimator = advantage_estimator
         self._batch_timeout_s, self._suspend_timeout_s = batch_timeout_s, suspend_timeout_s
         self._stop_timeout_s = stop_timeout_s
 

@@ -48,12 +48,14 @@ class BatchSource(Protocol):
 
     def next_batch(self, iteration: int) -> ScoredBatch:
         """The batch that optimizer step `iteration` and the following ones train on."""
+        ...
 
     def weights_synced(self, policy_version: int) -> None:
         """All engines serve this policy version from now on."""
 
     def state(self) -> SourceState:
         """The state after the last batch. May pause generation for a moment."""
+        ...
 
     def stop(self) -> None:
         """Called once, after the last batch: nothing is in flight afterwards."""

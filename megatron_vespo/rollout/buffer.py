@@ -226,7 +226,8 @@ class RolloutBuffer:
             self.counts.taken += 1
             if pending.is_finished:
                 in_flight = self._next_attempt(pending)
-                self._finished.append((in_flight.version, in_flight, pending.partials))
+                group = [completion for completion in pending.partials if completion is not None]
+                self._finished.append((in_flight.version, in_flight, group))
             else:
                 self._waiting.append(pending)
 

@@ -32,6 +32,7 @@ def pack_pending(all_pending: Sequence[PendingGroup]) -> bytes:
     file = io.BytesIO()
     np.savez(
         file,
+        allow_pickle=False,
         serials=np.array([pending.serial for pending in all_pending], np.int64),
         prompt_ids=np.array([pending.prompt.prompt_id for pending in all_pending], np.int64),
         dispatches=np.array([pending.attempts for pending in all_pending], np.int64),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -184,7 +184,7 @@ def parse_generate_reply(
     # After a retraction SGLang keeps tokens and log-probs, but returns the routes of the recomputation.
     if routes is not None and num_retractions == 0:
         num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
-        routed_experts = _routed_experts(experts, (num_entering, *routes), where)
+        routed_experts = _routed_experts(experts, (num_entering, routes.num_layers, routes.topk), where)
     return Completion(
         prompt=prompt,
         token_ids=token_ids,
@@ -227,8 +227,8 @@ def _policy_versions(spans: list[dict], length: int, where: str) -> np.ndarray:
     return versions
 
 
-def _routed_experts(encoded: str, shape: tuple[int, int, int], where: str) -> np.ndarray:
-    """[P + C - 1, L, K] uint8 from base64 int32."""
+def _routed_experts(encoded: Any, shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """[P + C - 1, L, K] uint8 from base64 int32; GenerateReplyError if `encoded` is anything else."""
     try:
         experts = np.frombuffer(base64.b64decode(encoded), dtype=np.int32)
     except (binascii.Error, TypeError, ValueError) as error:

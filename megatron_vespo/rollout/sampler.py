@@ -68,17 +68,19 @@ class Sampler:
         It continues from `partials[index]`, which always holds what has been generated so far. A completion
         that an engine hands back unfinished continues after `release`.
         """
-        partials = [None] * num_completions if partials is None else partials
+        known: PartialCompletions = [None] * num_completions if partials is None else partials
         if self._function is None:
-            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, partials)
+            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, known)
 
         async def ask(prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
             return await self._complete(prompt, sampling, seed, 0, 1, rejected, [None])
 
-        if partials[index] is None:
+        completion = known[index]
+        if completion is None:
             own_seed = completion_seed(seed, prompt.prompt_id, index)
-            partials[index] = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
-        return partials[index]
+            completion = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
+            known[index] = completion
+        return completion
 
     async def hold(self, timeout_s: float) -> None:
         """Makes engines hand back unfinished responses, and sends nothing more until `release`."""

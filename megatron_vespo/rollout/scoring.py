@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def score_and_report(
     if failures:
         report(describe_failures(failures))
         check_some_worked(reward_statuses(completions), describe_failures(failures))
-    return [completion.reward for completion in completions]
+    return [cast(float, completion.reward) for completion in completions]  # filled in by `score`
 
 
 def describe_failures(failures: Sequence[RewardResult]) -> str:

@@ -89,7 +89,7 @@ def _check_memory_fraction(flags: list[str]) -> None:
 
 
 def server_arguments(
-    sglang_flags: list[str],
+    sglang_flags: Sequence[str],
     *,
     device: str,
     routes: bool,
@@ -137,7 +137,7 @@ def server_arguments(
     arguments = [
         part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
     ]
-    return owned + arguments + sglang_flags
+    return [*owned, *arguments, *sglang_flags]
 
 
 def _checked_arity(given: str, name: str) -> str:
@@ -167,7 +167,8 @@ def known_flags() -> dict[str, str]:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             action = ast.unparse(_keyword(node, "action") or ast.Constant(None))
             takes_none = "StoreTrue" in action or "store_true" in action
-            flags |= {arg.value: ARITY_NONE if takes_none else ARITY_ONE for arg in node.args}
+            names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
+            flags |= dict.fromkeys(names, ARITY_NONE if takes_none else ARITY_ONE)
     assert "--attention-backend" in flags and "--tp-size" in flags, (
         f"SGLang's flags are not under {srt} any more"
     )

@@ -110,6 +110,7 @@ class SGLangServer:
                 start_new_session=True,
             )
         try:
+            assert self._process.stdin is not None
             hand_over(self._api_key, self._process.stdin)
             self._wait_until_healthy()
         except BaseException:

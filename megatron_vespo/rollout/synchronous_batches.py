@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
-from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import rollout_metrics
 from megatron_vespo.rollout.batch_source import Group, ScoredBatch, SourceState
-from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
-from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.types import SamplingParams
 
 # Distance between the seeds of a batch's rounds, which may meet a prompt again: more than a run has steps.
 ROUND_SEEDS = 2**40
@@ -31,10 +28,7 @@ class SynchronousBatches:
 
     def __init__(
         self,
-        collector: Collector,
-        scorer: Scorer,
-        cursor: PromptCursor,
-        sampling: SamplingParams,
+        generation: Generation,
         *,
         batch_size: int,
         group_size: int,
@@ -44,12 +38,13 @@ class SynchronousBatches:
         display: RunDisplay,
         preemption: Preemption,
     ):
-        self._collector, self._scorer, self._cursor, self._sampling = collector, scorer, cursor, sampling
+        self._generation = generation
         self._batch_size, self._group_size, self._max_batches = batch_size, group_size, max_batches
-        self._seed, self._advantage_estimator = seed, advantage_estimator
+        self._seed = seed
+        self._advantage_estimator: AdvantageEstimator = advantage_estimator
         self._display, self._preemption = display, preemption
         self._policy_version = 0
-        self._consumed_prompts = cursor.consumed  # after the last complete batch
+        self._consumed_prompts = generation.cursor.consumed  # after the last complete batch
 
     def start(self) -> None:
         """Nothing runs between batches."""
@@ -72,22 +67,22 @@ class SynchronousBatches:
             groups = self.generate(num_prompts, seed)
             with self._display.phase("reward"), self._preemption.interruptible():
                 completions = [completion for group in groups for completion in group]
-                score_and_report(self._scorer, completions, self._display.message)
+                self._generation.score(completions, self._display.message)
             batch.add(groups)
             seed += ROUND_SEEDS
         metrics = rollout_metrics(batch.generated, self._advantage_estimator)
         if self._max_batches is not None:
             metrics |= batch.metrics()
             self._report_shortfall(batch)
-        self._consumed_prompts = self._cursor.consumed
+        self._consumed_prompts = self._generation.cursor.consumed
         return ScoredBatch(batch.groups(), metrics, self._consumed_prompts)
 
     def generate(self, num_prompts: int, seed: int) -> list[Group]:
         """Groups of the next prompts, not scored yet; RuntimeError if another policy version answered."""
-        prompts = self._cursor.take(num_prompts)
+        prompts = self._generation.cursor.take(num_prompts)
         with self._display.phase("generate"), self._preemption.interruptible():
-            groups = self._collector.collect(
-                prompts, self._sampling, num_completions=self._group_size, seed=seed
+            groups = self._generation.collector.collect(
+                prompts, self._generation.sampling, num_completions=self._group_size, seed=seed
             )
         for completion in (c for group in groups for c in group):
             for rejection in completion.rejections:

@@ -12,6 +12,7 @@ from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.batch_source import BatchSource
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
@@ -132,14 +133,15 @@ def controller(
     settings = flat_settings(**flags | changes)
     args = settings.values
     state, display = state or RunState(), RunDisplay("test", args.train_iters)
-    parts = dict(collector=Collector(state, truncated), cursor=Cursor(), sampling=SamplingParams(1.0, 3, ()))
     scorer = Scorer(
         Tokenizer(), Rewards(), args.max_completion_tokens, args.overlong_buffer, args.overlong_penalty
     )
+    sampling = SamplingParams(1.0, 3, ())
+    generation = Generation(Collector(state, truncated), Cursor(), sampling, scorer)
     preemption = Preemption(deadline_s=60.0)
     if source is None:
         source = SynchronousBatches(
-            **parts, scorer=scorer, batch_size=len(PROMPTS), group_size=COMPLETIONS, max_batches=None, seed=0,
+            generation, batch_size=len(PROMPTS), group_size=COMPLETIONS, max_batches=None, seed=0,
             advantage_estimator=args.advantage_estimator, display=display, preemption=preemption,
         )  # fmt: skip
     trainer, bound = Trainer(), LogProbBound(None, state)
@@ -151,7 +153,7 @@ def controller(
             compares_engines=not source.in_background, log_prob_bound=bound,
         ),
         trainer=trainer,
-        scorer=scorer,
+        generation=generation,
         engine_sync=EngineSync(),
         log_prob_bound=bound,
         eval_prompts=[],
@@ -159,5 +161,4 @@ def controller(
         metrics=MetricsWriter(tmp_path, None),
         state=state,
         preemption=preemption,
-        **parts,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.batch_source import ScoredBatch, SourceState
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
@@ -112,7 +113,7 @@ class Recording:
 
     def __init__(self, args: flat_settings, iteration: int = 0):
         self.state = RunState(iteration=iteration, consumed_prompts=iteration // 2 * SIZE)
-        self.source = synchronous(args, Engines(self.state), self.state, RunDisplay("test", 1))
+        self.source = synchronous(generation(args, Engines(self.state), self.state), RunDisplay("test", 1))
         self.source.weights_synced(iteration)
         self._record = Recorder(args, iteration)
 
@@ -125,38 +126,30 @@ class Recording:
         return batch
 
 
-def synchronous(
-    args: flat_settings, engines: Engines, state: RunState, display: RunDisplay
-) -> SynchronousBatches:
+def synchronous(generation: Generation, display: RunDisplay) -> SynchronousBatches:
     return SynchronousBatches(
-        engines, scorer(args), PromptCursor(PROMPTS, 0, state.consumed_prompts), SAMPLING,
-        batch_size=SIZE, group_size=GROUP, max_batches=None, seed=0, advantage_estimator="group-mean",
-        display=display, preemption=Preemption(),
+        generation, batch_size=SIZE, group_size=GROUP, max_batches=None, seed=0,
+        advantage_estimator="group-mean", display=display, preemption=Preemption(),
     )  # fmt: skip
 
 
-def scorer(args: flat_settings) -> Scorer:
-    return Scorer(
-        Tokenizer(),
-        Rewards(),
-        args.values.max_completion_tokens,
-        args.values.overlong_buffer,
-        args.values.overlong_penalty,
-    )
+def generation(args: flat_settings, engines: Engines, state: RunState) -> Generation:
+    flags = args.values
+    lengths = flags.max_completion_tokens, flags.overlong_buffer, flags.overlong_penalty
+    cursor = PromptCursor(PROMPTS, 0, state.consumed_prompts)
+    return Generation(engines, cursor, SAMPLING, Scorer(Tokenizer(), Rewards(), *lengths))
 
 
 def rollout_only(args: flat_settings) -> Controller:
-    state, engines, display = RunState(), Engines(None), RunDisplay("test", args.values.train_iters)
+    state, display = RunState(), RunDisplay("test", args.values.train_iters)
+    made_by = generation(args, Engines(None), state)
     return Controller(
         settings=args,
-        source=synchronous(args, engines, state, display),
+        source=synchronous(made_by, display),
         learner=NullLearner(state, args.values.steps_per_rollout),
         trainer=None,
-        collector=engines,
-        scorer=scorer(args),
-        cursor=None,
+        generation=made_by,
         eval_prompts=[],
-        sampling=SAMPLING,
         display=display,
         metrics=Metrics(),
         engine_sync=EngineSync(),
@@ -230,7 +223,7 @@ def test_a_recording_that_goes_back_sets_later_batches_aside(recorded):
 def test_rollout_only_runs_through_without_a_trainer(tmp_path):
     run = rollout_only(arguments(rollout_only=True, save_rollouts=tmp_path / "rollouts"))
     assert run.train().iteration == 2 * BATCHES
-    assert len(set(run.collector.seeds)) == BATCHES
+    assert len(set(run.generation.collector.seeds)) == BATCHES
     records = run.metrics.records
     assert [(step, metrics["policy/version"]) for step, metrics in records] == [(2, 0), (4, 0), (6, 0)]
     assert all("rollout/tokens_per_second" in metrics for _, metrics in records)

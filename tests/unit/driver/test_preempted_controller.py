@@ -48,7 +48,7 @@ def train_until_preempted(run: Controller) -> dict:
 @pytest.mark.parametrize(("part", "call"), [("collector", 4), ("scorer", 4)])
 def test_a_batch_under_way_is_given_up(run, part, call, tmp_path):
     name = {"collector": "collect", "scorer": "score"}[part]
-    interrupt(getattr(run, part), name, call)
+    interrupt(getattr(run.generation, part), name, call)
     state = train_until_preempted(run)
     assert state["iteration"] == MINI_BATCHES
     assert run.source.state().consumed_prompts == len(PROMPTS)
@@ -71,7 +71,7 @@ def test_a_batch_in_training_is_finished(run, part, tmp_path):
 
 
 def test_an_evaluation_is_made_up_for(run, tmp_path):
-    interrupt(run.collector, "collect", 5)
+    interrupt(run.generation.collector, "collect", 5)
     state = train_until_preempted(run)
     assert state["iteration"] == 2 * MINI_BATCHES and state["evaluation_due"]
     resumed = controller(tmp_path, "warn", BATCHES, set(), state=run.state, eval_interval=1)
@@ -84,7 +84,7 @@ def test_an_evaluation_is_made_up_for(run, tmp_path):
 
 
 def test_save_stores_the_state_of_the_last_batch(run):
-    interrupt(run.collector, "collect", 4)
+    interrupt(run.generation.collector, "collect", 4)
     state = train_until_preempted(run)
     run.save()
     assert run.trainer.saved == [state | {"consumed_prompts": len(PROMPTS)}]

@@ -12,6 +12,7 @@ from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.batch_source import SourceState
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
@@ -148,9 +149,9 @@ class Source(SynchronousBatches):
     def __init__(self, every: int = 3, consumed: int = 0, penalty: tuple[int, float] = (0, 1.0), **changes):
         self.engines, self.display = Engines(), Display()
         self.cursor = PromptCursor(PROMPTS, 5, consumed)
+        scorer = Scorer(Tokenizer(), Rewards(every), LONGEST, *penalty)
         super().__init__(
-            self.engines, Scorer(Tokenizer(), Rewards(every), LONGEST, *penalty), self.cursor,
-            SamplingParams(1.0, LONGEST, ()),
+            Generation(self.engines, self.cursor, SamplingParams(1.0, LONGEST, ()), scorer),
             **{"batch_size": 4, "group_size": N, "max_batches": 5, "seed": 5} | changes,
             advantage_estimator="group-mean", display=self.display, preemption=Preemption(),
         )  # fmt: skip

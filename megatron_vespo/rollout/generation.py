@@ -1,0 +1,26 @@
+"""What a run generates and scores completions with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.types import Completion, SamplingParams
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts, engines and rewards of a run; a run on recorded batches has none of them."""
+
+    collector: Collector
+    cursor: PromptCursor
+    sampling: SamplingParams
+    scorer: Scorer | None  # None: whoever asks for completions scores them
+
+    def score(self, completions: list[Completion], report: Callable[[str], None]) -> list[float]:
+        """The rewards; see `score_and_report`."""
+        assert self.scorer is not None, "nothing scores"
+        return score_and_report(self.scorer, completions, report)
