@@ -1,1 +1,1 @@
-"""A run: services, attempts, the training loop."""
+"""A run: its services, the attempts of its trainer, the training loop."""

@@ -88,7 +88,7 @@ def _pending_groups(
     if pending and settings.rollout.max_staleness == 0:
         raise ValueError(
             f"--load {settings.save.load}: {len(pending)} prompts were in flight when this asynchronous run "
-            "was saved: go on with --max-staleness above 0"
+            "was saved: continue with --max-staleness above 0"
         )
     return pending
 

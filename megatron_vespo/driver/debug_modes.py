@@ -1,4 +1,4 @@
-"""Runs that do half of the work: recorded batches without engines, or rollouts without a trainer."""
+"""Parts and checks of runs without engines (--train-from) or without a trainer (--rollout-only)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_vespo.types import RunState, TrainingSample
 
 
 class NullLearner:
-    """--rollout-only: optimizer steps are counted, so that seeds go on as in training, but nobody trains."""
+    """--rollout-only: counts optimizer steps, so that the seeds are those of training, but does not train."""
 
     policy_version = 0  # the engines keep the weights that they have loaded
 
@@ -34,7 +34,7 @@ class NullLearner:
 
 
 class NullEngineSync:
-    """--train-from: there are no engines that could get weights."""
+    """--train-from: there are no engines to sync."""
 
     def attach(self, trainer: TrainerGroup) -> None:
         """Nothing to connect."""
@@ -71,7 +71,7 @@ class Recorder:
 
 
 def recorded_run(settings: TrainSettings) -> dict[str, Any]:
-    """What a recorded batch must have in common with the run that trains on it, by the words of messages."""
+    """What a recorded batch and the run that trains on it must have in common, named as in messages."""
     return {
         "--rollout-batch-size": settings.rollout.rollout_batch_size,
         "--group-size": settings.rollout.group_size,
@@ -85,7 +85,7 @@ def recorded_run(settings: TrainSettings) -> dict[str, Any]:
 
 
 def check_modes(settings: TrainSettings) -> None:
-    """ValueError for flags that contradict each other, before anything starts."""
+    """ValueError for flags that exclude each other, before anything starts."""
     if settings.run.train_from is not None:
         others = {
             "--rollout-only": settings.run.rollout_only,
@@ -109,7 +109,7 @@ def check_modes(settings: TrainSettings) -> None:
 
 
 def check_recorded(settings: TrainSettings, iteration: int) -> None:
-    """ValueError unless --train-from has what a run from optimizer step `iteration` on will ask for."""
+    """ValueError unless --train-from has all batches that a run needs from optimizer step `iteration` on."""
     folder = settings.run.train_from
     assert folder is not None
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A run with nothing left to do, told from its files: before torch and Megatron are imported, for seconds."""
+"""Recognises a finished run by its files, before the seconds that importing torch and Megatron takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run is to reach."""
+    """What a run has to reach."""
 
     load: str
     train_iters: int  # optimizer steps
@@ -25,7 +25,7 @@ class Wanted:
 
 
 def why_finished(wanted: Wanted, folder: Path, step: int) -> str | None:
-    """What to tell people where neither training nor export nor summary is left to do; else None.
+    """A message if training, export and summary are done; else None.
 
     `step` is how many optimizer steps the checkpoint in `folder` has done.
     """
@@ -47,9 +47,9 @@ def why_finished(wanted: Wanted, folder: Path, step: int) -> str | None:
 
 
 def finished_by_files(argv: Sequence[str]) -> str | None:
-    """`why_finished` of a command line, as far as a few flags and the tracker of --load tell; else None.
+    """`why_finished` for a command line, by a few flags and the tracker of --load; None if these do not tell.
 
-    What is wrong with the others is not looked at: nothing will run.
+    Other flags are not checked, because nothing will run.
     """
     args = _few_flags(argv)
     if args is None or None in (args.load, args.train_iters, args.output_dir) or args.ckpt_step is not None:
@@ -57,7 +57,7 @@ def finished_by_files(argv: Sequence[str]) -> str | None:
     load = Path(args.load).resolve()
     try:
         step = int((load / _TRACKER).read_text())
-    except (OSError, ValueError):  # nothing saved yet, or what the whole start-up knows better
+    except (OSError, ValueError):  # nothing saved yet, or a case for the full start-up
         return None
     folder = load / f"iter_{step:07d}"
     wanted = Wanted(str(load), args.train_iters, args.output_dir, args.hf_export)

@@ -1,4 +1,4 @@
-"""Files of prompts, read as the flags say that training and evaluation share."""
+"""Reads files of prompts, by the flags that training and evaluation share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vespo.data.tokenizer import ChatFormat
 
 
 def chat_format(settings: PromptSettings, tokenizer: Any, date: datetime) -> ChatFormat:
-    """ValueError where the tokenizer's chat template does not fit the flags."""
+    """ValueError if the tokenizer's chat template does not fit the flags."""
     arguments = settings.chat_template_arguments
     return ChatFormat(tokenizer, settings.apply_chat_template, arguments, date)
 
@@ -33,7 +33,7 @@ def prompt_data(
 
 
 def eval_data(settings: DataSettings, evaluation: EvalSettings, chat_format: ChatFormat) -> PromptSet:
-    """The prompts of --eval-data, in columns of their own where flags name some."""
+    """The prompts of --eval-data; --eval-*-key flags name other columns than those of training."""
     assert evaluation.data is not None
     pattern = evaluation.answer_pattern
     columns = Columns(

@@ -1,4 +1,4 @@
-"""The checkpoint that a run will go on from, read before Ray and Megatron start."""
+"""Finds and checks the checkpoint that a run continues from, before Ray and Megatron start."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """What a run goes on from."""
+    """The checkpoint that a run continues from."""
 
     folder: Path
     step: int  # optimizer steps done
-    changes: list[str] = field(default_factory=list)  # flags that it was saved with, and that differ now
+    changes: list[str] = field(default_factory=list)  # log lines about flags that differ from the saved ones
 
 
 def find_checkpoint(settings: TrainSettings) -> FoundCheckpoint | None:
-    """None where training starts anew. ValueError for one that these flags cannot go on from."""
+    """None if training starts from the beginning; ValueError if the flags do not fit the checkpoint."""
     folder = resumed_folder(settings.save)
     if folder is None or not (folder / METADATA_NAME).is_file():
         return None

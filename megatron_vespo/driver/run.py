@@ -91,7 +91,7 @@ class Run:
             self._end_unsaved(str(error).splitlines()[0], error)
         preemption.conclude(EXIT_RESUME)
         saved = (
-            f", which is saved: go on with {how_to_go_on(settings.save, step)}"
+            f", which is saved: continue with {how_to_go_on(settings.save, step)}"
             if step
             else ": nothing to save yet"
         )
@@ -102,8 +102,9 @@ class Run:
         if save is None:
             return f"{where}; without --save nothing is kept"
         if (newest := newest_save(Path(save))) is None:
-            return f"{where}, before the first checkpoint: the same command begins anew"
-        how = "the same command goes on" if self._settings.save.load == save else f"go on with --load {save}"
+            return f"{where}, before the first checkpoint: the same command starts again from the beginning"
+        same = self._settings.save.load == save
+        how = "the same command continues it" if same else f"continue with --load {save}"
         return f"{where}; the newest checkpoint is {newest}: {how}"
 
     def _end_unsaved(self, reason: str, error: Exception) -> None:
@@ -121,12 +122,12 @@ class Restarts:
         self._last_failure: str | None = None
 
     def next(self, error: TrainerError) -> tuple[TrainSettings, str]:
-        """The next attempt's arguments and a message for the log; raises `error` if no restart is left."""
+        """The next attempt's settings and a message for the log; raises `error` if no restart is left."""
         newest = self._tracker()
-        if newest != self._newest:  # it has come further
+        if newest != self._newest:  # the run has made progress
             self._newest, self._left = newest, self._settings.save.trainer_restarts
         first_line = str(error).splitlines()[0]
-        repeated = not error.died and first_line == self._last_failure  # the next time would be no better
+        repeated = not error.died and first_line == self._last_failure  # it would fail again
         self._last_failure = first_line
         if self._left == 0 or repeated:
             raise error

@@ -1,4 +1,4 @@
-"""What a run was: run-001.json in its output folder, one file a life (a resume is the next one).
+"""run-001.json in the output folder records what was run; a resume writes run-002.json, and so on.
 
 started     UTC
 command     as it was typed; keys and passwords are left out, here and below
@@ -47,7 +47,7 @@ _SECRET = re.compile(r"--(?!engine-api-key)(.*-)?api-key|--.*(password|secret|ac
 
 
 class RunRecord:
-    """One life's file. `add` writes it anew, with what has become known since."""
+    """The file of one start of a run. `add` writes it again with more content."""
 
     def __init__(self, output_dir: Path, content: Mapping[str, Any]):
         self.path, self._content = _next_path(output_dir), dict(content)
@@ -89,7 +89,7 @@ def describe_run(args: Mapping[str, Any], parser: argparse.ArgumentParser) -> di
 
 
 def _packages() -> dict[str, str]:
-    """Installed ones; what a broken installation has left has no name, or no version."""
+    """Installed packages; remains of a broken installation have no name, or no version."""
     found = {part.name: part.version or "unknown" for part in distributions() if part.name}
     return dict(sorted(found.items()))
 
@@ -113,7 +113,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """As JSON has it."""
+    """`value` as JSON can hold it."""
     if value is not None and _SECRET.fullmatch("--" + name.replace("_", "-")):
         return LEFT_OUT
     if name == "sglang_flags" and value is not None:
@@ -155,7 +155,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """None where the program is not there, fails or does not answer."""
+    """The output of a program; None if it is missing, fails or does not answer."""
     if shutil.which(command[0]) is None:
         return None
     try:

@@ -32,16 +32,16 @@ from megatron_vespo.types import Prompt, SamplingParams
 
 @dataclass(frozen=True)
 class Task:
-    """What is generated and how it is judged; empty for a run that does not generate."""
+    """What a run generates and how it is scored; empty with --train-from."""
 
     tokenizer: Any = None
     sampling: SamplingParams | None = None
     prompts: PromptSet | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
-    generate: GenerateFunction | None = None  # None: one request is one completion
-    record: bytes | None = None  # which prompts these are, for checkpoints
-    remarks: list[str] = field(default_factory=list)  # what people should know of the data
+    generate: GenerateFunction | None = None  # None: one request gives one completion
+    record: bytes | None = None  # identifies the prompts in checkpoints
+    remarks: list[str] = field(default_factory=list)  # log lines about the data
 
 
 def load_task(settings: TrainSettings) -> Task:
@@ -129,7 +129,7 @@ class Services:
         self.generates = settings.engines.rollout_engines > 0
 
     def wait_for_engines(self) -> None:
-        """Until they have started, once."""
+        """Blocks until the engines have started."""
         if self.generates:
             with self.display.phase("start SGLang"):
                 self.engines.wait_until_ready()
@@ -146,7 +146,7 @@ def _server_arguments(settings: TrainSettings) -> list[str]:
         longest_step_s=longest_engine_step_s(
             settings.engines.engine_start_timeout, settings.sync.weight_check_timeout
         ),
-        # prefixes in the cache would be older than the request that meets them knows
+        # a cached prefix could be of an older policy than the versions that SGLang reports for the request
         prefix_cache=not (settings.rollout.max_staleness and settings.rollout.on_weight_update == "in-place"),
         memory_saver=settings.sync.colocate and device == "cuda",
     )

@@ -22,7 +22,7 @@ def plot(settings: TrainSettings) -> Path:
 def summarize(
     settings: TrainSettings, state: RunState, num_eval: int, setup_seconds: float, idle: dict[str, dict]
 ) -> str:
-    """Writes summary.json and curves.png of a finished run; the summary as text, for people.
+    """Writes summary.json and curves.png of a finished run; returns the summary as text.
 
     `idle` is the shares of time in which trainer and engines had no work, see `Trace.idle`.
     """

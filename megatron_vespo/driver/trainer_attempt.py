@@ -58,7 +58,7 @@ class TrainerAttempt:
 
     def _start(self) -> None:
         settings, services = self._settings, self._services
-        if self._number == 0 and settings.sync.colocate:  # engines take their share of a GPU that is empty
+        if self._number == 0 and settings.sync.colocate:  # an engine takes its share of an empty GPU
             services.wait_for_engines()
         resumed = self._start_trainer()
         if self._number == 0 and not settings.sync.colocate:
@@ -103,7 +103,7 @@ class TrainerAttempt:
         return resumed
 
     def _kept_step(self, resumed: Resumed | None) -> int | None:
-        """The last step whose metrics stay; None where this run has written none yet."""
+        """The last step whose metrics are kept; None if this run has not written any yet."""
         if resumed:
             return resumed.rollout_state["iteration"]
         return FROM_THE_BEGINNING if self._number else None
@@ -127,7 +127,7 @@ class TrainerAttempt:
         newest = newest_save(Path(self._settings.save.save)) or "no checkpoint"
         self._services.display.message(
             f"WARNING: THE CHECKPOINT OF OPTIMIZER STEP {report.iteration} COULD NOT BE SAVED: "
-            f"{report.problem}; {newest} stays, the run goes on"
+            f"{report.problem}; {newest} stays, the run continues"
         )
 
     def _make_controller(self, state: RunState, rollout_buffer: bytes | None) -> Controller:
@@ -151,7 +151,7 @@ class TrainerAttempt:
             engine_sync=services.engine_sync,
             log_prob_bound=bound,
             state=state,
-            # what the alarms compare with survives a resume into the same folder
+            # alarms compare with earlier batches, also with those before a resume into the same folder
             history=batch_records(read_metrics(settings.run.output_dir / "metrics.jsonl")),
             record=Recorder(settings, state.iteration) if settings.run.save_rollouts else None,
             preemption=services.preemption,
