@@ -59,9 +59,9 @@ class Engine(EngineStub):
 def arguments(replay: str | None) -> SimpleNamespace:
     return flat_settings(
         num_layers=LAYERS, moe_router_topk=TOPK, num_experts=128, routing_replay=replay,
-        generate_timeout=60.0, max_request_retries=0, sglang_flags=[], distributed_backend="nccl", bf16=True,
-        seed=0, max_staleness=0, on_weight_update="retract", colocate=False, engine_start_timeout=60.0,
-        weight_check_timeout=60.0,
+        generate_timeout=60.0, max_request_retries=0, distributed_backend="nccl", bf16=True,
+        sglang_flags=("--max-total-tokens", "64"), seed=0, max_staleness=0, on_weight_update="retract",
+        colocate=False, engine_start_timeout=60.0, weight_check_timeout=60.0,
     )  # fmt: skip
 
 
