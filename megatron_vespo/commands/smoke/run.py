@@ -18,6 +18,7 @@ from megatron_vespo.driver.services import Services, Task
 from megatron_vespo.driver.trainer_attempt import TrainerAttempt
 from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.tracing import Trace
+from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, SamplingParams, TrainingSample
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
@@ -132,7 +133,9 @@ class SmokeRun:
     def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
         """A rollout batch with rewards that are drawn."""
         started = time.monotonic()
-        groups = controller.source.generate(
+        source = controller.source
+        assert isinstance(source, SynchronousBatches)
+        groups = source.generate(
             self._settings.rollout.rollout_batch_size, self._settings.rollout.seed + controller.policy_version
         )
         completions = [completion for group in groups for completion in group]
