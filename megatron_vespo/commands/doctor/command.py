@@ -7,13 +7,13 @@ import os
 import shutil
 import socket
 import sys
-from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_output_file
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.doctor import machine, processes, shared_folder, traps
 from megatron_vespo.commands.doctor.finding import Check, Finding, run_checks, with_deadline
 from megatron_vespo.commands.doctor.gpus import gpus, has_gpu_files, num_gpus
@@ -35,8 +35,14 @@ SKEW_WARN_S, SKEW_FAIL_S = 1.0, 60.0
 LOOPBACK = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    shared_dir: Path  # absolute
+    json: Path | None  # where all findings are written
+
+
 def main(argv: list[str]) -> int:
-    args = _parse(argv)
+    options = _parse(argv)
     step = current_step()
     if sys.stderr.isatty():
         print("packages are imported and networks tried: about a minute", file=sys.stderr)
@@ -45,9 +51,9 @@ def main(argv: list[str]) -> int:
     except (MeetingError, RuntimeError) as error:
         name = f"{socket.gethostname()} (rank {step.rank})" if step else socket.gethostname()
         lonely = Finding("processes", "FAIL", str(error), "can this node reach the first one's ports?")
-        return _report(args, {name: [lonely, *_local(args.shared_dir)]})
+        return _report(options, {name: [lonely, *_local(options.shared_dir)]})
     try:
-        found = _examine(args, step, host, meeting)
+        found = _examine(options, step, host, meeting)
         all_found = meeting.exchange({"host": socket.gethostname(), "findings": found}, LOCAL_S)
     except MeetingError as error:
         print(f"megatron-vespo doctor: {error}", file=sys.stderr)
@@ -58,10 +64,10 @@ def main(argv: list[str]) -> int:
     for rank, answer in sorted(all_found.items()):
         name = answer["host"] if answer["host"] not in findings else f"{answer['host']} (rank {rank})"
         findings[name] = [Finding(**fields) for fields in answer["findings"]]
-    return _report(args, findings, meeting.rank == 0)
+    return _report(options, findings, meeting.rank == 0)
 
 
-def _parse(argv: list[str]) -> Namespace:
+def _parse(argv: list[str]) -> DoctorOptions:
     parser = FlagParser(
         prog="megatron-vespo doctor",
         description="Check this machine, or, started by srun, all nodes of the step.",
@@ -73,8 +79,8 @@ def _parse(argv: list[str]) -> Namespace:
     )
     args = parser.parse_args(argv)
     check_output_file("--json", args.json)
-    args.shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
-    return args
+    shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
+    return of_namespace(DoctorOptions, args, shared_dir=shared_dir)
 
 
 def _meet(step: Step | None) -> tuple[str, Meeting]:
@@ -87,14 +93,14 @@ def _meet(step: Step | None) -> tuple[str, Meeting]:
     return host, Guest(step.rank, step.size, step.word, host, ARRIVAL_S)
 
 
-def _examine(args: Namespace, step: Step | None, host: str, meeting: Meeting) -> list[dict]:
+def _examine(options: DoctorOptions, step: Step | None, host: str, meeting: Meeting) -> list[dict]:
     """This process's findings as dictionaries; together with the others of the step."""
     # the tasks of a node share its machine: one of them looks at it
-    found = _local(args.shared_dir) if step is None or step.local_rank == 0 else []
+    found = _local(options.shared_dir) if step is None or step.local_rank == 0 else []
     meeting.exchange(None, LOCAL_S + QUICK_S)
     if meeting.rank == 0 and meeting.size > 1:
         found.insert(0, judge_processes(meeting))
-    found.append(_shared(args.shared_dir, step.word if step else str(os.getpid()), meeting))
+    found.append(_shared(options.shared_dir, step.word if step else str(os.getpid()), meeting))
     offsets = meeting.clock_offsets(QUICK_S)
     if meeting.size > 1:
         found.append(judge_clock(offsets.get(meeting.rank, 0.0)))
@@ -173,18 +179,18 @@ def judge_clock(ahead: float) -> Finding:
     return Finding("clock", status, text, "start chrony or ntpd: timelines and file times are wrong")
 
 
-def _report(args: Namespace, findings: dict[str, list[Finding]], speaks: bool = True) -> int:
+def _report(options: DoctorOptions, findings: dict[str, list[Finding]], speaks: bool = True) -> int:
     """The exit code; the table is printed by one process."""
     lines = lines_of(findings)
     failed = any(line.status == "FAIL" for line in lines)
     if speaks:
         print(as_text(lines, max(80, shutil.get_terminal_size((160, 40)).columns)))
-        if args.json is not None:
+        if options.json is not None:
             report = {
                 "ok": not failed,
                 "lines": [asdict(line) for line in lines],
                 "nodes": {node: [asdict(finding) for finding in found] for node, found in findings.items()},
             }
-            write_atomically(args.json, json.dumps(report, indent=2) + "\n")
+            write_atomically(options.json, json.dumps(report, indent=2) + "\n")
     sys.stdout.flush()
     return int(failed)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from argparse import Namespace
 
 import pytest
 
@@ -76,16 +75,16 @@ def test_processes():
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("FAIL", 1)])
 def test_exit_code_and_json(tmp_path, capsys, status, code):
-    args = Namespace(json=tmp_path / "report.json")
+    options = command.DoctorOptions(shared_dir=tmp_path, json=tmp_path / "report.json")
     findings = {"n1": [Finding("disk", status, "some", "do it")], "n2": [Finding("disk", "ok", "much")]}
-    assert command._report(args, findings) == code
+    assert command._report(options, findings) == code
     assert capsys.readouterr().out.startswith(f"disk  {status:4}")
-    report = json.loads(args.json.read_text())
+    report = json.loads(options.json.read_text())
     assert report["ok"] == (code == 0)
     assert report["nodes"]["n1"][0]["text"] == "some" and len(report["lines"]) == 1
-    args.json.unlink()
-    assert command._report(args, findings, speaks=False) == code
-    assert capsys.readouterr().out == "" and not args.json.exists()
+    options.json.unlink()
+    assert command._report(options, findings, speaks=False) == code
+    assert capsys.readouterr().out == "" and not options.json.exists()
 
 
 def test_a_shared_folder_that_is_not_there(tmp_path):
