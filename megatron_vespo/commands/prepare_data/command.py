@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_output_file
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.prepare_data.known_files import download, rows_of, source_files
 from megatron_vespo.commands.prepare_data.known_sets import KNOWN_SETS
 from megatron_vespo.commands.prepare_data.prepare import Counts, Problem, check_usable, prepare, question_of
@@ -30,27 +31,39 @@ From the Hugging Face hub, or from a local copy. Problems that are there twice a
 """
 
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    name: str  # of the set
+    out: Path
+    source: Path | None  # None: the hub
+    revision: str | None  # None: the newest
+    exclude: tuple[Path, ...]  # held-out files
+    instruction: str | None
+    max_unusable: float  # share of the rows
+    force: bool
+
+
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
-    if args.name not in KNOWN_SETS:
-        raise ValueError(f"no set {args.name!r}; there are {', '.join(KNOWN_SETS)}")
-    if not 0 <= args.max_unusable <= 1:
-        raise ValueError(f"--max-unusable {args.max_unusable:g}: must be between 0 and 1")
-    if args.out.suffix != ".jsonl":
-        raise ValueError(f"{args.out}: must end in .jsonl")
-    if args.out.exists() and not args.force:
-        raise ValueError(f"{args.out} is already there; --force replaces it")
-    check_output_file("OUT", args.out)
-    known = KNOWN_SETS[args.name]
-    held_out = HeldOut(chain.from_iterable(_questions(path, args.instruction) for path in args.exclude))
-    if args.source is not None and args.revision is not None:
+    options = of_namespace(PrepareOptions, _parser().parse_args(argv))
+    if options.name not in KNOWN_SETS:
+        raise ValueError(f"no set {options.name!r}; there are {', '.join(KNOWN_SETS)}")
+    if not 0 <= options.max_unusable <= 1:
+        raise ValueError(f"--max-unusable {options.max_unusable:g}: must be between 0 and 1")
+    if options.out.suffix != ".jsonl":
+        raise ValueError(f"{options.out}: must end in .jsonl")
+    if options.out.exists() and not options.force:
+        raise ValueError(f"{options.out} is already there; --force replaces it")
+    check_output_file("OUT", options.out)
+    known = KNOWN_SETS[options.name]
+    held_out = HeldOut(chain.from_iterable(_questions(path, options.instruction) for path in options.exclude))
+    if options.source is not None and options.revision is not None:
         raise ValueError("--revision is of the hub, --source is not from there: leave one out")
-    files = source_files(known, args.source or download(known, args.revision))
+    files = source_files(known, options.source or download(known, options.revision))
     rows = chain.from_iterable(rows_of(path) for path in files)
-    problems, counts = prepare(rows, args.name, known, held_out, _same_answers)
-    check_usable(counts, args.max_unusable, ", ".join(map(str, files)))
-    write_atomically(args.out, "".join(_line(problem, args.instruction) for problem in problems))
-    print("\n".join(_report(args, counts, len(held_out))))
+    problems, counts = prepare(rows, options.name, known, held_out, _same_answers)
+    check_usable(counts, options.max_unusable, ", ".join(map(str, files)))
+    write_atomically(options.out, "".join(_line(problem, options.instruction) for problem in problems))
+    print("\n".join(_report(options, counts, len(held_out))))
     return 0
 
 
@@ -112,7 +125,7 @@ def _same_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     return [result.value == 1.0 for result in results]
 
 
-def _report(args: Namespace, counts: Counts, num_held_out: int) -> list[str]:
+def _report(options: PrepareOptions, counts: Counts, num_held_out: int) -> list[str]:
     lines = [
         ("rows read", counts.read),
         ("without a usable question or answer", counts.unusable),
@@ -120,7 +133,7 @@ def _report(args: Namespace, counts: Counts, num_held_out: int) -> list[str]:
         ("repeated in another spelling", counts.respelled),
         ("same question, different answers", counts.contradicting),
     ]
-    if args.exclude:
+    if options.exclude:
         lines += [
             (f"same as one of {num_held_out} held-out questions", counts.same_as_held_out),
             ("nearly the same", counts.near_held_out),
@@ -131,10 +144,10 @@ def _report(args: Namespace, counts: Counts, num_held_out: int) -> list[str]:
         report.append(f"the first unusable row: {counts.first_unusable}")
     for ours, theirs in counts.near_examples[:SHOWN_EXAMPLES]:
         report.append(f"nearly the same: {_short(ours)} | held out: {_short(theirs)}")
-    expected = KNOWN_SETS[args.name].num_problems
-    if expected is not None and counts.written != expected and not args.exclude:
-        report.append(f"WARNING: {args.name} is known to have {expected} problems")
-    return [*report, f"{args.out}"]
+    expected = KNOWN_SETS[options.name].num_problems
+    if expected is not None and counts.written != expected and not options.exclude:
+        report.append(f"WARNING: {options.name} is known to have {expected} problems")
+    return [*report, f"{options.out}"]
 
 
 def _short(text: str) -> str:
