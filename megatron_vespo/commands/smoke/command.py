@@ -6,14 +6,15 @@ import argparse
 import shutil
 import tempfile
 import time
-from argparse import Namespace
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_output_folder, check_positive
 from megatron_vespo.arguments.parse import refuse_unknown
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe, with_recipes
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.placement import node_resources, start_ray, stop_ray
 from megatron_vespo.cluster.roles import ROLES
@@ -47,6 +48,14 @@ WITHOUT_RECIPE = (
 LOCAL_CORES = 3  # at least: two ranks and an engine, which share fewer
 
 
+@dataclass(frozen=True)
+class SmokeOptions:
+    output_dir: Path
+    ray_address: str | None  # None: a local cluster starts
+    timeout: float  # seconds, of every wait
+    has_recipe: bool
+
+
 def main(argv: list[str]) -> int:
     options, flags = parse(argv)
     wanted = wanted_layout(flags)
@@ -73,7 +82,7 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
+def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
     """This command's own options, and the flags of a run."""
     flags = with_recipes(argv)
     if argv and not argv[0].startswith("-"):
@@ -96,16 +105,16 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     add(
         "--timeout", type=float, default=1200.0, metavar="SECONDS", help="of every wait; default: %(default)g"
     )
-    options, rest = parser.parse_known_args(flags)
+    args, rest = parser.parse_known_args(flags)
+    options = of_namespace(SmokeOptions, args, has_recipe=has_recipe)
     check_positive(options, ("timeout",))
-    options.has_recipe = has_recipe
     if options.ray_address:
         rest += ["--ray-address", options.ray_address]
     return options, rest
 
 
 def run(
-    options: Namespace, flags: list[str], wanted: Wanted, stages: Stages, folder: Path, facts: dict
+    options: SmokeOptions, flags: list[str], wanted: Wanted, stages: Stages, folder: Path, facts: dict
 ) -> None:
     """All stages. Raises Stopped where one breaks; `facts` gets what is found out about the run."""
     with stages.stage("cluster") as row:
