@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from megatron_vespo.arguments.checks import check_output_file, check_output_folder, check_positive
 from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.arguments.trainer import TrainerSettings
 from megatron_vespo.cluster.blocks import neighbours
@@ -26,6 +26,7 @@ from megatron_vespo.cluster.placement import has_gpus, place, start_ray, stop_ra
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.commands.check_layout.bounds import rounding_bounds
 from megatron_vespo.commands.check_layout.layout import FLAGS, WORDS, Layout
+from megatron_vespo.commands.check_layout.options import CheckLayoutOptions
 from megatron_vespo.commands.check_layout.sample_file import random_samples, read_samples, with_noisy_behavior
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
 from megatron_vespo.observability.layout_report import (
@@ -77,7 +78,7 @@ BATCH_FLAGS = ("--train-iters", "--steps-per-rollout", "--rollout-batch-size", "
 
 def main(argv: list[str]) -> int:
     """The exit code, 0 or 1; ValueError for a user's mistake."""
-    options, flags = _parser().parse_known_args(argv)
+    options, flags = _parse(argv)
     _check(options, flags)
     samples = _samples(options)
     layouts = [Layout.parse(text) for text in (options.reference, *options.candidate)]
@@ -98,6 +99,14 @@ def print_help(argv: list[str]) -> bool:
     if wanted:
         _parser().print_help()
     return wanted
+
+
+def _parse(argv: list[str]) -> tuple[CheckLayoutOptions, list[str]]:
+    """This command's own flags, and the others."""
+    args, flags = _parser().parse_known_args(argv)
+    if args.hf_checkpoint is None:
+        raise ValueError("--hf-checkpoint is required; see --help")
+    return of_namespace(CheckLayoutOptions, args), flags
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,9 +147,7 @@ def _bound_flag(name: str) -> str:
     return f"--max-{name.replace('_', '-')}-difference"
 
 
-def _check(options: Namespace, flags: Sequence[str]) -> None:
-    if options.hf_checkpoint is None:
-        raise ValueError("--hf-checkpoint is required; see --help")
+def _check(options: CheckLayoutOptions, flags: Sequence[str]) -> None:
     if not options.hf_checkpoint.is_dir():
         raise ValueError(f"--hf-checkpoint {options.hf_checkpoint}: no such folder")
     if not options.candidate:
@@ -158,7 +165,7 @@ def _check(options: Namespace, flags: Sequence[str]) -> None:
             raise ValueError(f"{flag}: this command makes its own batch, see --batch, --samples and --steps")
 
 
-def _samples(options: Namespace) -> list[TrainingSample]:
+def _samples(options: CheckLayoutOptions) -> list[TrainingSample]:
     vocab_size = megatron_arguments(read_hf_config(options.hf_checkpoint))["vocab_size"]
     if options.batch:
         return read_samples(options.batch, vocab_size)
@@ -168,7 +175,7 @@ def _samples(options: Namespace) -> list[TrainingSample]:
 
 
 def _layout_arguments(
-    layout: Layout, options: Namespace, flags: Sequence[str], samples: Sequence[TrainingSample]
+    layout: Layout, options: CheckLayoutOptions, flags: Sequence[str], samples: Sequence[TrainingSample]
 ) -> TrainSettings:
     """Everything the ranks of a layout need; nothing is started yet, so that a mistake shows at once."""
     shares = layout.dp * (layout.pp if layout.vpp > 1 else 1)
@@ -204,7 +211,9 @@ def _layout_arguments(
     return settings
 
 
-def _bounds(options: Namespace, trainer: TrainerSettings, samples: Sequence[TrainingSample]) -> Differences:
+def _bounds(
+    options: CheckLayoutOptions, trainer: TrainerSettings, samples: Sequence[TrainingSample]
+) -> Differences:
     given = {name: getattr(options, _bound_flag(name)[2:].replace("-", "_")) for name in BOUND_HELP}
     log_probs = [sample.behavior_log_probs for sample in samples]
     return dataclasses.replace(
@@ -217,7 +226,7 @@ def _run(
     layouts: Sequence[Layout],
     settings: Sequence[TrainSettings],
     samples: list[TrainingSample],
-    options: Namespace,
+    options: CheckLayoutOptions,
 ) -> tuple[list[Row], Differences]:
     """One row a layout, and the bounds. The reference must work; of another one that breaks the error is
     printed.
@@ -257,7 +266,7 @@ def _run(
 
 
 def _measure(
-    settings: TrainSettings, samples: list[TrainingSample], options: Namespace, log_dir: Path
+    settings: TrainSettings, samples: list[TrainingSample], options: CheckLayoutOptions, log_dir: Path
 ) -> tuple[list[TrainingSample], LayoutMeasurement]:
     """Run one layout and wait until its processes are gone.
 

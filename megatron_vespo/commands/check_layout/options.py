@@ -1,0 +1,28 @@
+"""The own flags of `megatron-vespo check layout`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CheckLayoutOptions:
+    """A bound that is None is what rounding makes."""
+
+    hf_checkpoint: Path  # the weights of all layouts
+    reference: str  # a layout, such as tp2,pp2,ep2
+    candidate: tuple[str, ...]  # layouts
+    batch: Path | None  # None: random samples
+    samples: int  # number of random ones
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    seed: int
+    steps: int  # optimizer steps
+    markdown: Path | None
+    output_dir: Path | None  # None: a temporary folder
+    max_log_w_difference: float | None
+    max_loss_difference: float | None
+    max_grad_norm_difference: float | None
+    max_parameter_norm_difference: float | None
+    max_experts_difference: float | None
