@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def check_seed(seed: int, least: int = 0, most: int = MOST_SEED) -> None:
         raise ValueError(f"--seed is {seed}, must be between {least} and {most}")
 
 
-def check_positive(args: Namespace, names: Iterable[str]) -> None:
+def check_positive(args: Any, names: Iterable[str]) -> None:
     """ValueError for the first of these numbers that is 0, negative or NaN; one that is not given passes."""
     for name in names:
         value = getattr(args, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class PromptSettings:
     max_prompt_tokens: int
 
     @classmethod
-    def of(cls, args: Namespace) -> Self:
+    def of(cls, args: Any) -> Self:
         return of_namespace(cls, args)
 
 

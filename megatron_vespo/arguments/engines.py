@@ -6,7 +6,7 @@ import argparse
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.rollout.api_key import API_KEY_CHOICES
@@ -61,7 +61,6 @@ class EngineSettings:
     engine_api_key: Literal["auto", "always", "never"]
 
     @classmethod
-    def of(cls, args: Namespace, hf_checkpoint: Path | None = None) -> EngineSettings:
-        """`hf_checkpoint` stands for the flag in commands that have another one."""
-        others = {"hf_checkpoint": hf_checkpoint} if hf_checkpoint else {}
+    def of(cls, args: Any, **others: Any) -> EngineSettings:
+        """`others` are the fields that a command has no flag for."""
         return of_namespace(cls, args, **others)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import fields
 from typing import Any
 
 
-def of_namespace[T](cls: type[T], args: Namespace, prefix: str = "", **others: Any) -> T:
+def of_namespace[T](cls: type[T], args: Any, prefix: str = "", **others: Any) -> T:
     """One value per field: the attribute `prefix` + the field's name of `args`, or that of `others`.
 
     A list becomes a tuple: settings do not change.

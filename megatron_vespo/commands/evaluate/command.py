@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_vespo.arguments.checks import check_output_folder
 from megatron_vespo.arguments.data import PromptSettings
 from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
+from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.report import (
     Progress,
     format_table,
@@ -46,42 +46,46 @@ INTERVALS = "intervals: 95%, over prompts"
 
 def main(argv: list[str]) -> int:
     started = time.monotonic()
-    args = parse_args(argv)
+    options = parse_args(argv)
     preemption = Preemption()
     preemption.listen()
-    check_output_folder("--output-dir", args.output_dir)
-    folder = tokenizer_folder(args)
+    check_output_folder("--output-dir", options.output_dir)
+    folder = tokenizer_folder(options)
     tokenizer = load_tokenizer(folder, "--checkpoint")
     stops = stop_token_ids(folder, tokenizer.eos_token_id)
-    sampling = SamplingParams(args.temperature, args.max_completion_tokens, stops, args.top_p, args.top_k)
-    results_path = args.output_dir / RESULTS_NAME
+    sampling = SamplingParams(
+        options.temperature, options.max_completion_tokens, stops, options.top_p, options.top_k
+    )
+    results_path = options.output_dir / RESULTS_NAME
     date = start_date(results_path)
-    form = chat_format(PromptSettings.of(args), tokenizer, date)
-    sets = {name: _prompts(args, path, form) for name, path in args.data.items()}
-    reward = load_reward_function(args.reward_function)
-    settings = comparable(evaluation_settings(args, stops, sets, date), results_path)
+    form = chat_format(PromptSettings.of(options), tokenizer, date)
+    sets = {name: _prompts(options, path, form) for name, path in options.data.items()}
+    reward = load_reward_function(options.reward_function)
+    settings = comparable(evaluation_settings(options, stops, sets, date), results_path)
     with ResultFile(results_path, settings) as results:
-        evaluation = _Evaluation(args, sets, results, tokenizer)
+        evaluation = _Evaluation(options, sets, results, tokenizer)
         if evaluation.left:
-            RunRecord(args.output_dir, describe_run(vars(args), make_parser()))
+            RunRecord(options.output_dir, describe_run(vars(options), make_parser()))
             evaluation.run(sampling, reward, preemption)
-        _report(args, evaluation, settings, time.monotonic() - started)
+        _report(options, evaluation, settings, time.monotonic() - started)
     return 0
 
 
-def _prompts(args: Namespace, path: Path, form: ChatFormat) -> list[Prompt]:
+def _prompts(options: EvaluateOptions, path: Path, form: ChatFormat) -> list[Prompt]:
     # a set without its longest prompts is another set
-    loaded = prompt_data(PromptSettings.of(args), path, form, overlong="error", flag="--data")
-    for remark in loaded.remarks(args.max_prompt_tokens):
+    loaded = prompt_data(PromptSettings.of(options), path, form, overlong="error", flag="--data")
+    for remark in loaded.remarks(options.max_prompt_tokens):
         print(remark, file=sys.stderr)
-    return loaded.prompts[: args.num_prompts]
+    return loaded.prompts[: options.num_prompts]
 
 
 class _Evaluation:
     """Which prompts are left, and what becomes of one that has finished."""
 
-    def __init__(self, args: Namespace, sets: dict[str, list[Prompt]], results: ResultFile, tokenizer: Any):
-        self._args, self._results, self._tokenizer = args, results, tokenizer
+    def __init__(
+        self, options: EvaluateOptions, sets: dict[str, list[Prompt]], results: ResultFile, tokenizer: Any
+    ):
+        self._options, self._results, self._tokenizer = options, results, tokenizer
         self._total = sum(map(len, sets.values()))
         done = {(record["set"], record["prompt"]) for record in results.records}
         self.left = [
@@ -103,15 +107,15 @@ class _Evaluation:
                 raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
 
     def _run(self, sampling: SamplingParams, reward: RewardFunction, stack: ExitStack) -> None:
-        args = self._args
+        options = self._options
         progress = Progress(self._total, self._total - len(self.left))
         stack.callback(progress.close)
         if progress.done:
             progress.message(f"{progress.done} of {self._total} prompts were finished before")
-        rewards = RewardPool(reward, args.reward_workers, args.reward_timeout, args.reward_memory_gb)
+        rewards = RewardPool(reward, options.reward_workers, options.reward_timeout, options.reward_memory_gb)
         stack.callback(rewards.close)
-        scorer = Scorer(self._tokenizer, rewards, args.max_completion_tokens, 0, 1.0)
-        served = stack.enter_context(serving(args, progress.message))
+        scorer = Scorer(self._tokenizer, rewards, options.max_completion_tokens, 0, 1.0)
+        served = stack.enter_context(serving(options, progress.message))
 
         statuses: list[str] = []
         held: list[dict[str, Any]] = []  # while no reward has worked: its zeros would be no results
@@ -132,8 +136,8 @@ class _Evaluation:
         prompts = [prompt for _, prompt in self.left]
         progress.start()
         stream_groups(
-            _collector(args, served), prompts, sampling, finish,
-            num_completions=args.num_completions, seed=args.seed,
+            _collector(options, served), prompts, sampling, finish,
+            num_completions=options.num_completions, seed=options.seed,
         )  # fmt: skip
         check_some_worked(statuses)
         keep()  # of responses that were all cut, which no reward function has judged
@@ -141,7 +145,7 @@ class _Evaluation:
     def by_set(self) -> dict[str, list[dict]]:
         return {
             name: [record for record in self._results.records if record["set"] == name]
-            for name in self._args.data
+            for name in self._options.data
         }
 
     def _kept(self) -> str:
@@ -160,17 +164,17 @@ class _Evaluation:
             "policy_versions": [min(versions), max(versions)],
             "drawn_anew": sum(len(completion.rejections) for completion in group),
         }
-        if self._args.save_responses:
+        if self._options.save_responses:
             tokens = [completion.token_ids for completion in group]
             record["responses"] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return record
 
 
-def _collector(args: Namespace, served: Serving) -> Collector:
+def _collector(options: EvaluateOptions, served: Serving) -> Collector:
     return Collector(
         served.urls,
-        request_timeout_s=args.generate_timeout,
-        max_attempts=1 + args.max_request_retries,
+        request_timeout_s=options.generate_timeout,
+        max_attempts=1 + options.max_request_retries,
         check=served.check,
         api_key=served.api_key,
         lost=served.lost,
@@ -178,11 +182,14 @@ def _collector(args: Namespace, served: Serving) -> Collector:
     )
 
 
-def _report(args: Namespace, evaluation: _Evaluation, settings: dict[str, Any], seconds: float) -> None:
+def _report(
+    options: EvaluateOptions, evaluation: _Evaluation, settings: dict[str, Any], seconds: float
+) -> None:
     found = {
-        name: prompt_set_summary(records, args.pass_reward) for name, records in evaluation.by_set().items()
+        name: prompt_set_summary(records, options.pass_reward)
+        for name, records in evaluation.by_set().items()
     }
-    path = args.output_dir / SUMMARY_NAME
+    path = options.output_dir / SUMMARY_NAME
     write_summary(path, {"settings": settings, "sets": found, "seconds": seconds})
     print(format_table(found))
     print("\n".join([INTERVALS, *reservations(found), f"summary: {path}"]))

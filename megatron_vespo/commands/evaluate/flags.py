@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from argparse import Namespace
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_folder, check_positive, check_seed
 from megatron_vespo.arguments.engines import check_retries
 from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
+from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
 from megatron_vespo.system.paths import expanded, user_path
 
@@ -45,18 +46,18 @@ _POSITIVE = (
 ).split()
 
 
-def parse_args(argv: list[str]) -> Namespace:
+def parse_args(argv: list[str]) -> EvaluateOptions:
     """ValueError for a user's mistake."""
     sglang_flags, rest = parse_sglang_flags(argv)
     args = make_parser().parse_args(rest)
-    args.sglang_flags = sglang_flags
-    args.data = _named_files(args.data)
-    check_positive(args, _POSITIVE)
-    check_seed(args.seed)
-    check_folder("--output-dir", args.output_dir)
-    _check_sampling(args)
-    _check_engines(args)
-    return args
+    data = _named_files(args.data)
+    options = of_namespace(EvaluateOptions, args, data=data, sglang_flags=tuple(sglang_flags))
+    check_positive(options, _POSITIVE)
+    check_seed(options.seed)
+    check_folder("--output-dir", options.output_dir)
+    _check_sampling(options)
+    _check_engines(options)
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -113,38 +114,38 @@ def _named_files(given: list[str]) -> dict[str, Path]:
     return files
 
 
-def _check_sampling(args: Namespace) -> None:
-    check_temperature("--temperature", args.temperature, args.num_completions)
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p:g}: must be above 0, at most 1")
-    if not math.isfinite(args.pass_reward):
-        raise ValueError(f"--pass-reward {args.pass_reward:g}: must be finite")
-    if args.top_k != -1 and args.top_k < 1:
-        raise ValueError(f"--top-k {args.top_k}: must be positive, or -1 for all tokens")
+def _check_sampling(options: EvaluateOptions) -> None:
+    check_temperature("--temperature", options.temperature, options.num_completions)
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top-p {options.top_p:g}: must be above 0, at most 1")
+    if not math.isfinite(options.pass_reward):
+        raise ValueError(f"--pass-reward {options.pass_reward:g}: must be finite")
+    if options.top_k != -1 and options.top_k < 1:
+        raise ValueError(f"--top-k {options.top_k}: must be positive, or -1 for all tokens")
 
 
-def _check_engines(args: Namespace) -> None:
-    if not args.checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {args.checkpoint}: no such folder")
-    if args.hf_config is not None and not args.hf_config.is_dir():
-        raise ValueError(f"--hf-config {args.hf_config}: no such folder")
-    if args.engine_url:
-        if args.sglang_flags:
+def _check_engines(options: EvaluateOptions) -> None:
+    if not options.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint {options.checkpoint}: no such folder")
+    if options.hf_config is not None and not options.hf_config.is_dir():
+        raise ValueError(f"--hf-config {options.hf_config}: no such folder")
+    if options.engine_url:
+        if options.sglang_flags:
             raise ValueError(
-                f"--sglang-{args.sglang_flags[0].removeprefix('--')} is for engines that are started; "
+                f"--sglang-{options.sglang_flags[0].removeprefix('--')} is for engines that are started; "
                 "those at --engine-url run already"
             )
-        for url in args.engine_url:
+        for url in options.engine_url:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"--engine-url {url}: write http://HOST:PORT")
-    elif args.api_key_env:
+    elif options.api_key_env:
         raise ValueError("--api-key-env is for --engine-url: engines that are started need no key")
-    if args.api_key_env and not os.environ.get(args.api_key_env):
-        raise ValueError(f"--api-key-env {args.api_key_env}: no such environment variable, or it is empty")
-    check_retries(args)
-    if args.engine_restarts < 0:
-        raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
-    if args.min_engines > args.rollout_engines:
+    if options.api_key_env and not os.environ.get(options.api_key_env):
+        raise ValueError(f"--api-key-env {options.api_key_env}: no such environment variable, or it is empty")
+    check_retries(options)
+    if options.engine_restarts < 0:
+        raise ValueError(f"--engine-restarts is {options.engine_restarts}, must be positive, or 0: none")
+    if options.min_engines > options.rollout_engines:
         raise ValueError(
-            f"--min-engines is {args.min_engines}, more than --rollout-engines {args.rollout_engines}"
+            f"--min-engines is {options.min_engines}, more than --rollout-engines {options.rollout_engines}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.sources import check_served, is_hf
 from megatron_vespo.cluster.placement import has_gpus, stop_ray
 from megatron_vespo.cluster.start import start_fleet
+from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
 from megatron_vespo.models.hf_config import read_unchecked
 from megatron_vespo.rollout.router import LostRequests
@@ -38,14 +38,14 @@ class Serving:
 
 
 @contextmanager
-def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
+def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Serving]:
     """Engines that run already, or that are started here; those end with the context."""
-    if args.engine_url:
-        urls = [url.rstrip("/") for url in args.engine_url]
-        yield Serving(urls, LostRequests(log), api_key=api_key(args))
+    if options.engine_url:
+        urls = [url.rstrip("/") for url in options.engine_url]
+        yield Serving(urls, LostRequests(log), api_key=api_key(options))
         return
     with ExitStack() as stack:
-        settings = EngineSettings.of(args, _hf_folder(args, log, stack))
+        settings = engine_settings(options, _hf_folder(options, log, stack))
         log("starting Ray ...")
         with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
             load_runtime_plugins()
@@ -53,13 +53,13 @@ def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
         on_gpus = has_gpus(settings.ray_address)
         started = start_fleet(
             settings,
-            _server_arguments(settings, args.seed, on_gpus),
+            _server_arguments(settings, options.seed, on_gpus),
             on_gpus=on_gpus,
-            log_dir=(args.output_dir / "logs").resolve(),
+            log_dir=(options.output_dir / "logs").resolve(),
             log=log,
             stack=stack,
         )
-        log(f"starting SGLang: {args.rollout_engines} engines ...")
+        log(f"starting SGLang: {options.rollout_engines} engines ...")
         engines, sync = started.engines, started.sync
         engines.wait_until_ready()
         sync.sync(0)  # the weights are those that the engines have loaded
@@ -71,16 +71,21 @@ def serving(args: Namespace, log: Callable[[str], None]) -> Iterator[Serving]:
         yield Serving(engines.urls, engines.lost, engines.check, on_wait, started.api_key)
 
 
-def _hf_folder(args: Namespace, log: Callable[[str], None], stack: ExitStack) -> Path:
+def engine_settings(options: EvaluateOptions, hf_folder: Path) -> EngineSettings:
+    """Of engines that are started here and load `hf_folder`."""
+    return EngineSettings.of(options, hf_checkpoint=hf_folder, engine_api_key="auto")
+
+
+def _hf_folder(options: EvaluateOptions, log: Callable[[str], None], stack: ExitStack) -> Path:
     """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
-    if is_hf(args.checkpoint):
-        check_served(args.checkpoint)
-        return args.checkpoint.resolve()
-    folder = (args.output_dir / CONVERTED_NAME.format(weights_digest(args.checkpoint))).resolve()
+    if is_hf(options.checkpoint):
+        check_served(options.checkpoint)
+        return options.checkpoint.resolve()
+    folder = (options.output_dir / CONVERTED_NAME.format(weights_digest(options.checkpoint))).resolve()
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     if not is_hf(folder):  # one that a killed job has left is whole
-        log(f"converting {args.checkpoint} ...")
-        megatron_to_hf(args.checkpoint, folder, Options(quiet=True), Ranks(), args.hf_config)
+        log(f"converting {options.checkpoint} ...")
+        megatron_to_hf(options.checkpoint, folder, Options(quiet=True), Ranks(), options.hf_config)
     return folder
 
 

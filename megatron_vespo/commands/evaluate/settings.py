@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_vespo.checkpoints.megatron_checkpoint import checkpoint_folder
 from megatron_vespo.checkpoints.prompt_record import digest
 from megatron_vespo.checkpoints.sources import HF_FOLDER, is_hf, is_megatron
+from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.result_file import made_with
 from megatron_vespo.system.http import EngineRequestError, get_json
 from megatron_vespo.types import Prompt
@@ -51,18 +51,21 @@ def start_date(results: Path) -> datetime:
 
 
 def evaluation_settings(
-    args: Namespace, stops: Sequence[int], sets: Mapping[str, Sequence[Prompt]], date: datetime
+    options: EvaluateOptions, stops: Sequence[int], sets: Mapping[str, Sequence[Prompt]], date: datetime
 ) -> dict[str, Any]:
     """JSON values. How many engines there are, and where, does not matter.
 
     The token ids of `sets` stand for tokenizer and chat template.
     """
-    settings: dict[str, Any] = {name: getattr(args, attribute) for name, attribute in _FLAGS.items()}
+    settings: dict[str, Any] = {name: getattr(options, attribute) for name, attribute in _FLAGS.items()}
     settings["end tokens"] = list(stops)
-    settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in args.data.items()}
+    settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in options.data.items()}
     settings[DATE] = date.isoformat()
     settings[TOKENS] = {name: digest(prompts) for name, prompts in sets.items()}
-    settings["weights"] = _live_weights(args) if args.engine_url else weights_digest(args.checkpoint)
+    urls = options.engine_url
+    settings["weights"] = (
+        _live_weights(urls, api_key(options)) if urls else weights_digest(options.checkpoint)
+    )
     return settings
 
 
@@ -75,18 +78,20 @@ def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
     }
 
 
-def tokenizer_folder(args: Namespace) -> Path:
+def tokenizer_folder(options: EvaluateOptions) -> Path:
     """The HF folder of a checkpoint of either format."""
-    if is_hf(args.checkpoint) or args.engine_url:
-        return args.checkpoint
-    if not is_megatron(args.checkpoint):
+    if is_hf(options.checkpoint) or options.engine_url:
+        return options.checkpoint
+    if not is_megatron(options.checkpoint):
         raise ValueError(
-            f"--checkpoint {args.checkpoint}: neither an HF folder with safetensors nor a Megatron checkpoint"
+            f"--checkpoint {options.checkpoint}: neither an HF folder with safetensors nor a Megatron "
+            "checkpoint"
         )
-    folder = args.hf_config or checkpoint_folder(args.checkpoint) / HF_FOLDER
+    folder = options.hf_config or checkpoint_folder(options.checkpoint) / HF_FOLDER
     if not folder.is_dir():
         raise ValueError(
-            f"--checkpoint {args.checkpoint} holds no HF config: --hf-config DIR names its model's HF folder"
+            f"--checkpoint {options.checkpoint} holds no HF config: --hf-config DIR names its model's HF "
+            "folder"
         )
     return folder
 
@@ -108,16 +113,16 @@ def weights_digest(checkpoint: Path) -> str:
     return total.hexdigest()
 
 
-def api_key(args: Namespace) -> str | None:
-    return os.environ[args.api_key_env] if args.api_key_env else None
+def api_key(options: EvaluateOptions) -> str | None:
+    return os.environ[options.api_key_env] if options.api_key_env else None
 
 
-def _live_weights(args: Namespace) -> str:
+def _live_weights(urls: Sequence[str], key: str | None) -> str:
     """What the engines say of themselves; ValueError where their replies could not be used."""
     seen = set()
-    for url in args.engine_url:
+    for url in urls:
         try:
-            info = get_json(url.rstrip("/"), "/model_info", MODEL_INFO_TIMEOUT_S, api_key(args))
+            info = get_json(url.rstrip("/"), "/model_info", MODEL_INFO_TIMEOUT_S, key)
         except EngineRequestError as error:
             raise ValueError(f"--engine-url {url}: {error}") from error
         version = str(info.get("weight_version"))

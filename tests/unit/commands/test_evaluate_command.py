@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vespo.commands.evaluate import settings as evaluation_settings
+from megatron_vespo.commands.evaluate.flags import parse_args
 from megatron_vespo.commands.evaluate.report import (
     Progress,
     format_table,
@@ -25,6 +26,7 @@ from megatron_vespo.commands.evaluate.report import (
     reservations,
     shown_ks,
 )
+from megatron_vespo.commands.evaluate.serving import engine_settings
 from megatron_vespo.commands.evaluate.settings import weights_digest
 from megatron_vespo.commands.main import run
 from megatron_vespo.system.preemption import SIGNALS
@@ -395,3 +397,11 @@ def test_progress(capsys):
         "3/4 prompts, mean reward 0.250, 0:00:40 passed, about 0:00:20 left",
         "4/4 prompts, mean reward 0.500, 0:00:50 passed, about 0:00:00 left",
     ]
+
+
+def test_settings_of_engines_that_are_started(tmp_path):
+    flags = ["--checkpoint", str(tmp_path), "--data", "a=x", "--output-dir", str(tmp_path / "out")]
+    options = parse_args([*flags, "--rollout-engines", "2", "--sglang-tp-size", "4"])
+    settings = engine_settings(options, tmp_path / "hf")
+    assert settings.hf_checkpoint == tmp_path / "hf" and settings.rollout_engines == 2
+    assert settings.sglang_flags == ("--tp-size", "4") and settings.engine_api_key == "auto"
