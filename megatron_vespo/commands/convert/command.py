@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.checkpoints import block_fp8
 from megatron_vespo.checkpoints.convert import (
     DEFAULT_SHARD_BYTES,
@@ -27,6 +27,15 @@ from megatron_vespo.commands.convert.compare import compare, compare_with_manife
 from megatron_vespo.commands.convert.engine_folder import EngineFolder, opened_as_stored
 from megatron_vespo.commands.convert.logits_check import check_logits
 from megatron_vespo.commands.convert.modelopt_export import FORMATS, Calibration, export_quantised
+from megatron_vespo.commands.convert.options import (
+    HfToHfOptions,
+    HfToMegatronOptions,
+    InspectOptions,
+    MegatronToHfOptions,
+    ModelOptOptions,
+    ReadingOptions,
+    VerifyOptions,
+)
 from megatron_vespo.system.paths import user_path
 
 EXIT_DIFFERENT = 1
@@ -48,7 +57,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         with joined_ranks() as ranks:
-            return args.run(args, ranks)
+            return args.run(of_namespace(args.options, args), ranks)
     except OSError as error:  # a full disk, a folder in a file's place
         where = error.filename or getattr(args, "target", args.source)
         raise ValueError(_one_line(f"{where}: {error.strerror}")) from error
@@ -70,20 +79,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Namespace, Ranks], int], help: str) -> argparse.ArgumentParser:
+    def command[T](
+        name: str, run: Callable[[T, Ranks], int], options: type[T], help: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, options=options)
         return added
 
-    hf = command("hf-to-megatron", _hf_to_megatron, "HF folder SRC to a Megatron checkpoint DST")
-    megatron = command("megatron-to-hf", _megatron_to_hf, "Megatron checkpoint SRC to an HF folder DST")
-    other_hf = command("hf-to-hf", _hf_to_hf, "HF folder SRC to one that SGLang reads: each expert by itself")
+    hf = command(
+        "hf-to-megatron", _hf_to_megatron, HfToMegatronOptions, "HF folder SRC to a Megatron checkpoint DST"
+    )
+    megatron = command(
+        "megatron-to-hf", _megatron_to_hf, MegatronToHfOptions, "Megatron checkpoint SRC to an HF folder DST"
+    )
+    other_hf = command(
+        "hf-to-hf", _hf_to_hf, HfToHfOptions, "HF folder SRC to one that SGLang reads: each expert by itself"
+    )
     _add_conversion_flags(hf, megatron, other_hf)
     _add_modelopt(commands)
-    inspect = command("inspect", _inspect, "what checkpoint PATH holds")
+    inspect = command("inspect", _inspect, InspectOptions, "what checkpoint PATH holds")
     inspect.add_argument("source", type=user_path, metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    verify = command("verify", _verify, "compare checkpoints A and B of any formats, or A with its manifest")
+    verify = command(
+        "verify", _verify, VerifyOptions, "compare checkpoints A and B of any formats, or A with its manifest"
+    )
     verify.add_argument("source", type=user_path, metavar="A")
     verify.add_argument("other", type=user_path, metavar="B", nargs="?")
     for added in (megatron, inspect, verify):
@@ -121,7 +140,7 @@ def _add_modelopt(commands) -> None:
         "modelopt",
         help="HF folder SRC to a folder DST for engines, quantised by NVIDIA ModelOpt",
     )
-    parser.set_defaults(run=_modelopt)
+    parser.set_defaults(run=_modelopt, options=ModelOptOptions)
     parser.add_argument("source", type=user_path, metavar="SRC")
     parser.add_argument("target", type=user_path, metavar="DST")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is at DST")
@@ -144,63 +163,69 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _modelopt(args: Namespace, ranks: Ranks) -> int:
-    calibration = Calibration(args.calibration, args.samples, args.max_tokens)
-    for line in export_quantised(args.source, args.target, args.format, calibration, args.force, ranks):
+def _modelopt(options: ModelOptOptions, ranks: Ranks) -> int:
+    calibration = Calibration(options.calibration, options.samples, options.max_tokens)
+    for line in export_quantised(
+        options.source, options.target, options.format, calibration, options.force, ranks
+    ):
         print(line)
     return 0
 
 
-def _budget(args: Namespace) -> Budget:
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: at least 1")
-    if not 0 < args.memory_budget < 2**20:
-        raise ValueError(f"--memory-budget {args.memory_budget}: a number of GiB")
-    workers = {} if args.workers is None else {"workers": args.workers}
-    return Budget(memory=int(args.memory_budget * 2**30), **workers)
+def _budget(options: ReadingOptions) -> Budget:
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers}: at least 1")
+    if not 0 < options.memory_budget < 2**20:
+        raise ValueError(f"--memory-budget {options.memory_budget}: a number of GiB")
+    workers = {} if options.workers is None else {"workers": options.workers}
+    return Budget(memory=int(options.memory_budget * 2**30), **workers)
 
 
-def _options(args: Namespace) -> Options:
+def _conversion(options: HfToMegatronOptions) -> Options:
     check = None
-    if args.check_logits is not None:
-        if args.check_logits < 1:
-            raise ValueError(f"--check-logits {args.check_logits}: at least 1 token")
-        if args.dtype is not None:
+    if options.check_logits is not None:
+        if options.check_logits < 1:
+            raise ValueError(f"--check-logits {options.check_logits}: at least 1 token")
+        if options.dtype is not None:
             raise ValueError("--check-logits compares unrounded weights: leave out --dtype")
-        check = partial(check_logits, num_tokens=args.check_logits)
-    dtype = block_fp8.DTYPE if args.dtype == _FP8 else _DTYPES.get(args.dtype)
-    return Options(dtype, _budget(args), args.force, args.quiet, check)
+        check = partial(check_logits, num_tokens=options.check_logits)
+    dtype = block_fp8.DTYPE if options.dtype == _FP8 else _DTYPES.get(options.dtype)
+    return Options(dtype, _budget(options), options.force, options.quiet, check)
 
 
-def _hf_to_megatron(args: Namespace, ranks: Ranks) -> int:
+def _hf_to_megatron(options: HfToMegatronOptions, ranks: Ranks) -> int:
     started = time.monotonic()
-    result = hf_to_megatron(args.source, args.target, _options(args), ranks)
-    return _report(args, result, started, ranks)
+    result = hf_to_megatron(options.source, options.target, _conversion(options), ranks)
+    return _report(options, result, started, ranks)
 
 
-def _megatron_to_hf(args: Namespace, ranks: Ranks) -> int:
-    started, shards = time.monotonic(), _max_shard_bytes(args)
-    result = megatron_to_hf(args.source, args.target, _options(args), ranks, args.hf_config, shards)
-    return _report(args, result, started, ranks)
+def _megatron_to_hf(options: MegatronToHfOptions, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(options)
+    result = megatron_to_hf(
+        options.source, options.target, _conversion(options), ranks, options.hf_config, shards
+    )
+    return _report(options, result, started, ranks)
 
 
-def _hf_to_hf(args: Namespace, ranks: Ranks) -> int:
-    started, shards = time.monotonic(), _max_shard_bytes(args)
-    return _report(args, hf_to_hf(args.source, args.target, _options(args), ranks, shards), started, ranks)
+def _hf_to_hf(options: HfToHfOptions, ranks: Ranks) -> int:
+    started, shards = time.monotonic(), _max_shard_bytes(options)
+    return _report(
+        options, hf_to_hf(options.source, options.target, _conversion(options), ranks, shards), started, ranks
+    )
 
 
-def _max_shard_bytes(args: Namespace) -> int:
-    if not 0 < args.max_shard_size < 2**20:
-        raise ValueError(f"--max-shard-size {args.max_shard_size}: a positive number of GB")
-    return int(args.max_shard_size * 1e9)
+def _max_shard_bytes(options: HfToHfOptions) -> int:
+    if not 0 < options.max_shard_size < 2**20:
+        raise ValueError(f"--max-shard-size {options.max_shard_size}: a positive number of GB")
+    return int(options.max_shard_size * 1e9)
 
 
-def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> int:
+def _report(options: HfToMegatronOptions, result: Result, started: float, ranks: Ranks) -> int:
     if ranks.rank == 0:
         seconds = time.monotonic() - started
         size = result.num_bytes / 2**30
         print(
-            f"{args.target}: {result.num_tensors} tensors, {size:.2f} GiB, read back and proven, "
+            f"{options.target}: {result.num_tensors} tensors, {size:.2f} GiB, read back and proven, "
             f"in {seconds:.1f} s ({size / seconds:.2f} GiB/s)"
         )
         if result.checked:
@@ -208,9 +233,9 @@ def _report(args: Namespace, result: Result, started: float, ranks: Ranks) -> in
     return 0
 
 
-def _inspect(args: Namespace, ranks: Ranks) -> int:
-    with opened_as_stored(args.source, args.hf_config) as source:
-        lines = list(summary(source)) + (_listing(source) if args.tensors else [])
+def _inspect(options: InspectOptions, ranks: Ranks) -> int:
+    with opened_as_stored(options.source, options.hf_config) as source:
+        lines = list(summary(source)) + (_listing(source) if options.tensors else [])
     if ranks.rank == 0:
         print("\n".join(lines))
     return 0
@@ -223,13 +248,13 @@ def _listing(source: Source | EngineFolder) -> list[str]:
     ]
 
 
-def _verify(args: Namespace, ranks: Ranks) -> int:
-    if args.other is None:
-        with opened_as_stored(args.source, args.hf_config) as stored:
-            found = compare_with_manifest(stored, _budget(args), args.quiet, ranks)
+def _verify(options: VerifyOptions, ranks: Ranks) -> int:
+    if options.other is None:
+        with opened_as_stored(options.source, options.hf_config) as stored:
+            found = compare_with_manifest(stored, _budget(options), options.quiet, ranks)
     else:
-        with opened(args.source, args.hf_config) as a, opened(args.other, args.hf_config) as b:
-            found = compare(a, b, _budget(args), args.quiet, ranks)
+        with opened(options.source, options.hf_config) as a, opened(options.other, options.hf_config) as b:
+            found = compare(a, b, _budget(options), options.quiet, ranks)
     if ranks.rank == 0:
         for line in found.differences[:_MAX_LINES]:
             print(line)
