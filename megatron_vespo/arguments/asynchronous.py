@@ -31,18 +31,36 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_asynchronous(args: Namespace) -> None:
-    staleness, steps, interval = args.max_staleness, args.steps_per_rollout, args.sync_interval
+    check_positive(args, ("sync_interval", "max_attempts"))
+    check_staleness(
+        args.max_staleness,
+        args.steps_per_rollout,
+        args.sync_interval,
+        args.over_subscription,
+        args.stop_generation,
+    )
+    if args.max_staleness:
+        _check_combinations(args)
+
+
+def check_staleness(
+    staleness: int,
+    steps: int,
+    interval: int | None,
+    over_subscription: float | None,
+    stop_generation: bool = False,
+) -> None:
+    """ValueError where --max-staleness, --steps-per-rollout and these flags do not go together."""
     where = f"--max-staleness {staleness}"
     if staleness < 0:
         raise ValueError(f"{where}: must not be negative")
-    check_positive(args, ("sync_interval", "max_attempts"))
-    if args.over_subscription is not None and args.over_subscription < 1:
-        raise ValueError(f"--over-subscription is {args.over_subscription:g}, a batch alone needs 1")
+    if over_subscription is not None and over_subscription < 1:
+        raise ValueError(f"--over-subscription is {over_subscription:g}, a batch alone needs 1")
     interval = interval or steps
     if staleness == 0:
         for flag, given in {
-            "--over-subscription": args.over_subscription,
-            "--stop-generation-while-training": args.stop_generation,
+            "--over-subscription": over_subscription,
+            "--stop-generation-while-training": stop_generation,
         }.items():
             if given:
                 raise ValueError(
@@ -66,10 +84,10 @@ def check_asynchronous(args: Namespace) -> None:
             f"{where}: --steps-per-rollout {steps} and --sync-interval {interval} alone make samples "
             f"{least - 1} optimizer steps old; at least {least}, or 0 for synchronous training"
         )
-    _check_combinations(args, where)
 
 
-def _check_combinations(args: Namespace, where: str) -> None:
+def _check_combinations(args: Namespace) -> None:
+    where = f"--max-staleness {args.max_staleness}"
     for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
         if given:
             raise ValueError(f"{where} trains while engines generate, {flag} does one of them: leave one out")

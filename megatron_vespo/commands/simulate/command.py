@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_asynchronous
-from megatron_vespo.arguments.checks import check_output_file
+from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_staleness
+from megatron_vespo.arguments.checks import check_output_file, check_positive
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.simulate.calibration import Measured, measure
 from megatron_vespo.commands.simulate.lengths import Lengths, LogNormal, Recorded
+from megatron_vespo.commands.simulate.options import SimulateOptions
 from megatron_vespo.commands.simulate.rates import PRESETS, Cost, Rates, SharedCores
 from megatron_vespo.commands.simulate.report import Row, check_picture_name, format_table, plot
 from megatron_vespo.commands.simulate.run import Settings, simulate
@@ -31,27 +32,28 @@ by tokens, engines that share their speed among running requests, weight syncs, 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
-    _complete(args, measured)
-    _check(args)
-    if args.picture is not None:
-        check_picture_name("--picture", args.picture)
-        check_output_file("--picture", args.picture)
-    lengths = _lengths(args, measured)
+    scale = {name: value for name, value in _scale(measured).items() if getattr(args, name) is None}
+    options = of_namespace(SimulateOptions, args, **scale)
+    _check(options)
+    if options.picture is not None:
+        check_picture_name("--picture", options.picture)
+        check_output_file("--picture", options.picture)
+    lengths = _lengths(options, measured)
     rows = []
-    for where, gpus, trainer, engines, rates in _machines(args, measured):
-        for bound in _bounds(args):
-            settings = _settings(args, engines, bound)
+    for where, gpus, trainer, engines, rates in _machines(options, measured):
+        for bound in _bounds(options):
+            settings = _settings(options, engines, bound)
             rows.append(Row(where, gpus, trainer, bound, simulate(settings, rates, lengths)))
     print(format_table(rows))
     for row in rows:
         if measured is not None and row.max_staleness == 0:
             print(
-                f"{args.from_run} took {measured.seconds:,.1f} s for {measured.num_batches} rollout batches; "
-                f"simulated: {row.result.seconds:,.1f} s for {args.rollout_batches}"
+                f"{options.from_run} took {measured.seconds:,.1f} s for {measured.num_batches} rollout "
+                f"batches; simulated: {row.result.seconds:,.1f} s for {options.rollout_batches}"
             )
-    if args.picture is not None:
-        plot(rows, args.picture, _title(args))
-        print(f"picture: {args.picture}")
+    if options.picture is not None:
+        plot(rows, options.picture, _title(options))
+        print(f"picture: {options.picture}")
     return 0
 
 
@@ -75,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run, as megatron-vespo train names it")
     add = group.add_argument
-    asynchronous = _training_defaults()
+    training = argparse.ArgumentParser()
+    add_asynchronous_arguments(training)
+    default = training.get_default
     add("--gpus", type=int, nargs="+", default=[64], metavar="N", help="simulate each (default: 64)")
     add("--trainer-share", type=float, nargs="+", default=[0.25], metavar="F",
         help="of the GPUs, engines have the rest; simulate each (default: 0.25)")  # fmt: skip
@@ -83,14 +87,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="simulate each; 0: synchronous; default: 0, N, 2N - 1, 2N, 4N of "
         "--steps-per-rollout N")  # fmt: skip
     add("--sync-interval", type=int, metavar="K", help="default: --steps-per-rollout")
-    for name, default in SCALE.items():
+    for name, value in SCALE.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N",
-            help=f"default: {default}, or what --from-run had")  # fmt: skip
-    add("--on-weight-update", choices=("retract", "in-place", "abort"), default=asynchronous.on_weight_update,
+            help=f"default: {value}, or what --from-run had")  # fmt: skip
+    add("--on-weight-update", choices=("retract", "in-place", "abort"), default=default("on_weight_update"),
         help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
-    add("--stale-groups", choices=("requeue", "drop"), default=asynchronous.stale_groups)
+    add("--stale-groups", choices=("requeue", "drop"), default=default("stale_groups"))
     add("--over-subscription", type=float, metavar="FACTOR", help="default: all that the bound allows")
-    add("--max-attempts", type=int, metavar="N", default=asynchronous.max_attempts)
+    add("--max-attempts", type=int, metavar="N", default=default("max_attempts"))
     add("--save-interval", type=int, metavar="STEPS", help="default: no checkpoints")
     add("--eval-prompts", type=int, metavar="N", default=0, help="default: no evaluation")
     add("--eval-interval", type=int, metavar="N", default=5, help="rollout batches (default: 5)")
@@ -152,34 +156,25 @@ def _add_failure_flags(parser: argparse.ArgumentParser) -> None:
     add("--lost-requests", type=float, default=0.0, metavar="F", help="share of them (default: 0)")
 
 
-def _training_defaults() -> Namespace:
-    parser = argparse.ArgumentParser()
-    add_asynchronous_arguments(parser)
-    return parser.parse_args([])
-
-
-def _bounds(args: Namespace) -> list[int]:
-    n = args.steps_per_rollout
-    return args.max_staleness or sorted(
-        {0, *(max(bound, args.sync_interval or n) for bound in (n, 2 * n - 1, 2 * n, 4 * n))}
+def _bounds(options: SimulateOptions) -> Sequence[int]:
+    n = options.steps_per_rollout
+    return options.max_staleness or sorted(
+        {0, *(max(bound, options.sync_interval or n) for bound in (n, 2 * n - 1, 2 * n, 4 * n))}
     )
 
 
-def _complete(args: Namespace, measured: Measured | None) -> None:
-    """Fills in what was not given and a run knows."""
-    scale = SCALE
-    if measured is not None:
-        num_groups, num_completions = measured.lengths.completions.shape
-        size = num_groups // measured.num_batches
-        scale = dict(
-            zip(SCALE, (measured.num_batches, size, num_completions, measured.steps_per_rollout), strict=True)
-        )
-    for name, value in scale.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def _scale(measured: Measured | None) -> dict[str, int]:
+    """What the flags of SCALE are where they are not given."""
+    if measured is None:
+        return SCALE
+    num_groups, num_completions = measured.lengths.completions.shape
+    size = num_groups // measured.num_batches
+    return dict(
+        zip(SCALE, (measured.num_batches, size, num_completions, measured.steps_per_rollout), strict=True)
+    )
 
 
-def _check(args: Namespace) -> None:
+def _check(options: SimulateOptions) -> None:
     positive = ("gpus", "steps_per_rollout", "rollout_batch_size", "group_size", "rollout_batches",
                 "eval_interval", "length_mean", "max_completion_tokens", "save_interval",
                 "gpus_per_engine", "train_rate", "log_prob_rate", "prefill_rate", "max_running",
@@ -187,47 +182,53 @@ def _check(args: Namespace) -> None:
     other = ("max_staleness", "eval_prompts", "length_sigma", "prompt_tokens", "decode_ms", "sync_seconds",
              "save_seconds", "reward_seconds", "failures_per_hour", "recovery_seconds")  # fmt: skip
     for name in (*positive, *other):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [value]:
+        value = getattr(options, name)
+        for number in value if isinstance(value, tuple) else [value]:
             if number is not None and not (0 <= number < 1e12 and (number or name in other)):
                 what = "positive" if name in positive else "zero or more"
                 raise ValueError(f"--{name.replace('_', '-')} {number}: must be {what}")
-    if args.rollout_batch_size % args.steps_per_rollout:
+    if options.rollout_batch_size % options.steps_per_rollout:
         raise ValueError(
-            f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --steps-per-rollout "
-            f"{args.steps_per_rollout}"
+            f"--rollout-batch-size {options.rollout_batch_size} must be a multiple of --steps-per-rollout "
+            f"{options.steps_per_rollout}"
         )
     for name, most in {"trainer_share": 1.0, "length_prompt_share": 1.0, "lost_requests": 0.5}.items():
-        value = getattr(args, name)
-        for share in value if isinstance(value, list) else [value]:
+        value = getattr(options, name)
+        for share in value if isinstance(value, tuple) else [value]:
             if not 0 <= share <= most:
                 raise ValueError(f"--{name.replace('_', '-')} {share}: must be 0 to {most:g}")
-    if args.decode_ms and not sum(args.decode_ms):
+    if options.decode_ms and not sum(options.decode_ms):
         raise ValueError("--decode-ms 0 0: decoding takes time")
-    others = {"train_from": None, "rollout_only": False, "stop_generation": False, "routing_replay": None}
-    for bound in _bounds(args):
-        own = {"max_staleness": bound, "old_policy": "current"}
-        if not bound:  # flags of asynchronous runs, given for the others
-            own |= {"sync_interval": None, "over_subscription": None}
-        check_asynchronous(Namespace(**vars(args) | others | own))
+    check_positive(options, ("sync_interval", "max_attempts"))
+    for bound in _bounds(options):
+        # a synchronous run has no use for the flags that are given for the others
+        ahead = (options.sync_interval, options.over_subscription) if bound else (None, None)
+        check_staleness(bound, options.steps_per_rollout, *ahead)
 
 
-def _lengths(args: Namespace, measured: Measured | None) -> Lengths:
+def _lengths(options: SimulateOptions, measured: Measured | None) -> Lengths:
     if measured is not None:
         return measured.lengths
-    if args.lengths_from is not None:
-        return Recorded(*recorded_lengths(args.lengths_from))
-    return LogNormal(args.length_mean, args.length_sigma, args.max_completion_tokens, args.prompt_tokens,
-                     args.length_prompt_share)  # fmt: skip
+    if options.lengths_from is not None:
+        return Recorded(*recorded_lengths(options.lengths_from))
+    return LogNormal(
+        options.length_mean,
+        options.length_sigma,
+        options.max_completion_tokens,
+        options.prompt_tokens,
+        options.length_prompt_share,
+    )
 
 
-def _machines(args: Namespace, measured: Measured | None) -> Iterator[tuple[str, int, int, int, Rates]]:
+def _machines(
+    options: SimulateOptions, measured: Measured | None
+) -> Iterator[tuple[str, int, int, int, Rates]]:
     """Name, number of GPUs, those of the trainer, engines and rates of each."""
     if measured is not None:
         if measured.rates is None:
             raise ValueError(
-                f"--from-run {args.from_run}: an asynchronous run does not say what each side takes alone; "
-                "take a synchronous one"
+                f"--from-run {options.from_run}: an asynchronous run does not say what each side takes "
+                "alone; take a synchronous one"
             )
         ranks, engines = measured.trainer_ranks, measured.num_engines
         yield (
@@ -235,69 +236,69 @@ def _machines(args: Namespace, measured: Measured | None) -> Iterator[tuple[str,
             ranks + engines,
             ranks,
             engines,
-            _override(args, measured.rates, ranks),
+            _override(options, measured.rates, ranks),
         )
         return
-    preset = PRESETS[args.preset]()
-    size = args.gpus_per_engine or preset.gpus_per_engine
-    for gpus, share in product(args.gpus, args.trainer_share):
+    preset = PRESETS[options.preset]()
+    size = options.gpus_per_engine or preset.gpus_per_engine
+    for gpus, share in product(options.gpus, options.trainer_share):
         engines = max((gpus - max(round(gpus * share), 1)) // size, 1)
         trainer = gpus - engines * size
         if trainer < 1:
             raise ValueError(f"--gpus {gpus}: an engine takes {size} of them and the trainer needs one")
-        where = f"{gpus} GPUs" if len(args.trainer_share) == 1 else f"{gpus} GPUs, {trainer} train"
-        yield where, gpus, trainer, engines, _override(args, preset.rates(trainer), trainer)
+        where = f"{gpus} GPUs" if len(options.trainer_share) == 1 else f"{gpus} GPUs, {trainer} train"
+        yield where, gpus, trainer, engines, _override(options, preset.rates(trainer), trainer)
 
 
-def _override(args: Namespace, rates: Rates, trainer: int) -> Rates:
+def _override(options: SimulateOptions, rates: Rates, trainer: int) -> Rates:
     """By the flags that are given."""
     engine = rates.engine
-    if args.decode_ms:
-        engine = replace(engine, decode=Cost(*(ms / 1e3 for ms in args.decode_ms)))
-    if args.prefill_rate:
-        engine = replace(engine, prefill=args.prefill_rate)
-    if args.max_running:
-        engine = replace(engine, max_running=args.max_running)
+    if options.decode_ms:
+        engine = replace(engine, decode=Cost(*(ms / 1e3 for ms in options.decode_ms)))
+    if options.prefill_rate:
+        engine = replace(engine, prefill=options.prefill_rate)
+    if options.max_running:
+        engine = replace(engine, max_running=options.max_running)
     changes: dict[str, object] = {"engine": engine}
-    for name, rate in {"train": args.train_rate, "log_probs": args.log_prob_rate}.items():
+    for name, rate in {"train": options.train_rate, "log_probs": options.log_prob_rate}.items():
         if rate:
             changes[name] = Cost(each=1 / (rate * trainer))
-    for name, seconds in {"sync": args.sync_seconds, "save": args.save_seconds}.items():
+    for name, seconds in {"sync": options.sync_seconds, "save": options.save_seconds}.items():
         if seconds is not None:
             changes[name] = Cost(seconds)
-    if args.reward_seconds is not None:
-        changes["reward"] = Cost(each=args.reward_seconds)
-    if args.shared_cores:
-        changes["shared"] = SharedCores(*args.shared_cores)
+    if options.reward_seconds is not None:
+        changes["reward"] = Cost(each=options.reward_seconds)
+    if options.shared_cores:
+        changes["shared"] = SharedCores(*options.shared_cores)
     return replace(rates, **changes)
 
 
-def _settings(args: Namespace, engines: int, bound: int) -> Settings:
+def _settings(options: SimulateOptions, engines: int, bound: int) -> Settings:
     return Settings(
-        train_steps=args.rollout_batches * args.steps_per_rollout,
-        steps_per_rollout=args.steps_per_rollout,
-        rollout_batch_size=args.rollout_batch_size,
-        group_size=args.group_size,
+        train_steps=options.rollout_batches * options.steps_per_rollout,
+        steps_per_rollout=options.steps_per_rollout,
+        rollout_batch_size=options.rollout_batch_size,
+        group_size=options.group_size,
         num_engines=engines,
         max_staleness=bound,
-        sync_interval=args.sync_interval if bound else None,
-        on_weight_update=args.on_weight_update,
-        requeue=args.stale_groups == "requeue",
-        max_attempts=args.max_attempts,
-        over_subscription=args.over_subscription if bound else None,
-        save_interval=args.save_interval,
-        eval_prompts=args.eval_prompts,
-        eval_interval=args.eval_interval,
-        failures_per_hour=args.failures_per_hour,
-        recovery_seconds=args.recovery_seconds,
-        lost_share=args.lost_requests,
-        seed=args.seed,
+        sync_interval=options.sync_interval if bound else None,
+        on_weight_update=options.on_weight_update,
+        requeue=options.stale_groups == "requeue",
+        max_attempts=options.max_attempts,
+        over_subscription=options.over_subscription if bound else None,
+        save_interval=options.save_interval,
+        eval_prompts=options.eval_prompts,
+        eval_interval=options.eval_interval,
+        failures_per_hour=options.failures_per_hour,
+        recovery_seconds=options.recovery_seconds,
+        lost_share=options.lost_requests,
+        seed=options.seed,
     )
 
 
-def _title(args: Namespace) -> str:
-    source = f"rates of {args.from_run.name}" if args.from_run else args.preset
+def _title(options: SimulateOptions) -> str:
+    source = f"rates of {options.from_run.name}" if options.from_run else options.preset
     return (
-        f"{args.rollout_batch_size} prompts x {args.group_size} a rollout batch, "
-        f"{args.steps_per_rollout} optimizer steps each ({source})"
+        f"{options.rollout_batch_size} prompts x {options.group_size} a rollout batch, "
+        f"{options.steps_per_rollout} optimizer steps each ({source})"
     )
