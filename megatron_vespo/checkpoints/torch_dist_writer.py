@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import pickle
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,9 @@ def _enter_object(metadata: Metadata, name: str, place: _StorageInfo) -> None:
 
 def _common_state(model_arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What Megatron reads before the weights, the arguments of the model (--use-checkpoint-args) among it."""
-    arguments = Namespace(**model_arguments, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    arguments = argparse.Namespace(  # the type that Megatron stores
+        **model_arguments, tensor_model_parallel_size=1, pipeline_model_parallel_size=1
+    )
     return {
         "args": arguments,
         "checkpoint_version": _CHECKPOINT_VERSION,
