@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -14,9 +14,17 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils
 from packaging.version import Version
 
+
+class Capability(NamedTuple):
+    """Of a GPU: what torch.cuda returns as a tuple, and as attributes of its properties."""
+
+    major: int
+    minor: int
+
+
 # what a run gets where Transformer Engine is not installed here, for Megatron's questions about its age
 ASSUMED_TRANSFORMER_ENGINE = Version("2.20.2")
-ASSUMED_CAPABILITY = (9, 0)
+ASSUMED_CAPABILITY = Capability(9, 0)
 # what Megatron looks for when it is asked for fused kernels
 ASSUMED_KERNELS = (
     (rope_utils, "fused_apply_rotary_pos_emb"),
@@ -32,10 +40,9 @@ ASSUMED_KERNELS = (
 @contextlib.contextmanager
 def planned_machine() -> Iterator[None]:
     """Megatron's questions about the GPU and Transformer Engine get the answers of the machine to come."""
-    major, minor = ASSUMED_CAPABILITY
     answers = {
         "get_device_capability": lambda *_: ASSUMED_CAPABILITY,
-        "get_device_properties": lambda *_: SimpleNamespace(major=major, minor=minor),
+        "get_device_properties": lambda *_: ASSUMED_CAPABILITY,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
