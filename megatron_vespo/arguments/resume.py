@@ -83,7 +83,7 @@ def describe(settings: SaveSettings, step: int) -> list[str]:
             f"from there; to go back once more remove {Path(settings.save) / RECORD}"
         )
     save = settings.save and Path(settings.save)
-    if save and (later := later_steps(save, kept_step(settings, step))):
+    if save and (later := later_steps(save, kept_step(settings.load, settings.save, step))):
         lines.append(
             f"{settings.save} has checkpoints of other training, optimizer steps "
             f"{', '.join(map(str, later))}: the first save moves them to {next_place(save)}"

@@ -12,7 +12,6 @@ The same command started again finds itself in that file, and goes on from SAVE'
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from megatron_vespo.system.disk import write_atomically
 RECORD = "gone_back.json"
 
 
-def kept_step(args: Namespace, step: int) -> int:
+def kept_step(load: str | None, save: str | None, step: int) -> int:
     """Up to where --save holds checkpoints of a run that has begun with optimizer step `step`."""
-    return step if args.load == args.save else 0
+    return step if load == save else 0
 
 
 def later_steps(save: Path, kept: int) -> list[int]:

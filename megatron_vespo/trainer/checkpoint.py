@@ -41,7 +41,7 @@ class Saver:
         self._args = args
         self._queue = SaveQueue(args.async_save, self._admit, self._release_reserve)
         self._has_room = False  # among the checkpoints of others in --save
-        self._kept = kept_step(args, args.iteration)
+        self._kept = kept_step(args.load, args.save, args.iteration)
         self._iteration = 0  # of the save under way, as what follows
         self._started = 0.0
         self._num_bytes = 0

@@ -1,7 +1,6 @@
 """Checkpoints of another line of training make room for a run's own."""
 
 import json
-from argparse import Namespace
 
 import pytest
 
@@ -28,8 +27,8 @@ def complete(save, *steps: int) -> None:
 
 
 def test_only_the_same_folder_holds_what_a_run_began_with():
-    assert kept_step(Namespace(save="a", load="a"), 8) == 8
-    assert kept_step(Namespace(save="a", load="b"), 8) == 0
+    assert kept_step(load="a", save="a", step=8) == 8
+    assert kept_step(load="b", save="a", step=8) == 0
 
 
 def test_later_steps_move_and_the_tracker_names_where_the_run_began(tmp_path):
