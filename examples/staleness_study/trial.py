@@ -17,6 +17,7 @@ from transformers import Qwen3MoeConfig
 
 from megatron_vespo.algorithms import advantages
 from megatron_vespo.algorithms.diagnostics import effective_sample_share
+from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.algorithms.vespo import MAX_LOG_W
 from megatron_vespo.arguments.parse import parse_args
 from megatron_vespo.driver.training_samples import training_sample
@@ -85,7 +86,7 @@ def run(trial: Trial, base: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.monotonic()
     args = initialize(parse_args(flags(trial, base)), 0, 0, HOST, find_free_port(HOST))
-    policy = MegatronPolicy(args)
+    policy = MegatronPolicy(args, LossSettings.of(vars(args)))
     loop = _Loop(trial, policy, base)
     error = None
     try:
@@ -150,7 +151,7 @@ class _Loop:
         size = PROMPTS_PER_STEP * GROUP_SIZE
         mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         prepared = [self._policy.pack(mini_batch) for mini_batch in mini_batches]
-        if self._policy.args.ratio_denominator != "rollout":
+        if self._policy.settings.ratio_denominator != "rollout":
             for pack in prepared:
                 self._policy.compute_old_log_probs(pack)
         for pack, mini_batch in zip(prepared, mini_batches, strict=True):
@@ -178,7 +179,7 @@ def _numbers(step: StepResult, samples: list[TrainingSample]) -> dict[str, float
         "entropy": step.entropy,
         "grad_norm": step.grad_norm,
         "log_w_std": float(step.log_w.std()),
-        "weight": float(step.phi[taught].mean()) if taught.any() else 1.0,
+        "weight": float(step.weight[taught].mean()) if taught.any() else 1.0,
         "ess": effective_sample_share(np.exp(np.minimum(step.log_w, MAX_LOG_W))),
-        "weight_ess": effective_sample_share(step.phi),
+        "weight_ess": effective_sample_share(step.weight),
     }

@@ -55,7 +55,7 @@ class Mismatch:
         inputs: LossInputs,
         group: dist.ProcessGroup | None = None,
     ) -> Mismatch:
-        """Entries of untrained tokens may be NaN; `log_product_S` is `LogRatio.engine_gap_S`."""
+        """Entries of untrained tokens may be NaN; `log_product_S` is `LogRatio.log_mismatch_S`."""
         log_rho_T = old_log_probs_T.detach().double() - behavior_log_probs_T.double()
         return cls(log_rho_T.masked_fill(inputs.loss_mask_T == 0, 0.0), log_product_S, inputs, group)
 

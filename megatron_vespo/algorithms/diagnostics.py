@@ -31,8 +31,8 @@ def floor_metrics(log_w: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
 
 def ratio_metrics(
     log_w: np.ndarray,
-    mismatch: np.ndarray,
-    engine_gap: np.ndarray,
+    log_mismatch_in_w: np.ndarray,
+    log_mismatch: np.ndarray,
     on_policy: np.ndarray,
     floor: np.ndarray | None = None,
 ) -> dict[str, float]:
@@ -46,8 +46,8 @@ def ratio_metrics(
     counts: with a mismatch in W, whose pi_old cancels that of staleness, and for `rollout`, where it is taken
     from mismatch. Shares sum to 1.
 
-    `mismatch` is the part of log(pi_old / mu) that is in W, `engine_gap` all of it, in W or not. Both are NaN
-    where pi_old was not computed (denominator `rollout`). There, `on_policy` [n] bool marks samples that were
+    `log_mismatch` is log(pi_old / mu), `log_mismatch_in_w` the part of it that is in W. Both are NaN where
+    pi_old was not computed (denominator `rollout`). There, `on_policy` [n] bool marks samples that were
     trained on by the very policy that sampled them: pi_old is pi and their log W is all mismatch. Their
     variance is taken for the mismatch of the others, too, and what exceeds it for staleness.
     """
@@ -56,8 +56,8 @@ def ratio_metrics(
         "ratio/log_w_std": float(log_w.std()),
         "ratio/log_w_abs_max": float(np.abs(log_w).max()),
     }
-    unknown = np.isnan(mismatch)
-    gap = np.where(unknown & on_policy, log_w, engine_gap)
+    unknown = np.isnan(log_mismatch_in_w)
+    gap = np.where(unknown & on_policy, log_w, log_mismatch)
     measured = gap[~np.isnan(gap)]
     if len(measured):
         metrics["ratio/engine_gap_std"] = float(measured.std())
@@ -65,15 +65,15 @@ def ratio_metrics(
     rounding = np.zeros(len(log_w)) if floor is None else floor
     shares = {}
     if not unknown.any():
-        staleness = log_w - mismatch
+        staleness = log_w - log_mismatch_in_w
         spread = float(staleness.std())
         noise = min(float((rounding * (staleness != 0.0)).mean()), spread * spread)
         metrics["ratio/staleness_std"] = (spread * spread - noise) ** 0.5
-        metrics["ratio/mismatch_std"] = float(mismatch.std())
+        metrics["ratio/mismatch_std"] = float(log_mismatch_in_w.std())
         shares["mismatch"] = float(
-            np.mean((mismatch - mismatch.mean()) * (log_w - log_w.mean()), dtype=np.float64)
+            np.mean((log_mismatch_in_w - log_mismatch_in_w.mean()) * (log_w - log_w.mean()), dtype=np.float64)
         )
-        if mismatch.any():
+        if log_mismatch_in_w.any():
             noise = min(noise / 2, max(total - shares["mismatch"], 0.0))
     elif on_policy.any():
         explained = min(float(log_w[on_policy].var(dtype=np.float64)), total)

@@ -10,29 +10,33 @@ John Schulman's estimators of KL(q || p) (http://joschu.net/blog/kl-approx.html,
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
-# of x = log pi - log of the ratio's denominator, then of x = log pi_old - log mu
-TOKEN_SUMS = ("ratio_x", "ratio_xx", "ratio_k3", "engine_x", "engine_xx", "engine_k3")
+from torch import Tensor
 
 MAX_LOG_RATIO = 50.0  # exp of it, and sums of it, are finite in float64
 
 
-def token_sums(log_ratio_T: Tensor, engine_log_ratio_T: Tensor, loss_mask_T: Tensor) -> Tensor:
-    """The sums named by TOKEN_SUMS, float64 [6]; nothing waits for the device. Masked tokens may be NaN."""
-    ignored_T = loss_mask_T == 0
-    sums = []
-    for values_T in (log_ratio_T, engine_log_ratio_T):
-        x_T = values_T.detach().double().masked_fill(ignored_T, 0.0)
-        k3_T = x_T.clamp(max=MAX_LOG_RATIO).expm1() - x_T
-        sums += [x_T.sum(), x_T.square().sum(), k3_T.sum()]
-    return torch.stack(sums)
+class TokenSums[Value](NamedTuple):
+    """Sums over tokens, each a scalar: a float64 tensor where they are made, a float where they are read."""
+
+    x: Value
+    xx: Value  # of x^2
+    k3: Value
 
 
-def token_metrics(sums: np.ndarray, num_tokens: float, prefix: str) -> dict[str, float]:
-    """`prefix` is "" for the first three sums, "engine_" for the last three; `sums` [3] float64.
+def token_sums(log_ratio_T: Tensor, loss_mask_T: Tensor) -> TokenSums[Tensor]:
+    """Of x = `log_ratio_T` [T] where `loss_mask_T` is not 0; masked entries may be NaN.
+
+    Nothing waits for the device.
+    """
+    x_T = log_ratio_T.detach().double().masked_fill(loss_mask_T == 0, 0.0)
+    k3_T = x_T.clamp(max=MAX_LOG_RATIO).expm1() - x_T
+    return TokenSums(x_T.sum(), x_T.square().sum(), k3_T.sum())
+
+
+def token_metrics(sums: TokenSums[float], num_tokens: float, prefix: str) -> dict[str, float]:
+    """`prefix` is part of the metrics' names: "" for pi against the denominator, "engine_" for the mismatch.
 
     token_sigma is the standard deviation of x over the tokens: sequences of T tokens whose tokens err
     independently have a log ratio that spreads by sigma sqrt(T).

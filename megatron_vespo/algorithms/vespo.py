@@ -69,16 +69,16 @@ def segment_sum(
 
 @dataclass(frozen=True)
 class LogRatio:
-    """log W and its two parts, each [S] float32 without gradient: log W = staleness + mismatch.
+    """log W and its parts, each [S] float32 without gradient: log W = staleness + log_mismatch_in_w.
 
-    `mismatch_S` is the part of engine noise that enters W: all of it for `rollout`, a truncated one for
-    DECOUPLED, none for `recomputed`. `engine_gap_S` is log(pi_old / mu) in full, whatever the denominator;
-    NaN where pi_old is not known.
+    `log_mismatch_S` is log(pi_old / mu) in full, whatever the denominator; NaN where pi_old is not known.
+    `log_mismatch_in_w_S` is the part of it that enters W: all of it for `rollout`, a truncated one for
+    DECOUPLED, none for `recomputed`.
     """
 
     log_w_S: Tensor
-    mismatch_S: Tensor
-    engine_gap_S: Tensor
+    log_mismatch_in_w_S: Tensor
+    log_mismatch_S: Tensor
 
 
 def sequence_log_ratio(
@@ -124,15 +124,15 @@ def sequence_log_ratio(
         return LogRatio(log_w_S, unknown_S, unknown_S)
     log_rho_T = old_log_probs_T - behavior_log_probs_T
     most = math.log(mismatch_truncation)
-    staleness_S, engine_gap_S, truncated_S = masked_sum(
+    staleness_S, log_mismatch_S, truncated_S = masked_sum(
         log_probs_T - old_log_probs_T, log_rho_T, log_rho_T.clamp(max=most)
     )
     if denominator == "recomputed":
-        mismatch_S = torch.zeros_like(engine_gap_S)
+        log_mismatch_in_w_S = torch.zeros_like(log_mismatch_S)
     elif denominator == "decoupled":
-        mismatch_S = engine_gap_S.clamp(max=most)
+        log_mismatch_in_w_S = log_mismatch_S.clamp(max=most)
     elif denominator == "decoupled-token":
-        mismatch_S = truncated_S
+        log_mismatch_in_w_S = truncated_S
     else:
-        mismatch_S = engine_gap_S
-    return LogRatio(staleness_S + mismatch_S, mismatch_S, engine_gap_S)
+        log_mismatch_in_w_S = log_mismatch_S
+    return LogRatio(staleness_S + log_mismatch_in_w_S, log_mismatch_in_w_S, log_mismatch_S)

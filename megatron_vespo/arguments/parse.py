@@ -19,9 +19,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from megatron_vespo.algorithms.corrections import CORRECTIONS
 from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
@@ -325,11 +323,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     )
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
-    method = METHODS[args.policy_loss]
-    kernel = GammaKernel(tuple(args.vespo_positive), tuple(args.vespo_negative))
-    args.loss_function = method.bind(kernel, args.clip_range, args.sapo_tau, args.loss_target, args.dual_clip)
-    args.correction = CORRECTIONS[args.mismatch_correction].bind(args.mismatch_bounds)
-    args.loss_aggregation = args.loss_aggregation or method.aggregation
+    args.loss_aggregation = args.loss_aggregation or METHODS[args.policy_loss].aggregation
 
 
 def _megatron_validate(args: Namespace) -> None:

@@ -5,7 +5,6 @@ Those of the command count; a few cannot change. Pure: asked before anything sta
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,55 +25,57 @@ _OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_siz
 _SCHEDULED = ("lr", "min_lr", "lr_decay_style", "weight_decay")
 
 
-def check_resumable(folder: Path, saved: Mapping[str, Any], args: Namespace) -> None:
-    """ValueError where a run of `args` cannot go on from `folder`, whose arguments are `saved`."""
+def check_resumable(folder: Path, saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """ValueError where a run with `flags` cannot continue from `folder`, whose arguments are `saved`."""
     if "rollout_state" not in saved:
         raise ValueError(f"--load {folder} was not written by this program: it has no rollout state")
-    if args.no_load_optim:
+    if flags["no_load_optim"]:
         return
-    before = Namespace(**saved)
-    if _separate_experts(before) != _separate_experts(args):
+    if _separate_experts(saved) != _separate_experts(flags):
+        before, now = (of["expert_model_parallel_size"] for of in (saved, flags))
         raise ValueError(
-            f"--load {folder} was saved with --expert-model-parallel-size "
-            f"{before.expert_model_parallel_size}, now it is {args.expert_model_parallel_size}: Megatron's "
-            f"optimizer state only fits if both or none are above 1; {FRESH_OPTIMIZER}"
+            f"--load {folder} was saved with --expert-model-parallel-size {before}, now it is {now}: "
+            f"Megatron's optimizer state only fits if both or none are above 1; {FRESH_OPTIMIZER}"
         )
-    if before.optimizer != args.optimizer:
+    if saved["optimizer"] != flags["optimizer"]:
         raise ValueError(
-            f"--load {folder} was saved with --optimizer {before.optimizer}, now it is {args.optimizer}, "
+            f"--load {folder} was saved with --optimizer {saved['optimizer']}, now it is "
+            f"{flags['optimizer']}, "
             f"whose state is another; {FRESH_OPTIMIZER}"
         )
     # these multiply a group's own learning rates, by which Megatron files its state
-    of_groups = [f"--{name.replace('_', '-')}" for name in ("decoupled_lr", "use_mup") if getattr(args, name)]
+    of_groups = [f"--{name.replace('_', '-')}" for name in ("decoupled_lr", "use_mup") if flags[name]]
     for name in ("lr", "min_lr"):
-        if of_groups and getattr(before, name) != getattr(args, name):
+        if of_groups and saved[name] != flags[name]:
             raise ValueError(
-                f"--load {folder} was saved with --{name.replace('_', '-')} {getattr(before, name):g}, now "
-                f"it is {getattr(args, name):g}: with {of_groups[0]} it cannot change; {FRESH_OPTIMIZER}"
+                f"--load {folder} was saved with --{name.replace('_', '-')} {saved[name]:g}, now "
+                f"it is {flags[name]:g}: with {of_groups[0]} it cannot change; {FRESH_OPTIMIZER}"
             )
 
 
-def _separate_experts(args: Namespace) -> bool:
-    """Whether Megatron keeps an optimizer for the experts apart, which changes the structure it saves."""
-    tensor = args.tensor_model_parallel_size
-    apart = args.expert_model_parallel_size > 1 or (args.expert_tensor_parallel_size or tensor) != tensor
-    return apart and args.num_experts is not None
+def _separate_experts(flags: Mapping[str, Any]) -> bool:
+    """Whether the experts have an optimizer of their own in Megatron, which changes the structure saved."""
+    tensor = flags["tensor_model_parallel_size"]
+    expert_tensor = flags["expert_tensor_parallel_size"] or tensor
+    apart = flags["expert_model_parallel_size"] > 1 or expert_tensor != tensor
+    return apart and flags["num_experts"] is not None
 
 
-def take_schedule(saved: Mapping[str, Any], args: Namespace) -> None:
-    """With --use-checkpoint-opt-param-scheduler the learning rates are the checkpoint's: in `args`, too."""
-    if args.use_checkpoint_opt_param_scheduler and not args.no_load_optim:
-        args.lr, args.min_lr = saved["lr"], saved["min_lr"]
+def stored_schedule(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, float]:
+    """With --use-checkpoint-opt-param-scheduler the checkpoint decides on these arguments."""
+    if not flags["use_checkpoint_opt_param_scheduler"] or flags["no_load_optim"]:
+        return {}
+    return {name: saved[name] for name in ("lr", "min_lr")}
 
 
-def changes(saved: Mapping[str, Any], args: Namespace) -> list[str]:
+def changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
     """What people should know, like "--lr 1e-06 (the checkpoint had 2e-06)"."""
     saved = {_OLD_NAMES.get(name, name): value for name, value in saved.items()}
-    scheduled = _SCHEDULED if args.use_checkpoint_opt_param_scheduler else ()
+    scheduled = _SCHEDULED if flags["use_checkpoint_opt_param_scheduler"] else ()
     return [
-        f"--{name.replace('_', '-')} {_plain(getattr(args, name))} (the checkpoint had {_plain(saved[name])})"
+        f"--{name.replace('_', '-')} {_plain(flags[name])} (the checkpoint had {_plain(saved[name])})"
         for name in _SAID
-        if name in saved and name not in scheduled and saved[name] != getattr(args, name)
+        if name in saved and name not in scheduled and saved[name] != flags[name]
     ]
 
 
@@ -82,8 +83,8 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def take_flags(state: Mapping[str, Any], args: Namespace) -> None:
-    """Puts the flags of `args` into `state`, a checkpoint as Megatron has loaded it.
+def take_flags(state: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Puts `flags` into `state`, a checkpoint as Megatron has loaded it.
 
     Megatron looks a parameter group up by its learning rates, and leaves Adam's betas and epsilon as they
     were saved. The scheduler sets all else of a group.
@@ -94,9 +95,9 @@ def take_flags(state: Mapping[str, Any], args: Namespace) -> None:
     for group in _parameter_groups({name: part for name, part in state.items() if name != "args"}):
         for name, flag in (("max_lr", "lr"), ("min_lr", "min_lr"), ("eps", "adam_eps")):
             if name in group and group[name] == getattr(saved, flag):
-                group[name] = getattr(args, flag)
+                group[name] = flags[flag]
         if group.get("betas") == (saved.adam_beta1, saved.adam_beta2):
-            group["betas"] = args.adam_beta1, args.adam_beta2
+            group["betas"] = flags["adam_beta1"], flags["adam_beta2"]
 
 
 def _parameter_groups(part: Any) -> Iterator[dict]:

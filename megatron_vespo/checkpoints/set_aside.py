@@ -24,7 +24,7 @@ RECORD = "gone_back.json"
 
 
 def kept_step(load: str | None, save: str | None, step: int) -> int:
-    """Up to where --save holds checkpoints of a run that has begun with optimizer step `step`."""
+    """Up to which step --save holds checkpoints of a run that began with optimizer step `step`."""
     return step if load == save else 0
 
 

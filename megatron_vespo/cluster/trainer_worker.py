@@ -110,7 +110,7 @@ class TrainerWorker:
         check_router(self._args, where)
         # this process sees its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
-        self.policy = MegatronPolicy(self._args)
+        self.policy = MegatronPolicy(self._args, self._settings.loss)
         self._memory = GpuMemory(
             self.policy.model, self.policy.optimizer, self._settings.sync.colocate_offload
         )

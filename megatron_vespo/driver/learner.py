@@ -102,13 +102,13 @@ class PolicyLearner:
             metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
         on_policy = all((sample.policy_versions == version).all() for sample in samples)
         if self.compares_engines and on_policy:
-            metrics["check/max_logprob_difference"] = self._engine_difference(steps)
+            metrics["check/max_logprob_difference"] = self._largest_log_mismatch(steps)
         return metrics
 
-    def _engine_difference(self, steps: list[dict]) -> float:
+    def _largest_log_mismatch(self, steps: list[dict]) -> float:
         # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
         comparable = steps if self.ratio_denominator != "rollout" else steps[:1]
-        difference = float(np.concatenate([step["engine_difference"] for step in comparable]).max())
+        difference = float(np.concatenate([step["log_mismatch_abs_max"] for step in comparable]).max())
         self.log_prob_bound.check(difference)
         return difference
 

@@ -27,6 +27,6 @@ def find_checkpoint(settings: TrainSettings) -> FoundCheckpoint | None:
     folder = resumed_folder(settings.save)
     if folder is None or not (folder / METADATA_NAME).is_file():
         return None
-    saved = saved_arguments(ChunkIndex(folder))
-    check_resumable(folder, saved, settings.megatron)
-    return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, settings.megatron))
+    saved, flags = saved_arguments(ChunkIndex(folder)), vars(settings.megatron)
+    check_resumable(folder, saved, flags)
+    return FoundCheckpoint(folder, saved["rollout_state"]["iteration"], changes(saved, flags))

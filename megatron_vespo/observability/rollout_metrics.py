@@ -14,7 +14,7 @@ from megatron_vespo.algorithms.diagnostics import (
     share_dead_by,
     weight_metrics,
 )
-from megatron_vespo.algorithms.token_sums import TOKEN_SUMS, token_metrics
+from megatron_vespo.algorithms.token_sums import TokenSums, token_metrics
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.types import Completion, TrainingSample
 
@@ -97,12 +97,14 @@ def step_metrics(
     sizes = [len(step["log_w"]) for step in steps]
     on_policy = np.repeat([step["lag"] == 0 for step in steps], sizes)
     variance = None if floor is None else floor[FLOOR_TOKEN_SIGMA] ** 2 * lengths
-    metrics = ratio_metrics(joined("log_w"), joined("mismatch"), joined("engine_gap"), on_policy, variance)
+    metrics = ratio_metrics(
+        joined("log_w"), joined("log_mismatch_in_w"), joined("log_mismatch"), on_policy, variance
+    )
     metrics |= floor or {}
     metrics |= weight_metrics(
-        joined("phi"), sample_advantages, lengths, np.repeat(np.arange(len(steps)), sizes)
+        joined("weight"), sample_advantages, lengths, np.repeat(np.arange(len(steps)), sizes)
     )
-    metrics |= share_dead_by(joined("correction"), joined("phi"))
+    metrics |= share_dead_by(joined("correction"), joined("weight"))
     return (
         metrics
         | _token_metrics(steps)
@@ -127,12 +129,11 @@ def step_metrics(
 
 def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
     """The engine's part is of steps that compare it with the policy it had: pi_old, or pi before it moved."""
-    half = len(TOKEN_SUMS) // 2
-    comparable = [step for step in steps if step["lag"] == 0 or not np.isnan(step["engine_gap"]).any()]
+    comparable = [step for step in steps if step["lag"] == 0 or not np.isnan(step["log_mismatch"]).any()]
     metrics: dict[str, float] = {}
-    for prefix, of, part in (("", steps, slice(half)), ("engine_", comparable, slice(half, None))):
+    for prefix, of, name in (("", steps, "ratio_sums"), ("engine_", comparable, "log_mismatch_sums")):
         if of:
-            sums = np.sum([step["token_sums"][part] for step in of], axis=0)
+            sums = TokenSums(*np.sum([step[name] for step in of], axis=0))
             metrics |= token_metrics(sums, sum(step["num_tokens"] for step in of), prefix)
     return metrics
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.algorithms.vespo_budget import adapted, window, within_bounds
 
@@ -14,29 +16,32 @@ STATE, ESTIMATED = "vespo_c2", "vespo_estimated"  # their places in a checkpoint
 
 
 class AdaptiveKernel:
-    """Replaces the kernel of `args.loss_function` once an optimizer step; without the flag it stays.
+    """The kernel of the next optimizer step; with `budget` None it stays.
 
-    `rollout_state` is that of the checkpoint the run resumes from, None for a fresh start. What was stored
-    there is taken out and, with the flag, goes on; c1 and the budget are those of this command.
+    `stored` is the rollout state of the checkpoint that the run resumes from, empty for a fresh start. With a
+    budget c2 continues from what is stored there; c1 and the budget are those of this command.
     """
 
-    def __init__(self, args: Namespace, rollout_state: dict | None):
-        self._args = args
-        state = rollout_state or {}
-        stored, estimated = state.pop(STATE, None), state.pop(ESTIMATED, ())
-        self._estimated: deque[list[bool]] = deque(estimated, window(args.steps_per_rollout) - 1)
-        if stored is not None and args.vespo_budget is not None:
-            (c1_positive, _), (c1_negative, _) = self._kernel.positive, self._kernel.negative
-            self._use(
-                GammaKernel(
-                    (c1_positive, within_bounds(c1_positive, stored[0])),
-                    (c1_negative, within_bounds(c1_negative, stored[1])),
-                )
+    def __init__(
+        self, kernel: GammaKernel, budget: float | None, steps_per_rollout: int, stored: Mapping[str, Any]
+    ):
+        self._kernel, self._budget = kernel, budget
+        self._estimated: deque[list[bool]] = deque(stored.get(ESTIMATED, ()), window(steps_per_rollout) - 1)
+        c2 = stored.get(STATE)
+        if c2 is not None and budget is not None:
+            (c1_positive, _), (c1_negative, _) = kernel.positive, kernel.negative
+            self._kernel = GammaKernel(
+                (c1_positive, within_bounds(c1_positive, c2[0])),
+                (c1_negative, within_bounds(c1_negative, c2[1])),
             )
 
-    def state(self) -> dict[str, list[float]]:
+    def applied_to(self, loss: PolicyLoss) -> PolicyLoss:
+        """The loss with the kernel of now."""
+        return loss if self._budget is None else loss.with_options(kernel=self._kernel)
+
+    def state(self) -> dict[str, list]:
         """What a checkpoint needs."""
-        if self._args.vespo_budget is None:
+        if self._budget is None:
             return {}
         return {STATE: self._c2, ESTIMATED: list(self._estimated)}
 
@@ -45,21 +50,13 @@ class AdaptiveKernel:
 
         Both arrays are the same on every rank, [num_samples], and so is the next kernel.
         """
-        if self._args.vespo_budget is None:
+        if self._budget is None:
             return {"kernel_c2": np.full(2, np.nan), "expected_w": np.full(2, np.nan)}
         used = np.array(self._c2)
-        kernel, expected = adapted(self._kernel, self._args.vespo_budget, log_w, advantages, self._estimated)
+        self._kernel, expected = adapted(self._kernel, self._budget, log_w, advantages, self._estimated)
         self._estimated.append((~np.isnan(expected)).tolist())
-        self._use(kernel)
         return {"kernel_c2": used, "expected_w": expected}
-
-    @property
-    def _kernel(self) -> GammaKernel:
-        return self._args.loss_function.options["kernel"]
 
     @property
     def _c2(self) -> list[float]:
         return [self._kernel.positive[1], self._kernel.negative[1]]
-
-    def _use(self, kernel: GammaKernel) -> None:
-        self._args.loss_function = self._args.loss_function.with_options(kernel=kernel)

@@ -14,14 +14,15 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
-from megatron.training.global_vars import get_args
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vespo.checkpoints import run_folder as checkpoint_folder
-from megatron_vespo.checkpoints.resumable import check_resumable, take_schedule
+from megatron_vespo.checkpoints.resumable import check_resumable, stored_schedule
 from megatron_vespo.checkpoints.run_folder import Entry, SaveReport
 from megatron_vespo.checkpoints.set_aside import kept_step, make_room
 from megatron_vespo.trainer.background_save import SaveQueue
+from megatron_vespo.trainer.initialize import megatron_arguments
+from megatron_vespo.trainer.stand_ins import stand_ins
 
 FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
 
@@ -33,15 +34,17 @@ class SaveFailed(RuntimeError):
 class Saver:
     """Saves to `args.save`; with --async-save a thread of each rank writes while training goes on.
 
+    `iteration` is the number of optimizer steps that were done when the run began.
+
     All methods are collectives. A save that fails, for lack of space above all, is reported and leaves
     nothing: the tracker goes on naming the last complete checkpoint.
     """
 
-    def __init__(self, args: Namespace):
+    def __init__(self, args: Namespace, iteration: int):
         self._args = args
         self._queue = SaveQueue(args.async_save, self._admit, self._release_reserve)
         self._has_room = False  # among the checkpoints of others in --save
-        self._kept = kept_step(args.load, args.save, args.iteration)
+        self._kept = kept_step(args.load, args.save, iteration)
         self._iteration = 0  # of the save under way, as what follows
         self._started = 0.0
         self._num_bytes = 0
@@ -68,17 +71,16 @@ class Saver:
         return [self._report()]
 
     def _schedule(self, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]) -> None:
-        args = self._args
-        args.rollout_state = state | {FILES: self._prepare(files)}
-        args.iteration = self._iteration
-        assert get_args() is args, "Megatron saves its global arguments"
-        background, args.async_save = args.async_save, True  # hand the writing to the queue, in any case
-        try:
+        # Megatron saves its arguments: what is to be stored beside weights and optimizer has to be in there
+        stored = {
+            "rollout_state": state | {FILES: self._prepare(files)},
+            "iteration": self._iteration,
+            "async_save": True,  # hands the writing to the queue, in any case
+        }
+        with megatron_arguments(**stored):
             checkpointing.save_checkpoint(
                 self._iteration, model, optimizer, scheduler, num_floating_point_operations_so_far=0
             )
-        finally:
-            args.async_save = background
 
     def _prepare(self, files: Mapping[str, bytes]) -> dict[str, Entry]:
         def write() -> dict[str, Entry]:
@@ -157,6 +159,7 @@ class Stored:
     folder: Path
     state: dict
     files: dict[str, Entry]
+    schedule: dict[str, float]  # arguments that the checkpoint decides on, see `stored_schedule`
 
     def file(self, name: str) -> bytes | None:
         """A file saved with it, None if there was none; ValueError if it is broken."""
@@ -165,11 +168,10 @@ class Stored:
 
 
 def stored(args: Namespace) -> Stored | None:
-    """What is stored with the checkpoint of `args.load`, of step `args.ckpt_step` or None: the newest.
+    """What is stored with the checkpoint of `args.load`: of step `args.ckpt_step`, or of the newest if None.
 
     None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
-    ValueError if it cannot be resumed. With --use-checkpoint-opt-param-scheduler `args` get its learning
-    rates.
+    ValueError if it cannot be resumed.
     """
     iteration, release = args.ckpt_step, False
     if iteration is None:
@@ -178,8 +180,9 @@ def stored(args: Namespace) -> Stored | None:
     if release:
         return None
     folder = Path(checkpointing.get_checkpoint_name(args.load, iteration, release, return_base_dir=True))
-    saved = dist_checkpointing.load_common_state_dict(folder)["args"]
-    check_resumable(folder, vars(saved), args)
-    take_schedule(vars(saved), args)
-    files = saved.rollout_state.pop(FILES, {})  # checkpoints of before have none
-    return Stored(folder, saved.rollout_state, files)
+    with stand_ins():
+        saved = vars(dist_checkpointing.load_common_state_dict(folder)["args"])
+    check_resumable(folder, saved, vars(args))
+    state = dict(saved["rollout_state"])
+    files = state.pop(FILES, {})  # early checkpoints have none
+    return Stored(folder, state, files, stored_schedule(saved, vars(args)))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import initialize as megatron_initialize
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_args, set_args, set_global_variables
 
 
 def initialize(
     args: Namespace, rank: int, local_rank: int, master_address: str, master_port: int
 ) -> Namespace:
-    """This rank's own copy of the arguments; torch.distributed and the model-parallel groups are up."""
-    args = copy.deepcopy(args)
-    args.rank, args.local_rank = rank, local_rank
+    """Start torch.distributed and the model-parallel groups; returns this rank's arguments, a copy."""
+    args = _changed(args, rank=rank, local_rank=local_rank)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(local_rank),
@@ -34,6 +36,28 @@ def initialize(
     if torch.cuda.is_available():
         _repeat_unpermutation(args)
     return args
+
+
+def give_to_megatron(args: Namespace, **changes: Any) -> Namespace:
+    """A copy of `args` with `changes`, which Megatron reads, and alone writes to, from now on."""
+    args = _changed(args, **changes)
+    set_args(args)
+    return args
+
+
+@contextmanager
+def megatron_arguments(**changes: Any) -> Iterator[None]:
+    """Inside, Megatron reads a copy of its arguments with `changes`; afterwards those of before."""
+    before = get_args()
+    give_to_megatron(before, **changes)
+    try:
+        yield
+    finally:
+        set_args(before)
+
+
+def _changed(args: Namespace, **changes: Any) -> Namespace:
+    return Namespace(**copy.deepcopy(vars(args)) | changes)
 
 
 def _repeat_unpermutation(args: Namespace) -> None:

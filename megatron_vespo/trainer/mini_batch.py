@@ -59,8 +59,9 @@ class Versions:
 class Packer:
     """Cuts samples the same way on every rank and builds the packs of this one."""
 
-    def __init__(self, args: Namespace, groups: ProcessGroupCollection):
-        self._args, self._groups = args, groups
+    def __init__(self, args: Namespace, groups: ProcessGroupCollection, with_versions: bool = False):
+        """`with_versions`: mini-batches know which policy version sampled each token."""
+        self._args, self._groups, self._with_versions = args, groups, with_versions
         self.layout = TokenLayout(
             groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
         )
@@ -101,7 +102,7 @@ class Packer:
         ]
         stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
         advantages = np.array([sample.advantage for sample in samples], np.float32)
-        versions = self._versions(samples, bins) if args.old_policy == "snapshot" else None
+        versions = self._versions(samples, bins) if self._with_versions else None
         return MiniBatch(len(samples), micro_batches, stats, advantages, versions)
 
     def _versions(self, samples: Sequence[TrainingSample], bins: list[list[list[int]]]) -> Versions:
@@ -125,15 +126,18 @@ class Packer:
         return [*samples, *[samples[0]] * (-len(samples) % multiple)]
 
     def gather_sequences(
-        self, mini_batch: MiniBatch, outputs: list, names: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """The [S] values handed back by the schedule, float32 [num_samples] each, the same on every rank."""
-        table = torch.zeros(len(names), mini_batch.num_samples, device=device())
-        if outputs:  # on the last pipeline stage; one transfer of indices, each waits for the device
+        self, mini_batch: MiniBatch, parts: Sequence[Tensor], num_rows: int = 1
+    ) -> np.ndarray:
+        """Values of every sample, float32 [num_rows, num_samples], the same on every rank.
+
+        `parts` are this rank's, float32 [num_rows, S] per micro-batch on the last pipeline stage, else empty.
+        """
+        table = torch.zeros(num_rows, mini_batch.num_samples, device=device())
+        if parts:  # one transfer of indices: each waits for the device
             indices = [i for micro_batch in mini_batch.micro_batches for i in micro_batch.sample_indices]
-            table[:, indices] = torch.stack([torch.cat([o[name] for o in outputs]) for name in names])
+            table[:, indices] = torch.cat([*parts], dim=1)
         self.share(table)
-        return dict(zip(names, table.cpu().numpy(), strict=True))
+        return table.cpu().numpy()
 
     def share(self, table: Tensor, *more_groups: dist.ProcessGroup) -> None:
         """Spread entries that are set on one data-parallel rank's last stage and 0 elsewhere, in place.

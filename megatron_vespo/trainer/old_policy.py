@@ -7,7 +7,6 @@ are its shards of the model at any layout, complete over data parallelism, and k
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from megatron.training.training import force_param_sync
 from torch import Tensor
 
+from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.types import TrainingSample
 
 
@@ -105,20 +105,22 @@ class Snapshots:
 OldPolicy = CurrentWeights | MovingAverage | Snapshots
 
 
-def old_policy(args: Namespace, model: list, optimizer, version: int) -> OldPolicy:
+def old_policy(
+    settings: LossSettings, model: list, optimizer, version: int, overlaps_param_gather: bool
+) -> OldPolicy:
     """What --old-policy names, for the weights that are loaded now, which are `version`."""
 
     def complete() -> None:
         """With the overlap a rank has only its part of the new weights until the next forward pass."""
-        if args.overlap_param_gather:
+        if overlaps_param_gather:
             force_param_sync(model, optimizer)
 
-    if args.old_policy != "current" and dist.get_rank() == 0:
-        print(f"pi_old: {args.old_policy}, begins with policy version {version}; nothing older is known")
-    if args.old_policy == "snapshot":
-        return Snapshots(model, args.old_policy_snapshots, version, complete)
-    if args.old_policy == "ewma":
-        return MovingAverage(model, args.ewma_decay, complete)
+    if settings.old_policy != "current" and dist.get_rank() == 0:
+        print(f"pi_old: {settings.old_policy}, begins with policy version {version}; nothing older is known")
+    if settings.old_policy == "snapshot":
+        return Snapshots(model, settings.old_policy_snapshots, version, complete)
+    if settings.old_policy == "ewma":
+        return MovingAverage(model, settings.ewma_decay, complete)
     return CurrentWeights()
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training.training import force_param_sync
 from torch import Tensor
 
-from megatron_vespo.algorithms.losses.table import PolicyLoss
-from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
+from megatron_vespo.algorithms.losses.output import LossOutput
+from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.data.host_memory import to_device, to_host
@@ -25,76 +25,76 @@ from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.trainer import checkpoint
-from megatron_vespo.trainer.adaptive_kernel import AdaptiveKernel
+from megatron_vespo.trainer.adaptive_kernel import ESTIMATED, STATE, AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import group_gradient_norms
-from megatron_vespo.trainer.initialize import device, process_groups
+from megatron_vespo.trainer.initialize import device, give_to_megatron, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.rounding import rounded_otherwise
-from megatron_vespo.trainer.routing_replay import RoutingReplay, free_routing
+from megatron_vespo.trainer.routing_replay import Routing, RoutingReplay, free_routing
 from megatron_vespo.trainer.setup import set_up
-from megatron_vespo.trainer.step import Schedule, inputs_only, log_prob_only, policy_loss, ratio_only
+from megatron_vespo.trainer.step import (
+    LossFunction,
+    Schedule,
+    inputs_only,
+    log_prob_only,
+    policy_loss,
+    ratio_only,
+)
+from megatron_vespo.trainer.step_result import StepResult, reduced
 from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights
 from megatron_vespo.types import TrainingSample
-
-
-@dataclass
-class StepResult:
-    """One optimizer step, identical on every rank; arrays are float32 [num_samples] in sample order."""
-
-    loss: float  # of the whole mini-batch, as --loss-aggregation says
-    loss_terms: float  # the same with every term's absolute value: how large what cancels in the loss is
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    zero_weight_share: float  # of the tokens, by the loss itself: clipped or masked
-    entropy: float  # nats a loss token, of the policy before the step at the sampling temperature
-    log_w: np.ndarray
-    phi: np.ndarray  # in another loss than VESPO: what multiplies A grad log pi, its mean over the tokens
-    correction: np.ndarray  # weight by --mismatch-correction, its mean over the tokens; phi includes it
-    rejected: np.ndarray  # share of the tokens that it weighs by 0
-    mismatch: np.ndarray  # the part of log(pi_old / mu) that is in log W; NaN where pi_old was not computed
-    engine_gap: np.ndarray  # log(pi_old / mu) of the response; NaN where pi_old was not computed
-    engine_difference: np.ndarray  # a token's largest |log pi_old - log mu|; log pi's where pi_old is unknown
-    token_sums: np.ndarray  # float64 [len(TOKEN_SUMS)]; without pi_old the engine's are those of pi
-    gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
-    clip_bounds: np.ndarray  # [2] float64, of the ratio, as the loss has chosen them; 0 if it chooses none
-    padding_share: float
-    imbalance: float
-    kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0: used in this step; NaN without --vespo-budget
-    expected_w: np.ndarray  # [2] E_Q[W] under it; NaN where too few samples tell
 
 
 class MegatronPolicy:
     """The policy on this rank's part of the layout; every method is called on all ranks together.
 
     Built after `trainer.initialize`. Weights come from `args.load` when it holds a checkpoint, else from
-    `args.hf_checkpoint`. `rollout_state` is what the last `save` stored, None for a fresh start.
+    `args.hf_checkpoint`. `args` are copied; Megatron reads that copy from now on, and this class does not
+    write to it. `rollout_state` is what the last `save` stored, None for a fresh start; `iteration` is the
+    number of optimizer steps done, which is the policy's version.
     """
 
-    def __init__(self, args: Namespace):
-        self.args = args
+    def __init__(self, args: Namespace, settings: LossSettings):
+        resuming = checkpoint.exists(args)
+        self.stored = checkpoint.stored(args) if resuming else None
+        self.args = args = give_to_megatron(args, **(self.stored.schedule if self.stored else {}))
+        state = self.stored.state if self.stored else {}
+        kernel_state = {name: state.pop(name) for name in (STATE, ESTIMATED) if name in state}
+        self.rollout_state: dict[str, Any] | None = state if self.stored else None
+        self._use(settings, kernel_state)
         self.groups = process_groups()
         hf_config = read_hf_config(args.hf_checkpoint)
         self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
-        resuming = checkpoint.exists(args)
-        self.stored = checkpoint.stored(args) if resuming else None
-        self.rollout_state = self.stored.state if self.stored else None
-        self._adaptive_kernel = AdaptiveKernel(args, self.rollout_state)
-        self.model, self.optimizer, self.scheduler = set_up(args)
-        self.iteration = args.iteration  # optimizer steps done
+        self.model, self.optimizer, self.scheduler, self.iteration = set_up(args)
         # one rank a pipeline stage hands full tensors on: to the engines, to an export
         self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0
-        self._packer = Packer(args, self.groups)
+        self._packer = Packer(args, self.groups, with_versions=settings.old_policy == "snapshot")
         self._schedule = Schedule(self.model, args, self._packer.layout)
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
             for chunk in unwrap_model(self.model):
                 load_hf_weights(chunk, args.hf_checkpoint, self._family, self._shape, self.groups)
             self.optimizer.reload_model_params()
-        self._old_policy = old_policy(args, self.model, self.optimizer, self.iteration)
+        self._old_policy = old_policy(
+            settings, self.model, self.optimizer, self.iteration, args.overlap_param_gather
+        )
         self._connect_schedule()
-        self.saver = checkpoint.Saver(args)
+        self.saver = checkpoint.Saver(args, self.iteration)
+
+    def use_loss(self, settings: LossSettings) -> None:
+        """Train with another loss from the next step on. ValueError for another old policy: it is there."""
+        for name in ("old_policy", "old_policy_snapshots", "ewma_decay"):
+            before, now = getattr(self.settings, name), getattr(settings, name)
+            if before != now:
+                raise ValueError(f"{name} is {before!r} and cannot become {now!r}: build another policy")
+        self._use(settings, {})
+
+    def _use(self, settings: LossSettings, kernel_state: dict[str, Any]) -> None:
+        self.settings, self._bound = settings, settings.bind()
+        self._adaptive_kernel = AdaptiveKernel(
+            settings.kernel, settings.vespo_budget, self.args.steps_per_rollout, kernel_state
+        )
 
     def _connect_schedule(self) -> None:
         """The hooks by which Megatron's schedule reaches gradient reduction, as in Megatron's own loop."""
@@ -133,7 +133,7 @@ class MegatronPolicy:
         routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
         outputs = self._run(mini_batch.micro_batches, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            micro_batch.old_log_probs_T = to_host(output["log_probs_T"])
+            micro_batch.old_log_probs_T = to_host(output)
 
     def _compute_by_version(self, mini_batch: MiniBatch, snapshots: Snapshots) -> None:
         """Each token's log-prob by the version that sampled it, in the packs of the training pass."""
@@ -146,36 +146,41 @@ class MegatronPolicy:
                 outputs = self._run([packs[i] for i in chosen], log_prob_only, True, self._routing)
             for i, output in zip(chosen, outputs, strict=False):  # on the last pipeline stage
                 mine = packs[i].loss_positions[versions.of(packs[i]) == version]
-                old[i][mine] = output["log_probs_T"].cpu()[mine].double()
+                old[i][mine] = output.cpu()[mine].double()
                 packs[i].old_log_probs_T = old[i]
 
     def train_step(self, mini_batch: MiniBatch) -> StepResult:
         """One optimizer step on the whole mini-batch."""
         return self.optimizer_step(mini_batch, self.forward_backward(mini_batch))
 
-    def forward_backward(self, mini_batch: MiniBatch) -> list[dict[str, Tensor]]:
-        """Leaves the mini-batch's gradient in the model's buffers; returns what the losses handed back."""
+    def forward_backward(self, mini_batch: MiniBatch) -> list[LossOutput]:
+        """Leaves the mini-batch's gradient in the model's buffers; returns what the losses hand back."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
-        chosen = self._adapted_loss(mini_batch, routing)
-        loss = partial(policy_loss, loss=chosen, args=self.args, cp_group=self.groups.cp)
+        loss = partial(
+            policy_loss,
+            bound=self._adapted_loss(mini_batch, routing),
+            settings=self.settings,
+            longest=self.args.max_completion_tokens,
+            cp_group=self.groups.cp,
+        )
         return self._run(mini_batch.micro_batches, loss, False, routing)
 
-    def _adapted_loss(self, mini_batch: MiniBatch, routing) -> PolicyLoss:
-        """The policy loss for this mini-batch; one that adapts to it costs a forward pass more."""
-        loss = self.args.loss_function
+    def _adapted_loss(self, mini_batch: MiniBatch, routing: Routing) -> BoundLoss:
+        """The policy loss for this mini-batch; one that adapts to it costs another forward pass."""
+        loss = self._adaptive_kernel.applied_to(self._bound.loss)
         if loss.adapt is None:
-            return loss
-        measure = partial(inputs_only, args=self.args, cp_group=self.groups.cp)
+            return replace(self._bound, loss=loss)
+        measure = partial(inputs_only, settings=self.settings, cp_group=self.groups.cp)
         with torch.no_grad():
-            outputs = self._run(mini_batch.micro_batches, measure, True, routing)
-        # other pipeline stages have no inputs, and compute no loss
-        batch = [output["inputs"] for output in outputs]
-        return loss.adapted(batch, self._packer.sum_over_tokens) if batch else loss
+            batch = self._run(mini_batch.micro_batches, measure, True, routing)
+        if batch:  # other pipeline stages have no inputs, and compute no loss
+            loss = loss.adapted(batch, self._packer.sum_over_tokens)
+        return replace(self._bound, loss=loss)
 
-    def optimizer_step(self, mini_batch: MiniBatch, outputs: list[dict[str, Tensor]]) -> StepResult:
+    def optimizer_step(self, mini_batch: MiniBatch, outputs: list[LossOutput]) -> StepResult:
         """Update the weights by the gradient of `forward_backward`."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
         group_norms = group_gradient_norms(self.model, self.groups, self.args.num_layers)
@@ -188,44 +193,26 @@ class MegatronPolicy:
         self.iteration += 1
         self._old_policy.advance(self.iteration)
 
-        # a cut sequence's largest difference may be on any of the ranks that hold it
-        for output in outputs:
-            dist.all_reduce(output["engine_difference"], dist.ReduceOp.MAX, group=self.groups.cp)
-        names = ("log_w", "phi", "correction", "rejected", "mismatch", "engine_gap", "engine_difference")
-        columns = self._packer.gather_sequences(mini_batch, outputs, names)
-        sums = torch.zeros(8 + len(TOKEN_SUMS), dtype=torch.float64, device=device())
-        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            for i, name in enumerate(("loss_sum", "loss_terms", "loss_count", "entropy_sum", "zero_weights")):
-                sums[i] += output[name]
-            sums[5] += micro_batch.num_loss_tokens
-            sums[8:] += output["token_sums"]
-        sums[6:8] = self._chosen_bounds(outputs)
-        self._packer.share(sums, self.groups.cp)
-        values = sums.tolist()
-        loss_sum, loss_terms, loss_count, entropy_sum, zero_weights, num_tokens = values[:6]
+        chooses_bounds = self._bound.loss.adapt is not None
+        loss = reduced(outputs, mini_batch, self._packer, self.groups, chooses_bounds)
+        sums = loss.sums
         return StepResult(
-            loss=loss_sum / loss_count,
-            loss_terms=loss_terms / loss_count,
+            loss=sums.loss / sums.loss_count,
+            loss_terms=sums.loss_terms / sums.loss_count,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
-            num_tokens=int(num_tokens),
-            zero_weight_share=zero_weights / num_tokens,
-            entropy=entropy_sum / num_tokens,
-            **columns,
-            clip_bounds=np.array(values[6:8]),
-            token_sums=np.array(values[8:]),
+            num_tokens=int(sums.num_tokens),
+            zero_weight_share=sums.zero_weights / sums.num_tokens,
+            entropy=sums.entropy / sums.num_tokens,
+            **loss.columns,
+            ratio_sums=sums.ratio,
+            log_mismatch_sums=sums.log_mismatch,
             gradient_norms=group_norms.cpu().numpy(),
-            **self._adaptive_kernel.step(columns["log_w"], mini_batch.advantages),
+            clip_bounds=loss.clip_bounds,
+            **self._adaptive_kernel.step(loss.columns["log_w"], mini_batch.advantages),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )
-
-    def _chosen_bounds(self, outputs: list[dict]) -> Tensor:
-        """The clip bounds of a loss that has adapted them, on one rank that knows them; 0 elsewhere."""
-        options = outputs[0]["options"] if outputs and self.groups.dp_cp.rank() == 0 else {}
-        if self.args.loss_function.adapt is None or "low" not in options:
-            return torch.zeros(2)
-        return torch.tensor([1.0 - options["low"], 1.0 + options["high"]], dtype=torch.float64)
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample], replay: bool = True) -> list[np.ndarray]:
@@ -246,7 +233,7 @@ class MegatronPolicy:
             index, place = token_places(micro_batch, predicting)
             cells = torch.stack([index, place + 1 - prompt_lengths[index], predicting])
             row, column, position = to_device(cells, device())
-            table[row, column] = output["log_probs_T"][position].float()
+            table[row, column] = output[position].float()
         self._packer.share(table, self.groups.cp)
         rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]
@@ -266,9 +253,7 @@ class MegatronPolicy:
             if missing:
                 raise ValueError(f"denominator {denominator!r}: sample {missing[0]} has no old_log_probs")
         mini_batch = self.pack(self._packer.fill(samples))
-        loss = partial(ratio_only, denominator=denominator, args=self.args, cp_group=self.groups.cp)
-        outputs = self._run(mini_batch.micro_batches, loss, True, self._routing)
-        return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
+        return self._log_ratio(mini_batch, denominator, self._routing)[: len(samples)]
 
     @torch.no_grad()
     def log_w_floor(self, samples: Sequence[TrainingSample]) -> np.ndarray:
@@ -280,10 +265,18 @@ class MegatronPolicy:
         mini_batch = self.pack(self._packer.fill(samples))
         self._keep_log_probs(mini_batch)
         routing = self._replay.replay if self.args.routing_replay == "R2" else self._routing
-        loss = partial(ratio_only, denominator="recomputed", args=self.args, cp_group=self.groups.cp)
         with rounded_otherwise(self.model, self.args.params_dtype):
-            outputs = self._run(mini_batch.micro_batches, loss, True, routing)
-        return self._packer.gather_sequences(mini_batch, outputs, ("log_w",))["log_w"][: len(samples)]
+            return self._log_ratio(mini_batch, "recomputed", routing)[: len(samples)]
+
+    def _log_ratio(
+        self, mini_batch: MiniBatch, denominator: RatioDenominator, routing: Routing
+    ) -> np.ndarray:
+        """log W of every sample of the mini-batch, float32 [num_samples], identical on every rank."""
+        settings = replace(self.settings, ratio_denominator=denominator)
+        loss = partial(ratio_only, settings=settings, cp_group=self.groups.cp)
+        outputs = self._run(mini_batch.micro_batches, loss, True, routing)
+        [log_w] = self._packer.gather_sequences(mini_batch, [values_S[None] for values_S in outputs])
+        return log_w
 
     @torch.no_grad()
     def chosen_experts(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
@@ -324,7 +317,9 @@ class MegatronPolicy:
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
         return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {})
 
-    def _run(self, packs: Sequence[MicroBatch], loss, forward_only: bool, routing) -> list[dict[str, Tensor]]:
+    def _run[Output](
+        self, packs: Sequence[MicroBatch], loss: LossFunction[Output], forward_only: bool, routing: Routing
+    ) -> list[Output]:
         outputs = self._schedule.run(packs, loss, forward_only, routing)
         self._replay.finish()
         return outputs

@@ -24,25 +24,27 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.training.global_vars import get_args
 from megatron.training.training import setup_model_and_optimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vespo.checkpoints.resumable import take_flags
 from megatron_vespo.trainer.model import model_config, model_provider
+from megatron_vespo.trainer.stand_ins import stand_ins
 
 _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 
 def set_up(args: Namespace) -> tuple:
-    """Megatron's model chunks, optimizer and scheduler, from the checkpoint that `args.load` holds if any.
+    """Megatron's model chunks, optimizer and scheduler, and the number of optimizer steps done.
 
-    A collective of all ranks; sets `args.iteration`.
+    From the checkpoint that `args.load` holds, if any. A collective of all ranks.
     """
     provider = model_provider(args, model_config(args))
-    with stored_names(partial(take_flags, args=args)):
+    with stored_names(partial(take_flags, flags=vars(args))):
         model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
     _add_missing_settings(optimizer)
-    return model, optimizer, scheduler
+    return model, optimizer, scheduler, get_args().iteration
 
 
 def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
@@ -59,7 +61,7 @@ def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
 def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
     """Inside, `dist_checkpointing.load` asks for everything by the name that it was written with.
 
-    `then` may change what it has loaded.
+    `then` may change what it has loaded. Objects of this package that are stored become stand-ins.
     """
     load = dist_checkpointing.load
 
@@ -71,7 +73,7 @@ def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
             then(state)
         return state
 
-    with patch.object(dist_checkpointing, "load", load_as_stored):
+    with stand_ins(), patch.object(dist_checkpointing, "load", load_as_stored):
         yield
 
 

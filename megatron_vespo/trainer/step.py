@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_vespo.algorithms.corrections import Mismatch
 from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
-from megatron_vespo.algorithms.losses.table import PolicyLoss
+from megatron_vespo.algorithms.losses.output import LossOutput, LossSums
+from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.token_sums import token_sums
 from megatron_vespo.algorithms.vespo import LogRatio, segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
@@ -26,7 +27,7 @@ from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
 from megatron_vespo.trainer.routing_replay import Routing
 
 # log-probs and entropies [T] of one micro-batch -> (summed loss, number of loss tokens, what to hand back)
-LossFunction = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+type LossFunction[Output] = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Output]]
 
 
 class Schedule:
@@ -35,14 +36,14 @@ class Schedule:
     def __init__(self, model: list, args: Namespace, layout: TokenLayout):
         self._model, self._args, self._layout = model, args, layout
 
-    def run(
+    def run[Output](
         self,
         micro_batches: Sequence[MicroBatch],
-        loss: LossFunction,
+        loss: LossFunction[Output],
         forward_only: bool,
         routing: Routing,
-    ) -> list[dict[str, Tensor]]:
-        """What `loss` handed back, one entry a micro-batch, on the last pipeline stage; elsewhere empty."""
+    ) -> list[Output]:
+        """What `loss` hands back, one entry per micro-batch, on the last pipeline stage; elsewhere empty."""
         for chunk in self._model:
             chunk.eval() if forward_only else chunk.train()
         # each goes to the GPU when its turn comes, once for every model chunk of the rank
@@ -84,9 +85,9 @@ class Schedule:
 
 def log_prob_only(
     micro_batch: MicroBatch, log_probs_T: Tensor, entropies_T: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """No loss: hands the log-probs back."""
-    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"log_probs_T": log_probs_T.detach()}
+) -> tuple[Tensor, Tensor, Tensor]:
+    """No loss: hands the log-probs [T] back."""
+    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), log_probs_T.detach()
 
 
 def ratio_only(
@@ -94,67 +95,12 @@ def ratio_only(
     log_probs_T: Tensor,
     entropies_T: Tensor,
     *,
-    denominator: str,
-    args: Namespace,
+    settings: LossSettings,
     cp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """No loss: hands log W [S] back."""
-    ratio = _log_ratio(micro_batch, log_probs_T, denominator, args, cp_group)
-    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"log_w": ratio.log_w_S}
-
-
-def policy_loss(
-    micro_batch: MicroBatch,
-    log_probs_T: Tensor,
-    entropies_T: Tensor,
-    *,
-    loss: PolicyLoss,
-    args: Namespace,
-    cp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The policy loss on one micro-batch; hands back per-sequence values [S] and this rank's sums."""
-    log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
-    reference_T = _reference(micro_batch, log_probs_T)
-    inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, args)
-    term = loss(inputs)
-    unweighted_T = (term.weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
-    correction_T = args.correction(
-        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.engine_gap_S, inputs, cp_group)
-    )
-    term = TokenLoss(term.loss_T * correction_T, term.weight_T * correction_T)
-    longest = args.max_completion_tokens
-    loss_sum = weighted_sum(term.loss_T, inputs, args.loss_aggregation, longest)
-    loss_count = count(inputs, args.loss_aggregation, cp_group.rank() == 0)
-    averaged_T3 = torch.stack([term.weight_T.double(), correction_T, (correction_T == 0.0).double()], dim=1)
-    share_T3 = averaged_T3 / inputs.per_token(inputs.lengths_S)[:, None]
-    mean_weight_S, correction_S, rejected_S = segment_sum(
-        share_T3.masked_fill(micro_batch.loss_mask_T[:, None] == 0, 0.0),
-        micro_batch.sequence_ids_T,
-        micro_batch.num_sequences,
-        cp_group,
-    ).unbind(1)
-    engine_log_ratio_T = reference_T - micro_batch.behavior_log_probs_T
-    difference_T = engine_log_ratio_T.abs() * micro_batch.loss_mask_T
-    handed_back = {
-        "log_w": log_ratio.log_w_S,
-        "phi": mean_weight_S,
-        "correction": correction_S,
-        "rejected": rejected_S,
-        "mismatch": log_ratio.mismatch_S,
-        "engine_gap": log_ratio.engine_gap_S,
-        "engine_difference": torch.zeros_like(mean_weight_S).scatter_reduce(
-            0, micro_batch.sequence_ids_T, difference_T.float(), "amax"
-        ),
-        # the schedule divides the loss in place: keep our own
-        "loss_sum": loss_sum.detach().clone(),
-        "loss_terms": weighted_sum(term.loss_T.detach().abs(), inputs, args.loss_aggregation, longest),
-        "loss_count": loss_count,
-        "zero_weights": unweighted_T.sum(),
-        "options": loss.options,  # a loss that adapts has chosen them
-        "entropy_sum": entropies_T.detach().sum(),
-        "token_sums": token_sums(inputs.log_ratio_T, engine_log_ratio_T, micro_batch.loss_mask_T),
-    }
-    return loss_sum, loss_count.int(), handed_back
+    ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
+    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), ratio.log_w_S
 
 
 def inputs_only(
@@ -162,17 +108,87 @@ def inputs_only(
     log_probs_T: Tensor,
     entropies_T: Tensor,
     *,
-    args: Namespace,
+    settings: LossSettings,
     cp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor, dict[str, LossInputs]]:
+) -> tuple[Tensor, Tensor, LossInputs]:
     """No loss: hands back what the policy loss would be computed from, for losses that adapt to it."""
-    log_ratio = _log_ratio(micro_batch, log_probs_T, args.ratio_denominator, args, cp_group)
-    inputs = _loss_inputs(micro_batch, log_probs_T.detach(), log_ratio, args)
-    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), {"inputs": inputs}
+    log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
+    inputs = _loss_inputs(micro_batch, log_probs_T.detach(), log_ratio, settings)
+    return log_probs_T.new_zeros(()), _num_tokens(micro_batch), inputs
 
 
-def _loss_inputs(micro_batch: MicroBatch, log_probs_T: Tensor, log_ratio: LogRatio, args: Namespace):
-    rollout = args.ratio_denominator == "rollout"
+def policy_loss(
+    micro_batch: MicroBatch,
+    log_probs_T: Tensor,
+    entropies_T: Tensor,
+    *,
+    bound: BoundLoss,
+    settings: LossSettings,
+    longest: int,
+    cp_group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, LossOutput]:
+    """The policy loss on one micro-batch. `longest` is the longest response allowed, in tokens."""
+    log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
+    reference_T = _reference(micro_batch, log_probs_T)
+    inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, settings)
+    term = bound.loss(inputs)
+    unweighted_T = (term.weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
+    correction_T = bound.correction(
+        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.log_mismatch_S, inputs, cp_group)
+    )
+    term = TokenLoss(term.loss_T * correction_T, term.weight_T * correction_T)
+    loss_sum = weighted_sum(term.loss_T, inputs, bound.aggregation, longest)
+    loss_count = count(inputs, bound.aggregation, cp_group.rank() == 0)
+    weight_S, correction_S, rejected_S = _token_means(
+        term.weight_T, correction_T, micro_batch, inputs, cp_group
+    )
+    log_mismatch_T = reference_T - micro_batch.behavior_log_probs_T
+    difference_T = log_mismatch_T.abs() * micro_batch.loss_mask_T
+    sums = LossSums(
+        # the schedule divides the loss in place: keep our own
+        loss=loss_sum.detach().clone(),
+        loss_terms=weighted_sum(term.loss_T.detach().abs(), inputs, bound.aggregation, longest),
+        loss_count=loss_count,
+        entropy=entropies_T.detach().sum(),
+        zero_weights=unweighted_T.sum(),
+        num_tokens=_num_tokens(micro_batch),
+        ratio=token_sums(inputs.log_ratio_T, micro_batch.loss_mask_T),
+        log_mismatch=token_sums(log_mismatch_T, micro_batch.loss_mask_T),
+    )
+    output = LossOutput(
+        log_w_S=log_ratio.log_w_S,
+        weight_S=weight_S,
+        correction_S=correction_S,
+        rejected_S=rejected_S,
+        log_mismatch_in_w_S=log_ratio.log_mismatch_in_w_S,
+        log_mismatch_S=log_ratio.log_mismatch_S,
+        log_mismatch_abs_max_S=torch.zeros_like(weight_S).scatter_reduce(
+            0, micro_batch.sequence_ids_T, difference_T.float(), "amax"
+        ),
+        sums=sums,
+        clip_bounds=bound.loss.clip_bounds,
+    )
+    return loss_sum, loss_count.int(), output
+
+
+def _token_means(
+    weight_T: Tensor, correction_T: Tensor, micro_batch: MicroBatch, inputs: LossInputs, cp_group
+) -> tuple[Tensor, ...]:
+    """Means over each sequence's trained tokens: of the weight, of the correction, and where that is 0."""
+    averaged_T3 = torch.stack([weight_T.double(), correction_T, (correction_T == 0.0).double()], dim=1)
+    share_T3 = averaged_T3 / inputs.per_token(inputs.lengths_S)[:, None]
+    return segment_sum(
+        share_T3.masked_fill(micro_batch.loss_mask_T[:, None] == 0, 0.0),
+        micro_batch.sequence_ids_T,
+        micro_batch.num_sequences,
+        cp_group,
+    ).unbind(1)
+
+
+def _loss_inputs(
+    micro_batch: MicroBatch, log_probs_T: Tensor, log_ratio: LogRatio, settings: LossSettings
+) -> LossInputs:
+    rollout = settings.ratio_denominator == "rollout"
     denominator_T = micro_batch.behavior_log_probs_T if rollout else _reference(micro_batch, log_probs_T)
     return LossInputs(
         log_probs_T=log_probs_T,
@@ -190,7 +206,9 @@ def _reference(micro_batch: MicroBatch, log_probs_T: Tensor) -> Tensor:
     return log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
 
 
-def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, args: Namespace, cp_group):
+def _log_ratio(
+    micro_batch: MicroBatch, log_probs_T: Tensor, settings: LossSettings, cp_group: dist.ProcessGroup
+) -> LogRatio:
     return sequence_log_ratio(
         log_probs_T,
         micro_batch.behavior_log_probs_T,
@@ -198,8 +216,8 @@ def _log_ratio(micro_batch: MicroBatch, log_probs_T: Tensor, denominator: str, a
         micro_batch.loss_mask_T,
         micro_batch.sequence_ids_T,
         micro_batch.num_sequences,
-        denominator,
-        args.mismatch_truncation,
+        settings.ratio_denominator,
+        settings.mismatch_truncation,
         cp_group,
     )
 

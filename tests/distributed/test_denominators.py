@@ -42,23 +42,26 @@ def test_train_step_is_the_closed_form(task, result, denominator):
     loss = -(phi * advantages * per_sequence(now, samples)).sum() / len(now)
 
     np.testing.assert_allclose(result[f"{denominator} log_w"], log_w, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(result[f"{denominator} phi"], phi, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result[f"{denominator} weight"], phi, rtol=0, atol=1e-4)
     np.testing.assert_allclose(result[f"{denominator} loss"], loss, rtol=1e-4)
     assert result[f"{denominator} num_tokens"] == len(now)
 
     in_w = {"recomputed": 0 * gap, "rollout": np.nan * gap, "decoupled": np.minimum(gap, np.log(2.0))}
     in_w["decoupled-token"] = by_token
-    np.testing.assert_allclose(result[f"{denominator} mismatch"], in_w[denominator], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        result[f"{denominator} log_mismatch_in_w"], in_w[denominator], rtol=0, atol=1e-4
+    )
 
     # without pi_old only the current policy can be compared with the engine
     compared = now if denominator == "rollout" else old
     expected_gap = np.full_like(gap, np.nan) if denominator == "rollout" else gap
-    np.testing.assert_allclose(result[f"{denominator} engine_gap"], expected_gap, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result[f"{denominator} log_mismatch"], expected_gap, rtol=0, atol=1e-4)
     difference = per_sequence(np.abs(compared - behavior), samples, np.max)
-    np.testing.assert_allclose(result[f"{denominator} engine_difference"], difference, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result[f"{denominator} log_mismatch_abs_max"], difference, rtol=0, atol=1e-5)
     sums = [
         sum(values)
         for x in (now - (behavior if denominator == "rollout" else old), compared - behavior)
         for values in (x.astype(np.float64), x.astype(np.float64) ** 2, np.exp(x.astype(np.float64)) - 1 - x)
     ]
-    np.testing.assert_allclose(result[f"{denominator} token_sums"], sums, rtol=1e-4, atol=1e-3)
+    found = [*result[f"{denominator} ratio_sums"], *result[f"{denominator} log_mismatch_sums"]]
+    np.testing.assert_allclose(found, sums, rtol=1e-4, atol=1e-3)

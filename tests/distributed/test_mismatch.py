@@ -87,7 +87,7 @@ def test_corrections_do_not_depend_on_the_layout(one_rank, run, layout):
             loss, grad_norm, terms = np.abs(result[case] - one_rank[case]) / np.abs(one_rank[case][[2, 1, 2]])
             assert loss <= 1e-6 and terms <= 1e-6, f"{case}: loss {loss:.1e}"
             assert grad_norm <= 1e-5, f"{case}: grad_norm {grad_norm:.1e}"
-            for name in ("phi", "correction", "rejected"):
+            for name in ("weight", "correction", "rejected"):
                 field = f"{case} {name}"
                 np.testing.assert_allclose(
                     result[field], one_rank[field], rtol=2e-5, atol=1e-6, err_msg=field

@@ -32,7 +32,7 @@ def test_every_step_uses_the_kernel_that_the_last_one_made(one_rank, task):
         c1 = np.where(advantages >= 0, 2.0, 3.0)
         c2 = np.where(advantages >= 0, *used)
         phi = np.exp(c1 * log_w + c2 * (1 - np.exp(log_w)))
-        np.testing.assert_allclose(one_rank["phi"][step], phi, rtol=1e-5)
+        np.testing.assert_allclose(one_rank["weight"][step], phi, rtol=1e-5)
         kernel, expected = adapted(kernel, BUDGET, log_w, advantages)
         np.testing.assert_array_equal(one_rank["expected_w"][step], expected)
     moved = np.abs(np.diff(one_rank["kernel_c2"], axis=0))
@@ -48,13 +48,13 @@ def test_the_kernels_do_not_depend_on_the_layout(one_rank, train, layout):
         np.testing.assert_array_equal(result["expected_w"], results[0]["expected_w"])
         np.testing.assert_allclose(result["kernel_c2"], one_rank["kernel_c2"], rtol=1e-6)
         np.testing.assert_allclose(result["expected_w"], one_rank["expected_w"], rtol=1e-5)
-        np.testing.assert_allclose(result["phi"], one_rank["phi"], rtol=1e-4)
+        np.testing.assert_allclose(result["weight"], one_rank["weight"], rtol=1e-4)
 
 
 def test_resumed_equals_uninterrupted(one_rank, train, folder):
     resumed = train("one rank", *FLAGS, "--load", str(folder / "saved"))[0]
     assert resumed["first_iteration"] == 2 and resumed["consumed_prompts"] == 7
-    for name in ("kernel_c2", "expected_w", "phi", "log_w", "loss", "grad_norm"):
+    for name in ("kernel_c2", "expected_w", "weight", "log_w", "loss", "grad_norm"):
         np.testing.assert_array_equal(resumed[name], one_rank[name][2:], err_msg=name)
 
 
@@ -63,4 +63,4 @@ def test_without_the_flag_a_resumed_kernel_is_the_commands(train, folder, one_ra
     assert np.isnan(resumed["kernel_c2"]).all()
     # W is the same in the third step, phi is that of the fixed kernel again
     np.testing.assert_array_equal(resumed["log_w"][0], one_rank["log_w"][2])
-    assert (resumed["phi"][0] != one_rank["phi"][2]).any()
+    assert (resumed["weight"][0] != one_rank["weight"][2]).any()

@@ -72,20 +72,21 @@ def make_samples() -> list[TrainingSample]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    from megatron_vespo.algorithms.losses.settings import LossSettings
     from megatron_vespo.arguments.parse import parse_args
     from megatron_vespo.trainer.initialize import initialize
     from megatron_vespo.trainer.policy import MegatronPolicy
 
     args = parse_args(["--hf-checkpoint", str(folder), *FLAGS])
     args = initialize(args, 0, 0, "127.0.0.1", int(os.environ["MASTER_PORT"]))
-    policy, samples, steps = MegatronPolicy(args), make_samples(), []
+    policy, samples, steps = MegatronPolicy(args, LossSettings.of(vars(args))), make_samples(), []
     size = NUM_SAMPLES // MINI_BATCHES
     while policy.iteration < NUM_STEPS:
         prepared = [policy.pack(samples[i : i + size]) for i in range(0, NUM_SAMPLES, size)]
         for mini_batch in prepared:
             policy.compute_old_log_probs(mini_batch)
         steps += [policy.train_step(mini_batch) for mini_batch in prepared]
-    rows = [(s.loss, s.grad_norm, s.entropy, s.phi.mean(dtype=np.float64)) for s in steps]
+    rows = [(s.loss, s.grad_norm, s.entropy, s.weight.mean(dtype=np.float64)) for s in steps]
     np.savez(os.environ["RESULT_FILE"], curve=np.array(rows, np.float64))
 
 

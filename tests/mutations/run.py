@@ -70,9 +70,9 @@ MUTATIONS = [
     ),
     Mutation(
         "context parallelism: loss and token counts are not summed over the ranks",
-        "trainer/policy.py",
-        "        self._packer.share(sums, self.groups.cp)\n",
-        "        self._packer.share(sums)\n",
+        "trainer/step_result.py",
+        "    packer.share(sums, groups.cp)\n",
+        "    packer.share(sums)\n",
         (LAYOUTS, "depend and cp2 and not tp2 and not pp2 and not ep2"),
     ),
     Mutation(
@@ -106,15 +106,15 @@ MUTATIONS = [
     Mutation(
         "denominator: the mismatch is left out of W",
         "algorithms/vespo.py",
-        "return LogRatio(staleness_S + mismatch_S,",
+        "return LogRatio(staleness_S + log_mismatch_in_w_S,",
         "return LogRatio(staleness_S,",
         (INVARIANCE, "denominators and one"),
     ),
     Mutation(
         "denominator: decoupled does not truncate",
         "algorithms/vespo.py",
-        "engine_gap_S.clamp(max=most)",
-        "engine_gap_S",
+        "log_mismatch_S.clamp(max=most)",
+        "log_mismatch_S",
         (INVARIANCE, "denominators and one"),
     ),
     Mutation(
@@ -134,15 +134,15 @@ MUTATIONS = [
     Mutation(
         "denominator: pi_old is forgotten",
         "trainer/policy.py",
-        'micro_batch.old_log_probs_T = to_host(output["log_probs_T"])',
-        'micro_batch.old_log_probs_T = to_host(output["log_probs_T"]) * 0',
+        "micro_batch.old_log_probs_T = to_host(output)",
+        "micro_batch.old_log_probs_T = to_host(output) * 0",
         ("tests/distributed/test_denominators.py", "recomputed or decoupled"),
     ),
     Mutation(
         "denominator: tokens of the micro-batch instead of the optimizer step",
         "trainer/step.py",
-        "    return loss_sum, loss_count.int(), handed_back\n",
-        "    return loss_sum / loss_count, loss_count.int() * 0 + 1, handed_back\n",
+        "    return loss_sum, loss_count.int(), output\n",
+        "    return loss_sum / loss_count, loss_count.int() * 0 + 1, output\n",
         (INVARIANCE, "rounding and 100"),
     ),
     Mutation(
@@ -225,15 +225,15 @@ MUTATIONS = [
     Mutation(
         "diagnostics: the sums of tokens include those that are not trained on",
         "algorithms/token_sums.py",
-        ".masked_fill(ignored_T, 0.0)",
-        "",
+        ".double().masked_fill(loss_mask_T == 0, 0.0)",
+        ".double().nan_to_num()",
         ("tests/unit/algorithms/test_token_sums.py", "micro_batches"),
     ),
     Mutation(
         "diagnostics: mismatch's share leaves out what it shares with staleness",
         "algorithms/diagnostics.py",
-        "(mismatch - mismatch.mean()) * (log_w - log_w.mean())",
-        "(mismatch - mismatch.mean()) ** 2",
+        "(log_mismatch_in_w - log_mismatch_in_w.mean()) * (log_w - log_w.mean())",
+        "(log_mismatch_in_w - log_mismatch_in_w.mean()) ** 2",
         ("tests/unit/algorithms/test_diagnostics.py", "split"),
     ),
     Mutation(
@@ -316,8 +316,8 @@ MUTATIONS = [
     Mutation(
         "adaptive losses: the pass they adapt by routes freely",
         "trainer/policy.py",
-        "outputs = self._run(mini_batch.micro_batches, measure, True, routing)",
-        "outputs = self._run(mini_batch.micro_batches, measure, True, free_routing)",
+        "batch = self._run(mini_batch.micro_batches, measure, True, routing)",
+        "batch = self._run(mini_batch.micro_batches, measure, True, free_routing)",
         (REPLAY, "adapts_by"),
     ),
     Mutation(
@@ -442,8 +442,8 @@ MUTATIONS = [
     Mutation(
         "budget: a resumed run starts at the command's c2",
         "trainer/adaptive_kernel.py",
-        "within_bounds(c1_positive, stored[0])",
-        "self._kernel.positive[1]",
+        "within_bounds(c1_positive, c2[0])",
+        "kernel.positive[1]",
         (BUDGET_STATE, "resumed_equals"),
     ),
     Mutation(

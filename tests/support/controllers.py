@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_vespo.algorithms.token_sums import TOKEN_SUMS
+from megatron_vespo.algorithms.token_sums import TokenSums
 from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.learner import LogProbBound, PolicyLearner
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
@@ -20,6 +20,7 @@ from megatron_vespo.types import Prompt, RunState, SamplingParams
 from tests.support.builders import make_group, make_prompt
 from tests.support.settings import flat_settings
 
+LOG_MISMATCH = ("log_mismatch_in_w", "log_mismatch", "log_mismatch_abs_max")
 PROMPTS = [make_prompt(i, [1, 2]) for i in range(2)]
 COMPLETIONS, MINI_BATCHES = 2, 2
 
@@ -57,12 +58,12 @@ class Trainer:
     def train_step(self, index: int) -> dict:
         zeros = np.zeros(self._sizes[index], np.float32)
         return {
-            **dict.fromkeys(("log_w", "mismatch", "engine_gap", "engine_difference", "rejected"), zeros),
-            **dict.fromkeys(("phi", "correction"), zeros + 1),
+            **dict.fromkeys(("log_w", "rejected", *LOG_MISMATCH), zeros),
+            **dict.fromkeys(("weight", "correction"), zeros + 1),
             **dict.fromkeys(("kernel_c2", "expected_w"), np.full(2, np.nan)),
             "clip_bounds": np.zeros(2),
             "zero_weight_share": 0.0,
-            "token_sums": np.zeros(len(TOKEN_SUMS)),
+            **dict.fromkeys(("ratio_sums", "log_mismatch_sums"), TokenSums(0.0, 0.0, 0.0)),
             "gradient_norms": np.zeros(len(GRADIENT_GROUPS)),
             **dict.fromkeys(("loss", "grad_norm", "entropy", "learning_rate"), 0.5),
             **dict.fromkeys(("padding_share", "imbalance"), 0.0),

@@ -13,7 +13,7 @@ from tests.support.launch import PROGRAMS, Result
 SAVED_AT = "tp2,ep2"
 TE, LOCAL = True, False
 BOUND = 1e-5  # of log-probs after two further steps; Adam divides small gradients by their own size
-PER_STEP = "loss grad_norm learning_rate num_tokens log_w phi engine_gap".split()
+PER_STEP = "loss grad_norm learning_rate num_tokens log_w weight log_mismatch".split()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,11 @@ class PolicyLoss:
         assert self.adapt is None, "a loss that looks at the whole optimizer step is adapted to it first"
         return self.function(inputs, **self.options)
 
+    @property
+    def clip_bounds(self) -> tuple[float, float] | None:
+        """Of the ratio; None where the loss has none, or has not chosen them yet."""
+        return (1.0 - self.options["low"], 1.0 + self.options["high"]) if "low" in self.options else None
+
     def with_options(self, **changed: Any) -> PolicyLoss:
         return replace(self, options=self.options | changed)
 

@@ -36,9 +36,15 @@ def start_policy(*more_flags: str):
     parser.add_argument("--samples", type=Path, required=True)
     options, flags = parser.parse_known_args()
     args = start_megatron([*flags, *more_flags])
+    return make_policy(args), read_samples(options.samples)[: args.global_batch_size]
+
+
+def make_policy(args: Namespace):
+    """The policy that the command line's flags describe."""
+    from megatron_vespo.algorithms.losses.settings import LossSettings
     from megatron_vespo.trainer.policy import MegatronPolicy
 
-    return MegatronPolicy(args), read_samples(options.samples)[: args.global_batch_size]
+    return MegatronPolicy(args, LossSettings.of(vars(args)))
 
 
 def read_samples(path: Path) -> list[TrainingSample]:

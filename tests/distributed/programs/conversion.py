@@ -6,15 +6,14 @@ import sys
 
 import numpy as np
 import torch
-from common import hand_back, start_megatron
+from common import hand_back, make_policy, start_megatron
 
 
 def main() -> None:
     args = start_megatron(sys.argv[1:])
     from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     with HFCheckpointReader(args.hf_checkpoint) as reader, torch.no_grad():
         held = {name: (tensor, reader.get(name)) for name, tensor in policy.named_hf_weights()}
     wrong = [

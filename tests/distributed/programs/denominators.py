@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 
 def main() -> None:
@@ -15,13 +16,12 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     args = start_megatron(flags)
     from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     samples = read_samples(options.samples)
     results = {}
     for denominator in RATIO_DENOMINATORS:
-        args.ratio_denominator = denominator
+        policy.use_loss(replace(policy.settings, ratio_denominator=denominator))
         old_log_probs = policy.log_probs(samples)
         mini_batch = policy.pack(samples)
         if denominator != "rollout":

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 
 def main() -> None:
@@ -19,9 +19,9 @@ def main() -> None:
     args = start_megatron([*flags, "--lr", "0"])
     from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
     from megatron_vespo.trainer.gradient_norms import gradient_norms
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
+    args = policy.args
     samples = read_samples(options.samples)[: args.global_batch_size]
     for sample, old in zip(samples, policy.log_probs(samples), strict=True):
         # half-way to the engine's: both parts of log W are there

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 BATCHES = 2
 
@@ -69,9 +69,7 @@ def main() -> None:
         from megatron.core.rerun_state_machine import destroy_rerun_state_machine
         from megatron.training.global_vars import destroy_global_vars
 
-        from megatron_vespo.trainer.policy import MegatronPolicy
-
-        policy = MegatronPolicy(args)
+        policy = make_policy(args)
         results[name] = np.stack(log_w(policy, read_samples(options.samples)))
         destroy_global_vars()
         destroy_num_microbatches_calculator()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from common import hand_back, start_policy
 
@@ -13,10 +15,8 @@ TARGETS = {"bapo": 0.1836, "m2po": 0.005}
 
 def main() -> None:
     policy, samples = start_policy("--lr", "0")
-    args = policy.args
     from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
     from megatron_vespo.algorithms.losses.table import METHODS
-    from megatron_vespo.algorithms.vespo import GammaKernel
 
     draw = np.random.default_rng(3)
     for sample, log_probs in zip(samples, policy.log_probs(samples), strict=True):
@@ -26,11 +26,13 @@ def main() -> None:
     cases += [("grpo", aggregation) for aggregation in AGGREGATIONS[1:]]
     results = {}
     for name, aggregation in cases:
-        args.loss_function = METHODS[name].bind(GammaKernel(), None, None, TARGETS.get(name))
-        args.loss_aggregation = aggregation
+        target = TARGETS.get(name)
+        policy.use_loss(
+            replace(policy.settings, policy_loss=name, loss_aggregation=aggregation, loss_target=target)
+        )
         step = policy.train_step(policy.pack(samples))
         results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])
-        results[f"{name} {aggregation} weight"] = step.phi
+        results[f"{name} {aggregation} weight"] = step.weight
         results[f"{name} {aggregation} chosen"] = np.array([step.zero_weight_share, *step.clip_bounds])
     hand_back(**results)
 

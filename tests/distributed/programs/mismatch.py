@@ -6,6 +6,8 @@ pi_old comes from the samples, so that no bound is crossed by rounding at one la
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from common import hand_back, start_policy
 
@@ -25,10 +27,8 @@ CASES = [("recomputed", "vespo"), ("recomputed", "grpo"), ("decoupled", "vespo")
 
 def main() -> None:
     policy, samples = start_policy("--lr", "0")
-    args = policy.args
     from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
     from megatron_vespo.algorithms.losses.table import METHODS
-    from megatron_vespo.algorithms.vespo import GammaKernel
 
     draw = np.random.default_rng(3)
     results = {"log_probs": np.concatenate(policy.log_probs(samples))}
@@ -36,14 +36,20 @@ def main() -> None:
     def step(case: str, mini_batch) -> None:
         done = policy.train_step(mini_batch)
         results[case] = np.array([done.loss, done.grad_norm, done.loss_terms])
-        for name in ("phi", "correction", "rejected"):
+        for name in ("weight", "correction", "rejected"):
             results[f"{case} {name}"] = getattr(done, name)
 
     def use(correction: str, denominator: str, loss: str) -> None:
-        args.ratio_denominator = denominator
-        args.loss_function = METHODS[loss].bind(GammaKernel())
-        args.loss_aggregation = METHODS[loss].aggregation
-        args.correction = CORRECTIONS[correction].bind(BOUNDS.get(correction))
+        policy.use_loss(
+            replace(
+                policy.settings,
+                policy_loss=loss,
+                loss_aggregation=METHODS[loss].aggregation,
+                ratio_denominator=denominator,
+                mismatch_correction=correction,
+                mismatch_bounds=BOUNDS.get(correction),
+            )
+        )
 
     use("tis", "recomputed", "vespo")
     mini_batch = policy.pack(samples)

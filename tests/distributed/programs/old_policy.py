@@ -96,7 +96,7 @@ def snapshots(policy, samples: list) -> dict:
 def moving_average(policy, samples: list) -> dict:
     history = []
     train(policy, samples, lambda: history.append([p.double() for p in copies(policy)]))
-    powers = [policy.args.ewma_decay**age for age in reversed(range(STEPS + 1))]
+    powers = [policy.settings.ewma_decay**age for age in reversed(range(STEPS + 1))]
     before = copies(policy)
     with policy._old_policy.weights():
         averaged = copies(policy)
@@ -141,7 +141,7 @@ def failure_inside(policy, samples: list) -> dict:
 def main() -> None:
     policy, samples = start_policy()
     results = failure_inside(policy, samples)
-    results |= (snapshots if policy.args.old_policy == "snapshot" else moving_average)(policy, samples)
+    results |= (snapshots if policy.settings.old_policy == "snapshot" else moving_average)(policy, samples)
     hand_back(**results)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 from megatron_vespo.types import TrainingSample
 
@@ -48,9 +48,7 @@ def main() -> None:
     args = start_megatron(flags)
     from megatron.training.checkpointing import save_checkpoint
 
-    from megatron_vespo.trainer.policy import MegatronPolicy
-
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     save_checkpoint(1, policy.model, policy.optimizer, policy.scheduler, 0)  # by Megatron alone
     samples = read_samples(options.samples)
     results = {"good samples": message(lambda: policy.pack(samples))}
@@ -62,19 +60,19 @@ def main() -> None:
 
     for folder in sorted(options.broken_models.iterdir()):
         args.hf_checkpoint = folder
-        results[folder.name] = message(lambda: MegatronPolicy(args))
+        results[folder.name] = message(lambda: make_policy(args))
     for case, checkpoint in (("foreign", args.save), ("expert parallel", options.expert_parallel_checkpoint)):
         args.load = checkpoint
-        results[case] = message(lambda: MegatronPolicy(args))
+        results[case] = message(lambda: make_policy(args))
 
     args.expert_model_parallel_size, args.decoupled_lr, learning_rate, args.lr = 2, 1e-4, args.lr, 0.5
-    results["learning rate"] = message(lambda: MegatronPolicy(args))
+    results["learning rate"] = message(lambda: make_policy(args))
     args.decoupled_lr, args.lr, args.optimizer = None, learning_rate, "sgd"
-    results["optimizer"] = message(lambda: MegatronPolicy(args))
+    results["optimizer"] = message(lambda: make_policy(args))
     args.expert_model_parallel_size, args.optimizer = 1, "adam"
 
     args.no_load_optim = True
-    resumed = MegatronPolicy(args)
+    resumed = make_policy(args)
     results["iteration"] = resumed.iteration
     results["log_probs"] = np.concatenate(resumed.log_probs(samples))
     hand_back(**results)

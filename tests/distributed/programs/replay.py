@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 
 def give_random_routes(samples: list, args) -> None:
@@ -72,9 +72,7 @@ def main() -> None:
     parser.add_argument("--lost", choices=("some", "all"), help="samples whose routes an engine has lost")
     options, flags = parser.parse_known_args()
     args = start_megatron(flags)
-    from megatron_vespo.trainer.policy import MegatronPolicy
-
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     samples = read_samples(options.samples)
     if options.random_routes:
         give_random_routes(samples, args)

@@ -7,12 +7,13 @@ import errno
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 SLOW_S = 2.0
 BUFFER = b"groups in flight" * 1000
@@ -27,9 +28,8 @@ def main() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_vespo.checkpoints import run_folder as checkpoint_folder
-    from megatron_vespo.trainer.policy import MegatronPolicy
 
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     samples = read_samples(options.samples)[: args.global_batch_size]
     results: dict[str, object] = {"buffer": np.frombuffer(BUFFER, np.uint8), "slowed_by": SLOW_S}
     write = FileSystemWriterAsync.write_preloaded_data
@@ -53,7 +53,8 @@ def main() -> None:
     def patched(function):
         return mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(function))
 
-    args.ratio_denominator = "rollout"  # pi_old is not what this is about
+    # pi_old is not what this is about
+    policy.use_loss(replace(policy.settings, ratio_denominator="rollout"))
     train_step()
     with patched(slow):
         started = time.monotonic()
@@ -77,6 +78,7 @@ def main() -> None:
     results["folders"] = sorted(os.listdir(args.save))
 
     if options.small_disk:
+        args = policy.args
         args.save = str(options.small_disk / "saved")
         dist.barrier()
         with mock.patch.object(checkpoint_folder, "why_no_room", lambda save, needed: None):

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, read_samples, start_megatron
+from common import hand_back, make_policy, read_samples, start_megatron
 
 MINI_BATCHES = 2
 LAST_STEP = 4
@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--save-after", type=int)
     options, flags = parser.parse_known_args()
     args = start_megatron(flags)
-    from megatron_vespo.trainer.policy import MegatronPolicy
-
-    policy = MegatronPolicy(args)
+    policy = make_policy(args)
     samples = read_samples(options.samples)
     results = {"first_iteration": policy.iteration}
     if policy.rollout_state is not None:

@@ -219,8 +219,8 @@ def test_log_ratio_has_its_parts():
     for denominator, (log_w, mismatch) in expected.items():
         ratio = ratio_of(fields, 2, denominator)
         assert ratio.log_w_S.tolist() == pytest.approx(log_w)
-        assert ratio.mismatch_S.tolist() == pytest.approx(mismatch)
-        assert ratio.engine_gap_S.tolist() == [2.0, -0.5]
+        assert ratio.log_mismatch_in_w_S.tolist() == pytest.approx(mismatch)
+        assert ratio.log_mismatch_S.tolist() == [2.0, -0.5]
 
 
 def test_rollout_denominator_does_without_old_log_probs():
@@ -228,7 +228,7 @@ def test_rollout_denominator_does_without_old_log_probs():
     with_old = ratio_of(fields, 2, "rollout")
     without = ratio_of(fields | {"old_log_probs_T": None}, 2, "rollout")
     assert without.log_w_S.tolist() == pytest.approx(with_old.log_w_S.tolist(), abs=1e-6)
-    assert torch.isnan(without.mismatch_S).all() and torch.isnan(without.engine_gap_S).all()
+    assert torch.isnan(without.log_mismatch_in_w_S).all() and torch.isnan(without.log_mismatch_S).all()
 
 
 @pytest.mark.parametrize("denominator", ["recomputed", *DECOUPLED])
@@ -308,7 +308,9 @@ def test_a_ratio_carries_no_gradient():
     fields = batch([5], seed=3)
     fields["log_probs_T"].requires_grad_()
     ratio = ratio_of(fields, 1, "decoupled")
-    assert not any(part.requires_grad for part in (ratio.log_w_S, ratio.mismatch_S, ratio.engine_gap_S))
+    assert not any(
+        part.requires_grad for part in (ratio.log_w_S, ratio.log_mismatch_in_w_S, ratio.log_mismatch_S)
+    )
 
 
 @given(

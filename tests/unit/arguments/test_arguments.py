@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.algorithms.losses.clipped import gspo
+from megatron_vespo.algorithms.losses.settings import LossSettings
+from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.losses.weighted import vespo
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.arguments.parse import parse_args
@@ -27,6 +29,10 @@ from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_fl
 from megatron_vespo.system.plugins import load_runtime_plugins
 from tests.support.refusals import check_refusal
 from tests.support.train_flags import BASE, CONFIG
+
+
+def loss_of(args: Namespace) -> PolicyLoss:
+    return LossSettings.of(vars(args)).bind().loss
 
 
 class Exited(Exception):
@@ -121,7 +127,7 @@ def test_an_optimizer_step_is_one_mini_batch(parse):
 
 def test_our_defaults(parse):
     args = parse()
-    assert args.loss_function.function is vespo and args.loss_function.options == {"kernel": GammaKernel()}
+    assert loss_of(args).function is vespo and loss_of(args).options == {"kernel": GammaKernel()}
     assert args.loss_aggregation == "token-mean"
     assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
     assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("group-mean", True, True)
@@ -158,7 +164,7 @@ def test_flags_win_over_defaults(parse):
     assert (args.weight_decay, args.adam_beta2, args.lr_decay_style) == (0.1, 0.999, "cosine")
     assert (args.seed, args.bf16) == (7, True)
     kernel = GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
-    assert args.loss_function.options == {"kernel": kernel}
+    assert loss_of(args).options == {"kernel": kernel}
     assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("global", False, False)
     assert args.ratio_denominator == "decoupled"
 
@@ -186,18 +192,18 @@ def test_the_nominal_length_divides_by_context_parallelism(parse):
 
 def test_other_losses_take_their_own_options(parse):
     args = parse("--policy-loss gspo")
-    assert (args.loss_function.function, args.loss_aggregation) == (gspo, "sequence-mean-token-mean")
-    assert args.loss_function.options == {"low": 3e-4, "high": 4e-4}
+    assert (loss_of(args).function, args.loss_aggregation) == (gspo, "sequence-mean-token-mean")
+    assert loss_of(args).options == {"low": 3e-4, "high": 4e-4}
     args = parse("--policy-loss gspo --clip-range 0.1 0.2 --loss-aggregation token-mean")
-    assert args.loss_function.options == {"low": 0.1, "high": 0.2}
+    assert loss_of(args).options == {"low": 0.1, "high": 0.2}
     assert args.loss_aggregation == "token-mean"
     args = parse("--policy-loss sapo --sapo-tau 1 2")
-    assert args.loss_function.options == {"tau_positive": 1.0, "tau_negative": 2.0}
+    assert loss_of(args).options == {"tau_positive": 1.0, "tau_negative": 2.0}
     args = parse("--policy-loss grpo --dual-clip 3")
-    assert args.loss_function.options == {"low": 0.2, "high": 0.28, "dual_clip": 3.0}
+    assert loss_of(args).options == {"low": 0.2, "high": 0.28, "dual_clip": 3.0}
     assert parse("--policy-loss topr").loss_aggregation == "sequence-mean-token-mean"
-    assert parse("--policy-loss m2po").loss_function.options == {"target": 0.04}
-    assert parse("--policy-loss bapo --loss-target 0.5").loss_function.options == {"target": 0.5}
+    assert loss_of(parse("--policy-loss m2po")).options == {"target": 0.04}
+    assert loss_of(parse("--policy-loss bapo --loss-target 0.5")).options == {"target": 0.5}
 
 
 def test_one_completion_a_prompt(parse):

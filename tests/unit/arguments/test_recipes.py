@@ -51,7 +51,7 @@ def test_the_papers_baselines_are_those_of_its_code(tmp_path):
     found = {}
     for flags in re.findall("`(--policy-loss [^`]+)`", " ".join(rows)):
         args = parse("qwen3_30b_a3b/synchronous_n8", tmp_path, *flags.split())
-        found[args.policy_loss] = args.loss_aggregation, args.loss_function.options.get("dual_clip")
+        found[args.policy_loss] = args.loss_aggregation, args.dual_clip
     assert found == {
         "grpo": ("token-mean", 3.0),
         "gspo": ("sequence-mean-token-mean", None),

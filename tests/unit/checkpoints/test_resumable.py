@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.checkpoints.resumable import changes, check_resumable, take_flags, take_schedule
+from megatron_vespo.checkpoints.resumable import changes, check_resumable, stored_schedule, take_flags
 from megatron_vespo.types import RunState
 
 SAVED = {
@@ -19,9 +19,9 @@ SAVED = {
 FRESH = "--no-load-optim takes the weights alone and starts the optimizer afresh"
 
 
-def flags(**others) -> Namespace:
+def flags(**others) -> dict:
     more = {"no_load_optim": False, "use_checkpoint_opt_param_scheduler": False, "decoupled_lr": None}
-    return Namespace(**SAVED | more | {"use_mup": False, "load": "saved"} | others)
+    return SAVED | more | {"use_mup": False, "load": "saved"} | others
 
 
 def test_flags_that_differ_are_said():
@@ -43,13 +43,11 @@ def test_another_loss_is_said():
 
 
 def test_the_schedule_of_the_checkpoint_on_request():
-    args = flags(lr=1e-6, min_lr=1e-7, seed=2, use_checkpoint_opt_param_scheduler=True)
-    assert changes(SAVED, args) == ["--seed 2 (the checkpoint had 1)"]
-    take_schedule(SAVED, args)
-    assert (args.lr, args.min_lr) == (2e-6, 0.0)
-    args = flags(lr=1e-6)
-    take_schedule(SAVED, args)
-    assert args.lr == 1e-6
+    asked = flags(lr=1e-6, min_lr=1e-7, seed=2, use_checkpoint_opt_param_scheduler=True)
+    assert changes(SAVED, asked) == ["--seed 2 (the checkpoint had 1)"]
+    assert stored_schedule(SAVED, asked) == {"lr": 2e-6, "min_lr": 0.0}
+    assert stored_schedule(SAVED, asked | {"no_load_optim": True}) == {}
+    assert stored_schedule(SAVED, flags(lr=1e-6)) == {}
 
 
 @pytest.mark.parametrize(

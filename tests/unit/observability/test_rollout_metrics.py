@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_vespo.algorithms.token_sums import TokenSums
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.rollout_metrics import (
     pi_old_is_in_place,
@@ -84,16 +85,17 @@ def gradient(**norms: float) -> np.ndarray:
 def step(**changes) -> dict:
     return {
         "log_w": np.array([0.0, 2.0], np.float32),
-        "phi": np.array([1.0, 0.0], np.float32),
+        "weight": np.array([1.0, 0.0], np.float32),
         "correction": np.array([1.5, 0.5], np.float32),
         "rejected": np.array([0.0, 0.5], np.float32),
-        "mismatch": np.array([0.0, 0.0], np.float32),
-        "engine_gap": np.array([0.5, -0.5], np.float32),
+        "log_mismatch_in_w": np.array([0.0, 0.0], np.float32),
+        "log_mismatch": np.array([0.5, -0.5], np.float32),
         "loss": 0.25,
         "zero_weight_share": 0.0,
         "clip_bounds": np.zeros(2),
         "grad_norm": 3.0,
-        "token_sums": np.array([10.0, 101.0, 5.0, -20.0, 4.0, 1.0]),
+        "ratio_sums": TokenSums(10.0, 101.0, 5.0),
+        "log_mismatch_sums": TokenSums(-20.0, 4.0, 1.0),
         "gradient_norms": gradient(router=1.0, experts=2.0, norms=2.0, last_third=2.5),
         "entropy": 2.0,
         "learning_rate": 1e-4,
@@ -110,14 +112,15 @@ STEPS = [
     step(),
     step(
         log_w=np.array([-4.0, 2.0], np.float32),
-        phi=np.array([0.5, 0.5], np.float32),
+        weight=np.array([0.5, 0.5], np.float32),
         correction=np.array([0.0, 1.0], np.float32),
         rejected=np.array([1.0, 0.0], np.float32),
-        engine_gap=np.array([1.5, -1.5], np.float32),
+        log_mismatch=np.array([1.5, -1.5], np.float32),
         loss=0.75,
         zero_weight_share=0.25,
         grad_norm=1.0,
-        token_sums=np.array([5.0, 50.0, 1.0, -10.0, 5.0, 2.0]),
+        ratio_sums=TokenSums(5.0, 50.0, 1.0),
+        log_mismatch_sums=TokenSums(-10.0, 5.0, 2.0),
         gradient_norms=gradient(router=1.0),
         entropy=1.0,
         learning_rate=2e-4,
@@ -195,7 +198,7 @@ def test_step_metrics():
     assert {type(value) for value in metrics.values()} == {float}
 
 
-UNKNOWN = {"mismatch": np.full(2, np.nan, np.float32), "engine_gap": np.full(2, np.nan, np.float32)}
+UNKNOWN = dict.fromkeys(("log_mismatch_in_w", "log_mismatch"), np.full(2, np.nan, np.float32))
 
 
 def test_without_pi_old_the_first_step_measures_the_engine():
@@ -219,7 +222,7 @@ def test_a_floor_is_handed_on_and_grows_with_the_length():
     floor = {"ratio/floor_token_sigma": 0.1, "ratio/floor_std": 0.5}
     plain = step_metrics(STEPS, np.ones(4, np.float32), np.full(4, 10))
     metrics = step_metrics(STEPS, np.ones(4, np.float32), np.full(4, 10), floor)
-    moved = np.concatenate([step["log_w"] - step["mismatch"] for step in STEPS]) != 0
+    moved = np.concatenate([step["log_w"] - step["log_mismatch_in_w"] for step in STEPS]) != 0
     assert metrics["ratio/floor_share"] == pytest.approx(
         0.1 * moved.mean() / np.concatenate([step["log_w"] for step in STEPS]).var()
     )

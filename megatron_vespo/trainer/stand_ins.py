@@ -1,0 +1,48 @@
+"""Reads checkpoints whose arguments hold objects of this package, as version 0.1 wrote them.
+
+The classes may have moved or gone since. Nothing needs the objects: plain values beside them say the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+PACKAGE = "megatron_vespo"
+
+
+class StandIn:
+    """Takes the place of an object of this package, and of a function."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return StandIn if module.partition(".")[0] == PACKAGE else super().find_class(module, name)
+
+
+# what torch.load asks of the module that it is to unpickle with
+_PICKLE = SimpleNamespace(
+    __name__=__name__, Unpickler=_Unpickler, load=pickle.load, UnpicklingError=pickle.UnpicklingError
+)
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """Inside, `torch.load` without `weights_only` makes a StandIn of whatever is this package's."""
+    load = torch.load
+
+    def with_stand_ins(*arguments: Any, **options: Any) -> Any:
+        more = {"pickle_module": _PICKLE} if options.get("weights_only") is False else {}
+        return load(*arguments, **options, **more)
+
+    with patch.object(torch, "load", with_stand_ins):
+        yield
