@@ -27,6 +27,7 @@ LAYERS = {
     "cluster": 3,
     "arguments": 3,
     "driver": 4,
+    "api": 4,
     "commands": 5,
 }
 # the rooms of one layer that must not know each other
