@@ -118,7 +118,10 @@ def sequence_log_ratio(
 
     log_probs_T = log_probs_T.detach()
     if old_log_probs_T is None:
-        assert denominator == "rollout", f"denominator {denominator} needs old_log_probs"
+        if denominator != "rollout":
+            raise ValueError(
+                f"the ratio denominator {denominator} needs pi_old: call compute_old_log_probs first"
+            )
         [log_w_S] = masked_sum(log_probs_T - behavior_log_probs_T)
         unknown_S = torch.full_like(log_w_S, torch.nan)
         return LogRatio(log_w_S, unknown_S, unknown_S)

@@ -233,7 +233,9 @@ def test_rollout_denominator_does_without_old_log_probs():
 
 @pytest.mark.parametrize("denominator", ["recomputed", *DECOUPLED])
 def test_the_other_denominators_need_old_log_probs(denominator):
-    with pytest.raises(AssertionError, match=f"denominator {denominator} needs old_log_probs"):
+    with pytest.raises(
+        ValueError, match=f"denominator {denominator} needs pi_old: call compute_old_log_probs"
+    ):
         ratio_of(batch([4]) | {"old_log_probs_T": None}, 1, denominator)
 
 
