@@ -25,7 +25,14 @@ def add_to_statistics(
     _assert_contiguous(statistics_4T, logits_TW, temperature_T, labels_T)
     block = min(BLOCK, triton.next_power_of_2(width))
     _statistics_kernel[(num_tokens,)](
-        statistics_4T, logits_TW, temperature_T, labels_T, num_tokens, width, BLOCK=block, num_warps=NUM_WARPS
+        statistics_4T,
+        logits_TW,
+        temperature_T,
+        labels_T,
+        num_tokens,
+        width,
+        BLOCK=block,
+        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -58,7 +65,7 @@ def write_gradient(
         width,
         BLOCK=block,
         HAS_ENTROPY_GRADIENT=bool(entropy_fields),
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]: Triton takes it beside the parameters
     )
 
 

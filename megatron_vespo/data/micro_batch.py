@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,8 +95,9 @@ def build_micro_batch(
     if num_experts is not None and not replays_S.all():
         fields["replays_S"] = replays_S
     fields["num_tokens_S"] = np.array([sample.completion_length for sample in chosen], np.float32)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in fields.items()}
     return MicroBatch(
-        **{name: torch.from_numpy(array) for name, array in fields.items()},
+        **tensors,
         max_seqlen=int(np.diff(segments).max()),
         sample_indices=list(indices),
     )
@@ -135,7 +137,9 @@ def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_ex
     Those are padding and the last token of a sequence: no loss depends on their experts. Those of sequences
     without routes are in `replays_S`.
     """
-    num_layers, topk = next(sample for sample in chosen if sample.replays).routed_experts.shape[1:]
+    routed = next(sample.routed_experts for sample in chosen if sample.replays)
+    assert routed is not None, "checked before, see check_sample"
+    num_layers, topk = routed.shape[1:]
     spread = (np.arange(total)[:, None] * topk + np.arange(topk)) % num_experts
     routes = np.repeat(spread[:, None].astype(np.uint8), num_layers, axis=1)
     for sample, start in zip(chosen, starts[:-1], strict=True):

@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
 )  # fmt: skip
 GREY, BLACK = "#999999", "#222222"
 PHASE_COLORS = dict(zip(PHASE_COLUMNS, (BLUE, PURPLE, SKY, ORANGE, GREEN, YELLOW, RED), strict=True))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -192,12 +192,12 @@ def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
     # matplotlib takes a second to import and nothing else here needs it. No pyplot: it keeps global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(15, 7), dpi=160, layout="constrained")
+        figure = Figure(figsize=(15, 7), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         figure.suptitle(title, fontsize=14, weight="bold")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         panels = figure.subplots(2, 4, sharex=True)
         for axes, (draw, alarms) in zip(panels.flat, PANELS, strict=True):
             draw(axes, metrics)

@@ -38,10 +38,9 @@ class LossSums[Value](NamedTuple):
     def of_flat(cls, values: Sequence[Value]) -> LossSums[Value]:
         """The inverse of `flat`."""
         number = len(TokenSums._fields)
-        scalars, ratio, log_mismatch = (
-            values[: -2 * number], values[-2 * number : -number], values[-number:],
-        )  # fmt: skip
-        return cls(*scalars, TokenSums(*ratio), TokenSums(*log_mismatch))
+        loss, loss_terms, loss_count, entropy, zero_weights, num_tokens = values[: -2 * number]
+        ratio, log_mismatch = TokenSums(*values[-2 * number : -number]), TokenSums(*values[-number:])
+        return cls(loss, loss_terms, loss_count, entropy, zero_weights, num_tokens, ratio, log_mismatch)
 
 
 NUM_SUMS = len(LossSums._fields) - 2 + 2 * len(TokenSums._fields)

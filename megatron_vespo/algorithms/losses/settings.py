@@ -45,8 +45,10 @@ class LossSettings:
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> LossSettings:
         """From parsed flags, other flags included; lists become tuples. KeyError if one is missing."""
-        values = {field.name: flags[field.name] for field in fields(cls)}
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: flags[field.name] for field in fields(cls)}
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
     @property
     def kernel(self) -> GammaKernel:
