@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.checkpoint import SaveSettings
-from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
+from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps
 from megatron_vespo.checkpoints.set_aside import RECORD, has_gone_back, kept_step, later_steps, next_place
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME, read_metadata
+from megatron_vespo.checkpoints.names import METADATA_NAME
+from megatron_vespo.checkpoints.torch_dist_file import read_metadata
 from megatron_vespo.checkpoints.torch_dist_names import Address
 
 

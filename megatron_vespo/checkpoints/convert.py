@@ -18,11 +18,12 @@ from megatron_vespo.checkpoints.copying import Budget, Digests, copy_spans, in_t
 from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.checkpoints.hf_shards import copy_companions, write_index
 from megatron_vespo.checkpoints.hf_writer import ShardFile, plan_shards
-from megatron_vespo.checkpoints.manifest import MANIFEST_NAME, read_manifest, write_manifest
-from megatron_vespo.checkpoints.megatron_checkpoint import RELEASE, TRACKER_NAME, MegatronCheckpointReader
+from megatron_vespo.checkpoints.manifest import read_manifest, write_manifest
+from megatron_vespo.checkpoints.megatron_checkpoint import MegatronCheckpointReader
+from megatron_vespo.checkpoints.names import CONFIG_NAME, HF_FOLDER, MANIFEST_NAME, RELEASE, TRACKER_NAME
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
-from megatron_vespo.checkpoints.sources import HF_FOLDER, Source, opened_hf, opened_megatron
+from megatron_vespo.checkpoints.sources import Source, opened_hf, opened_megatron
 from megatron_vespo.checkpoints.spans import Span, TensorReader, row_ranges, shares
 from megatron_vespo.checkpoints.staging import staged
 from megatron_vespo.checkpoints.torch_dist_writer import (
@@ -222,7 +223,7 @@ def _copy_hf_files(
     copy_companions(source.hf_folder, folder)
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
     config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _proven(

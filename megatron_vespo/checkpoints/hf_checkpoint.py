@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_vespo.checkpoints.fused_experts import is_fused, taken_apart
+from megatron_vespo.checkpoints.names import INDEX_NAME, SINGLE_NAME
 from megatron_vespo.checkpoints.open_files import OpenFiles
 from megatron_vespo.checkpoints.safetensors_file import StoredTensor, TensorInfo, read_header
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 
 class HFCheckpointReader:

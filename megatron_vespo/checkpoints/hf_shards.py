@@ -10,8 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vespo.checkpoints.hf_checkpoint import INDEX_NAME
-from megatron_vespo.checkpoints.manifest import MANIFEST_NAME
+from megatron_vespo.checkpoints.names import INDEX_NAME, MANIFEST_NAME
 
 # everything but the weights: configuration, tokenizer, chat template, licence
 _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vespo.checkpoints.hf_checkpoint import SINGLE_NAME
+from megatron_vespo.checkpoints.names import SINGLE_NAME
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo, header
 from megatron_vespo.checkpoints.spans import Span
+from megatron_vespo.system.disk import sync
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
@@ -48,7 +49,7 @@ class ShardFile:
 
     def __exit__(self, kind, *error) -> None:
         if kind is None:
-            os.fsync(self._descriptor)
+            sync(self._descriptor)
         os.close(self._descriptor)
 
     def write(self, span: Span, values: Tensor) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.checkpoints.names import MANIFEST_NAME
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import HASH
-
-MANIFEST_NAME = "manifest.json"
 
 
 def entry_of(tensor: TensorInfo, digest: str) -> dict[str, Any]:

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_vespo.checkpoints.chunk_index import Chunk, ChunkIndex
+from megatron_vespo.checkpoints.names import METADATA_NAME, RELEASE, TRACKER_NAME
 from megatron_vespo.checkpoints.open_files import OpenFiles
 from megatron_vespo.checkpoints.row_map import row_runs
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME, StoredChunk, locate_chunk
+from megatron_vespo.checkpoints.torch_dist_file import StoredChunk, locate_chunk
 from megatron_vespo.checkpoints.torch_dist_names import Address, addresses
 from megatron_vespo.models.family import Family, ModelShape
 from megatron_vespo.models.mappings import Vocabulary
 
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # what the tracker says, and the folder's name, where weights come from elsewhere
 # what a training checkpoint has besides the model
 _NOT_THE_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
 

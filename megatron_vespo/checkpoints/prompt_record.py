@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vespo.checkpoints.run_folder import PROMPTS
+from megatron_vespo.checkpoints.names import PROMPTS_NAME
 from megatron_vespo.data.located import located
 from megatron_vespo.data.tokenizer import ARGUMENTS_FLAG
 from megatron_vespo.types import Prompt
@@ -92,7 +92,7 @@ class PromptRecord:
 
 def read_record(folder: Path) -> PromptRecord | None:
     """That of a checkpoint's folder, None where it has none; ValueError for one that is broken."""
-    path = folder / PROMPTS
+    path = folder / PROMPTS_NAME
     if not path.is_file():
         return None
     with located(f"--load {path}: broken"), np.load(path, allow_pickle=False) as stored:

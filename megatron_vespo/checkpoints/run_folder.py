@@ -3,7 +3,7 @@
     SAVE/latest_checkpointed_iteration.txt      names the last complete iteration: written last
     SAVE/iter_0000040/                          weights, optimizer, arguments: Megatron's
     SAVE/iter_0000040/rollout_buffer.bin        the state of asynchronous generation, if there is one
-    SAVE/iter_0000040/probe.npz                 a few samples and the policy's log-probs of them
+    SAVE/iter_0000040/canary.npz                a few samples and the policy's log-probs of them
     SAVE/iter_0000040/prompts.npz               which prompts the run trains on
     SAVE/iter_0000040/hf/                       configuration and tokenizer
 
@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.checkpoints.hf_shards import copy_companions
-from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
-from megatron_vespo.checkpoints.sources import HF_FOLDER
+from megatron_vespo.checkpoints.names import COMPLETE_NAME, HF_FOLDER, RESERVE_NAME, TRACKER_NAME
 from megatron_vespo.system.disk import write_atomically
 
-BUFFER, PROBE, PROMPTS = "rollout_buffer.bin", "probe.npz", "prompts.npz"
-COMPLETE = "metadata.json"  # Megatron's, written when everything else is, just before the tracker
-# taken while tensors are written and given back for the indices: these must not be what fails on all ranks
-# but one
-RESERVE, RESERVE_BYTES = "reserved.partial", 32 * 2**20
+# Taken while tensors are written and given back for the indices: where the disk is full, the save must fail
+# on all ranks and not on the one that writes the indices.
+RESERVE_BYTES = 32 * 2**20
 GIB = 2**30
 
 Entry = dict[str, int | str]  # of a file: "bytes" and "sha256"
@@ -59,20 +56,17 @@ def prepare(save: Path, folder: Path, hf_checkpoint: Path, files: Mapping[str, b
             (save / TRACKER_NAME).unlink()
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    with (folder / RESERVE).open("wb") as file:
+    with (folder / RESERVE_NAME).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
     for name, content in files.items():
-        with (folder / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(folder / name, content)
     (folder / HF_FOLDER).mkdir()
     copy_companions(hf_checkpoint, folder / HF_FOLDER)
     return {name: entry_of(content) for name, content in files.items()}
 
 
 def release_reserve(folder: Path) -> None:
-    (folder / RESERVE).unlink(missing_ok=True)
+    (folder / RESERVE_NAME).unlink(missing_ok=True)
 
 
 def why_no_room(save: Path, needed: int) -> str | None:
@@ -110,7 +104,7 @@ def saved_steps(folder: Path) -> list[int]:
     """The optimizer steps whose checkpoints in `folder` are complete, ascending."""
     numbers = (path.name.removeprefix("iter_") for path in folder.glob("iter_*"))
     steps = sorted(int(number) for number in numbers if number.isdecimal())
-    return [step for step in steps if (step_folder(folder, step) / COMPLETE).is_file()]
+    return [step for step in steps if (step_folder(folder, step) / COMPLETE_NAME).is_file()]
 
 
 def newest_step(folder: Path) -> int | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.checkpoints.chunk_index import ChunkIndex
+from megatron_vespo.checkpoints.names import COMMON_STATE
 from megatron_vespo.checkpoints.torch_dist_file import SafeUnpickler, read_pickle
-from megatron_vespo.checkpoints.torch_dist_writer import COMMON_STATE
 
 # what no shape shows -> the argument without which Megatron ignores it
 _COMPARED = {

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
+from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps, step_folder
 from megatron_vespo.system.disk import write_atomically
 

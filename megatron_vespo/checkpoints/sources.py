@@ -13,21 +13,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_vespo.checkpoints.fused_experts import is_fused
-from megatron_vespo.checkpoints.hf_checkpoint import INDEX_NAME, SINGLE_NAME, HFCheckpointReader
-from megatron_vespo.checkpoints.megatron_checkpoint import (
+from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
+from megatron_vespo.checkpoints.megatron_checkpoint import MegatronCheckpointReader, checkpoint_folder
+from megatron_vespo.checkpoints.names import (
+    CONFIG_NAME,
+    HF_FOLDER,
+    INDEX_NAME,
+    METADATA_NAME,
+    SINGLE_NAME,
     TRACKER_NAME,
-    MegatronCheckpointReader,
-    checkpoint_folder,
 )
 from megatron_vespo.checkpoints.rotary_buffer import check_rotary_buffer, is_rotary_buffer
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.saved_arguments import check_same_model
 from megatron_vespo.checkpoints.spans import Span, SpanBuffer, TensorReader, row_ranges
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME
 from megatron_vespo.models.family import FAMILIES, Family, ModelShape, family_of, shape_of
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config, read_unchecked
 
-HF_FOLDER = "hf"  # configuration and tokenizer, beside the weights of a Megatron checkpoint made from HF
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPARED_AT_ONCE = 16 * 2**20  # bytes
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -108,7 +110,7 @@ def opened_megatron(path: Path, hf_config: Path | None = None) -> Iterator[Sourc
     family, shape = family_of(config), shape_of(config)
     with MegatronCheckpointReader(folder, family, shape) as reader:
         _check_dtypes(folder, reader)
-        check_same_model(reader.index, hf_folder / "config.json", megatron_arguments(config))
+        check_same_model(reader.index, hf_folder / CONFIG_NAME, megatron_arguments(config))
         yield Source("Megatron", folder, hf_folder, config, family, shape, reader)
 
 

@@ -13,17 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_vespo.checkpoints.names import INDEX_NAME, METADATA_NAME, SINGLE_NAME, TRACKER_NAME
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.system.disk import sync
 
 _LOCK_NAME = ".lock"
-# one of them is in every folder that --force may replace; config.json is in other folders too
-_MARKS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "latest_checkpointed_iteration.txt",
-    ".metadata",
-)
+# one of them is in every folder that --force may replace; CONFIG_NAME is in other folders, too
+_MARKS = (SINGLE_NAME, INDEX_NAME, TRACKER_NAME, METADATA_NAME)
 _SPARE = 64 * 2**20  # bytes beside the tensors: indices, tokenizer
 
 

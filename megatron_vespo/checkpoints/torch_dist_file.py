@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron_vespo.checkpoints.names import METADATA_NAME
 from megatron_vespo.checkpoints.safetensors_file import DTYPES
 
-METADATA_NAME = ".metadata"
 # what the format consists of, by module; everything else in a pickle is refused
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {

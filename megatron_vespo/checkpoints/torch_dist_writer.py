@@ -24,15 +24,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_vespo.checkpoints.names import COMMON_STATE, COMPLETE_NAME, METADATA_NAME
 from megatron_vespo.checkpoints.row_map import row_runs
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import Span, row_ranges
 from megatron_vespo.checkpoints.torch_archive import around
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME
 from megatron_vespo.checkpoints.torch_dist_names import Address, addresses, extra_states
 from megatron_vespo.models.family import Family, ModelShape
+from megatron_vespo.system.disk import sync
 
-COMMON_STATE = "common_state/shard_0_1"  # a ShardedObject's unique key
 # how Megatron 0.19 builds the state dicts that it asks a checkpoint for
 _CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _CHECKPOINT_VERSION = 3.0  # from which on query, key and value are interleaved by group
@@ -93,7 +93,7 @@ class ChunkFile:
     def __exit__(self, kind, *error) -> None:
         if kind is None:
             self._file.truncate()
-            os.fsync(self._file.fileno())
+            sync(self._file)
         self._file.close()
 
     def write(self, destination: Destination, values: Tensor) -> None:
@@ -132,7 +132,7 @@ def write_metadata(
     for name in extra_states(shape):
         _enter_object(metadata, name, nothing)  # all of them are the same bytes
     _enter_object(metadata, COMMON_STATE, common)
-    (folder / "metadata.json").write_text(
+    (folder / COMPLETE_NAME).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
     with (folder / METADATA_NAME).open("xb") as file:

@@ -13,7 +13,7 @@ import ray
 
 from megatron_vespo.arguments.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.arguments.train_settings import TrainSettings
-from megatron_vespo.checkpoints.probe_file import ProbeMismatchError
+from megatron_vespo.checkpoints.canary_file import CanaryMismatchError
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
@@ -202,7 +202,7 @@ class TrainerGroup:
 
     def _gather(self, refs: list, what: str, timeout_s: float) -> list:
         names = [f"trainer rank {rank}" for rank in range(len(refs))]
-        passed_on = (ValueError, EnginesLostError, ProbeMismatchError)
+        passed_on = (ValueError, EnginesLostError, CanaryMismatchError)
         return gather(refs, names, what, timeout_s, self._explain, self._watch, passed_on, TrainerError)
 
     def _explain(self, rank: int) -> str:

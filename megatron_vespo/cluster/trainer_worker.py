@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from megatron_vespo.arguments.train_settings import TrainSettings
-from megatron_vespo.checkpoints.probe_file import compare, decode, encode, probes_of
-from megatron_vespo.checkpoints.run_folder import BUFFER, PROBE, PROMPTS, SaveReport
+from megatron_vespo.checkpoints.canary_file import canaries_of, compare, decode, encode
+from megatron_vespo.checkpoints.names import BUFFER_NAME, CANARY_NAME, OLD_CANARY_NAME, PROMPTS_NAME
+from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.cluster.visible_gpus import check_visible_gpus
@@ -56,7 +57,7 @@ class Resumed:
 
     rollout_state: dict
     rollout_buffer: bytes | None  # rank 0 alone has read it
-    probe_difference: float | None  # of saved log-probs, see `probe_file`; None without
+    canary_difference: float | None  # of saved log-probs, see `canary_file`; None without
 
 
 class TrainerWorker:
@@ -78,7 +79,7 @@ class TrainerWorker:
         self._prepared: list = []
         self._link: WeightLink | None = None
         self._num_syncs = 0
-        self._probes: list[TrainingSample] = []  # of the last rollout batch
+        self._canaries: list[TrainingSample] = []  # of the last rollout batch
         self._reports: list[SaveReport] = []
         self._spans = Spans()
         shield_process()
@@ -118,11 +119,11 @@ class TrainerWorker:
         stored = self.policy.stored
         if stored is None:
             return None
-        buffer = stored.file(BUFFER) if self.rank == 0 else None
-        return Resumed(stored.state, buffer, self._check_probes(stored))
+        buffer = stored.file(BUFFER_NAME) if self.rank == 0 else None
+        return Resumed(stored.state, buffer, self._check_canaries(stored))
 
-    def _check_probes(self, stored: Stored) -> float | None:
-        content = stored.file(PROBE)
+    def _check_canaries(self, stored: Stored) -> float | None:
+        content = stored.file(CANARY_NAME) or stored.file(OLD_CANARY_NAME)
         if content is None:
             return None
         samples, saved = decode(content)
@@ -138,7 +139,7 @@ class TrainerWorker:
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
         self._memory.onload()
-        self._probes = probes_of(mini_batches[-1])
+        self._canaries = canaries_of(mini_batches[-1])
         with self._spans.span("pack"):
             self._prepared = [self.policy.pack(samples) for samples in mini_batches]
         if self._args.ratio_denominator != "rollout":
@@ -264,11 +265,11 @@ class TrainerWorker:
 
     def save(self, rollout_state: dict, buffer: bytes | None, prompts: bytes | None = None) -> None:
         """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""
-        given = {BUFFER: buffer, PROMPTS: prompts}
+        given = {BUFFER_NAME: buffer, PROMPTS_NAME: prompts}
         files = {name: content for name, content in given.items() if content is not None}
         self._memory.weights.onload()
-        if self._probes:
-            files[PROBE] = encode(self._probes, self.policy.log_probs(self._probes, False))
+        if self._canaries:
+            files[CANARY_NAME] = encode(self._canaries, self.policy.log_probs(self._canaries, False))
         self._memory.optimizer.onload()
         self._reports += self.policy.save(rollout_state, files)
 

@@ -13,7 +13,6 @@ numpy's float32 and float64 come back bit by bit; nothing in such a file is a pi
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.data.completion_arrays import completion_arrays, completions_of, end_to_end, split
+from megatron_vespo.system.disk import replacing
 from megatron_vespo.types import Completion, Prompt
 
 Group = list[Completion]
@@ -59,13 +59,8 @@ def write_record(path: Path, record: RolloutRecord) -> None:
         "metric_values": np.array(list(record.metrics.values()), np.float64),
         "run": np.array(json.dumps(record.run | {"consumed_prompts": record.consumed_prompts})),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as stream:
         np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def read_record(path: Path) -> RolloutRecord:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.system.paths import path_word, user_path
-
-_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def finished_by_files(argv: Sequence[str]) -> str | None:
         return None
     load = Path(args.load).resolve()
     try:
-        step = int((load / _TRACKER).read_text())
+        step = int((load / TRACKER_NAME).read_text())
     except (OSError, ValueError):  # nothing saved yet, or a case for the full start-up
         return None
     folder = load / f"iter_{step:07d}"

@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_vespo.arguments.resume import resumed_folder
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.chunk_index import ChunkIndex
+from megatron_vespo.checkpoints.names import METADATA_NAME
 from megatron_vespo.checkpoints.resumable import changes, check_resumable
 from megatron_vespo.checkpoints.saved_arguments import saved_arguments
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_vespo.arguments.resume import how_to_go_on, resumed_folder
 from megatron_vespo.arguments.train_settings import TrainSettings
-from megatron_vespo.checkpoints.megatron_checkpoint import TRACKER_NAME
+from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.cluster.calls import TrainerError
 from megatron_vespo.driver.controller import Controller, StoppedByAlarm

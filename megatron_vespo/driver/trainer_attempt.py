@@ -109,13 +109,13 @@ class TrainerAttempt:
         return FROM_THE_BEGINNING if self._number else None
 
     def _log_resumed(self, state: RunState, resumed: Resumed) -> None:
-        probe = (
+        canary = (
             ""
-            if resumed.probe_difference is None
-            else f"; log-probs saved with it differ by {resumed.probe_difference:.1e} at most"
+            if resumed.canary_difference is None
+            else f"; log-probs saved with it differ by {resumed.canary_difference:.1e} at most"
         )
         self._services.display.message(
-            f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed{probe}"
+            f"resumed at optimizer step {state.iteration}, {state.consumed_prompts} prompts consumed{canary}"
         )
 
     def _on_save(self, report: SaveReport) -> None:

@@ -1,26 +1,51 @@
-"""Writes that survive a kill or a power failure."""
+"""Writes that survive a kill or a power cut."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, BinaryIO
 
 
-def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(written: Path | IO | int) -> None:
+    """Wait until the disk has the bytes of a file, or the names in a folder.
+
+    `written` is a path, an open stream, whose own buffer is flushed first, or a descriptor.
+    """
+    if isinstance(written, Path):
+        descriptor = os.open(written, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    elif isinstance(written, int):
+        os.fsync(written)
+    else:
+        written.flush()
+        os.fsync(written.fileno())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path`. A kill leaves either the old content or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream for the new content of `path`, which takes its place when the block ends without an error.
+
+    If the process is killed, the file holds the old content or the new one, never a part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            sync(stream)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the content of `path`, see `replacing`. Text is written as UTF-8."""
+    with replacing(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)

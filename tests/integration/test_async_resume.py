@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vespo.checkpoints.run_folder import BUFFER, newest_save
+from megatron_vespo.checkpoints.names import BUFFER_NAME
+from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.data.prompts import Columns, PromptCursor, load_prompts
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.data.tokenizer import ChatFormat
@@ -59,7 +60,7 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
         for group in read_record(batch_path(rollouts, batch)).groups
     ]
     assert len(trained) == len(set(trained)) == batches * BATCH_SIZE
-    state = np.load(newest_save(saved) / BUFFER)
+    state = np.load(newest_save(saved) / BUFFER_NAME)
     pending = state["prompt_ids"].tolist()
     print(f"{len(pending)} prompts are pending at the end, with {len(state['places'])} drafts")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo.checkpoints.run_folder import BUFFER, newest_save
+from megatron_vespo.checkpoints.names import BUFFER_NAME
+from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from tests.support.runs import Run, nothing_left, train_command
 
@@ -45,7 +46,7 @@ def test_an_asynchronous_run_whose_template_writes_the_date(tiny_model, tmp_path
     questions = write_questions(tmp_path / "questions.jsonl", 64)
     code, output = ended("first", questions, "--train-iters", "4")
     assert code == 0, output
-    with np.load(newest_save(saved) / BUFFER) as pending:
+    with np.load(newest_save(saved) / BUFFER_NAME) as pending:
         assert len(pending["serials"]) > 0, "nothing is in flight, nothing would be compared"
 
     code, output = ended("fewer", write_questions(tmp_path / "fewer.jsonl", 40), "--train-iters", "6")

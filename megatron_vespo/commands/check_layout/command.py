@@ -38,7 +38,7 @@ from megatron_vespo.observability.layout_report import (
     markdown,
     print_table,
 )
-from megatron_vespo.observability.metrics import write_atomically
+from megatron_vespo.system.disk import write_atomically
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.paths import user_path
 from megatron_vespo.types import TrainingSample

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_vespo.checkpoints.copying import Budget, in_threads, progress_bar
-from megatron_vespo.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from megatron_vespo.checkpoints.manifest import read_manifest
+from megatron_vespo.checkpoints.names import MANIFEST_NAME
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.sources import Source

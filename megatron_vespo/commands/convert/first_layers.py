@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME, read_metadata
+from megatron_vespo.checkpoints.names import METADATA_NAME
+from megatron_vespo.checkpoints.torch_dist_file import read_metadata
 
 _LAYERS = "decoder.layers."
 _OBJECT = re.compile(r"(decoder\.layers\..+/shard_)(\d+)(.*_)(\d+)(.*)")  # a ShardedObject's unique key

@@ -23,7 +23,7 @@ from megatron_vespo.commands.doctor.packages import package
 from megatron_vespo.commands.doctor.patches import patches
 from megatron_vespo.commands.doctor.table import as_text, lines_of
 from megatron_vespo.commands.doctor.versions import OPTIONAL, TESTED, python_version
-from megatron_vespo.observability.metrics import write_atomically
+from megatron_vespo.system.disk import write_atomically
 from megatron_vespo.system.paths import user_path
 from megatron_vespo.system.slurm_step import Step, current_step, first_host
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S

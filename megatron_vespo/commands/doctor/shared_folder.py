@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vespo.commands.doctor.finding import Finding
+from megatron_vespo.system.disk import sync
 
 SIZE_BYTES = 64 * 2**20
 BLOCK = 2**20
@@ -27,8 +28,7 @@ def write(folder: Path, word: str, rank: int) -> float:
     with path_of(folder, word, rank).open("wb") as file:
         for _ in range(SIZE_BYTES // BLOCK):
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading shall not be from memory
     return SIZE_BYTES / (time.monotonic() - started) / 1e9
 

@@ -89,7 +89,7 @@ class ResultFile:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.ftruncate(self._descriptor, whole)
-            os.fsync(self._descriptor)
+            sync(self._descriptor)
 
     def _read(self, settings: dict[str, Any]) -> list[dict]:
         rows = list(jsonl_rows(self.path))
@@ -118,7 +118,7 @@ class ResultFile:
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         while line:  # a write may be short
             line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
 
 
 def _plain(value: Any) -> str:

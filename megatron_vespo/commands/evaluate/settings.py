@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.checkpoints.megatron_checkpoint import checkpoint_folder
+from megatron_vespo.checkpoints.names import HF_FOLDER
 from megatron_vespo.checkpoints.prompt_record import digest
-from megatron_vespo.checkpoints.sources import HF_FOLDER, is_hf, is_megatron
+from megatron_vespo.checkpoints.sources import is_hf, is_megatron
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.result_file import made_with
 from megatron_vespo.system.http import EngineRequestError, get_json

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_vespo.arguments.resume import describe, how_to_go_on, resolve_load, resumed_folder
-from megatron_vespo.checkpoints.run_folder import COMPLETE, TRACKER_NAME
+from megatron_vespo.checkpoints.names import COMPLETE_NAME, TRACKER_NAME
 from megatron_vespo.checkpoints.set_aside import RECORD, make_room
 
 GIVEN = {"lr": 1e-6, "load": "saved", "ckpt_step": 8, "ray_address": "10.0.0.1:6379"}
@@ -21,7 +21,7 @@ def saved(tmp_path):
 def save(folder, *steps: int) -> None:
     for step in steps:
         (folder / f"iter_{step:07d}").mkdir(parents=True)
-        (folder / f"iter_{step:07d}" / COMPLETE).touch()
+        (folder / f"iter_{step:07d}" / COMPLETE_NAME).touch()
     (folder / TRACKER_NAME).write_text(str(steps[-1]))
 
 

@@ -7,11 +7,8 @@ from collections import namedtuple
 import pytest
 
 from megatron_vespo.checkpoints import run_folder as checkpoint_folder
+from megatron_vespo.checkpoints.names import BUFFER_NAME, COMPLETE_NAME, RESERVE_NAME, TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import (
-    BUFFER,
-    COMPLETE,
-    RESERVE,
-    TRACKER_NAME,
     newest_save,
     prepare,
     read_file,
@@ -38,32 +35,32 @@ def complete(save, *iterations: int) -> None:
     for iteration in iterations:
         folder = save / f"iter_{iteration:07d}"
         folder.mkdir(parents=True)
-        (folder / COMPLETE).write_text("{}")
+        (folder / COMPLETE_NAME).write_text("{}")
 
 
 def test_files_come_back_as_they_were(tmp_path, model):
     folder = tmp_path / "saved/iter_0000004"
-    [(name, entry)] = prepare(tmp_path / "saved", folder, model, {BUFFER: b"groups"}).items()
+    [(name, entry)] = prepare(tmp_path / "saved", folder, model, {BUFFER_NAME: b"groups"}).items()
     assert entry == {"bytes": 6, "sha256": hashlib.sha256(b"groups").hexdigest()}
     assert read_file(folder, name, entry) == b"groups"
     assert (folder / "hf/config.json").read_text() == "{}"
-    assert (folder / RESERVE).stat().st_size == 4096
+    assert (folder / RESERVE_NAME).stat().st_size == 4096
     release_reserve(folder)
     release_reserve(folder)
-    assert not (folder / RESERVE).exists()
+    assert not (folder / RESERVE_NAME).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"group", b"Groups"])
 def test_a_broken_file_is_refused_in_one_line(tmp_path, model, content):
     folder = tmp_path / "saved/iter_0000004"
-    entries = prepare(tmp_path / "saved", folder, model, {BUFFER: b"groups"})
-    (folder / BUFFER).write_bytes(content)
+    entries = prepare(tmp_path / "saved", folder, model, {BUFFER_NAME: b"groups"})
+    (folder / BUFFER_NAME).write_bytes(content)
     with pytest.raises(ValueError, match=r"iter_0000004/rollout_buffer.bin: broken: \d bytes") as refused:
-        read_file(folder, BUFFER, entries[BUFFER])
+        read_file(folder, BUFFER_NAME, entries[BUFFER_NAME])
     assert "\n" not in str(refused.value)
-    (folder / BUFFER).unlink()
+    (folder / BUFFER_NAME).unlink()
     with pytest.raises(ValueError, match="the file is missing"):
-        read_file(folder, BUFFER, entries[BUFFER])
+        read_file(folder, BUFFER_NAME, entries[BUFFER_NAME])
 
 
 def test_leftovers_of_a_killed_save_go(tmp_path, model):

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vespo.checkpoints.buckets import buckets
-from megatron_vespo.checkpoints.hf_checkpoint import INDEX_NAME, HFCheckpointReader
+from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.checkpoints.hf_shards import finish_checkpoint, write_shards
+from megatron_vespo.checkpoints.names import INDEX_NAME
 
 A = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
 B = torch.tensor([0.5, -0.5])

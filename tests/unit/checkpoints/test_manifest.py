@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_vespo.checkpoints.copying import Budget, in_threads, progress_bar, prove
-from megatron_vespo.checkpoints.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_vespo.checkpoints.manifest import read_manifest, write_manifest
+from megatron_vespo.checkpoints.names import MANIFEST_NAME
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import HASH, Span, digest, row_ranges

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vespo.checkpoints.hf_checkpoint import INDEX_NAME, HFCheckpointReader
+from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
+from megatron_vespo.checkpoints.names import INDEX_NAME
 from megatron_vespo.checkpoints.sources import check_served
 from tests.support.tiny_checkpoints import LLAMA, MOE, convert, random_tensors, tiny_config, write_hf
 

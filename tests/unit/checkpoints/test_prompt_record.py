@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo.checkpoints.names import COMPLETE_NAME, PROMPTS_NAME
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, digest, read_record
-from megatron_vespo.checkpoints.run_folder import COMPLETE, PROMPTS, resumed_save
+from megatron_vespo.checkpoints.run_folder import resumed_save
 from megatron_vespo.driver import services
 from megatron_vespo.driver.services import Task, load_task
 from megatron_vespo.types import Prompt
@@ -52,14 +53,14 @@ def test_what_differs_is_said():
 
 def test_the_same_prompts_pass_and_come_back_from_a_file(tmp_path):
     odd = [*PROMPT_LIST, Prompt(7, [1], "half \ud83d", "question", {})]
-    (tmp_path / PROMPTS).write_bytes(PromptRecord.of(odd, -3, DATE).encode())
+    (tmp_path / PROMPTS_NAME).write_bytes(PromptRecord.of(odd, -3, DATE).encode())
     again = [replace(prompt, metadata={"other": 1}) for prompt in odd]
     stored = read_record(tmp_path)
     now = PromptRecord.of(again, -3, DATE + timedelta(days=1))
     assert stored.check_same(now, tmp_path, Path("elsewhere.jsonl")) == []
     assert stored.date == DATE
     assert read_record(tmp_path / "nowhere") is None
-    (tmp_path / PROMPTS).write_bytes(b"PK and no more")
+    (tmp_path / PROMPTS_NAME).write_bytes(b"PK and no more")
     with pytest.raises(ValueError, match=r"^--load .*/prompts.npz: broken: ") as refused:
         read_record(tmp_path)
     assert "\n" not in str(refused.value)
@@ -75,7 +76,7 @@ def test_the_folder_that_is_resumed(tmp_path):
     assert resumed_save(tmp_path) is None
     for step in (2, 4):
         (tmp_path / f"iter_{step:07d}").mkdir()
-        (tmp_path / f"iter_{step:07d}" / COMPLETE).write_text("{}")
+        (tmp_path / f"iter_{step:07d}" / COMPLETE_NAME).write_text("{}")
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     for word, found in (("4", "iter_0000004"), ("2", "iter_0000002"), ("", "iter_0000004")):
         tracker.write_text(word)
@@ -120,7 +121,7 @@ class Run:
         folder.mkdir(parents=True)
         (self.folder / "saved/latest_checkpointed_iteration.txt").write_text("4")
         if task.record is not None:
-            (folder / PROMPTS).write_bytes(task.record)
+            (folder / PROMPTS_NAME).write_bytes(task.record)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_vespo.checkpoints import set_aside as module
-from megatron_vespo.checkpoints.run_folder import COMPLETE, TRACKER_NAME, newest_save, saved_steps
+from megatron_vespo.checkpoints.names import COMPLETE_NAME, TRACKER_NAME
+from megatron_vespo.checkpoints.run_folder import newest_save, saved_steps
 from megatron_vespo.checkpoints.set_aside import (
     RECORD,
     has_gone_back,
@@ -22,7 +23,7 @@ def complete(save, *steps: int) -> None:
     for step in steps:
         folder = save / f"iter_{step:07d}"
         folder.mkdir(parents=True)
-        (folder / COMPLETE).write_text(f"of step {step}")
+        (folder / COMPLETE_NAME).write_text(f"of step {step}")
     (save / TRACKER_NAME).write_text(str(steps[-1]))
 
 
@@ -39,7 +40,7 @@ def test_later_steps_move_and_the_tracker_names_where_the_run_began(tmp_path):
     assert saved_steps(tmp_path) == [4, 8] and newest_save(tmp_path).name == "iter_0000008"
     aside = tmp_path / "set-aside-001"
     assert saved_steps(aside) == [12, 16] and newest_save(aside) == aside / "iter_0000016"
-    assert (aside / "iter_0000012" / COMPLETE).read_text() == "of step 12"
+    assert (aside / "iter_0000012" / COMPLETE_NAME).read_text() == "of step 12"
     assert json.loads((tmp_path / RECORD).read_text()) == ASKED
     complete(tmp_path, 12)
     make_room(tmp_path, 8, ASKED)
@@ -112,7 +113,7 @@ def test_killed_anywhere_the_tracker_names_a_checkpoint_and_nothing_is_lost(tmp_
             assert not has_gone_back(tmp_path, ASKED)
         else:
             assert calls == 5
-    assert (newest_save(tmp_path) / COMPLETE).is_file()
+    assert (newest_save(tmp_path) / COMPLETE_NAME).is_file()
     make_room(tmp_path, 8, ASKED)  # the command that is started again
     assert saved_steps(tmp_path) == [4, 8] and newest_save(tmp_path).name == "iter_0000008"
     aside = [step for folder in tmp_path.glob("set-aside-*") for step in saved_steps(folder)]

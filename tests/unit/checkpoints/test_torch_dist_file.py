@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_vespo.checkpoints import torch_dist_writer
-from megatron_vespo.checkpoints.torch_dist_file import METADATA_NAME, locate_chunk, read_metadata
+from megatron_vespo.checkpoints.names import METADATA_NAME
+from megatron_vespo.checkpoints.torch_dist_file import locate_chunk, read_metadata
 from megatron_vespo.checkpoints.torch_dist_names import addresses
 from megatron_vespo.models.family import family_of, shape_of
 from tests.support.tiny_checkpoints import LLAMA, MOE, convert, random_tensors, tiny_config, write_hf

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from megatron_vespo.checkpoints.run_folder import TRACKER_NAME
+from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.cluster.calls import TrainerError
 from megatron_vespo.driver.run import Restarts
 from tests.support.settings import flat_settings

@@ -11,7 +11,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from megatron_vespo.algorithms.alarms import RULES
 from megatron_vespo.observability import progress
-from megatron_vespo.observability.metrics import MetricsWriter, read_metrics, write_atomically
+from megatron_vespo.observability.metrics import MetricsWriter, read_metrics
 from megatron_vespo.observability.progress import HEADER_INTERVAL, ROWS, RunDisplay, clock, sparkline
 from megatron_vespo.observability.report import (
     PANELS,
@@ -135,14 +135,6 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON record"):
         read_metrics(path)
-
-
-def test_a_failed_write_leaves_the_old_content(tmp_path):
-    path = tmp_path / "summary.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
 
 
 # The display

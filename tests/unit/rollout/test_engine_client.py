@@ -214,6 +214,9 @@ def test_flags_are_split_from_ours():
 def test_a_flag_takes_only_its_own_values():
     assert parse_sglang_flags(["--sglang-sleep-on-idle", "rest"]) == (["--sleep-on-idle"], ["rest"])
     assert parse_sglang_flags(["--sglang-tp-size", "2", "rest"]) == (["--tp-size", "2"], ["rest"])
+    optional = "--sglang-model-checksum"  # SGLang takes it with a value and without
+    assert parse_sglang_flags([optional, "--lr", "1"]) == (["--model-checksum"], ["--lr", "1"])
+    assert parse_sglang_flags([optional, "x", "rest"]) == (["--model-checksum", "x"], ["rest"])
 
 
 @pytest.mark.parametrize(

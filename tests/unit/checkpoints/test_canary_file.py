@@ -1,4 +1,4 @@
-"""Samples and log-probs through the file of probes, and what counts as the same policy."""
+"""Samples and log-probs through the canary file, and what counts as the same policy."""
 
 import dataclasses
 import pickle
@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vespo.checkpoints.probe_file import NUM_PROBES, ProbeMismatchError, compare, decode, encode
+from megatron_vespo.checkpoints.canary_file import NUM_CANARIES, CanaryMismatchError, compare, decode, encode
+from megatron_vespo.checkpoints.run_folder import entry_of
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
+from megatron_vespo.trainer.checkpoint import Stored
 from megatron_vespo.types import TrainingSample
 from tests.support.builders import make_sample
 from tests.support.settings import flat_settings
@@ -50,11 +52,25 @@ def test_they_come_back_bit_for_bit_but_for_routes():
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_probes_do_not_hold_the_batch_that_they_come_from():
+@pytest.mark.parametrize("name", ["canary.npz", "probe.npz"])
+def test_canaries_of_older_checkpoints_are_compared_too(name, tmp_path):
+    saved = [np.float32([-1.0, -2.0])]
+    content = encode([sample(2, 2)], saved)
+    (tmp_path / name).write_bytes(content)
+    worker = object.__new__(TrainerWorker)
+    worker._settings = flat_settings(bf16=False)
+    worker.policy = SimpleNamespace(
+        log_probs=lambda samples, tracked: [values + np.float32(2**-15) for values in saved],
+    )
+    assert worker._check_canaries(Stored(tmp_path, {}, {name: entry_of(content)})) == 2**-15
+    assert worker._check_canaries(Stored(tmp_path, {}, {})) is None
+
+
+def test_canaries_do_not_hold_the_batch_that_they_come_from():
     """As Ray hands a batch over: arrays are views into one object."""
     buffers: list[pickle.PickleBuffer] = []
     packed = pickle.dumps(
-        [[sample(2, 5)], [sample(3 + n, 4) for n in range(NUM_PROBES + 2)]],
+        [[sample(2, 5)], [sample(3 + n, 4) for n in range(NUM_CANARIES + 2)]],
         protocol=5,
         buffer_callback=buffers.append,
     )
@@ -67,8 +83,8 @@ def test_probes_do_not_hold_the_batch_that_they_come_from():
     worker._spans, worker._memory = Spans(), SimpleNamespace(onload=lambda: None)
     worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
     worker.prepare(batch)
-    assert len(worker._probes) == NUM_PROBES
-    for kept, given in zip(worker._probes, batch[1], strict=False):
+    assert len(worker._canaries) == NUM_CANARIES
+    for kept, given in zip(worker._canaries, batch[1], strict=False):
         assert kept.routed_experts is None and given.routed_experts is not None
         for name in ("token_ids", "behavior_log_probs", "policy_versions"):
             ours, theirs = getattr(kept, name), getattr(given, name)
@@ -82,7 +98,7 @@ def test_fp32_compares_the_largest_difference():
     saved = [np.array([-1.0, -2.0], np.float32), np.array([-3.0], np.float32)]
     close = [saved[0], saved[1] + 9e-5]
     assert compare(saved, close, bf16=False, where="here") == pytest.approx(9e-5, rel=0.01)
-    with pytest.raises(ProbeMismatchError, match="^here does not .* 2 samples differ by 1.1.e-04 .largest."):
+    with pytest.raises(CanaryMismatchError, match="^here does not .* 2 samples differ by 1.1.e-04 .largest."):
         compare(saved, [saved[0], saved[1] + 1.1e-4], bf16=False, where="here")
 
 
@@ -91,11 +107,11 @@ def test_bf16_compares_the_mean():
     flipped = np.zeros(100, np.float32)
     flipped[3] = 0.5  # one token whose router chose another expert
     assert compare(saved, [flipped], bf16=True, where="here") == 0.5
-    with pytest.raises(ProbeMismatchError, match="mean"):
+    with pytest.raises(CanaryMismatchError, match="mean"):
         compare(saved, [flipped + 0.06], bf16=True, where="here")
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_no_number_is_no_match(bf16):
-    with pytest.raises(ProbeMismatchError):
+    with pytest.raises(CanaryMismatchError):
         compare([np.zeros(2, np.float32)], [np.array([0, np.nan], np.float32)], bf16, "here")

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_vespo.types import TrainingSample
 
-NUM_PROBES = 8
+NUM_CANARIES = 8
 # Largest difference of a token in fp32, where layouts differ by rounding, 1e-5 at most in the tests. In
 # bfloat16, whose logits of 10 to 20 are rounded by 0.03 to 0.06 and whose routers may choose other experts,
 # single tokens say little: there it is the mean, to which errors of both signs and sizes contribute.
@@ -23,16 +23,16 @@ _NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
 _ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
 
 
-class ProbeMismatchError(RuntimeError):
+class CanaryMismatchError(RuntimeError):
     """The loaded policy is not the one that was saved."""
 
 
-def probes_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-    """The first NUM_PROBES without routes, in memory of their own.
+def canaries_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """The first NUM_CANARIES without routes, in memory of their own.
 
     Arrays that Ray has handed over are views: a single one would pin all samples in its store.
     """
-    plain = [replace(sample, routed_experts=None, routes_version=None) for sample in samples[:NUM_PROBES]]
+    plain = [replace(sample, routed_experts=None, routes_version=None) for sample in samples[:NUM_CANARIES]]
     return copy.deepcopy(plain)
 
 
@@ -62,14 +62,14 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
 
 
 def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:
-    """The largest difference of a token; ProbeMismatchError where it is too much for rounding."""
+    """The largest difference of a token; CanaryMismatchError where it is too much for rounding."""
     differences = np.abs(np.concatenate(list(saved)) - np.concatenate(list(now)))
     largest = float(differences.max())
     found, bound = (
         (float(differences.mean()), MEAN_DIFFERENCE_BF16) if bf16 else (largest, MAX_DIFFERENCE_FP32)
     )
     if not found <= bound:
-        raise ProbeMismatchError(
+        raise CanaryMismatchError(
             f"{where} does not bring back the policy that was saved: its log-probs of {len(saved)} samples "
             f"differ by {found:.2e} ({'mean' if bf16 else 'largest'}), more than {bound:g}"
         )
