@@ -1,4 +1,4 @@
-"""Writes that survive a kill or a power cut."""
+"""Writes that survive a kill or a power failure."""
 
 from __future__ import annotations
 
