@@ -9,6 +9,7 @@ import copy
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,9 @@ def canaries_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
 
 def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -> bytes:
     """As an .npz file; `log_probs` are float32 [C] a sample."""
-    arrays = {name: np.array([getattr(sample, name) for sample in samples]) for name in _NUMBERS}
+    arrays: dict[str, Any] = {
+        name: np.array([getattr(sample, name) for sample in samples]) for name in _NUMBERS
+    }
     for i, (sample, values) in enumerate(zip(samples, log_probs, strict=True)):
         arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
         arrays[f"log_probs_{i}"] = values

@@ -11,6 +11,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vespo.checkpoints.names import METADATA_NAME
@@ -81,7 +82,7 @@ class ChunkIndex:
         return found and (self.folder / Path(found.relative_path).name, found.offset, found.length)
 
     @cached_property
-    def _places(self) -> dict[tuple[str, tuple[int, ...]], object]:
+    def _places(self) -> dict[tuple[str, tuple[int, ...]], _StorageInfo]:
         return {
             (index.fqn, tuple(index.offset)): place
             for index, place in self._metadata.storage_data.items()

@@ -38,7 +38,9 @@ def taken_apart(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _parts(name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    prefix, kind = _FUSED.fullmatch(name).groups()
+    found = _FUSED.fullmatch(name)
+    assert found is not None
+    prefix, kind = found.groups()
     matrices = _MATRICES[kind]
     if len(tensor.shape) != 3 or tensor.shape[1] % len(matrices):
         raise ValueError(

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,8 +53,9 @@ class PromptRecord:
         )
 
     def encode(self) -> bytes:
+        fields: dict[str, Any] = {**vars(self), "date": self.date.isoformat()}
         file = io.BytesIO()
-        np.savez_compressed(file, **vars(self) | {"date": self.date.isoformat()})
+        np.savez_compressed(file, **fields)
         return file.getvalue()
 
     def check_same(self, now: PromptRecord, folder: Path, path: Path) -> list[str]:

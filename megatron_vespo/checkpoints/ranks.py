@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -46,11 +46,11 @@ class Ranks:
             if other is not None:
                 theirs, text = other
                 raise (ValueError if theirs else RuntimeError)(f"rank {rank}: {text}")
-        return self.gather(result)
+        return self.gather(cast(T, result))
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Only rank 0 works; all get what it returns, or fail with it."""
-        return self.together(lambda: work() if self.rank == 0 else None)[0]
+        return cast(T, self.together(lambda: work() if self.rank == 0 else None)[0])
 
 
 @contextmanager

@@ -30,8 +30,7 @@ def check_rotary_buffer(folder: Path, reader: HFCheckpointReader, name: str, hf_
     if arguments["use_rope_scaling"] or stored.dtype not in _RELATIVE or stored.shape != expected.shape:
         same = False
     else:
-        tolerances = {"rtol": _RELATIVE[stored.dtype], "atol": _ABSOLUTE}
-        same = torch.allclose(stored.float(), expected, **tolerances)
+        same = torch.allclose(stored.float(), expected, rtol=_RELATIVE[stored.dtype], atol=_ABSOLUTE)
     if not same:
         raise ValueError(
             f"{folder}: tensor {name} is not what rope_theta {arguments['rotary_base']} and head_dim "

@@ -63,6 +63,7 @@ class Source:
 
     def place(self, name: str) -> tuple[Path, int]:
         """File and offset of an HF tensor, for whoever wants to read in the order of the disk."""
+        assert isinstance(self.reader, HFCheckpointReader)
         return self.reader.place(name)
 
 

@@ -3,6 +3,10 @@
 `.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata: tensors with their chunks, and for
 every chunk a range of bytes in some `.distcp` file. Those bytes are what torch.save makes of the chunk: a zip
 archive, uncompressed, with the values in one record. Unpickling is restricted to what this format needs.
+
+Chunks are located here and read in parts, because torch.load (2.14) breaks the memory bound of a conversion:
+it reads a chunk as a whole, an embedding of 0.6 GB for instance, and takes `mmap=True` only for a file that
+holds nothing else. Under FakeTensorMode it reads no values, but it accepts damaged archives then.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -214,7 +218,7 @@ def read_pickle(path: Path, offset: int, length: int) -> bytes:
         raise ValueError(f"{path}: the {length} bytes at {offset} are not saved by torch: {error}") from error
 
 
-def _check_range(archive: io.BufferedReader, length: int, records: Iterable[zipfile.ZipInfo]) -> None:
+def _check_range(archive: IO[bytes], length: int, records: Iterable[zipfile.ZipInfo]) -> None:
     """The archive is all of the range: zipfile would find one inside it too, a neighbour's."""
     archive.seek(max(0, length - _END_RECORD))
     ends = archive.read(4) == b"PK\5\6"
@@ -230,7 +234,7 @@ def _pickled_tensor(opened: zipfile.ZipFile, records: Mapping[str, zipfile.ZipIn
     return _ChunkUnpickler(io.BytesIO(opened.read(records["data.pkl"]))).load()
 
 
-def _data_start(archive: io.BufferedReader, record: zipfile.ZipInfo) -> int:
+def _data_start(archive: IO[bytes], record: zipfile.ZipInfo) -> int:
     """Behind the local header, whose extra fields have no checksum and are checked to be torch's."""
     archive.seek(record.header_offset)
     local = archive.read(_LOCAL_HEADER)

@@ -150,6 +150,7 @@ def _enter_chunk(metadata: Metadata, chunk: Written) -> None:
                 TensorProperties(chunk.dtype), torch.Size((*address.stack, *destination.full_shape)), []
             ),
         )
+        assert isinstance(tensor, TensorStorageMetadata)
         index = MetadataIndex(address.key, offsets, len(tensor.chunks))
         assert index not in metadata.storage_data, f"{index} written twice"
         tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))

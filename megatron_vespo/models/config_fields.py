@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_vespo.models.table import Family
 
@@ -160,7 +160,7 @@ def _check_divides(divisor: int, what: str, number: int, of_what: str) -> None:
         raise ValueError(f"{what} {divisor} does not divide {of_what} {number}")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
 
 

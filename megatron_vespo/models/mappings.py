@@ -21,7 +21,7 @@ from torch import Tensor
 class Direct:
     """The same tensor on both sides. `dim` is the sharded dimension, None when every rank holds all of it."""
 
-    hf_names: tuple[str]
+    hf_names: tuple[str, ...]  # one
     dim: int | None
 
     def merge(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ class Direct:
 class GatedMLP:
     """fc1 stacks gate over up, and every rank's shard stacks its own part of both."""
 
-    hf_names: tuple[str, str]  # gate, up: [intermediate, hidden]
+    hf_names: tuple[str, ...]  # gate, up: [intermediate, hidden]
 
     def merge(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         halves = [shard.chunk(2, dim=0) for shard in shards]
@@ -53,7 +53,7 @@ class GatedMLP:
 class QKV:
     """Megatron interleaves: [q of group 0, k 0, v 0, q of group 1, ...]; shards hold whole query groups."""
 
-    hf_names: tuple[str, str, str]  # q [heads * head_dim, hidden], k and v [groups * head_dim, hidden]
+    hf_names: tuple[str, ...]  # q [heads * head_dim, hidden], k and v [groups * head_dim, hidden]
     num_query_groups: int
     heads_per_group: int
     head_dim: int
