@@ -1,6 +1,7 @@
-"""A few samples whose log-probs are saved with a checkpoint: a resumed trainer must compute them again.
+"""Canary samples: a few samples and their log-probs, which a resumed trainer must reproduce.
 
-Their routes are not: routers choose for themselves, so that a run may go on with another --routing-replay.
+Expert routes are not saved. The router chooses them again, so a run may resume with another
+--routing-replay.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ import numpy as np
 from megatron_vespo.types import TrainingSample
 
 NUM_CANARIES = 8
-# Largest difference of a token in fp32, where layouts differ by rounding, 1e-5 at most in the tests. In
-# bfloat16, whose logits of 10 to 20 are rounded by 0.03 to 0.06 and whose routers may choose other experts,
-# single tokens say little: there it is the mean, to which errors of both signs and sizes contribute.
+# In fp32 the largest difference of a token is bounded: layouts differ by rounding, by 1e-5 at most in the
+# tests. In bfloat16 the mean is bounded: logits of 10 to 20 are rounded by 0.03 to 0.06, and routers may
+# choose other experts, so a single token says little.
 MAX_DIFFERENCE_FP32, MEAN_DIFFERENCE_BF16 = 1e-4, 0.05
 _NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
 _ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
 
 
 class CanaryMismatchError(RuntimeError):
-    """The loaded policy is not the one that was saved."""
+    """The loaded policy differs from the saved one."""
 
 
 def canaries_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-    """The first NUM_CANARIES without routes, in memory of their own.
+    """Copies of the first NUM_CANARIES samples, without routes.
 
-    Arrays that Ray has handed over are views: a single one would pin all samples in its store.
+    Arrays received from Ray are views: keeping one of them would pin the whole batch in Ray's object store.
     """
     plain = [replace(sample, routed_experts=None, routes_version=None) for sample in samples[:NUM_CANARIES]]
     return copy.deepcopy(plain)
 
 
 def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -> bytes:
-    """As an .npz file; `log_probs` are float32 [C] a sample."""
+    """The content of an .npz file; `log_probs` is one float32 [C] per sample, C completion tokens."""
     arrays: dict[str, Any] = {
         name: np.array([getattr(sample, name) for sample in samples]) for name in _NUMBERS
     }
@@ -51,7 +52,7 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
 
 
 def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
-    """Samples of `encode`, without routes, and log-probs."""
+    """The inverse of `encode`: samples without routes, and their log-probs."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = dict(file)
     samples = [
@@ -65,7 +66,7 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
 
 
 def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:
-    """The largest difference of a token; CanaryMismatchError where it is too much for rounding."""
+    """The largest difference of a token. CanaryMismatchError if rounding cannot explain the differences."""
     differences = np.abs(np.concatenate(list(saved)) - np.concatenate(list(now)))
     largest = float(differences.max())
     found, bound = (

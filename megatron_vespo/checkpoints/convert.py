@@ -1,4 +1,4 @@
-"""HF -> Megatron and back: copy in spans, read back, and only then give the result its name."""
+"""HF -> Megatron and back. The result is copied in spans and read back before it gets its name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """Of a conversion that is proven."""
+    """The result of a conversion whose output was read back and is right."""
 
     num_tensors: int
     num_bytes: int
@@ -122,7 +122,7 @@ def _to_hf(source: Source, target: Path, options: Options, ranks: Ranks, max_sha
 
 
 def _check_apart(target: Path, *sources: Path) -> None:
-    """--force would delete what is being read."""
+    """Otherwise --force would delete the source."""
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise ValueError(f"{target} is or holds {source}, which is read: the result needs another place")
@@ -229,7 +229,7 @@ def _copy_hf_files(
 def _proven(
     reader: TensorReader, digests: Digests, source: Source, staging: Path, options: Options, ranks: Ranks
 ) -> int:
-    """Read all of it back, compare with what the source's own manifest says, and write the new one.
+    """Read the output back, compare it with the source's own manifest, and write the new manifest.
 
     Returns the number of tensors.
     """

@@ -1,4 +1,4 @@
-"""Moving every span from a reader to a writer, and proving afterwards that it arrived."""
+"""Copies every span from a reader to a writer, and checks afterwards that it arrived."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BUFFERS = 4  # of a span, in a worker: as read, cast, a block of columns, the h
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a process may hold at a time, and in how many threads."""
+    """How much memory a process may use, and how many threads."""
 
     memory: int = DEFAULT_MEMORY
     workers: int = max(2, min(os.cpu_count() or 1, 8))
@@ -52,7 +52,7 @@ Digests = dict[Span, bytes]
 
 
 def in_threads[T](runs: Sequence[T], work: Callable[[int, T, Event], Any]) -> list[Any]:
-    """`work(number, run, stop)` on every run at once. The first failure is raised, once all have stopped."""
+    """Call `work(number, run, stop)` for every run in parallel. Raises the first failure once all stopped."""
     stop = Event()
 
     def guarded(number: int, run: T) -> Any:

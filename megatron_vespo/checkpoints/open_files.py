@@ -1,4 +1,4 @@
-"""Byte ranges of many files, each opened when first needed."""
+"""Reads byte ranges of many files. Each file is opened when it is first needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OpenFiles:
         self._descriptors.clear()
 
     def read(self, path: Path, offset: int, values: Tensor) -> None:
-        """Fill the contiguous `values`; ValueError naming the file if it ends before or cannot be read."""
+        """Fill the contiguous `values`. ValueError naming the file if it is too short or cannot be read."""
         left = memoryview(values.view(-1).view(torch.uint8).numpy())
         try:
             while left:

@@ -32,7 +32,7 @@ class Ranks:
         return values
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on every rank. If it fails on one, it fails on all: none waits for ever."""
+        """What `work` returns on every rank. A failure on one rank fails all, so no rank waits forever."""
         result, failure = None, None
         try:
             result = work()

@@ -1,6 +1,6 @@
-"""The files around Megatron's own ones in a checkpoint, which make it one atomic unit.
+"""A run's checkpoints: our files beside Megatron's, and which iterations are complete.
 
-    SAVE/latest_checkpointed_iteration.txt      names the last complete iteration: written last
+    SAVE/latest_checkpointed_iteration.txt      names the newest complete iteration; written last
     SAVE/iter_0000040/                          weights, optimizer, arguments: Megatron's
     SAVE/iter_0000040/rollout_buffer.bin        the state of asynchronous generation, if there is one
     SAVE/iter_0000040/canary.npz                a few samples and the policy's log-probs of them
@@ -33,12 +33,12 @@ Entry = dict[str, int | str]  # of a file: "bytes" and "sha256"
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a save has ended, the same on every rank."""
+    """The outcome of a save, the same on every rank."""
 
     iteration: int
-    seconds: float  # from its start until the tracker named it
+    seconds: float  # from the start of the save until the tracker named it
     num_bytes: int
-    problem: str | None = None  # what went wrong; nothing is left of it then
+    problem: str | None = None  # why it failed; its files are removed then
 
 
 def entry_of(content: bytes) -> Entry:
@@ -46,10 +46,10 @@ def entry_of(content: bytes) -> Entry:
 
 
 def prepare(save: Path, folder: Path, hf_checkpoint: Path, files: Mapping[str, bytes]) -> dict[str, Entry]:
-    """A new `folder` with everything but Megatron's files; OSError where there is no room.
+    """Make `folder` and write everything but Megatron's files. OSError if the disk is full.
 
-    What a killed save has left there goes first. Where the tracker names this folder, of a run that this one
-    repeats, the tracker goes before it: an iteration that is named is complete at every moment.
+    Files that a killed save left in `folder` are removed. If the tracker names `folder`, the tracker is
+    removed before it: at every moment, the iteration that the tracker names is complete.
     """
     if folder.exists():
         if newest_save(save) == folder:
@@ -70,7 +70,7 @@ def release_reserve(folder: Path) -> None:
 
 
 def why_no_room(save: Path, needed: int) -> str | None:
-    """The reason not to begin, or None. `needed` bytes are still to be written."""
+    """The reason not to start a save of `needed` bytes, or None."""
     if shutil.disk_usage(save).free >= needed:
         return None
     return f"{free_space(save)}, {needed / GIB:.2f} GiB are needed"
@@ -81,7 +81,7 @@ def free_space(save: Path) -> str:
 
 
 def read_file(folder: Path, name: str, entry: Entry) -> bytes:
-    """The file as it was saved; ValueError with one line if it is not there or another."""
+    """The content of a saved file. ValueError if it is missing or does not match `entry`."""
     path = folder / name
     if not path.is_file():
         raise ValueError(f"--load {path}: the file is missing, the checkpoint is not complete")
@@ -108,31 +108,31 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step that the tracker names; None without one, or where it names converted weights."""
+    """The step that the tracker names. None without a tracker, or if it names converted weights."""
     tracker = folder / TRACKER_NAME
     word = tracker.read_text().strip() if tracker.is_file() else ""
     return int(word) if word.isdecimal() else None
 
 
 def newest_save(save: Path) -> Path | None:
-    """The folder that the tracker names; None without one, or where it names converted weights."""
+    """The folder that the tracker names. None without a tracker, or if it names converted weights."""
     step = newest_step(save)
     return None if step is None else step_folder(save, step)
 
 
 def resumed_save(load: Path, step: int | None = None) -> Path | None:
-    """The folder that a run with --load, and --ckpt-step, goes on from; None where it begins anew.
+    """The folder that a run with --load, and --ckpt-step, resumes from. None if it starts from scratch.
 
-    Also where a kill has left the tracker empty.
+    If a kill left the tracker empty, this is the newest complete iteration.
     """
     return step_folder(load, step) if step is not None else newest_save(load) or _torn_save(load)
 
 
 def repair_tracker(save: Path) -> str | None:
-    """Fills a tracker that a kill has left empty; the folder it names then, None if there was nothing to do.
+    """Fill a tracker that a kill left empty. Returns the name of the folder it then names, or None.
 
-    Megatron truncates it and writes anew, when the iteration that it will name is complete: the newest one
-    that is. A first save's empty tracker without a complete iteration goes.
+    Megatron truncates the tracker before it writes the new name, and does so only once that iteration is
+    complete. So the right name is that of the newest complete iteration. Without one, the tracker is removed.
     """
     tracker = save / TRACKER_NAME
     if not tracker.is_file() or tracker.read_text().strip():
@@ -146,7 +146,7 @@ def repair_tracker(save: Path) -> str | None:
 
 
 def _torn_save(save: Path) -> Path | None:
-    """The newest complete iteration, where the tracker is empty."""
+    """The newest complete iteration if the tracker is empty, else None."""
     tracker = save / TRACKER_NAME
     if not tracker.is_file() or tracker.read_text().strip():
         return None

@@ -29,15 +29,15 @@ def kept_step(load: str | None, save: str | None, step: int) -> int:
 
 
 def later_steps(save: Path, kept: int) -> list[int]:
-    """What `make_room` will set aside."""
+    """The steps that `make_room` will set aside."""
     return [step for step in saved_steps(save) if step > kept]
 
 
 def make_room(save: Path, kept: int, gone_back: dict[str, Any] | None) -> None:
-    """Before a run's first save: what `save` holds after step `kept`, where the run began, goes aside.
+    """Move the checkpoints in `save` that are later than step `kept` aside. Called before a run's first save.
 
-    `gone_back` is remembered, see `has_gone_back`. A kill at any moment leaves the tracker right, and the
-    same call goes on.
+    `kept` is the step that the run started from. `gone_back` is recorded, see `has_gone_back`. If the process
+    is killed, the tracker is right at every moment, and the same call completes the move.
     """
     later = later_steps(save, kept)
     if newest_step(save) in later:
@@ -55,14 +55,14 @@ def make_room(save: Path, kept: int, gone_back: dict[str, Any] | None) -> None:
 
 
 def next_place(folder: Path) -> Path:
-    """Where `set_aside` will move to."""
+    """The folder that `set_aside` will move to."""
     taken = [path.name.removeprefix("set-aside-") for path in folder.glob("set-aside-*")]
     number = max((int(number) for number in taken if number.isdecimal()), default=0) + 1
     return folder / f"set-aside-{number:03d}"
 
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
-    """Moves these entries of `folder` into a new subfolder, which is returned."""
+    """Move these entries of `folder` into a new subfolder. Returns the subfolder."""
     place = next_place(folder)
     place.mkdir(parents=True)
     for path in paths:
@@ -71,7 +71,7 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
 
 
 def has_gone_back(save: Path, gone_back: dict[str, Any]) -> bool:
-    """Whether `save` goes on from this very going back: nobody else has saved there since."""
+    """Whether `save` continues from exactly this return to an earlier step, with no other run in between."""
     try:
         return json.loads((save / RECORD).read_text()) == gone_back and resumed_save(save) is not None
     except (OSError, ValueError):

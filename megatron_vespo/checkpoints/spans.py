@@ -52,7 +52,7 @@ def row_ranges(rows: int, row_bytes: int, max_bytes: int) -> Iterator[tuple[int,
 
 
 class SpanBuffer:
-    """Memory of one worker, used again for every span."""
+    """The memory of one worker, reused for every span."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -60,8 +60,8 @@ class SpanBuffer:
     def read(self, reader: TensorReader, span: Span, dtype: torch.dtype | None = None) -> Tensor:
         """The span's values [rows, ...], cast to `dtype`; valid until the next call.
 
-        The memory is filled with NaN first: what a reader leaves out is found out. ValueError where a value
-        is not finite, which no usable checkpoint holds.
+        The memory is filled with NaN first, so values that a reader does not write are detected. ValueError
+        if a value is not finite: no usable checkpoint holds one.
         """
         info = reader.tensors[span.name]
         nbytes = (span.stop - span.start) * info.row_bytes
@@ -88,7 +88,7 @@ def _finite(values: Tensor) -> bool:
 
 
 def digest(values: Tensor) -> bytes:
-    """Of the bytes; xxh3 is fast enough to hash everything, and meant for accidents, not for attackers."""
+    """The hash of the bytes. xxh3 is fast enough to hash everything; it detects accidents, not attacks."""
     return xxhash.xxh3_128(_bytes(values)).digest()
 
 
@@ -108,7 +108,7 @@ def tensor_digest(
     buffer: SpanBuffer,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> str:
-    """The digest of one stored tensor, read `max_bytes` at a time; `advance` hears of each."""
+    """The digest of one stored tensor, read `max_bytes` at a time. `advance` is called after each read."""
     info, hasher = reader.tensors[name], tensor_hasher()
     for start, stop in row_ranges(info.rows, info.row_bytes, max_bytes):
         values = buffer.read(reader, Span(name, start, stop))

@@ -1,7 +1,7 @@
-"""A folder that appears under its name only when it is complete.
+"""A folder that gets its name only when it is complete.
 
-It is filled as `.NAME.incomplete` beside its place and renamed at the end, so a killed run leaves nothing
-that could be taken for a checkpoint; the next run to the same place clears it away.
+It is filled as `.NAME.incomplete` in the same parent folder and renamed at the end. So a killed run leaves
+nothing that looks like a checkpoint. The next run with the same target removes the leftover.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SPARE = 64 * 2**20  # bytes beside the tensors: indices, tokenizer
 
 @contextmanager
 def staged(target: Path, num_bytes: int, force: bool, ranks: Ranks) -> Iterator[Path]:
-    """The folder to fill. It becomes `target` when the block ends, and is removed when it fails.
+    """Yields the folder to fill. It is renamed to `target` when the block ends, or removed if it fails.
 
-    ValueError if `target` is there (unless `force`, and it is a checkpoint), cannot be written, or the disk
-    lacks `num_bytes`. All ranks enter and leave together; rank 0 does the work.
+    ValueError if `target` exists (with `force`: and is no checkpoint), cannot be written, or if the disk has
+    no room for `num_bytes`. All ranks enter and leave together; rank 0 does the work.
     """
     target = target.resolve()  # what a link points to is replaced, not the link
     staging = target.with_name(f".{target.name}.incomplete")
@@ -83,7 +83,7 @@ def _begin(target: Path, staging: Path, num_bytes: int, force: bool) -> int:
 
 
 def _finish(target: Path, staging: Path) -> None:
-    """Everything to the disk, then the new name; an older folder goes once the new one has its place."""
+    """Sync all files, then rename. An older folder is removed after the new one has its name."""
     for folder, _, files in os.walk(staging):
         for name in files:
             sync(Path(folder) / name)
@@ -104,5 +104,5 @@ def _finish(target: Path, staging: Path) -> None:
 
 
 def _replaced(target: Path) -> Path:
-    """Where the older folder is while the new one takes its place."""
+    """Where the older folder is kept while the new one is renamed."""
     return target.with_name(f".{target.name}.replaced")

@@ -1,8 +1,8 @@
-"""What torch.save makes of a tensor, around the tensor's own bytes, which need not be copied for it.
+"""The bytes that torch.save writes before and after the values of a tensor.
 
-torch.save hands its output to a Python file in freshly made copies, which costs as much as writing it does.
-All tensors of a shape and dtype have the same archive but for their values and these values' CRC-32, which a
-zip archive states twice: so one is made by torch, and its two ends are used again.
+The archives of two tensors of one shape and dtype differ in the values and in their CRC-32, which a zip
+archive states twice. So torch makes one archive per shape and dtype, and its two ends are used for all: the
+values are written without a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATA = "/data/0"  # end of the record's name
 
 
 def around(values: Tensor) -> tuple[bytes, bytes]:
-    """What comes before and after the bytes of the contiguous `values` in the archive of torch.save."""
+    """The parts of torch.save's archive before and after the bytes of the contiguous `values`."""
     before, after, places = _ends(tuple(values.shape), values.dtype)
     crc = struct.pack("<L", zlib.crc32(values.view(-1).view(torch.uint8).numpy()))
     before, after = bytearray(before), bytearray(after)
@@ -33,7 +33,7 @@ def around(values: Tensor) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=64)
 def _ends(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes, tuple[int, int]]:
-    """Both ends, with places of the CRC in the first and in the second."""
+    """Both ends, and the offset of the CRC in each."""
     values = torch.zeros(shape, dtype=dtype)
     stream = io.BytesIO()
     torch.save(values, stream)
