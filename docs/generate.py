@@ -142,6 +142,8 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = action.help or ""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         text = parser._get_formatter()._expand_help(action)
+    if default := _default(action).strip("`"):  # which has a column of its own
+        text = re.sub(rf"\s*[;,(]?\s*default:? {re.escape(default)}\)?$", "", text)
     if action.required and "required" not in text:
         text = f"{text} (required)".strip()
     return _cell(text)

@@ -136,7 +136,7 @@ def on_files(files, config):
     written = files.documentation_pages()
     pages = {f"docs/{file.src_uri}": Path(file.abs_src_path).read_text() for file in written}
     for uri, text in api_pages().items():
-        add(uri, content=text)
+        add(uri, content=f"---\nsearch:\n  boost: 0.02\n---\n\n{text}")  # the guides come first
         pages[f"docs/{uri}"] = ""
     for name, file in linked_files(pages).items():
         if file.suffix in IMAGES:

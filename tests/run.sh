@@ -30,7 +30,7 @@ if ((${#paths[@]})); then
     checks=()
 else
     checks=("ruff check" "ruff format --check" pyright)
-    folders=(unit distributed te golden gpu cluster integration slurm)
+    folders=(unit distributed te golden gpu cluster browser integration slurm)
     if [[ $lane == fast ]]; then folders=(unit); fi
     for folder in "${folders[@]}"; do
         if [[ -d tests/$folder ]]; then paths+=("tests/$folder"); fi
@@ -45,7 +45,7 @@ stage() { # runs "${@:2}", prints its name $1 and its seconds; ends the script i
 }
 
 bash patches/cpu/setup_env.sh
-for folder in tests/te tests/slurm; do
+for folder in tests/te tests/browser tests/slurm; do
     case " ${paths[*]}" in *" $folder"*) bash "$folder/install.sh" ;; esac
 done
 export OMP_NUM_THREADS=1

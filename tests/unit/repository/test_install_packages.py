@@ -1,4 +1,4 @@
-"""tests/slurm/install.sh where it cannot install: one line, and the suite goes on."""
+"""tests/support/apt_install.sh where it cannot install: one line, and the suite goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "slurm/install.sh"
+SCRIPT = Path(__file__).parents[2] / "support/apt_install.sh"
+ASKED = ("sbatch munged", "slurm-wlm munge")  # programs, packages
 NEEDED = ("bash", "mktemp", "rm", "grep", "tail", "timeout")
 
 
@@ -28,8 +29,8 @@ def said(tmp_path):
             folder.chmod(0o755)
         user = {"user": 65534} if os.geteuid() == 0 else {}
         done = subprocess.run(
-            [str(tmp_path / "bash")], input=SCRIPT.read_text(), env={"PATH": str(tmp_path)}, cwd="/",
-            capture_output=True, text=True, timeout=60, **user,
+            [str(tmp_path / "bash"), "-s", *ASKED], input=SCRIPT.read_text(), cwd="/",
+            env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, **user,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
