@@ -74,6 +74,7 @@ class Completion:
     @property
     def shaped_reward(self) -> float:
         """What advantages are made of."""
+        assert self.reward is not None
         return self.reward + self.overlong_penalty
 
 

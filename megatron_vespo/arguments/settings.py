@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 
 def of_namespace[T](cls: type[T], args: Any, prefix: str = "", **others: Any) -> T:
@@ -12,7 +12,9 @@ def of_namespace[T](cls: type[T], args: Any, prefix: str = "", **others: Any) ->
     A list becomes a tuple: settings do not change.
     """
     values = {
-        field.name: getattr(args, prefix + field.name) for field in fields(cls) if field.name not in others
+        field.name: getattr(args, prefix + field.name)
+        for field in fields(cast(Any, cls))
+        if field.name not in others
     }
     frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return cls(**frozen | others)

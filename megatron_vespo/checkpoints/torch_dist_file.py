@@ -181,7 +181,7 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
     """Of the archive in that range; ValueError if it is anything but one contiguous, uncompressed tensor."""
     try:
         with path.open("rb") as file:
-            archive = io.BufferedReader(_FileRange(file.fileno(), offset, length))
+            archive: Any = io.BufferedReader(_FileRange(file.fileno(), offset, length))
             with zipfile.ZipFile(archive) as opened:
                 records = {name.partition("/")[2]: opened.getinfo(name) for name in opened.namelist()}
                 _check_range(archive, length, records.values())

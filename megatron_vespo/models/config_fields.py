@@ -88,7 +88,7 @@ def arguments_of(config: Config, family: Family) -> dict[str, Any]:
     layers, experts = sizes["num_layers"], sizes.get("num_experts", 1)
     if layers * experts > _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers x experts is {layers} x {experts}, more than any model has")
-    epsilon = config.get("rms_norm_eps")
+    epsilon: Any = config.get("rms_norm_eps")
     if not _is_number(epsilon) or not 0 < epsilon < 1:
         raise ValueError(f"rms_norm_eps is {epsilon!r}, must be a number between 0 and 1")
     tied = config.get("tie_word_embeddings", False)

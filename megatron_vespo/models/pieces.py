@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from megatron_vespo.models.mappings import QKV, Direct, GatedMLP, Vocabulary
 from megatron_vespo.models.table import EMBEDDING, OUTPUT_LAYER, ModelShape, Parameter
@@ -11,15 +12,15 @@ _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
-def _direct(names: tuple[str, ...], shape: ModelShape, dim: int | None) -> Direct:
+def _direct(names: Any, shape: ModelShape, dim: int | None) -> Direct:
     return Direct(names, dim)
 
 
-def _gated(names: tuple[str, ...], shape: ModelShape) -> GatedMLP:
+def _gated(names: Any, shape: ModelShape) -> GatedMLP:
     return GatedMLP(names)
 
 
-def _qkv(names: tuple[str, ...], shape: ModelShape) -> QKV:
+def _qkv(names: Any, shape: ModelShape) -> QKV:
     return QKV(
         names,
         num_query_groups=shape.num_query_groups,
@@ -28,7 +29,7 @@ def _qkv(names: tuple[str, ...], shape: ModelShape) -> QKV:
     )
 
 
-def _vocabulary(names: tuple[str, ...], shape: ModelShape) -> Vocabulary:
+def _vocabulary(names: Any, shape: ModelShape) -> Vocabulary:
     return Vocabulary(names, 0, vocab_size=shape.vocab_size, padded_vocab_size=shape.padded_vocab_size)
 
 

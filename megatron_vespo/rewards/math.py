@@ -84,7 +84,7 @@ def _grade_prose(text: str, reference: str) -> float:
         return 0.0
     # math-verify would look for a number in what it cannot parse
     text = _FORMULA.sub(lambda m: "..." if plain_latex(bare(m.group())) in unread else m.group(), text)
-    return _grade(tuple(parse(text, parsing_timeout=None)), _parse_answer(reference))
+    return _grade(tuple(parse(text, parsing_timeout=None)), _parse_answer(reference))  # pyright: ignore[reportArgumentType]
 
 
 def _grade(found: tuple, gold: tuple) -> float:
@@ -107,7 +107,7 @@ def _parse_answer(expression: str) -> tuple:
     """The expression as sympy has it, unless it cannot be parsed, and as math-verify writes it."""
     # math-verify would read 3e8 as 3 * e * 8.
     box = "\\boxed{" + _E_NOTATION.sub(r"\1 \\times 10^{\2}", expression) + "}"
-    parsed = parse(box, _BOX, extraction_mode="first_match", parsing_timeout=None)
+    parsed = parse(box, _BOX, extraction_mode="first_match", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     # units go, and what follows an unbalanced brace; what is left stands for too much
     return tuple(p for p in parsed if not isinstance(p, str) or is_balanced(p))
 

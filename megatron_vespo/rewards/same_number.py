@@ -34,7 +34,7 @@ def same_decimal(a: Fraction, b: Fraction) -> bool:
 def agrees(gold: Basic | MatrixBase, found: Basic | MatrixBase) -> bool:
     """Whether what math-verify calls equal is so by the rule above, too; what it cannot judge passes."""
     if _is_number(gold) and _is_number(found):
-        return _same_value(gold, found)
+        return _same_value(gold, found)  # pyright: ignore[reportArgumentType]
     if not (_has_float(gold) or _has_float(found)):
         return verify(gold, found, numeric_precision=_SYMBOLIC_DIGITS, timeout_seconds=None)
     theirs, ours = _elements(gold), _elements(found)
@@ -42,7 +42,7 @@ def agrees(gold: Basic | MatrixBase, found: Basic | MatrixBase) -> bool:
         return True  # a set against an interval, an equation against its solution
     numbers = [element for element in ours if _is_number(element)]
     return all(
-        not _is_number(element) or any(_same_value(element, number) for number in numbers)
+        not _is_number(element) or any(_same_value(element, number) for number in numbers)  # pyright: ignore[reportArgumentType]
         for element in theirs
     )
 
@@ -78,7 +78,7 @@ def _same(a: Expr, b: Expr, with_decimal: bool) -> bool:
     x, y = (number if number.is_Rational else N(number, _DIGITS) for number in (a, b))
     if not (x.is_real and y.is_real and x.is_finite and y.is_finite):
         return True  # math-verify's word stands
-    left, right = (Fraction(number.p, number.q) for number in (Rational(x), Rational(y)))
+    left, right = (Fraction(number.p, number.q) for number in (Rational(x), Rational(y)))  # pyright: ignore[reportAttributeAccessIssue]
     if with_decimal:
         return same_decimal(left, right)
     if abs(left - right) <= _EQUAL_DIGITS * max(abs(left), abs(right)):
@@ -90,7 +90,7 @@ def _readings(number: Expr) -> list[Expr]:
     """The exact number; of a percentage also the number before the sign, which math-verify accepts."""
     as_written = number.xreplace({f: Rational(repr(float(f))) for f in number.atoms(Float)})
     value = as_written.doit()
-    return [value, 100 * value] if number.has(UnevaluatedExpr) else [value]
+    return [value, 100 * value] if number.has(UnevaluatedExpr) else [value]  # pyright: ignore[reportOperatorIssue, reportReturnType]
 
 
 def _is_number(expression: Basic | MatrixBase) -> bool:

@@ -57,7 +57,7 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
             return 0.0, "error", f"the reward function returned a {type(reward).__name__}, not a number"
         if not math.isfinite(reward):
             return 0.0, "error", f"the reward function returned {reward}"
-        if abs(reward) > _FLOAT32_MAX:
+        if abs(reward) > _FLOAT32_MAX:  # pyright: ignore[reportOperatorIssue]
             return 0.0, "error", f"the reward function returned {reward:g}, more than a float32 can hold"
         return float(reward), "ok", ""
     except MemoryError:

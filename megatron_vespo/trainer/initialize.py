@@ -70,7 +70,7 @@ def _repeat_unpermutation(args: Namespace) -> None:
     """
     if args.num_experts and args.transformer_impl == "local" and not args.moe_permute_fusion:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, decides nothing here
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, decides nothing here  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def process_groups() -> ProcessGroupCollection:

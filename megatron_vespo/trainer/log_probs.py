@@ -50,11 +50,11 @@ def output_log_probs(
     micro_batch, predicting = context.micro_batch, context.micro_batch.loss_positions
     values = linear_log_probs(
         hidden_TH.index_select(0, predicting),
-        output_layer.weight if output_weight is None else output_weight,
+        output_layer.weight if output_weight is None else output_weight,  # pyright: ignore[reportArgumentType]
         micro_batch.labels_T[predicting],
         micro_batch.temperature_T[predicting],
         vocab_size=context.vocab_size,
-        group=group,
+        group=group,  # pyright: ignore[reportArgumentType]
         chunk_size=context.chunk_size,
     )
     output = torch.zeros(2, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)

@@ -35,11 +35,11 @@ def model_provider(args: Namespace, config: TransformerConfig):
             config, use_transformer_engine=use_te, normalization=args.normalization, vp_stage=vp_stage
         )
         if not use_te:
-            for layer in spec.layer_specs:
-                layer.submodules.self_attention.submodules.core_attention = PackedAttention
+            for layer in spec.layer_specs:  # pyright: ignore[reportOptionalIterable]
+                layer.submodules.self_attention.submodules.core_attention = PackedAttention  # pyright: ignore[reportAttributeAccessIssue]
         model = GPTModel(
             config,
-            spec,
+            spec,  # pyright: ignore[reportArgumentType]
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             pre_process=pre_process,
@@ -66,4 +66,4 @@ def _fuse_gradient_accumulation(model: GPTModel, fused: bool) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TE's name for it, read in every forward pass
-            module.fuse_wgrad_accumulation = fused
+            module.fuse_wgrad_accumulation = fused  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ def load_model(args: Namespace, folder: Path) -> GPTModel:
     wanted = model.sharded_state_dict(metadata={"singleton_local_shards": False})
     with stored_names():
         loaded = dist_checkpointing.load(wanted, str(folder))
-    missing = model.load_state_dict(loaded, strict=False).missing_keys
+    missing = model.load_state_dict(loaded, strict=False).missing_keys  # pyright: ignore[reportArgumentType]
     lost = [name for name in missing if not name.endswith("_extra_state")]
     if lost:
         raise RuntimeError(f"{folder} left {lost[0]} unset")

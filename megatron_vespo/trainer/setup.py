@@ -26,7 +26,7 @@ from megatron.core.enums import ModelType
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.training.global_vars import get_args
 from megatron.training.training import setup_model_and_optimizer
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_vespo.checkpoints.resumable import take_flags
 from megatron_vespo.trainer.model import model_config, model_provider
@@ -70,7 +70,7 @@ def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
         dict_list_map_inplace(lambda part: _as_stored(part, stored), sharded_state_dict)
         state = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if then is not None:
-            then(state)
+            then(state)  # pyright: ignore[reportArgumentType]
         return state
 
     with stand_ins(), patch.object(dist_checkpointing, "load", load_as_stored):

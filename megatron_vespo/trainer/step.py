@@ -52,7 +52,7 @@ class Schedule:
             forward_step_func=lambda iterator, model: self._forward_step(
                 next(iterator), model, loss, routing
             ),
-            data_iterator=iterators if len(self._model) > 1 else iterators[0],
+            data_iterator=iterators if len(self._model) > 1 else iterators[0],  # pyright: ignore[reportArgumentType]
             model=self._model,
             num_microbatches=len(micro_batches),
             seq_length=self._args.seq_length,
@@ -61,7 +61,7 @@ class Schedule:
         )
 
     def _forward_step(self, micro_batch: MicroBatch, model, loss: LossFunction, routing: Routing):
-        with routing(unwrap_model(model).vp_stage or 0, micro_batch):
+        with routing(unwrap_model(model).vp_stage or 0, micro_batch):  # pyright: ignore[reportAttributeAccessIssue]
             output = model(
                 input_ids=micro_batch.tokens_T[None],
                 position_ids=micro_batch.position_ids_T[None],

@@ -29,7 +29,7 @@ def global_parameters(
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
         if match:
-            layer_number = model.decoder.layers[int(match[1])].layer_number - 1
+            layer_number = model.decoder.layers[int(match[1])].layer_number - 1  # pyright: ignore[reportOperatorIssue]
             name = f"decoder.layers.{layer_number}.{name[match.end() :]}"
         if is_expert(name):
             name = _shift_expert(name, experts_before)

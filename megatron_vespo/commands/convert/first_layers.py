@@ -29,15 +29,16 @@ def link_first_layers(folder: Path, target: Path, num_layers: int) -> None:
     kept = Metadata({}, storage_data={}, version=getattr(stored, "version", None))
     names = {key: _renamed(key, num_layers) for key in stored.state_dict_metadata}
     for key, entry in stored.state_dict_metadata.items():
-        if names[key] is None:
+        name = names[key]
+        if name is None:
             continue
         if isinstance(entry, TensorStorageMetadata) and key.startswith(_LAYERS):
             chunks = [chunk for chunk in entry.chunks if chunk.offsets[0] < num_layers]
             entry = replace(entry, size=torch.Size((num_layers, *entry.size[1:])), chunks=chunks)
-        kept.state_dict_metadata[names[key]] = entry
+        kept.state_dict_metadata[name] = entry
     for index, place in stored.storage_data.items():
         stacked = index.offset is not None and index.fqn.startswith(_LAYERS)
-        if names.get(index.fqn) and not (stacked and index.offset[0] >= num_layers):
+        if names.get(index.fqn) and not (stacked and index.offset[0] >= num_layers):  # pyright: ignore[reportOptionalSubscript]
             kept.storage_data[replace(index, fqn=names[index.fqn])] = place
     for path in folder.glob("*.distcp"):
         os.symlink(path.absolute(), target / path.name)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def _cut(hf_folder: Path, target: Path) -> int:
     with opened_hf(hf_folder) as source:
         num_layers = min(NUM_LAYERS, source.shape.num_layers)
         shape = replace(source.shape, num_layers=num_layers)
-        tensors = {name: source.reader.get(name) for name in source.family.hf_tensors(shape)}
+        tensors = {name: cast(Any, source.reader).get(name) for name in source.family.hf_tensors(shape)}
         config = {**source.hf_config, "num_hidden_layers": num_layers}
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:num_layers]

@@ -115,7 +115,7 @@ def export_quantised(
 def _load(folder: Path, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def _samples(model: Path, calibration: Calibration, vocab_size: int) -> Iterator[Tensor]:
@@ -151,7 +151,7 @@ def _text(row: Mapping[str, Any], where: str) -> str:
 @torch.no_grad()
 def _run(model: nn.Module, samples: list[Tensor]) -> None:
     for sample in samples:
-        model(sample.to(model.device), use_cache=False)
+        model(sample.to(model.device), use_cache=False)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _check(reader: HFCheckpointReader, source: Mapping[str, TensorInfo]) -> None:

@@ -61,4 +61,4 @@ def _wait(tensor: torch.Tensor) -> None:
 if __name__ == "__main__":
     load_runtime_plugins()
     name, address, *numbers, limit = sys.argv[1:]
-    main(name, address, *map(int, numbers), float(limit))
+    main(name, address, *map(int, numbers), float(limit))  # pyright: ignore[reportCallIssue]

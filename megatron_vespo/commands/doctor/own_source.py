@@ -51,7 +51,7 @@ def _imports(node: ast.AST, library: str) -> Iterator[tuple[str, tuple[str, str]
                 yield alias.asname or library, (bound, ""), (alias.name, "")
     elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == library:
         for alias in node.names:
-            yield alias.asname or alias.name, (node.module, alias.name), (node.module, alias.name)
+            yield alias.asname or alias.name, (node.module, alias.name), (node.module, alias.name)  # pyright: ignore[reportReturnType]
 
 
 def _chain(node: ast.AST) -> list[str] | None:

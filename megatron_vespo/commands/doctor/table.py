@@ -30,7 +30,9 @@ def lines_of(findings: Mapping[str, Sequence[Finding]]) -> list[Line]:
 
 
 def _line(check: str, by_node: dict[str, Finding]) -> Line:
-    status = max((finding.status for finding in by_node.values()), key=ORDER.index)
+    status: Status = max(
+        (finding.status for finding in by_node.values()), key=lambda status: ORDER.index(status)
+    )
     if len(by_node) == 1:
         [finding] = by_node.values()
         return Line(check, finding.status, finding.text, finding.fix)

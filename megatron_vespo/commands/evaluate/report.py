@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 
@@ -125,7 +125,7 @@ class Progress:
 
     total: int
     done: int = 0
-    stream: TextIO | None = None
+    stream: TextIO = cast(TextIO, None)  # None: stderr
     now: Callable[[], float] = monotonic
 
     def __post_init__(self) -> None:

@@ -109,7 +109,7 @@ def _rates(
     ones = np.ones(num_batches)
     known = sum(float(values.sum()) for values in seconds.values())
     return Rates(
-        engine=EngineRates(Cost(*decode.tolist(), first), prefill),
+        engine=EngineRates(Cost(*decode.tolist(), first), prefill),  # pyright: ignore[reportCallIssue]
         log_probs=_cost(seconds["log-probs"], np.stack([ones, tokens], 1)),
         train=_cost(train, np.stack([steps * ones, tokens], 1)),
         sync=_cost(seconds["sync"], np.ones((len(seconds["sync"]), 1))),

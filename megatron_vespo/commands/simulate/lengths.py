@@ -12,9 +12,11 @@ import numpy as np
 class Lengths(Protocol):
     def prompt(self, random: np.random.Generator) -> tuple[int, float]:
         """Tokens of a new prompt, and what its responses have in common."""
+        ...
 
     def responses(self, random: np.random.Generator, common: float, number: int) -> list[int]:
         """Tokens of each."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def format_table(rows: list[Row]) -> str:
             result, shares = row.result, row.result.staleness
             mean = sum(lag * share for lag, share in enumerate(shares))
             speed = result.samples_per_second / runs[0].result.samples_per_second
-            lines.append((
+            lines.append((  # pyright: ignore[reportArgumentType]
                 row.where, str(row.trainer), str(row.max_staleness or SYNCHRONOUS),
                 f"{result.step_seconds:,.3g}" if result.step_seconds < 100 else f"{result.step_seconds:,.0f}",
                 f"{result.tokens_per_second:,.0f}", f"{result.samples_per_second:,.1f}", f"{speed:.2f}x",
@@ -68,10 +68,10 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     runs = {where: list(group) for where, group in groupby(rows, key=lambda row: row.where)}
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(13, 4.4), dpi=90, layout="constrained")
         figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
         throughput, idle, lags = figure.subplots(1, 3)
         _plot_throughput(throughput, runs)
         _plot_idle(idle, runs)
@@ -123,7 +123,7 @@ def _plot_lags(axes: Axes, group: list[Row], several: bool) -> None:
     axes.annotate("mean", (1.01, len(group) - 0.4), **beside)
     axes.set_ylim(-0.6, len(group) - 0.4)
     axes.set_ylabel("--max-staleness")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
     axes.set_xlabel("total lag (optimizer steps)")
 
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import cast
 
 import numpy as np
 
@@ -238,7 +239,9 @@ class _Run:
 
     def _next_prompt(self) -> Prompt:
         tokens, common = self._lengths.prompt(self._random)
-        return Prompt(next(self._numbers), range(tokens), "", "", {"common": common})  # it has a length
+        return Prompt(
+            next(self._numbers), cast(list[int], range(tokens)), "", "", {"common": common}
+        )  # it has a length
 
     def _go_on(self) -> None:
         next(self._loop, None)
@@ -253,7 +256,7 @@ class _Run:
 
     def _share_cores(self) -> None:
         working = sum(engine.works for engine in self._pool.engines)
-        trainer, engines = self._rates.shared.speeds(self._training, working)
+        trainer, engines = self._rates.shared.speeds(self._training, working)  # pyright: ignore[reportOptionalMemberAccess]
         self._work.set_speed(trainer)
         for engine in self._pool.engines:
             engine.set_speed(engines)

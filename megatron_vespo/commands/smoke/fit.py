@@ -96,6 +96,7 @@ def fit(wanted: Wanted, nodes: Nodes) -> Wanted:
 
 def _fits(wanted: Wanted, nodes: Nodes) -> bool:
     engines = sum(places // wanted.engine_size for places in nodes.engines)
+    assert wanted.engines is not None and wanted.ranks is not None
     return wanted.engines <= engines and wanted.ranks <= _room(wanted, nodes)
 
 
@@ -104,6 +105,7 @@ def _room(wanted: Wanted, nodes: Nodes) -> int:
     there = sum(nodes.trainer)
     if nodes.apart or (wanted.colocate and nodes.on_gpus):
         return there
+    assert wanted.engines is not None
     return there - wanted.engines * (1 if wanted.colocate else wanted.engine_size)
 
 
@@ -114,7 +116,7 @@ def _filled(wanted: Wanted, nodes: Nodes) -> Wanted | None:
     """
     room = _room(wanted, nodes)
     ranks = min(room, wanted.ranks or room) // wanted.unit * wanted.unit
-    least = wanted.engines * wanted.engine_size if wanted.colocate else 1
+    least = (wanted.engines or 0) * wanted.engine_size if wanted.colocate else 1
     return replace(wanted, ranks=ranks) if ranks >= max(least, wanted.unit) else None
 
 

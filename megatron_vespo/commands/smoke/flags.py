@@ -133,6 +133,7 @@ def layout_flags(layout: Wanted) -> list[str]:
 
 def num_prompts(layout: Wanted) -> int:
     """Of a rollout batch: every rank has samples in every step, every engine several requests."""
+    assert layout.ranks is not None and layout.engines is not None
     shares = layout.ranks // (layout.tp * layout.pp * layout.cp) * (layout.pp if layout.vpp > 1 else 1)
     return MINI_BATCHES * shares * math.ceil(layout.engines / shares)
 
