@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vespo.algorithms.losses.settings import LossSettings
 from tests.support.random_task import VOCAB_SIZE
 
 LAYOUTS = {
@@ -132,25 +133,21 @@ def test_versions_that_are_missing(old_policy):
 def test_a_resumed_run_begins_anew_from_the_weights_it_loaded(old_policy, monkeypatch):
     """Nothing of the run before is known: no average of its weights, no snapshot of its versions."""
     monkeypatch.setattr(old_policy.dist, "get_rank", lambda: 1)
-    args = SimpleNamespace(
-        old_policy="ewma", ewma_decay=0.9, old_policy_snapshots=4, overlap_param_gather=False
-    )
 
-    def run(version: int, weights: list[float]):
+    def run(settings: LossSettings, version: int, weights: list[float]):
         """A process that has loaded the first of these weights and made steps to the others."""
         chunk = Chunk(weights[0])
-        pi_old = old_policy.old_policy(args, [chunk], None, version)
+        pi_old = old_policy.old_policy(settings, [chunk], None, version, overlaps_param_gather=False)
         for step, value in enumerate(weights[1:], start=1):
             chunk.set(value)
             pi_old.advance(version + step)
         return pi_old, chunk
 
     for weights, average in (([1.0, 2.0], (0.9 * 1.0 + 2.0) / 1.9), ([2.0], 2.0)):  # the second resumes
-        pi_old, chunk = run(7, weights)
+        pi_old, chunk = run(LossSettings(old_policy="ewma", ewma_decay=0.9), 7, weights)
         with pi_old.weights():
             assert chunk.weight.item() == pytest.approx(average, rel=1e-6)
-    args.old_policy = "snapshot"
-    resumed, chunk = run(7, [2.0])
+    resumed, chunk = run(LossSettings(old_policy="snapshot"), 7, [2.0])
     with resumed.weights(*resumed.versions([sample(7)])):
         assert chunk.weight.item() == 2.0
     with pytest.raises(ValueError, match="policy version 6, snapshots are kept of versions 7 to 7"):
