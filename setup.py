@@ -41,7 +41,7 @@ GPU_REQUIRES = [
     "sglang==0.5.23",
     "transformer-engine[core-cu13,pytorch]==2.20.2",
 ]
-DEV_REQUIRES = ["hypothesis", "pyright[nodejs]", "pytest", "pytest-timeout", "ruff"]
+DEV_REQUIRES = ["hypothesis", "pyright[nodejs]", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="megatron_vespo",

@@ -23,7 +23,7 @@ done
 
 case $lane in
     full) selection=(-m "not slow") ;;
-    fast) selection=(-m "not slow and not long") ;;
+    fast) selection=(-m "not slow and not long" --numprocesses 2 --dist loadfile) ;;
     slow) selection=() ;;
 esac
 if ((${#paths[@]})); then

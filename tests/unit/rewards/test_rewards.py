@@ -479,6 +479,7 @@ def test_batches_from_several_threads_do_not_mix(pool):
     assert outcomes == {bonus: {1.0 + bonus} for bonus in range(4)}
 
 
+@pytest.mark.long  # its bound wants a processor of its own
 def test_512_cheap_items_take_well_under_half_a_second():
     pool = RewardPool(math_reward, num_workers=2, timeout_s=30.0)
     pool.score([RewardItem(boxed("7"), "42", {}, True)] * 64)

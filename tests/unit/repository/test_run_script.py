@@ -1,0 +1,60 @@
+"""tests/run.sh and .ci/run: which stages run, in which order, and that a failed one fails the whole."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+STUB = '#!/bin/bash\necho "$*" >>given\n[[ -z ${FAIL:-} || "$*" != *"$FAIL"* ]]\n'
+CHECKS = ["-m ruff check", "-m ruff format --check", "-m pyright"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script in a folder whose Python only notes what it is asked; the exit code and the notes."""
+    for name in ("tests/run.sh", ".ci/run"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests/unit").mkdir()
+    (tmp_path / "tests/golden").mkdir()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    (tmp_path / "patches/cpu").mkdir(parents=True)
+    (tmp_path / "patches/cpu/setup_env.sh").write_text("")
+
+    def call(*words: str, fail: str = "") -> tuple[int, list[str]]:
+        done = subprocess.run(
+            ["bash", *words], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "FAIL": fail}, timeout=60,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done.returncode, (tmp_path / "given").read_text().splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize("words", [["tests/run.sh"], [".ci/run"]])
+def test_the_full_lane_begins_with_the_checks(run, words):
+    code, given = run(*words)
+    assert code == 0 and given[:3] == CHECKS and len(given) == 4
+    assert "-m not slow" in given[3] and given[3].endswith("tests/unit tests/golden")
+
+
+def test_the_fast_lane_has_the_short_unit_tests(run):
+    code, given = run("tests/run.sh", "--fast")
+    assert code == 0 and given[:3] == CHECKS
+    assert "not long" in given[3] and given[3].endswith(" tests/unit")
+
+
+def test_paths_are_pytests_alone(run):
+    code, [given] = run("tests/run.sh", "tests/unit", "-k", "phi")
+    assert code == 0 and given.endswith("-k phi tests/unit")
+
+
+@pytest.mark.parametrize("stage", ["ruff check", "ruff format", "pyright", "pytest"])
+def test_a_failed_stage_fails_ci(run, stage):
+    code, given = run(".ci/run", fail=stage)
+    assert code != 0 and stage in given[-1]
