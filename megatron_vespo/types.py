@@ -125,5 +125,8 @@ class RunState:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> RunState:
         """From what a checkpoint has stored, also under the names of version 0.1."""
-        renamed = {"heldout_before": "eval_before", "heldout_after": "eval_after"}
-        return cls(**{renamed.get(name, name): value for name, value in stored.items()})
+        state = cls(**{name.replace("heldout_", "eval_"): value for name, value in stored.items()})
+        for name in ("eval_before", "eval_after"):
+            if (metrics := getattr(state, name)) is not None:
+                setattr(state, name, {key.replace("heldout/", "eval/"): v for key, v in metrics.items()})
+        return state

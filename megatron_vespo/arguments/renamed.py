@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 RENAMED = {
     "--heldout-data": "--eval-data",
@@ -16,14 +16,14 @@ RENAMED = {
     "--heldout-temperature": "--eval-temperature",
     "--mini-batches": "--steps-per-rollout",
     "--num-completions": "--group-size",
-    "--max-dispatches": "--max-attempts (of a group) and --max-request-retries (of a request)",
+    "--max-dispatches": "--max-attempts (of a group) or --max-request-retries (of a request)",
 }
 
 
-def renamed(argv: Sequence[str], known: Collection[str]) -> str | None:
+def renamed(argv: Sequence[str], known: Set[str]) -> str | None:
     """A line about the first flag of `argv` that has another name now; None where there is none."""
     for word in argv:
         flag = word.partition("=")[0]
-        if flag in RENAMED and flag not in known and RENAMED[flag].split()[0] in known:
+        if flag in RENAMED and flag not in known and known & set(RENAMED[flag].split()):
             return f"{flag} is called {RENAMED[flag]} now"
     return None

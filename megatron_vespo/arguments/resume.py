@@ -77,12 +77,13 @@ def resumed_folder(settings: SaveSettings) -> Path | None:
 def describe(settings: SaveSettings, step: int) -> list[str]:
     """What people should know of a run that has loaded optimizer step `step`, 0 for none."""
     lines = []
-    if settings.gone_back is not None and settings.ckpt_step is None and settings.load == settings.save:
+    save = Path(settings.save) if settings.save else None
+    here = save is not None and settings.ckpt_step is None and settings.load == settings.save
+    if save and here and settings.gone_back is not None:
         lines.append(
             f"this command has gone back to optimizer step {settings.gone_back['step']} before and goes on "
-            f"from there; to go back once more remove {Path(settings.save) / RECORD}"
+            f"from there; to go back once more remove {save / RECORD}"
         )
-    save = settings.save and Path(settings.save)
     if save and (later := later_steps(save, kept_step(settings.load, settings.save, step))):
         lines.append(
             f"{settings.save} has checkpoints of other training, optimizer steps "
@@ -93,5 +94,6 @@ def describe(settings: SaveSettings, step: int) -> list[str]:
 
 def how_to_go_on(settings: SaveSettings, step: int) -> str:
     """The flags with which a run goes on from optimizer step `step`, which is in --save."""
+    assert settings.save is not None
     named = newest_step(Path(settings.save)) == step
     return f"--load {settings.save}" + ("" if named else f" --ckpt-step {step}")

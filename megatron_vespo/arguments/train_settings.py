@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.checkpoint import SaveSettings
@@ -47,13 +48,18 @@ class TrainSettings:
     def as_run(self) -> TrainSettings:
         """Without engines where recorded batches are trained on, without a trainer for --rollout-only."""
         if self.run.train_from:
-            return replace(self, engines=replace(self.engines, rollout_engines=0))
+            args = self._with(rollout_engines=0)
+            return replace(self, megatron=args, engines=replace(self.engines, rollout_engines=0))
         if self.run.rollout_only:
+            args = self._with(trainer_ranks=0, hf_export=False)
             trainer, run = replace(self.trainer, trainer_ranks=0), replace(self.run, hf_export=False)
-            return replace(self, trainer=trainer, run=run)
+            return replace(self, megatron=args, trainer=trainer, run=run)
         return self
+
+    def _with(self, **changes: Any) -> Namespace:
+        return Namespace(**vars(self.megatron) | changes)
 
     def going_on_from(self, load: str | None, step: int | None) -> TrainSettings:
         """The same run from another checkpoint."""
-        args = Namespace(**vars(self.megatron) | {"load": load, "ckpt_step": step})
+        args = self._with(load=load, ckpt_step=step)
         return replace(self, megatron=args, save=replace(self.save, load=load, ckpt_step=step))

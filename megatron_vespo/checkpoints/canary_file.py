@@ -47,7 +47,7 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
         arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
         arrays[f"log_probs_{i}"] = values
     file = io.BytesIO()
-    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez(file, **arrays)
     return file.getvalue()
 
 

@@ -20,6 +20,9 @@ from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps, step_folder
 from megatron_vespo.system.disk import write_atomically
 
+_OLD_NAMES = {
+    "mini_batches": "steps_per_rollout", "num_completions": "group_size", "max_dispatches": "max_attempts",
+}  # fmt: skip
 RECORD = "gone_back.json"
 
 
@@ -70,9 +73,17 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
     return place
 
 
+def _of_today(recorded: dict[str, Any]) -> dict[str, Any]:
+    """With the flags' names of today, where version 0.1 has written it."""
+    flags = {_OLD_NAMES.get(name, name): value for name, value in recorded["flags"].items()}
+    flags = {name.replace("heldout_", "eval_"): value for name, value in flags.items()}
+    return recorded | {"flags": flags}
+
+
 def has_gone_back(save: Path, gone_back: dict[str, Any]) -> bool:
     """Whether `save` continues from exactly this return to an earlier step, with no other run in between."""
     try:
-        return json.loads((save / RECORD).read_text()) == gone_back and resumed_save(save) is not None
-    except (OSError, ValueError):
+        recorded = json.loads((save / RECORD).read_text())
+        return _of_today(recorded) == gone_back and resumed_save(save) is not None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

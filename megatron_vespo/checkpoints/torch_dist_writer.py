@@ -153,7 +153,7 @@ def _enter_chunk(metadata: Metadata, chunk: Written) -> None:
         assert isinstance(tensor, TensorStorageMetadata)
         index = MetadataIndex(address.key, offsets, len(tensor.chunks))
         assert index not in metadata.storage_data, f"{index} written twice"
-        tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))  # pyright: ignore[reportAttributeAccessIssue]
+        tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
         metadata.storage_data[index] = chunk.place
 
 

@@ -51,7 +51,10 @@ def read_metrics(path: Path) -> list[dict]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: not a JSON record ({error})") from error
-        records.append({name: NON_FINITE.get(value, value) for name, value in record.items()})
+        # version 0.1 wrote heldout/ for eval/
+        records.append(
+            {name.replace("heldout/", "eval/"): NON_FINITE.get(v, v) for name, v in record.items()}
+        )
     return records
 
 

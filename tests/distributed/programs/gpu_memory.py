@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import FLAGS, hand_back, read_samples
 
-from megatron_vespo.arguments.parse import parse_args
+from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 
 BLOCK = 64 * 1024  # several of them, with tensors across their ends
@@ -65,9 +65,9 @@ def tensors_of(pack) -> list[torch.Tensor]:
 
 def start_worker(folder: Path, flags: list[str]) -> TrainerWorker:
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-    args = parse_args([*FLAGS, "--trainer-ranks", os.environ["WORLD_SIZE"], *flags])
+    settings = parse_settings([*FLAGS, "--trainer-ranks", os.environ["WORLD_SIZE"], *flags])
     with mock.patch("megatron_vespo.cluster.trainer_worker.redirect_output"):
-        worker = TrainerWorker(args, rank, folder, True, {})
+        worker = TrainerWorker(settings, rank, folder, True, {})
     worker.start("127.0.0.1", port)
     return worker
 

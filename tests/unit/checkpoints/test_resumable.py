@@ -107,4 +107,5 @@ def test_flags_reach_every_parameter_group():
 def test_what_version_0_1_has_stored_is_read_by_its_names():
     old = {name: value for name, value in SAVED.items() if name != "steps_per_rollout"} | {"mini_batches": 4}
     assert changes(old, flags()) == ["--steps-per-rollout 8 (the checkpoint had 4)"]
-    assert RunState.of({"iteration": 3, "heldout_before": {"a": 1.0}}).eval_before == {"a": 1.0}
+    state = RunState.of({"iteration": 3, "heldout_before": {"heldout/accuracy": 1.0}, "heldout_after": None})
+    assert (state.eval_before, state.eval_after) == ({"eval/accuracy": 1.0}, None)
