@@ -6,23 +6,24 @@ import argparse
 import math
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from megatron_vespo.algorithms.corrections import CORRECTIONS, why_forbidden
 from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS
+from megatron_vespo.algorithms.losses.settings import LossSettings, OldPolicyName
 from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import DECOUPLED, RATIO_DENOMINATORS, GammaKernel
+from megatron_vespo.algorithms.vespo import DECOUPLED, RATIO_DENOMINATORS
 from megatron_vespo.algorithms.vespo_budget import c2_bounds
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy loss")
     add = group.add_argument
-    kernel = GammaKernel()
-    add("--policy-loss", choices=METHODS, default="vespo", help="see docs/guides/losses.md")
+    default = LossSettings()
+    add("--policy-loss", choices=METHODS, default=default.policy_loss, help="see docs/guides/losses.md")
     add("--loss-aggregation", choices=AGGREGATIONS, help="default: " + _default_aggregations())
     add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
@@ -34,31 +35,32 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="bapo: positive share of the loss to reach; m2po: mean square of log ratios not to exceed; "
         "default: " + _defaults_of("target"))  # fmt: skip
     add("--steps-per-rollout", type=int, default=8, help="optimizer steps per rollout batch, the paper's N")
-    add("--vespo-positive", type=float, nargs=2, default=list(kernel.positive), metavar=("C1", "C2"),
+    add("--vespo-positive", type=float, nargs=2, default=list(default.vespo_positive), metavar=("C1", "C2"),
         help="phi(W) = W^C1 exp(C2 (1 - W)) where the advantage is >= 0")  # fmt: skip
-    add("--vespo-negative", type=float, nargs=2, default=list(kernel.negative), metavar=("C1", "C2"),
+    add("--vespo-negative", type=float, nargs=2, default=list(default.vespo_negative), metavar=("C1", "C2"),
         help="the same where it is < 0")  # fmt: skip
     add("--vespo-budget", type=float, metavar="C",
         help="adapt C2 so that E[phi W] / E[phi] <= C, by sign; default: fixed")  # fmt: skip
-    add("--ratio-denominator", choices=RATIO_DENOMINATORS, default="recomputed",
+    add("--ratio-denominator", choices=RATIO_DENOMINATORS, default=default.ratio_denominator,
         help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
         "engine ratio truncated whole, or per token")  # fmt: skip
-    add("--old-policy", choices=("current", "snapshot", "ewma"), default="current",
+    add("--old-policy", choices=get_args(OldPolicyName), default=default.old_policy,
         help="where the trainer's policy before the first update comes from: the weights when a batch is "
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
         "average; a resumed run begins both anew")  # fmt: skip
-    add("--old-policy-snapshots", type=int, default=4, metavar="K",
+    add("--old-policy-snapshots", type=int, default=default.old_policy_snapshots, metavar="K",
         help="policy versions that snapshot keeps in CPU memory; older tokens: error")  # fmt: skip
-    add("--ewma-decay", type=float, default=0.889,
+    add("--ewma-decay", type=float, default=default.ewma_decay,
         help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
-    add("--mismatch-truncation", type=float, default=2.0, help="upper bound of that engine ratio")
-    add("--mismatch-correction", choices=CORRECTIONS, default="none",
+    add("--mismatch-truncation", type=float, default=default.mismatch_truncation,
+        help="upper bound of that engine ratio")  # fmt: skip
+    add("--mismatch-correction", choices=CORRECTIONS, default=default.mismatch_correction,
         help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
     add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
         help="replay expert choices: R2 pi_old's; R3 the engine's, for pi_old too")  # fmt: skip
-    add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default="group-mean",
+    add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default=default.advantage_estimator,
         help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
         "rollout batch's mean, over the batch's std")  # fmt: skip
     add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
