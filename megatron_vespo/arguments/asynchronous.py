@@ -21,13 +21,13 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
         "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
     add("--over-subscription", type=float, metavar="FACTOR",
-        help="rollout batches ahead or under way, at most; default: by --max-staleness")  # fmt: skip
+        help="rollout batches in flight or waiting, at most; default: by --max-staleness")  # fmt: skip
     add("--stop-generation-while-training", dest="stop_generation", action="store_true",
-        help="a complete batch stops the others' requests; they go on with the next one")  # fmt: skip
+        help="pause all requests when a batch is complete, until it is trained")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default="requeue",
-        help="what becomes of the prompts of finished groups that are too old")  # fmt: skip
+        help="what happens to finished groups that are too old")  # fmt: skip
     add("--max-attempts", type=int, default=3,
-        help="how often a group that fails or gets too old is generated; then it is given up")  # fmt: skip
+        help="generate a group that fails or gets too old at most N times")  # fmt: skip
 
 
 def check_asynchronous(args: Namespace) -> None:

@@ -20,12 +20,31 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-data", type=user_path, metavar="FILE", help="training prompts, JSONL or parquet (required)")
     add("--prompt-key", default="question", help="column of the prompt, string or chat; dots go deeper")
     add("--answer-key", default="answer", help="column of the reference answer; dots go deeper")
-    add("--answer-pattern", metavar="REGEX", help=r"the answer is its column's group 1, e.g. '####\s*(.+)'")
-    add("--no-chat-template", dest="apply_chat_template", action="store_false", help="feed the text as it is")
+    add(
+        "--answer-pattern",
+        metavar="REGEX",
+        help=r"regular expression whose group 1 is the answer, e.g. '####\s*(.+)'",
+    )
+    add(
+        "--no-chat-template",
+        dest="apply_chat_template",
+        action="store_false",
+        help="use the prompt text without a chat template",
+    )
     add("--chat-template-arguments", type=json_object, default={}, metavar="JSON",
         help="an object, e.g. '{\"enable_thinking\": false}'")  # fmt: skip
-    add("--max-prompt-tokens", type=int, default=1024, help="see --overlong-prompts")
-    add("--overlong-prompts", choices=("skip", "error"), default="skip", help="prompts with more tokens")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=1024,
+        help="longest prompt; longer ones: see --overlong-prompts",
+    )
+    add(
+        "--overlong-prompts",
+        choices=("skip", "error"),
+        default="skip",
+        help="what happens to prompts that are too long",
+    )
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,23 @@ from megatron_vespo.rollout.api_key import API_KEY_CHOICES
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engines")
     add = group.add_argument
-    add("--rollout-engines", type=int, default=1, help="number of SGLang servers")
-    add("--rollout-port", type=int, default=0, help="of the first server; 0: free ports")
+    add("--rollout-engines", type=int, default=1, help="number of SGLang engines")
+    add(
+        "--rollout-port",
+        type=int,
+        default=0,
+        help="HTTP port of the first engine, the others follow; 0: free ports",
+    )
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
     add("--engine-restarts", type=int, default=3, metavar="N",
-        help="how often each is started again; it serves when it has the current weights")  # fmt: skip
+        help="restarts per engine; a restarted one serves after the next weight sync")  # fmt: skip
     add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
         help="engines answer this run only, by a key that it draws; auto: where they listen off "
         "loopback")  # fmt: skip
     add("--max-request-retries", type=int, default=2, metavar="N",
-        help="how often a request whose engine is lost is sent again; then its group has failed")  # fmt: skip
+        help="how often a request is sent again if its engine is lost")  # fmt: skip
     add("--min-engines", type=int, default=1, metavar="N",
-        help="the run ends when fewer are left that run or may be started again")  # fmt: skip
+        help="end the run when fewer engines run or may restart")  # fmt: skip
 
 
 def check_retries(args: Namespace) -> None:

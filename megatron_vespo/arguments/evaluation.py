@@ -17,15 +17,25 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     # Megatron has an --eval-interval of its own, which counts optimizer steps and is not used here
     group = parser.add_argument_group("evaluation on held-out prompts", conflict_handler="resolve")
     add = group.add_argument
-    add("--eval-data", metavar="FILE", type=user_path, help="prompts to evaluate on; without it none are")
-    add("--eval-prompt-key", metavar="KEY", help="default, as of the next two: training's")
-    add("--eval-answer-key", metavar="KEY", help="column of the reference answer")
-    add("--eval-answer-pattern", metavar="REGEX", help=r"'(?s)(.*)': the answer is the whole column")
-    add("--eval-interval", type=int, default=5, help="evaluate every so many rollout batches")
-    add("--eval-prompts", type=int, default=512, help="how many of them, at most")
-    add("--eval-completions", type=int, default=1, metavar="K", help="of each: accuracy is avg@K")
+    add("--eval-data", metavar="FILE", type=user_path, help="held-out prompts; default: no evaluation")
+    add("--eval-prompt-key", metavar="KEY", help="column of the prompt; default: --prompt-key")
+    add("--eval-answer-key", metavar="KEY", help="column of the reference answer; default: --answer-key")
+    add(
+        "--eval-answer-pattern",
+        metavar="REGEX",
+        help=r"as --answer-pattern, its default; '(?s)(.*)': the whole column",
+    )
+    add("--eval-interval", type=int, default=5, help="rollout batches between evaluations")
+    add("--eval-prompts", type=int, default=512, help="use the first N prompts")
+    add(
+        "--eval-completions",
+        type=int,
+        default=1,
+        metavar="K",
+        help="completions per prompt; accuracy is avg@K",
+    )
     add("--eval-pass-reward", type=float, default=1.0, metavar="R",
-        help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
+        help="a completion counts as correct for pass@k from this reward on")  # fmt: skip
     add("--eval-temperature", type=float, metavar="T", help="0: greedy; default: --rollout-temperature")
 
 

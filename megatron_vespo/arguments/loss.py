@@ -55,15 +55,19 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mismatch-truncation", type=float, default=default.mismatch_truncation,
         help="upper bound of that engine ratio")  # fmt: skip
     add("--mismatch-correction", choices=CORRECTIONS, default=default.mismatch_correction,
-        help="weight or mask by rho = pi_old / engine, a token or a response")  # fmt: skip
+        help="weight or mask by rho = pi_old / engine, per token or response")  # fmt: skip
     add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
-        help="replay expert choices: R2 pi_old's; R3 the engine's, for pi_old too")  # fmt: skip
+        help="replay expert choices of pi_old (R2) or of the engine (R3)")  # fmt: skip
     add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default=default.advantage_estimator,
         help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
         "rollout batch's mean, over the batch's std")  # fmt: skip
-    add("--max-logprob-difference", type=float, help="stop where engine and trainer differ by more")
+    add(
+        "--max-logprob-difference",
+        type=float,
+        help="end the run if log-probs of engine and trainer differ by more",
+    )
 
 
 def _default_aggregations() -> str:

@@ -15,17 +15,17 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--trainer-ranks", type=int, default=1, help="Megatron processes; one GPU each where there are GPUs")
     add("--colocate", action="store_true",
-        help="engines on the trainer's GPUs: both take turns and give memory back")  # fmt: skip
+        help="engines and trainer share the GPUs and take turns")  # fmt: skip
     add(
         "--no-colocate-offload",
         dest="colocate_offload",
         action="store_false",
-        help="weights and optimizer stay on the GPU in the engines' turn",
+        help="keep weights and optimizer on the GPU during generation",
     )
     add("--max-tokens-per-gpu", type=int, default=8192,
         help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
-        help="logits exist for so many tokens at a time")  # fmt: skip
+        help="compute logits for this many tokens at a time")  # fmt: skip
 
 
 def check_colocation(args: Namespace) -> None:

@@ -17,10 +17,16 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
         help="'math' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes that compute rewards")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
-        help="for a worker and each process that it starts; inf: no limit")  # fmt: skip
+        help="memory limit per process of a worker; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
-        help="in advantages, rewards fall over so many tokens before the limit; 0: off")  # fmt: skip
-    add("--overlong-penalty", type=float, default=1.0, metavar="FACTOR", help="by so much, at most")
+        help="reduce the reward over the last TOKENS before the length limit; 0: off")  # fmt: skip
+    add(
+        "--overlong-penalty",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="largest reduction by --overlong-buffer",
+    )
 
 
 def check_overlong(args: Namespace) -> None:

@@ -15,14 +15,19 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--rollout-batch-size", type=int, default=32, help="prompts per rollout batch")
     add("--group-size", type=int, default=8, help="completions per prompt")
-    add("--max-completion-tokens", type=int, default=1024, help="longer ones are cut")
-    add("--rollout-temperature", type=float, default=1.0, help="the trainer's log-probs use it too")
+    add("--max-completion-tokens", type=int, default=1024, help="longest completion; longer ones are cut")
+    add(
+        "--rollout-temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature, also of the trainer's log-probs",
+    )
     add("--generate-function", metavar="PATH",
-        help="package.module:function that makes a completion; default: a request")  # fmt: skip
+        help="package.module:function that makes a completion; default: one request")  # fmt: skip
     add("--dynamic-sampling", action="store_true",
-        help="groups of equal rewards are left out, further prompts generated")  # fmt: skip
+        help="skip groups with equal rewards and generate further prompts")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
-        help="at most so many times --rollout-batch-size prompts; left-out ones fill it")  # fmt: skip
+        help="generate at most N batches of prompts; skipped groups then fill the batch")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
-        help="what an alarm does, see docs/reference/alarms.md; the last one needs --save")  # fmt: skip
-    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch there")
+        help="what happens at an alarm, see docs/reference/alarms.md; the last choice needs --save")  # fmt: skip
+    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch")
     add("--train-from", type=user_path, metavar="DIR",
-        help="train on recorded batches; no engines, no --prompt-data")  # fmt: skip
+        help="train on the batches of --save-rollouts; no engines")  # fmt: skip
     add("--rollout-only", action="store_true",
-        help="generate and score with the weights of --hf-checkpoint; no trainer")  # fmt: skip
+        help="generate and score with the initial weights; no trainer")  # fmt: skip
     add("--setup-seconds", type=float, default=0.0, help="set-up time before this program, for the summary")
 
 

@@ -13,9 +13,9 @@ from megatron_vespo.arguments.settings import of_namespace
 def add_sync_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weight sync")
     add = group.add_argument
-    add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB", help="sent at once")
+    add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB", help="size of a bucket of weights")
     add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
-        help="compare an engine with an export, as on every resume; 0: only then")  # fmt: skip
+        help="compare an engine with an export every N syncs; 0: on resumes only")  # fmt: skip
 
 
 def check_sync(args: Namespace) -> None:
