@@ -18,7 +18,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=user_path, metavar="DIR", help="metrics, logs, summary, HF export (required)")
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
-        help="what happens at an alarm, see docs/reference/alarms.md; the last choice needs --save")  # fmt: skip
+        help="what happens at an alarm, see docs/reference/alarms.md; the last one needs --save")  # fmt: skip
     add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch")
     add("--train-from", type=user_path, metavar="DIR",
         help="train on the batches of --save-rollouts; no engines")  # fmt: skip
