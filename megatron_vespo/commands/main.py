@@ -7,10 +7,11 @@ import signal
 import sys
 from collections.abc import Callable
 
+from megatron_vespo import __version__
 from megatron_vespo.commands.endings import EXIT_BROKEN_PIPE, EXIT_FAILURE, EXIT_USER_ERROR, ending
 
 USAGE = """\
-usage: megatron-vespo COMMAND [flags]
+usage: megatron-vespo COMMAND [flags], or --version
 
 commands:
   train           train an HF checkpoint with VESPO (megatron-vespo train --help)
@@ -65,6 +66,9 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else EXIT_USER_ERROR
+    if argv[0] == "--version":
+        print(f"megatron-vespo {__version__}")
+        return 0
     for words, command in COMMANDS.items():
         if argv[: len(words.split())] == words.split():
             return _guarded(words, command, argv[len(words.split()) :])

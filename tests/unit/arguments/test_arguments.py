@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo import __version__
 from megatron_vespo.algorithms.losses.clipped import gspo
 from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.algorithms.losses.table import PolicyLoss
@@ -407,6 +408,7 @@ def test_help_megatron_lists_megatrons_flags(child):
     ("argv", "code", "stdout", "stderr"),
     [
         (["--help"], 0, cli.USAGE, ""),
+        (["--version"], 0, f"megatron-vespo {__version__}\n", ""),
         ([], 2, cli.USAGE, ""),
         (
             ["serve"],

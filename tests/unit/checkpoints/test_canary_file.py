@@ -62,8 +62,8 @@ def test_canaries_of_older_checkpoints_are_compared_too(name, tmp_path):
     worker.policy = SimpleNamespace(
         log_probs=lambda samples, tracked: [values + np.float32(2**-15) for values in saved],
     )
-    assert worker._check_canaries(Stored(tmp_path, {}, {name: entry_of(content)})) == 2**-15
-    assert worker._check_canaries(Stored(tmp_path, {}, {})) is None
+    assert worker._check_canaries(Stored(tmp_path, {}, {name: entry_of(content)}, {})) == 2**-15
+    assert worker._check_canaries(Stored(tmp_path, {}, {}, {})) is None
 
 
 def test_canaries_do_not_hold_the_batch_that_they_come_from():
