@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,10 @@ import megatron_vespo
 from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe
+from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.submit import engine_nodes
+from megatron_vespo.commands.submit.options import SubmitOptions
 from megatron_vespo.commands.submit.sbatch_script import checked_time_limit, render, seconds_before_limit
 from megatron_vespo.system.hardware import GPUS, ON_GPUS
 from megatron_vespo.system.paths import path_word, user_path
@@ -38,45 +40,46 @@ END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 
 def main(argv: list[str]) -> int:
     engine_nodes.check_words(argv)
-    args, more = _parser().parse_known_args(argv)
-    check_positive(args, ("nodes",))
-    if args.gpus_per_node < 0:
+    parsed, more = _parser().parse_known_args(argv)
+    asked = of_namespace(SubmitOptions, parsed)
+    check_positive(asked, ("nodes",))
+    if asked.gpus_per_node < 0:
         raise ValueError(
-            f"--gpus-per-node is {args.gpus_per_node}, must be positive, or 0: the job asks for none"
+            f"--gpus-per-node is {asked.gpus_per_node}, must be positive, or 0: the job asks for none"
         )
-    if args.chain < 1:
-        raise ValueError(f"--chain {args.chain}: must be 1, or the number of jobs")
-    flags = read_recipe(args.recipe) + more
-    engine_nodes.check(args, flags)
-    if args.smoke:
-        return _submit_smoke(args, more)
+    if asked.chain < 1:
+        raise ValueError(f"--chain {asked.chain}: must be 1, or the number of jobs")
+    flags = read_recipe(asked.recipe) + more
+    engine_nodes.check(asked, flags)
+    if asked.smoke:
+        return _submit_smoke(asked, more)
     # the machine that jobs are submitted on may have no GPU
-    there = [*(ON_GPUS if args.gpus_per_node else []), *flags]
-    run = checked_run(there)
+    there = [*(ON_GPUS if asked.gpus_per_node else []), *flags]
+    settings = checked_run(there)
     from megatron_vespo.arguments.parse import with_expanded_paths  # takes seconds
 
     # what stands in the script means the same whoever's environment it is read in
-    script = job_script(args, with_expanded_paths(flags), run.preemption_deadline)
+    script = job_script(asked, with_expanded_paths(flags), settings.run.preemption_deadline)
     print(script, flush=True)
-    use = described_use(run, args)
-    if not (run.train_from or run.rollout_only):
-        check_plan(there, args)
+    use = described_use(settings, asked)
+    if not (settings.run.train_from or settings.run.rollout_only):
+        check_plan(there, asked)
     print(use)
-    return _submit_unless_dry(script, args)
+    return _submit_unless_dry(script, asked)
 
 
-def _submit_smoke(args: Namespace, more: list[str]) -> int:
+def _submit_smoke(asked: SubmitOptions, more: list[str]) -> int:
     """The same for a smoke run, whose model fits: only its flags are checked."""
-    if args.chain > 1:
-        raise ValueError(f"--chain {args.chain} is for a run that goes on in the next job, --smoke does not")
-    script = smoke_script(args, more)
+    if asked.chain > 1:
+        raise ValueError(f"--chain {asked.chain} is for a run that goes on in the next job, --smoke does not")
+    script = smoke_script(asked, more)
     print(script, flush=True)
-    print(f"checked: {smoke_layout(args, more)}")
-    return _submit_unless_dry(script, args)
+    print(f"checked: {smoke_layout(asked, more)}")
+    return _submit_unless_dry(script, asked)
 
 
-def _submit_unless_dry(script: str, args: Namespace) -> int:
-    for line in asked_sbatch(script) if args.dry_run else submit(script, args.chain):
+def _submit_unless_dry(script: str, asked: SubmitOptions) -> int:
+    for line in asked_sbatch(script) if asked.dry_run else submit(script, asked.chain):
         print(line)
     return 0
 
@@ -118,34 +121,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def checked_run(flags: list[str]) -> Namespace:
+def checked_run(flags: list[str]) -> TrainSettings:
     """The run that train would make of the flags; ValueError for what would only show when the job runs."""
-    from megatron_vespo.arguments.parse import parse_args  # takes seconds
+    from megatron_vespo.arguments.parse import parse_settings  # takes seconds
 
-    run = parse_args(flags, "submit")
-    if run.ray_address:
+    settings = parse_settings(flags, "submit")
+    if settings.engines.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
     # one that goes back to an older checkpoint does so once, and goes on from --save
-    if run.save is None or (run.save != run.load and run.gone_back is None):
+    if settings.save.save is None or (
+        settings.save.save != settings.save.load and settings.save.gone_back is None
+    ):
         raise ValueError(
-            f"--save {run.save} and --load {run.load} must be one folder: a job that is started again "
-            "goes on there"
+            f"--save {settings.save.save} and --load {settings.save.load} must be one folder: a job that is "
+            "started again goes on there"
         )
-    return run
+    return settings
 
 
-def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) -> str:
-    """slurm/train.sbatch as `args` and the flags want it."""
+def job_script(asked: SubmitOptions, flags: list[str], preemption_deadline_s: float) -> str:
+    """slurm/train.sbatch as `asked` and the flags want it."""
     template, needed = _template(SCRIPT), math.ceil(preemption_deadline_s + END_S)
-    options, leave_out, variables = _options(args, args.recipe.stem)
+    options, leave_out, variables = _options(asked, asked.recipe.stem)
     if seconds_before_limit(template) < needed:
         options["signal"] = f"B:USR1@{needed}"
-    if args.chain > 1:  # the next job goes on, not this one once more
+    if asked.chain > 1:  # the next job goes on, not this one once more
         options["no-requeue"] = None
         leave_out.append("requeue")
         variables["VESPO_MAX_RESTARTS"] = "0"
-    options |= engine_nodes.options_of_sbatch(args.sbatch)
-    script = render(template, options, leave_out, variables, flags, engine_nodes.component(args))
+    options |= engine_nodes.options_of_sbatch(asked.sbatch)
+    script = render(template, options, leave_out, variables, flags, engine_nodes.component(asked))
     if (seconds := seconds_before_limit(script)) < needed:
         raise ValueError(
             f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
@@ -155,14 +160,14 @@ def job_script(args: Namespace, flags: list[str], preemption_deadline_s: float) 
     return script
 
 
-def smoke_script(args: Namespace, more: list[str]) -> str:
-    """slurm/smoke.sbatch as `args` want it, for the recipe and the flags behind it."""
-    options, leave_out, variables = _options(args, f"smoke-{args.recipe.stem}")
-    options |= engine_nodes.options_of_sbatch(args.sbatch)
+def smoke_script(asked: SubmitOptions, more: list[str]) -> str:
+    """slurm/smoke.sbatch as `asked` want it, for the recipe and the flags behind it."""
+    options, leave_out, variables = _options(asked, f"smoke-{asked.recipe.stem}")
+    options |= engine_nodes.options_of_sbatch(asked.sbatch)
     template = _template(SMOKE_SCRIPT)
     checked_time_limit(template, options)
-    words = [str(args.recipe.resolve()), *more]
-    component = engine_nodes.component(args)
+    words = [str(asked.recipe.resolve()), *more]
+    component = engine_nodes.component(asked)
     return render(template, options, leave_out, variables, words, component)
 
 
@@ -172,82 +177,82 @@ def _template(script: Path) -> str:
     return script.read_text()
 
 
-def _options(args: Namespace, name: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
+def _options(asked: SubmitOptions, name: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
     """Of a job: options of sbatch, those to leave out, and variables of slurm/environment.sh."""
-    options: dict[str, str | None] = {"job-name": name, "nodes": str(args.nodes)}
+    options: dict[str, str | None] = {"job-name": name, "nodes": str(asked.nodes)}
     leave_out = []
-    if args.gpus_per_node:
-        options["gpus-per-node"] = str(args.gpus_per_node)
+    if asked.gpus_per_node:
+        options["gpus-per-node"] = str(asked.gpus_per_node)
     else:
         leave_out.append("gpus-per-node")
-    if args.time:
-        options["time"] = args.time
+    if asked.time:
+        options["time"] = asked.time
     variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
-    if args.container:
-        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *args.mounts]
+    if asked.container:
+        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *asked.mounts]
         variables |= {
-            "VESPO_CONTAINER": args.container,
-            "VESPO_CONTAINER_RUNTIME": args.container_runtime,
+            "VESPO_CONTAINER": asked.container,
+            "VESPO_CONTAINER_RUNTIME": asked.container_runtime,
             "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
         }
     else:
-        variables["VESPO_VENV"] = str(args.venv.resolve())
+        variables["VESPO_VENV"] = str(asked.venv.resolve())
     return options, leave_out, variables
 
 
-def smoke_layout(args: Namespace, more: list[str]) -> str:
+def smoke_layout(asked: SubmitOptions, more: list[str]) -> str:
     """What a smoke run on these nodes makes of the recipe; ValueError for flags that it would refuse."""
     with warnings.catch_warnings(action="ignore"):
         from megatron_vespo.commands.smoke.command import checked_layout, parse  # takes seconds
         from megatron_vespo.commands.smoke.fit import Nodes
 
-    options, flags = parse([str(args.recipe), *more])
+    options, flags = parse([str(asked.recipe), *more])
     if options.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
-    if not args.gpus_per_node:
+    if not asked.gpus_per_node:
         return "none of it on a GPU, the layout as Ray's nodes have cores"
-    trainer = engines = (args.gpus_per_node,) * args.nodes
-    if args.engine_nodes is not None:
-        engines = (engine_nodes.gpus_per_node(args),) * args.engine_nodes
-    nodes = Nodes(trainer, engines, on_gpus=True, apart=args.engine_nodes is not None)
+    trainer = engines = (asked.gpus_per_node,) * asked.nodes
+    if asked.engine_nodes is not None:
+        engines = (engine_nodes.gpus_per_node(asked),) * asked.engine_nodes
+    nodes = Nodes(trainer, engines, on_gpus=True, apart=asked.engine_nodes is not None)
     return str(checked_layout([*ON_GPUS, *flags], nodes, options.timeout))
 
 
-def described_use(run: Namespace, args: Namespace) -> str:
+def described_use(settings: TrainSettings, asked: SubmitOptions) -> str:
     """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
     from megatron_vespo.commands.plan.gpu_count import too_few_gpus
     from megatron_vespo.rollout.server_arguments import engine_size
 
-    ranks = 0 if run.rollout_only else run.trainer_ranks
-    engines = 0 if run.train_from else run.rollout_engines
-    size = engine_size(run.sglang_flags)
-    nodes, gpus_per_node = args.nodes, args.gpus_per_node
-    if args.engine_nodes is not None and gpus_per_node:
-        return engine_nodes.described_use(args, ranks, engines, size)
-    used, there = ranks + engines * size * (not run.colocate), nodes * gpus_per_node
+    ranks = 0 if settings.run.rollout_only else settings.trainer.trainer_ranks
+    engines = 0 if settings.run.train_from else settings.engines.rollout_engines
+    size = engine_size(settings.engines.sglang_flags)
+    nodes, gpus_per_node = asked.nodes, asked.gpus_per_node
+    if asked.engine_nodes is not None and gpus_per_node:
+        return engine_nodes.described_use(asked, ranks, engines, size)
+    used, there = ranks + engines * size * (not settings.sync.colocate), nodes * gpus_per_node
     of_engines = f"{counted(engines, 'engine')} of {counted(size, 'GPU')}"
-    what = f"{counted(ranks, 'trainer rank')} and {of_engines}" + " in turn" * run.colocate
+    what = f"{counted(ranks, 'trainer rank')} and {of_engines}" + " in turn" * settings.sync.colocate
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
-    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, run.colocate):
+    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, settings.sync.colocate):
         raise ValueError(wrong)
     return f"checked: {what} use {used} of {there} GPUs"
 
 
-def check_plan(flags: list[str], args: Namespace) -> None:
+def check_plan(flags: list[str], asked: SubmitOptions) -> None:
     """ValueError for a run that `megatron-vespo plan` refuses. Takes seconds."""
     from megatron_vespo.commands.plan.command import parsed, planned, what_does_not_fit
     from megatron_vespo.commands.plan.plan import Cluster
 
-    if not args.gpus_per_node or args.gpu == "other":
+    if not asked.gpus_per_node or asked.gpu == "other":
         parsed(flags)
         return
-    cluster = Cluster(*engine_nodes.all_nodes(args), GPUS[args.gpu])
-    plan, of_engines = planned(flags, cluster), args.engine_gpu or args.gpu
-    if of_engines not in (args.gpu, "other"):
+    cluster = Cluster(*engine_nodes.all_nodes(asked), GPUS[asked.gpu])
+    plan, of_engines = planned(flags, cluster), asked.engine_gpu or asked.gpu
+    if of_engines not in (asked.gpu, "other"):
         plan = replace(plan, engine=planned(flags, replace(cluster, gpu=GPUS[of_engines])).engine)
     if wrong := what_does_not_fit(plan, flags, with_engines=of_engines != "other"):
-        gpus = f"--gpu {args.gpu}" + (f" --engine-gpu {args.engine_gpu}" if args.engine_gpu else "")
+        gpus = f"--gpu {asked.gpu}" + (f" --engine-gpu {asked.engine_gpu}" if asked.engine_gpu else "")
         more = f"; and {len(wrong) - 1} more, see megatron-vespo plan" if wrong[1:] else ""
         raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
 

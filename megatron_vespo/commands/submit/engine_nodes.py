@@ -6,10 +6,10 @@ They are the second component of SLURM's heterogeneous jobs: one job, one Ray, o
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from megatron_vespo.commands.submit.options import SubmitOptions
 from megatron_vespo.system.hardware import GPUS
 from megatron_vespo.system.wording import counted
 
@@ -25,16 +25,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "qos, reservation, time and the like from --sbatch, but nothing that says which nodes")  # fmt: skip
 
 
-def check(args: Namespace, flags: Sequence[str]) -> None:
+def check(asked: SubmitOptions, flags: Sequence[str]) -> None:
     """ValueError for flags that do not go together. `flags` are the run's."""
-    if args.engine_nodes is None:
-        if args.engine_gpus_per_node is not None or args.engine_gpu or args.engine_sbatch:
+    if asked.engine_nodes is None:
+        if asked.engine_gpus_per_node is not None or asked.engine_gpu or asked.engine_sbatch:
             raise ValueError(
                 "--engine-gpus-per-node, --engine-gpu and --engine-sbatch are for --engine-nodes N"
             )
         return
-    if args.engine_nodes < 1:
-        raise ValueError(f"--engine-nodes {args.engine_nodes}: must be at least 1")
+    if asked.engine_nodes < 1:
+        raise ValueError(f"--engine-nodes {asked.engine_nodes}: must be at least 1")
     if "--colocate" in flags:
         raise ValueError("--colocate puts engines on the trainer's GPUs: leave it or --engine-nodes out")
 
@@ -46,25 +46,25 @@ def check_words(argv: Sequence[str]) -> None:
             raise ValueError(f"{flag} {word}: without dashes, as in {flag} partition=h100")
 
 
-def component(args: Namespace) -> dict[str, str | None] | None:
+def component(asked: SubmitOptions) -> dict[str, str | None] | None:
     """Options of sbatch for the second component; None for a job of one."""
-    if args.engine_nodes is None:
+    if asked.engine_nodes is None:
         return None
-    options: dict[str, str | None] = {"nodes": str(args.engine_nodes)}
-    if gpus := gpus_per_node(args):
+    options: dict[str, str | None] = {"nodes": str(asked.engine_nodes)}
+    if gpus := gpus_per_node(asked):
         options["gpus-per-node"] = str(gpus)
-    return options | options_of_sbatch(args.engine_sbatch)
+    return options | options_of_sbatch(asked.engine_sbatch)
 
 
-def gpus_per_node(args: Namespace) -> int:
-    return args.gpus_per_node if args.engine_gpus_per_node is None else args.engine_gpus_per_node
+def gpus_per_node(asked: SubmitOptions) -> int:
+    return asked.gpus_per_node if asked.engine_gpus_per_node is None else asked.engine_gpus_per_node
 
 
-def all_nodes(args: Namespace) -> tuple[int, int]:
+def all_nodes(asked: SubmitOptions) -> tuple[int, int]:
     """Nodes and GPUs a node, as a plan counts them: what fits on the nodes of each role fits on these."""
-    if args.engine_nodes is None:
-        return args.nodes, args.gpus_per_node
-    return args.nodes + args.engine_nodes, max(args.gpus_per_node, gpus_per_node(args))
+    if asked.engine_nodes is None:
+        return asked.nodes, asked.gpus_per_node
+    return asked.nodes + asked.engine_nodes, max(asked.gpus_per_node, gpus_per_node(asked))
 
 
 def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
@@ -73,21 +73,21 @@ def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
     return {name.lstrip("-"): value if equals else None for name, equals, value in split}
 
 
-def described_use(args: Namespace, ranks: int, engines: int, engine_size: int) -> str:
+def described_use(asked: SubmitOptions, ranks: int, engines: int, engine_size: int) -> str:
     """The GPUs of each role in a line; ValueError if its nodes do not have them."""
-    ours, theirs = args.gpus_per_node, gpus_per_node(args)
+    ours, theirs = asked.gpus_per_node, gpus_per_node(asked)
     what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
-    if ranks > (there := args.nodes * ours):
+    if ranks > (there := asked.nodes * ours):
         raise ValueError(
             f"{ranks} trainer ranks need {ranks} GPUs, "
-            f"--nodes {args.nodes} x --gpus-per-node {ours} = {there}"
+            f"--nodes {asked.nodes} x --gpus-per-node {ours} = {there}"
         )
-    if engines > (most := args.engine_nodes * (theirs // engine_size)):
+    if engines > (most := asked.engine_nodes * (theirs // engine_size)):
         raise ValueError(
-            f"{what}, each on one node: --engine-nodes {args.engine_nodes} x --engine-gpus-per-node {theirs} "
-            f"hold {most} of them"
+            f"{what}, each on one node: --engine-nodes {asked.engine_nodes} x --engine-gpus-per-node "
+            f"{theirs} hold {most} of them"
         )
-    of_engines = args.engine_nodes * theirs
+    of_engines = asked.engine_nodes * theirs
     return (
         f"checked: {counted(ranks, 'trainer rank')} use{'s' * (ranks == 1)} {ranks} of {there} GPUs, "
         f"{what} use{'s' * (engines == 1)} {engines * engine_size} of {of_engines} on nodes of their own"

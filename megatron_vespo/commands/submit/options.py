@@ -1,0 +1,30 @@
+"""The options of `megatron-vespo submit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """The flags' names and values; nodes are of the trainer where `engine_nodes` is given."""
+
+    recipe: Path
+    nodes: int
+    gpus_per_node: int  # 0: the job asks for none
+    gpu: str  # a name of hardware.GPUS, or "other"
+    time: str | None  # as sbatch takes it
+    sbatch: tuple[str, ...]  # NAME or NAME=VALUE
+    engine_nodes: int | None
+    engine_gpus_per_node: int | None
+    engine_gpu: str | None
+    engine_sbatch: tuple[str, ...]
+    chain: int  # jobs
+    venv: Path
+    smoke: bool
+    container: str | None
+    container_runtime: Literal["pyxis", "apptainer"]
+    mounts: tuple[str, ...]
+    dry_run: bool
