@@ -34,13 +34,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="end the run when fewer engines run or may restart")  # fmt: skip
 
 
-def check_retries(args: Namespace) -> None:
-    if args.max_request_retries < 0:
-        raise ValueError(f"--max-request-retries is {args.max_request_retries}, must be positive, or 0: none")
+def check_retries(number: int) -> None:
+    if number < 0:
+        raise ValueError(f"--max-request-retries is {number}, must be positive, or 0: none")
 
 
 def check_engines(args: Namespace) -> None:
-    check_retries(args)
+    check_retries(args.max_request_retries)
     if args.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {args.engine_restarts}, must be positive, or 0: none")
     if not 1 <= args.min_engines <= args.rollout_engines:

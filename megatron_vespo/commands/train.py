@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 from megatron_vespo.arguments.checks import check_output_folder
 from megatron_vespo.arguments.parse import full_parser, parse_settings
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     found = find_checkpoint(settings)
     if found:
         run = settings.run
-        wanted = Wanted(settings.save.load, run.train_iters, run.output_dir, run.hf_export)
+        wanted = Wanted(cast(str, settings.save.load), run.train_iters, run.output_dir, run.hf_export)
         if finished := why_finished(wanted, found.folder, found.step):
             print(finished)
             return

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vespo.checkpoints import run_folder as checkpoint_folder
 from megatron_vespo.checkpoints.resumable import check_resumable, stored_schedule

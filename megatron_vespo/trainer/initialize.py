@@ -7,7 +7,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -48,7 +48,7 @@ def give_to_megatron(args: Namespace, **changes: Any) -> Namespace:
 @contextmanager
 def megatron_arguments(**changes: Any) -> Iterator[None]:
     """Inside, Megatron reads a copy of its arguments with `changes`; afterwards those of before."""
-    before = get_args()
+    before = cast(Namespace, get_args())
     give_to_megatron(before, **changes)
     try:
         yield

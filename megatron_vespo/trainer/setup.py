@@ -11,7 +11,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Set
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 from megatron.core import dist_checkpointing
@@ -43,8 +43,9 @@ def set_up(args: Namespace) -> tuple:
     provider = model_provider(args, model_config(args))
     with stored_names(partial(take_flags, flags=vars(args))):
         model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
+    assert optimizer is not None
     _add_missing_settings(optimizer)
-    return model, optimizer, scheduler, get_args().iteration
+    return model, optimizer, scheduler, cast(Namespace, get_args()).iteration
 
 
 def _add_missing_settings(optimizer: MegatronOptimizer) -> None:

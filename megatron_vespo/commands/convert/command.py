@@ -189,7 +189,7 @@ def _conversion(options: HfToMegatronOptions) -> Options:
         if options.dtype is not None:
             raise ValueError("--check-logits compares unrounded weights: leave out --dtype")
         check = partial(check_logits, num_tokens=options.check_logits)
-    dtype = block_fp8.DTYPE if options.dtype == _FP8 else _DTYPES.get(options.dtype)
+    dtype = block_fp8.DTYPE if options.dtype == _FP8 else _DTYPES.get(options.dtype or "")
     return Options(dtype, _budget(options), options.force, options.quiet, check)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_vespo.arguments.checks import check_output_folder
 from megatron_vespo.arguments.data import PromptSettings
@@ -128,7 +128,7 @@ class _Evaluation:
             if failures := scorer.score(group):
                 progress.message(describe_failures(failures))
             held.append(self._record(*self.left[index], group))
-            progress.finished([completion.reward for completion in group])
+            progress.finished([cast(float, completion.reward) for completion in group])
             statuses.extend(reward_statuses(group))
             if "ok" in statuses:
                 keep()

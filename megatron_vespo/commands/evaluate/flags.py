@@ -142,7 +142,7 @@ def _check_engines(options: EvaluateOptions) -> None:
         raise ValueError("--api-key-env is for --engine-url: engines that are started need no key")
     if options.api_key_env and not os.environ.get(options.api_key_env):
         raise ValueError(f"--api-key-env {options.api_key_env}: no such environment variable, or it is empty")
-    check_retries(options)
+    check_retries(options.max_request_retries)
     if options.engine_restarts < 0:
         raise ValueError(f"--engine-restarts is {options.engine_restarts}, must be positive, or 0: none")
     if options.min_engines > options.rollout_engines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.arguments.parse import parse_settings
@@ -127,7 +127,7 @@ def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
     yield f"trainer headroom is {headroom / GIB:.1f} GiB{where}: {hint}"
 
 
-def _candidates(settings: TrainSettings) -> Iterator[list[str]]:
+def _candidates(settings: TrainSettings) -> Iterator[Sequence[str]]:
     """Flags that save memory, the cheaper first."""
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     if settings.trainer.recompute_granularity != "full":

@@ -62,6 +62,7 @@ def _experts(settings: TrainerSettings, slices: int) -> list[Kept]:
 
     Expert tensor parallelism gathers tokens and cuts widths.
     """
+    assert settings.num_experts is not None
     chosen = settings.moe_router_topk / slices
     expert_tensor = settings.expert_tensor_parallel_size or settings.tensor_model_parallel_size
     size, modules = settings.params_dtype.itemsize, frozenset({"moe"})

@@ -115,6 +115,7 @@ def activation_bytes(settings: TrainSettings, layers: int, index: int) -> float:
             settings.trainer.recompute_num_layers,
             settings.trainer.virtual_pipeline_model_parallel_size or 1,
         )
+        assert every is not None, "--recompute-granularity full needs --recompute-num-layers"
         if settings.trainer.recompute_method == "uniform":
             stored, at_work = inputs * math.ceil(layers / chunks / every) * chunks, every
         else:

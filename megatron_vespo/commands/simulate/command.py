@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_staleness
 from megatron_vespo.arguments.checks import check_output_file, check_positive
@@ -32,7 +33,9 @@ by tokens, engines that share their speed among running requests, weight syncs, 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     measured = None if args.from_run is None else measure(args.from_run, args.lengths_from)
-    scale = {name: value for name, value in _scale(measured).items() if getattr(args, name) is None}
+    scale: dict[str, Any] = {
+        name: value for name, value in _scale(measured).items() if getattr(args, name) is None
+    }
     options = of_namespace(SimulateOptions, args, **scale)
     _check(options)
     if options.picture is not None:

@@ -68,7 +68,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     runs = {where: list(group) for where, group in groupby(rows, key=lambda row: row.where)}
-    with rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with rc_context(STYLE):
         figure = Figure(figsize=(13, 4.4), dpi=90, layout="constrained")
         figure.suptitle(title, fontsize=13, weight="bold", x=0.01, ha="left")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]

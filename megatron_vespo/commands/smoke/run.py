@@ -6,10 +6,12 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, compare, differences, prefilled
 from megatron_vespo.commands.smoke.stages import CheckFailed, Stage, Stages
 from megatron_vespo.data.prompts import PromptSet
@@ -17,6 +19,7 @@ from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.services import Services, Task
 from megatron_vespo.driver.trainer_attempt import TrainerAttempt
 from megatron_vespo.driver.training_samples import training_samples
+from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
@@ -64,6 +67,21 @@ def all_stages(colocate: bool) -> Stages:
     return Stages([Stage(name, hint) for name, hint in rows.items() if colocate or name != "colocated turn"])
 
 
+def _controller(attempt: TrainerAttempt) -> Controller:
+    assert attempt.controller is not None, "the attempt has not started"
+    return attempt.controller
+
+
+def _trainer(controller: Controller) -> TrainerGroup:
+    assert controller.trainer is not None, "a smoke run trains"
+    return controller.trainer
+
+
+def _seconds_of_sharing(services: Services) -> float:
+    assert services.gpu_sharing is not None, "a colocated run shares its GPUs"
+    return services.gpu_sharing.seconds
+
+
 class SmokeRun:
     """`settings` are those of `smoke_arguments`; `model_bytes` is what a weight sync sends."""
 
@@ -71,25 +89,26 @@ class SmokeRun:
         self._settings, self._model_bytes, self._stages = settings, model_bytes, stages
         self._bounds = BOUNDS_BF16 if settings.trainer.bf16 else BOUNDS_FP32
         self._draw = np.random.default_rng(settings.rollout.seed)
-        self._services: Services | None = None
+        self._services = cast(Services, None)  # until `run` has started them
 
     def run(self, stack: ExitStack) -> None:
         """All stages; `stack` ends what has started. Raises Stopped where one breaks."""
         settings, stages = self._settings, self._stages
         trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
+        display = cast(RunDisplay, stages)  # it has the methods that services call
         with stages.stage("start Ray"):
-            self._services = Services(settings, self._task(), stages, trace, Preemption(), stack)
+            self._services = Services(settings, self._task(), display, trace, Preemption(), stack)
         first = TrainerAttempt(settings, self._services, 0)
         with first:
-            samples = self._generate_and_train(first.controller)
-            log_probs, sums = self._save(first.controller, samples)
+            samples = self._generate_and_train(_controller(first))
+            log_probs, sums = self._save(_controller(first), samples)
         with stages.stage("resume") as row:
             first.wait_until_gone()
             second = stack.enter_context(TrainerAttempt(settings, self._services, 1))
-            row.detail = f"at optimizer step {second.controller.state.iteration}"
-            if second.controller.state.iteration != settings.run.train_iters:
+            row.detail = f"at optimizer step {_controller(second).state.iteration}"
+            if _controller(second).state.iteration != settings.run.train_iters:
                 raise CheckFailed(f"resumed {row.detail}, saved was {settings.run.train_iters}")
-        self._compare_resumed(second.controller, samples, log_probs, sums)
+        self._compare_resumed(_controller(second), samples, log_probs, sums)
 
     def _task(self) -> Task:
         """Prompts of random tokens; nothing ends a completion but its length."""
@@ -109,7 +128,7 @@ class SmokeRun:
         with stages.stage("generate") as row:
             samples = self._generate(controller, row)
         with stages.stage("decoded log-probs") as row:
-            before = controller.trainer.log_probs(samples)
+            before = _trainer(controller).log_probs(samples)
             row.detail = self._compare_decoded(before, samples)
         with stages.stage("prefilled log-probs") as row:
             row.detail = self._compare_prefilled(before, samples)
@@ -151,10 +170,10 @@ class SmokeRun:
     ) -> None:
         number = self._settings.rollout.steps_per_rollout
         size = len(samples) // number
-        controller.trainer.prepare([samples[i * size : (i + 1) * size] for i in range(number)])
-        steps = [controller.trainer.train_step(index) for index in range(number)]
+        _trainer(controller).prepare([samples[i * size : (i + 1) * size] for i in range(number)])
+        steps = [_trainer(controller).train_step(index) for index in range(number)]
         controller.state.iteration += number
-        moved = differences(controller.trainer.log_probs(samples), before).mean()
+        moved = differences(_trainer(controller).log_probs(samples), before).mean()
         losses, norms = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
         row.detail = (
             f"{number} steps: loss {_numbers(losses)}, gradient norm {_numbers(norms)}, "
@@ -170,7 +189,7 @@ class SmokeRun:
     def _generate_and_compare(self, controller: Controller, row: Stage) -> list[TrainingSample]:
         """What the engines serve now is what the trainer has, decoded and prefilled."""
         samples = self._generate(controller, row)
-        ours = controller.trainer.log_probs(samples)
+        ours = _trainer(controller).log_probs(samples)
         row.detail = self._compare_decoded(ours, samples)
         self._compare_prefilled(ours, samples)
         return samples
@@ -190,12 +209,12 @@ class SmokeRun:
     def _take_a_turn(self, controller: Controller, samples: list[TrainingSample]) -> None:
         """Engines are offloaded, and serve the same weights after they have their memory again."""
         with self._stages.stage("colocated turn") as row:
-            seconds = self._services.gpu_sharing.seconds
-            controller.trainer.prepare([samples])
+            seconds = _seconds_of_sharing(self._services)
+            _trainer(controller).prepare([samples])
             controller.sync_weights()
             found = self._generate_and_compare(controller, row)
             assert len(found) == len(samples)
-            row.seconds = self._services.gpu_sharing.seconds - seconds
+            row.seconds = _seconds_of_sharing(self._services) - seconds
 
     def _save(
         self, controller: Controller, samples: list[TrainingSample]
@@ -203,12 +222,14 @@ class SmokeRun:
         """What the resumed trainer and its engines are compared with."""
         with self._stages.stage("checkpoint") as row:
             controller.save()
-            controller.trainer.finish_save()
+            _trainer(controller).finish_save()
             row.bytes = sum(
-                path.stat().st_size for path in Path(self._settings.save.save).rglob("*") if path.is_file()
+                path.stat().st_size
+                for path in Path(cast(str, self._settings.save.save)).rglob("*")
+                if path.is_file()
             )
             row.seconds = None
-            return controller.trainer.log_probs(samples), self._sums()
+            return _trainer(controller).log_probs(samples), self._sums()
 
     def _compare_resumed(
         self,
@@ -219,7 +240,7 @@ class SmokeRun:
     ) -> None:
         with self._stages.stage("resumed log-probs") as row:
             row.detail = compare(
-                controller.trainer.log_probs(samples), before, self._bounds, "resumed trainer"
+                _trainer(controller).log_probs(samples), before, self._bounds, "resumed trainer"
             )
         with self._stages.stage("resumed weights") as row:
             controller.sync_weights()
