@@ -25,8 +25,9 @@ def said(tmp_path):
             (tmp_path / name).write_text("#!/bin/bash\nexit 1\n")
             (tmp_path / name).chmod(0o755)
         tmp_path.chmod(0o755)
-        for folder in tmp_path.parents[:2]:
-            folder.chmod(0o755)
+        for folder in tmp_path.parents[:3]:  # pytest-xdist adds one
+            if folder.name.startswith(("pytest-", "popen-")):
+                folder.chmod(0o755)
         user = {"user": 65534} if os.geteuid() == 0 else {}
         done = subprocess.run(
             [str(tmp_path / "bash"), "-s", *ASKED], input=SCRIPT.read_text(), cwd="/",
