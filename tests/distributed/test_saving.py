@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.checkpoints import run_folder as checkpoint_folder
+from megatron_vespo.checkpoints.names import BUFFER_NAME, RESERVE_NAME, TRACKER_NAME
 from tests.support.named_layouts import LAYOUTS
 
 LAYOUT = "ep2"
@@ -64,7 +65,7 @@ def test_a_save_without_room_is_refused_by_all_ranks_and_leaves_nothing(results)
     for result in results:
         assert str(result["refused"]).startswith("no room for ")
         assert result["refused"] == results[0]["refused"]
-        assert list(result["folders"]) == ["iter_0000001", checkpoint_folder.TRACKER_NAME]
+        assert list(result["folders"]) == ["iter_0000001", TRACKER_NAME]
 
 
 def test_a_rank_that_cannot_write_fails_all(results):
@@ -84,5 +85,5 @@ def test_a_disk_that_fills_up(results, small_disk):
 
 def test_the_buffer_is_part_of_the_checkpoint(results, saved):
     folder = saved / "iter_0000001"
-    assert (folder / checkpoint_folder.BUFFER).read_bytes() == results[0]["buffer"].tobytes()
-    assert not (folder / checkpoint_folder.RESERVE).exists()
+    assert (folder / BUFFER_NAME).read_bytes() == results[0]["buffer"].tobytes()
+    assert not (folder / RESERVE_NAME).exists()

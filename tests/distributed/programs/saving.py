@@ -28,6 +28,7 @@ def main() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_vespo.checkpoints import run_folder as checkpoint_folder
+    from megatron_vespo.checkpoints.names import BUFFER_NAME, TRACKER_NAME
 
     policy = make_policy(args)
     samples = read_samples(options.samples)[: args.global_batch_size]
@@ -38,7 +39,7 @@ def main() -> None:
         policy.train_step(policy.pack(samples))
 
     def save() -> list:
-        files = {checkpoint_folder.BUFFER: BUFFER if dist.get_rank() == 0 else b""}
+        files = {BUFFER_NAME: BUFFER if dist.get_rank() == 0 else b""}
         return policy.save({"iteration": policy.iteration, "consumed_prompts": 7}, files)
 
     def slow(*arguments, **named):
@@ -62,7 +63,7 @@ def main() -> None:
         results["pause"] = time.monotonic() - started
         results["saved_log_probs"] = np.concatenate(policy.log_probs(samples))
         train_step()  # while what was before is written
-        assert policy.saver.poll() == [] and not (Path(args.save) / checkpoint_folder.TRACKER_NAME).exists()
+        assert policy.saver.poll() == [] and not (Path(args.save) / TRACKER_NAME).exists()
         [report] = policy.saver.poll(blocking=True)
     results |= {"seconds": report.seconds, "num_bytes": report.num_bytes, "problem": str(report.problem)}
 

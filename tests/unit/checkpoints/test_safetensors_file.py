@@ -90,7 +90,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
         ({"a": entry()}, 9, "not fully covered"),
         ({"a": entry(offsets=(1, 9))}, 9, "invalid offset for tensor `a`"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "`b`"),
-        ({"a": entry(), "b": entry()}, 8, "`b`"),
+        ({"a": entry(), "b": entry()}, 8, "invalid offset for tensor"),
         ({"a": entry(shape=(3,))}, 8, "invalid shape"),
         ({"a": entry(dtype="BF16")}, 8, "invalid shape"),
         ({"a": entry(offsets=(8, 0))}, 8, "`a`"),
