@@ -50,7 +50,7 @@ def bare_python(tmp_path_factory) -> Path:
     (site / SHIM).symlink_to(REPOSITORY / "patches/cpu" / SHIM)
     entry_points = site / f"{SHIM}-0.1.0.dist-info/entry_points.txt"
     entry_points.parent.mkdir()
-    entry_points.write_text(f"[megatron_vespo.system.plugins]\ncpu = {SHIM}:activate\n")
+    entry_points.write_text(f"[megatron_vespo.runtime]\ncpu = {SHIM}:activate\n")
     return folder / "bin/python"
 
 
