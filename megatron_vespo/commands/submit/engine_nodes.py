@@ -75,19 +75,19 @@ def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
 
 def described_use(asked: SubmitOptions, ranks: int, engines: int, engine_size: int) -> str:
     """The GPUs of each role in a line; ValueError if its nodes do not have them."""
-    ours, theirs = asked.gpus_per_node, gpus_per_node(asked)
+    ours, theirs, nodes = asked.gpus_per_node, gpus_per_node(asked), asked.engine_nodes or 0
     what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
     if ranks > (there := asked.nodes * ours):
         raise ValueError(
             f"{ranks} trainer ranks need {ranks} GPUs, "
             f"--nodes {asked.nodes} x --gpus-per-node {ours} = {there}"
         )
-    if engines > (most := asked.engine_nodes * (theirs // engine_size)):
+    if engines > (most := nodes * (theirs // engine_size)):
         raise ValueError(
-            f"{what}, each on one node: --engine-nodes {asked.engine_nodes} x --engine-gpus-per-node "
+            f"{what}, each on one node: --engine-nodes {nodes} x --engine-gpus-per-node "
             f"{theirs} hold {most} of them"
         )
-    of_engines = asked.engine_nodes * theirs
+    of_engines = nodes * theirs
     return (
         f"checked: {counted(ranks, 'trainer rank')} use{'s' * (ranks == 1)} {ranks} of {there} GPUs, "
         f"{what} use{'s' * (engines == 1)} {engines * engine_size} of {of_engines} on nodes of their own"
