@@ -30,7 +30,8 @@ if ((${#paths[@]})); then
     checks=()
 else
     checks=("ruff check" "ruff format --check" pyright)
-    folders=(unit distributed te golden gpu cluster browser integration slurm)
+    # browser last: Playwright leaves its event loop running, in which asyncio.run is refused
+    folders=(unit distributed te golden gpu cluster integration slurm browser)
     if [[ $lane == fast ]]; then folders=(unit); fi
     for folder in "${folders[@]}"; do
         if [[ -d tests/$folder ]]; then paths+=("tests/$folder"); fi

@@ -277,10 +277,10 @@ def test_help_is_one_readable_page():
     ).stdout
     for group in (
         "model and data:",
-        "rollout and reward:",
+        "rollout:",
         "policy loss:",
-        "placement and weight sync:",
+        "weight sync:",
         "output:",
     ):
         assert group in text
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 180  # with every default
