@@ -40,6 +40,7 @@ def small_run(tiny_model, tmp_path_factory) -> dict:
           "--lr 1e-4 --max-prompt-tokens 64 --max-completion-tokens 32 --max-tokens-per-gpu 256 "
           "--sglang-max-total-tokens 4096 --sglang-context-length 1024").split(),
         PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True,max_split_size_mb:64",
+        SPT_NOENV="1",  # else SGLang's titles overwrite what /proc has of the environment
     )  # fmt: skip
 
 
@@ -59,9 +60,10 @@ def test_a_trainer_rank_has_what_the_table_says(small_run):
 
 @pytest.mark.timeout(300)
 def test_an_engines_processes_have_what_the_table_says(small_run):
-    server, scheduler = (small_run["engine"][name] for name in ("server_process", "sglang::scheduler"))
+    server, started = small_run["engine"]["server"], small_run["engine"]["started by it"]
     assert server == expected(small_run, "engine")
-    assert scheduler == server | {CONNECTIONS: "8"}  # SGLang's own
+    scheduler_and_detokenizer = [server | {CONNECTIONS: "8"}] * 2  # SGLang's own
+    assert started == scheduler_and_detokenizer
 
 
 def colocated(*sglang_flags: str, **exported: str) -> dict:

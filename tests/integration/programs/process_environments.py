@@ -50,15 +50,25 @@ def of_rank(_worker) -> dict:
     }
 
 
-def of_engine() -> dict[str, dict[str, str]]:
-    """By the names of its processes; /proc has the environment that each was started with."""
-    found = {}
-    for process in psutil.Process().children(recursive=True):
-        command = " ".join(process.cmdline())
-        for name in ("server_process", "sglang::scheduler"):
-            if name in command:
-                found[name] = of_table(process.environ())
-    return found
+def of_engine() -> dict[str, object]:
+    """/proc has the environment that each process was started with.
+
+    Known by the parent, not by the title: SGLang's processes keep the title of Python where the first
+    variable of their environment was set anew.
+    """
+    server, guard = (
+        each for each in psutil.Process().children(recursive=True) if "server_process" in title(each)
+    )
+    assert guard.parent() == server
+    started = [each for each in server.children() if each != guard and "resource_tracker" not in title(each)]
+    return {
+        "server": of_table(server.environ()),
+        "started by it": [of_table(each.environ()) for each in started],
+    }
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
 
 
 def main() -> None:
