@@ -1,4 +1,4 @@
-"""VESPO's weight and loss against closed forms and a loop over sequences in float64."""
+"""VESPO's weight and ratio against closed forms and a loop over sequences; its loss is in test_losses.py."""
 
 import math
 
@@ -8,9 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vespo.algorithms.losses.aggregation import weighted_sum
-from megatron_vespo.algorithms.losses.inputs import LossInputs
-from megatron_vespo.algorithms.losses.weighted import vespo
 from megatron_vespo.algorithms.vespo import (
     DECOUPLED,
     RATIO_DENOMINATORS,
@@ -46,7 +43,6 @@ def batch(lengths, seed=0, padding=0) -> dict[str, torch.Tensor]:
         "old_log_probs_T": field(1.0),
         "loss_mask_T": mask_T,
         "sequence_ids_T": torch.tensor(ids),
-        "advantages_S": torch.randn(len(lengths), generator=generator),
     }
 
 
@@ -75,25 +71,9 @@ def naive_log_ratio(fields, num_sequences, denominator, truncation) -> list[floa
     return log_w
 
 
-def naive_loss(log_probs_T, fields, log_w, kernel) -> torch.Tensor:
-    """- phi A sum(log pi), one sequence after the other; phi is a plain number, no gradient reaches it."""
-    loss = torch.zeros((), dtype=torch.float64)
-    for s, advantage in enumerate(fields["advantages_S"].tolist()):
-        c1, c2 = kernel.positive if advantage >= 0 else kernel.negative
-        phi = math.exp(c1 * log_w[s] + c2 * (1 - math.exp(log_w[s])))
-        chosen_T = (fields["sequence_ids_T"] == s) & (fields["loss_mask_T"] > 0)
-        loss = loss - phi * advantage * log_probs_T[chosen_T].double().sum()
-    return loss
-
-
 def ratio_of(fields, num_sequences, denominator="recomputed", truncation=2.0):
     names = ("log_probs_T", "behavior_log_probs_T", "old_log_probs_T", "loss_mask_T", "sequence_ids_T")
     return sequence_log_ratio(*(fields[name] for name in names), num_sequences, denominator, truncation)
-
-
-def test_phi_is_one_where_the_policies_agree():
-    assert phi_of([0.0], 1.0) == [1.0]
-    assert phi_of([0.0], -1.0) == [1.0]
 
 
 @pytest.mark.parametrize(("advantage", "c1", "c2"), [(1.0, 2, 3), (-1.0, 3, 2)])
@@ -106,6 +86,7 @@ def test_phi_has_its_maximum_where_the_paper_says(advantage, c1, c2):
 
 def test_paper_values_are_the_default():
     assert KERNEL == GammaKernel(positive=(2.0, 3.0), negative=(3.0, 2.0))
+    assert phi_of([0.0], 1.0) == phi_of([0.0], -1.0) == [1.0]
     assert phi_of([math.log(2 / 3)], 1.0) == [pytest.approx(1.208, abs=5e-4)]
     assert phi_of([math.log(3 / 2)], -1.0) == [pytest.approx(1.242, abs=5e-4)]
 
@@ -231,79 +212,18 @@ def test_rollout_denominator_does_without_old_log_probs():
     assert torch.isnan(without.log_mismatch_in_w_S).all() and torch.isnan(without.log_mismatch_S).all()
 
 
+def test_the_ratio_of_a_nan_that_is_not_masked_stays_visible():
+    fields = batch([6, 6], seed=2)
+    fields["behavior_log_probs_T"][fields["loss_mask_T"].nonzero()[0]] = torch.nan
+    assert torch.isnan(ratio_of(fields, 2, "rollout").log_w_S).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("denominator", ["recomputed", *DECOUPLED])
 def test_the_other_denominators_need_old_log_probs(denominator):
     with pytest.raises(
         ValueError, match=f"denominator {denominator} needs pi_old: call compute_old_log_probs"
     ):
         ratio_of(batch([4]) | {"old_log_probs_T": None}, 1, denominator)
-
-
-def vespo_loss(log_probs_T, log_w_S, advantages_S, loss_mask_T, sequence_ids_T, kernel):
-    """The summed loss, and phi [S]."""
-    inputs = LossInputs(
-        log_probs_T=log_probs_T,
-        log_ratio_T=torch.full_like(log_probs_T, torch.nan),  # VESPO does not look at single tokens
-        log_w_S=log_w_S,
-        advantages_S=advantages_S,
-        num_tokens_S=torch.ones_like(log_w_S),
-        loss_mask_T=loss_mask_T,
-        sequence_ids_T=sequence_ids_T,
-    )
-    term = vespo(inputs, kernel)
-    assert not term.weight_T.requires_grad
-    return weighted_sum(term.loss_T, inputs, "token-mean", 1), kernel.phi(log_w_S, advantages_S)
-
-
-def test_an_unmasked_nan_stays_visible():
-    fields = batch([6, 6], seed=2)
-    fields["behavior_log_probs_T"][fields["loss_mask_T"].nonzero()[0]] = torch.nan
-    log_w_S = ratio_of(fields, 2, "rollout").log_w_S
-    assert torch.isnan(log_w_S).tolist() == [True, False]
-    loss, _ = vespo_loss(
-        torch.zeros(12), log_w_S, torch.ones(2), fields["loss_mask_T"], fields["sequence_ids_T"], KERNEL
-    )
-    assert torch.isnan(loss)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
-    seed=st.integers(0, 2**16),
-    denominator=st.sampled_from(RATIO_DENOMINATORS),
-)
-def test_loss_and_gradient_are_those_of_the_loop(lengths, seed, denominator):
-    fields = batch(lengths, seed, padding=3)
-    log_probs_T = fields["log_probs_T"].clone().requires_grad_()
-    ratio = ratio_of(fields | {"log_probs_T": log_probs_T}, len(lengths), denominator)
-    loss, phi_S = vespo_loss(
-        log_probs_T,
-        ratio.log_w_S,
-        fields["advantages_S"],
-        fields["loss_mask_T"],
-        fields["sequence_ids_T"],
-        KERNEL,
-    )
-    loss.backward()
-
-    reference_T = fields["log_probs_T"].clone().requires_grad_()
-    log_w = naive_log_ratio(fields, len(lengths), denominator, 2.0)
-    reference = naive_loss(reference_T, fields, log_w, KERNEL)
-    reference.backward()
-
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-4, abs=1e-6)
-    torch.testing.assert_close(log_probs_T.grad, reference_T.grad, rtol=1e-4, atol=1e-7)
-    assert (log_probs_T.grad[fields["loss_mask_T"] == 0] == 0).all()
-
-
-def test_no_gradient_reaches_log_w():
-    log_probs_T = torch.tensor([-0.3, -0.7], requires_grad=True)
-    log_w_S = torch.tensor([0.4], requires_grad=True)
-    loss, phi_S = vespo_loss(
-        log_probs_T, log_w_S, torch.tensor([2.0]), torch.ones(2), torch.zeros(2, dtype=torch.long), KERNEL
-    )
-    loss.backward()
-    assert log_w_S.grad is None
-    assert log_probs_T.grad.tolist() == pytest.approx([-2.0 * phi_S.item()] * 2)
 
 
 def test_a_ratio_carries_no_gradient():
@@ -313,44 +233,6 @@ def test_a_ratio_carries_no_gradient():
     assert not any(
         part.requires_grad for part in (ratio.log_w_S, ratio.log_mismatch_in_w_S, ratio.log_mismatch_S)
     )
-
-
-@given(
-    lengths=st.lists(st.integers(1, 10), min_size=2, max_size=8),
-    seed=st.integers(0, 2**16),
-    data=st.data(),
-)
-def test_loss_does_not_depend_on_order_or_micro_batches(lengths, seed, data):
-    """Cut the sequences into any micro-batches in any order: sums and each token's gradient are the same."""
-    fields = batch(lengths, seed)
-    order = data.draw(st.permutations(range(len(lengths))))
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))))
-    parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, len(lengths)], strict=True)]
-
-    def loss_and_gradient(sequences):
-        where = torch.cat([(fields["sequence_ids_T"] == s).nonzero()[:, 0] for s in sequences])
-        renumber = {s: i for i, s in enumerate(sequences)}
-        part = {name: value[where] for name, value in fields.items() if name.endswith("_T")}
-        part["sequence_ids_T"] = torch.tensor([renumber[s.item()] for s in part["sequence_ids_T"]])
-        part["log_probs_T"].requires_grad_()
-        ratio = ratio_of(part, len(sequences), "rollout")
-        loss, _ = vespo_loss(
-            part["log_probs_T"],
-            ratio.log_w_S,
-            fields["advantages_S"][list(sequences)],
-            part["loss_mask_T"],
-            part["sequence_ids_T"],
-            KERNEL,
-        )
-        loss.backward()
-        gradient_T = torch.zeros(len(fields["loss_mask_T"]))
-        gradient_T[where] = part["log_probs_T"].grad
-        return loss.item(), gradient_T
-
-    whole, whole_gradient_T = loss_and_gradient(range(len(lengths)))
-    pieces = [loss_and_gradient(part) for part in parts]
-    assert sum(loss for loss, _ in pieces) == pytest.approx(whole, rel=1e-5, abs=1e-5)
-    torch.testing.assert_close(sum(gradient_T for _, gradient_T in pieces), whole_gradient_T)
 
 
 @pytest.mark.parametrize("denominator", RATIO_DENOMINATORS)
