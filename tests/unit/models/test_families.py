@@ -2,91 +2,46 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from megatron_vespo.models.family import FAMILIES, ModelShape, family_of, is_expert, shape_of
 from megatron_vespo.models.mappings import QKV, Direct, GatedMLP, Vocabulary
 from megatron_vespo.models.parameter_groups import PARTS, part_of
+from tests.support.published_config import LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
+from tests.support.tensors import read_tensors
+from tests.support.tiny_checkpoints import LLAMA, MOE, QWEN3, tiny_config
 
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
-# case -> architecture, what its config adds to SMALL
-CASES = {
-    "qwen3 moe": ("Qwen3MoeForCausalLM", EXPERTS),
-    "qwen3 moe, tied": ("Qwen3MoeForCausalLM", EXPERTS | {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3ForCausalLM", {}),
-    "qwen3, tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
-    "llama": ("LlamaForCausalLM", {}),
-    "llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-}
+# several query groups of several heads, and sizes that four ranks divide, but for the vocabulary
+SIZES = {
+    "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MORE = {MOE: EXPERTS, QWEN3: {}, LLAMA: {}}
+CASES = {name: tiny_config(name, **SIZES, **more) for name, more in MORE.items()}
+CASES |= {f"{name}, tied": config | {"tie_word_embeddings": True} for name, config in CASES.items()}
+QWEN3_235B_A22B = QWEN3_30B_A3B | {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94, "num_attention_heads": 64,
+    "moe_intermediate_size": 1536,
+}  # fmt: skip
 # published numbers: config, tensors of the checkpoint, parameters
 PUBLISHED = {
-    "Qwen3-30B-A3B": (
-        "Qwen3MoeForCausalLM",
-        EXPERTS | {
-            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
-            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "max_position_embeddings": 40960,
-        },
-        18_867, 30_532_122_624,
-    ),
-    "Qwen3-235B-A22B": (
-        "Qwen3MoeForCausalLM",
-        EXPERTS | {
-            "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94,
-            "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-            "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "max_position_embeddings": 40960,
-        },
-        36_945, 235_093_634_560,
-    ),
-    "Qwen3-8B": (
-        "Qwen3ForCausalLM",
-        {
-            "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-            "max_position_embeddings": 40960,
-        },
-        399, 8_190_735_360,
-    ),
-    "Llama-3.2-1B": (
-        "LlamaForCausalLM",
-        {
-            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-            "max_position_embeddings": 131072, "tie_word_embeddings": True,
-        },
-        146, 1_235_814_400,
-    ),
-}  # fmt: skip
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, 18_867, 30_532_122_624),
+    "Qwen3-235B-A22B": (QWEN3_235B_A22B, 36_945, 235_093_634_560),
+    "Qwen3-8B": (QWEN3_8B, 399, 8_190_735_360),
+    "Llama-3.2-1B": (LLAMA_1B, 146, 1_235_814_400),
+}
+every_case = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
-def hf_config(architecture: str, numbers: dict):
-    """As transformers makes it, and as its config.json has it."""
-    from transformers import AutoConfig
+def built_by_transformers(config: dict):
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(FAMILIES[architecture].model_type, **numbers)
-    config.architectures = [architecture]
-    return config, json.loads(config.to_json_string())
-
-
-def small(case: str):
-    architecture, more = CASES[case]
-    return hf_config(architecture, SMALL | more)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
 def other_spelling(name: str, shape: ModelShape) -> str:
@@ -102,33 +57,24 @@ def other_spelling(name: str, shape: ModelShape) -> str:
     return name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_table_is_what_transformers_saves(tmp_path, case):
+@every_case
+def test_the_table_is_what_transformers_saves(tmp_path, config):
     """transformers stacks experts in memory, in files it does not."""
-    from transformers import AutoModelForCausalLM
-
-    config, as_json = small(case)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    assert family_of(as_json).hf_tensors(shape_of(as_json)) == saved
+    built_by_transformers(config).save_pretrained(tmp_path)
+    saved = {name: tuple(tensor.shape) for name, tensor in read_tensors(tmp_path).items()}
+    assert family_of(config).hf_tensors(shape_of(config)) == saved
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_published_models(model):
-    from transformers import AutoModelForCausalLM
-
-    architecture, numbers, num_tensors, num_parameters = PUBLISHED[model]
-    config, as_json = hf_config(architecture, numbers)
-    family, shape = family_of(as_json), shape_of(as_json)
+    config, num_tensors, num_parameters = PUBLISHED[model]
+    family, shape = family_of(config), shape_of(config)
     tensors = family.hf_tensors(shape)
     assert len(tensors) == num_tensors
     assert sum(torch.Size(size).numel() for size in tensors.values()) == num_parameters
     with torch.device("meta"):
-        built = {
-            name: tuple(parameter.shape)
-            for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
-        }
+        parameters = built_by_transformers(config).named_parameters()
+    built = {name: tuple(parameter.shape) for name, parameter in parameters}
     stacked: dict[str, tuple[int, ...]] = {}
     for name, size in tensors.items():
         if ".experts." not in name:
@@ -148,8 +94,7 @@ def test_published_models(model):
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_the_published_moe_at_expert_parallel_8(tensor_parallel):
     """Every tensor to the shards of a layout and back, at full size, on tensors without values."""
-    architecture, numbers, num_tensors, num_parameters = PUBLISHED["Qwen3-30B-A3B"]
-    _, config = hf_config(architecture, numbers)
+    config, num_tensors, num_parameters = PUBLISHED["Qwen3-30B-A3B"]
     family, shape = family_of(config), shape_of(config)
     sizes = family.hf_tensors(shape)
     back: dict[str, tuple[int, ...]] = {}
@@ -173,9 +118,8 @@ def test_the_published_moe_at_expert_parallel_8(tensor_parallel):
     assert set(on_rank) == {experts // 8 + norms_and_routers + rest // tensor_parallel}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_layer_specs_cover_every_tensor_once(case):
-    _, config = small(case)
+@every_case
+def test_both_layer_specs_cover_every_tensor_once(config):
     family, shape = family_of(config), shape_of(config)
     names = list(family.parameters(shape))
     for spelling in (names, [other_spelling(name, shape) for name in names]):
@@ -183,12 +127,14 @@ def test_both_layer_specs_cover_every_tensor_once(case):
         covered = Counter(hf for name in spelling for hf in family.mapping_for(name, shape).hf_names)
         assert covered == Counter(list(family.hf_tensors(shape)))
         assert {part_of(name) for name in spelling} <= set(PARTS)
+        experts = [name for name in spelling if is_expert(name)]
+        assert len(experts) == 2 * 2 * shape.num_experts
+        assert all("linear_fc" in name for name in experts)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("case", CASES)
-def test_every_parameter_makes_the_round_trip(case, size):
-    _, config = small(case)
+@every_case
+def test_every_parameter_makes_the_round_trip(config, size):
     family, shape = family_of(config), shape_of(config, padded_vocab_size=40)
     tensors = {name: torch.randn(of) for name, of in family.hf_tensors(shape).items()}
     merged: dict[str, torch.Tensor] = {}
@@ -202,10 +148,10 @@ def test_every_parameter_makes_the_round_trip(case, size):
 
 
 def test_parameters_come_in_the_models_order():
-    _, config = small("qwen3 moe")
+    config = CASES[MOE]
     shape = replace(shape_of(config), num_layers=1, num_experts=2)
     layer = "decoder.layers.0."
-    assert list(FAMILIES["Qwen3MoeForCausalLM"].parameters(shape)) == [
+    assert list(FAMILIES[MOE].parameters(shape)) == [
         "embedding.word_embeddings.weight",
         layer + "input_layernorm.weight",
         layer + "self_attention.linear_proj.weight",
@@ -224,7 +170,7 @@ def test_parameters_come_in_the_models_order():
 
 
 def test_a_tied_output_layer_is_the_embedding():
-    _, config = small("llama, tied")
+    config = CASES[f"{LLAMA}, tied"]
     family, shape = family_of(config), shape_of(config)
     assert "output_layer.weight" not in set(family.parameters(shape))
     assert "lm_head.weight" not in family.hf_tensors(shape)
@@ -236,9 +182,9 @@ def test_a_tied_output_layer_is_the_embedding():
 
 
 def test_mappings_of_the_tables():
-    _, config = small("qwen3 moe")
+    config = CASES[MOE]
     moe, shape = family_of(config), shape_of(config, padded_vocab_size=40)
-    dense = FAMILIES["LlamaForCausalLM"]
+    dense = FAMILIES[LLAMA]
     assert moe.mapping_for("embedding.word_embeddings.weight", shape) == Vocabulary(
         ("model.embed_tokens.weight",), 0, vocab_size=37, padded_vocab_size=40
     )
@@ -267,51 +213,38 @@ def test_mappings_of_the_tables():
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        ("Qwen3MoeForCausalLM", "decoder.layers.0.mlp.linear_fc1.weight"),
-        ("Qwen3MoeForCausalLM", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
-        ("Qwen3MoeForCausalLM", "decoder.layers.0.self_attention.linear_qkv.bias"),
-        ("Qwen3MoeForCausalLM", "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight_extra"),
-        ("Qwen3ForCausalLM", "decoder.layers.0.mlp.router.weight"),
-        ("Qwen3ForCausalLM", "decoder.layers.0.mlp.linear_fc1xweight"),
-        ("LlamaForCausalLM", "decoder.layers.0.self_attention.q_layernorm.weight"),
-        ("LlamaForCausalLM", "module.decoder.final_layernorm.weight"),
-        ("LlamaForCausalLM", "decoder.layers.x.input_layernorm.weight"),
+        (MOE, "decoder.layers.0.mlp.linear_fc1.weight"),
+        (MOE, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
+        (MOE, "decoder.layers.0.self_attention.linear_qkv.bias"),
+        (MOE, "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight_extra"),
+        (QWEN3, "decoder.layers.0.mlp.router.weight"),
+        (QWEN3, "decoder.layers.0.mlp.linear_fc1xweight"),
+        (LLAMA, "decoder.layers.0.self_attention.q_layernorm.weight"),
+        (LLAMA, "module.decoder.final_layernorm.weight"),
+        (LLAMA, "decoder.layers.x.input_layernorm.weight"),
     ],
 )
 def test_an_unknown_name_is_an_error(architecture, name):
-    _, config = small("qwen3")
+    config = CASES[QWEN3]
     with pytest.raises(KeyError, match=f"{architecture} has no parameter {name}"):
         FAMILIES[architecture].mapping_for(name, shape_of(config))
 
 
-def test_only_experts_are_experts():
-    for case in CASES:
-        _, config = small(case)
-        shape = shape_of(config)
-        names = list(family_of(config).parameters(shape))
-        for spelling in (names, [other_spelling(name, shape) for name in names]):
-            found = [name for name in spelling if is_expert(name)]
-            assert len(found) == 2 * 2 * shape.num_experts
-            assert all("linear_fc" in name for name in found)
-
-
 def test_the_shape():
-    _, config = hf_config(*PUBLISHED["Llama-3.2-1B"][:2])
     shape = ModelShape(
         num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_experts=0, num_attention_heads=32,
         num_query_groups=8, head_dim=64, vocab_size=128256, padded_vocab_size=128256, tied_embeddings=True,
     )  # fmt: skip
-    assert shape_of(config) == shape
-    assert shape_of(config, padded_vocab_size=128512) == replace(shape, padded_vocab_size=128512)
-    _, config = small("qwen3 moe")
+    assert shape_of(LLAMA_1B) == shape
+    assert shape_of(LLAMA_1B, padded_vocab_size=128512) == replace(shape, padded_vocab_size=128512)
+    config = CASES[MOE]
     assert (shape_of(config).num_experts, shape_of(config).ffn_hidden_size) == (4, 12)
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None, "LlamaForCausalLM", [3], [["x"]]])
+@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None, LLAMA, [3], [["x"]]])
 def test_another_architecture(architectures):
-    _, config = small("llama")
     with pytest.raises(ValueError) as error:
-        family_of(config | {"architectures": architectures})
+        family_of({"architectures": architectures})
     found = architectures[0] if isinstance(architectures, list) and architectures else "none"
     assert str(error.value) == (
         f"its architecture is {found}; supported: Qwen3MoeForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"
