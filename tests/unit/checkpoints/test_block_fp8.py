@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vespo.checkpoints import block_fp8
-from megatron_vespo.checkpoints.block_fp8 import DTYPE, BlockFP8Reader, quantise
-from megatron_vespo.checkpoints.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_vespo.checkpoints.ranks import Ranks
-from megatron_vespo.checkpoints.safetensors_file import TensorInfo
+from megatron_vespo.checkpoints.block_fp8 import BlockFP8Reader, quantise
 from megatron_vespo.checkpoints.spans import Span, SpanBuffer
 from megatron_vespo.commands import main as cli
 from megatron_vespo.models.family import family_of, shape_of
+from tests.support.stored_tensors import StoredTensors
+from tests.support.tiny_checkpoints import MOE, QWEN3, convert, tiny_config, write_hf
 
 B = 128
 # e4m3fn by its definition: sign, 4 bits of exponent with bias 7, 3 of mantissa; code 127 is NaN
@@ -27,16 +26,14 @@ E4M3 = [
     math.ldexp(code & 7, -9) if code < 8 else math.ldexp(8 + (code & 7), (code >> 3) - 10)
     for code in range(127)
 ]
+# no width but head_dim's multiples is one of 128
 SIZES = {
-    # no width but head_dim's multiples is one of 128
-    "num_hidden_layers": 2, "hidden_size": 160, "intermediate_size": 200, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
-    "vocab_size": 131, "rope_theta": 10000, "hidden_act": "silu", "tie_word_embeddings": False,
+    "hidden_size": 160, "intermediate_size": 200, "head_dim": 64, "vocab_size": 131,
+    "max_position_embeddings": 128,
 }  # fmt: skip
-EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "norm_topk_prob": True}
 CONFIGS = {
-    "moe": {"architectures": ["Qwen3MoeForCausalLM"], **SIZES, **EXPERTS},
-    "dense": {"architectures": ["Qwen3ForCausalLM"], **SIZES},
+    "moe": tiny_config(MOE, **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=72),
+    "dense": tiny_config(QWEN3, **SIZES),
 }
 
 
@@ -135,27 +132,13 @@ def test_nan_and_infinity_are_refused(value):
         quantise(weights)
 
 
-class InMemory:
-    """A reader of given tensors."""
-
-    folder = Path("memory")
-
-    def __init__(self, values: dict[str, Tensor]):
-        self.values = values
-        self.tensors = {name: TensorInfo(v.dtype, tuple(v.shape)) for name, v in values.items()}
-        self.most_rows = 0  # that were asked for at a time
-
-    def read_rows(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        self.most_rows = max(self.most_rows, stop - start)
-        out.copy_(self.values[name][start:stop].contiguous().view(-1).view(torch.uint8))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("step", [1, 37, 128, 129, 1000])
 def test_rows_at_any_boundaries_are_those_of_the_whole(step, dtype):
-    plain = InMemory({"a.up_proj.weight": random_weights(300, 140).to(dtype), "norm.weight": torch.ones(7)})
+    weights = random_weights(300, 140).to(dtype)
+    plain = StoredTensors({"a.up_proj.weight": weights, "norm.weight": torch.ones(7)})
     reader = BlockFP8Reader(plain, plain.tensors)
-    values, scales = quantise(plain.values["a.up_proj.weight"])
+    values, scales = quantise(weights)
     whole = {
         "a.up_proj.weight": values,
         "a.up_proj.weight_scale_inv": scales,
@@ -175,7 +158,7 @@ def test_rows_at_any_boundaries_are_those_of_the_whole(step, dtype):
 def test_rows_that_start_anywhere(strip_blocks, monkeypatch):
     """Whatever the height of the strips in which they are quantised, which bounds what is read at a time."""
     monkeypatch.setattr(block_fp8, "_STRIP_BYTES", strip_blocks * B * 140 * 4)
-    plain = InMemory({"a.up_proj.weight": random_weights(300, 140)})
+    plain = StoredTensors({"a.up_proj.weight": random_weights(300, 140)})
     reader = BlockFP8Reader(plain, plain.tensors)
     values, scales = quantise(plain.values["a.up_proj.weight"])
     for start, stop in ((5, 6), (127, 129), (130, 250), (255, 257), (1, 300), (299, 300)):
@@ -187,7 +170,7 @@ def test_rows_that_start_anywhere(strip_blocks, monkeypatch):
 
 
 def test_a_tensor_with_nan_is_named():
-    plain = InMemory({"a.up_proj.weight": torch.full((200, 3), math.nan)})
+    plain = StoredTensors({"a.up_proj.weight": torch.full((200, 3), math.nan)})
     with pytest.raises(ValueError, match=r"^memory: a.up_proj.weight\[128:200\] holds NaN or infinity$"):
         SpanBuffer().read(BlockFP8Reader(plain, plain.tensors), Span("a.up_proj.weight", 130, 140))
 
@@ -198,8 +181,6 @@ def bits(tensor: Tensor) -> Tensor:
 
 def make_source(folder: Path, config: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     """An HF folder of random weights, one block of which is zeros."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
     shapes = family_of(config).hf_tensors(shape_of(config))
     tensors = {
         name: random_weights(*shape, seed=seed) if len(shape) == 2 else torch.linspace(0.5, 2, *shape)
@@ -207,15 +188,15 @@ def make_source(folder: Path, config: dict, dtype: torch.dtype) -> dict[str, Ten
     }
     tensors["model.layers.1.self_attn.q_proj.weight"][:B, :B] = 0
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_hf(folder, config, tensors)
     return tensors
 
 
 def converted(folder: Path, kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Path]:
     """The source's tensors, and the folder that they were converted to."""
     tensors = make_source(folder / "hf", CONFIGS[kind], dtype)
-    hf_to_megatron(folder / "hf", folder / "megatron", Options(quiet=True), Ranks())
-    megatron_to_hf(folder / "megatron", folder / "fp8", Options(DTYPE, quiet=True), Ranks())
+    assert convert("hf-to-megatron", folder / "hf", folder / "megatron") == 0
+    assert convert("megatron-to-hf", folder / "megatron", folder / "fp8", "--dtype", "fp8") == 0
     return tensors, folder / "fp8"
 
 
@@ -266,15 +247,11 @@ def check_rounding(weights: Tensor, values: Tensor, scales: Tensor) -> None:
     assert error.max() > 0  # it is not the original
 
 
-def run(*words: object) -> int:
-    return cli.run(["convert", *map(str, words)])
-
-
 def test_the_folder_is_verified_and_inspected_but_not_converted(tmp_path, capsys):
     _, folder = converted(tmp_path, "moe", torch.bfloat16)
-    assert run("verify", folder, "--quiet") == 0
+    assert convert("verify", folder) == 0
     assert "same: 65 tensors" in capsys.readouterr().out
-    assert run("inspect", folder) == 0
+    assert convert("inspect", folder) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["format"] == f"HF, quantised, {folder}"
     assert lines["model"] == "Qwen3MoeForCausalLM"
@@ -282,7 +259,7 @@ def test_the_folder_is_verified_and_inspected_but_not_converted(tmp_path, capsys
     assert lines["tensors"] == "65" and lines["manifest"] == "there"
     assert lines["size"].endswith("as bfloat16, float8_e4m3fn")
     for command in (("hf-to-megatron", folder, tmp_path / "back"), ("verify", folder, tmp_path / "hf")):
-        assert run(*command, "--quiet") == cli.EXIT_USER_ERROR
+        assert convert(*command) == cli.EXIT_USER_ERROR
         assert "config.json: quantization_config is there: it is a quantised" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
 
@@ -290,12 +267,9 @@ def test_the_folder_is_verified_and_inspected_but_not_converted(tmp_path, capsys
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # of the last tensor
     file.write_bytes(data)
-    assert run("verify", folder, "--quiet") == 1
+    assert convert("verify", folder) == 1
     assert "its xxh3_128 is not the manifest's" in capsys.readouterr().out
 
-
-def test_verifying_without_a_manifest(tmp_path, capsys):
-    _, folder = converted(tmp_path, "dense", torch.bfloat16)
     (folder / "manifest.json").unlink()
-    assert run("verify", folder) == cli.EXIT_USER_ERROR
+    assert convert("verify", folder) == cli.EXIT_USER_ERROR
     assert f"{folder} has no manifest.json" in capsys.readouterr().err

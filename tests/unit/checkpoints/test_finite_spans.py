@@ -1,31 +1,29 @@
-"""Every value that passes through a span buffer is finite, wherever it is and whatever its bits."""
+"""Spans of rows come back as they were, and every value of one is finite, wherever it is."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
 
-from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import Span, SpanBuffer
+from tests.support.stored_tensors import StoredTensors
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-class OneTensor:
-    folder = Path("in memory")
-
-    def __init__(self, values: torch.Tensor):
-        self._values = values
-        self.tensors = {"x": TensorInfo(values.dtype, tuple(values.shape))}
-
-    def read_rows(self, name: str, start: int, stop: int, out: torch.Tensor) -> None:
-        out.copy_(self._values[start:stop].reshape(-1).view(torch.uint8))
-
-
 def read(values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return SpanBuffer().read(OneTensor(values), Span("x", 0, len(values)), dtype)
+    return SpanBuffer().read(StoredTensors({"x": values}), Span("x", 0, len(values)), dtype)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_any_rows_come_back(dtype):
+    values, buffer = torch.rand(6, 4).to(dtype), SpanBuffer()
+    for start, stop in [(0, 6), (2, 3), *pairwise(range(7))]:
+        found = buffer.read(StoredTensors({"x": values}), Span("x", start, stop))
+        assert found.equal(values[start:stop])
+    assert read(values, torch.bfloat16).equal(values.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -56,19 +54,15 @@ def test_whatever_its_bits(dtype):
 def test_a_value_too_large_for_the_output():
     values = torch.tensor([1.0, 1e30])
     assert read(values, torch.bfloat16).isfinite().all()
-    with pytest.raises(ValueError, match="holds NaN or infinity as torch.float16"):
+    with pytest.raises(ValueError, match=r"^memory: x\[0:2\] holds NaN or infinity as torch.float16$"):
         read(values, torch.float16)
 
 
-def test_what_a_reader_leaves_out():
-    class Half(OneTensor):
-        def read_rows(self, name, start, stop, out):
-            super().read_rows(name, start, stop, out[: len(out) // 2])
-
-    source = Half(torch.zeros(4, 3))
-    source._values = source._values[:2]
-    with pytest.raises(ValueError, match="NaN"):
-        SpanBuffer().read(source, Span("x", 0, 4))
+def test_what_a_reader_leaves_out_and_a_buffer_held_before():
+    buffer, span = SpanBuffer(), Span("x", 0, 2)
+    buffer.read(StoredTensors({"x": torch.ones(2, 3)}), span)
+    with pytest.raises(ValueError, match=r"^memory: x\[0:2\] holds NaN or infinity$"):
+        buffer.read(StoredTensors({"x": torch.ones(2, 3)}, left_out=4), span)
 
 
 def test_nothing_and_integers_pass():

@@ -11,8 +11,8 @@ from megatron_vespo.checkpoints.copying import Budget, in_threads, progress_bar,
 from megatron_vespo.checkpoints.manifest import read_manifest, write_manifest
 from megatron_vespo.checkpoints.names import MANIFEST_NAME
 from megatron_vespo.checkpoints.ranks import Ranks
-from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import HASH, Span, digest, row_ranges
+from tests.support.stored_tensors import StoredTensors
 
 ENTRY = {"dtype": "float32", "shape": [2], "hash": "ab"}
 
@@ -43,19 +43,6 @@ def test_broken(tmp_path, content):
         read_manifest(tmp_path)
 
 
-class Stored:
-    """A checkpoint in memory."""
-
-    folder = "memory"
-
-    def __init__(self, **tensors: torch.Tensor):
-        self._values = tensors
-        self.tensors = {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-
-    def read_rows(self, name, start, stop, out):
-        out.copy_(self._values[name][start:stop].reshape(-1).view(torch.uint8))
-
-
 def digests_of(values: torch.Tensor, rows: int, name: str = "t") -> dict[Span, bytes]:
     spans = row_ranges(len(values), values[0].nbytes, rows * values[0].nbytes)
     return {Span(name, start, stop): digest(values[start:stop]) for start, stop in spans}
@@ -68,35 +55,34 @@ def proven(reader, digests):
 
 def test_the_hash_does_not_depend_on_the_spans():
     values = torch.rand(7, 3)
-    entries = [proven(Stored(t=values), digests_of(values, rows))["t"] for rows in (1, 2, 3, 7)]
+    entries = [proven(StoredTensors({"t": values}), digests_of(values, rows))["t"] for rows in (1, 2, 3, 7)]
     assert entries == [{"dtype": "float32", "shape": [7, 3], "hash": entries[0]["hash"]}] * 4
     changed = values.clone()
     changed[6, 2] += 1
-    assert proven(Stored(t=changed), digests_of(changed, 2))["t"]["hash"] != entries[0]["hash"]
+    assert proven(StoredTensors({"t": changed}), digests_of(changed, 2))["t"]["hash"] != entries[0]["hash"]
 
 
 def test_the_proof_fails():
     values = torch.rand(7, 3)
     good = digests_of(values, 2)
-    spans = list(good)
     changed = values.clone()
     changed[3, 1] = -changed[3, 1]
-    for reader, digests, expected in [
-        (Stored(t=changed), good, "t[2:4] does not read back as it was written"),
-        (Stored(t=values), {s: good[s] for s in spans[1:]}, "rows 0 to 2 of t were never or twice written"),
-        (
-            Stored(t=values),
-            {s: good[s] for s in spans if s.start != 2},
-            "rows 2 to 4 of t were never or twice",
-        ),
-        (Stored(t=values), {s: good[s] for s in spans[:-1]}, "t has 7 rows, 6 were written"),
-        (Stored(t=values), good | digests_of(values, 3), "of t were never or twice written"),
-        (Stored(t=values, u=values), good, "u is on one side only (1 in all)"),
-        (Stored(t=values), good | digests_of(values, 3, "u"), "u is on one side only (1 in all)"),
-        (Stored(t=values[[1, 0, 2, 3, 4, 5, 6]]), good, "t[0:2] does not read back"),
+
+    def without(first_row: int) -> dict[Span, bytes]:
+        return {span: found for span, found in good.items() if span.start != first_row}
+
+    for stored, digests, expected in [
+        ({"t": changed}, good, "t[2:4] does not read back as it was written"),
+        ({"t": values}, without(0), "rows 0 to 2 of t were never or twice written"),
+        ({"t": values}, without(2), "rows 2 to 4 of t were never or twice"),
+        ({"t": values}, without(6), "t has 7 rows, 6 were written"),
+        ({"t": values}, good | digests_of(values, 3), "of t were never or twice written"),
+        ({"t": values, "u": values}, good, "u is on one side only (1 in all)"),
+        ({"t": values}, good | digests_of(values, 3, "u"), "u is on one side only (1 in all)"),
+        ({"t": values[[1, 0, 2, 3, 4, 5, 6]]}, good, "t[0:2] does not read back"),
     ]:
         with pytest.raises(ValueError) as error:
-            proven(reader, digests)
+            proven(StoredTensors(stored), digests)
         assert str(error.value).startswith("the proof fails: ") and expected in str(error.value)
 
 

@@ -1,15 +1,14 @@
-"""Rows and spans: what moves where, against whole tensors."""
+"""Rows: what moves where, against whole tensors."""
 
 import random
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
 
 from megatron_vespo.checkpoints.row_map import RowRun, row_runs
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
-from megatron_vespo.checkpoints.spans import Span, SpanBuffer, row_ranges, shares
+from megatron_vespo.checkpoints.spans import row_ranges, shares
 from megatron_vespo.checkpoints.torch_dist_writer import destinations
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.mappings import QKV, Direct, GatedMLP, Vocabulary
@@ -84,35 +83,3 @@ def test_shares_are_consecutive_and_even():
         assert [item for run in runs for item in run] == list(range(len(sizes)))
         weights = [sum(sizes[item] for item in run) for run in runs]
         assert all(weight <= sum(sizes) / parts + 30 for weight in weights)
-
-
-class Reader:
-    def __init__(self, values: torch.Tensor, left_out: int = 0):
-        self.folder, self._values, self._left_out = "somewhere", values, left_out
-        self.tensors = {"t": TensorInfo(values.dtype, tuple(values.shape))}
-
-    def read_rows(self, name, start, stop, out):
-        content = self._values[start:stop].reshape(-1).view(torch.uint8)
-        end = len(content) - self._left_out
-        out[:end] = content[:end]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_buffer(dtype):
-    values = torch.rand(6, 4).to(dtype)
-    buffer = SpanBuffer()
-    for start, stop in [(0, 6), (2, 3), *pairwise(range(7))]:
-        assert buffer.read(Reader(values), Span("t", start, stop)).equal(values[start:stop])
-    cast = buffer.read(Reader(values), Span("t", 1, 3), torch.bfloat16)
-    assert cast.dtype == torch.bfloat16 and cast.equal(values[1:3].to(torch.bfloat16))
-
-
-def test_what_is_left_out_or_not_finite_is_found():
-    buffer = SpanBuffer()
-    buffer.read(Reader(torch.ones(2, 3)), Span("t", 0, 2))
-    with pytest.raises(ValueError, match=r"^somewhere: t\[0:2\] holds NaN or infinity$"):
-        buffer.read(Reader(torch.ones(2, 3), left_out=4), Span("t", 0, 2))
-    with pytest.raises(ValueError, match=r"^somewhere: t\[1:2\] holds NaN or infinity$"):
-        buffer.read(Reader(torch.tensor([[1.0], [-torch.inf]])), Span("t", 1, 2))
-    with pytest.raises(ValueError, match=r"^somewhere: t\[0:1\] holds NaN or infinity as torch.float16$"):
-        buffer.read(Reader(torch.tensor([[70000.0]])), Span("t", 0, 1), torch.float16)
