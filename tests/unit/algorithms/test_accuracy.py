@@ -68,13 +68,30 @@ def coverage(values_RP: np.ndarray, truth: float, num_completions: int) -> float
     return float(np.mean([low <= truth <= high for low, high in bounds]))
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 3.2), (3.2, 0.1)])
-@pytest.mark.parametrize("num_prompts", [10, 30, 100])
-def test_intervals_of_hard_and_of_solved_sets(alpha, beta, num_prompts):
-    """A mean of 3% or 97%, most prompts never solved or always: the few that differ are often not drawn."""
-    random = np.random.default_rng(0)
-    values = random.binomial(8, random.beta(alpha, beta, (3000, num_prompts))) / 8
-    assert 0.93 <= coverage(values, alpha / (alpha + beta), 8) <= 0.99
+HARD_AND_SOLVED = [
+    (0.1, 3.2),
+    (3.2, 0.1),
+]  # a mean of 3% or 97%: the few prompts that differ are often not drawn
+MIXED = [(0.5, 0.5), (2.0, 3.0), (0.3, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("beta_of_prompts", "num_prompts", "least", "most"),
+    [
+        *((beta, number, 0.93, 0.99) for beta in HARD_AND_SOLVED for number in (10, 30, 100)),
+        *((beta, 30, 0.935, 0.975) for beta in MIXED),
+        *(((1.0, 1.0), number, 0.93, 1.0) for number in (3, 10)),
+    ],
+)
+def test_intervals_cover_the_truth_of_other_prompts(beta_of_prompts, num_prompts, least, most):
+    """Prompts of different difficulty, 8 completions each: about 95% of the intervals hold the truth."""
+    random, trials = np.random.default_rng(0), 3000
+    values = random.binomial(8, random.beta(*beta_of_prompts, (trials, num_prompts))) / 8
+    truth = beta_of_prompts[0] / sum(beta_of_prompts)
+    assert least <= coverage(values, truth, 8) <= most
+    if beta_of_prompts in MIXED:  # all 240 completions as if they were independent claim too much
+        narrow = [wilson_interval(row.mean(), 240) for row in values]
+        assert sum(low <= truth <= high for low, high in narrow) / trials < 0.85
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (2.0, 3.0)])
@@ -85,24 +102,6 @@ def test_intervals_of_pass_at_k(alpha, beta):
     values = table[random.binomial(16, random.beta(alpha, beta, (3000, 30)))]
     truth = 1 - math.prod((beta + i) / (alpha + beta + i) for i in range(8))  # E[(1 - p)^8] of a beta's p
     assert 0.93 <= coverage(values, truth, 16) <= 0.975
-
-
-@pytest.mark.parametrize("num_prompts", [3, 10])
-def test_intervals_of_few_prompts(num_prompts):
-    random = np.random.default_rng(0)
-    values = random.binomial(8, random.beta(1.0, 1.0, (3000, num_prompts))) / 8
-    assert coverage(values, 0.5, 8) >= 0.93
-
-
-@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (2.0, 3.0), (0.3, 2.0)])
-def test_intervals_cover_the_truth_of_other_prompts(alpha, beta):
-    """30 prompts of different difficulty, 8 completions each: about 95% of the intervals hold the truth."""
-    random, trials, truth = np.random.default_rng(0), 3000, alpha / (alpha + beta)
-    difficulty = random.beta(alpha, beta, (trials, 30))
-    values = random.binomial(8, difficulty) / 8
-    assert 0.935 <= coverage(values, truth, 8) <= 0.975
-    narrow = sum(low <= truth <= high for low, high in (wilson_interval(row.mean(), 240) for row in values))
-    assert narrow / trials < 0.85  # as if all 240 completions were independent: this would claim too much
 
 
 def test_rewards_beyond_0_and_1_get_a_bootstrap():

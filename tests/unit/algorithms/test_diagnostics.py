@@ -20,21 +20,17 @@ from megatron_vespo.algorithms.diagnostics import (
 NUM_SAMPLES = 60
 
 
-@pytest.mark.parametrize("value", [1.0, 1e-30, 1.2])
-def test_equal_weights_use_every_sample(value):
-    assert effective_sample_share(np.full(7, value, np.float32)) == pytest.approx(1.0)
-
-
-def test_one_weight_alone_is_one_sample():
-    assert effective_sample_share(np.array([0, 0, 0.3, 0, 0], np.float32)) == pytest.approx(1 / 5)
-
-
-def test_zeros_are_no_sample():
-    assert effective_sample_share(np.zeros(4, np.float32)) == 0.0
-
-
-def test_share_of_two_weights():
-    assert effective_sample_share(np.array([1.0, 3.0])) == pytest.approx(16 / (2 * 10))
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [
+        *(([value] * 7, 1.0) for value in (1.0, 1e-30, 1.2)),
+        ([0, 0, 0.3, 0, 0], 1 / 5),
+        ([1.0, 3.0], 16 / (2 * 10)),
+        ([0, 0, 0, 0], 0.0),
+    ],
+)
+def test_effective_samples(weights, share):
+    assert effective_sample_share(np.array(weights, np.float32)) == pytest.approx(share)
 
 
 @given(st.lists(st.floats(2**-20, 2.0, width=32), min_size=1, max_size=20))
@@ -77,15 +73,6 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def naive_bucket(length: int) -> str:
-    low, high, names = 0, 64, ["0", "64", "128", "256", "512", "1k", "2k", "4k", "8k"]
-    for first, last in zip(names, names[1:], strict=False):
-        if low <= length < high:
-            return f"{first}-{last}"
-        low, high = high, 2 * high
-    raise AssertionError(length)
-
-
 def naive_weights(weights, advantages, lengths, mini_batches) -> dict[str, float]:
     """Every part's samples in a list of its own."""
     parts: dict[str, list[float]] = {}
@@ -96,7 +83,9 @@ def naive_weights(weights, advantages, lengths, mini_batches) -> dict[str, float
         if advantage != 0.0:
             sign = "positive" if advantage > 0 else "negative"
             parts.setdefault(f"/{sign}", []).append(float(weight))
-            cells.setdefault(f"/{sign}/{naive_bucket(length)}", []).append(float(weight))
+            cells.setdefault(f"/{sign}/{bucket_name(*length_buckets(np.array([length])))}", []).append(
+                float(weight)
+            )
 
     def dead(found):
         return sum(weight < np.float32(DEAD_WEIGHT) for weight in found) / len(found)
@@ -123,54 +112,10 @@ def test_weights_by_sign_length_and_mini_batch(seed):
     assert "weight/dead_share/negative/2k-4k" in metrics and "weight/ess/mini_batch_2" in metrics
 
 
-def test_weights_of_a_small_batch():
-    metrics = weight_metrics(
-        weights=np.array([1.0, 0.005, 0.5, 0.0]),
-        advantages=np.array([1.0, -1.0, 0.0, -0.5]),
-        lengths=np.array([10, 100, 10, 10]),
-        mini_batches=np.zeros(4, np.int64),
-    )
-    assert metrics == pytest.approx(
-        {
-            "weight/mean": 1.505 / 4,
-            "weight/ess": 1.505**2 / (4 * (1 + 0.005**2 + 0.25)),
-            "weight/dead_share": 0.5,
-            "weight/mean/positive": 1.0,
-            "weight/ess/positive": 1.0,
-            "weight/dead_share/positive": 0.0,
-            "weight/mean/positive/0-64": 1.0,
-            "weight/dead_share/positive/0-64": 0.0,
-            "weight/count/positive/0-64": 1.0,
-            "weight/mean/negative": 0.0025,
-            "weight/ess/negative": 0.5,
-            "weight/dead_share/negative": 1.0,
-            "weight/mean/negative/0-64": 0.0,
-            "weight/dead_share/negative/0-64": 1.0,
-            "weight/count/negative/0-64": 1.0,
-            "weight/mean/negative/64-128": 0.005,
-            "weight/dead_share/negative/64-128": 1.0,
-            "weight/count/negative/64-128": 1.0,
-        }
-    )
-
-
-def test_a_sequence_on_the_threshold_is_alive():
-    weights = np.array([DEAD_WEIGHT, DEAD_WEIGHT * 0.999])
-    metrics = weight_metrics(weights, np.ones(2), np.ones(2), np.zeros(2, np.int64))
-    assert metrics["weight/dead_share"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("advantages", "present"),
-    [
-        ([1.0, 2.0], {"positive"}),
-        ([-1.0, -2.0], {"negative"}),
-        ([0.0, 0.0], set()),
-        ([1.0, -1.0], {"positive", "negative"}),
-    ],
-)
-def test_an_absent_sign_is_left_out(advantages, present):
+@pytest.mark.parametrize("advantages", [[1.0, 2.0], [-1.0, -2.0], [0.0, 0.0], [1.0, -1.0]])
+def test_an_absent_sign_is_left_out(advantages):
     metrics = weight_metrics(np.ones(2), np.array(advantages), np.ones(2), np.zeros(2, np.int64))
+    present = {"positive" if advantage > 0 else "negative" for advantage in advantages if advantage}
     assert {name.split("/")[2] for name in metrics if name.count("/") > 1} == present
 
 
@@ -240,12 +185,10 @@ def test_without_pi_old_the_samples_still_on_policy_measure_the_mismatch():
     assert metrics["ratio/mismatch_share"] == pytest.approx(var_mismatch / var_all, rel=1e-5)
 
 
-def test_without_pi_old_and_without_such_samples_nothing_is_said_of_the_parts():
-    metrics = ratio_metrics(parts(2)[0], UNKNOWN, UNKNOWN, NOWHERE)
-    assert metrics.keys() == {"ratio/log_w_mean", "ratio/log_w_std", "ratio/log_w_abs_max"}
-
-
-def test_nothing_explains_a_log_w_that_does_not_vary():
+def test_what_is_not_known_is_not_said():
+    of_log_w = {"ratio/log_w_mean", "ratio/log_w_std", "ratio/log_w_abs_max"}
+    assert ratio_metrics(parts(2)[0], UNKNOWN, UNKNOWN, NOWHERE).keys() == of_log_w
+    # nothing explains a log W that does not vary
     zeros = np.zeros(NUM_SAMPLES, np.float32)
     assert "ratio/mismatch_share" not in ratio_metrics(zeros, zeros, zeros, NOWHERE)
     assert "ratio/mismatch_share" not in ratio_metrics(zeros, UNKNOWN, UNKNOWN, ~NOWHERE)
