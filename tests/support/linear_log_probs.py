@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
 
-T, H, V = 23, 8, 37  # V with its padding
-VOCAB_SIZE = 31
+T, H, VOCAB_SIZE, PADDING = 23, 8, 31, 6
+V = VOCAB_SIZE + PADDING
 
 
 def naive(hidden_TH, weight_VH, labels_T, temperature_T, vocab_size):
@@ -18,13 +20,18 @@ def naive(hidden_TH, weight_VH, labels_T, temperature_T, vocab_size):
     return log_p_TV[range(len(labels_T)), labels_T], -(log_p_TV.exp() * log_p_TV).sum(-1)
 
 
-def inputs(dtype=torch.float64, num_tokens=T, scale=2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    dtype=torch.float64, num_tokens=T, scale=2.0, hidden_size=H, vocab_size=VOCAB_SIZE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, weight, labels (both ends of the vocabulary among them) and temperatures."""
     generator = torch.Generator().manual_seed(0)
-    hidden_TH = (scale * torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)).to(dtype)
-    weight_VH = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
-    labels_T = torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=generator)
-    labels_T[:2] = torch.tensor([0, VOCAB_SIZE - 1])
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden_TH, weight_VH = scale * normal(num_tokens, hidden_size), normal(vocab_size + PADDING, hidden_size)
+    labels_T = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    labels_T[:2] = torch.tensor([0, vocab_size - 1])
     temperature_T = 0.3 + 1.5 * torch.rand(num_tokens, generator=generator)
     return hidden_TH.requires_grad_(), weight_VH.requires_grad_(), labels_T, temperature_T
 
@@ -57,3 +64,13 @@ def assert_close(results, expected, **bounds):
 
 
 BOUNDS = {torch.float64: dict(rtol=1e-10, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=2e-5)}
+
+
+def check_against_all_logits(fields, grads, dtype=torch.float64, vocab_size=VOCAB_SIZE, **options):
+    """Values and gradients are those of the definition in float64; they are returned."""
+    results = gradients(partial(tiled, vocab_size=vocab_size, **options), fields, *grads)
+    in_float64 = [field.detach().double().requires_grad_() for field in fields[:2]]
+    grads = [None if grad is None else grad.double() for grad in grads]
+    expected = gradients(partial(naive, vocab_size=vocab_size), (*in_float64, *fields[2:]), *grads)
+    assert_close(results, expected, **BOUNDS[dtype])
+    return results

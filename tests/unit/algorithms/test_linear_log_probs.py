@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_vespo.algorithms.linear_log_probs import CACHED_ELEMENTS
 from tests.support.linear_log_probs import (
     BOUNDS,
+    PADDING,
     VOCAB_SIZE,
-    H,
     T,
     V,
     assert_close,
+    check_against_all_logits,
     gradients,
     inputs,
     naive,
@@ -30,54 +31,31 @@ from tests.support.linear_log_probs import (
 @pytest.mark.parametrize("chunk_size", [1, 5, T - 1, T, T + 7])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_values_and_gradients_are_those_of_all_logits(dtype, chunk_size, entropy_gradient):
-    fields = inputs(dtype)
-    grads = upstream(T, dtype) if entropy_gradient else upstream(T, dtype)[:1]
-    results = gradients(
-        partial(tiled, chunk_size=chunk_size, entropy_gradient=entropy_gradient), fields, *grads
-    )
-    in_float64 = [f.detach().double().requires_grad_() for f in fields[:2]]
-    expected = gradients(
-        partial(naive, vocab_size=VOCAB_SIZE), (*in_float64, *fields[2:]), *(g.double() for g in grads)
-    )
-    assert_close(results, expected, **BOUNDS[dtype])
+    grads = upstream(T, dtype)[: 1 + entropy_gradient]
+    options = {"chunk_size": chunk_size, "entropy_gradient": entropy_gradient}
+    results = check_against_all_logits(inputs(dtype), grads, dtype, **options)
     assert [result.dtype for result in results] == [torch.float64] * 2 + [dtype] * 2
     assert (results[3][VOCAB_SIZE:] == 0).all(), "padding rows got a gradient"
 
 
 def test_tiles_are_aligned_and_end_anywhere():
     """A vocabulary of several aligned tiles and a rest."""
-    torch.manual_seed(0)
     vocab_size = 3 * 128 + 45
-    fields = (
-        torch.randn(6, H, dtype=torch.float64, requires_grad=True),
-        torch.randn(vocab_size + 3, H, dtype=torch.float64, requires_grad=True),
-        torch.tensor([0, 127, 128, 383, 384, vocab_size - 1]),
-        torch.ones(6),
-    )
-    results = gradients(
-        partial(tiled, chunk_size=2, vocab_size=vocab_size, entropy_gradient=True),
-        fields,
-        *upstream(6, torch.float64),
-    )
-    expected = gradients(partial(naive, vocab_size=vocab_size), fields, *upstream(6, torch.float64))
-    assert_close(results, expected, **BOUNDS[torch.float64])
+    fields = inputs(num_tokens=6, vocab_size=vocab_size)
+    fields[2][:] = torch.tensor([0, 127, 128, 383, 384, vocab_size - 1])
+    grads = upstream(6, torch.float64)
+    check_against_all_logits(fields, grads, vocab_size=vocab_size, chunk_size=2, entropy_gradient=True)
 
 
 def test_a_tile_larger_than_the_cached_block():
     num_tokens, vocab_size = 700, 400
     assert CACHED_ELEMENTS < num_tokens * vocab_size < 2 * CACHED_ELEMENTS
-    torch.manual_seed(0)
-    fields = (
-        torch.randn(num_tokens, 4, dtype=torch.float64, requires_grad=True),
-        torch.randn(vocab_size, 4, dtype=torch.float64, requires_grad=True),
-        torch.randint(0, vocab_size, (num_tokens,)),
-        0.5 + torch.rand(num_tokens),
+    fields, grads = (
+        inputs(num_tokens=num_tokens, hidden_size=4, vocab_size=vocab_size),
+        upstream(700, torch.float64),
     )
-    grads = upstream(num_tokens, torch.float64)
-    function = partial(tiled, chunk_size=num_tokens, vocab_size=vocab_size, entropy_gradient=True)
-    results = gradients(function, fields, *grads)
-    expected = gradients(partial(naive, vocab_size=vocab_size), fields, *grads)
-    assert_close(results, expected, **BOUNDS[torch.float64])
+    options = {"vocab_size": vocab_size, "chunk_size": num_tokens, "entropy_gradient": True}
+    check_against_all_logits(fields, grads, **options)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 100])
@@ -100,11 +78,8 @@ def test_entropy_has_no_gradient_unless_asked_for():
 
 
 def test_gradient_of_the_entropy_alone():
-    fields = inputs()
-    grad_entropy_T = upstream(T, torch.float64)[1]
-    results = gradients(partial(tiled, entropy_gradient=True), fields, None, grad_entropy_T)
-    expected = gradients(partial(naive, vocab_size=VOCAB_SIZE), fields, None, grad_entropy_T)
-    assert_close(results, expected, **BOUNDS[torch.float64])
+    grads = None, upstream(T, torch.float64)[1]
+    check_against_all_logits(inputs(), grads, entropy_gradient=True)
 
 
 @pytest.mark.parametrize("masked", ["some", "all"])
@@ -179,16 +154,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_no_tensor_has_more_logits_than_a_chunk(entropy_gradient):
     num_tokens, vocab_size, hidden, chunk_size = 64, 1000, 4, 8
-    fields = (
-        torch.randn(num_tokens, hidden, requires_grad=True),
-        torch.randn(vocab_size, hidden, requires_grad=True),
-        torch.randint(0, vocab_size, (num_tokens,)),
-        torch.ones(()).expand(num_tokens),
-    )
+    fields = inputs(torch.float32, num_tokens, hidden_size=hidden, vocab_size=vocab_size)
     function = partial(tiled, chunk_size=chunk_size, vocab_size=vocab_size, entropy_gradient=entropy_gradient)
     with LargestTensor() as largest:
         gradients(function, fields, *torch.randn(1 + entropy_gradient, num_tokens))
-    assert vocab_size * hidden <= largest.num_elements <= chunk_size * vocab_size
+    assert vocab_size * hidden <= largest.num_elements <= chunk_size * (vocab_size + PADDING)
 
 
 def test_no_tokens():
@@ -213,15 +183,9 @@ def test_extreme_logits_are_finite():
     hidden_TH = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
     weight_VH = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
     for chunk_size, labels in itertools.product([1, 3], [[0, 1, 2], [1, 0, 2]]):
-        log_probs_T, entropy_T = tiled(
-            hidden_TH,
-            weight_VH,
-            torch.tensor(labels),
-            torch.ones(3),
-            chunk_size=chunk_size,
-            vocab_size=3,
-            entropy_gradient=True,
-        )
+        fields = hidden_TH, weight_VH, torch.tensor(labels), torch.ones(3)
+        options = {"chunk_size": chunk_size, "vocab_size": 3, "entropy_gradient": True}
+        log_probs_T, entropy_T = tiled(*fields, **options)
         uniform = -torch.tensor(3.0).log().item()
         certain = 0.0 if labels == [0, 1, 2] else -2e4
         assert log_probs_T.tolist() == pytest.approx([certain, certain, uniform])
