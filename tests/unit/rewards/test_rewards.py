@@ -7,8 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,10 +92,29 @@ def custom(tmp_path_factory):
 
 
 @pytest.fixture
-def pool(custom):
-    pool = RewardPool(custom, num_workers=2, timeout_s=1.0)
-    yield pool
-    pool.close()
+def start(custom):
+    """Starts a pool of one worker; all are closed at the end."""
+    pools = []
+
+    def start(function=custom, num_workers=1, timeout_s=1.0, **options) -> RewardPool:
+        pools.append(RewardPool(function, num_workers=num_workers, timeout_s=timeout_s, **options))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def pool(start):
+    return start(num_workers=2)
+
+
+OK = RewardResult(1.0, "ok", "")
+
+
+def error(detail: str) -> RewardResult:
+    return RewardResult(0.0, "error", detail)
 
 
 def item(response: str, answer: str = "1", ended: bool = True, **metadata) -> RewardItem:
@@ -149,61 +168,6 @@ def test_last_boxed_takes_linear_time_on_repeated_open_boxes():
     assert time.perf_counter() - start < 2.0
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "reward"),
-    [
-        (boxed("42"), "42", 1.0),
-        (boxed(" 42 "), "42", 1.0),
-        (boxed("43"), "42", 0.0),
-        (boxed("-42"), "42", 0.0),
-        (boxed("1234"), "1,234", 1.0),
-        (boxed("1,234"), "1234", 1.0),
-        (boxed("1235"), "1,234", 0.0),
-        (boxed("42.0"), "42", 1.0),
-        (boxed("0.5"), r"\frac{1}{2}", 1.0),
-        (boxed(r"\dfrac12"), r"\frac{1}{2}", 1.0),
-        (boxed(r"\frac{2}{3}"), r"\frac{1}{2}", 0.0),
-        (boxed("1+x^2"), "x^2+1", 1.0),
-        (boxed("x^2-1"), "x^2+1", 0.0),
-        (boxed(r"70\%"), r"70\%", 1.0),
-        (boxed("0.7"), r"70\%", 1.0),
-        (boxed(r"71\%"), r"70\%", 0.0),
-        (boxed(r"18 \text{ dollars}"), "18", 1.0),
-        (boxed(r"\$18"), "18", 1.0),
-        (boxed("18, 19"), "18", 0.0),
-        (boxed("18 or 19"), "18", 0.0),
-        (boxed(r"3 \times 10^8"), "3e8", 1.0),
-        (boxed("300000000"), "3e8", 1.0),
-        (boxed("3e7"), "3e8", 0.0),
-        (boxed("4.3e-19"), "2.9e-19", 0.0),
-        (boxed(".5"), "0.5", 1.0),
-        (boxed(r"4.3 \times 10^{-19}"), "2.9e-19", 0.0),
-        (boxed(r"2.9 \cdot 10^{-19}"), "2.9e-19", 1.0),
-        (boxed(r"3 \times 10^{8} m"), "3e8", 1.0),
-        (boxed("10^{2}"), "100", 1.0),
-        (boxed("1.6e-3"), "0.0016", 1.0),
-        (boxed(r"\{2, 1\}"), r"\{1, 2\}", 1.0),
-        (boxed("(1,2)"), "(2,1)", 0.0),
-        (boxed("42"), r"\boxed{42}", 1.0),
-        (boxed("42"), "$42$", 1.0),
-        (boxed("7") + " No: " + boxed("42"), "42", 1.0),
-        (boxed("42") + " No: " + boxed("7"), "42", 0.0),
-        (r"\boxed{}", "42", 0.0),
-        ("", "42", 0.0),
-        ("The answer is 42.", "42", 1.0),
-        ("The answer is 43.", "42", 0.0),
-        ("I do not know.", "42", 0.0),
-        ("The answer is 42. " + "and so on " * 200, "42", 0.0),  # not in the end of the response
-        ("and so on " * 200 + "The answer is 42.", "42", 1.0),
-        ("1" * 5000, "1", 0.0),
-        (boxed("1+" * 600 + "1"), "601", 0.0),  # longer than any final answer
-        (boxed(r"\frac{1}{"), "1", 0.0),
-    ],
-)
-def test_math_reward(response, answer, reward):
-    assert math_reward(response, answer, {}) == reward
-
-
 def test_a_number_that_the_tail_cuts_is_not_the_answer():
     # The last 1,000 characters begin with the 7 of 97.
     assert math_reward("w" * 50 + " 97" + " yes" * 249 + "...", "7") == 0.0
@@ -231,11 +195,8 @@ def test_grade_is_cached():
 
 
 def test_math_reward_works_outside_the_main_thread():
-    rewards = []
-    thread = threading.Thread(target=lambda: rewards.append(math_reward(boxed("y+y"), "2y")))
-    thread.start()
-    thread.join(timeout=30)
-    assert rewards == [1.0]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(math_reward, boxed("y+y"), "2y").result(timeout=30) == 1.0
 
 
 def read_answers(name: str, key: str, pattern: str = "(.+)") -> list[str]:
@@ -280,6 +241,10 @@ def test_real_latex_references_grade_themselves_with_other_spacing():
 # --- loading ---
 
 
+SEARCHED = "PYTHONPATH must hold its folder, the current one is not searched"
+TOO_MANY = "does not fit (too many positional arguments)"
+
+
 def test_load_reward_function_names(custom):
     assert load_reward_function("math") is math_reward
     assert custom.__module__ == "custom_rewards"
@@ -289,31 +254,20 @@ def test_load_reward_function_names(custom):
 @pytest.mark.parametrize(
     ("import_path", "message"),
     [
-        ("maths", """reward function 'maths': write "math" or "package.module:function\""""),
-        ("a.b:", """reward function 'a.b:': write "math" or "package.module:function\""""),
-        (
-            "no_such_module:f",
-            "reward function 'no_such_module:f': cannot import no_such_module "
-            "(No module named 'no_such_module'); PYTHONPATH must hold its folder, "
-            "the current one is not searched",
-        ),
-        ("custom_rewards:f", "reward function 'custom_rewards:f': custom_rewards has no 'f'"),
-        ("custom_rewards:CONSTANT", "reward function 'custom_rewards:CONSTANT': is a int, not a function"),
-        (
-            "custom_rewards:compute_score",
-            "reward function 'custom_rewards:compute_score': compute_score(solution_str, ground_truth) "
-            f"does not fit (too many positional arguments); {CALLED}",
-        ),
-        ("custom_rewards:later", f"reward function 'custom_rewards:later': is async; {CALLED}"),
-        (
-            "custom_rewards:Scored",
-            f"reward function 'custom_rewards:Scored': is a class, not a function; {CALLED}",
-        ),
+        ("maths", """write "math" or "package.module:function\""""),
+        ("a.b:", """write "math" or "package.module:function\""""),
+        ("no_such_module:f", f"cannot import no_such_module (No module named 'no_such_module'); {SEARCHED}"),
+        ("custom_rewards:f", "custom_rewards has no 'f'"),
+        ("custom_rewards:CONSTANT", "is a int, not a function"),
+        ("custom_rewards:compute_score", f"compute_score(solution_str, ground_truth) {TOO_MANY}; {CALLED}"),
+        ("custom_rewards:later", f"is async; {CALLED}"),
+        ("custom_rewards:Scored", f"is a class, not a function; {CALLED}"),
     ],
 )
 def test_load_reward_function_errors(custom, import_path, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError) as refused:
         load_reward_function(import_path)
+    assert str(refused.value) == f"reward function {import_path!r}: {message}"
 
 
 def test_function_that_no_worker_could_import():
@@ -328,12 +282,10 @@ def test_function_that_no_worker_could_import():
         RewardPool(local, num_workers=1, timeout_s=1.0)
 
 
-def test_function_that_fails_to_load_in_the_worker(custom, monkeypatch):
+def test_function_that_fails_to_load_in_the_worker(start, monkeypatch):
     monkeypatch.setenv("FAIL_IN_WORKER", "1")
-    pool = RewardPool(custom, num_workers=1, timeout_s=1.0)
     with pytest.raises(RuntimeError, match="cannot load the reward function: RuntimeError: no licence"):
-        pool.score([item("is 1")])
-    pool.close()
+        start().score([item("is 1")])
 
 
 # --- the pool ---
@@ -348,56 +300,43 @@ def test_scores_come_back_in_order(pool):
 def test_response_that_did_not_end_earns_nothing_and_is_not_run(pool):
     results = pool.score([item("exit 3", ended=False), item("is 1", ended=False), item("is 1")])
     cut = RewardResult(0.0, "ok", "the response did not end")
-    assert results == [cut, cut, RewardResult(1.0, "ok", "")]
+    assert results == [cut, cut, OK]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["hang", "hang_in_c"])
 def test_hanging_item_costs_only_itself(pool, command):
-    items = [item("is 1") for _ in range(200)]
-    items[50] = items[51] = item(command)
-    start = time.monotonic()
-    results = pool.score(items)
-    assert time.monotonic() - start < 10.0
+    began = time.monotonic()
+    results = pool.score([*[item("is 1")] * 50, *[item(command)] * 2, *[item("is 1")] * 148])
+    assert time.monotonic() - began < 10.0
     late = RewardResult(0.0, "timeout", "no reward within 1 s")
-    assert [i for i, result in enumerate(results) if result == late] == [50, 51]
-    assert sum(result == RewardResult(1.0, "ok", "") for result in results) == 198
+    assert results == [*[OK] * 50, late, late, *[OK] * 148]
 
 
 @pytest.mark.long
-def test_deadline_is_for_each_item_not_for_the_chunk(custom):
-    pool = RewardPool(custom, num_workers=1, timeout_s=0.5)
+def test_deadline_is_for_each_item_not_for_the_chunk(start):
+    pool = start(timeout_s=0.5)
     assert pool.score([item("slow 0.2")] * 12) == [RewardResult(0.0, "ok", "")] * 12  # chunks of three
-    pool.close()
 
 
-def test_dying_worker_costs_only_its_item_and_is_replaced(pool):
-    items = [item("is 1") for _ in range(40)]
-    items[0] = item("exit 3")
-    items[20] = item("sys_exit")
-    results = pool.score(items)
-    assert results[0] == RewardResult(0.0, "error", "the reward function ended its process, exit status 3")
-    assert results[20] == RewardResult(0.0, "error", "the reward function ended its process, exit status 4")
-    assert sum(result == RewardResult(1.0, "ok", "") for result in results) == 38
+@pytest.mark.parametrize(
+    ("response", "result"),
+    [
+        ("exit 3", error("the reward function ended its process, exit status 3")),
+        ("sys_exit", error("the reward function ended its process, exit status 4")),
+        ("allocate 0.75", error("the reward function ran out of memory, see --reward-memory-gb")),
+        ("allocate 0.25", RewardResult(0.25, "ok", "")),
+    ],
+)
+def test_what_ends_a_worker_costs_only_its_item(start, response, result):
+    items = [item("is 1")] * 40
+    items[0] = items[20] = item(response)
+    pool = start(num_workers=2, timeout_s=10.0, memory_gb=0.5)
+    assert pool.score(items) == [result, *[OK] * 19, result, *[OK] * 19]
 
 
-def test_a_response_that_takes_too_much_memory_costs_only_itself(custom):
-    pool = RewardPool(custom, num_workers=2, timeout_s=10.0, memory_gb=0.5)
-    items = [item("is 1") for _ in range(40)]
-    items[7] = item("allocate 0.75")
-    items[30] = item("allocate 0.25")
-    results = pool.score(items)
-    pool.close()
-    too_much = RewardResult(0.0, "error", "the reward function ran out of memory, see --reward-memory-gb")
-    assert results[7] == too_much
-    assert results[30] == RewardResult(0.25, "ok", "")
-    assert results.count(RewardResult(1.0, "ok", "")) == 38
-
-
-def test_memory_that_a_function_keeps_goes_with_its_worker(custom):
-    pool = RewardPool(custom, num_workers=1, timeout_s=10.0, memory_gb=0.5)
-    results = pool.score([item("keep 0.15")] * 8)
-    pool.close()
+def test_memory_that_a_function_keeps_goes_with_its_worker(start):
+    results = start(timeout_s=10.0, memory_gb=0.5).score([item("keep 0.15")] * 8)
     assert [result.value for result in results] == [1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0, 0.0]
     assert [result.status for result in results].count("error") == 2
 
@@ -407,7 +346,7 @@ def test_a_worker_killed_while_idle_costs_nothing(pool):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not any(map(is_alive, pids)), 5.0)
-    assert pool.score([item("is 1")] * 8) == [RewardResult(1.0, "ok", "")] * 8
+    assert pool.score([item("is 1")] * 8) == [OK] * 8
 
 
 @pytest.mark.parametrize(
@@ -423,23 +362,15 @@ def test_a_worker_killed_while_idle_costs_nothing(pool):
         ("return 10**400", "OverflowError: int too large to convert to float"),
     ],
 )
-def test_bad_results_are_errors_with_a_reason(pool, response, detail):
-    assert pool.score([item(response), item("return True"), item("return 0.25")]) == [
-        RewardResult(0.0, "error", detail),
-        RewardResult(1.0, "ok", ""),
-        RewardResult(0.25, "ok", ""),
-    ]
+def test_bad_results_are_errors_with_a_reason(start, response, detail):
+    pool = start(timeout_s=20.0)
+    assert pool.score([item(response), item("return 0.25")]) == [error(detail), RewardResult(0.25, "ok", "")]
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["np.bool_(True)", "np.array(1)", "np.array(True)", "np.float32(1)", "np.int64(1)", "np.float64(1)"],
-)
-def test_scalars_of_numpy_are_numbers(custom, value):
-    pool = RewardPool(custom, num_workers=1, timeout_s=20.0)
-    results = pool.score([item("return " + value.replace("np", "__import__('numpy')"))])
-    pool.close()
-    assert results == [RewardResult(1.0, "ok", "")]
+def test_scalars_of_numpy_are_numbers(start):
+    values = ("bool_(True)", "array(1)", "array(True)", "float32(1)", "int64(1)", "float64(1)")
+    items = [item(f"return __import__('numpy').{value}") for value in values]
+    assert start(timeout_s=20.0).score([item("return True"), *items]) == [OK] * 7
 
 
 def test_a_batch_in_which_every_reward_failed_is_refused(pool):
@@ -471,44 +402,39 @@ def test_batches_from_several_threads_do_not_mix(pool):
     def score(bonus: int) -> None:
         outcomes[bonus] = {result.value for result in pool.score([item("is 1", bonus=bonus)] * 50)}
 
-    threads = [threading.Thread(target=score, args=(bonus,)) for bonus in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(score, range(4)))
     assert outcomes == {bonus: {1.0 + bonus} for bonus in range(4)}
 
 
 @pytest.mark.long  # its bound wants a processor of its own
-def test_512_cheap_items_take_well_under_half_a_second():
-    pool = RewardPool(math_reward, num_workers=2, timeout_s=30.0)
+def test_512_cheap_items_take_well_under_half_a_second(start):
+    pool = start(math_reward, num_workers=2, timeout_s=30.0)
     pool.score([RewardItem(boxed("7"), "42", {}, True)] * 64)
     items = [RewardItem("step " * 2000 + boxed(str(i)), "42", {}, True) for i in range(512)]
     fastest = float("inf")
     for _ in range(3):  # the best of three: the machine may be busy
-        start = time.perf_counter()
+        began = time.perf_counter()
         results = pool.score(items)
-        fastest = min(fastest, time.perf_counter() - start)
-    pool.close()
+        fastest = min(fastest, time.perf_counter() - began)
     assert [i for i, result in enumerate(results) if result.value == 1.0] == [42]
     assert fastest < 0.5
 
 
 @pytest.mark.long
-def test_sympy_power_tower_meets_the_deadline():
-    pool = RewardPool(math_reward, num_workers=1, timeout_s=1.0)
+def test_sympy_power_tower_meets_the_deadline(start):
+    pool = start(math_reward)
     pool.score([RewardItem(boxed("x"), "42", {}, True)])  # the first LaTeX parse is slow
     tower = RewardItem(boxed("9^{9^{9^9}}"), "42", {}, True)
     results = pool.score([tower, RewardItem(boxed("42"), "42", {}, True)])
-    pool.close()
     assert [(result.value, result.status) for result in results] == [(0.0, "timeout"), (1.0, "ok")]
 
 
 # --- the end ---
 
 
-def test_close_kills_busy_workers_and_what_they_started(custom):
-    pool = RewardPool(custom, num_workers=1, timeout_s=1.0)
+def test_close_kills_busy_workers_and_what_they_started(start):
+    pool = start()
     (result,) = pool.score([item("pid")])
     marker = f"marker-{os.getpid()}"
     assert pool.score([item(f"hang_with_child {marker}")])[0].status == "timeout"
@@ -547,14 +473,14 @@ for response in sys.argv[2:]:
 """
 
 
-def start_driver(custom, *arguments: str) -> tuple[subprocess.Popen, int]:
+def environment(custom) -> dict[str, str]:
     folder = Path(sys.modules[custom.__module__].__file__).parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"},
-    )
+    return os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+
+
+def start_driver(custom, *arguments: str) -> tuple[subprocess.Popen, int]:
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(custom))
     return process, int(process.stdout.readline())
 
 
@@ -581,22 +507,14 @@ def test_workers_stay_light():
         "import sys, megatron_vespo.rewards.math, megatron_vespo.rewards.pool;"
         "print(sorted({'torch', 'numpy', 'ray', 'sglang', 'megatron', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True
-    )
-    assert json.loads(done.stdout.replace("'", '"')) == []
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60, cwd=REPOSITORY)
+    assert said == "[]\n"
 
 
 def test_workers_do_not_import_the_main_program(custom, tmp_path):
     main = tmp_path / "main.py"
     main.write_text(DRIVER.replace("import threading", "print('main imported', flush=True)"))
-    folder = Path(sys.modules[custom.__module__].__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(main), "5"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"},
-        check=True,
+    said = subprocess.check_output(
+        [sys.executable, main, "5"], text=True, timeout=60, env=environment(custom)
     )
-    assert done.stdout.count("main imported") == 1
+    assert said.count("main imported") == 1
