@@ -1,5 +1,7 @@
 """The flat fields of a pack."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -47,10 +49,6 @@ def test_two_samples_literally():
     assert pack.loss_positions.tolist() == [2, 5, 6, 7]
     assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
     assert pack.old_log_probs_T is None and pack.routed_experts_T is None
-
-
-def test_types_of_the_fields():
-    pack = pack_of(SAMPLES, [0, 1], 4)
     for name in ("tokens_T", "labels_T", "position_ids_T", "sequence_ids_T"):
         assert getattr(pack, name).dtype == torch.int64, name
     for name in ("loss_mask_T", "temperature_T", "behavior_log_probs_T", "advantages_S"):
@@ -73,16 +71,10 @@ def test_padding_is_a_masked_segment_of_its_own():
     assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
 
 
-def test_a_multiple_needs_no_padding():
-    pack = pack_of(SAMPLES, [2], 4)
-    assert pack.cu_seqlens.tolist() == [0, 4]
-    assert len(pack.tokens_T) == 4
-
-
-def test_padding_longer_than_every_sequence():
-    pack = pack_of(SAMPLES, [0], 8)
-    assert pack.cu_seqlens.tolist() == [0, 2, 8]
-    assert pack.max_seqlen == 6
+def test_padding_of_none_and_padding_longer_than_every_sequence():
+    whole, padded = pack_of(SAMPLES, [2], 4), pack_of(SAMPLES, [0], 8)
+    assert whole.cu_seqlens.tolist() == [0, 4] and len(whole.tokens_T) == 4
+    assert padded.cu_seqlens.tolist() == [0, 2, 8] and padded.max_seqlen == 6
 
 
 @st.composite
@@ -100,28 +92,22 @@ def training_samples(draw):
 
 @given(training_samples(), st.sampled_from([1, 2, 8]))
 def test_every_completion_token_is_predicted_once_by_its_predecessor(samples, multiple):
-    pack = pack_of(samples, range(len(samples)), multiple)
+    order = list(range(len(samples)))[::-1]
+    pack = pack_of(samples, order, multiple)
     assert len(pack.tokens_T) % multiple == 0
+    # cu_seqlens cut the samples out again
+    for s, (start, end) in zip(range(len(order)), pairwise(pack.cu_seqlens.tolist()), strict=False):
+        assert pack.tokens_T[start:end].tolist() == samples[order[s]].token_ids.tolist()
+        assert set(pack.sequence_ids_T[start:end].tolist()) == {s}
+        assert pack.advantages_S[s] == order[s]
     where = pack.loss_mask_T.nonzero()[:, 0]
-    completions = [t for s in samples for t in s.token_ids[s.prompt_length :].tolist()]
+    completions = [t for i in order for t in samples[i].token_ids[samples[i].prompt_length :].tolist()]
     assert pack.labels_T[where].tolist() == completions
     # tokens count up, so the predecessor is one less: no label comes over a boundary
     assert (pack.tokens_T[where] + 1).equal(pack.labels_T[where])
     assert pack.tokens_T[where + 1].equal(pack.labels_T[where])
     assert pack.sequence_ids_T[where].equal(pack.sequence_ids_T[where + 1])
     assert pack.behavior_log_probs_T[where].tolist() == [-float(token) for token in completions]
-
-
-@given(training_samples())
-def test_cu_seqlens_cut_the_samples_out_again(samples):
-    order = list(range(len(samples)))[::-1]
-    pack = pack_of(samples, order, 1)
-    cuts = pack.cu_seqlens.tolist()
-    for s, index in enumerate(order):
-        segment = slice(cuts[s], cuts[s + 1])
-        assert pack.tokens_T[segment].tolist() == samples[index].token_ids.tolist()
-        assert set(pack.sequence_ids_T[segment].tolist()) == {s}
-        assert pack.advantages_S[s] == index
 
 
 def test_a_wrong_number_of_log_probs_does_not_pass():

@@ -43,13 +43,22 @@ def bin_works(bins: list[list[list[int]]], lengths: list[int], work: SequenceWor
 def test_every_bin_keeps_the_contract(batch, work):
     lengths, num_ranks, multiple_of = batch
     bins = pack_sequences(lengths, work, num_ranks, BUDGET, multiple_of)
+    assert bins == pack_sequences(list(lengths), work, num_ranks, BUDGET, multiple_of)
     assert len(bins) == num_ranks
-    (steps,) = {len(rank) for rank in bins}
-    assert steps % multiple_of == 0
+    (num_steps,) = {len(rank) for rank in bins}
+    assert num_steps % multiple_of == 0
     assert all(flat(bins))
     assert sorted(i for indices in flat(bins) for i in indices) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in indices) <= BUDGET for indices in flat(bins))
-    assert bins == pack_sequences(list(lengths), work, num_ranks, BUDGET, multiple_of)
+    # at most twice the least number: longest first fails only when every bin is more than half full
+    least = -(-sum(lengths) // (BUDGET * num_ranks))
+    assert least <= num_steps <= -(-2 * least // multiple_of) * multiple_of
+    # similar bins meet in one step: none of a later step has more work than one of an earlier step
+    steps = [bin_works([list(step)], lengths, work) for step in zip(*bins, strict=True)]
+    assert all(min(step) >= max(later) for step, later in zip(steps, steps[1:], strict=False))
+    # ranks differ in all they do by no more than the largest bin
+    totals = [sum(bin_works([rank], lengths, work)) for rank in bins]
+    assert max(totals) - min(totals) <= max(bin_works(bins, lengths, work))
 
 
 @given(batches(), works, st.randoms(use_true_random=False))
@@ -63,58 +72,28 @@ def test_the_order_of_the_sequences_does_not_matter(batch, work, random):
     assert actual == expected
 
 
-@given(batches(), works)
-def test_at_most_twice_the_least_number_of_micro_batches(batch, work):
-    """Longest first fails only when every bin is more than half full."""
-    lengths, num_ranks, multiple_of = batch
-    steps = len(pack_sequences(lengths, work, num_ranks, BUDGET, multiple_of)[0])
-    least = -(-sum(lengths) // (BUDGET * num_ranks))
-    assert least <= steps <= -(-2 * least // multiple_of) * multiple_of
+SQUARES = SequenceWork(linear=0.0, attention=2.0)
 
 
-@given(batches(), works)
-def test_similar_bins_meet_in_one_step(batch, work):
-    """No bin of a later step has more work than one of an earlier step, and each step is one bin a rank."""
-    lengths, num_ranks, multiple_of = batch
-    bins = pack_sequences(lengths, work, num_ranks, BUDGET, multiple_of)
-    steps = [bin_works([list(step)], lengths, work) for step in zip(*bins, strict=True)]
-    assert all(min(step) >= max(later) for step, later in zip(steps, steps[1:], strict=False))
-
-
-@given(batches(), works)
-def test_no_rank_is_a_bin_behind(batch, work):
-    """Ranks differ in all they do by no more than the largest bin."""
-    lengths, num_ranks, multiple_of = batch
-    bins = pack_sequences(lengths, work, num_ranks, BUDGET, multiple_of)
-    totals = [sum(bin_works([rank], lengths, work)) for rank in bins]
-    assert max(totals) - min(totals) <= max(bin_works(bins, lengths, work))
-
-
-def test_literal_packing():
-    # longest first: 6 | 5, then 4 joins the 5, 3 joins the 6
-    assert pack_sequences([3, 6, 4, 5], TOKENS, 1, 9) == [[[0, 1], [2, 3]]]
-    assert pack_sequences([3, 6, 4, 5], TOKENS, 2, 9) == [[[0, 1]], [[2, 3]]]
-
-
-def test_one_micro_batch_where_all_fits():
-    assert pack_sequences([4, 4, 4, 4], TOKENS, 2, 8) == [[[0, 2]], [[1, 3]]]
-
-
-def test_sequences_as_long_as_the_budget():
-    assert pack_sequences([8, 8, 8, 8], TOKENS, 2, 8) == [[[0], [2]], [[1], [3]]]
-
-
-def test_the_least_loaded_bin_is_passed_over_when_it_is_full():
-    """By work 6 | 4 4 are 36 and 32, but 4 + 4 leave only 2 tokens: the 3 joins the 6."""
-    squares = SequenceWork(linear=0.0, attention=2.0)
-    assert pack_sequences([6, 4, 4, 3], squares, 1, 10) == [[[0, 3], [1, 2]]]
-
-
-def test_a_long_sequence_is_not_given_as_many_tokens_as_short_ones():
-    """One of 8 costs as much as four of 4 in attention: the balance is 8 | 4 4 4 4, not 8 4 | 4 4 4."""
-    squares = SequenceWork(linear=0.0, attention=2.0)
-    assert pack_sequences([8, 4, 4, 4, 4], squares, 2, 16) == [[[0]], [[1, 2, 3, 4]]]
-    assert pack_sequences([8, 4, 4, 4, 4], TOKENS, 2, 16) == [[[0, 3]], [[1, 2, 4]]]
+@pytest.mark.parametrize(
+    ("lengths", "work", "num_ranks", "budget", "bins"),
+    [
+        # longest first: 6 | 5, then 4 joins the 5, 3 joins the 6
+        ([3, 6, 4, 5], TOKENS, 1, 9, [[[0, 1], [2, 3]]]),
+        ([3, 6, 4, 5], TOKENS, 2, 9, [[[0, 1]], [[2, 3]]]),
+        # one micro-batch where all fits
+        ([4, 4, 4, 4], TOKENS, 2, 8, [[[0, 2]], [[1, 3]]]),
+        # sequences as long as the budget
+        ([8, 8, 8, 8], TOKENS, 2, 8, [[[0], [2]], [[1], [3]]]),
+        # by work 6 | 4 4 are 36 and 32, but 4 + 4 leave only 2 tokens: the 3 joins the 6
+        ([6, 4, 4, 3], SQUARES, 1, 10, [[[0, 3], [1, 2]]]),
+        # one of 8 costs as much as four of 4 in attention: the balance is 8 | 4 4 4 4, not 8 4 | 4 4 4
+        ([8, 4, 4, 4, 4], SQUARES, 2, 16, [[[0]], [[1, 2, 3, 4]]]),
+        ([8, 4, 4, 4, 4], TOKENS, 2, 16, [[[0, 3]], [[1, 2, 4]]]),
+    ],
+)
+def test_literal_packing(lengths, work, num_ranks, budget, bins):
+    assert pack_sequences(lengths, work, num_ranks, budget) == bins
 
 
 def test_a_multiple_of_micro_batches():
@@ -123,38 +102,26 @@ def test_a_multiple_of_micro_batches():
     assert [len(rank) for rank in pack_sequences([5] * 16, TOKENS, 2, 8, 2)] == [8, 8]
 
 
-def test_too_long_a_sequence_is_named():
-    with pytest.raises(ValueError) as error:
-        pack_sequences([3, 9, 4], TOKENS, 1, 8)
-    assert str(error.value) == (
-        "sample 1 has 9 tokens, more than --max-tokens-per-gpu 8: raise the budget or shorten the completions"
-    )
+TOO_LONG = "--max-tokens-per-gpu 8: raise the budget or shorten the completions"
+FEW = "3 sequences cannot feed 4 data-parallel ranks"
+EMPTY = "micro-batches of 8 tokens on each of 4 data-parallel ranks: their number should be a multiple of"
 
 
 @pytest.mark.parametrize(
-    "multiple_of, message",
+    ("lengths", "multiple_of", "message"),
     [
-        (1, "3 sequences cannot feed 4 data-parallel ranks"),
-        (2, "3 sequences cannot feed 4 data-parallel ranks with 2 micro-batches each"),
+        ([3, 9, 4, 4], 1, f"sample 1 has 9 tokens, more than {TOO_LONG}"),
+        ([1, 1, 1], 1, FEW),
+        ([1, 1, 1], 2, f"{FEW} with 2 micro-batches each"),
+        # full sequences, more than the bins of one step and too few for those of the next
+        ([8] * 5, 1, f"5 sequences cannot fill 2 {EMPTY} the ranks"),
+        ([8] * 13, 2, f"13 sequences cannot fill 4 {EMPTY} ranks x 2"),
     ],
 )
-def test_too_few_sequences(multiple_of, message):
+def test_what_cannot_be_packed_is_refused(lengths, multiple_of, message):
     with pytest.raises(ValueError) as error:
-        pack_sequences([1, 1, 1], TOKENS, 4, 8, multiple_of)
+        pack_sequences(lengths, TOKENS, 4, 8, multiple_of)
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    "count, multiple_of, steps, wanted", [(5, 1, 2, "the ranks"), (13, 2, 4, "ranks x 2")]
-)
-def test_no_bin_is_ever_empty(count, multiple_of, steps, wanted):
-    """Five full sequences need two steps of four ranks, which are eight bins."""
-    with pytest.raises(ValueError) as error:
-        pack_sequences([8] * count, TOKENS, 4, 8, multiple_of)
-    assert str(error.value) == (
-        f"{count} sequences cannot fill {steps} micro-batches of 8 tokens on each of 4 data-parallel ranks: "
-        f"their number should be a multiple of {wanted}"
-    )
 
 
 def test_work_of_a_model():
@@ -186,8 +153,7 @@ def test_stats_of_a_packing():
     assert stats([[[0], [1]], [[2], [3]]]).imbalance == 5 / 4 - 1
     assert stats([[[0, 2]], [[1, 3]]]).imbalance == 5 / 4 - 1
     assert stats([[[0, 1, 2, 3]]]).imbalance == 0
-    squares = SequenceWork(linear=0.0, attention=2.0)
-    assert packing_stats([[[0]], [[2, 3]]], lengths, 12, squares).imbalance == 9 / 8.5 - 1
+    assert packing_stats([[[0]], [[2, 3]]], lengths, 12, SQUARES).imbalance == 9 / 8.5 - 1
 
 
 def long_tailed_lengths(count: int, longest: int) -> list[int]:
