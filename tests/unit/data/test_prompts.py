@@ -9,41 +9,29 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_vespo.data.prompts import Columns, PromptCursor, PromptSet, load_prompts
 from megatron_vespo.data.rows import file_rows
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.types import Prompt
+from tests.support.builders import make_prompt
+from tests.support.letter_tokenizer import letters
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.tool_calls is defined %}{{ raise_exception('no tools here') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+CHAT = ChatFormat(letters(CHAT_TEMPLATE))
+PLAIN = ChatFormat(letters(None), apply_template=False)
+COLUMNS = ("prompt_key", "answer_key", "answer_pattern")
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token a character, its id the code point."""
-    vocabulary = {chr(code): code for code in range(32, 127)} | {"[UNK]": 0}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", chat_template=chat_template)
-
-
-def load(path: Path, **overrides) -> PromptSet:
+def load(path: Path, chat_format: ChatFormat = CHAT, **overrides) -> PromptSet:
     options = {"max_prompt_tokens": 1000, "overlong": "error", "flag": "--prompt-data"} | overrides
-    columns = Columns(
-        options.pop("prompt_key", "prompt"),
-        options.pop("answer_key", "answer"),
-        options.pop("answer_pattern", None),
-    )
-    tokenizer = options.pop("tokenizer", None) or make_tokenizer()
-    chat_format = ChatFormat(
-        tokenizer, options.pop("apply_chat_template", True), options.pop("arguments", {})
-    )
-    return load_prompts(path, chat_format, columns, **options)
+    keys = {"prompt_key": "prompt", "answer_key": "answer", "answer_pattern": None} | options
+    options = {name: value for name, value in options.items() if name not in COLUMNS}
+    return load_prompts(path, chat_format, Columns(*(keys[name] for name in COLUMNS)), **options)
 
 
 def write_lines(tmp_path: Path, *lines: str | dict) -> Path:
@@ -52,10 +40,14 @@ def write_lines(tmp_path: Path, *lines: str | dict) -> Path:
     return path
 
 
-def fails_with(path: Path, message: str, **overrides) -> None:
+def write_table(path: Path, **columns) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=1000)
+
+
+def fails_with(path: Path, message: str, *chat_format: ChatFormat, **overrides) -> None:
     """The error is exactly this one line."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        load(path, **overrides)
+        load(path, *chat_format, **overrides)
 
 
 def text_of(prompt: Prompt) -> str:
@@ -88,7 +80,7 @@ def test_without_chat_template_tokenises_the_text_itself(tmp_path):
         {"prompt": "ab", "answer": "1"},
         {"prompt": [{"role": "user", "content": "c"}], "answer": "2"},
     )
-    loaded = load(path, tokenizer=make_tokenizer(None), apply_chat_template=False)
+    loaded = load(path, PLAIN)
     assert [prompt.token_ids for prompt in loaded.prompts] == [[97, 98], [99]]
 
 
@@ -108,38 +100,25 @@ def test_answer_pattern_cuts_the_reference_out(tmp_path):
 def test_parquet_columns_of_32_bit_floats_are_the_decimals_that_were_written(tmp_path):
     path = tmp_path / "floats.parquet"
     answers = pyarrow.array([0.1, 1234.56, 14.0, None], pyarrow.float32())
-    pyarrow.parquet.write_table(pyarrow.table({"q": ["a", "b", "c", "d"], "answer": answers}), path)
+    write_table(path, q=["a", "b", "c", "d"], answer=answers)
     assert [row["answer"] for _, row in file_rows(path, "--prompt-data")] == [0.1, 1234.56, 14.0, None]
 
 
 def test_parquet_with_nested_columns_like_dapo(tmp_path):
     path = tmp_path / "dapo.parquet"
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"q{i}", "tool_calls": None}],
-            "reward_model": {"style": "rule", "ground_truth": str(i)},
-            "source": "aops",
-        }
-        for i in range(3)
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    prompts = [[{"role": "user", "content": f"q{i}", "tool_calls": None}] for i in range(3)]
+    scoring = [{"style": "rule", "ground_truth": str(i)} for i in range(3)]
+    write_table(path, prompt=prompts, reward_model=scoring, source=["aops"] * 3)
     loaded = load(path, answer_key="reward_model.ground_truth")
-    assert [(p.prompt_id, p.answer, p.text) for p in loaded.prompts] == [
-        (0, "0", "q0"),
-        (1, "1", "q1"),
-        (2, "2", "q2"),
-    ]
+    found = [(prompt.prompt_id, prompt.answer, prompt.text) for prompt in loaded.prompts]
+    assert found == [(0, "0", "q0"), (1, "1", "q1"), (2, "2", "q2")]
     assert text_of(loaded.prompts[1]) == "<user>q1<assistant>"
     assert loaded.prompts[2].metadata["source"] == "aops"
-    fails_with(
-        path,
-        f"{path} row 1: no key 'ground_thruth' (--answer-key reward_model.ground_thruth); "
-        "the keys are style, ground_truth; did you mean 'ground_truth'?",
-        answer_key="reward_model.ground_thruth",
-    )
-    fails_with(
-        path, f"{path} row 1: --answer-key source.x: source is a string, not an object", answer_key="source.x"
-    )
+    wrong = "reward_model.ground_thruth"
+    keys = f"no key 'ground_thruth' (--answer-key {wrong}); the keys are style, ground_truth"
+    fails_with(path, f"{path} row 1: {keys}; did you mean 'ground_truth'?", answer_key=wrong)
+    no_object = f"{path} row 1: --answer-key source.x: source is a string, not an object"
+    fails_with(path, no_object, answer_key="source.x")
 
 
 def test_column_name_with_a_dot_wins_over_a_path(tmp_path):
@@ -151,46 +130,30 @@ def test_column_name_with_a_dot_wins_over_a_path(tmp_path):
 def test_overlong_prompts_are_left_out_and_counted(tmp_path):
     rows = [{"prompt": "x" * n, "answer": str(n)} for n in (1, 9, 2, 8)]
     path = write_lines(tmp_path, *rows)
-    options = {"tokenizer": make_tokenizer(None), "apply_chat_template": False}
-    loaded = load(path, max_prompt_tokens=8, overlong="skip", **options)
+    loaded = load(path, PLAIN, max_prompt_tokens=8, overlong="skip")
     # Row numbers stay those of the file, so that a resumed run sees the same ids.
     assert [(p.prompt_id, p.answer) for p in loaded.prompts] == [(0, "1"), (2, "2"), (3, "8")]
     assert loaded.num_overlong == 1
-    fails_with(
-        path,
-        f"{path} line 2: the prompt has 9 tokens, more than --max-prompt-tokens 8; "
-        "--overlong-prompts skip would leave it out",
-        max_prompt_tokens=8,
-        **options,
-    )
-    fails_with(
-        path,
-        f"{path}: all 4 prompts are longer than --max-prompt-tokens 0",
-        max_prompt_tokens=0,
-        overlong="skip",
-        **options,
-    )
+    too_long = f"{path} line 2: the prompt has 9 tokens, more than --max-prompt-tokens 8"
+    fails_with(path, f"{too_long}; --overlong-prompts skip would leave it out", PLAIN, max_prompt_tokens=8)
+    all_of_them = f"{path}: all 4 prompts are longer than --max-prompt-tokens 0"
+    fails_with(path, all_of_them, PLAIN, max_prompt_tokens=0, overlong="skip")
 
 
 def test_file_errors(tmp_path):
-    missing = tmp_path / "no.jsonl"
+    missing, csv, broken, empty = (
+        tmp_path / name for name in ("no.jsonl", "a.csv", "b.parquet", "e.parquet")
+    )
     fails_with(missing, f"--prompt-data {missing}: no such file")
     fails_with(tmp_path, f"--prompt-data {tmp_path}: is a folder; name one .jsonl or .parquet file in it")
-    csv = tmp_path / "train.csv"
     csv.write_text("a,b")
     fails_with(csv, f"--prompt-data {csv}: must be a .jsonl or .parquet file")
-    blank = write_lines(tmp_path, "", " ")
-    fails_with(blank, f"{blank}: the file is empty; --prompt-data needs one prompt a row")
-    broken = tmp_path / "broken.parquet"
+    write_table(empty, prompt=pyarrow.array([], pyarrow.string()))
+    for path in (write_lines(tmp_path, "", " "), empty):
+        fails_with(path, f"{path}: the file is empty; --prompt-data needs one prompt a row")
     broken.write_bytes(b"no parquet here")
     with pytest.raises(ValueError, match=f"^{re.escape(str(broken))}: not a parquet file: .+$"):
         load(broken)
-
-
-def test_empty_parquet_is_refused(tmp_path):
-    path = tmp_path / "empty.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), path)
-    fails_with(path, f"{path}: the file is empty; --prompt-data needs one prompt a row")
 
 
 def test_bytes_that_are_not_utf8_and_byte_order_mark(tmp_path):
@@ -201,37 +164,34 @@ def test_bytes_that_are_not_utf8_and_byte_order_mark(tmp_path):
     fails_with(path, f"{path} line 2: byte 16 is not UTF-8")
 
 
+NO_MESSAGES = "each message of prompt must be an object of strings 'role' and 'content'"
+NO_PROMPT = "prompt must be a string or a list of chat messages, it is"
+NO_ANSWER = "answer must be a string or a number, it is"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "p", "answer": }', "not JSON: Expecting value at column 27"),
         ('["p"]', "a row must be a JSON object, this one is a list"),
         ("7", "a row must be a JSON object, this one is the number 7"),
-        (
-            '{"promt": "p", "answer": "1"}',
-            "no key 'prompt' (--prompt-key prompt); the keys are promt, answer; did you mean 'promt'?",
-        ),
-        ('{"prompt": "p", "x": "1"}', "no key 'answer' (--answer-key answer); the keys are prompt, x"),
         ("{}", "no key 'prompt' (--prompt-key prompt); the keys are none"),
-        (
-            '{"prompt": 5, "answer": "1"}',
-            "prompt must be a string or a list of chat messages, it is the number 5",
-        ),
-        ('{"prompt": null, "answer": "1"}', "prompt must be a string or a list of chat messages, it is null"),
-        (
-            '{"prompt": ["hi"], "answer": "1"}',
-            "each message of prompt must be an object of strings 'role' and 'content'",
-        ),
-        (
-            '{"prompt": [{"role": "user"}], "answer": "1"}',
-            "each message of prompt must be an object of strings 'role' and 'content'",
-        ),
+        ('{"prompt": "p", "x": "1"}', "no key 'answer' (--answer-key answer); the keys are prompt, x"),
+        ('{"prompt": 5, "answer": "1"}', f"{NO_PROMPT} the number 5"),
+        ('{"prompt": null, "answer": "1"}', f"{NO_PROMPT} null"),
+        ('{"prompt": ["hi"], "answer": "1"}', NO_MESSAGES),
+        ('{"prompt": [{"role": "user"}], "answer": "1"}', NO_MESSAGES),
         ('{"prompt": " ", "answer": "1"}', "prompt is an empty prompt"),
         ('{"prompt": [], "answer": "1"}', "prompt is an empty prompt"),
-        ('{"prompt": "p", "answer": ["1"]}', "answer must be a string or a number, it is a list"),
-        ('{"prompt": "p", "answer": true}', "answer must be a string or a number, it is a bool"),
-        ('{"prompt": "p", "answer": NaN}', "answer must be a string or a number, it is the number nan"),
+        ('{"prompt": "p", "answer": ["1"]}', f"{NO_ANSWER} a list"),
+        ('{"prompt": "p", "answer": true}', f"{NO_ANSWER} a bool"),
+        ('{"prompt": "p", "answer": NaN}', f"{NO_ANSWER} the number nan"),
         ('{"prompt": "p", "answer": " "}', "answer is an empty answer"),
+        (
+            '{"prompt": "a \\ud83d", "answer": "1"}',
+            "prompt: character 3, '\\ud83d', is half of a surrogate pair, which is no text",
+        ),
+        (f'{{"prompt": "p", "answer": "1", "x": {"[" * 10**5}{"]" * 10**5}}}', "nested too deep to be read"),
     ],
 )
 def test_row_errors_name_file_and_line(tmp_path, line, message):
@@ -242,27 +202,20 @@ def test_row_errors_name_file_and_line(tmp_path, line, message):
 def test_whatever_goes_wrong_names_file_and_line(tmp_path):
     """Of libraries that raise no ValueError, or one without a place."""
     fine = {"prompt": "fine", "answer": "1"}
-    half = write_lines(tmp_path, fine, '{"prompt": "a \\ud83d", "answer": "1"}')
-    fails_with(
-        half, f"{half} line 2: prompt: character 3, '\\ud83d', is half of a surrogate pair, which is no text"
-    )
     # in a field that only the template reads
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m['name'] }}{% endfor %}")
+    named_only = ChatFormat(letters("{% for m in messages %}{{ m['name'] }}{% endfor %}"))
     named = [{"role": "user", "content": "a", "name": "\ud83d"}]
     path = write_lines(tmp_path, fine | {"prompt": named})
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} line 1: TypeError: "):
-        load(path, tokenizer=tokenizer)
+        load(path, named_only)
     number = write_lines(tmp_path, fine, f'{{"prompt": "p", "answer": {"1" * 5000}}}')
     with pytest.raises(ValueError, match=f"^{re.escape(str(number))} line 2: Exceeds .* has 5000 digits"):
         load(number)
-    deep = write_lines(tmp_path, fine, f'{{"prompt": "p", "answer": "1", "x": {"[" * 10**5}{"]" * 10**5}}}')
-    fails_with(deep, f"{deep} line 2: nested too deep to be read")
 
 
 def test_damaged_pages_of_parquet_name_the_file_and_the_row(tmp_path):
     path = tmp_path / "train.parquet"
-    rows = [{"prompt": f"question {i}", "answer": str(i)} for i in range(2000)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
+    write_table(path, prompt=[f"question {i}" for i in range(2000)], answer=[str(i) for i in range(2000)])
     assert len(load(path).prompts) == 2000
     content = bytearray(path.read_bytes())
     start = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0).dictionary_page_offset
@@ -275,11 +228,8 @@ def test_damaged_pages_of_parquet_name_the_file_and_the_row(tmp_path):
 def test_an_answer_in_the_prompt_is_refused(tmp_path):
     messages = [{"role": "user", "content": "2 + 2 = ?"}, {"role": "assistant", "content": "4"}]
     path = write_lines(tmp_path, {"prompt": messages, "answer": "4"})
-    fails_with(
-        path,
-        f"{path} line 1: prompt ends with a message of the assistant, which would give the answer away: "
-        "leave that message out",
-    )
+    away = "prompt ends with a message of the assistant, which would give the answer away"
+    fails_with(path, f"{path} line 1: {away}: leave that message out")
     path = write_lines(tmp_path, {"prompt": [*messages, messages[0]], "answer": "4"})
     assert text_of(load(path).prompts[0]) == "<user>2 + 2 = ?<assistant>4<user>2 + 2 = ?<assistant>"
 
@@ -299,9 +249,8 @@ def test_a_column_of_tools_is_said(tmp_path):
 
 def test_messages_name_the_flags_of_their_columns(tmp_path):
     path = write_lines(tmp_path, {"q": "p", "a": "1"})
-    form = ChatFormat(make_tokenizer())
     options = {"max_prompt_tokens": 99, "overlong": "error", "flag": "--eval-data"}
-    assert load_prompts(path, form, Columns("q", "a", flags="--eval-"), **options).prompts[0].answer == "1"
+    assert load_prompts(path, CHAT, Columns("q", "a", flags="--eval-"), **options).prompts[0].answer == "1"
     for columns, flag in (
         (Columns("x", "a", None, "--eval-"), "--eval-prompt-key x"),
         (Columns("q", "x", None, "--eval-"), "--eval-answer-key x"),
@@ -309,52 +258,37 @@ def test_messages_name_the_flags_of_their_columns(tmp_path):
         (Columns("q", "a", "(", "--eval-"), "--eval-answer-pattern '(' is no regular expression"),
     ):
         with pytest.raises(ValueError, match=re.escape(flag)):
-            load_prompts(path, form, columns, **options)
+            load_prompts(path, CHAT, columns, **options)
 
 
-def test_answer_pattern_errors(tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("#### (.+)", "finds nothing in answer 'no mark'"),
+        ("####", "must have one group, it has 0"),
+        ("(", "is no regular expression: missing ), unterminated subpattern at position 0"),
+    ],
+)
+def test_answer_pattern_errors(tmp_path, pattern, message):
     path = write_lines(tmp_path, {"prompt": "p", "answer": "no mark"})
-    fails_with(
-        path,
-        f"{path} line 1: --answer-pattern '#### (.+)' finds nothing in answer 'no mark'",
-        answer_pattern="#### (.+)",
-    )
-    fails_with(path, "--answer-pattern '####' must have one group, it has 0", answer_pattern="####")
-    fails_with(
-        path,
-        "--answer-pattern '(' is no regular expression: missing ), unterminated subpattern at position 0",
-        answer_pattern="(",
-    )
+    place = f"{path} line 1: " if "finds nothing" in message else ""
+    fails_with(path, f"{place}--answer-pattern {pattern!r} {message}", answer_pattern=pattern)
 
 
 def test_chat_template_errors(tmp_path):
     path = write_lines(tmp_path, {"prompt": "p", "answer": "1"})
-    fails_with(
-        path,
-        "the tokenizer has no chat template: --no-chat-template takes prompts as they are",
-        tokenizer=make_tokenizer(None),
-    )
-    picky = make_tokenizer("{{ raise_exception('roles must alternate') }}")
-    fails_with(
-        path, f"{path} line 1: the chat template refuses the messages: roles must alternate", tokenizer=picky
-    )
+    with pytest.raises(ValueError, match="^the tokenizer has no chat template: --no-chat-template takes"):
+        ChatFormat(letters(None))
+    picky = ChatFormat(letters("{{ raise_exception('roles must alternate') }}"))
+    fails_with(path, f"{path} line 1: the chat template refuses the messages: roles must alternate", picky)
     two = write_lines(tmp_path, {"prompt": [{"role": "user", "content": "a"}] * 2, "answer": "1"})
-    fails_with(
-        two,
-        f"{two} line 1: --no-chat-template takes one message, this prompt has 2",
-        apply_chat_template=False,
-    )
+    fails_with(two, f"{two} line 1: --no-chat-template takes one message, this prompt has 2", PLAIN)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real problems not here: ../shared/data")
 def test_gsm8k_train_loads_whole():
-    loaded = load(
-        DATA / "gsm8k" / "train.jsonl",
-        prompt_key="question",
-        answer_pattern=r"####\s*(.+)",
-        max_prompt_tokens=600,
-        overlong="skip",
-    )
+    columns = {"prompt_key": "question", "answer_pattern": r"####\s*(.+)"}
+    loaded = load(DATA / "gsm8k" / "train.jsonl", **columns, max_prompt_tokens=600, overlong="skip")
     assert len(loaded.prompts) + loaded.num_overlong == 7473
     assert 0 < loaded.num_overlong < 100
     assert loaded.prompts[0].answer == "72"
@@ -362,7 +296,7 @@ def test_gsm8k_train_loads_whole():
 
 
 def make_prompts(count: int) -> list[Prompt]:
-    return [Prompt(i, [i], str(i), str(i)) for i in range(count)]
+    return [make_prompt(i) for i in range(count)]
 
 
 def ids(prompts: list[Prompt]) -> list[int]:
