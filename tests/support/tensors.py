@@ -17,3 +17,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 assert name not in tensors, f"{name} is also in {path}"
                 tensors[name] = file.get_tensor(name)
     return tensors
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and tensor.equal(other[name]), name

@@ -1,34 +1,19 @@
 """HF folders of the same weights in another form: fused experts, buffers that the config determines."""
 
 import json
-import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.checkpoints.names import INDEX_NAME
 from megatron_vespo.checkpoints.sources import check_served
+from tests.support.tensors import assert_same, read_tensors
 from tests.support.tiny_checkpoints import LLAMA, MOE, convert, random_tensors, tiny_config, write_hf
 
-WIDE = {
-    "moe_intermediate_size": 16,
-    "num_experts": 3,
-}  # transformers multiplies experts of whole 16 bytes only
-
-
-def stored(folder) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and tensor.equal(other[name]), name
+# transformers multiplies experts of whole 16 bytes only
+WIDE = {"moe_intermediate_size": 16, "num_experts": 3}
 
 
 @pytest.fixture(params=["1GB", "4KB"], ids=["one file", "shards"])
@@ -42,7 +27,7 @@ def both_forms(request, tmp_path):
     apart, fused = tmp_path / "apart", tmp_path / "fused"
     model.save_pretrained(apart)
     model.save_pretrained(fused, save_original_format=False, max_shard_size=request.param)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in stored(fused)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in read_tensors(fused)
     assert (fused / INDEX_NAME).is_file() == (request.param == "4KB")
     return apart, fused
 
@@ -53,7 +38,7 @@ def test_fused_experts_convert_bit_for_bit(both_forms, tmp_path, capsys):
     assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 0
     assert convert("hf-to-hf", fused, tmp_path / "direct") == 0
     for folder in (tmp_path / "back", tmp_path / "direct"):
-        assert_same(stored(folder), stored(apart))
+        assert_same(read_tensors(folder), read_tensors(apart))
         assert convert("verify", folder) == 0
         assert convert("verify", fused, folder) == 0
     assert not capsys.readouterr().err
@@ -63,13 +48,13 @@ def test_fused_experts_are_read_as_those_of_each_expert(both_forms):
     apart, fused = both_forms
     with HFCheckpointReader(fused) as reader:
         assert reader.has_fused_experts
-        assert_same({name: reader.get(name) for name in reader.tensors}, stored(apart))
+        assert_same({name: reader.get(name) for name in reader.tensors}, read_tensors(apart))
 
 
 def test_hf_to_hf_in_another_dtype(both_forms, tmp_path):
     apart, fused = both_forms
     assert convert("hf-to-hf", fused, tmp_path / "wide", "--dtype", "fp32", "--max-shard-size", "4e-6") == 0
-    assert_same(stored(tmp_path / "wide"), {name: t.float() for name, t in stored(apart).items()})
+    assert_same(read_tensors(tmp_path / "wide"), {name: t.float() for name, t in read_tensors(apart).items()})
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -84,56 +69,39 @@ def test_engines_do_not_get_fused_experts(both_forms, capsys):
     check_served(fused)
 
 
-def fused_by_hand(tmp_path, change) -> tuple[int, object]:
-    config = tiny_config(MOE, **WIDE, num_hidden_layers=1)
-    tensors = random_tensors(config, torch.bfloat16)
-    prefix = "model.layers.0.mlp.experts."
-    experts = [
-        {x: tensors.pop(f"{prefix}{e}.{x}_proj.weight") for x in ("gate", "up", "down")} for e in range(3)
-    ]
-    gate_up = torch.stack([torch.cat([expert["gate"], expert["up"]]) for expert in experts])
-    down = torch.stack([expert["down"] for expert in experts])
-    tensors |= {f"{prefix}gate_up_proj": gate_up, f"{prefix}down_proj": down}
-    folder = write_hf(tmp_path / "source", config, change(tensors, prefix))
-    return convert("hf-to-megatron", folder, tmp_path / "target"), folder
+EXPERTS = "model.layers.0.mlp.experts."
+GATE_UP, DOWN, SECOND_UP = f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj", f"{EXPERTS}1.up_proj.weight"
+SHAPE = "fused experts are (experts, {} x rows, columns)"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        # as some other families have them
         (
-            # as some other families have them
-            lambda tensors, prefix: {
-                name: tensor.transpose(1, 2).contiguous() if tensor.ndim == 3 else tensor
-                for name, tensor in tensors.items()
-            },
-            "by config.json it should be",
+            lambda t: {n: t[n].transpose(1, 2).contiguous() for n in (GATE_UP, DOWN)},
+            "config.json it should be",
         ),
-        (
-            lambda tensors, prefix: tensors | {f"{prefix}gate_up_proj": torch.zeros(3, 5, 8)},
-            r"gate_up_proj is \(3, 5, 8\), fused experts are \(experts, 2 x rows, columns\)",
-        ),
-        (
-            lambda tensors, prefix: tensors | {f"{prefix}down_proj": torch.zeros(8, 16)},
-            r"down_proj is \(8, 16\), fused experts are \(experts, 1 x rows, columns\)",
-        ),
-        (
-            lambda tensors, prefix: tensors | {f"{prefix}1.up_proj.weight": torch.zeros(16, 8)},
-            r"experts\.1\.up_proj\.weight is there twice, once in a fused tensor",
-        ),
-        (
-            lambda tensors, prefix: {
-                n: t[:2] if n.endswith("gate_up_proj") else t for n, t in tensors.items()
-            },
-            r"experts\.2\.gate_proj\.weight, .*missing",
-        ),
+        (lambda t: {GATE_UP: torch.zeros(3, 5, 8)}, f"{GATE_UP} is (3, 5, 8), {SHAPE.format(2)}"),
+        (lambda t: {DOWN: torch.zeros(8, 16)}, f"{DOWN} is (8, 16), {SHAPE.format(1)}"),
+        (lambda t: {SECOND_UP: torch.zeros(16, 8)}, f"{SECOND_UP} is there twice, once in a fused tensor"),
+        (lambda t: {GATE_UP: t[GATE_UP][:2]}, "experts.2.gate_proj.weight"),
+        (lambda t: {GATE_UP: t[GATE_UP][:2]}, "missing"),
     ],
 )
 def test_other_fused_tensors_are_refused(change, message, tmp_path, capsys):
-    code, folder = fused_by_hand(tmp_path, change)
+    config = tiny_config(MOE, **WIDE, num_hidden_layers=1)
+    tensors = random_tensors(config, torch.bfloat16)
+    experts = [
+        [tensors.pop(f"{EXPERTS}{e}.{x}_proj.weight") for x in ("gate", "up", "down")] for e in range(3)
+    ]
+    tensors[GATE_UP] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+    tensors[DOWN] = torch.stack([down for _, _, down in experts])
+    folder = write_hf(tmp_path / "source", config, tensors | change(tensors))
+    assert convert("hf-to-megatron", folder, tmp_path / "target") == 2
     error = capsys.readouterr().err
-    assert code == 2 and error.startswith(f"megatron-vespo: {folder}") and error.count("\n") == 1
-    assert re.search(message, error), error
+    assert error.startswith(f"megatron-vespo: {folder}") and error.count("\n") == 1
+    assert message in error
     assert not (tmp_path / "target").exists()
 
 
@@ -157,7 +125,7 @@ def test_rotary_buffers_are_left_out(name, dtype, tmp_path, capsys):
     folder, tensors = with_buffers(tmp_path, 10000.0, dtype, name, head_dim=64)
     assert convert("hf-to-megatron", folder, tmp_path / "megatron") == 0
     assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 0
-    assert_same(stored(tmp_path / "back"), tensors)
+    assert_same(read_tensors(tmp_path / "back"), tensors)
     assert not capsys.readouterr().err
 
 
@@ -174,7 +142,7 @@ def test_a_rotary_buffer_of_another_model_is_refused(theta, more, dtype, tmp_pat
 
 def test_another_tensor_beside_the_buffers_is_still_refused(tmp_path, capsys):
     folder, _ = with_buffers(tmp_path, 10000.0, torch.float32, IN_LAYERS)
-    tensors = stored(folder) | {"model.layers.0.self_attn.masked_bias": torch.zeros(1)}
+    tensors = read_tensors(folder) | {"model.layers.0.self_attn.masked_bias": torch.zeros(1)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert convert("hf-to-megatron", folder, tmp_path / "megatron") == 2
     assert "masked_bias is not in the model that config.json describes" in capsys.readouterr().err

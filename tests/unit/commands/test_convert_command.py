@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vespo.checkpoints import copying
 from megatron_vespo.checkpoints.copying import Budget
+from tests.support.tensors import assert_same, read_tensors
 from tests.support.tiny_checkpoints import LLAMA, MOE, QWEN3, convert, random_tensors, tiny_config, write_hf
 
 # case -> architecture, what its config changes; several query groups, and sizes that nothing divides
@@ -37,19 +38,6 @@ def built_model(folder, architecture: str, changes: dict, dtype: torch.dtype, ma
     return model.eval()
 
 
-def all_tensors(folder) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and tensor.equal(other[name]), name
-
-
 @pytest.fixture
 def tiny_spans(monkeypatch):
     """A budget whose spans are a row or two, so that every tensor is cut."""
@@ -73,7 +61,7 @@ def test_round_trip(case, dtype, tmp_path, tiny_spans, capsys):
     size = ["--max-shard-size", "2e-6"] if sharded else []
     assert convert("megatron-to-hf", megatron, target, "--workers", 3, *size) == 0
     assert (target / "model.safetensors").exists() != sharded
-    assert_same(all_tensors(target), all_tensors(source))
+    assert_same(read_tensors(target), read_tensors(source))
     for pair in ((source, megatron), (megatron, target), (target, source), (megatron,), (target,)):
         assert convert("verify", *pair) == 0
     out = capsys.readouterr()
@@ -98,13 +86,13 @@ def made(tmp_path, architecture=MOE, dtype=torch.bfloat16, name="source", **chan
 def test_dtype(given, wanted, tmp_path, capsys):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[wanted]
     source = made(tmp_path, dtype=given)
-    expected = {name: tensor.to(dtype) for name, tensor in all_tensors(source).items()}
+    expected = {name: tensor.to(dtype) for name, tensor in read_tensors(source).items()}
     assert convert("hf-to-megatron", source, tmp_path / "cast", "--dtype", wanted) == 0
     assert convert("hf-to-megatron", source, tmp_path / "kept") == 0
     assert convert("megatron-to-hf", tmp_path / "cast", tmp_path / "one") == 0
     assert convert("megatron-to-hf", tmp_path / "kept", tmp_path / "two", "--dtype", wanted) == 0
     for result in (tmp_path / "one", tmp_path / "two"):
-        assert_same(all_tensors(result), expected)
+        assert_same(read_tensors(result), expected)
         assert json.loads((result / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
         assert convert("verify", result) == 0
         assert convert("verify", result, source) == 0, "compared as the narrower dtype"
@@ -130,7 +118,7 @@ def test_files_beside_the_weights(tmp_path):
 @pytest.mark.parametrize("architecture", [QWEN3, LLAMA])
 def test_a_tied_checkpoint_that_has_the_output_layer_too(architecture, same, tmp_path, capsys):
     source = made(tmp_path, architecture, tie_word_embeddings=True)
-    tensors = all_tensors(source)
+    tensors = read_tensors(source)
     head = tensors["model.embed_tokens.weight"].clone()
     if not same:
         head[-1, -1] += 1
@@ -139,7 +127,7 @@ def test_a_tied_checkpoint_that_has_the_output_layer_too(architecture, same, tmp
     if same:
         assert code == 0
         assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "target") == 0
-        assert_same(all_tensors(tmp_path / "target"), tensors)
+        assert_same(read_tensors(tmp_path / "target"), tensors)
     else:
         assert code == 2 and not (tmp_path / "megatron").exists()
         assert capsys.readouterr().err == (
@@ -157,7 +145,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path):
     )
     files = sorted((tmp_path / "target").glob("*.safetensors"))
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in files]
-    tensors = all_tensors(source)
+    tensors = read_tensors(source)
     assert all(size <= limit for size in sizes)
     assert math.ceil(sum(sizes) / limit) <= len(files) < len(tensors) / 2
     index = json.loads((tmp_path / "target" / "model.safetensors.index.json").read_text())
@@ -167,7 +155,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path):
 
 def test_verify_names_what_differs(tmp_path, capsys):
     source, other = made(tmp_path), made(tmp_path, name="other")
-    tensors = all_tensors(other)
+    tensors = read_tensors(other)
     tensors["model.norm.weight"][3] += 0.25
     tensors["lm_head.weight"][0] *= -1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
@@ -181,7 +169,7 @@ def test_verify_names_what_differs(tmp_path, capsys):
 
 def test_verify_sees_the_sign_of_zero(tmp_path, capsys):
     source, other = made(tmp_path), made(tmp_path, name="other")
-    tensors = all_tensors(source)
+    tensors = read_tensors(source)
     for folder, zero in ((source, 0.0), (other, -0.0)):
         tensors["model.norm.weight"][0] = zero
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -197,7 +185,7 @@ def test_inspect(tmp_path, capsys):
     for path in (source, tmp_path / "megatron"):
         assert convert("inspect", path, "--tensors") == 0
         listed.append(capsys.readouterr().out.splitlines()[8:])
-    tensors = all_tensors(source)
+    tensors = read_tensors(source)
     assert listed[0] == listed[1]
     assert sorted(listed[0]) == sorted(
         f"{name}  bfloat16 {list(tensor.shape)}" for name, tensor in tensors.items()
