@@ -11,6 +11,7 @@ from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.checkpoints.hf_shards import finish_checkpoint, write_shards
 from megatron_vespo.checkpoints.names import INDEX_NAME
+from tests.support.tensors import assert_same
 
 A = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
 B = torch.tensor([0.5, -0.5])
@@ -34,41 +35,29 @@ def sharded(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("layout", ["single", "sharded"])
-def test_reads_both_layouts(layout, request):
-    folder = request.getfixturevalue(layout)
-    with HFCheckpointReader(folder) as reader:
+@pytest.fixture(params=["single", "sharded"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_reads_both_layouts(either):
+    with HFCheckpointReader(either) as reader:
         found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
         assert found == {"a": (torch.bfloat16, (2, 3)), "b": (torch.float32, (2,))}
-        assert reader.get("b").equal(B)
-        assert reader.get("a").equal(A)
-        assert reader.get("a").dtype == torch.bfloat16
+        assert_same({name: reader.get(name) for name in "ab"}, {"a": A, "b": B})
         path, offset = reader.place("a")
         assert path.read_bytes()[offset : offset + 12] == A.view(torch.uint8).numpy().tobytes()
-
-
-@pytest.mark.parametrize("layout", ["single", "sharded"])
-def test_reads_rows(layout, request):
-    with HFCheckpointReader(request.getfixturevalue(layout)) as reader:
         out = torch.zeros(6, dtype=torch.uint8)
         reader.read_rows("a", 1, 2, out)
         assert out.view(torch.bfloat16).equal(A[1])
+        with pytest.raises(ValueError, match=f"^{either}: tensor c is missing$"):
+            reader.get("c")
 
 
 def refused(folder) -> str:
     with pytest.raises(ValueError) as error:
         HFCheckpointReader(folder)
     return str(error.value)
-
-
-@pytest.mark.parametrize("layout", ["single", "sharded"])
-def test_missing_tensor_is_named(layout, request):
-    folder = request.getfixturevalue(layout)
-    with (
-        HFCheckpointReader(folder) as reader,
-        pytest.raises(ValueError, match=f"^{folder}: tensor c is missing$"),
-    ):
-        reader.get("c")
 
 
 def test_missing_file_is_named_before_anything_is_read(sharded):
@@ -89,11 +78,8 @@ def test_no_folder(tmp_path):
     assert refused(tmp_path / "none") == f"{tmp_path / 'none'} is no folder"
 
 
-@pytest.mark.parametrize(
-    ("layout", "file"), [("single", "model.safetensors"), ("sharded", "two.safetensors")]
-)
-def test_truncated_file(layout, file, request):
-    path = request.getfixturevalue(layout) / file
+def test_truncated_file(either):
+    path = max(either.glob("*.safetensors"))
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-4])
     assert refused(path.parent).startswith(f"{path} ({size - 4} bytes) is cut short or no safetensors file: ")
@@ -109,22 +95,16 @@ def test_a_file_that_shrinks_while_it_is_read(single):
             reader.get(last)
 
 
+ONE, TWO = "one.safetensors", "two.safetensors"
+
+
 @pytest.mark.parametrize(
     ("weight_map", "expected"),
     [
-        (
-            {"a": "one.safetensors", "b": "one.safetensors"},
-            "{}: one.safetensors lacks b, which the index places there",
-        ),
-        (
-            {"a": "two.safetensors", "b": "two.safetensors"},
-            "{}: two.safetensors lacks a, which the index places there",
-        ),
-        (
-            {"a": "two.safetensors", "b": "one.safetensors"},
-            "{}/two.safetensors holds tensor b, which the index places in one.safetensors",
-        ),
-        ({"b": "one.safetensors"}, "{}/one.safetensors holds tensor a, which the index places in no file"),
+        ({"a": ONE, "b": ONE}, f"{{}}: {ONE} lacks b, which the index places there"),
+        ({"a": TWO, "b": TWO}, f"{{}}: {TWO} lacks a, which the index places there"),
+        ({"a": TWO, "b": ONE}, f"{{}}/{TWO} holds tensor b, which the index places in {ONE}"),
+        ({"b": ONE}, f"{{}}/{ONE} holds tensor a, which the index places in no file"),
     ],
 )
 def test_an_index_that_is_wrong_about_a_file(sharded, weight_map, expected):
@@ -153,40 +133,35 @@ def test_broken_index(tmp_path, text):
 
 def test_one_file_a_bucket(tmp_path):
     strided = torch.arange(6.0).view(2, 3).T
+    first, second = (f"model-rank0-0000{n}.safetensors" for n in (0, 1))
     weight_map = write_shards(iter([{"a": A, "s": strided}, {"b": B}]), tmp_path, "model-rank0")
-    assert weight_map == {
-        "a": "model-rank0-00000.safetensors",
-        "s": "model-rank0-00000.safetensors",
-        "b": "model-rank0-00001.safetensors",
-    }
-    first = load_file(tmp_path / "model-rank0-00000.safetensors")
-    assert first["a"].equal(A) and first["s"].equal(strided)
-    assert load_file(tmp_path / "model-rank0-00001.safetensors")["b"].equal(B)
+    assert weight_map == {"a": first, "s": first, "b": second}
+    assert_same(load_file(tmp_path / first), {"a": A, "s": strided})
+    assert_same(load_file(tmp_path / second), {"b": B})
 
 
-def test_finished_checkpoint_appears_by_rename_and_replaces_the_old_one(tmp_path):
+@pytest.fixture
+def folders(tmp_path):
+    """Source, staging and target, of which the first two are there."""
     source, staging, target = (tmp_path / name for name in ("source", "staging", "target"))
-    for folder in (source, staging, target):
-        folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE"):
+    source.mkdir()
+    staging.mkdir()
+    return source, staging, target
+
+
+def test_finished_checkpoint_appears_by_rename_and_replaces_the_old_one(folders):
+    source, staging, target = folders
+    target.mkdir()
+    taken = ("config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE")
+    for name in (*taken, INDEX_NAME, "model.safetensors"):
         (source / name).write_text(f"source {name}")
-    (source / INDEX_NAME).write_text("the source's own")
-    (source / "model.safetensors").write_bytes(b"the source's weights")
     (target / "stale.safetensors").write_bytes(b"")
     weight_map = write_shards(iter([{"b": B, "a": A}]), staging, "model")
 
     finish_checkpoint(source, staging, target, weight_map, total_size=A.nbytes + B.nbytes)
 
     assert not staging.exists()
-    assert {path.name for path in target.iterdir()} == {
-        "config.json",
-        "tokenizer.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "LICENSE",
-        INDEX_NAME,
-        "model-00000.safetensors",
-    }
+    assert {path.name for path in target.iterdir()} == {*taken, INDEX_NAME, "model-00000.safetensors"}
     assert (target / "config.json").read_text() == "source config.json"
     assert json.loads((target / INDEX_NAME).read_text()) == {
         "metadata": {"total_size": 20},
@@ -194,10 +169,8 @@ def test_finished_checkpoint_appears_by_rename_and_replaces_the_old_one(tmp_path
     }
 
 
-def test_nothing_is_at_the_target_until_all_is_written(tmp_path, monkeypatch):
-    source, staging, target = (tmp_path / name for name in ("source", "staging", "target"))
-    source.mkdir()
-    staging.mkdir()
+def test_nothing_is_at_the_target_until_all_is_written(folders, monkeypatch):
+    source, staging, target = folders
     weight_map = write_shards(iter([{"a": A}]), staging, "model")
 
     def full_disk(*_):
@@ -210,13 +183,12 @@ def test_nothing_is_at_the_target_until_all_is_written(tmp_path, monkeypatch):
     assert not target.exists()
 
 
-def test_transformers_loads_what_was_written(tmp_path):
+def test_transformers_loads_what_was_written(folders):
     from tests.support.tiny_qwen3_moe import tiny_qwen3_moe
 
-    source, staging, target = (tmp_path / name for name in ("source", "staging", "target"))
+    source, staging, target = folders
     model = tiny_qwen3_moe()
     model.save_pretrained(source)
-    staging.mkdir()
     with HFCheckpointReader(source) as reader:
         stream = [(name, reader.get(name)) for name in sorted(reader.tensors)]
         total_size = sum(tensor.nbytes for _, tensor in stream)

@@ -12,6 +12,11 @@ from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.checkpoints.staging import staged
 
 
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "target"
+
+
 def fill(target, content="new", force=False, num_bytes=0) -> None:
     with staged(target, num_bytes, force, Ranks()) as folder:
         assert folder == target.parent / f".{target.name}.incomplete"
@@ -38,8 +43,7 @@ def refused(target, **options) -> str:
     return str(error.value)
 
 
-def test_it_appears_at_the_end(tmp_path):
-    target = tmp_path / "target"
+def test_it_appears_at_the_end(tmp_path, target):
     with staged(target, 0, False, Ranks()) as folder:
         (folder / "file").write_text("x")
         assert not target.exists()
@@ -48,8 +52,7 @@ def test_it_appears_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_failure_leaves_nothing(tmp_path, failure, force):
-    target = tmp_path / "target"
+def test_a_failure_leaves_nothing(tmp_path, target, failure, force):
     if force:
         old_checkpoint(target)
     with pytest.raises(failure), staged(target, 0, force, Ranks()) as folder:
@@ -59,8 +62,7 @@ def test_a_failure_leaves_nothing(tmp_path, failure, force):
     assert not force or is_old(target)
 
 
-def test_an_existing_target(tmp_path):
-    target = tmp_path / "target"
+def test_an_existing_target(tmp_path, target):
     old_checkpoint(target)
     assert refused(target) == f"{target} is already there; --force replaces it"
     assert is_old(target)
@@ -82,26 +84,25 @@ def test_force_replaces_checkpoints_only(tmp_path, file):
 @pytest.mark.parametrize(
     "mark", ["model.safetensors.index.json", "latest_checkpointed_iteration.txt", ".metadata"]
 )
-def test_every_kind_of_checkpoint_is_replaced(tmp_path, mark):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / mark).write_text("")
-    fill(tmp_path / "target", force=True)
-    assert content(tmp_path / "target") == ["model.safetensors"]
+def test_every_kind_of_checkpoint_is_replaced(target, mark):
+    target.mkdir()
+    (target / mark).write_text("")
+    fill(target, force=True)
+    assert content(target) == ["model.safetensors"]
 
 
 def test_a_link_is_followed(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     link.symlink_to(real)
-    with staged(link, 0, False, Ranks()) as folder:
-        (folder / "model.safetensors").write_text("1")
-    assert link.is_symlink() and content(real) == ["model.safetensors"]
-    with staged(link, 0, True, Ranks()) as folder:
-        (folder / "model.safetensors").write_text("2")
-    assert link.is_symlink() and (real / "model.safetensors").read_text() == "2"
+    for force, written in ((False, "1"), (True, "2")):
+        with staged(link, 0, force, Ranks()) as folder:
+            (folder / "model.safetensors").write_text(written)
+        assert link.is_symlink() and content(real) == ["model.safetensors"]
+    assert (real / "model.safetensors").read_text() == "2"
     assert content(tmp_path) == ["link", "real"]
 
 
-def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path, target):
     left = tmp_path / ".target.incomplete"
     (left / "release").mkdir(parents=True)
     (left / "release" / "file").write_text("")
@@ -109,53 +110,50 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     old_checkpoint(elsewhere)
     (left / "link").symlink_to(elsewhere)
-    fill(tmp_path / "target")
-    assert content(tmp_path) == ["elsewhere", "target"] and content(tmp_path / "target") == [
-        "model.safetensors"
-    ]
+    fill(target)
+    assert content(tmp_path) == ["elsewhere", "target"] and content(target) == ["model.safetensors"]
     assert is_old(elsewhere)
 
 
-def test_another_process_is_writing(tmp_path):
-    with staged(tmp_path / "target", 0, False, Ranks()) as folder:
+def test_another_process_is_writing(target):
+    with staged(target, 0, False, Ranks()) as folder:
         (folder / "file").write_text("x")
         # a descriptor of its own is like another process to flock
-        assert refused(tmp_path / "target") == f"another process is writing {tmp_path / 'target'}"
+        assert refused(target) == f"another process is writing {target}"
         assert (folder / "file").read_text() == "x"
-    assert content(tmp_path / "target") == ["file"]
+    assert content(target) == ["file"]
 
 
-def test_nobody_gets_in_before_the_new_name(tmp_path, monkeypatch):
+def test_nobody_gets_in_before_the_new_name(target, monkeypatch):
     """Bringing everything to the disk takes minutes; the lock holds until the folder has its name."""
     sync, met = staging.sync, []
 
     def meanwhile(path):
-        if not (tmp_path / "target").exists():
-            met.append(refused(tmp_path / "target"))
+        if not target.exists():
+            met.append(refused(target))
         sync(path)
 
     monkeypatch.setattr(staging, "sync", meanwhile)
-    fill(tmp_path / "target")
-    assert met and set(met) == {f"another process is writing {tmp_path / 'target'}"}
-    assert content(tmp_path / "target") == ["model.safetensors"]
+    fill(target)
+    assert met and set(met) == {f"another process is writing {target}"}
+    assert content(target) == ["model.safetensors"]
 
 
-def test_the_lock_is_free_afterwards(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path / "target", 0, False, Ranks()):
+def test_the_lock_is_free_afterwards(target):
+    with pytest.raises(RuntimeError), staged(target, 0, False, Ranks()):
         raise RuntimeError
-    fill(tmp_path / "target")
-    with (tmp_path / "target" / "model.safetensors").open() as file:
+    fill(target)
+    with (target / "model.safetensors").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_killed_between_the_two_renames(tmp_path):
+def test_killed_between_the_two_renames(tmp_path, target):
     old_checkpoint(tmp_path / ".target.replaced")
-    assert refused(tmp_path / "target") == f"{tmp_path / 'target'} is already there; --force replaces it"
-    assert is_old(tmp_path / "target") and content(tmp_path) == ["target"]
+    assert refused(target) == f"{target} is already there; --force replaces it"
+    assert is_old(target) and content(tmp_path) == ["target"]
 
 
-def test_interrupted_between_the_two_renames(tmp_path, monkeypatch):
-    target = tmp_path / "target"
+def test_interrupted_between_the_two_renames(tmp_path, target, monkeypatch):
     old_checkpoint(target)
     rename = staging.Path.rename
 
@@ -170,24 +168,21 @@ def test_interrupted_between_the_two_renames(tmp_path, monkeypatch):
     assert content(tmp_path) == ["target"] and is_old(target)
 
 
-def test_no_parent(tmp_path):
+def test_no_parent(tmp_path, target):
     assert refused(tmp_path / "none" / "target") == f"{tmp_path / 'none'} is no folder"
     (tmp_path / "file").write_text("")
     assert refused(tmp_path / "file" / "target") == f"{tmp_path / 'file'} is no folder"
 
 
-def test_a_parent_that_cannot_be_written(tmp_path):
+def test_a_parent_that_cannot_be_written(tmp_path, target):
     # a file in the staging folder's place stands for a read-only disk, which does not stop root
     (tmp_path / ".target.incomplete").write_text("")
-    assert refused(tmp_path / "target") == f"{tmp_path} cannot be written: File exists"
+    assert refused(target) == f"{tmp_path} cannot be written: File exists"
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
+def test_a_full_disk(tmp_path, target, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**39, 2**30))
-    assert (
-        refused(tmp_path / "target", num_bytes=2**31)
-        == f"{tmp_path} has 1.00 GiB free, target needs 2.00 GiB"
-    )
+    assert refused(target, num_bytes=2**31) == f"{tmp_path} has 1.00 GiB free, target needs 2.00 GiB"
     assert content(tmp_path) == []
-    fill(tmp_path / "target", num_bytes=2**29)
+    fill(target, num_bytes=2**29)
