@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 
 from megatron_vespo.checkpoints import run_folder as checkpoint_folder
-from megatron_vespo.checkpoints.names import BUFFER_NAME, COMPLETE_NAME, RESERVE_NAME, TRACKER_NAME
+from megatron_vespo.checkpoints.names import BUFFER_NAME, RESERVE_NAME, TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import (
     newest_save,
     prepare,
@@ -16,6 +16,7 @@ from megatron_vespo.checkpoints.run_folder import (
     repair_tracker,
     why_no_room,
 )
+from tests.support.saved_steps import complete
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +30,6 @@ def model(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     return folder
-
-
-def complete(save, *iterations: int) -> None:
-    for iteration in iterations:
-        folder = save / f"iter_{iteration:07d}"
-        folder.mkdir(parents=True)
-        (folder / COMPLETE_NAME).write_text("{}")
 
 
 def test_files_come_back_as_they_were(tmp_path, model):
@@ -66,7 +60,6 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, model, content):
 def test_leftovers_of_a_killed_save_go(tmp_path, model):
     save, folder = tmp_path / "saved", tmp_path / "saved/iter_0000004"
     complete(save, 2)
-    (save / TRACKER_NAME).write_text("2")
     folder.mkdir()
     (folder / "__3_0.distcp").write_text("of a layout with more ranks")
     prepare(save, folder, model, {})
@@ -77,7 +70,6 @@ def test_leftovers_of_a_killed_save_go(tmp_path, model):
 def test_a_folder_that_is_named_is_not_named_any_more_while_it_is_written_anew(tmp_path, model):
     save = tmp_path / "saved"
     complete(save, 2)
-    (save / TRACKER_NAME).write_text("2")
     prepare(save, save / "iter_0000002", model, {})
     assert newest_save(save) is None
 
@@ -92,13 +84,14 @@ def test_the_newest_save(tmp_path, word, named):
 def test_an_empty_tracker_names_the_newest_complete_iteration(tmp_path):
     complete(tmp_path, 2, 10)
     (tmp_path / "iter_0000012").mkdir()  # a save that was killed
+    tracker = tmp_path / TRACKER_NAME
+    tracker.unlink()
     assert repair_tracker(tmp_path) is None  # no tracker: nobody has saved here yet
-    (tmp_path / TRACKER_NAME).write_text("2")
+    tracker.write_text("2")
     assert repair_tracker(tmp_path) is None
-    (tmp_path / TRACKER_NAME).write_text("")
+    tracker.write_text("")
     assert repair_tracker(tmp_path) == "iter_0000010"
-    assert (tmp_path / TRACKER_NAME).read_text() == "10"
-    assert repair_tracker(tmp_path) is None
+    assert tracker.read_text() == "10" and repair_tracker(tmp_path) is None
 
 
 def test_an_empty_tracker_beside_nothing_goes(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.checkpoints.names import COMPLETE_NAME, PROMPTS_NAME
+from megatron_vespo.checkpoints.names import PROMPTS_NAME, TRACKER_NAME
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, digest, read_record
 from megatron_vespo.checkpoints.run_folder import resumed_save
 from megatron_vespo.driver import services
@@ -17,6 +17,7 @@ from megatron_vespo.driver.services import Task, load_task
 from megatron_vespo.types import Prompt
 from tests.support.builders import make_prompt
 from tests.support.letter_tokenizer import letters
+from tests.support.saved_steps import complete
 from tests.support.settings import flat_settings
 
 DATA = "--prompt-data b.jsonl"
@@ -74,10 +75,8 @@ def test_a_digest_tells_where_prompts_end():
 
 def test_the_folder_that_is_resumed(tmp_path):
     assert resumed_save(tmp_path) is None
-    for step in (2, 4):
-        (tmp_path / f"iter_{step:07d}").mkdir()
-        (tmp_path / f"iter_{step:07d}" / COMPLETE_NAME).write_text("{}")
-    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    complete(tmp_path, 2, 4)
+    tracker = tmp_path / TRACKER_NAME
     for word, found in (("4", "iter_0000004"), ("2", "iter_0000002"), ("", "iter_0000004")):
         tracker.write_text(word)
         assert resumed_save(tmp_path).name == found
@@ -117,11 +116,9 @@ class Run:
         return load_task(flat_settings(**vars(args.values) | changed))
 
     def save(self, task: Task) -> None:
-        folder = self.folder / "saved/iter_0000004"
-        folder.mkdir(parents=True)
-        (self.folder / "saved/latest_checkpointed_iteration.txt").write_text("4")
+        complete(self.folder / "saved", 4)
         if task.record is not None:
-            (folder / PROMPTS_NAME).write_bytes(task.record)
+            (self.folder / "saved/iter_0000004" / PROMPTS_NAME).write_bytes(task.record)
 
 
 @pytest.fixture

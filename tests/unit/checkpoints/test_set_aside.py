@@ -15,16 +15,9 @@ from megatron_vespo.checkpoints.set_aside import (
     make_room,
     set_aside,
 )
+from tests.support.saved_steps import complete
 
 ASKED = {"load": "/saved", "step": 8, "flags": {"lr": "1e-6"}}
-
-
-def complete(save, *steps: int) -> None:
-    for step in steps:
-        folder = save / f"iter_{step:07d}"
-        folder.mkdir(parents=True)
-        (folder / COMPLETE_NAME).write_text(f"of step {step}")
-    (save / TRACKER_NAME).write_text(str(steps[-1]))
 
 
 def test_only_the_same_folder_holds_what_a_run_began_with():
@@ -75,15 +68,16 @@ def test_the_same_going_back_is_known_until_somebody_else_saves(tmp_path):
     assert has_gone_back(tmp_path, ASKED)
     assert not has_gone_back(tmp_path, ASKED | {"step": 4})
     assert not has_gone_back(tmp_path, ASKED | {"flags": {"lr": "5e-7"}})
+    complete(tmp_path, 10, 20)
+    (tmp_path / TRACKER_NAME).write_text("")  # by a kill
+    assert has_gone_back(tmp_path, ASKED)
     make_room(tmp_path, 8, None)
     assert not has_gone_back(tmp_path, ASKED)
-
-
-def test_elsewhere_it_is_known_when_there_is_something_to_go_on_from(tmp_path):
-    make_room(tmp_path, 0, ASKED)
-    assert not has_gone_back(tmp_path, ASKED)
-    complete(tmp_path, 12)
-    assert has_gone_back(tmp_path, ASKED)
+    # elsewhere it is known when there is something to go on from
+    make_room(tmp_path / "new", 0, ASKED)
+    assert not has_gone_back(tmp_path / "new", ASKED)
+    complete(tmp_path / "new", 12)
+    assert has_gone_back(tmp_path / "new", ASKED)
 
 
 class Killed(BaseException):
@@ -119,11 +113,3 @@ def test_killed_anywhere_the_tracker_names_a_checkpoint_and_nothing_is_lost(tmp_
     aside = [step for folder in tmp_path.glob("set-aside-*") for step in saved_steps(folder)]
     assert sorted(aside) == [12, 16]
     assert has_gone_back(tmp_path, ASKED) and not list(tmp_path.glob(".*.partial"))
-
-
-def test_a_tracker_that_a_kill_has_left_empty_does_not_make_it_go_back_again(tmp_path):
-    complete(tmp_path, 8)
-    make_room(tmp_path, 8, ASKED)
-    complete(tmp_path, 10, 20)
-    (tmp_path / TRACKER_NAME).write_text("")
-    assert has_gone_back(tmp_path, ASKED)

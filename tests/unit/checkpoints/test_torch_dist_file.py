@@ -94,6 +94,20 @@ def test_every_flipped_bit_is_refused_or_of_no_consequence(tmp_path):
     assert refusals > 1000
 
 
+def hf_source(tmp_path, architecture: str, dtype=torch.bfloat16):
+    """An HF folder, its shape, and Megatron's parameters of the same values by their names."""
+    config = tiny_config(architecture)
+    tensors = random_tensors(config, dtype)
+    source = write_hf(tmp_path / "hf", config, tensors)
+    family, shape = family_of(config), shape_of(config)
+    mappings = {name: family.mapping_for(name, shape) for name in family.parameters(shape)}
+    parameters = {
+        name: mapping.shard([tensors[hf_name] for hf_name in mapping.hf_names], 1)[0]
+        for name, mapping in mappings.items()
+    }
+    return source, shape, parameters
+
+
 class Evil:
     def __init__(self, function, *arguments):
         self._call = function, arguments
@@ -113,16 +127,13 @@ def evils(mark) -> list:
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_malicious_pickle_does_not_run(tmp_path, number):
-    mark = tmp_path / "mark"
+    path, mark = tmp_path / "file", tmp_path / "mark"
     evil = evils(mark)[number]
-    (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(evil))
-    with pytest.raises(ValueError, match="is no metadata of a torch_dist checkpoint: it asks for "):
-        read_metadata(tmp_path)
     hidden = Metadata({"a": BytesStorageMetadata()}, planner_data=evil, storage_data={})
-    (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(hidden))
-    with pytest.raises(ValueError, match="it asks for "):
-        read_metadata(tmp_path)
-    path = tmp_path / "file"
+    for content in (evil, hidden):
+        (tmp_path / METADATA_NAME).write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="is no metadata of a torch_dist checkpoint: it asks for "):
+            read_metadata(tmp_path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(evil))
     assert "it asks for " in refused(path, 0, path.stat().st_size)
@@ -130,12 +141,9 @@ def test_a_malicious_pickle_does_not_run(tmp_path, number):
 
 
 def test_malicious_arguments_do_not_run(tmp_path, monkeypatch):
-    mark = tmp_path / "mark"
-    config = tiny_config(LLAMA)
-    source = write_hf(tmp_path / "hf", config, random_tensors(config, torch.bfloat16))
-    monkeypatch.setattr(
-        torch_dist_writer, "_common_state", lambda arguments: {"args": Namespace(a=evils(mark))}
-    )
+    mark, (source, *_) = tmp_path / "mark", hf_source(tmp_path, LLAMA)
+    common_state = {"args": Namespace(a=evils(mark))}
+    monkeypatch.setattr(torch_dist_writer, "_common_state", lambda arguments: common_state)
     assert convert("hf-to-megatron", source, tmp_path / "megatron") == 0
     assert convert("verify", tmp_path / "megatron", source) == 0
     assert not mark.exists()
@@ -156,9 +164,8 @@ def test_malicious_arguments_do_not_run(tmp_path, monkeypatch):
 def test_broken_metadata(tmp_path, content):
     (tmp_path / METADATA_NAME).write_bytes(content)
     started = time.monotonic()
-    with pytest.raises(
-        ValueError, match=f"^{tmp_path / METADATA_NAME} is no metadata of a torch_dist checkpoint: "
-    ):
+    place = tmp_path / METADATA_NAME
+    with pytest.raises(ValueError, match=f"^{place} is no metadata of a torch_dist checkpoint: "):
         read_metadata(tmp_path)
     assert time.monotonic() - started < 5
 
@@ -166,9 +173,7 @@ def test_broken_metadata(tmp_path, content):
 @pytest.mark.parametrize("architecture", [MOE, LLAMA])
 def test_torchs_own_reader_agrees(tmp_path, architecture):
     """What is written, loaded by torch.distributed.checkpoint into whole stacked tensors."""
-    config = tiny_config(architecture)
-    tensors = random_tensors(config, torch.bfloat16)
-    source = write_hf(tmp_path / "hf", config, tensors)
+    source, shape, parameters = hf_source(tmp_path, architecture)
     assert convert("hf-to-megatron", source, tmp_path / "megatron") == 0
     folder = tmp_path / "megatron" / "release"
     stored = read_metadata(folder).state_dict_metadata
@@ -179,10 +184,7 @@ def test_torchs_own_reader_agrees(tmp_path, architecture):
     }
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     assert all(value.isfinite().all() for value in state.values())
-    family, shape = family_of(config), shape_of(config)
-    for name in family.parameters(shape):
-        mapping = family.mapping_for(name, shape)
-        expected = mapping.shard([tensors[hf_name] for hf_name in mapping.hf_names], 1)[0]
+    for name, expected in parameters.items():
         for address in addresses(name, shape):
             assert state[address.key][address.index].equal(expected), name
     objects = {key: io.BytesIO() for key, value in stored.items() if isinstance(value, BytesStorageMetadata)}
@@ -195,19 +197,14 @@ def test_torchs_own_reader_agrees(tmp_path, architecture):
 @pytest.mark.parametrize("named", ["iter_0000007", "release"])
 def test_what_torch_writes_is_read(tmp_path, named):
     """Saved by torch.distributed.checkpoint itself, with tensors that are no part of a model."""
-    config = tiny_config(LLAMA)
-    family, shape = family_of(config), shape_of(config)
-    tensors = random_tensors(config, torch.float32)
+    source, shape, parameters = hf_source(tmp_path, LLAMA, torch.float32)
     state = {"optimizer.state.exp_avg": torch.ones(3), "rng_state": torch.zeros(2)}
-    for name in family.parameters(shape):
-        mapping = family.mapping_for(name, shape)
-        values = mapping.shard([tensors[hf_name] for hf_name in mapping.hf_names], 1)[0]
+    for name, values in parameters.items():
         (address,) = addresses(name, shape)
         stacked = state.setdefault(address.key, torch.full((*address.stack, *values.shape), torch.nan))
         stacked[address.index] = values
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "megatron" / named), no_dist=True)
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text(named.replace("iter_000000", ""))
-    source = write_hf(tmp_path / "hf", config, tensors)
     command = ("megatron-to-hf", tmp_path / "megatron", tmp_path / "out")
     assert convert(*command) == 2  # it holds no HF config
     assert convert(*command, "--hf-config", source) == 0
