@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS
-from megatron_vespo.algorithms.vespo import GammaKernel, segment_sum
+from megatron_vespo.algorithms.vespo import GammaKernel
+from tests.support.naive_losses import batch
 
 LENGTHS = [7, 1, 30, 12, 3]
 ADVANTAGES_S = torch.tensor([0.8, -1.1, -0.3, 1.7, 0.0])
@@ -39,9 +40,8 @@ def trl_vespo(log_probs_SN, old_SN, mask_SN, advantages_S1):
 
 def trl_gspo(log_probs_SN, old_SN, mask_SN, advantages_S1):
     log_ratio_SN = log_probs_SN - old_SN
-    s_S1 = (
-        (log_ratio_SN * mask_SN).sum(-1, keepdim=True) / mask_SN.sum(-1, keepdim=True).clamp(min=1.0)
-    ).exp()
+    length_S1 = mask_SN.sum(-1, keepdim=True).clamp(min=1.0)
+    s_S1 = ((log_ratio_SN * mask_SN).sum(-1, keepdim=True) / length_S1).exp()
     bounded_S1 = s_S1.clamp(1 - 3e-4, 1 + 4e-4)
     return -torch.min(s_S1 * advantages_S1, bounded_S1 * advantages_S1).mean()
 
@@ -53,10 +53,11 @@ def trl_sapo(log_probs_SN, old_SN, mask_SN, advantages_S1):
     return ((loss_SN * mask_SN).sum(-1) / mask_SN.sum(-1)).mean()
 
 
-def tokens(spread):
-    generator = torch.Generator().manual_seed(0)
-    log_probs_T = -2 * torch.rand(sum(LENGTHS), generator=generator)
-    return log_probs_T, log_probs_T + spread * torch.randn(sum(LENGTHS), generator=generator)
+def tokens(spread) -> LossInputs:
+    """Responses alone, without their prompts and without padding."""
+    inputs = batch(LENGTHS, ADVANTAGES_S.tolist(), spread=spread, dtype=torch.float32)
+    kept_T = inputs.loss_mask_T > 0
+    return LossInputs(**{k: v.detach()[kept_T] if k.endswith("_T") else v for k, v in vars(inputs).items()})
 
 
 def padded(values_T):
@@ -73,25 +74,15 @@ def padded(values_T):
     ],
 )
 def test_loss_and_gradient_are_those_of_trls_formulas(method, aggregation, theirs, spread):
-    log_probs_T, old_T = tokens(spread)
+    inputs = tokens(spread)
+    log_probs_T = inputs.log_probs_T.requires_grad_()
     # theirs in float64, of the same float32 numbers: what is left is our rounding
-    reference_T = log_probs_T.double().requires_grad_()
+    reference_T = log_probs_T.detach().double().requires_grad_()
+    old_T = reference_T.detach() - inputs.log_ratio_T.double()
     mask_SN = padded(torch.ones_like(reference_T))
-    expected = theirs(padded(reference_T), padded(old_T.double()), mask_SN, ADVANTAGES_S[:, None].double())
+    expected = theirs(padded(reference_T), padded(old_T), mask_SN, ADVANTAGES_S[:, None].double())
     [expected_T] = torch.autograd.grad(expected, reference_T)
 
-    log_probs_T.requires_grad_()
-    ids_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    log_ratio_T = log_probs_T.detach() - old_T
-    inputs = LossInputs(
-        log_probs_T=log_probs_T,
-        log_ratio_T=log_ratio_T,
-        log_w_S=segment_sum(log_ratio_T, ids_T, len(LENGTHS)),
-        advantages_S=ADVANTAGES_S,
-        num_tokens_S=torch.tensor(LENGTHS).float(),
-        loss_mask_T=torch.ones_like(old_T),
-        sequence_ids_T=ids_T,
-    )
     term = METHODS[method].bind(KERNEL, None, None, None)(inputs)
     loss = weighted_sum(term.loss_T, inputs, aggregation, 1) / count(inputs, aggregation, True)
     [gradient_T] = torch.autograd.grad(loss, log_probs_T)
@@ -106,8 +97,8 @@ def test_phi_is_trls_own():
     gamma_weights_of_trl = getattr(trl.GRPOTrainer, "get_gamma_weights", None)
     if gamma_weights_of_trl is None:
         pytest.skip(f"TRL {trl.__version__} has no VESPO")
-    log_probs_T, old_T = tokens(0.1)
-    log_ratio_SN, mask_SN = padded(log_probs_T - old_T), padded(torch.ones_like(old_T))
+    inputs = tokens(0.1)
+    log_ratio_SN, mask_SN = padded(inputs.log_ratio_T), padded(inputs.loss_mask_T)
     theirs_S1 = gamma_weights_of_trl(
         advantages=ADVANTAGES_S[:, None], log_ratio_per_token=log_ratio_SN, mask=mask_SN,
         importance_sampling_ratio=None, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0,
