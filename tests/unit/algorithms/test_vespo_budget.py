@@ -23,6 +23,7 @@ from megatron_vespo.algorithms.vespo_budget import (
 )
 
 PAPER = ((2.0, 3.0), (3.0, 2.0))
+both_signs = pytest.mark.parametrize(("c1", "c2"), PAPER)
 SAMPLES = 128  # of one sign in an optimizer step
 
 
@@ -74,7 +75,7 @@ def test_expected_w_equals_the_formula(c1, c2, sigma):
     assert expected_w(log_w, c1, c2) == pytest.approx(expected_by_hand(log_w, c1, c2), rel=1e-12)
 
 
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
 def test_the_duals_gradient_is_the_excess_and_its_curvature_the_variance(c1, c2, sigma):
     log_w, budget, h = log_normal(sigma, 400), 1.3, 1e-4
@@ -103,7 +104,7 @@ def test_bounds_are_where_a_response_counts_ten(c1):
 
 @pytest.mark.parametrize("budget", [0.8, 1.0, 1.2, 1.5])
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 3.0])
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_the_fixed_point_is_the_direct_solution(c1, c2, sigma, budget):
     log_w = log_normal(sigma, 2000)
     expected = bisected(log_w, c1, budget)
@@ -118,7 +119,7 @@ AMPLITUDE = {0.5: 0.06, 1.0: 0.06, 2.0: 0.10, 3.0: 0.20}
 
 @pytest.mark.parametrize("budget", [0.8, 1.0, 1.2])
 @pytest.mark.parametrize("sigma", AMPLITUDE)
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_an_active_budget_is_met_without_oscillation(c1, c2, sigma, budget):
     multipliers, estimates = stream([sigma], c1, c2, budget, 1000)
     low, high = c2_bounds(c1)
@@ -131,7 +132,7 @@ def test_an_active_budget_is_met_without_oscillation(c1, c2, sigma, budget):
 
 
 @pytest.mark.parametrize(("sigma", "budget"), [(0.0, 1.2), (0.1, 1.2), (0.3, 1.5), (0.5, 2.0)])
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_a_slack_budget_leaves_c2_at_its_lower_bound(c1, c2, sigma, budget):
     multipliers, estimates = stream([sigma], c1, c2, budget, 600)
     low = c2_bounds(c1)[0]
@@ -140,13 +141,13 @@ def test_a_slack_budget_leaves_c2_at_its_lower_bound(c1, c2, sigma, budget):
     assert np.nanmean(estimates[300:]) < budget
 
 
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_a_budget_out_of_reach_leaves_c2_at_its_upper_bound(c1, c2):
     multipliers, _ = stream([0.0], c1, c2, 0.9, 600)
     assert multipliers[-1] == c2_bounds(c1)[1]
 
 
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_steps_of_a_rollout_batch_meet_the_budget_together(c1, c2):
     """W is 1 in the first of N steps and spreads: the budget holds for their mean, c2 hardly moves."""
     sigmas = [0.0, 0.4, 0.7, 1.0, 1.2, 1.4, 1.6, 1.8]
@@ -155,7 +156,7 @@ def test_steps_of_a_rollout_batch_meet_the_budget_together(c1, c2):
     assert np.ptp(multipliers[400:]) < 0.25 * multipliers[400:].mean()
 
 
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_two_far_clusters_are_stable(c1, c2):
     """Not log-concave: the variance may exceed the bound that the rate relies on."""
     draw, kept = np.random.default_rng(2), []
@@ -168,7 +169,7 @@ def test_two_far_clusters_are_stable(c1, c2):
 
 
 @pytest.mark.parametrize("level", [100.0, -100.0])
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_when_every_phi_is_zero_c2_stays(c1, c2, level):
     log_w = np.full(SAMPLES, level)
     phi = GammaKernel((c1, c2), (c1, c2)).phi(torch.tensor(log_w), torch.ones(SAMPLES))
@@ -178,7 +179,7 @@ def test_when_every_phi_is_zero_c2_stays(c1, c2, level):
 
 
 @pytest.mark.parametrize("level", [100.0, -100.0, 1e4, -1e6])
-@pytest.mark.parametrize(("c1", "c2"), PAPER)
+@both_signs
 def test_extreme_samples_among_others_change_nothing(c1, c2, level):
     log_w = log_normal(0.5, SAMPLES)
     mixed = np.concatenate([log_w, np.full(SAMPLES, level)])
