@@ -15,17 +15,9 @@ def sizes_of(cut) -> list[list[int]]:
     return [[tensor.nbytes for tensor in bucket.values()] for bucket in cut]
 
 
-def test_literal_cut():
-    assert sizes_of(buckets(stream([3, 4, 3, 10, 1, 12, 5, 5]), 10)) == [[3, 4, 3], [10], [1], [12], [5, 5]]
-
-
 def test_bytes_count_not_elements():
     tensors = [("a", torch.zeros(4)), ("b", torch.zeros(4, dtype=torch.bfloat16)), ("c", torch.zeros(1))]
     assert [list(bucket) for bucket in buckets(tensors, 24)] == [["a", "b"], ["c"]]
-
-
-def test_no_tensors_no_buckets():
-    assert list(buckets([], 10)) == []
 
 
 def test_a_bucket_is_handed_out_before_the_stream_goes_on():

@@ -50,6 +50,13 @@ def record(seed: int = 0, moe: bool = True) -> RolloutRecord:
     return RolloutRecord(groups, metrics, consumed_prompts=12, run=RUN)
 
 
+@pytest.fixture
+def path(tmp_path):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record())
+    return path
+
+
 def same(one, other) -> bool:
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
@@ -72,9 +79,7 @@ def test_every_bit_comes_back(tmp_path, moe):
     assert (read.consumed_prompts, read.run) == (12, RUN)
 
 
-def test_a_kill_leaves_the_old_file(tmp_path, monkeypatch):
-    path = batch_path(tmp_path, 0)
-    write_record(path, record(0))
+def test_a_kill_leaves_the_old_file(path, monkeypatch):
     before = path.read_bytes()
 
     def killed(descriptor):
@@ -86,9 +91,7 @@ def test_a_kill_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_no_pickle_is_written_or_loaded(tmp_path):
-    path = batch_path(tmp_path, 0)
-    write_record(path, record())
+def test_no_pickle_is_written_or_loaded(path):
     with np.load(path, allow_pickle=False) as stored:
         assert all(stored[name].dtype != object for name in stored.files)
     np.savez(path, run=np.array([{"a": 1}], object))
@@ -96,9 +99,7 @@ def test_no_pickle_is_written_or_loaded(tmp_path):
         read_record(path)
 
 
-def test_what_is_no_record_is_named(tmp_path):
-    path = batch_path(tmp_path, 0)
-    write_record(path, record())
+def test_what_is_no_record_is_named(path):
     whole = path.read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2]):
         path.write_bytes(content)
@@ -111,25 +112,18 @@ def test_what_is_no_record_is_named(tmp_path):
     with pytest.raises(ValueError, match="not a recorded rollout batch"):
         check_record(path, RUN)
     with pytest.raises(ValueError, match="no such file"):
-        read_record(tmp_path / "none.npz")
+        read_record(path.with_name("none.npz"))
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_who_needs_routes_is_told_that_there_are_none(tmp_path, moe):
-    path = batch_path(tmp_path, 0)
-    write_record(path, record(moe=moe))
+def test_who_needs_routes_is_told_that_there_are_none(path):
+    check_record(path, RUN, needs_routes=True)  # engines have lost some
+    write_record(path, record(moe=False))
     check_record(path, RUN)
-    if moe:  # but for those that engines have lost
-        check_record(path, RUN, needs_routes=True)
-        return
     with pytest.raises(ValueError, match="^.*npz has no routes, which --routing-replay R3 replays: [^\\n]*$"):
         check_record(path, RUN, needs_routes=True)
 
 
-def test_another_run_is_named(tmp_path):
-    path = batch_path(tmp_path, 0)
-    write_record(path, record())
-    check_record(path, RUN)
+def test_another_run_is_named(path):
     with pytest.raises(ValueError) as error:
         check_record(path, RUN | {"--group-size": 4})
     assert str(error.value) == f"{path} was recorded with --group-size 3, this run has 4"

@@ -200,14 +200,10 @@ def test_a_missing_number_is_named(config, missing):
 
 @each_model
 def test_reads_the_folder(tmp_path, config, expected):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: no config.json there; it must be an HF"):
+        read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_hf_config(tmp_path) == config
-
-
-def test_no_config(tmp_path):
-    with pytest.raises(ValueError) as error:
-        read_hf_config(tmp_path)
-    assert str(error.value) == f"{tmp_path}: no config.json there; it must be an HF checkpoint folder"
 
 
 @pytest.mark.parametrize(
@@ -215,10 +211,7 @@ def test_no_config(tmp_path):
     [
         ('{"architectures": [', " is not JSON: "),
         ("[1]", ": a JSON object was expected, not a list"),
-        (
-            "{}",
-            ": its architecture is none; supported: Qwen3MoeForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM",
-        ),
+        ("{}", ": its architecture is none; supported: Qwen3MoeForCausalLM, "),
         (json.dumps(LLAMA_1B | {"mlp_bias": True}), ": mlp_bias is True, supported is False"),
     ],
 )
