@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 
@@ -16,18 +15,15 @@ from megatron_vespo.data.prompts import Columns, PromptCursor, load_prompts
 from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.observability.metrics import read_metrics
-from tests.support.runs import Run, nothing_left, train_command
+from tests.support.runs import START_S, Run, nothing_left, train_command, write_questions
 
-START_S = 300.0
 STEPS, MINI_BATCHES, BATCH_SIZE, SEED = 40, 2, 4, 7
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
-    questions = tmp_path / "questions.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(400)]  # more than are taken
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = write_questions(tmp_path / "questions.jsonl", 400)  # more than are taken
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
     flags = f"--train-iters {STEPS} --steps-per-rollout {MINI_BATCHES} --max-staleness 4 --save-interval 4 "
     flags += f"--save {saved} --load {saved} --save-rollouts {rollouts} --no-hf-export --async-save "
@@ -38,8 +34,7 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
     draw = random.Random(1)
     resumed_with = []
     for number in range(5):
-        run = Run(command, tmp_path / f"log-{number}")
-        try:
+        with Run(command, tmp_path / f"log-{number}") as run:
             if number < 4:
                 run.wait_for_output(f"\n{4 * (number + 1):>2}/{STEPS} ", START_S)
                 time.sleep(draw.uniform(0.0, 2.0))
@@ -48,8 +43,6 @@ def test_no_group_is_lost_and_none_is_trained_twice(tiny_model, tmp_path):
             else:
                 assert run.wait(START_S) == 0, run.output
             assert nothing_left(run, timeout_s=30.0)
-        finally:
-            run.kill()
         resumed_with += [line for line in run.output.splitlines() if "resumed at" in line]
     print(*resumed_with, sep="\n")
     assert len(resumed_with) == 4

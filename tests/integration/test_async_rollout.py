@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
@@ -22,32 +18,17 @@ from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.builders import make_prompt
-from tests.support.runs import Run, nothing_left, train_command
-from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
+from tests.support.references import transformers_log_probs, transformers_model
+from tests.support.runs import finished, train_command, write_questions
+from tests.support.send_weights import send_weights
+from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=300, stop_token_ids=())
-
-
-@pytest.fixture(scope="module")
-def own_engine(tiny_model, tmp_path_factory) -> Iterator:
-    engine = tiny_engine(tiny_model, tmp_path_factory.mktemp("async") / "engine.log")
-    engine.start()
-    yield engine
-    engine.stop(timeout_s=0)
-
-
-def transformers_log_probs(model, prompt: list[int], token_ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + token_ids])).logits[0].float()
-    positions = torch.arange(len(prompt) - 1, len(prompt) + len(token_ids) - 1)
-    return logits.log_softmax(-1)[positions, torch.tensor(token_ids)].numpy()
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("mode", "version"), [("retract", 1), ("abort", 2), ("in_place", 3)])
 def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp_path, mode, version):
-    from transformers import AutoModelForCausalLM
-
     numbers = count(3)
     buffer = RolloutBuffer(
         lambda: make_prompt(number := next(numbers), [number, 7]),
@@ -56,32 +37,19 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     )  # fmt: skip
     collector = Collector([own_engine.url], routes=ROUTES, request_timeout_s=120.0, check=own_engine.check)
     stream = AsyncCollector(collector, buffer, SAMPLING, lambda group: [], num_completions=2, seed=1)
-    sender = BucketSender(
-        EngineAdmin([own_engine.url], START_TIMEOUT_S, mode),
-        1,
-        f"policy_{version}",
-        HOST,
-        "gloo",
-    )
+    admin = EngineAdmin([own_engine.url], START_TIMEOUT_S, mode)
+    sender = BucketSender(admin, 1, f"policy_{version}", HOST, "gloo")
     folders = {v: make_tiny_model(tmp_path / str(v), seed=v) for v in (version - 1, version)}
     stream.start()
     try:
         time.sleep(0.2)  # a few tokens of each
-        pieces = list(buckets(load_file(folders[version] / "model.safetensors").items(), max_bytes=100_000))
-        sender.admin.begin()
-        for piece in pieces[:-1]:
-            sender.send(piece, None)
-        sender.send(pieces[-1], version)
-        sender.admin.finish(version)
+        send_weights(sender, folders[version], version)
         stream.weights_synced(version)
         groups = stream.take(120) + stream.take(120)  # all that were in flight at the sync
     finally:
         stream.stop(10)
     completions = [completion for group in groups for completion in group]
-    models = {
-        v: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for v, folder in folders.items()
-    }
+    models = {v: transformers_model(folder) for v, folder in folders.items()}
     assert stream._messages == []
     mixed = 0
     for completion in completions:
@@ -90,7 +58,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
         assert (np.diff(versions) >= 0).all() and set(versions.tolist()) <= {version - 1, version}
         mixed += versions[0] != versions[-1]
         for number, model in models.items():
-            expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
+            expected = transformers_log_probs(model, completion)
             difference = np.abs(completion.log_probs - expected)[versions == number]
             # keys and values of the old weights are what in_place goes on with
             if len(difference) and (mode != "in_place" or number < version):
@@ -100,10 +68,8 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
 
 
 @pytest.mark.timeout(300)
-def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_model):
+def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, reference):
     """Also through the bytes of a checkpoint: log-probs, versions and routes are those of one piece."""
-    from transformers import AutoModelForCausalLM
-
     prompts = {number: make_prompt(number, [number, 7]) for number in range(3, 20)}
     numbers = iter(prompts)
 
@@ -138,11 +104,10 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
     print("tokens at the two stops:", lengths, "unfinished:", unfinished)
     assert all(0 < first <= second for first, second in zip(*lengths, strict=True))
     assert sum(lengths[0]) < sum(lengths[1]) and unfinished[0] >= unfinished[1] > 0
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     whole = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)
     for completion in (c for group in groups for c in group):
         assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
-        expected = transformers_log_probs(model, completion.prompt.token_ids, completion.token_ids)
+        expected = transformers_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() < 1e-4
         longer = make_prompt(0, completion.prompt.token_ids + completion.token_ids[:-1])
         one = SamplingParams(1.0, 1, ())
@@ -154,29 +119,11 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, tiny_m
 def asynchronous_run(tiny_model, tmp_path_factory):
     """Eight optimizer steps, two a batch, on random weights; its command, flags and folder."""
     folder = tmp_path_factory.mktemp("asynchronous")
-    questions = folder / "questions.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(64)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [
-        "--steps-per-rollout",
-        "2",
-        "--save",
-        str(folder / "checkpoints"),
-        "--max-completion-tokens",
-        "200",
-    ]
+    questions = write_questions(folder / "questions.jsonl", 64)
+    flags = f"--steps-per-rollout 2 --save {folder / 'checkpoints'} --max-completion-tokens 200".split()
     flags += ["--weight-check-interval", "2"]  # while requests run
-    run = Run(
-        train_command(
-            tiny_model, questions, folder / "out", *flags, "--max-staleness", "3", "--train-iters", "8"
-        ),
-        folder / "log",
-    )
-    try:
-        assert run.wait(START_TIMEOUT_S) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
+    more = ["--max-staleness", "3", "--train-iters", "8"]
+    finished(train_command(tiny_model, questions, folder / "out", *flags, *more), folder / "log")
     return questions, flags, folder
 
 
@@ -212,13 +159,9 @@ def test_a_resumed_run_generates_what_was_in_flight(asynchronous_run, tiny_model
         command = train_command(
             tiny_model, questions, folder / "again", *flags_now, "--max-staleness", staleness
         )
-        run = Run(command, folder / f"log-{staleness}")
-        try:
-            assert run.wait(START_TIMEOUT_S) == status, run.output
-        finally:
-            run.kill()
+        output = finished(command, folder / f"log-{staleness}", code=status)
         if staleness == "0":
-            assert "prompts were in flight when this asynchronous run was saved" in run.output
+            assert "prompts were in flight when this asynchronous run was saved" in output
     records = [r for r in read_metrics(folder / "again/metrics.jsonl") if "reward/mean" in r]
     assert [record["step"] for record in records] == [10, 12]
     assert all(record["staleness/total_max"] <= 4 for record in records)

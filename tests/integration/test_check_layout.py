@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +34,9 @@ def model(tiny_model, tmp_path_factory) -> Path:
 
 def check(tmp_path: Path, *flags: str) -> tuple[int, str]:
     """Exit code and output of a finished check that left no process."""
-    run = Run([*COMMAND, *flags], tmp_path / "check.log")
-    try:
+    with Run([*COMMAND, *flags], tmp_path / "check.log") as run:
         code = run.wait(TIMEOUT_S)
         assert nothing_left(run)
-    finally:
-        run.kill()
     print(run.output)
     return code, run.output
 
@@ -102,17 +98,11 @@ def writers(run: Run, folder: Path) -> list[psutil.Process]:
 def test_a_layout_that_breaks_does_not_stop_the_others(model, tmp_path):
     flags = ["--hf-checkpoint", str(model), "--candidate", "tp2", "dp2", "--samples", "8"]
     output_flags = ["--output-dir", str(tmp_path / "out"), "--markdown", str(tmp_path / "table.md")]
-    run = Run([*COMMAND, *flags, *output_flags], tmp_path / "check.log")
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (ranks := writers(run, tmp_path / "out" / "tp2")):
-            assert run.process.poll() is None and time.monotonic() < deadline, run.output
-            time.sleep(0.1)
-        ranks[0].kill()
+    with Run([*COMMAND, *flags, *output_flags], tmp_path / "check.log") as run:
+        run.wait_until(lambda: writers(run, tmp_path / "out" / "tp2"))
+        writers(run, tmp_path / "out" / "tp2")[0].kill()
         assert run.wait(TIMEOUT_S) == 1, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     print(run.output)
     assert re.search(r"^tp2: trainer rank [01] died in ", run.output, re.MULTILINE)
     assert f"{tmp_path / 'out' / 'tp2' / 'trainer-'}" in run.output, "the log of the dead rank"

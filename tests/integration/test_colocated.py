@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.system.preemption import EXIT_RESUME
 from tests.support.interrupted import command, curve
-from tests.support.runs import Run, nothing_left
+from tests.support.runs import START_S, Run, finished, nothing_left
 
-START_S = 300.0
 STEPS = 6  # three rollout batches of two
 FLAGS = (
     f"--train-iters {STEPS} --rollout-engines 2 --weight-check-interval 1 --max-logprob-difference 1e-4 "
@@ -30,13 +25,7 @@ LENT = [RELEASE, RESUME]  # for log-probs: of the checkpoint after four steps, o
 
 
 def run_to_the_end(model: Path, folder: Path, *flags: str) -> str:
-    run = Run(command(model, folder, *FLAGS, *flags), folder.with_suffix(".log"))
-    try:
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
-    return run.output
+    return finished(command(model, folder, *FLAGS, *flags), folder.with_suffix(".log"))
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -55,22 +44,6 @@ def log_of(folder: Path, engine: int) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def is_scheduler(process: psutil.Process) -> bool:
-    return "sglang::scheduler" in " ".join(process.cmdline())
-
-
-def engine_number(process: psutil.Process) -> int:
-    """By the log that its output goes to."""
-    return int(Path(f"/proc/{process.pid}/fd/1").resolve().stem.removeprefix("engine-"))
-
-
-def wait_until(run: Run, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while not condition():
-        assert run.process.poll() is None and time.monotonic() < deadline, run.output
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def separate(tiny_model, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("separate")
@@ -78,17 +51,10 @@ def separate(tiny_model, tmp_path_factory) -> list[dict]:
     return numbers(folder)
 
 
-@pytest.fixture()
-def lost_memory(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def lost_memory(sglang_plugin) -> None:
     """Engines of this test lose what they give back: see programs/lost_memory.py."""
-    package = tmp_path / "plugin"
-    (package / "lost_memory-1.dist-info").mkdir(parents=True)
-    (package / "lost_memory-1.dist-info/METADATA").write_text("Name: lost-memory\nVersion: 1\n")
-    (package / "lost_memory-1.dist-info/entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nlost_memory = lost_memory:activate\n"
-    )
-    shutil.copy(Path(__file__).parent / "programs/lost_memory.py", package)
-    monkeypatch.setenv("PYTHONPATH", f"{package}:{os.environ.get('PYTHONPATH', '')}")
+    sglang_plugin("lost_memory")
 
 
 @pytest.mark.slow
@@ -117,24 +83,21 @@ def test_colocated_is_bit_for_bit_what_it_is_apart(tiny_model, tmp_path, lost_me
 @pytest.mark.timeout(900)
 def test_an_engine_that_dies_in_the_trainers_turn_comes_back(tiny_model, tmp_path, lost_memory, separate):
     folder = tmp_path / "run"
-    run = Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log")
-    try:
-        wait_until(run, lambda: all(calls(folder, engine).count(RELEASE) == 2 for engine in (0, 1)))
-        trainer = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
+    with Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log") as run:
+        run.wait_until(lambda: all(calls(folder, engine).count(RELEASE) == 2 for engine in (0, 1)))
+        trainer = run.titled("ray::TrainerWorker")
         for process in trainer:
             process.suspend()
-        [engine] = [p for p in run.survivors() if is_scheduler(p) and engine_number(p) == 1]
+        [engine] = run.schedulers(1)
         engine.kill()
         run.wait_for_output("engine 1 is started again (restart 1 of 3)", 30)
         time.sleep(3)
         assert calls(folder, 1)[-1] == RELEASE  # not before the trainer has had its turn
-        assert len([p for p in run.survivors() if is_scheduler(p)]) == 1
+        assert len(run.titled("sglang::scheduler")) == 1
         for process in trainer:
             process.resume()
         assert run.wait(START_S) == 0, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert "engine 1 serves again (2 of 2 engines serve)" in run.output
     assert numbers(folder) == separate
 
@@ -143,16 +106,12 @@ def test_an_engine_that_dies_in_the_trainers_turn_comes_back(tiny_model, tmp_pat
 @pytest.mark.timeout(900)
 def test_a_dead_trainer_rank_is_replaced_beside_the_engines(tiny_model, tmp_path, lost_memory, separate):
     folder = tmp_path / "run"
-    run = Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log")
-    try:
+    with Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log") as run:
         # given back at the start, for two batches, for the checkpoint after them: this is the third batch
-        wait_until(run, lambda: calls(folder, 0).count(RELEASE) == 5)
-        [*victims] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
-        victims[-1].kill()
+        run.wait_until(lambda: calls(folder, 0).count(RELEASE) == 5)
+        run.titled("ray::TrainerWorker")[-1].kill()
         assert run.wait(START_S) == 0, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert len(re.findall(r"RESTART OF THE TRAINER from .* died in ", run.output)) == 1
     assert numbers(folder) == separate
 
@@ -162,17 +121,12 @@ def test_a_dead_trainer_rank_is_replaced_beside_the_engines(tiny_model, tmp_path
 def test_a_preempted_run_goes_on_beside_the_engines(tiny_model, tmp_path, lost_memory, separate):
     """In the engines' turn: what they still do must not keep them from giving way for the checkpoint."""
     folder = tmp_path / "run"
-    run = Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log")
-    try:
+    with Run(command(tiny_model, folder, *FLAGS, "--colocate"), tmp_path / "log") as run:
         # an answer of the second batch: the weights came twice before
-        wait_until(
-            run, lambda: "generate" in " ".join(calls(folder, 0)).partition(SYNC)[2].partition(SYNC)[2]
-        )
+        run.wait_until(lambda: "generate" in " ".join(calls(folder, 0)).partition(SYNC)[2].partition(SYNC)[2])
         run.process.terminate()
         assert run.wait(60) == EXIT_RESUME, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert "is started again" not in run.output
     said = run_to_the_end(tiny_model, folder, "--colocate")
     assert "resumed at optimizer step" in said

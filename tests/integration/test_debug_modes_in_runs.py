@@ -11,9 +11,8 @@ import pytest
 
 from megatron_vespo.data.rollout_file import read_record
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from tests.support.runs import ROOT, Run, nothing_left, train_command
+from tests.support.runs import ROOT, finished, train_command, write_questions
 
-RUN_S = 300.0
 # of the clock, of what comes of it, and of engines, which a replay has not
 NOT_COMPARED = (
     "engines/",
@@ -29,20 +28,7 @@ FLAGS += "--reward-function tests.support.run_rewards:first_letters"
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def finished(command: list[str], log: Path) -> Run:
-    run = Run(command, log)
-    try:
-        assert run.wait(RUN_S) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
-    return run
+    return write_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +36,7 @@ def recorded(tiny_model, questions, tmp_path_factory) -> Path:
     """A run of three rollout batches, two optimizer steps each, as a user starts it; its output folder."""
     output = tmp_path_factory.mktemp("recorded") / "out"
     flags = [*FLAGS.split(), "--save-rollouts", str(output / "rollouts")]
-    run = finished(train_command(tiny_model, questions, output, *flags), output.with_suffix(".log"))
-    print(run.output)
+    print(finished(train_command(tiny_model, questions, output, *flags), output.with_suffix(".log")))
     return output
 
 
@@ -72,8 +57,8 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
     (blocked / "srt").symlink_to(Path(find_spec("sglang").submodule_search_locations[0]) / "srt")
     paths = os.pathsep.join([str(blocked.parent), str(ROOT)])
     command = ["env", f"PYTHONPATH={paths}", *command, "--train-from", str(recorded / "rollouts")]
-    run = finished(command, tmp_path / "log")
-    assert "start SGLang" not in run.output and not list((tmp_path / "out/logs").glob("engine*"))
+    said = finished(command, tmp_path / "log")
+    assert "start SGLang" not in said and not list((tmp_path / "out/logs").glob("engine*"))
 
     expected, seen = numbers(recorded), numbers(tmp_path / "out")
     losses = [record["train/loss"] for record in expected]
@@ -91,8 +76,8 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
 def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     rollouts = tmp_path / "rollouts"
     flags = [*FLAGS.split(), "--rollout-only", "--save-rollouts", str(rollouts)]
-    run = finished(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
-    assert "start Megatron" not in run.output and not list((tmp_path / "out/logs").glob("trainer*"))
+    said = finished(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
+    assert "start Megatron" not in said and not list((tmp_path / "out/logs").glob("trainer*"))
     names = [f"batch-00000{batch}.npz" for batch in range(3)]
     assert sorted(path.name for path in rollouts.iterdir()) == names
     for batch, name in enumerate(names):

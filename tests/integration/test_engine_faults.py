@@ -15,8 +15,8 @@ import pytest
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.system.http import EngineRequestError, get_json
 from megatron_vespo.system.ports import find_free_port
-from tests.support.runs import Run, nothing_left, train_command
-from tests.support.servers import START_TIMEOUT_S, make_tiny_model
+from tests.support.runs import START_S, Run, nothing_left, train_command
+from tests.support.servers import make_tiny_model
 
 STEPS = 5
 
@@ -38,22 +38,19 @@ class Faulty(Run):
         )
 
     def wait_for_step(self, step: int) -> None:
-        self.wait_for_output(f"\n{step}/{STEPS} ", START_TIMEOUT_S)
+        self.wait_for_output(f"\n{step}/{STEPS} ")
 
     def wait_until_generating(self, url: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not sum(load["num_running_reqs"] for load in get_json(url, "/v1/loads", 30)["loads"]):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.output
-            time.sleep(0.05)
+        self.wait_until(lambda: sum(x["num_running_reqs"] for x in get_json(url, "/v1/loads", 30)["loads"]))
 
     def engine(self, number: int) -> psutil.Process:
         """The scheduler, an engine's innermost process."""
-        [found] = [p for p in self.survivors() if is_scheduler(p) and engine_number(p) == number]
+        [found] = self.schedulers(number)
         return found
 
     def finished(self) -> list[dict]:
         """The records of a run that has made all its steps and left nothing behind."""
-        assert self.wait(START_TIMEOUT_S) == 0, self.output
+        assert self.wait(START_S) == 0, self.output
         assert nothing_left(self)
         print(*(line for line in self.output.splitlines() if "engine" in line), sep="\n")
         summary = json.loads((self.out / "summary.json").read_text())
@@ -86,17 +83,8 @@ def start(dense_model, tmp_path):
         run.kill()
 
 
-def is_scheduler(process: psutil.Process) -> bool:
-    return "sglang::scheduler" in " ".join(process.cmdline())
-
-
-def engine_number(process: psutil.Process) -> int:
-    """By the log that its output goes to."""
-    return int(Path(f"/proc/{process.pid}/fd/1").resolve().stem.removeprefix("engine-"))
-
-
 def wait_until_healthy(url: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + START_S
     while True:
         try:
             get_json(url, "/health", 30)
@@ -189,12 +177,10 @@ def test_an_engine_lost_in_a_sync(start, how):
 @pytest.mark.parametrize("victim", ["sglang::scheduler", "ray::EngineActor"])
 def test_an_engine_killed_while_it_starts(start, victim):
     run = start("--rollout-engines", "1")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not (found := [p for p in run.survivors() if victim in " ".join(p.cmdline())]):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    run.wait_until(lambda: run.titled(victim))
+    [found, *_] = run.titled(victim)
     time.sleep(2)
-    found[0].kill()
+    found.kill()
     batches = run.finished()
     assert [record["engines/restarts"] for record in batches] == [1] * STEPS
     assert "0 of 1 engines serve, engine 0 is started again (restart 1 of 3)" in run.output
@@ -205,7 +191,7 @@ def test_an_engine_killed_while_it_starts(start, victim):
 def test_a_wrong_flag_of_sglangs_ends_the_run_with_the_end_of_its_log(start):
     run = start("--sglang-kv-cache-dtype", "fp99")
     began = time.monotonic()
-    assert run.wait(START_TIMEOUT_S) == 1, run.output
+    assert run.wait(START_S) == 1, run.output
     print(f"{time.monotonic() - began:.0f} s", run.output[-2000:])
     assert nothing_left(run)
     assert re.search(

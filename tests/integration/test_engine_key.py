@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from megatron_vespo.weight_sync.verify import weight_sums
-from tests.support.runs import Run, nothing_left, train_command
+from tests.support.runs import Run, nothing_left, train_command, write_questions
 from tests.support.servers import HOST, ROUTES, tiny_engine
 
 KEY = "-the-key-of-this-test"  # one key in 64 begins so
@@ -72,15 +71,13 @@ def test_a_whole_run_shows_it_nowhere(tiny_model, tmp_path, monkeypatch):
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    rows = [json.dumps({"question": f"{i} + 1 = ?", "answer": str(i + 1)}) + "\n" for i in range(16)]
-    data.write_text("".join(rows))
+    write_questions(data)
     command = train_command(
         tiny_model, data, output, "--engine-api-key", "always", "--sglang-log-level", "info",
         "--sglang-max-total-tokens", "16384", "--save", str(output / "checkpoints"), "--save-interval", "2",
     )  # fmt: skip
-    run, shown, refused = Run(command, tmp_path / "run.log"), [], False
-    deadline = time.monotonic() + 800
-    try:
+    shown, refused, deadline = [], False, time.monotonic() + 800
+    with Run(command, tmp_path / "run.log") as run:
         while run.process.poll() is None and time.monotonic() < deadline:
             shown += processes_that_show_it(psutil.pids())
             refused = refused or refuses_strangers(run)
@@ -94,8 +91,6 @@ def test_a_whole_run_shows_it_nowhere(tiny_model, tmp_path, monkeypatch):
         assert KEY not in run.output
         assert list(output.glob("checkpoints/iter_*")) and (output / "summary.json").exists()
         assert nothing_left(run)
-    finally:
-        run.kill()
 
 
 def refuses_strangers(run: Run) -> bool:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,12 +46,7 @@ def records(out: Path) -> dict[tuple[str, int], dict]:
 
 
 def wait_for_records(run: Run, out: Path, number: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while finished(out) < number:
-        if run.process.poll() is not None or time.monotonic() > deadline:
-            run.kill()
-            raise AssertionError(f"{finished(out)} prompts have finished:\n{run.output}")
-        time.sleep(0.02)
+    run.wait_until(lambda: finished(out) >= number)
 
 
 def all_prompts() -> set[tuple[str, int]]:

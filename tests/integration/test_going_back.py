@@ -12,9 +12,8 @@ import pytest
 from megatron_vespo.checkpoints.run_folder import newest_step, saved_steps
 from megatron_vespo.observability.metrics import read_metrics
 from tests.support.interrupted import command, curve
-from tests.support.runs import Run, nothing_left
+from tests.support.runs import START_S, Run, nothing_left
 
-START_S = 300.0
 STEPS, BACK_TO = 16, 8
 LENGTH = ("--train-iters", str(STEPS))
 RECORDED = "--save-rollouts"
@@ -22,13 +21,8 @@ RECORDED = "--save-rollouts"
 
 def finish(model: Path, folder: Path, *flags: str) -> str:
     """Run to the end; what it has said."""
-    run = Run(command(model, folder, *LENGTH, RECORDED, str(folder / "rollouts"), *flags), folder / "log")
-    try:
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
-    return run.output
+    recorded = (RECORDED, str(folder / "rollouts"))
+    return finished(command(model, folder, *LENGTH, *recorded, *flags), folder / "log")
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +62,11 @@ def test_a_job_that_is_started_again_goes_back_once(tiny_model, trained, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     flags = [*LENGTH, "--ckpt-step", str(BACK_TO), RECORDED, str(folder / "rollouts")]
-    run = Run(command(tiny_model, folder, *flags), tmp_path / "log")
-    try:
+    with Run(command(tiny_model, folder, *flags), tmp_path / "log") as run:
         run.wait_for_output(f"\n12/{STEPS} ", START_S)
         run.process.terminate()
         assert run.wait(60) == 75, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     said = finish(tiny_model, folder, "--ckpt-step", str(BACK_TO))
     assert f"this command has gone back to optimizer step {BACK_TO} before and goes on from there" in said
     assert "resumed at optimizer step 12," in said or "resumed at optimizer step 14," in said
@@ -87,15 +78,11 @@ def test_a_job_that_is_started_again_goes_back_once(tiny_model, trained, tmp_pat
 def test_a_trainer_that_dies_goes_on_from_its_own_newest_checkpoint(tiny_model, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    run = Run(command(tiny_model, folder, *LENGTH, "--ckpt-step", str(BACK_TO)), tmp_path / "log")
-    try:
+    with Run(command(tiny_model, folder, *LENGTH, "--ckpt-step", str(BACK_TO)), tmp_path / "log") as run:
         run.wait_for_output(f"\n14/{STEPS} ", START_S)
-        [*victims] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
-        victims[-1].kill()
+        run.titled("ray::TrainerWorker")[-1].kill()
         assert run.wait(START_S) == 0, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert "RESTART OF THE TRAINER from " in run.output and "resumed at optimizer step 12," in run.output
     assert curve(folder) == curve(trained)
 

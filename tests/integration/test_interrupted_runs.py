@@ -11,20 +11,12 @@ import pytest
 
 from megatron_vespo.system.preemption import EXIT_RESUME
 from tests.support.interrupted import LAST, MINI_BATCHES, STEPS, command, curve
-from tests.support.runs import Run, nothing_left
-
-START_S = 300.0
+from tests.support.runs import START_S, Run, finished, nothing_left
 
 
 def finish(model: Path, folder: Path, *flags: str) -> str:
     """Run to the end; what it has said."""
-    run = Run(command(model, folder, *flags), folder / "log")
-    try:
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
-    return run.output
+    return finished(command(model, folder, *flags), folder / "log")
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +34,11 @@ def uninterrupted(tiny_model, tmp_path_factory) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_dead_trainer_rank_is_replaced(tiny_model, tmp_path, uninterrupted):
-    run = Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log"))
-    try:
+    with Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log")) as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)
-        [*victims] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
-        victims[-1].kill()
+        run.titled("ray::TrainerWorker")[-1].kill()
         assert run.wait(START_S) == 0, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert len(re.findall(r"RESTART OF THE TRAINER from .*iter_0000004 .* died in ", run.output)) == 1
     assert "resumed at optimizer step 4," in run.output
     assert curve(tmp_path) == uninterrupted
@@ -58,8 +46,7 @@ def test_a_dead_trainer_rank_is_replaced(tiny_model, tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_a_preempted_run_goes_on_exactly(tiny_model, tmp_path, uninterrupted, seconds):
-    run = Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log"))
-    try:
+    with Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log")) as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)
         time.sleep(seconds)
         for process in run.survivors():  # as scancel does
@@ -68,8 +55,6 @@ def test_a_preempted_run_goes_on_exactly(tiny_model, tmp_path, uninterrupted, se
         assert run.wait(60) == EXIT_RESUME, run.output
         assert nothing_left(run)
         print(f"ended {time.monotonic() - asked:.1f} s after SIGTERM")
-    finally:
-        run.kill()
     [step] = re.findall(r"ended by SIGTERM at optimizer step (\d+), which is saved: ", run.output)
     assert int(step) == curve(tmp_path)[-1]["step"] >= 6
     said = finish(tiny_model, tmp_path)
@@ -85,16 +70,13 @@ def test_ten_kills_at_random_moments(tiny_model, tmp_path, uninterrupted):
     draw = random.Random(0)
     folder = tmp_path / "run"
     for kill in range(10):
-        run = Run(command(tiny_model, folder), tmp_path.with_suffix(f".{kill}"))
-        try:
+        with Run(command(tiny_model, folder), tmp_path.with_suffix(f".{kill}")) as run:
             run.wait_for_output("start SGLang ...", START_S)
             # some fall into the start, most into training or a save of it
             time.sleep(draw.uniform(0.4, 4.0))
             run.process.kill()
             run.process.wait()
             assert nothing_left(run, timeout_s=30.0)
-        finally:
-            run.kill()
         print(f"kill {kill} after {run.output.splitlines()[-1][:60]!r}")
         if LAST in run.output:  # the next kill needs a run that still trains
             finish(tiny_model, folder)
@@ -107,15 +89,11 @@ def test_ten_kills_at_random_moments(tiny_model, tmp_path, uninterrupted):
 @pytest.mark.slow
 def test_a_trainer_rank_dies_while_engines_generate_in_the_background(tiny_model, tmp_path):
     flags = ["--max-staleness", "4", "--trainer-restarts", "1"]
-    run = Run(command(tiny_model, tmp_path, *flags), tmp_path.with_suffix(".log"))
-    try:
+    with Run(command(tiny_model, tmp_path, *flags), tmp_path.with_suffix(".log")) as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)
-        [first, *_] = [p for p in run.survivors() if "ray::TrainerWorker" in " ".join(p.cmdline())]
-        first.kill()
+        run.titled("ray::TrainerWorker")[0].kill()
         assert run.wait(START_S) == 0, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert "RESTART OF THE TRAINER from " in run.output
     steps = [record["step"] for record in curve(tmp_path) if "train/loss" in record]
     assert steps == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))

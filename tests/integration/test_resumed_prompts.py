@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,16 +11,9 @@ import pytest
 from megatron_vespo.checkpoints.names import BUFFER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.data.rollout_file import batch_path, read_record
-from tests.support.runs import Run, nothing_left, train_command
+from tests.support.runs import finished, train_command, write_questions
 
-RUN_S = 300.0
 CLOCK = "{{ strftime_now('%H%M%S') }}"  # a second stands for a day
-
-
-def write_questions(path: Path, number: int) -> Path:
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(number)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.slow
@@ -32,33 +24,28 @@ def test_an_asynchronous_run_whose_template_writes_the_date(tiny_model, tmp_path
     (model / "chat_template.jinja").write_text(CLOCK + template)
     saved, rollouts = tmp_path / "saved", tmp_path / "rollouts"
 
-    def ended(name: str, data: Path, *more: str) -> tuple[int, str]:
+    def ended(name: str, data: Path, *more: str, code: int = 0) -> str:
         flags = "--steps-per-rollout 2 --max-staleness 4 --save-interval 2 --no-hf-export "
         flags += f"--save {saved} --load {saved} --save-rollouts {rollouts}"
-        run = Run(train_command(model, data, tmp_path / "out", *flags.split(), *more), tmp_path / name)
-        try:
-            code = run.wait(RUN_S)
-            assert nothing_left(run)
-        finally:
-            run.kill()
-        return code, run.output
+        command = train_command(model, data, tmp_path / "out", *flags.split(), *more)
+        return finished(command, tmp_path / name, code=code)
 
     questions = write_questions(tmp_path / "questions.jsonl", 64)
-    code, output = ended("first", questions, "--train-iters", "4")
-    assert code == 0, output
+    ended("first", questions, "--train-iters", "4")
     with np.load(newest_save(saved) / BUFFER_NAME) as pending:
         assert len(pending["serials"]) > 0, "nothing is in flight, nothing would be compared"
 
-    code, output = ended("fewer", write_questions(tmp_path / "fewer.jsonl", 40), "--train-iters", "6")
-    assert code == 2 and "fewer.jsonl has 40 within --max-prompt-tokens, there were 64" in output, output
+    fewer = write_questions(tmp_path / "fewer.jsonl", 40)
+    output = ended("fewer", fewer, "--train-iters", "6", code=2)
+    assert "fewer.jsonl has 40 within --max-prompt-tokens, there were 64" in output, output
     assert "Ray" not in output
     (model / "chat_template.jinja").write_text(template)
-    code, output = ended("template", questions, "--train-iters", "6")
-    assert code == 2 and "has the same question and answer but other tokens (64 of 64 have)" in output, output
+    output = ended("template", questions, "--train-iters", "6", code=2)
+    assert "has the same question and answer but other tokens (64 of 64 have)" in output, output
 
     (model / "chat_template.jinja").write_text(CLOCK + template)
     moved = questions.rename(tmp_path / "moved.jsonl")
-    code, output = ended("second", moved, "--train-iters", "6")
-    assert code == 0 and "resumed at optimizer step 4" in output, output
+    output = ended("second", moved, "--train-iters", "6")
+    assert "resumed at optimizer step 4" in output, output
     groups = [group for number in range(3) for group in read_record(batch_path(rollouts, number)).groups]
     assert len({tuple(group[0].prompt.token_ids[: len("235959")]) for group in groups}) == 1

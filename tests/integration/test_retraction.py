@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import torch
 
 from megatron_vespo.driver.training_samples import lost_routes, training_sample
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Completion, SamplingParams
-from tests.support.runs import Run, train_command
+from tests.support.references import transformers_log_probs
+from tests.support.runs import finished, train_command, write_questions
 from tests.support.servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
 RETRACTING = ["--max-total-tokens", "1024", "--schedule-conservativeness", "0.05"]
@@ -43,13 +41,6 @@ def completions(retracting_engine, prompts) -> list[Completion]:
     return group
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_model):
-    from transformers import Qwen3MoeForCausalLM
-
-    return Qwen3MoeForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
 @pytest.mark.timeout(400)
 def test_retracted_responses_are_trained_without_their_routes(completions):
     retracted = [c for c in completions if c.num_retractions]
@@ -71,10 +62,7 @@ def test_retracted_responses_are_trained_without_their_routes(completions):
 def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
     """And are those of the pass that sampled: what is lost are its routes alone."""
     for completion in completions:
-        tokens = completion.prompt.token_ids + completion.token_ids
-        with torch.no_grad():
-            logits = reference(torch.tensor([tokens])).logits[0, len(completion.prompt.token_ids) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+        expected = transformers_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
 
 
@@ -82,21 +70,15 @@ def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
 @pytest.mark.timeout(600)
 def test_a_run_trains_on_them_and_says_so(tiny_model, tmp_path, monkeypatch):
     _retract_now_and_then(monkeypatch)
-    questions = tmp_path / "questions.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = write_questions(tmp_path / "questions.jsonl")
     flags = "--routing-replay R3 --train-iters 2 --max-completion-tokens 300 --group-size 12 --no-hf-export"
     flags += " --reward-function tests.support.run_rewards:first_letters --max-logprob-difference 1e-3"
     engine = " ".join(RETRACTING).replace("--", "--sglang-")
     command = train_command(tiny_model, questions, tmp_path / "out", *flags.split(), *engine.split())
-    run = Run(command, tmp_path / "log")
-    try:
-        assert run.wait(500) == 0, run.output
-    finally:
-        run.kill()
+    output = finished(command, tmp_path / "log", 500)
     records = batch_records(read_metrics(tmp_path / "out/metrics.jsonl"))
     shares = [record["rollout/retracted_share"] for record in records]
     print(shares, [record["check/max_logprob_difference"] for record in records])
     assert len(shares) == 2 and 0 < min(shares) and max(shares) < 1
     for share in shares:
-        assert f"{round(share * 48)} of 48 responses are trained without routing replay" in run.output
+        assert f"{round(share * 48)} of 48 responses are trained without routing replay" in output

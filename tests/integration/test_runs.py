@@ -14,9 +14,8 @@ import pytest
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.system.http import EngineRequestError, post_json
 from megatron_vespo.system.ports import find_free_port
-from tests.support.runs import ROOT, Run, nothing_left, train_command
+from tests.support.runs import ROOT, Run, finished, nothing_left, train_command, write_questions
 
-START_S = 300.0
 GSM8K = ROOT.parent / "shared/data/gsm8k/train.jsonl"
 
 
@@ -25,22 +24,13 @@ def tiny_run(tmp_path_factory) -> Path:
     """examples/tiny/run.sh as it is, but for 40 of its steps; its output folder."""
     output = tmp_path_factory.mktemp("tiny") / "run"
     flags = ["--train-iters", "40", "--output-dir", str(output), "--save", str(output / "checkpoints")]
-    run = Run(["bash", "examples/tiny/run.sh", *flags], output.with_suffix(".log"))
-    try:
-        assert run.wait(900) == 0, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
+    finished(["bash", "examples/tiny/run.sh", *flags], output.with_suffix(".log"), 900)
     return output
 
 
-@pytest.fixture()
+@pytest.fixture
 def questions(tmp_path) -> Path:
-    path = tmp_path / "questions.jsonl"
-    path.write_text(
-        "".join(json.dumps({"question": f"{i} + 1 = ?", "answer": str(i + 1)}) + "\n" for i in range(16))
-    )
-    return path
+    return write_questions(tmp_path / "questions.jsonl")
 
 
 @pytest.mark.timeout(960)
@@ -94,12 +84,8 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     flags += ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
     flags += ["--weight-check-interval", "1"]
     command = train_command(work / "base", work / "train.jsonl", tmp_path / "out", *flags)
-    run = Run(command, tmp_path / "log")
-    try:
-        assert run.wait(START_S) == 0, run.output
-    finally:
-        run.kill()
-    assert "resumed at optimizer step 40, 320 prompts consumed" in run.output
+    said = finished(command, tmp_path / "log")
+    assert "resumed at optimizer step 40, 320 prompts consumed" in said
     record, last_check = read_metrics(tmp_path / "out/metrics.jsonl")
     # an engine has loaded an export after either sync, and answers with its weights
     assert not (tmp_path / "out/weight-check").exists()
@@ -115,14 +101,10 @@ def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
 def test_three_steps_on_gsm8k(tiny_model, tmp_path):
     flags = ["--answer-pattern", r"####\s*(.+)", "--eval-data", str(GSM8K.with_name("test.jsonl"))]
     flags += ["--eval-prompts", "8", "--ratio-denominator", "decoupled"]
-    run = Run(train_command(tiny_model, GSM8K, tmp_path / "out", *flags), tmp_path / "log")
-    try:
-        assert run.wait(START_S) == 0, run.output
-    finally:
-        run.kill()
+    said = finished(train_command(tiny_model, GSM8K, tmp_path / "out", *flags), tmp_path / "log")
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["steps"] == 3 and summary["max_logprob_difference"] <= 1e-4
-    assert "prompts over --max-prompt-tokens 512 skipped" in run.output
+    assert "prompts over --max-prompt-tokens 512 skipped" in said
 
 
 @pytest.mark.slow
@@ -131,13 +113,8 @@ def test_an_alarm_saves_and_stops(tiny_model, questions, tmp_path):
     """Random weights answer nothing right: all rewards are equal from the first batch on."""
     saved, output = tmp_path / "checkpoints", tmp_path / "out"
     flags = ["--on-alarm", "checkpoint-and-stop", "--save", str(saved), "--train-iters", "10000"]
-    run = Run(train_command(tiny_model, questions, output, *flags), tmp_path / "log")
-    try:
-        assert run.wait(START_S) == 1, run.output
-        assert nothing_left(run)
-    finally:
-        run.kill()
-    last = run.output.splitlines()[-1]
+    said = finished(train_command(tiny_model, questions, output, *flags), tmp_path / "log", code=1)
+    last = said.splitlines()[-1]
     assert last.startswith("megatron-vespo: stopped by alarm equal_groups at optimizer step 1: in 100% of ")
     assert last.endswith(f"; checkpoint in {saved}")
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "1"
@@ -156,11 +133,7 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
     flags = "--dynamic-sampling --dynamic-sampling-max-batches 4 --overlong-buffer 16 --overlong-penalty 0.5 "
     flags += "--advantage-estimator leave-one-out --vespo-budget 1.2 "
     flags += "--reward-function tests.support.run_rewards:ended_and_wanted"
-    run = Run(train_command(tiny_model, data, out, *flags.split()), tmp_path / "log")
-    try:
-        assert run.wait(START_S) == 0, run.output
-    finally:
-        run.kill()
+    finished(train_command(tiny_model, data, out, *flags.split()), tmp_path / "log")
     records = [r for r in read_metrics(out / "metrics.jsonl") if "rollout/generated_prompts" in r]
     assert [record["step"] for record in records] == [1, 2, 3]
     for record in records:
@@ -185,18 +158,12 @@ def test_dynamic_sampling_penalty_and_budget_in_a_run(tiny_model, tmp_path):
 )
 def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_path, victim, named, log):
     flags = ["--train-iters", "10000", "--engine-restarts", "0", "--trainer-restarts", "0"]
-    run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
-    try:
-        run.wait_for_output(" 2/10000 ", START_S)
-        deadline = time.monotonic() + START_S
-        while not (found := [p for p in run.survivors() if victim in " ".join(p.cmdline())]):
-            assert time.monotonic() < deadline, run.output
-            time.sleep(0.1)
-        found[0].kill()
+    with Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log") as run:
+        run.wait_for_output(" 2/10000 ")
+        run.wait_until(lambda: run.titled(victim))
+        run.titled(victim)[0].kill()
         assert run.wait(60) == 1
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert re.search(f"^{named}.* died", run.output, re.MULTILINE), run.output
     assert log in run.output
 
@@ -207,9 +174,8 @@ def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questi
     port = find_free_port("127.0.0.1")
     other = f"http://127.0.0.1:{port + 1}"
     flags = ["--rollout-engines", "2", "--rollout-port", str(port), "--train-iters", "10000"]
-    run = Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
-    try:
-        run.wait_for_output(" 2/10000 ", START_S)
+    with Run(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log") as run:
+        run.wait_for_output(" 2/10000 ")
         # again and again, as the next sync would repair it
         while run.process.poll() is None:
             try:
@@ -218,8 +184,6 @@ def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questi
                 break
         assert run.wait(60) == 1
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert re.search(
         rf"weights differ after the sync of version \d+: engine {other} has checksum \w+ of \S+, "
         rf"engine http://127.0.0.1:{port} has ",
@@ -229,18 +193,15 @@ def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questi
 
 @pytest.mark.timeout(600)
 def test_ctrl_c_ends_everything_within_ten_seconds(tiny_model, questions, tmp_path):
-    run = Run(
+    with Run(
         train_command(tiny_model, questions, tmp_path / "out", "--train-iters", "10000"), tmp_path / "log"
-    )
-    try:
-        run.wait_for_output(" 2/10000 ", START_S)
+    ) as run:
+        run.wait_for_output(" 2/10000 ")
         pressed = time.monotonic()
         run.interrupt()
         assert run.wait(20) == 130
         assert nothing_left(run, timeout_s=1.0)
         seconds = time.monotonic() - pressed
-    finally:
-        run.kill()
     print(f"everything ended {seconds:.1f} s after Ctrl-C")
     assert seconds < 10
     assert re.search(
@@ -255,16 +216,9 @@ def test_a_busy_port_is_named(tiny_model, questions, tmp_path):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        run = Run(
-            train_command(tiny_model, questions, tmp_path / "out", "--rollout-port", str(port)),
-            tmp_path / "log",
-        )
-        try:
-            assert run.wait(120) == 2
-            assert nothing_left(run)
-        finally:
-            run.kill()
-    assert f"127.0.0.1:{port}" in run.output and "--rollout-port" in run.output
+        command = train_command(tiny_model, questions, tmp_path / "out", "--rollout-port", str(port))
+        said = finished(command, tmp_path / "log", 120, code=2)
+    assert f"127.0.0.1:{port}" in said and "--rollout-port" in said
 
 
 def test_help_is_one_readable_page():

@@ -24,16 +24,10 @@ from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer, grou
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.types import SamplingParams
+from tests.support.references import transformers_log_probs
 from tests.support.servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
 STOP_TOKEN = 1
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model):
-    from transformers import Qwen3MoeForCausalLM
-
-    return Qwen3MoeForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
 def collector_of(engine: SGLangServer, timeout_s: float = 60.0) -> Collector:
@@ -63,9 +57,7 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         tokens = completion.prompt.token_ids + completion.token_ids
         with torch.no_grad():
             output = reference(torch.tensor([tokens]), output_router_logits=True)
-        first = len(completion.prompt.token_ids) - 1
-        log_probs = torch.log_softmax(output.logits[0, first:-1] / temperature, -1)
-        expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+        expected = transformers_log_probs(reference, completion, temperature)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
         for layer in range(NUM_LAYERS):
             chosen = output.router_logits[layer].view(len(tokens), -1).topk(TOPK).indices[:-1]
@@ -74,8 +66,7 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         assert completion.finish_reason == ("stop" if ended else "length")
         assert len(completion.token_ids) == 24 or ended
     if temperature != 1.0:
-        untempered = torch.log_softmax(output.logits[0, first:-1], -1)
-        untempered = untempered.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].numpy()
+        untempered = transformers_log_probs(reference, completion)
         assert np.abs(completion.log_probs - untempered).max() > 1e-2  # the comparison can tell
 
 
@@ -189,16 +180,13 @@ def test_start_deadline(tiny_model, tmp_path):
         engine.start()
 
 
-def test_failed_plugin_is_an_error(tiny_model, tmp_path, monkeypatch):
+def test_failed_plugin_is_an_error(tiny_model, tmp_path, sglang_plugin):
     """SGLang itself only logs it."""
-    metadata = tmp_path / "broken_plugin-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken = no_such_module:activate\n")
-    search = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search))
+    sglang_plugin("no_such_module")
     engine = tiny_engine(tiny_model, tmp_path / "log")
-    with pytest.raises(EngineError, match=rf"^engine {engine.url}: SGLang plugin broken failed; see .*log$"):
+    with pytest.raises(
+        EngineError, match=rf"^engine {engine.url}: SGLang plugin no_such_module failed; see .*log$"
+    ):
         engine.start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,51 +10,41 @@ from megatron_vespo.commands.simulate.calibration import measure
 from megatron_vespo.commands.simulate.rates import SharedCores
 from megatron_vespo.commands.simulate.run import Settings, simulate
 from megatron_vespo.observability.metrics import batch_records, read_metrics
-from tests.support.runs import Run, train_command
-from tests.support.servers import START_TIMEOUT_S
+from tests.support.runs import finished, train_command, write_questions
 
 TOLERANCE = 0.15
-CORES, TRAINER_RANKS = (
-    2,
-    2,
-)  # both ranks and the engine want a core each
+CORES, TRAINER_RANKS = 2, 2  # both ranks and the engine want a core each
 BATCHES, MINI_BATCHES, PROMPTS, COMPLETIONS = 12, 2, 16, 4
-SCALE = [
-    *("--train-iters", str(BATCHES * MINI_BATCHES), "--steps-per-rollout", str(MINI_BATCHES)),
-    *("--rollout-batch-size", str(PROMPTS), "--group-size", str(COMPLETIONS)),
-    *("--max-completion-tokens", "200"),
-]
+SCALE = (
+    f"--train-iters {BATCHES * MINI_BATCHES} --steps-per-rollout {MINI_BATCHES} "
+    f"--rollout-batch-size {PROMPTS} --group-size {COMPLETIONS} --max-completion-tokens 200"
+).split()
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, tmp_path_factory):
+def run(tiny_model, tmp_path_factory):
     """What a run with these flags has written."""
     folder = tmp_path_factory.mktemp("simulated")
-    questions = folder / "questions.jsonl"
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(256)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = write_questions(folder / "questions.jsonl", 256)
 
-    def finished(name: str, *flags: str):
+    def start(name: str, *flags: str):
         out = folder / name
         records = ["--save-rollouts", str(folder / f"{name}-rollouts")]
-        run = Run(train_command(tiny_model, questions, out, *SCALE, *records, *flags), folder / f"{name}.log")
-        try:
-            assert run.wait(START_TIMEOUT_S) == 0, run.output
-        finally:
-            run.kill()
+        command = train_command(tiny_model, questions, out, *SCALE, *records, *flags)
+        finished(command, folder / f"{name}.log")
         return out
 
-    return finished
+    return start
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_synchronous_run_tells_how_long_asynchronous_ones_take(finished):
-    base = measure(finished("synchronous"))
+def test_a_synchronous_run_tells_how_long_asynchronous_ones_take(run):
+    base = measure(run("synchronous"))
     rates = replace(base.rates, shared=SharedCores(CORES, TRAINER_RANKS, 1))
     cases = {0: base}
     for bound in (3, 5):
-        out = finished(f"bound-{bound}", "--max-staleness", str(bound))
+        out = run(f"bound-{bound}", "--max-staleness", str(bound))
         cases[bound] = measure(out)
         staleness = [r["staleness/total_mean"] for r in batch_records(read_metrics(out / "metrics.jsonl"))]
         print(f"bound {bound}: mean lag measured {sum(staleness) / len(staleness):.2f}")

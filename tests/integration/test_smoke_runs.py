@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.runs import Run, nothing_left
@@ -24,11 +22,9 @@ def smoke(folder: Path, *words: str) -> Run:
 
 def ended(run: Run, folder: Path) -> tuple[int, dict]:
     """The exit code and smoke.json of a run that left no process."""
-    try:
+    with run:
         code = run.wait(TIMEOUT_S)
         assert nothing_left(run)
-    finally:
-        run.kill()
     print(run.output)
     return code, json.loads((folder / "smoke.json").read_text())
 
@@ -85,19 +81,13 @@ def test_a_colocated_recipe_that_is_too_large(tmp_path):
     assert turn["result"] == "ok" and turn["seconds"] > 0
 
 
-def kill(run: Run, words: str) -> None:
-    [victim, *_] = [p for p in run.survivors() if words in " ".join(p.cmdline())]
-    assert isinstance(victim, psutil.Process)
-    victim.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_an_engine_dies(tmp_path):
     folder = tmp_path / "out"
     run = smoke(folder)
     run.wait_for_output("start SGLang: ok", TIMEOUT_S)
-    kill(run, "sglang::scheduler")
+    run.titled("sglang::scheduler")[0].kill()
     code, told = ended(run, folder)
     assert code == 1
     [row] = [stage for stage in told["stages"] if stage["result"] == "FAIL"]
@@ -114,7 +104,7 @@ def test_a_trainer_rank_dies(tmp_path):
     folder = tmp_path / "out"
     run = smoke(folder)
     run.wait_for_output("start Megatron: ok", TIMEOUT_S)
-    kill(run, "ray::TrainerWorker")
+    run.titled("ray::TrainerWorker")[0].kill()
     code, told = ended(run, folder)
     assert code == 1
     assert "trainer rank" in failed(told, "first weight sync")["problem"]
@@ -122,16 +112,9 @@ def test_a_trainer_rank_dies(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
-def test_a_weight_that_arrives_wrong(tmp_path, monkeypatch):
+def test_a_weight_that_arrives_wrong(tmp_path, sglang_plugin):
     """One element of one tensor, in the engine."""
-    package = tmp_path / "plugin"
-    (package / "corrupted_sync-1.dist-info").mkdir(parents=True)
-    (package / "corrupted_sync-1.dist-info/METADATA").write_text("Name: corrupted-sync\nVersion: 1\n")
-    (package / "corrupted_sync-1.dist-info/entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ncorrupted_sync = corrupted_sync:activate\n"
-    )
-    shutil.copy(Path(__file__).parent / "programs/corrupted_sync.py", package)
-    monkeypatch.setenv("PYTHONPATH", f"{package}:{os.environ.get('PYTHONPATH', '')}")
+    sglang_plugin("corrupted_sync")
     folder = tmp_path / "out"
     code, told = ended(smoke(folder), folder)
     assert code == 1
@@ -153,12 +136,9 @@ def test_a_flag_that_sglang_refuses(tmp_path):
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_interrupted(tmp_path):
     folder = tmp_path / "out"
-    run = smoke(folder)
-    try:
+    with smoke(folder) as run:
         run.wait_for_output("start SGLang ...", TIMEOUT_S)
         run.interrupt()
         assert run.wait(60) == 130, run.output
         assert nothing_left(run)
-    finally:
-        run.kill()
     assert run.output.endswith("megatron-vespo: interrupted\n")

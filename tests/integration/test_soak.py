@@ -49,20 +49,10 @@ class Soak:
             return 0
         return max([r["step"] for r in read_metrics(path) if "reward/mean" in r], default=0)
 
-    def processes(self, kind: str) -> list[psutil.Process]:
-        found = []
-        for process in self.run.survivors():
-            try:
-                if kind in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
     def note_memory(self) -> None:
         kinds = {"driver": "cli train", "trainer": "ray::TrainerWorker", "engine": "sglang::scheduler"}
         for kind, word in kinds.items():
-            for process in self.processes(word):
+            for process in self.run.titled(word):
                 try:
                     used = process.memory_full_info().uss / MIB
                 except psutil.Error:
@@ -91,7 +81,7 @@ class Soak:
             self.start()
 
     def signal(self, kind: str, number: int) -> None:
-        for process in self.processes(kind)[:1]:
+        for process in self.run.titled(kind)[:1]:
             os.kill(process.pid, number)
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
-from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model, tiny_engine
+from tests.support.references import transformers_log_probs, transformers_model
+from tests.support.send_weights import send_weights
+from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
 
@@ -30,23 +30,6 @@ def generate(url: str, prompt: Prompt) -> Completion:
             return await EngineClient(url, session, ROUTES).generate(prompt, SAMPLING, seed=None)
 
     return asyncio.run(one())
-
-
-def transformers_log_probs(model, completion: Completion) -> np.ndarray:
-    prompt = completion.prompt.token_ids
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0].float()
-    positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion.token_ids) - 1)
-    return logits.log_softmax(-1)[positions, torch.tensor(completion.token_ids)].numpy()
-
-
-@pytest.fixture(scope="module")
-def own_engine(tiny_model, tmp_path_factory):
-    """Not the shared one: its weights change here, and in the end it is killed."""
-    engine = tiny_engine(tiny_model, tmp_path_factory.mktemp("sync") / "engine.log")
-    engine.start()
-    yield engine
-    engine.stop(timeout_s=0)
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +89,9 @@ def test_a_tensor_that_an_update_leaves_out_is_found(own_engine, sender, tiny_mo
 
 
 def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     other = make_tiny_model(tmp_path / "other", seed=1)
-    weights = load_file(other / "model.safetensors")
-    pieces = list(buckets(weights.items(), max_bytes=100_000))
-    assert len(pieces) > 3
-    sender.admin.begin()
-    for piece in pieces[:-1]:
-        sender.send(piece, None)
-    sender.send(pieces[-1], 7)
-    sender.admin.finish(7)
-
-    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    send_weights(sender, other, 7)
+    model = transformers_model(other)
     for prompt in prompts:
         completion = generate(own_engine.url, prompt)
         assert set(completion.policy_versions) == {7}

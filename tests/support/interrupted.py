@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_vespo.observability.metrics import read_metrics
-from tests.support.runs import train_command
+from tests.support.runs import train_command, write_questions
 
 STEPS, MINI_BATCHES = 24, 2
 LAST = f"{STEPS}/{STEPS} "
@@ -19,12 +18,6 @@ FLAGS = (
 ).split()
 # clocks, and the order in which things were written
 NOT_COMPARED = ("time", "time/", "checkpoint/", "sync/")
-
-
-def write_questions(path: Path) -> Path:
-    rows = [{"question": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(16)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def command(model: Path, folder: Path, *flags: str) -> list[str]:

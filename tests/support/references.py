@@ -1,0 +1,24 @@
+"""What HF transformers says of the tiny models' responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vespo.types import Completion
+
+
+def transformers_model(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """float32 [completion tokens]"""
+    prompt, token_ids = completion.prompt.token_ids, torch.tensor(completion.token_ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0].float() / temperature
+    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
