@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -40,13 +41,11 @@ def samples_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, samples_file, transformers_log_probs) -> Callable[[str], tuple[Path, np.ndarray]]:
     """A folder with a random model, and what transformers gives the samples."""
-    made: dict[str, tuple[Path, np.ndarray]] = {}
 
+    @functools.cache
     def make(kind: str) -> tuple[Path, np.ndarray]:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("model")
-            made[kind] = (folder, transformers_log_probs(folder, samples_file, "--make-model", kind))
-        return made[kind]
+        folder = tmp_path_factory.mktemp("model")
+        return folder, transformers_log_probs(folder, samples_file, "--make-model", kind)
 
     return make
 
@@ -54,8 +53,8 @@ def model(tmp_path_factory, samples_file, transformers_log_probs) -> Callable[[s
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, samples_file, model) -> Callable[..., tuple[list[Result], Path]]:
     """Four steps at a layout, with exports before and after them; run once."""
-    finished: dict[tuple[str, ...], tuple[list[Result], Path]] = {}
 
+    @functools.cache
     def start(kind: str, layout: str, *flags: str) -> tuple[list[Result], Path]:
         num_ranks, layout_flags = LAYOUTS[layout]
         output = tmp_path_factory.mktemp("run")
@@ -65,13 +64,7 @@ def run(tmp_path_factory, samples_file, model) -> Callable[..., tuple[list[Resul
         arguments += ["--save", str(output / "saved"), "--save-after", "2"]
         return launch(PROGRAMS / "train.py", num_ranks, arguments, TIMEOUT_S, output), output
 
-    def run_once(kind: str, layout: str, *flags: str) -> tuple[list[Result], Path]:
-        key = (kind, layout, *flags)
-        if key not in finished:
-            finished[key] = start(*key)
-        return finished[key]
-
-    return run_once
+    return start
 
 
 @each_case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -24,16 +26,14 @@ CASES = {
 @pytest.fixture(scope="module")
 def run(on_task):
     """What every rank handed back; each layout is run once."""
-    finished: dict[str, list[Result]] = {}
 
+    @functools.cache
     def start(name: str) -> list[Result]:
-        if name not in finished:
-            layout = Layout.parse(name)
-            flags = layout.flags()
-            del flags[:2]  # the number of ranks
-            flags += ["--ratio-denominator", "decoupled", "--max-tokens-per-gpu", "256", *CASES[name].split()]
-            finished[name] = on_task("gradient_norms.py", layout.world_size, *flags)
-        return finished[name]
+        layout = Layout.parse(name)
+        flags = layout.flags()
+        del flags[:2]  # the number of ranks
+        flags += ["--ratio-denominator", "decoupled", "--max-tokens-per-gpu", "256", *CASES[name].split()]
+        return on_task("gradient_norms.py", layout.world_size, *flags)
 
     return start
 

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 from tests.support.random_task import split
 
 # name -> --max-tokens-per-gpu, --log-prob-chunk-size, seed of the order
@@ -25,19 +24,9 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def result(task, tmp_path_factory):
-    arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-    arguments += [
-        "--ratio-denominator",
-        "decoupled",
-        "--mismatch-truncation",
-        "1.2",
-        "--variants",
-        json.dumps(VARIANTS),
-    ]
-    return launch(PROGRAMS / "invariance.py", 1, arguments, TIMEOUT_S, tmp_path_factory.mktemp("invariance"))[
-        0
-    ]
+def result(on_task):
+    flags = "--ratio-denominator decoupled --mismatch-truncation 1.2 --variants".split()
+    return on_task("invariance.py", 1, *flags, json.dumps(VARIANTS))[0]
 
 
 def test_the_variants_are_different(result):

@@ -6,17 +6,15 @@ every parameter must equal that of an uninterrupted run, bit for bit.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.programs.common import hand_back, join_ranks
+from tests.support.launch import TIMEOUT_S, launch
+
 WORLD_SIZE = 2
-DEADLINE_SECONDS = 120
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -100,15 +98,11 @@ class Trainer:
 
 
 def run_rank(folder: Path) -> None:
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="megatron_vespo.runtime"):
-        entry.load()()
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    dist.init_process_group("gloo")
+    join_ranks()
     parallel_state.initialize_model_parallel()
 
     uninterrupted = Trainer()
@@ -139,43 +133,15 @@ def run_rank(folder: Path) -> None:
     fresh.step(2)
     assert all(torch.equal(a, b) for a, b in zip(after[2], fresh.parameters(), strict=True))
     assert not torch.equal(after[2][0], after[3][0])
-    print(f"rank {dist.get_rank()} equal", flush=True)
+    hand_back(equal=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(WORLD_SIZE):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        output = open(tmp_path / f"rank{rank}.log", "w")
-        command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-        output.close()
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    try:
-        for process in processes:
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(WORLD_SIZE)]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * WORLD_SIZE, "".join(
-        f"\nrank {rank}:\n{log[-3000:]}" for rank, log in enumerate(logs)
-    )
-    assert all(f"rank {rank} equal" in log for rank, log in enumerate(logs))
+    results = launch(Path(__file__), WORLD_SIZE, [str(tmp_path)], TIMEOUT_S, tmp_path / "ranks")
+    assert all(result["equal"] for result in results)
 
 
 if __name__ == "__main__":

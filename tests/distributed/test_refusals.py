@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
-
 DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
 QUERY = "model.layers.3.self_attn.q_proj.weight"
 GATE = "model.layers.0.mlp.experts.1.gate_proj.weight"
@@ -43,16 +41,15 @@ def break_model(source: Path, target: Path, name: str, shape: tuple[int, ...] | 
 
 
 @pytest.fixture(scope="module")
-def result(task, training_run, outputs, tmp_path_factory):
+def result(task, on_task, training_run, outputs, tmp_path_factory):
     training_run("tp2 pp2 ep2")
     folder = tmp_path_factory.mktemp("refusals")
     for case, (name, shape) in BROKEN.items():
         (folder / "models").mkdir(exist_ok=True)
         break_model(task.model, folder / "models" / case, name, shape)
-    arguments = ["--hf-checkpoint", str(task.model), "--samples", str(task.samples_file)]
-    arguments += ["--broken-models", str(folder / "models"), "--save", str(folder / "foreign")]
-    arguments += ["--expert-parallel-checkpoint", str(outputs / "tp2 pp2 ep2" / "saved")]
-    return launch(PROGRAMS / "refusals.py", 1, arguments, TIMEOUT_S, folder)[0]
+    flags = ["--broken-models", str(folder / "models"), "--save", str(folder / "foreign")]
+    flags += ["--expert-parallel-checkpoint", str(outputs / "tp2 pp2 ep2" / "saved")]
+    return on_task("refusals.py", 1, *flags)[0]
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -90,44 +87,25 @@ def test_sample_that_cannot_be_trained_on(task, result, case):
     assert result[case] == result[f"{case}, ratio"] == f"sample 5 (group 1) {verb}{expected}"
 
 
-def test_ratio_against_a_policy_that_is_gone(result):
-    assert str(result["denominator"]) == "denominator 'recomputed': sample 0 has no old_log_probs"
-
-
-def test_checkpoint_of_another_program(result):
-    assert re.fullmatch(
-        r"--load \S+/foreign/iter_0000001 was not written by this program: it has no rollout state",
-        str(result["foreign"]),
-    ), result["foreign"]
-
-
 FRESH = "--no-load-optim takes the weights alone and starts the optimizer afresh"
+SAVED = "--load .*/saved/iter_0000002 was saved with"
+CHECKPOINT_MESSAGES = {
+    "denominator": "denominator 'recomputed': sample 0 has no old_log_probs",
+    "foreign": r"--load \S+/foreign/iter_0000001 was not written by this program: it has no rollout state",
+    "learning rate": rf"{SAVED} --lr \S+, now it is 0.5: with --decoupled-lr it cannot change; {FRESH}",
+    "optimizer": f"{SAVED} --optimizer adam, now it is sgd, whose state is another; {FRESH}",
+    "expert parallel": f"{SAVED} --expert-model-parallel-size 2, now it is 1: Megatron's optimizer state "
+    f"only fits if both or none are above 1; {FRESH}",
+}
 
 
-def test_checkpoint_whose_learning_rates_cannot_change(result):
-    assert re.fullmatch(
-        r"--load .*/saved/iter_0000002 was saved with --lr \S+, now it is 0.5: with --decoupled-lr it "
-        rf"cannot change; {FRESH}",
-        str(result["learning rate"]),
-    ), result["learning rate"]
+@pytest.mark.parametrize("case", CHECKPOINT_MESSAGES)
+def test_a_policy_or_checkpoint_that_cannot_be_used(result, case):
+    assert re.fullmatch(CHECKPOINT_MESSAGES[case], str(result[case])), result[case]
 
 
-def test_checkpoint_of_another_optimizer(result):
-    assert re.fullmatch(
-        r"--load .*/saved/iter_0000002 was saved with --optimizer adam, now it is sgd, whose state is "
-        rf"another; {FRESH}",
-        str(result["optimizer"]),
-    ), result["optimizer"]
-
-
-def test_checkpoint_whose_optimizer_does_not_fit(task, training_run, result):
-    assert re.fullmatch(
-        r"--load .*/saved/iter_0000002 was saved with --expert-model-parallel-size 2, now it is 1: "
-        r"Megatron's optimizer state only fits if both or none are above 1; --no-load-optim takes the "
-        r"weights alone and starts the optimizer afresh",
-        str(result["expert parallel"]),
-    ), result["expert parallel"]
-    # and that way out works: these are weights after two steps, neither the first nor the last ones
+def test_the_weights_alone_of_a_checkpoint_whose_optimizer_does_not_fit(task, training_run, result):
+    """They are those after two steps, neither the first nor the last ones."""
     assert result["iteration"] == 2
     for other in (task.log_probs, training_run("tp2 pp2 ep2")[0]["log_probs_after"]):
         assert np.abs(result["log_probs"] - other).max() > 0.01

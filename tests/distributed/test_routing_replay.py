@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
-from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
-from tests.support.named_layouts import SELECTIVE
+from tests.support.named_layouts import RECOMPUTE, SELECTIVE
 
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL_STAGES = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 # 4 or more micro-batches: several are in flight in a pipeline
 FLAGS = "--max-tokens-per-gpu 128 --lr 1e-4"
@@ -23,20 +23,13 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def replay_run(task, tmp_path_factory):
-    finished = {}
-
+def replay_run(on_task):
+    @functools.cache
     def run(layout: str, replay: str, more_flags: str = ""):
-        if (layout, replay, more_flags) not in finished:
-            num_ranks, layout_flags = LAYOUTS[layout]
-            arguments = (
-                f"--hf-checkpoint {task.model} --samples {task.samples_file} --routing-replay {replay}"
-            )
-            arguments += f" {FLAGS} {layout_flags} {more_flags}" + " --random-routes" * (replay == "R3")
-            folder = tmp_path_factory.mktemp("replay")
-            results = launch(PROGRAMS / "replay.py", num_ranks, arguments.split(), TIMEOUT_S, folder)
-            finished[layout, replay, more_flags] = results
-        return finished[layout, replay, more_flags]
+        num_ranks, layout_flags = LAYOUTS[layout]
+        flags = f"--routing-replay {replay} {FLAGS} {layout_flags} {more_flags}"
+        flags += " --random-routes" * (replay == "R3")
+        return on_task("replay.py", num_ranks, *flags.split())
 
     return run
 

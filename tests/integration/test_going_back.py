@@ -12,7 +12,7 @@ import pytest
 from megatron_vespo.checkpoints.run_folder import newest_step, saved_steps
 from megatron_vespo.observability.metrics import read_metrics
 from tests.support.interrupted import command, curve
-from tests.support.runs import START_S, Run, nothing_left
+from tests.support.runs import START_S, Run, finished, nothing_left
 
 STEPS, BACK_TO = 16, 8
 LENGTH = ("--train-iters", str(STEPS))

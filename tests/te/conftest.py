@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +35,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory) -> Callable[[str], Task]:
     """A random model of a kind, and samples of it; each is made once."""
-    made: dict[str, Task] = {}
 
     def transformers_log_probs(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
         arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
@@ -42,10 +42,9 @@ def make_model(tmp_path_factory) -> Callable[[str], Task]:
         folder = tmp_path_factory.mktemp("transformers")
         return launcher.launch(program, 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]["log_probs"]
 
+    @functools.cache
     def make(kind: str) -> Task:
-        if kind not in made:
-            made[kind] = make_task(tmp_path_factory.mktemp("task"), transformers_log_probs, kind)
-        return made[kind]
+        return make_task(tmp_path_factory.mktemp("task"), transformers_log_probs, kind)
 
     return make
 

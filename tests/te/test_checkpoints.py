@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,19 @@ PER_STEP = "loss grad_norm learning_rate num_tokens log_w weight log_mismatch".s
 @pytest.fixture(scope="module")
 def uninterrupted(on_task, tmp_path_factory):
     """Four steps by either implementation: what rank 0 handed back, and the folder of a save after two."""
-    finished: dict[bool, tuple[Result, Path]] = {}
 
+    @functools.cache
     def start(te: bool) -> tuple[Result, Path]:
-        if te not in finished:
-            folder = tmp_path_factory.mktemp("saved")
-            flags = ["--save", str(folder / "saved"), "--save-after", "2"]
-            flags += ["--export-after", str(folder / "after")]
-            finished[te] = on_task(te, PROGRAMS / "train.py", SAVED_AT, *flags)[0], folder / "saved"
-        return finished[te]
+        folder = tmp_path_factory.mktemp("saved")
+        flags = [
+            "--save",
+            str(folder / "saved"),
+            "--save-after",
+            "2",
+            "--export-after",
+            str(folder / "after"),
+        ]
+        return on_task(te, PROGRAMS / "train.py", SAVED_AT, *flags)[0], folder / "saved"
 
     return start
 

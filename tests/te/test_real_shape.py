@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from pathlib import Path
 
@@ -37,15 +38,13 @@ def rank(launch, tmp_path_factory):
     """What the rank of a case has; each is built once."""
     model = tmp_path_factory.mktemp("model")
     (model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    finished = {}
 
+    @functools.cache
     def build(case: str):
-        if case not in finished:
-            number, flags, _, _ = CASES[case]
-            arguments = [*read_recipe(RECIPE), "--hf-checkpoint", str(model), *flags.split()]
-            arguments += ["--distributed-backend", "nccl"]
-            [finished[case]] = launch(True, PROGRAM, 1, [str(number), *arguments])
-        return finished[case]
+        number, flags, _, _ = CASES[case]
+        arguments = [*read_recipe(RECIPE), "--hf-checkpoint", str(model), *flags.split()]
+        [result] = launch(True, PROGRAM, 1, [str(number), *arguments, "--distributed-backend", "nccl"])
+        return result
 
     return build
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +45,19 @@ class Pair:
     local: list[Result]
     te: list[Result]
 
-    @cached_property
+    @functools.cached_property
     def ranks(self) -> list[tuple[Result, Result]]:
         return list(zip(self.local, self.te, strict=True))
 
 
 @pytest.fixture(scope="module")
 def pair(on_task):
-    finished: dict[str, Pair] = {}
-
+    @functools.cache
     def start(case: str) -> Pair:
-        if case not in finished:
-            layout, _, kind = case.partition(" ")
-            kind = kind or "qwen3 moe"
-            local = on_task(False, PROGRAM, layout, kind=kind)
-            te = on_task(True, PROGRAM, layout, *CASES[case].split(), kind=kind)
-            finished[case] = Pair(local, te)
-        return finished[case]
+        layout, _, kind = case.partition(" ")
+        kind = kind or "qwen3 moe"
+        local = on_task(False, PROGRAM, layout, kind=kind)
+        return Pair(local, on_task(True, PROGRAM, layout, *CASES[case].split(), kind=kind))
 
     return start
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, start_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
+    _, policy, samples = start_program()
     from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
 
-    policy = make_policy(args)
-    samples = read_samples(options.samples)
     results = {}
     for denominator in RATIO_DENOMINATORS:
         policy.use_loss(replace(policy.settings, ratio_denominator=denominator))

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-from pathlib import Path
 
 import numpy as np
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, start_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--variants", type=json.loads, required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron([*flags, "--lr", "0"])
+    options, policy, samples = start_program("--lr", "0", variants=json.loads)
     from megatron_vespo.algorithms.vespo import RATIO_DENOMINATORS
     from megatron_vespo.trainer.gradient_norms import gradient_norms
 
-    policy = make_policy(args)
     args = policy.args
-    samples = read_samples(options.samples)[: args.global_batch_size]
+    samples = samples[: args.global_batch_size]
     for sample, old in zip(samples, policy.log_probs(samples), strict=True):
         # half-way to the engine's: both parts of log W are there
         sample.old_log_probs = (old + sample.behavior_log_probs) / 2

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import hand_back
+from common import hand_back, join_ranks
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
 
@@ -22,11 +21,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="hidden states and weight")
     options = parser.parse_args()
 
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
-    torch.distributed.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
-    )
+    rank, num_ranks = join_ranks(), int(os.environ["WORLD_SIZE"])
     inputs = {name: torch.from_numpy(array) for name, array in np.load(options.inputs).items()}
     dtype = torch.bfloat16 if options.bf16 else inputs["hidden"].dtype
     hidden_TH = inputs["hidden"].to(dtype).requires_grad_()

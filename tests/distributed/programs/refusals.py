@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, make_policy, start_program
 
 from megatron_vespo.types import TrainingSample
 
@@ -40,17 +39,11 @@ def broken_samples(sample: TrainingSample, vocab_size: int) -> dict[str, Trainin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--broken-models", type=Path, required=True)
-    parser.add_argument("--expert-parallel-checkpoint", required=True)
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
+    options, policy, samples = start_program(broken_models=Path, expert_parallel_checkpoint=str)
+    args = policy.args
     from megatron.training.checkpointing import save_checkpoint
 
-    policy = make_policy(args)
     save_checkpoint(1, policy.model, policy.optimizer, policy.scheduler, 0)  # by Megatron alone
-    samples = read_samples(options.samples)
     results = {"good samples": message(lambda: policy.pack(samples))}
     for case, broken in broken_samples(samples[5], args.vocab_size).items():
         changed = [*samples[:5], broken, *samples[6:]]

@@ -1,17 +1,16 @@
 """Routing replay on one layout: which experts ran in every pass of a training step, recomputation included.
 
-With --random-routes the samples carry routes as if an engine had sent them.
+With --random-routes the samples carry routes as if an engine had sent them; --lost some, or all, of them are
+lost again.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, start_program
 
 
 def give_random_routes(samples: list, args) -> None:
@@ -66,14 +65,8 @@ def passes(seen: dict[int, Counter], old: dict[int, Counter]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--random-routes", action="store_true")
-    parser.add_argument("--lost", choices=("some", "all"), help="samples whose routes an engine has lost")
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
-    policy = make_policy(args)
-    samples = read_samples(options.samples)
+    options, policy, samples = start_program(random_routes=bool, lost=str)
+    args = policy.args
     if options.random_routes:
         give_random_routes(samples, args)
     if options.lost:  # "some" leaves packs of both kinds, and mixed ones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import shutil
@@ -13,25 +12,22 @@ from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, start_program
 
 SLOW_S = 2.0
 BUFFER = b"groups in flight" * 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--small-disk", type=Path)  # a file system that fills up while it is written to
-    options, flags = parser.parse_known_args()
-    args = start_megatron([*flags, "--async-save"])
+    # --small-disk: a file system that fills up while it is written to
+    options, policy, samples = start_program("--async-save", small_disk=Path)
+    args = policy.args
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_vespo.checkpoints import run_folder as checkpoint_folder
     from megatron_vespo.checkpoints.names import BUFFER_NAME, TRACKER_NAME
 
-    policy = make_policy(args)
-    samples = read_samples(options.samples)[: args.global_batch_size]
+    samples = samples[: args.global_batch_size]
     results: dict[str, object] = {"buffer": np.frombuffer(BUFFER, np.uint8), "slowed_by": SLOW_S}
     write = FileSystemWriterAsync.write_preloaded_data
 

@@ -5,11 +5,10 @@ Steps go two a rollout, as training does: both mini-batches are prepared before 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from common import hand_back, make_policy, read_samples, start_megatron
+from common import hand_back, start_program
 
 MINI_BATCHES = 2
 LAST_STEP = 4
@@ -41,15 +40,7 @@ def export(policy, target: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--export-before", type=Path)
-    parser.add_argument("--export-after", type=Path)
-    parser.add_argument("--save-after", type=int)
-    options, flags = parser.parse_known_args()
-    args = start_megatron(flags)
-    policy = make_policy(args)
-    samples = read_samples(options.samples)
+    options, policy, samples = start_program(export_before=Path, export_after=Path, save_after=int)
     results = {"first_iteration": policy.iteration}
     if policy.rollout_state is not None:
         results["consumed_prompts"] = policy.rollout_state["consumed_prompts"]

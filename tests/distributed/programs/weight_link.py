@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from common import hand_back, join_ranks
 from torch import Tensor
 
 from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
@@ -42,9 +42,7 @@ class Admin:
 
 
 def main() -> None:
-    rank = int(os.environ["RANK"])
-    init_method = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=4)
+    rank = join_ranks()
     stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     stage, sends = rank // 2, rank % 2 == 0
     link = WeightLink(
@@ -79,7 +77,7 @@ def main() -> None:
     if rank == 0:
         admin.error = WeightSyncError("refused")
     outcomes.append(said(4))
-    np.savez(os.environ["RESULT_FILE"], outcomes=outcomes, gathered=gathered, sent=np.array(sent, int))
+    hand_back(outcomes=outcomes, gathered=gathered, sent=np.array(sent, int))
 
 
 if __name__ == "__main__":
