@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from megatron_vespo.commands import main as cli
 from megatron_vespo.models.family import family_of, shape_of
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.tiny_checkpoints import convert, random_tensors, write_hf
 
 ATTENTION = {
     "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
@@ -37,36 +36,19 @@ CASES = {
 }
 
 
-def make_model(folder: Path, config: dict, dtype: torch.dtype) -> Path:
-    """An HF folder of random weights; norms are unlike the ones that a model starts with."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    draw = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.rand(shape, generator=draw).add(0.5).to(dtype)
-        for name, shape in family_of(config).hf_tensors(shape_of(config)).items()
-    }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+def make_model(folder: Path, model: str, dtype: torch.dtype) -> Path:
+    return write_hf(folder, MODELS[model], random_tensors(MODELS[model], dtype))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip_through_megatron(case, tmp_path):
     model, dtype, layouts = CASES[case]
-    hf, checkpoint = make_model(tmp_path / "hf", MODELS[model], dtype), tmp_path / "megatron"
-    assert cli.run(["convert", "hf-to-megatron", str(hf), str(checkpoint), "--quiet"]) == 0
+    hf, checkpoint = make_model(tmp_path / "hf", model, dtype), tmp_path / "megatron"
+    assert convert("hf-to-megatron", hf, checkpoint) == 0
     everything = sorted(family_of(MODELS[model]).hf_tensors(shape_of(MODELS[model])))
     for number, (num_ranks, flags) in enumerate(layouts):
         saved = tmp_path / f"saved{number}"
-        arguments = [
-            "--hf-checkpoint",
-            str(hf),
-            "--load",
-            str(checkpoint),
-            "--save",
-            str(saved),
-            "--no-load-optim",
-        ]
+        arguments = f"--hf-checkpoint {hf} --load {checkpoint} --save {saved} --no-load-optim".split()
         arguments += [*flags.split(), *(["--bf16"] if dtype == torch.bfloat16 else [])]
         results = launch(
             PROGRAMS / "conversion.py", num_ranks, arguments, TIMEOUT_S, tmp_path / f"run{number}"
@@ -76,13 +58,13 @@ def test_round_trip_through_megatron(case, tmp_path):
         assert sorted(name for names in by_stage.values() for name in names) == everything
         checkpoint = saved
     back = tmp_path / "back"
-    assert cli.run(["convert", "megatron-to-hf", str(checkpoint), str(back), "--quiet"]) == 0
-    assert cli.run(["convert", "verify", str(hf), str(back), "--quiet"]) == 0
+    assert convert("megatron-to-hf", checkpoint, back) == 0
+    assert convert("verify", hf, back) == 0
 
 
 def test_training_starts_from_fused_experts(tmp_path):
     """Every rank has the same weights as from a folder in which each expert is by itself."""
-    apart = make_model(tmp_path / "hf", MODELS["moe"], torch.float32)
+    apart = make_model(tmp_path / "hf", "moe", torch.float32)
     tensors = load_file(apart / "model.safetensors")
     for layer in range(ATTENTION["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.experts."
@@ -91,12 +73,9 @@ def test_training_starts_from_fused_experts(tmp_path):
             for name in ("gate", "up", "down")
         )
         tensors |= {f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": down}
-    fused = tmp_path / "fused"
-    fused.mkdir()
-    (fused / "config.json").write_text((apart / "config.json").read_text())
-    save_file(tensors, fused / "model.safetensors", {"format": "pt"})
+    fused = write_hf(tmp_path / "fused", MODELS["moe"], tensors)
     saved = tmp_path / "saved"
     arguments = ["--hf-checkpoint", str(fused), "--save", str(saved), *TP2_PP2_EP2.split()]
     results = launch(PROGRAMS / "conversion.py", 4, arguments, TIMEOUT_S, tmp_path / "run")
     assert not any(len(result["wrong"]) for result in results)
-    assert cli.run(["convert", "verify", str(apart), str(saved), "--quiet"]) == 0
+    assert convert("verify", apart, saved) == 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.tensors import read_tensors
 
 
 @pytest.fixture
@@ -28,14 +27,6 @@ def convert(tmp_path):
     return run
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}
-    return found
-
-
 def test_round_trip_on_two_ranks(task, convert, tmp_path):
     megatron, target = tmp_path / "megatron", tmp_path / "target"
     done = [0, 0], ["", ""]
@@ -45,7 +36,7 @@ def test_round_trip_on_two_ranks(task, convert, tmp_path):
     assert convert(2, "verify", megatron, task.model) == done
     assert convert(2, "megatron-to-hf", megatron, target, "--max-shard-size", "1e-5") == done
     assert convert(2, "verify", target) == done
-    source, found = tensors_of(task.model), tensors_of(target)
+    source, found = read_tensors(task.model), read_tensors(target)
     assert found.keys() == source.keys()
     assert all(found[name].equal(tensor) for name, tensor in source.items())
 

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vespo.checkpoints.block_fp8 import DTYPE, quantise
 from megatron_vespo.checkpoints.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.models.family import family_of, shape_of
+from tests.support.tiny_checkpoints import write_hf
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 1, "hidden_size": 256,
@@ -39,9 +40,7 @@ def source() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, source) -> Path:
     work = tmp_path_factory.mktemp("block_fp8")
-    (work / "hf").mkdir()
-    (work / "hf/config.json").write_text(json.dumps(CONFIG))
-    save_file(source, work / "hf/model.safetensors", {"format": "pt"})
+    write_hf(work / "hf", CONFIG, source)
     hf_to_megatron(work / "hf", work / "megatron", Options(quiet=True), Ranks())
     megatron_to_hf(work / "megatron", work / "fp8", Options(DTYPE, quiet=True), Ranks())
     return work / "fp8"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from megatron_vespo.commands import main as cli
 from megatron_vespo.commands.convert.logits_check import check_logits
 from megatron_vespo.models.family import family_of, shape_of
+from tests.support.tiny_checkpoints import convert, write_hf
 
 # deeper than what is compared
 NUMBERS = {
@@ -44,23 +42,19 @@ def make_model(folder: Path, architecture: str, swap: bool = False) -> Path:
     if swap:
         norms = [f"model.layers.1.{name}_layernorm.weight" for name in ("input", "post_attention")]
         tensors[norms[0]], tensors[norms[1]] = tensors[norms[1]], tensors[norms[0]]
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return write_hf(folder, config, tensors)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_both_sides_agree(architecture, tmp_path, capsys):
     hf = make_model(tmp_path / "hf", architecture)
-    command = ["convert", "hf-to-megatron", hf, tmp_path / "megatron", "--check-logits", 48, "--quiet"]
-    assert cli.run([str(word) for word in command]) == 0
+    assert convert("hf-to-megatron", hf, tmp_path / "megatron", "--check-logits", 48) == 0
     assert "logits of 48 tokens after 2 layers differ by" in capsys.readouterr().out
 
 
 def test_exchanged_norms_are_noticed(tmp_path):
     hf = make_model(tmp_path / "hf", "LlamaForCausalLM")
     wrong = make_model(tmp_path / "wrong", "LlamaForCausalLM", swap=True)
-    assert cli.run(["convert", "hf-to-megatron", str(wrong), str(tmp_path / "megatron"), "--quiet"]) == 0
+    assert convert("hf-to-megatron", wrong, tmp_path / "megatron") == 0
     with pytest.raises(ValueError, match="the proof fails: logits of 16 tokens"):
         check_logits(hf, tmp_path / "megatron" / "release", 16)

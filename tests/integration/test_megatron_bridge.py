@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from megatron_vespo.checkpoints.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_vespo.checkpoints.ranks import Ranks
+from tests.support.tensors import read_tensors
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "programs" / "megatron_bridge.py"
@@ -96,14 +97,6 @@ def hf_folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}
-    return found
-
-
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -121,7 +114,7 @@ def test_what_the_bridge_saved_on_four_ranks_comes_back(hf_folder, tmp_path):
     layout = EXPERT_LAYOUT if has_experts else LAYOUT
     run_bridge("import", hf_folder, tmp_path / "saved", layout=layout, ranks=NUM_RANKS)
     megatron_to_hf(tmp_path / "saved", tmp_path / "hf", Options(quiet=True), Ranks(), hf_config=hf_folder)
-    assert_same(tensors(tmp_path / "hf"), tensors(hf_folder))
+    assert_same(read_tensors(tmp_path / "hf"), read_tensors(hf_folder))
 
 
 @pytest.mark.parametrize("hf_folder", ["qwen3 moe"], indirect=True)
@@ -129,7 +122,7 @@ def test_the_bridge_exports_our_checkpoint_from_four_ranks(hf_folder, tmp_path):
     hf_to_megatron(hf_folder, tmp_path / "megatron", Options(quiet=True), Ranks())
     paths = hf_folder, tmp_path / "megatron" / "release", tmp_path / "hf"
     run_bridge("export", *paths, layout=EXPERT_LAYOUT, ranks=NUM_RANKS)
-    assert_same(tensors(tmp_path / "hf"), tensors(hf_folder))
+    assert_same(read_tensors(tmp_path / "hf"), read_tensors(hf_folder))
 
 
 @pytest.mark.parametrize("hf_folder", ["qwen3"], indirect=True)

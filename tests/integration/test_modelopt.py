@@ -19,29 +19,12 @@ E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
 CASES = [(kind, fmt) for kind in ("dense", "moe") for fmt in ("fp8", "nvfp4")]
 
 
-def make_dense_model(folder: Path) -> Path:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     work = tmp_path_factory.mktemp("modelopt")
-    return {"dense": make_dense_model(work / "dense"), "moe": make_tiny_model(work / "moe", seed=0)}
+    changes = {"intermediate_size": 96, "tie_word_embeddings": True}
+    dense = make_tiny_model(work / "dense", seed=0, dense=True, dtype="bfloat16", **changes)
+    return {"dense": dense, "moe": make_tiny_model(work / "moe", seed=0)}
 
 
 def convert(*words: object) -> int:
@@ -61,8 +44,7 @@ def test_what_it_writes(models, tmp_path, kind, fmt, capsys):
     for name in linear:
         check_rounding(source[name].float(), found, name.removesuffix(".weight"), fmt)
     assert (target / "config.json").is_file()
-    if kind == "moe":
-        assert (target / "tokenizer.json").read_bytes() == (models[kind] / "tokenizer.json").read_bytes()
+    assert (target / "tokenizer.json").read_bytes() == (models[kind] / "tokenizer.json").read_bytes()
 
 
 def check_rounding(weights: Tensor, found: dict[str, Tensor], layer: str, fmt: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,62 +23,42 @@ def pick(folder: Path, rng: random.Random, *patterns: str) -> Path:
     return rng.choice([path for pattern in patterns for path in files(folder, pattern)])
 
 
-def overwrite(path: Path, change: Callable[[bytearray], None]) -> None:
+@contextlib.contextmanager
+def content_of(path: Path) -> Iterator[bytearray]:
+    """What is changed in it is written back."""
     content = bytearray(path.read_bytes())
-    change(content)
+    yield content
     path.write_bytes(content)
-
-
-def flip(path: Path, rng: random.Random, start: int = 0, stop: int | None = None) -> str:
-    bit = rng.randrange(8 * start, 8 * (stop or path.stat().st_size))
-
-    def change(content: bytearray) -> None:
-        content[bit // 8] ^= 1 << bit % 8
-
-    overwrite(path, change)
-    return f"{path.name}: bit {bit}"
 
 
 def header_bytes(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
-def flip_header(folder: Path, rng: random.Random) -> str:
-    path = pick(folder, rng, "*.safetensors")
-    return flip(path, rng, 0, header_bytes(path))
+def flipped(name: str, pattern: str, part: Callable[[Path], tuple[int, int | None]] = lambda path: (0, None)):
+    """One bit of a file is flipped, in this part of it: its first byte and its end."""
+
+    def corruption(folder: Path, rng: random.Random) -> str:
+        path = pick(folder, rng, pattern)
+        start, stop = part(path)
+        bit = rng.randrange(8 * start, 8 * (stop or path.stat().st_size))
+        with content_of(path) as content:
+            content[bit // 8] ^= 1 << bit % 8
+        return f"{path.name}: bit {bit}"
+
+    corruption.__name__ = f"flip_{name}"
+    return corruption
 
 
-def flip_header_length(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "*.safetensors"), rng, 0, 8)
-
-
-def flip_data(folder: Path, rng: random.Random) -> str:
-    path = pick(folder, rng, "*.safetensors")
-    return flip(path, rng, header_bytes(path))
-
-
-def flip_index(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "*.index.json"), rng)
-
-
-def flip_config(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "config.json"), rng)
-
-
-def flip_manifest(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "manifest.json"), rng)
-
-
-def flip_tracker(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "*.txt"), rng)
-
-
-def flip_metadata(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, ".metadata"), rng)
-
-
-def flip_chunks(folder: Path, rng: random.Random) -> str:
-    return flip(pick(folder, rng, "__[0-9]*.distcp"), rng)
+flip_header = flipped("header", "*.safetensors", lambda path: (0, header_bytes(path)))
+flip_header_length = flipped("header_length", "*.safetensors", lambda path: (0, 8))
+flip_data = flipped("data", "*.safetensors", lambda path: (header_bytes(path), None))
+flip_index = flipped("index", "*.index.json")
+flip_config = flipped("config", "config.json")
+flip_manifest = flipped("manifest", "manifest.json")
+flip_tracker = flipped("tracker", "*.txt")
+flip_metadata = flipped("metadata", ".metadata")
+flip_chunks = flipped("chunks", "__[0-9]*.distcp")
 
 
 def random_bytes(folder: Path, rng: random.Random) -> str:
@@ -85,11 +66,8 @@ def random_bytes(folder: Path, rng: random.Random) -> str:
     size = path.stat().st_size
     start = rng.randrange(size)
     length = min(rng.choice([2, 8, 64, 512]), size - start)
-
-    def change(content: bytearray) -> None:
+    with content_of(path) as content:
         content[start : start + length] = rng.randbytes(length) if rng.random() < 0.5 else bytes(length)
-
-    overwrite(path, change)
     return f"{path.name}: {length} bytes at {start}"
 
 
@@ -99,11 +77,8 @@ def moved_bytes(folder: Path, rng: random.Random) -> str:
     size = path.stat().st_size
     length = min(size, rng.choice([4, 16, 128]))
     source, target = rng.randrange(size - length + 1), rng.randrange(size - length + 1)
-
-    def change(content: bytearray) -> None:
+    with content_of(path) as content:
         content[target : target + length] = content[source : source + length]
-
-    overwrite(path, change)
     return f"{path.name}: {length} bytes from {source} to {target}"
 
 
@@ -127,11 +102,8 @@ def inserted(folder: Path, rng: random.Random) -> str:
     path = pick(folder, rng, "*")
     place = rng.randrange(path.stat().st_size)
     more = rng.choice([b"0", b"\0", b'"', b"9" * 8, rng.randbytes(4)])
-
-    def change(content: bytearray) -> None:
+    with content_of(path) as content:
         content[place:place] = more
-
-    overwrite(path, change)
     return f"{path.name}: {more!r} inserted at {place}"
 
 
@@ -277,30 +249,8 @@ def edited_config(folder: Path, rng: random.Random) -> str:
     path = pick(folder, rng, "config.json")
     config = json.loads(path.read_text())
     field = rng.choice(sorted(config))
-    value = rng.choice(
-        [
-            None,
-            0,
-            -1,
-            1,
-            2,
-            3,
-            4,
-            16,
-            10**7,
-            10**13,
-            10**400,
-            1.5,
-            1e308,
-            "x",
-            [],
-            {},
-            True,
-            False,
-            [[]],
-            {"a": 1},
-        ]
-    )
+    numbers = [0, -1, *range(1, 5), 16, 10**7, 10**13, 10**400, 1.5, 1e308]
+    value = rng.choice([None, *numbers, "x", [], {}, True, False, [[]], {"a": 1}])
     if rng.random() < 0.2:
         del config[field]
     else:

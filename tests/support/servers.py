@@ -16,8 +16,11 @@ NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
 ROUTES = RouteShape(NUM_LAYERS, TOPK)
 
 
-def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
-    """A random fp32 Qwen3-MoE, or Qwen3, in HF format, with a character tokenizer and a chat template."""
+def make_tiny_model(folder: Path, seed: int, dense: bool = False, dtype: str = "float32", **changes) -> Path:
+    """A random Qwen3-MoE, or Qwen3, in HF format, with a character tokenizer and a chat template.
+
+    `changes` are of its configuration.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -61,12 +64,13 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False) -> Path:
         "norm_topk_prob": True,
         "mlp_only_layers": [],
     }
+    shape |= changes
     torch.manual_seed(seed)
     if dense:
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
-    model.float().save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vespo.commands import main as cli
 from tests.support.launch import PROGRAMS, Result
+from tests.support.tiny_checkpoints import convert
 
 SAVED_AT = "tp2,ep2"
 TE, LOCAL = True, False
@@ -77,7 +77,7 @@ def test_weights_and_optimizer_go_on(on_task, uninterrupted, writer, reader, lay
 @pytest.mark.parametrize("order", [(TE, LOCAL), (LOCAL, TE)], ids=["te first", "local first"])
 def test_converted_weights_go_through_both_implementations_unchanged(launch, task, order, tmp_path):
     checkpoint = tmp_path / "converted"
-    assert cli.run(["convert", "hf-to-megatron", str(task.model), str(checkpoint), "--quiet"]) == 0
+    assert convert("hf-to-megatron", task.model, checkpoint) == 0
     for te in order:
         saved = tmp_path / ("te" if te else "local")
         flags = ["--load", str(checkpoint), "--save", str(saved), "--no-load-optim"]
@@ -85,5 +85,5 @@ def test_converted_weights_go_through_both_implementations_unchanged(launch, tas
         results = launch(te, PROGRAMS / "conversion.py", 2, flags)
         assert all(len(result["names"]) and not len(result["wrong"]) for result in results)
         checkpoint = saved
-    assert cli.run(["convert", "megatron-to-hf", str(checkpoint), str(tmp_path / "hf"), "--quiet"]) == 0
-    assert cli.run(["convert", "verify", str(task.model), str(tmp_path / "hf"), "--quiet"]) == 0
+    assert convert("megatron-to-hf", checkpoint, tmp_path / "hf") == 0
+    assert convert("verify", task.model, tmp_path / "hf") == 0
