@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.support.recipes import CONFIGS
 from tests.support.slurm_jobs import (
-    ALL_OF_A_NODE,
+    TWO_KINDS,
     UNTIL_ASKED,
     WAIT_S,
     Job,
     SubmittedJob,
+    recipe,
     stub_venv,
     two_kinds,
 )
@@ -28,8 +26,7 @@ def test_trainer_and_engines_have_nodes_of_their_own(job):
     asked = job(UNTIL_ASKED, "--lr", "1e-6", options=two_kinds("n2", "n1"))
     asked.wait_for_output("running on", WAIT_S)
     asked.ask_to_save()
-    state = asked.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), asked.logs()
+    asked.check_end(JobState="COMPLETED", Restarts="1")
     for attempt in ("1", "2"):
         assert f"attempt {attempt}: 2 nodes (n2 for the trainer, n1 for engines)" in asked.output
     for rays in (rays_of(asked), rays_of(asked, "1")):
@@ -44,7 +41,7 @@ def test_trainer_and_engines_have_nodes_of_their_own(job):
 @pytest.mark.parametrize(("trainer", "engines", "head"), [("n3", "n[1-2]", "n3"), ("n[2-3]", "n1", "n2")])
 def test_components_of_several_nodes(job, trainer, engines, head):
     failed = job('echo "on $SLURMD_NODENAME"; exit 3', options=two_kinds(trainer, engines))
-    assert failed.wait(WAIT_S)["ExitCode"] == "3:0", failed.logs()
+    failed.check_end(ExitCode="3:0")
     assert "exit code 3, all nodes answer: not started again" in failed.output
     rays = rays_of(failed)
     assert f"on {head}\n" in failed.output and [n for n in rays if "--head" in rays[n]] == [head]
@@ -53,64 +50,29 @@ def test_components_of_several_nodes(job, trainer, engines, head):
 
 @pytest.mark.slow
 def test_a_node_of_a_component_is_lost_and_both_go_on(job):
-    lost = job(UNTIL_ASKED, options=["--nodes=1", ":", "--nodes=1", *ALL_OF_A_NODE])
+    lost = job(UNTIL_ASKED, options=TWO_KINDS)
     lost.wait_for_output("running on n1", WAIT_S)
     lost.slurm.kill_node("n2")
-    state = lost.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), lost.logs()
+    lost.check_end(JobState="COMPLETED", Restarts="1")
     assert "attempt 2: 2 nodes (n1 for the trainer, n3 for engines)" in lost.output
-
-
-@pytest.mark.slow
-def test_a_heterogeneous_job_that_fails_because_a_node_is_lost_is_started_again(job):
-    program = "if [[ ${SLURM_RESTART_COUNT-} ]]; then echo resumed; else echo go; read -t 20; exit 1; fi"
-    failed = job(program, options=["--nodes=1", ":", "--nodes=1", *ALL_OF_A_NODE])
-    failed.wait_for_output("go", WAIT_S)
-    failed.slurm.kill_node("n2")
-    state = failed.wait(240)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), failed.logs()
-
-
-@pytest.mark.slow
-def test_a_cancelled_heterogeneous_job_does_not_come_back(job):
-    cancelled = job(UNTIL_ASKED.replace("USR1", "USR1 TERM"), options=two_kinds("n1", "n2"))
-    cancelled.wait_for_output("running on", WAIT_S)
-    cancelled.cancel()
-    assert cancelled.nothing_left()
-    state = cancelled.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cancelled.logs()
 
 
 @pytest.mark.slow
 def test_three_components_are_one_too_many(job):
     failed = job("echo never", options=[*two_kinds("n1", "n2"), ":", "--nodes=1"])
-    assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
+    failed.check_end(ExitCode="1:0")
     assert "a job of 3 components: must be two, the trainer's and the engines'" in failed.output
 
 
 @pytest.mark.slow
-def test_the_limit_of_both_components(job):
-    """SLURM's signal may come a minute early, and limits are whole minutes."""
-    options = ["--time=2", "--signal=B:USR1@50", "--nodes=1", ":", "--nodes=1", *ALL_OF_A_NODE]
-    limited = job(UNTIL_ASKED, options=options)
-    state = limited.wait(300)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), limited.logs()
-    assert limited.output.count("asked 1\n") == 1
-
-
-@pytest.mark.slow
 def test_it_is_submitted(slurm, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
-    recipe = tmp_path / "two_kinds.flags"
-    recipe.write_text(
-        f"--hf-checkpoint {tmp_path} --prompt-data d --output-dir o --save c --load c --lr 1e-6"
-    )
+    flags = f"--hf-checkpoint {tmp_path} --prompt-data d --output-dir o --save c --load c --lr 1e-6"
+    words = [str(recipe(tmp_path / "two_kinds.flags", flags)), "--nodes", "2", "--engine-nodes", "1"]
     venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME on $SLURMD_NODENAME: $*"')
-    words = ["--nodes", "2", "--engine-nodes", "1", "--engine-sbatch", "nodelist=n1", "--venv", venv]
-    job = SubmittedJob(
-        slurm, tmp_path / "job", str(recipe), *words, *"--gpu other --train-iters 8 --lr 1".split()
-    )
-    assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
+    words += ["--engine-sbatch", "nodelist=n1", "--venv", venv]
+    words += "--gpu other --train-iters 8 --lr 1".split()
+    job = SubmittedJob(slurm, tmp_path / "job", *words)
+    job.check_end(JobState="COMPLETED")
     assert "3 nodes (n[2-3] for the trainer, n1 for engines)" in job.output
     assert "two_kinds on n2: train --hf-checkpoint" in job.output
     assert all("--num-cpus=2" in told for told in rays_of(job).values())  # whole nodes, of both components

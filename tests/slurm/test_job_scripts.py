@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.support.recipes import CONFIGS
-from tests.support.slurm_jobs import ROOT, UNTIL_ASKED, WAIT_S, Job, SubmittedJob, stub_venv
+from tests.support.slurm_jobs import (
+    ROOT,
+    TWO_KINDS,
+    UNTIL_ASKED,
+    WAIT_S,
+    Job,
+    SubmittedJob,
+    recipe,
+    stub_venv,
+)
 
 
 def slow(case):
     return pytest.param(case, marks=pytest.mark.slow)
 
 
+# of one kind of nodes, and of two
+each_kind = pytest.mark.parametrize("kinds", [(), slow(TWO_KINDS)], ids=["one", "two"])
+
+
 def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
     program = 'echo "on $SLURMD_NODENAME: $*"; echo "token $RAY_AUTH_TOKEN"'
     done = job(program, "--lr", "1e-6", "--vespo-positive", "2 3")
-    assert done.wait(WAIT_S)["JobState"] == "COMPLETED", done.logs()
+    done.check_end(JobState="COMPLETED")
     said = re.findall(
         r"on (\S+): train --lr 1e-6 --vespo-positive 2 3 --ray-address (\S+):2\d{4}\n", done.output
     )
@@ -35,8 +46,7 @@ def test_the_program_runs_once_on_the_first_node_and_its_end_is_the_jobs(job):
 @pytest.mark.parametrize("code", [1, slow(2), slow(76)])
 def test_a_program_that_fails_fails_the_job_with_its_code(job, code):
     failed = job(f"exit {code}")
-    state = failed.wait(WAIT_S)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    failed.check_end(JobState="FAILED", ExitCode=f"{code}:0", Restarts="0")
     assert f"exit code {code}" in failed.output
 
 
@@ -45,8 +55,7 @@ def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job, sc
     asked = job(UNTIL_ASKED, script=script)
     asked.wait_for_output("running on", WAIT_S)
     asked.ask_to_save()
-    state = asked.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), asked.logs()
+    asked.check_end(JobState="COMPLETED", Restarts="1")
     assert asked.output.count("asked 1\n") == 1 and "asked 2" not in asked.output  # twice means: at once
     assert "all is saved: back into the queue" in asked.output
     command = {"train.sbatch": "train", "eval.sbatch": "evaluate"}[script]
@@ -55,11 +64,11 @@ def test_a_job_near_its_limit_saves_goes_back_into_the_queue_and_goes_on(job, sc
 
 
 @pytest.mark.slow
-def test_the_limit_itself(job):
+@each_kind
+def test_the_limit_itself(job, kinds):
     """SLURM's signal may come a minute early, and limits are whole minutes."""
-    limited = job(UNTIL_ASKED, options=["--time=2", "--signal=B:USR1@50"])
-    state = limited.wait(300)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), limited.logs()
+    limited = job(UNTIL_ASKED, options=["--time=2", "--signal=B:USR1@50", *kinds])
+    limited.check_end(300, JobState="COMPLETED", Restarts="1")
     assert limited.output.count("asked 1\n") == 1
 
 
@@ -69,8 +78,7 @@ def test_not_saved_in_time(job):
     late = job(UNTIL_ASKED.replace("exit 75", "exit 76"))
     late.wait_for_output("running on", WAIT_S)
     late.ask_to_save()
-    state = late.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), late.logs()
+    late.check_end(JobState="COMPLETED", Restarts="1")
     assert "not saved in time, the last checkpoint counts" in late.output
 
 
@@ -82,18 +90,17 @@ def test_no_more_often_than_it_may(job):
         asked.ask_to_save()
         if attempt == 1:
             asked.wait_for_output("back into the queue", WAIT_S)
-    state = asked.wait(WAIT_S)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "1")
+    asked.check_end(JobState="FAILED", ExitCode="75:0", Restarts="1")
     assert "started again 1 times (VESPO_MAX_RESTARTS), not once more" in asked.output
 
 
-def test_a_cancelled_job_does_not_come_back(job):
-    cancelled = job(UNTIL_ASKED.replace("USR1", "USR1 TERM"))
+@each_kind
+def test_a_cancelled_job_does_not_come_back(job, kinds):
+    cancelled = job(UNTIL_ASKED.replace("USR1", "USR1 TERM"), options=kinds)
     cancelled.wait_for_output("running on", WAIT_S)
     cancelled.cancel()
     assert cancelled.nothing_left()
-    state = cancelled.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), cancelled.logs()
+    cancelled.check_end(JobState="CANCELLED", Restarts="0")
 
 
 @pytest.mark.slow
@@ -101,29 +108,27 @@ def test_a_node_is_lost_and_the_job_goes_on_with_another(job):
     lost = job(UNTIL_ASKED)
     lost.wait_for_output("running on n1", WAIT_S)
     lost.slurm.kill_node("n2")
-    state = lost.wait(WAIT_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), lost.logs()
+    state = lost.check_end(JobState="COMPLETED", Restarts="1")
     assert state["NodeList"] == "n[1,3]"
     assert "resumed" in lost.output
 
 
 @pytest.mark.slow
-def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job):
+@each_kind
+def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job, kinds):
     """Ray hears of it before SLURM does."""
     program = "if [[ ${SLURM_RESTART_COUNT-} ]]; then echo resumed; else echo go; read -t 20; exit 1; fi"
-    failed = job(program, options=["--time=10"])
+    failed = job(program, options=["--time=10", *kinds])
     failed.wait_for_output("go", WAIT_S)
     failed.slurm.kill_node("n2")
-    state = failed.wait(240)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), failed.logs()
+    failed.check_end(240, JobState="COMPLETED", Restarts="1")
 
 
 @pytest.mark.parametrize("node", ["n1", slow("n2")])
 def test_a_node_without_ray_ends_the_job(job, node):
     program = "echo never"
     failed = job(program, RAY_FAILS_ON=node, VESPO_START_SECONDS="10")
-    state = failed.wait(WAIT_S)
-    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "1:0"), failed.logs()
+    failed.check_end(JobState="FAILED", ExitCode="1:0")
     assert "no Ray today" in failed.logs()
 
 
@@ -135,9 +140,9 @@ def test_jobs_in_a_chain_go_on_until_one_has_finished(job):
     chain = ["--no-requeue", "--kill-on-invalid-dep=yes"]
     second = job("echo second", options=[*chain, f"--dependency=afternotok:{first.number}"], **once)
     third = job("echo third", options=[*chain, f"--dependency=afternotok:{second.number}"], **once)
-    assert first.wait(WAIT_S)["ExitCode"] == "75:0"
-    assert second.wait(WAIT_S)["JobState"] == "COMPLETED"
-    assert third.wait(WAIT_S)["JobState"] == "CANCELLED"
+    first.check_end(ExitCode="75:0")
+    second.check_end(JobState="COMPLETED")
+    third.check_end(JobState="CANCELLED")
     assert "second" in second.output and not third.output
 
 
@@ -146,58 +151,39 @@ def test_conversion_has_several_tasks_a_node(job):
     done = job(
         'echo "$SLURM_PROCID of $SLURM_NTASKS: $*"', "inspect", "x", script="convert.sbatch", options=options
     )
-    assert done.wait(WAIT_S)["JobState"] == "COMPLETED", done.logs()
+    done.check_end(JobState="COMPLETED")
     lines = sorted(line for line in done.output.splitlines() if " of " in line)
     assert lines == ["0 of 2: convert inspect x", "1 of 2: convert inspect x"]
 
 
 def test_no_environment(job):
     failed = job("true", VESPO_ROOT="")
-    assert failed.wait(WAIT_S)["JobState"] == "FAILED"
+    failed.check_end(JobState="FAILED")
     failed = Job(failed.slurm, failed.folder, "train.sbatch", VESPO_VENV="/nowhere")
-    assert failed.wait(WAIT_S)["ExitCode"] == "1:0"
+    failed.check_end(ExitCode="1:0")
     assert "/nowhere has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER" in failed.output
 
 
 def test_a_recipe_is_submitted(slurm, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
-    recipe = tmp_path / "two_nodes.flags"
-    recipe.write_text("--prompt-data d --output-dir o --save c --load c # all\n--lr 1 --answer-pattern :")
+    flags = "--prompt-data d --output-dir o --save c --load c # all\n--lr 1 --answer-pattern :"
+    file = recipe(tmp_path / "two_nodes.flags", flags)
     venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME: $*"')
-    words = [
-        recipe,
-        "--hf-checkpoint",
-        tmp_path,
-        "--nodes",
-        "2",
-        "--venv",
-        venv,
-        "--time",
-        "20",
-        "--gpu",
-        "other",
-        "--train-iters",
-        "8",
-    ]
-    job = SubmittedJob(slurm, tmp_path / "job", *map(str, words))
-    state = job.wait(WAIT_S)
-    assert (state["JobState"], state["NumNodes"], state["TimeLimit"]) == ("COMPLETED", "2", "00:20:00"), (
-        job.logs()
-    )
+    words = f"{file} --hf-checkpoint {tmp_path} --nodes 2 --venv {venv} --time 20 --gpu other --train-iters 8"
+    job = SubmittedJob(slurm, tmp_path / "job", *words.split())
+    job.check_end(JobState="COMPLETED", NumNodes="2", TimeLimit="00:20:00")
     flags = f"--lr 1 --answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
     assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
 
 
 def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
-    recipe = tmp_path / "my recipe #2.flags"
-    recipe.write_text("--prompt-data d --output-dir o --save c --load c --lr 1 --train-iters 8")
+    flags = "--prompt-data d --output-dir o --save c --load c --lr 1 --train-iters 8"
+    file = recipe(tmp_path / "my recipe #2.flags", flags)
     venv = stub_venv(tmp_path / "venv", 'echo "name $SLURM_JOB_NAME."')
-    words = [str(recipe), "--hf-checkpoint", str(tmp_path), "--nodes", "2", "--venv", venv, "--gpu", "other"]
+    words = [str(file), "--hf-checkpoint", str(tmp_path), "--nodes", "2", "--venv", venv, "--gpu", "other"]
     odd = 'it\'s "two" words \\ #1'
     for more, name in ([], "my recipe #2"), (["--sbatch", f"job-name={odd}"], odd):
         job = SubmittedJob(slurm, tmp_path / f"job{len(more)}", *words, "--time", "20", *more)
-        assert job.wait(WAIT_S)["JobState"] == "COMPLETED", job.logs()
+        job.check_end(JobState="COMPLETED")
         assert f"name {name}.\n" in job.output
     dry = [sys.executable, "-m", "megatron_vespo", "submit", *words, "--dry-run"]
     assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it")
@@ -219,6 +205,6 @@ def test_in_an_image_of_apptainer(slurm, tmp_path):
     variables = {"VESPO_CONTAINER": "x.sif", "VESPO_CONTAINER_RUNTIME": "apptainer", "VESPO_MOUNTS": "/data"}
     path = f"{apptainer.parent}:{slurm.environment['PATH']}"
     job = Job(slurm, tmp_path / "job", "train.sbatch", "--lr", "1", PATH=path, **variables)
-    assert job.wait(WAIT_S)["ExitCode"] == "5:0", job.logs()
+    job.check_end(ExitCode="5:0")
     given = f"given: exec --nv --pwd {tmp_path}/job --bind /data x.sif bash\n"
     assert job.output.count(given) == 2 and "in it: train --lr 1 --ray-address" in job.output

@@ -27,9 +27,7 @@ def smoke(slurm, folder, *more: str) -> SubmittedJob:
 
 def test_two_nodes(slurm, tmp_path):
     job = smoke(slurm, tmp_path / "job")
-    state = job.wait(LONG_S)
-    print(job.output)
-    assert (state["JobState"], state["NumNodes"], state["Restarts"]) == ("COMPLETED", "2", "0"), job.logs()
+    job.check_end(LONG_S, JobState="COMPLETED", NumNodes="2", Restarts="0")
     told = json.loads((job.folder / "out/smoke.json").read_text())
     assert told["ok"] and told["nodes"] == "2 nodes, 4 CPU cores"
     assert told["layout"] == "pp2 on 2 ranks, 2 engines of 1"
@@ -38,8 +36,6 @@ def test_two_nodes(slurm, tmp_path):
 
 def test_what_fails_fails_the_job(slurm, tmp_path):
     job = smoke(slurm, tmp_path / "job", "--sglang-load-format", "nonsense")
-    state = job.wait(LONG_S)
-    print(job.output)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0"), job.logs()
+    job.check_end(LONG_S, JobState="FAILED", ExitCode="1:0", Restarts="0")
     assert "FAIL start SGLang: engine " in job.output and "     try: " in job.output
     assert job.nothing_left()

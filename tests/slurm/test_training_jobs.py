@@ -78,8 +78,7 @@ def test_a_run_near_its_limit_is_saved_queued_again_and_ends_as_it_would_have(
     job = train(slurm, tiny_model, tmp_path)
     job.wait_for_output(f" 6/{STEPS} ", LONG_S)
     job.ask_to_save()
-    state = job.wait(LONG_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    job.check_end(LONG_S, JobState="COMPLETED", Restarts="1")
     [step] = re.findall(r"ended by SIGUSR1 at optimizer step (\d+), which is saved: ", job.output)
     assert f"resumed at optimizer step {step}," in job.output
     assert curve(tmp_path) == uninterrupted
@@ -93,8 +92,7 @@ def test_a_run_that_loses_a_node_goes_on_with_another(slurm, tiny_model, tmp_pat
     job = train(slurm, tiny_model, tmp_path)
     job.wait_for_output(f" 6/{STEPS} ", LONG_S)
     slurm.kill_node(node)
-    state = job.wait(LONG_S)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    state = job.check_end(LONG_S, JobState="COMPLETED", Restarts="1")
     assert state["NodeList"] == {"n2": "n[1,3]", "n1": "n[2-3]"}[node]
     # 4 where the trainer is lost; the engine alone leaves time to save step 6
     assert re.search("resumed at optimizer step [46],", job.output)
@@ -105,8 +103,7 @@ def test_a_run_that_loses_a_node_goes_on_with_another(slurm, tiny_model, tmp_pat
 @pytest.mark.slow
 def test_a_mistake_fails_the_job(slurm, tiny_model, tmp_path):
     job = train(slurm, tiny_model, tmp_path, "--lr", "-1", "--group-size", "1")
-    state = job.wait(LONG_S)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), job.logs()
+    job.check_end(LONG_S, JobState="FAILED", ExitCode="2:0", Restarts="0")
     assert "--group-size 1: --advantage-estimator group-mean compares" in job.output
     assert job.nothing_left()
 
@@ -119,7 +116,7 @@ def test_trainer_and_engine_on_nodes_of_their_own(slurm, tiny_model, tmp_path, u
     job = Job(slurm, tmp_path, "train.sbatch", *flags, options=options)
     job.wait_for_output(f" 4/{STEPS} ", LONG_S)
     assert (nodes_of(job, "TrainerWorker"), nodes_of(job, "EngineActor")) == ({"n2"}, {"n1"})
-    assert job.wait(LONG_S)["JobState"] == "COMPLETED", job.logs()
+    job.check_end(LONG_S, JobState="COMPLETED")
     assert curve(tmp_path) == uninterrupted
     assert job.nothing_left()
 

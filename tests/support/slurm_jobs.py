@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.recipes import CONFIGS
 from tests.support.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,8 @@ WAIT_S = 120.0  # for a program that does nothing
 RAY_OPTIONS = "--object-store-memory=200000000"
 # of a second component: a script's own options are the first one's
 ALL_OF_A_NODE = ("--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0")
+
+TWO_KINDS = ["--nodes=1", ":", "--nodes=1", *ALL_OF_A_NODE]
 
 
 class Job:
@@ -58,6 +62,13 @@ class Job:
         except AssertionError as error:
             self.cancel()
             raise AssertionError(f"{error}\n{self.logs()}") from None
+
+    def check_end(self, timeout_s: float = WAIT_S, **expected: str) -> dict[str, str]:
+        """What scontrol says in the end. Example: check_end(JobState="COMPLETED", Restarts="1")"""
+        state = self.wait(timeout_s)
+        print(self.output)
+        assert state.items() >= expected.items(), f"{expected}: {state}\n{self.logs()}"
+        return state
 
     def wait_for_output(self, pattern: str, timeout_s: float = START_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -103,20 +114,19 @@ def two_kinds(trainer: str, engines: str) -> list[str]:
     return [sizes[0], f"--nodelist={trainer}", ":", sizes[1], f"--nodelist={engines}", *ALL_OF_A_NODE]
 
 
+def recipe(path: Path, text: str) -> Path:
+    """A recipe of Qwen3-8B, whose config.json lies beside it."""
+    (path.parent / "config.json").write_text(json.dumps(CONFIGS["qwen3_8b"]))
+    path.write_text(text)
+    return path
+
+
 class SubmittedJob(Job):
     """The same by `megatron-vespo submit`."""
 
     def __init__(self, slurm: Cluster, folder: Path, *words: str):
         self.slurm, self.folder = slurm, folder
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_vespo",
-            "submit",
-            *words,
-            "--sbatch",
-            "output=job.log",
-        ]
+        command = [sys.executable, "-m", "megatron_vespo", "submit", *words, "--sbatch", "output=job.log"]
         self.told = self.call(*command)
         self.number = int(re.search(r"^job (\d+)$", self.told, re.MULTILINE)[1])
 
