@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
+from tests.support.linear_log_probs import NAMES, gradients, naive
 
 T, H = 17, 8
 # (ranks, rows of all ranks, of which real, dtype); some ranks have a few rows of padding, or nothing else
@@ -38,22 +39,15 @@ def make_inputs(num_rows: int, vocab_size: int, dtype: type) -> dict[str, np.nda
 
 
 def on_one_rank(inputs: dict[str, np.ndarray], vocab_size: int) -> dict[str, np.ndarray]:
+    """By the definition, with all logits at once."""
     fields = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    hidden_TH, weight_VH = fields["hidden"].requires_grad_(), fields["weight"].requires_grad_()
-    results = linear_log_probs(
-        hidden_TH,
-        weight_VH,
-        fields["labels"],
+    given = (
+        fields["hidden"].requires_grad_(), fields["weight"].requires_grad_(), fields["labels"],
         fields["temperature"],
-        vocab_size=vocab_size,
-        group=None,
-        chunk_size=T,
-        entropy_gradient=True,
-    )
-    torch.autograd.backward(results, (fields["grad_log_probs"], fields["grad_entropy"]))
-    arrays = (*(result.detach() for result in results), hidden_TH.grad, weight_VH.grad)
-    names = ("log_probs", "entropy", "grad_hidden", "grad_weight")
-    return {name: array.numpy() for name, array in zip(names, arrays, strict=True)}
+    )  # fmt: skip
+    function = partial(naive, vocab_size=vocab_size)
+    results = gradients(function, given, fields["grad_log_probs"], fields["grad_entropy"])
+    return {name: result.detach().numpy() for name, result in zip(NAMES, results, strict=True)}
 
 
 def on_ranks(

@@ -12,7 +12,9 @@ import pytest
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.system.preemption import EXIT_RESUME
 from tests.support.interrupted import command, curve
-from tests.support.runs import START_S, Run, finished, nothing_left
+from tests.support.runs import Run, finished
+
+pytestmark = pytest.mark.slow
 
 STEPS = 6  # three rollout batches of two
 FLAGS = (
@@ -57,7 +59,6 @@ def lost_memory(sglang_plugin) -> None:
     sglang_plugin("lost_memory")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_colocated_is_bit_for_bit_what_it_is_apart(tiny_model, tmp_path, lost_memory, separate):
     run_to_the_end(tiny_model, tmp_path / "run", "--colocate")
@@ -79,7 +80,6 @@ def test_colocated_is_bit_for_bit_what_it_is_apart(tiny_model, tmp_path, lost_me
     assert names.count("release") == 7
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_that_dies_in_the_trainers_turn_comes_back(tiny_model, tmp_path, lost_memory, separate):
     folder = tmp_path / "run"
@@ -96,13 +96,11 @@ def test_an_engine_that_dies_in_the_trainers_turn_comes_back(tiny_model, tmp_pat
         assert len(run.titled("sglang::scheduler")) == 1
         for process in trainer:
             process.resume()
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
+        run.finish()
     assert "engine 1 serves again (2 of 2 engines serve)" in run.output
     assert numbers(folder) == separate
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_dead_trainer_rank_is_replaced_beside_the_engines(tiny_model, tmp_path, lost_memory, separate):
     folder = tmp_path / "run"
@@ -110,13 +108,11 @@ def test_a_dead_trainer_rank_is_replaced_beside_the_engines(tiny_model, tmp_path
         # given back at the start, for two batches, for the checkpoint after them: this is the third batch
         run.wait_until(lambda: calls(folder, 0).count(RELEASE) == 5)
         run.titled("ray::TrainerWorker")[-1].kill()
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
+        run.finish()
     assert len(re.findall(r"RESTART OF THE TRAINER from .* died in ", run.output)) == 1
     assert numbers(folder) == separate
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_preempted_run_goes_on_beside_the_engines(tiny_model, tmp_path, lost_memory, separate):
     """In the engines' turn: what they still do must not keep them from giving way for the checkpoint."""
@@ -125,15 +121,13 @@ def test_a_preempted_run_goes_on_beside_the_engines(tiny_model, tmp_path, lost_m
         # an answer of the second batch: the weights came twice before
         run.wait_until(lambda: "generate" in " ".join(calls(folder, 0)).partition(SYNC)[2].partition(SYNC)[2])
         run.process.terminate()
-        assert run.wait(60) == EXIT_RESUME, run.output
-        assert nothing_left(run)
+        run.finish(60, code=EXIT_RESUME)
     assert "is started again" not in run.output
     said = run_to_the_end(tiny_model, folder, "--colocate")
     assert "resumed at optimizer step" in said
     assert numbers(folder) == separate
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_engine_of_two_ranks_beside_two(tiny_model, tmp_path, lost_memory):
     flags = ["--colocate", "--rollout-engines", "1", "--sglang-tp-size", "2"]

@@ -13,6 +13,8 @@ from megatron_vespo.data.rollout_file import read_record
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from tests.support.runs import ROOT, finished, train_command, write_questions
 
+pytestmark = pytest.mark.timeout(900)
+
 # of the clock, of what comes of it, and of engines, which a replay has not
 NOT_COMPARED = (
     "engines/",
@@ -45,7 +47,6 @@ def numbers(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in r.items() if not name.startswith(NOT_COMPARED)} for r in records]
 
 
-@pytest.mark.timeout(900)
 def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path):
     command = train_command(tiny_model, Path("none"), tmp_path / "out", *FLAGS.split())
     at = command.index("--prompt-data")
@@ -72,7 +73,6 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     rollouts = tmp_path / "rollouts"
     flags = [*FLAGS.split(), "--rollout-only", "--save-rollouts", str(rollouts)]
@@ -92,7 +92,6 @@ def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     assert list(json.loads((tmp_path / "out/summary.json").read_text())["idle"]) == ["engines"]
 
 
-@pytest.mark.timeout(900)
 def test_the_timeline_of_a_run(recorded):
     events = json.loads((recorded / "trace.json").read_text())
     rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}

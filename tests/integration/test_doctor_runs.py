@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.runs import ROOT
 
+pytestmark = pytest.mark.timeout(600)
+
 COMMAND = [sys.executable, "-m", "megatron_vespo", "doctor"]
 SLURM = ("SLURM_", "RAY_ADDRESS")
 
@@ -49,7 +51,6 @@ def statuses(report: Path) -> dict[str, str]:
     return {line["check"]: line["status"] for line in json.loads(report.read_text())["lines"]}
 
 
-@pytest.mark.timeout(600)
 def test_alone(environment, tmp_path):
     doctor = start(environment, "--shared-dir", str(tmp_path), "--json", str(tmp_path / "report.json"))
     output, _ = doctor.communicate(timeout=590)
@@ -65,7 +66,6 @@ def test_alone(environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
     """The second has another transformers, and names an interface that is not there."""
     other = tmp_path / "site" / "transformers-1.0.dist-info"
@@ -89,7 +89,6 @@ def test_two_tasks_and_one_of_them_is_broken(environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_task_that_never_comes(environment, tmp_path):
     program = (
         "import sys; from megatron_vespo.commands.doctor import command; command.ARRIVAL_S = 3.0; "

@@ -18,6 +18,8 @@ from megatron_vespo.system.ports import find_free_port
 from tests.support.runs import START_S, Run, nothing_left, train_command
 from tests.support.servers import make_tiny_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 STEPS = 5
 
 
@@ -50,8 +52,7 @@ class Faulty(Run):
 
     def finished(self) -> list[dict]:
         """The records of a run that has made all its steps and left nothing behind."""
-        assert self.wait(START_S) == 0, self.output
-        assert nothing_left(self)
+        self.finish()
         print(*(line for line in self.output.splitlines() if "engine" in line), sep="\n")
         summary = json.loads((self.out / "summary.json").read_text())
         assert summary["steps"] == STEPS and summary["max_logprob_difference"] <= 1e-4
@@ -95,8 +96,6 @@ def wait_until_healthy(url: str) -> None:
     time.sleep(3)  # whoever looks after it has seen it
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_an_engine_killed_in_generation_serves_again(start):
     port = find_free_port("127.0.0.1")
     run = start("--rollout-port", str(port))
@@ -115,8 +114,6 @@ def test_an_engine_killed_in_generation_serves_again(start):
     assert "engine 1 serves again (2 of 2 engines serve)" in run.output
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_only_engine_is_killed(start):
     """Nobody else can go on: the batch waits until it is back, with the weights that began it."""
     port = find_free_port("127.0.0.1")
@@ -130,8 +127,6 @@ def test_the_only_engine_is_killed(start):
     assert "engine 0 serves again (1 of 1 engines serve)" in run.output
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_an_engine_that_hangs_in_generation_is_started_again(start):
     """In the background, while the rest of the run waits for a reward."""
     port = find_free_port("127.0.0.1")
@@ -150,8 +145,6 @@ def test_an_engine_that_hangs_in_generation_is_started_again(start):
     assert "engine 1 serves again (2 of 2 engines serve)" in run.output
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_an_engine_lost_in_a_sync(start, how):
     """It hangs when the sync begins, and is killed in it or not: the other one gets the weights anew."""
@@ -172,8 +165,6 @@ def test_an_engine_lost_in_a_sync(start, how):
     assert re.search(rf"engine http://[\d.:]+{said}; 1 of 2 engines serve, engine 1 is st", run.output)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("victim", ["sglang::scheduler", "ray::EngineActor"])
 def test_an_engine_killed_while_it_starts(start, victim):
     run = start("--rollout-engines", "1")
@@ -186,8 +177,6 @@ def test_an_engine_killed_while_it_starts(start, victim):
     assert "0 of 1 engines serve, engine 0 is started again (restart 1 of 3)" in run.output
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_wrong_flag_of_sglangs_ends_the_run_with_the_end_of_its_log(start):
     run = start("--sglang-kv-cache-dtype", "fp99")
     began = time.monotonic()

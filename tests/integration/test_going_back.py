@@ -12,7 +12,7 @@ import pytest
 from megatron_vespo.checkpoints.run_folder import newest_step, saved_steps
 from megatron_vespo.observability.metrics import read_metrics
 from tests.support.interrupted import command, curve
-from tests.support.runs import START_S, Run, finished, nothing_left
+from tests.support.runs import START_S, Run, finished
 
 STEPS, BACK_TO = 16, 8
 LENGTH = ("--train-iters", str(STEPS))
@@ -65,8 +65,7 @@ def test_a_job_that_is_started_again_goes_back_once(tiny_model, trained, tmp_pat
     with Run(command(tiny_model, folder, *flags), tmp_path / "log") as run:
         run.wait_for_output(f"\n12/{STEPS} ", START_S)
         run.process.terminate()
-        assert run.wait(60) == 75, run.output
-        assert nothing_left(run)
+        run.finish(60, code=75)
     said = finish(tiny_model, folder, "--ckpt-step", str(BACK_TO))
     assert f"this command has gone back to optimizer step {BACK_TO} before and goes on from there" in said
     assert "resumed at optimizer step 12," in said or "resumed at optimizer step 14," in said
@@ -81,8 +80,7 @@ def test_a_trainer_that_dies_goes_on_from_its_own_newest_checkpoint(tiny_model, 
     with Run(command(tiny_model, folder, *LENGTH, "--ckpt-step", str(BACK_TO)), tmp_path / "log") as run:
         run.wait_for_output(f"\n14/{STEPS} ", START_S)
         run.titled("ray::TrainerWorker")[-1].kill()
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
+        run.finish()
     assert "RESTART OF THE TRAINER from " in run.output and "resumed at optimizer step 12," in run.output
     assert curve(folder) == curve(trained)
 

@@ -37,8 +37,7 @@ def test_a_dead_trainer_rank_is_replaced(tiny_model, tmp_path, uninterrupted):
     with Run(command(tiny_model, tmp_path), tmp_path.with_suffix(".log")) as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)
         run.titled("ray::TrainerWorker")[-1].kill()
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
+        run.finish()
     assert len(re.findall(r"RESTART OF THE TRAINER from .*iter_0000004 .* died in ", run.output)) == 1
     assert "resumed at optimizer step 4," in run.output
     assert curve(tmp_path) == uninterrupted
@@ -52,8 +51,7 @@ def test_a_preempted_run_goes_on_exactly(tiny_model, tmp_path, uninterrupted, se
         for process in run.survivors():  # as scancel does
             process.terminate()
         asked = time.monotonic()
-        assert run.wait(60) == EXIT_RESUME, run.output
-        assert nothing_left(run)
+        run.finish(60, code=EXIT_RESUME)
         print(f"ended {time.monotonic() - asked:.1f} s after SIGTERM")
     [step] = re.findall(r"ended by SIGTERM at optimizer step (\d+), which is saved: ", run.output)
     assert int(step) == curve(tmp_path)[-1]["step"] >= 6
@@ -92,8 +90,7 @@ def test_a_trainer_rank_dies_while_engines_generate_in_the_background(tiny_model
     with Run(command(tiny_model, tmp_path, *flags), tmp_path.with_suffix(".log")) as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)
         run.titled("ray::TrainerWorker")[0].kill()
-        assert run.wait(START_S) == 0, run.output
-        assert nothing_left(run)
+        run.finish()
     assert "RESTART OF THE TRAINER from " in run.output
     steps = [record["step"] for record in curve(tmp_path) if "train/loss" in record]
     assert steps == list(range(MINI_BATCHES, STEPS + 1, MINI_BATCHES))

@@ -162,8 +162,7 @@ def test_a_killed_process_ends_the_run_and_is_named(tiny_model, questions, tmp_p
         run.wait_for_output(" 2/10000 ")
         run.wait_until(lambda: run.titled(victim))
         run.titled(victim)[0].kill()
-        assert run.wait(60) == 1
-        assert nothing_left(run)
+        run.finish(60, code=1)
     assert re.search(f"^{named}.* died", run.output, re.MULTILINE), run.output
     assert log in run.output
 
@@ -182,8 +181,7 @@ def test_weights_changed_behind_the_trainers_back_end_the_run(tiny_model, questi
                 post_json(other, "/weights_checker", {"action": "reset_tensors"}, 60)
             except EngineRequestError:
                 break
-        assert run.wait(60) == 1
-        assert nothing_left(run)
+        run.finish(60, code=1)
     assert re.search(
         rf"weights differ after the sync of version \d+: engine {other} has checksum \w+ of \S+, "
         rf"engine http://127.0.0.1:{port} has ",

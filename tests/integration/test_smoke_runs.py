@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Run, nothing_left
+from tests.support.runs import Run
 
 TIMEOUT_S = 400.0
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 COMMAND = [sys.executable, "-m", "megatron_vespo", "smoke"]
 MOST_S = 180.0  # on two cores that do nothing else
 
@@ -20,13 +21,12 @@ def smoke(folder: Path, *words: str) -> Run:
     return Run([*COMMAND, *words, "--output-dir", str(folder)], folder.with_suffix(".log"))
 
 
-def ended(run: Run, folder: Path) -> tuple[int, dict]:
-    """The exit code and smoke.json of a run that left no process."""
+def ended(run: Run, folder: Path, code: int) -> dict:
+    """smoke.json of a run that ended with this exit code and left no process."""
     with run:
-        code = run.wait(TIMEOUT_S)
-        assert nothing_left(run)
+        run.finish(TIMEOUT_S, code)
     print(run.output)
-    return code, json.loads((folder / "smoke.json").read_text())
+    return json.loads((folder / "smoke.json").read_text())
 
 
 def failed(told: dict, name: str) -> dict:
@@ -39,12 +39,11 @@ def failed(told: dict, name: str) -> dict:
     return row
 
 
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_all_is_well(tmp_path):
     folder = tmp_path / "out"
     run = smoke(folder)
-    code, told = ended(run, folder)
-    assert code == 0 and told["ok"]
+    told = ended(run, folder, code=0)
+    assert told["ok"]
     stages = {stage["name"]: stage for stage in told["stages"]}
     assert all(stage["result"] == "ok" and stage["seconds"] >= 0 for stage in stages.values())
     assert told["layout"] == "tp2,ep2 on 2 ranks, 1 engine of 1" and told["dtype"] == "torch.float32"
@@ -59,7 +58,6 @@ def test_all_is_well(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_colocated_recipe_that_is_too_large(tmp_path):
     recipe = tmp_path / "large.flags"
     recipe.write_text(
@@ -72,8 +70,8 @@ def test_a_colocated_recipe_that_is_too_large(tmp_path):
     )
     folder = tmp_path / "out"
     run = smoke(folder, str(recipe))
-    code, told = ended(run, folder)
-    assert code == 0 and told["ok"]
+    told = ended(run, folder, code=0)
+    assert told["ok"]
     assert told["wanted"] == "tp2,ep8 on 32 ranks, 16 engines of 2 on the same GPUs"
     assert f"wanted: {told['wanted']}\n" in run.output and told["layout"] in run.output
     assert told["layout"].startswith("tp2,ep2 on 2 ranks, 1 engine of ")
@@ -82,14 +80,12 @@ def test_a_colocated_recipe_that_is_too_large(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_an_engine_dies(tmp_path):
     folder = tmp_path / "out"
     run = smoke(folder)
     run.wait_for_output("start SGLang: ok", TIMEOUT_S)
     run.titled("sglang::scheduler")[0].kill()
-    code, told = ended(run, folder)
-    assert code == 1
+    told = ended(run, folder, code=1)
     [row] = [stage for stage in told["stages"] if stage["result"] == "FAIL"]
     assert "engine " in row["problem"] and "\n" not in row["problem"]
     assert "logs/engine-N.log" in row["hint"]
@@ -99,46 +95,38 @@ def test_an_engine_dies(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_trainer_rank_dies(tmp_path):
     folder = tmp_path / "out"
     run = smoke(folder)
     run.wait_for_output("start Megatron: ok", TIMEOUT_S)
     run.titled("ray::TrainerWorker")[0].kill()
-    code, told = ended(run, folder)
-    assert code == 1
+    told = ended(run, folder, code=1)
     assert "trainer rank" in failed(told, "first weight sync")["problem"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_weight_that_arrives_wrong(tmp_path, sglang_plugin):
     """One element of one tensor, in the engine."""
     sglang_plugin("corrupted_sync")
     folder = tmp_path / "out"
-    code, told = ended(smoke(folder), folder)
-    assert code == 1
+    told = ended(smoke(folder), folder, code=1)
     problem = failed(told, "weight sync")["problem"]
     assert "weights differ after the sync of version 2" in problem and "model.norm.weight" in problem
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_flag_that_sglang_refuses(tmp_path):
     folder = tmp_path / "out"
-    code, told = ended(smoke(folder, "--sglang-load-format", "nonsense"), folder)
-    assert code == 1
+    told = ended(smoke(folder, "--sglang-load-format", "nonsense"), folder, code=1)
     row = failed(told, "start SGLang")
     assert "nonsense" in row["problem"] and row["problem"].startswith("engine ")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_interrupted(tmp_path):
     folder = tmp_path / "out"
     with smoke(folder) as run:
         run.wait_for_output("start SGLang ...", TIMEOUT_S)
         run.interrupt()
-        assert run.wait(60) == 130, run.output
-        assert nothing_left(run)
+        run.finish(60, code=130)
     assert run.output.endswith("megatron-vespo: interrupted\n")

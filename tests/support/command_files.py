@@ -51,8 +51,19 @@ def copy_files(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True, copy_function=os.link)
 
 
-def empty(draw: random.Random, name: str):
-    return "is empty", b""
+def always(what: str, content: bytes | None):
+    return lambda draw, name: (what, content)
+
+
+empty = always("is empty", b"")
+binary = always("is binary", bytes(range(256)) * 4)
+folder = always("is a folder", None)
+nulls = always("is all zeros", b"\0" * 512)
+deep = always("is nested", b'{"a":' * 100_000 + b"\n")
+digits = always("has a long number", b'{"question": "x", "answer": ' + b"7" * 5000 + b"}\n")
+surrogate = always(
+    "has half a surrogate pair", b'{"question": "\\ud800", "answer": "1", "token_ids": "\\ud800"}\n'
+)
 
 
 def cut(draw: random.Random, name: str):
@@ -60,33 +71,9 @@ def cut(draw: random.Random, name: str):
     return f"is cut at {share}", lambda before: before[: int(len(before) * share)].rstrip()[:-1] + b"'\""
 
 
-def binary(draw: random.Random, name: str):
-    return "is binary", bytes(range(256)) * 4
-
-
-def folder(draw: random.Random, name: str):
-    return "is a folder", None
-
-
-def nulls(draw: random.Random, name: str):
-    return "is all zeros", b"\0" * 512
-
-
-def deep(draw: random.Random, name: str):
-    return "is nested", b'{"a":' * 100_000 + b"\n"
-
-
 def wrong_json(draw: random.Random, name: str):
     text = draw.choice((b"[1, 2]", b"3", b'"words"', b"null", b"{'a': 1}", b"\xff\xfe{}"))
     return f"is {text!r}", text + b"\n"
-
-
-def digits(draw: random.Random, name: str):
-    return "has a long number", b'{"question": "x", "answer": ' + b"7" * 5000 + b"}\n"
-
-
-def surrogate(draw: random.Random, name: str):
-    return "has half a surrogate pair", b'{"question": "\\ud800", "answer": "1", "token_ids": "\\ud800"}\n'
 
 
 def cell(draw: random.Random, name: str):

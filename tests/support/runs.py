@@ -56,6 +56,11 @@ class Run:
             self.kill()
             raise AssertionError(f"not finished within {timeout_s:g} s:\n{self.output}") from None
 
+    def finish(self, timeout_s: float = START_S, code: int = 0) -> None:
+        """It ends by itself, with this exit code, and leaves no process behind."""
+        assert self.wait(timeout_s) == code, self.output
+        assert nothing_left(self)
+
     def wait_until(self, condition: Callable[[], object], timeout_s: float = START_S) -> None:
         """While the command runs, which must not end before."""
         deadline = time.monotonic() + timeout_s
@@ -118,10 +123,9 @@ def nothing_left(run: Run, timeout_s: float = 5.0) -> bool:
 
 
 def finished(command: list[str], log: Path, timeout_s: float = START_S, code: int = 0) -> str:
-    """The output of a run that ends by itself, with this exit code, and leaves no process behind."""
+    """The output of a whole run, which must finish."""
     with Run(command, log) as run:
-        assert run.wait(timeout_s) == code, run.output
-        assert nothing_left(run)
+        run.finish(timeout_s, code)
     return run.output
 
 
