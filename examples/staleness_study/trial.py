@@ -86,7 +86,7 @@ def run(trial: Trial, base: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.monotonic()
     args = initialize(parse_args(flags(trial, base)), 0, 0, HOST, find_free_port(HOST))
-    policy = MegatronPolicy(args, LossSettings.of(vars(args)))
+    policy = MegatronPolicy(args, LossSettings.of(args))
     loop = _Loop(trial, policy, base)
     error = None
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vespo.arguments.checks import check_positive
-from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.settings import Settings
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def check_megatron_saving(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class SaveSettings:
+class SaveSettings(Settings):
     """Absolute folders; see `resume.resolve_load`."""
 
     save: str | None
@@ -47,7 +47,3 @@ class SaveSettings:
     save_interval: int  # optimizer steps
     trainer_restarts: int
     use_checkpoint_opt_param_scheduler: bool
-
-    @classmethod
-    def of(cls, args: Namespace) -> SaveSettings:
-        return of_namespace(cls, args)

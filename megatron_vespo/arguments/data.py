@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from megatron_vespo.arguments.checks import json_object
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.settings import Settings
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptSettings(Settings):
     """How prompts are read from their files, in training and in evaluations."""
 
     prompt_key: str
@@ -57,10 +57,6 @@ class PromptSettings:
     apply_chat_template: bool
     chat_template_arguments: Mapping[str, Any]
     max_prompt_tokens: int
-
-    @classmethod
-    def of(cls, args: Any) -> Self:
-        return of_namespace(cls, args)
 
 
 @dataclass(frozen=True)

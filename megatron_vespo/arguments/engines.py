@@ -6,10 +6,10 @@ import argparse
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.rollout.api_key import API_KEY_CHOICES
+from megatron_vespo.system.settings import Settings
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def check_engines(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(Settings):
     """`rollout_engines` is 0 in a run that trains on recorded batches."""
 
     hf_checkpoint: Path
@@ -64,8 +64,3 @@ class EngineSettings:
     engine_restarts: int
     min_engines: int
     engine_api_key: Literal["auto", "always", "never"]
-
-    @classmethod
-    def of(cls, args: Any, **others: Any) -> EngineSettings:
-        """`others` are the fields that a command has no flag for."""
-        return of_namespace(cls, args, **others)

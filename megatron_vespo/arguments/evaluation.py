@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_positive
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.settings import Settings
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +53,10 @@ def check_temperature(flag: str, temperature: float | None, num_completions: int
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """Where a key or the pattern is None, it is training's."""
+class EvalSettings(Settings):
+    """Where a key or the pattern is None, training's is used."""
+
+    _prefix = "eval_"
 
     data: Path | None  # None: no evaluation
     prompt_key: str | None
@@ -65,7 +67,3 @@ class EvalSettings:
     completions: int  # per prompt
     pass_reward: float
     temperature: float | None  # None: the rollout's
-
-    @classmethod
-    def of(cls, args: Namespace) -> EvalSettings:
-        return of_namespace(cls, args, prefix="eval_")

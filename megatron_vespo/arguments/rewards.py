@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.settings import Settings
 
 
 def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def check_overlong(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class RewardSettings:
+class RewardSettings(Settings):
     reward_function: str
     reward_workers: int
     reward_timeout: float  # seconds
@@ -48,7 +48,3 @@ class RewardSettings:
     overlong_buffer: int  # tokens
     overlong_penalty: float
     max_completion_tokens: int
-
-    @classmethod
-    def of(cls, args: Namespace) -> RewardSettings:
-        return of_namespace(cls, args)

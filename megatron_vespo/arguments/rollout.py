@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.settings import Settings
 
 
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class RolloutSettings:
+class RolloutSettings(Settings):
     """What is generated when; of a run, of its plan and of its simulation."""
 
     rollout_batch_size: int  # prompts
@@ -54,7 +53,3 @@ class RolloutSettings:
     stale_groups: Literal["requeue", "drop"]
     max_attempts: int
     seed: int
-
-    @classmethod
-    def of(cls, args: Namespace) -> RolloutSettings:
-        return of_namespace(cls, args)

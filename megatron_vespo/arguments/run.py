@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.settings import Settings
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """`hf_export` is off in a run that has no trainer."""
 
     output_dir: Path
@@ -44,7 +43,3 @@ class RunSettings:
     preemption_deadline: float  # seconds, like the next two
     train_timeout: float
     worker_start_timeout: float
-
-    @classmethod
-    def of(cls, args: Namespace) -> RunSettings:
-        return of_namespace(cls, args)

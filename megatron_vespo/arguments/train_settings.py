@@ -42,7 +42,7 @@ class TrainSettings:
         return cls(
             args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
             RewardSettings.of(args), EvalSettings.of(args), EngineSettings.of(args), SyncSettings.of(args),
-            SaveSettings.of(args), RunSettings.of(args), LossSettings.of(vars(args)),
+            SaveSettings.of(args), RunSettings.of(args), LossSettings.of(args),
         )  # fmt: skip
 
     def as_run(self) -> TrainSettings:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.settings import Settings
 
 
 @dataclass(frozen=True)
-class TrainerSettings:
+class TrainerSettings(Settings):
     """Names and values are Megatron's; Megatron's own parser has completed and checked them."""
 
     # layout: numbers of ranks
@@ -61,7 +60,3 @@ class TrainerSettings:
     exp_avg_dtype: Any  # torch.dtype
     exp_avg_sq_dtype: Any  # torch.dtype
     async_save: bool
-
-    @classmethod
-    def of(cls, args: Namespace) -> TrainerSettings:
-        return of_namespace(cls, args)

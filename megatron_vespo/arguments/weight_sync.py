@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vespo.arguments.settings import of_namespace
+from megatron_vespo.system.settings import Settings
 
 
 def add_sync_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def check_sync(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class SyncSettings:
+class SyncSettings(Settings):
     weight_sync_bucket_mb: int  # MiB
     weight_sync_timeout: float  # seconds, for one call to the engines
     weight_check_interval: int  # syncs; 0: on resumes only
@@ -35,7 +35,3 @@ class SyncSettings:
     colocate_offload: bool
     on_weight_update: Literal["retract", "in-place", "abort"]
     max_staleness: int  # 0: engines generate nothing during a sync
-
-    @classmethod
-    def of(cls, args: Namespace) -> SyncSettings:
-        return of_namespace(cls, args)

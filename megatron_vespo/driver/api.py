@@ -45,7 +45,7 @@ def build_policy(
     from megatron_vespo.trainer.policy import MegatronPolicy
 
     args = initialize(args, 0, 0, HOST, find_free_port(HOST))
-    return MegatronPolicy(args, LossSettings.of(vars(args)))
+    return MegatronPolicy(args, LossSettings.of(args))
 
 
 def _flags(loss: LossSettings) -> list[str]:

@@ -79,7 +79,7 @@ def main() -> None:
 
     args = parse_args(["--hf-checkpoint", str(folder), *FLAGS])
     args = initialize(args, 0, 0, "127.0.0.1", int(os.environ["MASTER_PORT"]))
-    policy, samples, steps = MegatronPolicy(args, LossSettings.of(vars(args))), make_samples(), []
+    policy, samples, steps = MegatronPolicy(args, LossSettings.of(args)), make_samples(), []
     size = NUM_SAMPLES // MINI_BATCHES
     while policy.iteration < NUM_STEPS:
         prepared = [policy.pack(samples[i : i + size]) for i in range(0, NUM_SAMPLES, size)]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
 from megatron_vespo.algorithms.corrections import CORRECTIONS, BoundCorrection
 from megatron_vespo.algorithms.losses.aggregation import Aggregation
 from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel, RatioDenominator
+from megatron_vespo.system.settings import Settings
 
 OldPolicyName = Literal["current", "snapshot", "ewma"]
 Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(Settings):
     """One field for each flag of the loss, with the flag's name and default; plain values only.
 
     None stands for the value of the method's authors, see `Method`, and of the correction, see `Correction`;
@@ -41,14 +41,6 @@ class LossSettings:
     old_policy_snapshots: int = 4
     ewma_decay: float = 0.889
     advantage_estimator: AdvantageEstimator = "group-mean"
-
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> LossSettings:
-        """From parsed flags, other flags included; lists become tuples. KeyError if one is missing."""
-        values: dict[str, Any] = {field.name: flags[field.name] for field in fields(cls)}
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
 
     @property
     def kernel(self) -> GammaKernel:

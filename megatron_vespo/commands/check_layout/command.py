@@ -18,7 +18,6 @@ import numpy as np
 from megatron_vespo.arguments.checks import check_output_file, check_output_folder, check_positive
 from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.arguments.trainer import TrainerSettings
 from megatron_vespo.cluster.blocks import neighbours
@@ -106,7 +105,7 @@ def _parse(argv: list[str]) -> tuple[CheckLayoutOptions, list[str]]:
     args, flags = _parser().parse_known_args(argv)
     if args.hf_checkpoint is None:
         raise ValueError("--hf-checkpoint is required; see --help")
-    return of_namespace(CheckLayoutOptions, args), flags
+    return CheckLayoutOptions.of(args), flags
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vespo.system.settings import Settings
+
 
 @dataclass(frozen=True)
-class CheckLayoutOptions:
+class CheckLayoutOptions(Settings):
     """A bound that is None is what rounding makes."""
 
     hf_checkpoint: Path  # the weights of all layouts

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.checkpoints import block_fp8
 from megatron_vespo.checkpoints.convert import (
     DEFAULT_SHARD_BYTES,
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         with joined_ranks() as ranks:
-            return args.run(of_namespace(args.options, args), ranks)
+            return args.run(args.options.of(args), ranks)
     except OSError as error:  # a full disk, a folder in a file's place
         where = error.filename or getattr(args, "target", args.source)
         raise ValueError(_one_line(f"{where}: {error.strerror}")) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vespo.system.settings import Settings
+
 
 @dataclass(frozen=True)
-class ReadingOptions:
+class ReadingOptions(Settings):
     """How tensors are read."""
 
     memory_budget: float  # GiB per process
@@ -42,14 +44,14 @@ class VerifyOptions(ReadingOptions):
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Settings):
     source: Path
     hf_config: Path | None
     tensors: bool  # list every one
 
 
 @dataclass(frozen=True)
-class ModelOptOptions:
+class ModelOptOptions(Settings):
     source: Path
     target: Path
     force: bool

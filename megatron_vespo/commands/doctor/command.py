@@ -13,7 +13,6 @@ from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_output_file
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.doctor import machine, processes, shared_folder, traps
 from megatron_vespo.commands.doctor.finding import Check, Finding, run_checks, with_deadline
 from megatron_vespo.commands.doctor.gpus import gpus, has_gpu_files, num_gpus
@@ -25,6 +24,7 @@ from megatron_vespo.commands.doctor.table import as_text, lines_of
 from megatron_vespo.commands.doctor.versions import OPTIONAL, TESTED, python_version
 from megatron_vespo.system.disk import write_atomically
 from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.settings import Settings
 from megatron_vespo.system.slurm_step import Step, current_step, first_host
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
@@ -36,7 +36,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(Settings):
     shared_dir: Path  # absolute
     json: Path | None  # where all findings are written
 
@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> DoctorOptions:
     args = parser.parse_args(argv)
     check_output_file("--json", args.json)
     shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
-    return of_namespace(DoctorOptions, args, shared_dir=shared_dir)
+    return DoctorOptions.of(args, shared_dir=shared_dir)
 
 
 def _meet(step: Step | None) -> tuple[str, Meeting]:

@@ -11,7 +11,6 @@ from megatron_vespo.arguments.checks import check_folder, check_positive, check_
 from megatron_vespo.arguments.engines import check_retries
 from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
@@ -51,7 +50,7 @@ def parse_args(argv: list[str]) -> EvaluateOptions:
     sglang_flags, rest = parse_sglang_flags(argv)
     args = make_parser().parse_args(rest)
     data = _named_files(args.data)
-    options = of_namespace(EvaluateOptions, args, data=data, sglang_flags=tuple(sglang_flags))
+    options = EvaluateOptions.of(args, data=data, sglang_flags=tuple(sglang_flags))
     check_positive(options, _POSITIVE)
     check_seed(options.seed)
     check_folder("--output-dir", options.output_dir)

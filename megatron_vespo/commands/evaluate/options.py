@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.system.settings import Settings
+
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Settings):
     checkpoint: Path
     hf_config: Path | None
     engine_url: tuple[str, ...] | None  # None: engines are started

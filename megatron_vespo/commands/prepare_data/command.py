@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_output_file
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.prepare_data.known_files import download, rows_of, source_files
 from megatron_vespo.commands.prepare_data.known_sets import KNOWN_SETS
 from megatron_vespo.commands.prepare_data.prepare import Counts, Problem, check_usable, prepare, question_of
@@ -19,6 +18,7 @@ from megatron_vespo.commands.prepare_data.same_question import HeldOut
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
 from megatron_vespo.system.disk import write_atomically
 from megatron_vespo.system.paths import user_path
+from megatron_vespo.system.settings import Settings
 
 QUESTION_COLUMNS = ("question", "problem", "Problem", "Question", "prompt")  # of held-out files
 SHOWN_EXAMPLES = 3
@@ -32,7 +32,7 @@ From the Hugging Face hub, or from a local copy. Problems that are there twice a
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Settings):
     name: str  # of the set
     out: Path
     source: Path | None  # None: the hub
@@ -44,7 +44,7 @@ class PrepareOptions:
 
 
 def main(argv: list[str]) -> int:
-    options = of_namespace(PrepareOptions, _parser().parse_args(argv))
+    options = PrepareOptions.of(_parser().parse_args(argv))
     if options.name not in KNOWN_SETS:
         raise ValueError(f"no set {options.name!r}; there are {', '.join(KNOWN_SETS)}")
     if not 0 <= options.max_unusable <= 1:

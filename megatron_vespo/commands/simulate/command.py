@@ -11,7 +11,6 @@ from typing import Any
 from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_staleness
 from megatron_vespo.arguments.checks import check_output_file, check_positive
 from megatron_vespo.arguments.parser import FlagParser
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.commands.simulate.calibration import Measured, measure
 from megatron_vespo.commands.simulate.lengths import Lengths, LogNormal, Recorded
 from megatron_vespo.commands.simulate.options import SimulateOptions
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
     scale: dict[str, Any] = {
         name: value for name, value in _scale(measured).items() if getattr(args, name) is None
     }
-    options = of_namespace(SimulateOptions, args, **scale)
+    options = SimulateOptions.of(args, **scale)
     _check(options)
     if options.picture is not None:
         check_picture_name("--picture", options.picture)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vespo.system.settings import Settings
+
 
 @dataclass(frozen=True)
-class SimulateOptions:
+class SimulateOptions(Settings):
     """A rate that is None is that of `from_run` or of the preset."""
 
     # the run

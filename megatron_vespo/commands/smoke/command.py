@@ -14,7 +14,6 @@ from megatron_vespo.arguments.checks import check_output_folder, check_positive
 from megatron_vespo.arguments.parse import refuse_unknown
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe, with_recipes
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.placement import node_resources, start_ray, stop_ray
 from megatron_vespo.cluster.roles import ROLES
@@ -30,6 +29,7 @@ from megatron_vespo.commands.smoke.run import SmokeRun, all_stages
 from megatron_vespo.commands.smoke.stages import Stages, Stopped
 from megatron_vespo.system.paths import expanded, user_path
 from megatron_vespo.system.plugins import has_runtime_plugins
+from megatron_vespo.system.settings import Settings
 
 DESCRIPTION = """\
 Runs every part of a training run once, with a small random Qwen3-MoE: Ray's placement, trainer ranks, SGLang
@@ -49,7 +49,7 @@ LOCAL_CORES = 3  # at least: two ranks and an engine, which share fewer
 
 
 @dataclass(frozen=True)
-class SmokeOptions:
+class SmokeOptions(Settings):
     output_dir: Path
     ray_address: str | None  # None: a local cluster starts
     timeout: float  # seconds, of every wait
@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
         "--timeout", type=float, default=1200.0, metavar="SECONDS", help="of every wait; default: %(default)g"
     )
     args, rest = parser.parse_known_args(flags)
-    options = of_namespace(SmokeOptions, args, has_recipe=has_recipe)
+    options = SmokeOptions.of(args, has_recipe=has_recipe)
     check_positive(options, ("timeout",))
     if options.ray_address:
         rest += ["--ray-address", options.ray_address]

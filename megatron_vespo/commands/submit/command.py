@@ -15,7 +15,6 @@ import megatron_vespo
 from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe
-from megatron_vespo.arguments.settings import of_namespace
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.submit import engine_nodes
 from megatron_vespo.commands.submit.options import SubmitOptions
@@ -41,7 +40,7 @@ END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
 def main(argv: list[str]) -> int:
     engine_nodes.check_words(argv)
     parsed, more = _parser().parse_known_args(argv)
-    asked = of_namespace(SubmitOptions, parsed)
+    asked = SubmitOptions.of(parsed)
     check_positive(asked, ("nodes",))
     if asked.gpus_per_node < 0:
         raise ValueError(

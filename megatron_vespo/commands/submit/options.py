@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_vespo.system.settings import Settings
+
 
 @dataclass(frozen=True)
-class SubmitOptions:
+class SubmitOptions(Settings):
     """The flags' names and values; nodes are of the trainer where `engine_nodes` is given."""
 
     recipe: Path

@@ -67,7 +67,7 @@ def make_policy(args: Namespace):
     from megatron_vespo.algorithms.losses.settings import LossSettings
     from megatron_vespo.trainer.policy import MegatronPolicy
 
-    return MegatronPolicy(args, LossSettings.of(vars(args)))
+    return MegatronPolicy(args, LossSettings.of(args))
 
 
 def read_samples(path: Path) -> list[TrainingSample]:

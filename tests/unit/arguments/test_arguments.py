@@ -33,7 +33,7 @@ from tests.support.train_flags import BASE, CONFIG
 
 
 def loss_of(args: Namespace) -> PolicyLoss:
-    return LossSettings.of(vars(args)).bind().loss
+    return LossSettings.of(args).bind().loss
 
 
 class Exited(Exception):
