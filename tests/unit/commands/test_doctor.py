@@ -127,38 +127,35 @@ def test_a_package_that_kills_its_process(monkeypatch, tmp_path):
     assert wrong[0].startswith("its import ended with status -6")
 
 
+UNLIMITED = resource.RLIM_INFINITY
+
+
 @pytest.mark.parametrize(
-    ("soft", "hard", "status", "fix"),
+    ("judge", "measured", "status", "fix"),
     [
-        (65536, 65536, "ok", ""),
-        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, "ok", ""),
-        (1024, 1048576, "warn", "ulimit -n 65536"),
-        (4096, 4096, "warn", "hard limit of 4096"),
-        (256, 20000, "FAIL", "ulimit -n 20000"),
+        (machine.judge_open_files, (65536, 65536), "ok", ""),
+        (machine.judge_open_files, (UNLIMITED, UNLIMITED), "ok", ""),
+        (machine.judge_open_files, (1024, 1048576), "warn", "ulimit -n 65536"),
+        (machine.judge_open_files, (4096, 4096), "warn", "hard limit of 4096"),
+        (machine.judge_open_files, (256, 20000), "FAIL", "ulimit -n 20000"),
+        # with InfiniBand or without
+        (machine.judge_locked_memory, (8 * 2**20, False), "ok", ""),
+        (machine.judge_locked_memory, (8 * 2**20, True), "FAIL", ""),
+        (machine.judge_locked_memory, (UNLIMITED, True), "ok", ""),
+        (machine.judge_space, ("x", 10 * GIB, GIB, 10 * GIB, "make room"), "ok", ""),
+        (machine.judge_space, ("x", 2 * GIB, GIB, 10 * GIB, "make room"), "warn", ""),
+        (machine.judge_space, ("x", 64 * 2**20, GIB, 10 * GIB, "make room"), "FAIL", ""),
+        # free ports, the range, the first ephemeral one
+        (machine.judge_ports, (1000, 30000, 31999, 32768), "ok", ""),
+        (machine.judge_ports, (64, 30000, 31999, 32768), "ok", ""),
+        (machine.judge_ports, (63, 30000, 31999, 32768), "warn", ""),
+        (machine.judge_ports, (0, 30000, 31999, 32768), "FAIL", ""),
+        (machine.judge_ports, (1000, 30000, 31999, 31000), "warn", ""),
     ],
 )
-def test_open_files(soft, hard, status, fix):
-    finding = machine.judge_open_files(soft, hard)
+def test_limits_of_the_machine(judge, measured, status, fix):
+    finding = judge(*measured)
     assert finding.status == status and fix in finding.fix
-
-
-def test_locked_memory_matters_to_infiniband():
-    assert machine.judge_locked_memory(8 * 2**20, infiniband=False).status == "ok"
-    assert machine.judge_locked_memory(8 * 2**20, infiniband=True).status == "FAIL"
-    assert machine.judge_locked_memory(resource.RLIM_INFINITY, infiniband=True).status == "ok"
-
-
-@pytest.mark.parametrize(("free", "status"), [(10 * GIB, "ok"), (2 * GIB, "warn"), (64 * 2**20, "FAIL")])
-def test_space(free, status):
-    assert machine.judge_space("x", free, GIB, 10 * GIB, "make room").status == status
-
-
-@pytest.mark.parametrize(
-    ("free", "ephemeral", "status"),
-    [(1000, 32768, "ok"), (64, 32768, "ok"), (63, 32768, "warn"), (0, 32768, "FAIL"), (1000, 31000, "warn")],
-)
-def test_ports(free, ephemeral, status):
-    assert machine.judge_ports(free, 30000, 31999, ephemeral).status == status
 
 
 @pytest.mark.parametrize(
@@ -269,17 +266,17 @@ def test_gpus(answer, topology, files, wanted, status, said):
     assert finding.status == status and said in finding.text
 
 
-def _judged(status: int, output: str, errors: str):
-    return patches.judge_patches(read_check(status, output, errors))
-
-
-def test_patches():
-    good = _judged(0, "applied: m 1 a\napplied: m 1 b\n", "")
-    assert (good.status, good.text) == ("ok", "all 2 applied")
-    missing = _judged(1, "applied: m 1 a\nnot applied: m 1 b\n", "")
-    assert (missing.status, missing.text) == ("FAIL", "not applied: b")
-    other = _judged(1, "", "patches: m 2 is installed\n")
-    assert (other.status, other.text) == ("FAIL", "m 2 is installed")
+@pytest.mark.parametrize(
+    ("answer", "status", "text"),
+    [
+        ((0, "applied: m 1 a\napplied: m 1 b\n", ""), "ok", "all 2 applied"),
+        ((1, "applied: m 1 a\nnot applied: m 1 b\n", ""), "FAIL", "not applied: b"),
+        ((1, "", "patches: m 2 is installed\n"), "FAIL", "m 2 is installed"),
+    ],
+)
+def test_patches(answer, status, text):
+    finding = patches.judge_patches(read_check(*answer))
+    assert (finding.status, finding.text) == (status, text)
 
 
 def test_shared_folder(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from megatron_vespo.commands.convert.modelopt_export import (
     load_modelopt,
 )
 
+ONE_RANK = Ranks()
 RANDOM = Calibration(None, num_samples=3, num_tokens=5)
 SCALE = "model.layers.0.mlp.up_proj.input_scale"
 
@@ -32,18 +33,21 @@ def source(tmp_path_factory) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("modelopt") / "hf"
-    config = Qwen3Config(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    shape = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("the tokenizer")
     return folder
+
+
+@pytest.fixture
+def export(source, tmp_path):
+    """Into the folder `out`: the lines that are said of it."""
+
+    def export(calibration=RANDOM, fmt="fp8", force=False, ranks=ONE_RANK) -> list[str]:
+        return export_quantised(source, tmp_path / "out", fmt, calibration, force, ranks)
+
+    return export
 
 
 def pretend(monkeypatch, version: str | Exception, quantization=None, export=None) -> None:
@@ -101,9 +105,9 @@ def test_the_version_is_the_one_that_setup_installs():
     assert f'"nvidia-modelopt=={modelopt_export.VERSION}"' in setup.read_text()
 
 
-def test_several_processes_are_refused(source, tmp_path):
+def test_several_processes_are_refused(export):
     with pytest.raises(ValueError, match="^convert modelopt is for one process, not 2$"):
-        export_quantised(source, tmp_path / "out", "fp8", RANDOM, False, Ranks(0, 2))
+        export(ranks=Ranks(0, 2))
 
 
 @pytest.mark.parametrize("flag", ["--samples", "--max-tokens"])
@@ -134,10 +138,10 @@ def fake(monkeypatch, change=lambda tensors: None) -> list[Tensor]:
     return seen
 
 
-def test_it_runs_on_the_samples_and_leaves_a_folder_with_a_manifest(monkeypatch, source, tmp_path):
+def test_it_runs_on_the_samples_and_leaves_a_folder_with_a_manifest(monkeypatch, export, tmp_path):
     seen = fake(monkeypatch)
     target = tmp_path / "out"
-    lines = export_quantised(source, target, "fp8", RANDOM, False, Ranks())
+    lines = export()
     assert [tuple(tokens.shape) for tokens in seen] == [(1, 5)] * 3
     assert not seen[0].equal(seen[1])
     assert f"{target}: 15 tensors" in lines[0]
@@ -148,8 +152,8 @@ def test_it_runs_on_the_samples_and_leaves_a_folder_with_a_manifest(monkeypatch,
     assert manifest["tensors"].keys() == found.keys()
     assert manifest["tensors"][SCALE]["shape"] == []
     with pytest.raises(ValueError, match="is already there; --force replaces it"):
-        export_quantised(source, target, "fp8", RANDOM, False, Ranks())
-    export_quantised(source, target, "fp8", RANDOM, True, Ranks())
+        export()
+    export(force=True)
 
 
 def renamed(tensors):
@@ -172,19 +176,19 @@ def unmeasured(tensors):
         (unmeasured, f"ModelOpt's export has {SCALE} = 0.0; it must be positive"),
     ],
 )
-def test_a_wrong_export_gets_no_name(monkeypatch, source, tmp_path, change, line):
+def test_a_wrong_export_gets_no_name(monkeypatch, export, tmp_path, change, line):
     fake(monkeypatch, change)
     with pytest.raises(RuntimeError, match="^" + re.escape(line) + "$"):
-        export_quantised(source, tmp_path / "out", "fp8", RANDOM, False, Ranks())
+        export()
     assert not list(tmp_path.iterdir())
 
 
-def test_packed_values_are_two_a_byte(monkeypatch, source, tmp_path):
+def test_packed_values_are_two_a_byte(monkeypatch, export):
     def pack(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(24, 8, dtype=torch.uint8)
 
     fake(monkeypatch, pack)
-    export_quantised(source, tmp_path / "out", "nvfp4", RANDOM, False, Ranks())
+    export(fmt="nvfp4")
 
 
 class Letters:
@@ -207,10 +211,10 @@ def calibration(tmp_path: Path, *rows: object) -> Calibration:
     return Calibration(path, num_samples=2, num_tokens=4)
 
 
-def test_prompts_of_a_file(monkeypatch, source, tmp_path, letters):
+def test_prompts_of_a_file(monkeypatch, export, tmp_path, letters):
     seen = fake(monkeypatch)
     given = calibration(tmp_path, {"text": "abcdefgh", "question": "x"}, {"question": "ab"}, {"text": "c"})
-    lines = export_quantised(source, tmp_path / "out", "fp8", given, False, Ranks())
+    lines = export(given)
     assert [tokens.tolist() for tokens in seen] == [
         [[ord(x) % 37 for x in "abcd"]],
         [[ord("a") % 37, ord("b") % 37]],
@@ -224,25 +228,20 @@ def test_prompts_of_a_file(monkeypatch, source, tmp_path, letters):
         ([], "--calibration {path}: the file is empty"),
         ([{"prompt": "a"}], "{path} line 1: neither text nor question is there as a string"),
         ([{"text": "a"}, {"text": ""}], "{path} line 2: the prompt has no tokens"),
+        (None, "--calibration {path}: no such file"),
     ],
 )
-def test_a_file_that_is_no_use(monkeypatch, source, tmp_path, letters, rows, line):
+def test_a_file_that_is_no_use(monkeypatch, export, tmp_path, letters, rows, line):
     fake(monkeypatch)
-    given = calibration(tmp_path, *rows)
+    given = calibration(tmp_path, *rows or ())
+    if rows is None:
+        given.path.unlink()
     with pytest.raises(ValueError, match="^" + re.escape(line.format(path=given.path)) + "$"):
-        export_quantised(source, tmp_path / "out", "fp8", given, False, Ranks())
+        export(given)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_not_there(monkeypatch, source, tmp_path, letters):
+def test_a_folder_without_a_tokenizer(monkeypatch, export, tmp_path):
     fake(monkeypatch)
-    given = Calibration(tmp_path / "none.jsonl", 1, 1)
-    with pytest.raises(ValueError, match="no such file$"):
-        export_quantised(source, tmp_path / "out", "fp8", given, False, Ranks())
-
-
-def test_a_folder_without_a_tokenizer(monkeypatch, source, tmp_path):
-    fake(monkeypatch)
-    given = calibration(tmp_path, {"text": "a"})
     with pytest.raises(ValueError, match="has no tokenizer that loads, which --calibration needs$"):
-        export_quantised(source, tmp_path / "out", "fp8", given, False, Ranks())
+        export(calibration(tmp_path, {"text": "a"}))
