@@ -31,30 +31,14 @@ import os, re, subprocess, sys, time
 
 def by_command(response, answer, metadata):
     command, _, rest = response.partition(" ")
-    if command == "hang":
-        time.sleep(600)
-    if command == "hang_in_c":
-        re.match(r"(a+)+$", "a" * 60 + "b")
     if command == "hang_with_child":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", rest])
         time.sleep(600)
-    if command == "exit":
-        os._exit(int(rest))
-    if command == "sys_exit":
-        sys.exit(4)
-    if command == "raise":
-        raise KeyError(rest)
-    if command == "return":
-        return eval(rest)
-    if command == "pid":
-        return os.getpid()
-    if command == "allocate":
-        return len(bytearray(int(float(rest) * 2**30))) / 2**30
     if command == "keep":
         KEPT.append(bytes(int(float(rest) * 2**30)))
         return len(KEPT)
-    if command == "slow":
-        time.sleep(float(rest))
+    if command == "return":
+        return eval(rest)
     return float(answer == rest) + metadata.get("bonus", 0.0)
 
 def compute_score(solution_str, ground_truth):
@@ -76,6 +60,7 @@ if "FAIL_IN_WORKER" in os.environ and "pytest" not in sys.modules:
 """
 
 
+HANG_IN_C = "return re.match(r'(a+)+$', 'a' * 60 + 'b')"
 CALLED = "it is called as function(response, answer, metadata) and returns a float"
 
 
@@ -111,6 +96,9 @@ def pool(start):
 
 
 OK = RewardResult(1.0, "ok", "")
+
+
+OUT_OF_MEMORY = "the reward function ran out of memory"
 
 
 def error(detail: str) -> RewardResult:
@@ -298,13 +286,13 @@ def test_scores_come_back_in_order(pool):
 
 
 def test_response_that_did_not_end_earns_nothing_and_is_not_run(pool):
-    results = pool.score([item("exit 3", ended=False), item("is 1", ended=False), item("is 1")])
+    results = pool.score([item("return os._exit(3)", ended=False), item("is 1", ended=False), item("is 1")])
     cut = RewardResult(0.0, "ok", "the response did not end")
     assert results == [cut, cut, OK]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", ["hang", "hang_in_c"])
+@pytest.mark.parametrize("command", ["return time.sleep(600)", HANG_IN_C])
 def test_hanging_item_costs_only_itself(pool, command):
     began = time.monotonic()
     results = pool.score([*[item("is 1")] * 50, *[item(command)] * 2, *[item("is 1")] * 148])
@@ -316,16 +304,21 @@ def test_hanging_item_costs_only_itself(pool, command):
 @pytest.mark.long
 def test_deadline_is_for_each_item_not_for_the_chunk(start):
     pool = start(timeout_s=0.5)
-    assert pool.score([item("slow 0.2")] * 12) == [RewardResult(0.0, "ok", "")] * 12  # chunks of three
+    assert (
+        pool.score([item("return time.sleep(0.2) or 0")] * 12) == [RewardResult(0.0, "ok", "")] * 12
+    )  # chunks of three
 
 
 @pytest.mark.parametrize(
     ("response", "result"),
     [
-        ("exit 3", error("the reward function ended its process, exit status 3")),
-        ("sys_exit", error("the reward function ended its process, exit status 4")),
-        ("allocate 0.75", error("the reward function ran out of memory, see --reward-memory-gb")),
-        ("allocate 0.25", RewardResult(0.25, "ok", "")),
+        ("return os._exit(3)", error("the reward function ended its process, exit status 3")),
+        ("return sys.exit(4)", error("the reward function ended its process, exit status 4")),
+        (
+            "return len(bytearray(3 * 2**28))",
+            error("the reward function ran out of memory, see --reward-memory-gb"),
+        ),
+        ("return len(bytearray(2**28))", RewardResult(2.0**28, "ok", "")),
     ],
 )
 def test_what_ends_a_worker_costs_only_its_item(start, response, result):
@@ -342,7 +335,7 @@ def test_memory_that_a_function_keeps_goes_with_its_worker(start):
 
 
 def test_a_worker_killed_while_idle_costs_nothing(pool):
-    pids = {int(result.value) for result in pool.score([item("pid")] * 64)}
+    pids = {int(result.value) for result in pool.score([item("return os.getpid()")] * 64)}
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not any(map(is_alive, pids)), 5.0)
@@ -352,7 +345,7 @@ def test_a_worker_killed_while_idle_costs_nothing(pool):
 @pytest.mark.parametrize(
     ("response", "detail"),
     [
-        ("raise it", "KeyError: 'it'"),
+        ("return {}['it']", "KeyError: 'it'"),
         ("return 'one'", "the reward function returned a str, not a number"),
         ("return None", "the reward function returned a NoneType, not a number"),
         ("return float('nan')", "the reward function returned nan"),
@@ -378,7 +371,7 @@ def test_a_batch_in_which_every_reward_failed_is_refused(pool):
         def batch_decode(self, token_ids, skip_special_tokens):
             return [WORDS[ids[0]] for ids in token_ids]
 
-    WORDS = ["raise it", "is 1"]
+    WORDS = ["return {}['it']", "is 1"]
     scorer = Scorer(Words(), pool, 8, 0, 1.0)
 
     def batch(*numbers):
@@ -410,8 +403,8 @@ def test_batches_from_several_threads_do_not_mix(pool):
 @pytest.mark.long  # its bound wants a processor of its own
 def test_512_cheap_items_take_well_under_half_a_second(start):
     pool = start(math_reward, num_workers=2, timeout_s=30.0)
-    pool.score([RewardItem(boxed("7"), "42", {}, True)] * 64)
-    items = [RewardItem("step " * 2000 + boxed(str(i)), "42", {}, True) for i in range(512)]
+    pool.score([item(boxed("7"), "42")] * 64)
+    items = [item("step " * 2000 + boxed(str(i)), "42") for i in range(512)]
     fastest = float("inf")
     for _ in range(3):  # the best of three: the machine may be busy
         began = time.perf_counter()
@@ -424,9 +417,9 @@ def test_512_cheap_items_take_well_under_half_a_second(start):
 @pytest.mark.long
 def test_sympy_power_tower_meets_the_deadline(start):
     pool = start(math_reward)
-    pool.score([RewardItem(boxed("x"), "42", {}, True)])  # the first LaTeX parse is slow
-    tower = RewardItem(boxed("9^{9^{9^9}}"), "42", {}, True)
-    results = pool.score([tower, RewardItem(boxed("42"), "42", {}, True)])
+    pool.score([item(boxed("x"), "42")])  # the first LaTeX parse is slow
+    tower = item(boxed("9^{9^{9^9}}"), "42")
+    results = pool.score([tower, item(boxed("42"), "42")])
     assert [(result.value, result.status) for result in results] == [(0.0, "timeout"), (1.0, "ok")]
 
 
@@ -435,12 +428,12 @@ def test_sympy_power_tower_meets_the_deadline(start):
 
 def test_close_kills_busy_workers_and_what_they_started(start):
     pool = start()
-    (result,) = pool.score([item("pid")])
+    (result,) = pool.score([item("return os.getpid()")])
     marker = f"marker-{os.getpid()}"
     assert pool.score([item(f"hang_with_child {marker}")])[0].status == "timeout"
     assert not is_alive(int(result.value))
     assert wait_until(lambda: not processes_with(marker), 5.0)
-    replacement = int(pool.score([item("pid")])[0].value)
+    replacement = int(pool.score([item("return os.getpid()")])[0].value)
     assert is_alive(replacement)
     pool.close()
     assert not is_alive(replacement)
@@ -467,7 +460,7 @@ import threading
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
 function = load_reward_function("custom_rewards:by_command")
 pool = RewardPool(function, num_workers=1, timeout_s=float(sys.argv[1]))
-print(int(pool.score([RewardItem("pid", "", {}, True)])[0].value), flush=True)
+print(int(pool.score([RewardItem("return os.getpid()", "", {}, True)])[0].value), flush=True)
 for response in sys.argv[2:]:
     pool.score([RewardItem(response, "", {}, True)])
 """
@@ -492,7 +485,7 @@ def test_nothing_is_left_after_interpreter_exit(custom):
 
 @pytest.mark.long
 def test_killed_parent_leaves_no_worker_not_even_a_hung_one(custom):
-    process, worker = start_driver(custom, "1.5", "hang_in_c")
+    process, worker = start_driver(custom, "1.5", HANG_IN_C)
     time.sleep(0.5)
     process.kill()
     process.wait(timeout=10)
