@@ -25,10 +25,10 @@ def test_sums_over_micro_batches_are_means_over_all_tokens():
     ratio, engine = draw.normal(0.1, 0.5, 90), draw.normal(-0.05, 0.02, 90)
     mask = draw.random(90) < 0.7
     sums = np.zeros((2, len(TokenSums._fields)))
-    for piece in (slice(0, 11), slice(11, 60), slice(60, 90)):
+    for piece, junk in ((slice(0, 11), torch.nan), (slice(11, 60), 5.0), (slice(60, 90), torch.inf)):
         shown = [torch.tensor(values[piece]) for values in (ratio, engine)]
         for values in shown:
-            values[~torch.tensor(mask[piece])] = torch.nan
+            values[~torch.tensor(mask[piece])] = junk
         piece_sums = [token_sums(values, torch.tensor(mask[piece], dtype=torch.float32)) for values in shown]
         assert {value.dtype for of in piece_sums for value in of} == {torch.float64}
         sums += np.array(piece_sums)
