@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo import __version__
-from megatron_vespo.algorithms.losses.clipped import gspo
+from megatron_vespo.algorithms.losses.clipped import grpo, gspo, sapo
+from megatron_vespo.algorithms.losses.m2po import m2po
 from megatron_vespo.algorithms.losses.settings import LossSettings
-from megatron_vespo.algorithms.losses.table import PolicyLoss
-from megatron_vespo.algorithms.losses.weighted import vespo
+from megatron_vespo.algorithms.losses.weighted import topr, vespo
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.arguments.parse import parse_args
 from megatron_vespo.commands import main as cli
@@ -30,10 +30,6 @@ from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_fl
 from megatron_vespo.system.plugins import load_runtime_plugins
 from tests.support.refusals import check_refusal
 from tests.support.train_flags import BASE, CONFIG
-
-
-def loss_of(args: Namespace) -> PolicyLoss:
-    return LossSettings.of(args).bind().loss
 
 
 class Exited(Exception):
@@ -118,120 +114,81 @@ def test_a_dense_models_shape_arrives(child, tmp_path):
         child(parse_here, [*command, "--num-experts", "8"])
 
 
-def test_an_optimizer_step_is_one_mini_batch(parse):
-    args = parse()
-    assert args.global_batch_size == 16 * 4 // 4
-    assert args.micro_batch_size == 1
-    assert args.seq_length == 50
-    assert args.calculate_per_token_loss is True
+# of the command line without more flags: ours, what makes an optimizer step one mini-batch, and Megatron's
+# for reinforcement learning
+DEFAULTS = {
+    "loss_aggregation": "token-mean", "ratio_denominator": "recomputed", "mismatch_truncation": 2.0,
+    "advantage_estimator": "group-mean", "apply_chat_template": True, "hf_export": True, "sglang_flags": [],
+    "rollout_temperature": 1.0, "max_logprob_difference": None, "eval_data": None, "output_dir": Path("out"),
+    "global_batch_size": 16 * 4 // 4, "micro_batch_size": 1, "seq_length": 50,
+    "calculate_per_token_loss": True, "attention_dropout": 0, "hidden_dropout": 0, "weight_decay": 0,
+    "adam_beta2": 0.95, "lr_decay_style": "constant", "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "alltoall", "use_distributed_optimizer": True,
+    "distributed_timeout_minutes": 60, "moe_enable_routing_replay": False, "sequence_parallel": False,
+    "padded_vocab_size": 97,
+}  # fmt: skip
 
 
-def test_our_defaults(parse):
-    args = parse()
-    assert loss_of(args).function is vespo and loss_of(args).options == {"kernel": GammaKernel()}
-    assert args.loss_aggregation == "token-mean"
-    assert (args.ratio_denominator, args.mismatch_truncation) == ("recomputed", 2.0)
-    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("group-mean", True, True)
-    assert (args.rollout_temperature, args.max_logprob_difference, args.eval_data) == (1.0, None, None)
-    assert args.sglang_flags == []
-    assert isinstance(args.output_dir, Path)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", DEFAULTS),
+        ("--weight-decay 0.1 --adam-beta2 0.999 --lr-decay-style cosine --seed 7 --bf16 --no-chat-template "
+         "--no-hf-export --ratio-denominator decoupled --advantage-estimator global",
+         {"weight_decay": 0.1, "adam_beta2": 0.999, "lr_decay_style": "cosine", "seed": 7, "bf16": True,
+          "apply_chat_template": False, "hf_export": False, "ratio_denominator": "decoupled",
+          "advantage_estimator": "global", "accumulate_allreduce_grads_in_fp32": True}),
+        ("--distributed-timeout-minutes 90", {"distributed_timeout_minutes": 90}),
+        ("--weight-check-timeout 7200", {"distributed_timeout_minutes": (7200 + 6 * 300) / 60 + 5}),
+        ("--bf16 --distributed-backend nccl --transformer-impl local --optimizer-cpu-offload "
+         "--use-precision-aware-optimizer --optimizer-offload-fraction 0.5",
+         {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}),
+        ("--routing-replay R3", {"moe_enable_routing_replay": True}),
+        # the nominal length divides by context parallelism
+        ("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12", {"seq_length": 54}),
+        ("--group-size 1 --advantage-estimator global --steps-per-rollout 1 --rollout-batch-size 8",
+         {"global_batch_size": 8}),
+        ("--train-iters 4 --train-iters 12", {"train_iters": 12}),
+        ("--trainer-ranks 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+         "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
+         {"world_size": 4, "data_parallel_size": 1, "sequence_parallel": True, "padded_vocab_size": 98}),
+        # they agree with the model
+        ("--num-layers 4 --norm-epsilon 1e-6 --disable-bias-linear --swiglu --seq-length 50",
+         {"num_layers": 4, "add_bias_linear": False}),
+        *((f"--seed {seed}", {"seed": seed}) for seed in (1, 4294967295)),
+        ("--sglang-mem-fraction-static 0.7 --seed 5 --sglang-disable-radix-cache --sglang-tp-size=2",
+         {"sglang_flags": "--mem-fraction-static 0.7 --disable-radix-cache --tp-size 2".split(), "seed": 5}),
+    ],
+)  # fmt: skip
+def test_what_is_derived_from_flags(parse, flags, expected):
+    args = parse(flags)
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_megatrons_defaults_for_reinforcement_learning(parse):
-    args = parse()
-    assert (args.attention_dropout, args.hidden_dropout, args.weight_decay, args.adam_beta2) == (
-        0,
-        0,
-        0,
-        0.95,
-    )
-    assert (args.lr_decay_style, args.moe_router_dtype) == ("constant", "fp32")
-    assert args.moe_token_dispatcher_type == "alltoall"
-    assert args.use_distributed_optimizer is True
+SEQUENCES = "sequence-mean-token-mean"
 
 
-def test_collectives_wait_longer_than_one_rank_does(parse, refusal):
-    assert parse().distributed_timeout_minutes == 60
-    assert parse("--distributed-timeout-minutes 90").distributed_timeout_minutes == 90
-    assert parse("--weight-check-timeout 7200").distributed_timeout_minutes == (7200 + 6 * 300) / 60 + 5
-
-
-def test_flags_win_over_defaults(parse):
-    args = parse(
-        "--weight-decay 0.1 --adam-beta2 0.999 --lr-decay-style cosine --seed 7 --bf16 "
-        "--vespo-positive 1 1.5 --vespo-negative 4 2.5 --ratio-denominator decoupled "
-        "--no-chat-template --no-hf-export --advantage-estimator global"
-    )
-    assert (args.weight_decay, args.adam_beta2, args.lr_decay_style) == (0.1, 0.999, "cosine")
-    assert (args.seed, args.bf16) == (7, True)
-    kernel = GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))
-    assert loss_of(args).options == {"kernel": kernel}
-    assert (args.advantage_estimator, args.apply_chat_template, args.hf_export) == ("global", False, False)
-    assert args.ratio_denominator == "decoupled"
-
-
-def test_bf16_keeps_main_gradients_in_fp32(parse):
-    args = parse("--bf16")
-    assert args.accumulate_allreduce_grads_in_fp32 is True
-
-
-def test_optimizer_offload_is_megatrons_own(parse):
-    args = parse("--bf16 --distributed-backend nccl --transformer-impl local --optimizer-cpu-offload "
-                 "--use-precision-aware-optimizer --optimizer-offload-fraction 0.5")  # fmt: skip
-    assert (args.optimizer_cpu_offload, args.optimizer_offload_fraction) == (True, 0.5)
-
-
-def test_routing_replay_gives_megatrons_routers_a_slot(parse):
-    assert parse().moe_enable_routing_replay is False
-    assert parse("--routing-replay R3").moe_enable_routing_replay is True
-
-
-def test_the_nominal_length_divides_by_context_parallelism(parse):
-    args = parse("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12")
-    assert args.seq_length == 54
-
-
-def test_other_losses_take_their_own_options(parse):
-    args = parse("--policy-loss gspo")
-    assert (loss_of(args).function, args.loss_aggregation) == (gspo, "sequence-mean-token-mean")
-    assert loss_of(args).options == {"low": 3e-4, "high": 4e-4}
-    args = parse("--policy-loss gspo --clip-range 0.1 0.2 --loss-aggregation token-mean")
-    assert loss_of(args).options == {"low": 0.1, "high": 0.2}
-    assert args.loss_aggregation == "token-mean"
-    args = parse("--policy-loss sapo --sapo-tau 1 2")
-    assert loss_of(args).options == {"tau_positive": 1.0, "tau_negative": 2.0}
-    args = parse("--policy-loss grpo --dual-clip 3")
-    assert loss_of(args).options == {"low": 0.2, "high": 0.28, "dual_clip": 3.0}
-    assert parse("--policy-loss topr").loss_aggregation == "sequence-mean-token-mean"
-    assert loss_of(parse("--policy-loss m2po")).options == {"target": 0.04}
-    assert loss_of(parse("--policy-loss bapo --loss-target 0.5")).options == {"target": 0.5}
-
-
-def test_one_completion_a_prompt(parse):
-    args = parse("--group-size 1 --advantage-estimator global --steps-per-rollout 1 --rollout-batch-size 8")
-    assert args.global_batch_size == 8
-
-
-def test_a_flag_given_twice_counts_the_last_time(parse):
-    assert parse("--train-iters 4 --train-iters 12").train_iters == 12
-
-
-def test_layout(parse):
-    args = parse(
-        "--trainer-ranks 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
-    )
-    assert args.world_size == 4
-    assert args.data_parallel_size == 1
-    assert args.sequence_parallel is True
-    assert args.padded_vocab_size == 98
-    alone = parse()
-    assert (alone.sequence_parallel, alone.padded_vocab_size) == (False, 97)
-
-
-def test_flags_that_agree_with_the_model_pass(parse):
-    args = parse("--num-layers 4 --norm-epsilon 1e-6 --disable-bias-linear --swiglu --seq-length 50")
-    assert (args.num_layers, args.add_bias_linear) == (4, False)
+@pytest.mark.parametrize(
+    ("flags", "function", "options", "aggregation"),
+    [
+        ("", vespo, {"kernel": GammaKernel()}, "token-mean"),
+        ("--vespo-positive 1 1.5 --vespo-negative 4 2.5", vespo,
+         {"kernel": GammaKernel(positive=(1.0, 1.5), negative=(4.0, 2.5))}, "token-mean"),
+        ("--policy-loss gspo", gspo, {"low": 3e-4, "high": 4e-4}, SEQUENCES),
+        ("--policy-loss gspo --clip-range 0.1 0.2 --loss-aggregation token-mean", gspo,
+         {"low": 0.1, "high": 0.2}, "token-mean"),
+        ("--policy-loss sapo --sapo-tau 1 2", sapo, {"tau_positive": 1.0, "tau_negative": 2.0}, SEQUENCES),
+        ("--policy-loss grpo --dual-clip 3", grpo, {"low": 0.2, "high": 0.28, "dual_clip": 3.0},
+         "token-mean"),
+        ("--policy-loss topr", topr, {}, SEQUENCES),
+        ("--policy-loss m2po", m2po, {"target": 0.04}, "token-mean"),
+        ("--policy-loss bapo --loss-target 0.5", grpo, {"target": 0.5}, "token-mean"),
+    ],
+)  # fmt: skip
+def test_losses_take_their_own_options(parse, flags, function, options, aggregation):
+    args = parse(flags)
+    loss = LossSettings.of(args).bind().loss
+    assert (loss.function, loss.options, args.loss_aggregation) == (function, options, aggregation)
 
 
 TWO_STAGES = "--trainer-ranks 2 --pipeline-model-parallel-size 2"
@@ -336,17 +293,6 @@ def test_a_file_in_the_place_of_a_folder(refusal, flag, below, tmp_path):
     file = tmp_path / "train.jsonl"
     file.touch()
     check_refusal(refusal(f"{flag} {file}{below}"), f"{flag} {file}{below}", f": {file} is a file")
-
-
-def test_the_largest_seeds(parse):
-    assert parse("--seed 4294967295").seed == 4294967295
-    assert parse("--seed 1").seed == 1
-
-
-def test_sglang_flags_arrive_without_their_prefix(parse):
-    args = parse("--sglang-mem-fraction-static 0.7 --seed 5 --sglang-disable-radix-cache --sglang-tp-size=2")
-    assert args.sglang_flags == ["--mem-fraction-static", "0.7", "--disable-radix-cache", "--tp-size", "2"]
-    assert args.seed == 5
 
 
 def test_another_model_is_refused_before_megatron_is_asked(child, tmp_path):

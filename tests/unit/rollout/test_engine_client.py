@@ -25,6 +25,7 @@ from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_fl
 from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.builders import make_completion, make_group
+from tests.support.refusals import check_refusal
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,))
@@ -81,44 +82,7 @@ def test_routes_of_a_retracted_request_are_not_kept():
 
 
 def test_versions_of_a_completion_that_saw_an_update():
-    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
-    assert parse(reply(weight_versions=spans)).policy_versions.tolist() == [3, 4]
-
-
-@pytest.mark.parametrize(
-    "spans",
-    [
-        [],
-        [{"version": "3", "start": 0, "end": 1}],
-        [{"version": "3", "start": 1, "end": 2}],
-        [{"version": "3", "start": 0, "end": 3}],
-        [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 1, "end": 2}],
-    ],
-)
-def test_versions_must_cover_every_token_once(spans):
-    with pytest.raises(
-        GenerateReplyError, match=WHERE + r"weight versions \[.*\] do not cover the 2 completion tokens$"
-    ):
-        parse(reply(weight_versions=spans))
-
-
-def test_version_must_be_ours():
-    with pytest.raises(
-        GenerateReplyError, match=WHERE + "weight version 'default' is not one of ours, a number$"
-    ):
-        parse(reply(weight_versions=[{"version": "default", "start": 0, "end": 2}]))
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(None, "None"), (float("nan"), "nan"), (float("-inf"), "-inf"), (float("inf"), "inf"), (0.01, "0.01")],
-)
-def test_bad_log_prob_is_refused_by_name(value, shown):
-    with pytest.raises(
-        GenerateReplyError if value == 0.01 else NonFiniteLogProbsError,
-        match=WHERE + rf"log-prob {shown} of completion token 1 \(1 bad of 2\)$",
-    ):
-        parse(reply(output_token_logprobs=[[-0.5, 11, None], [value, 1, None]]))
+    assert parse(reply(weight_versions=[span("3", 0, 1), span("4", 1, 2)])).policy_versions.tolist() == [3, 4]
 
 
 def test_soft_max_rounding_is_kept_as_it_came():
@@ -126,12 +90,49 @@ def test_soft_max_rounding_is_kept_as_it_came():
     assert completion.log_probs.tolist() == [1.1920928955078125e-07, 0.0]
 
 
-@pytest.mark.parametrize("scored", [[[-0.5, 11, None]], [[-0.5, 11, None], [-1.0, 2, None]]])
-def test_scored_tokens_must_be_the_output(scored):
-    with pytest.raises(
-        GenerateReplyError, match=WHERE + f"2 output ids do not match {len(scored)} scored tokens$"
-    ):
-        parse(reply(output_token_logprobs=scored))
+def span(version: str, start: int, end: int) -> dict:
+    return {"version": version, "start": start, "end": end}
+
+
+SPANS = r"weight versions \[.*\] do not cover the 2 completion tokens$"
+MAGIC, ABORT = {"type": "magic"}, {"type": "abort"}
+NO_TOKENS = {"finish_reason": ABORT, "output_ids": [], "output_token_logprobs": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # versions cover every token once, and are ours
+        *(({"weight_versions": spans}, SPANS) for spans in (
+            [], [span("3", 0, 1)], [span("3", 1, 2)], [span("3", 0, 3)], [span("3", 0, 2), span("4", 1, 2)],
+        )),
+        ({"weight_versions": [span("default", 0, 2)]},
+         "weight version 'default' is not one of ours, a number$"),
+        ({"output_token_logprobs": [[-0.5, 11, None], [0.01, 1, None]]},
+         r"log-prob 0.01 of completion token 1 \(1 bad of 2\)$"),
+        *(({"output_token_logprobs": scored}, f"2 output ids do not match {len(scored)} scored tokens$")
+          for scored in ([[-0.5, 11, None]], [[-0.5, 11, None], [-1.0, 2, None]])),
+        ({"finish_reason": MAGIC}, "unknown finish reason {'type': 'magic'}$"),
+        (NO_TOKENS, "no tokens, finish reason {'type': 'abort'}$"),
+        ({"routed_experts": encoded([0] * 6)}, "6 routed experts, expected 4 tokens x 2 layers x 1$"),
+        *(({"routed_experts": encoded([0] * 7 + [bad])},
+           rf"routed experts {low}\.\.{high} are not within 0\.\.255$")
+          for bad, low, high in ((256, 0, 256), (-1, -1, 0))),
+        ({"routed_experts": "AAA"}, "routed experts are not base64 int32"),
+    ],
+)  # fmt: skip
+def test_a_reply_that_cannot_be_used_is_refused_by_name(changes, message):
+    answer = reply(**changes)
+    answer["output_ids"] = changes.get("output_ids", answer["output_ids"])
+    with pytest.raises(GenerateReplyError, match=WHERE + message):
+        parse(answer)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), float("inf")])
+def test_a_log_prob_that_is_not_finite_is_refused_as_such(value):
+    message = WHERE + rf"log-prob {value} of completion token 1 \(1 bad of 2\)$"
+    with pytest.raises(NonFiniteLogProbsError, match=message):
+        parse(reply(output_token_logprobs=[[-0.5, 11, None], [value, 1, None]]))
 
 
 def test_replaced_nan_token_is_refused():
@@ -139,14 +140,6 @@ def test_replaced_nan_token_is_refused():
         NonFiniteLogProbsError, match=WHERE + "the engine sampled a token outside the vocabulary"
     ):
         parse(reply(finish_reason={"type": "stop", "matched": "NaN happened"}))
-
-
-def test_unknown_finish_reason_and_empty_completion():
-    with pytest.raises(GenerateReplyError, match=WHERE + "unknown finish reason {'type': 'magic'}$"):
-        parse(reply(finish_reason={"type": "magic"}))
-    empty = reply(finish_reason={"type": "abort"}, output_token_logprobs=[]) | {"output_ids": []}
-    with pytest.raises(GenerateReplyError, match=WHERE + "no tokens, finish reason {'type': 'abort'}$"):
-        parse(empty)
 
 
 @pytest.mark.parametrize(
@@ -157,20 +150,6 @@ def test_missing_field_is_named(field):
     del answer["meta_info"][field]
     with pytest.raises(GenerateReplyError, match=f"^prompt 17: the reply has no '{field}'$"):
         parse(answer)
-
-
-def test_routed_experts_shape_and_range():
-    with pytest.raises(
-        GenerateReplyError, match=WHERE + "6 routed experts, expected 4 tokens x 2 layers x 1$"
-    ):
-        parse(reply(routed_experts=encoded([0] * 6)))
-    for bad, low, high in ((256, 0, 256), (-1, -1, 0)):
-        with pytest.raises(
-            GenerateReplyError, match=WHERE + rf"routed experts {low}\.\.{high} are not within 0\.\.255$"
-        ):
-            parse(reply(routed_experts=encoded([0] * 7 + [bad])))
-    with pytest.raises(GenerateReplyError, match=WHERE + "routed experts are not base64 int32"):
-        parse(reply(routed_experts="AAA"))
 
 
 def test_payload_samples_the_untruncated_distribution():
@@ -220,29 +199,24 @@ def test_a_flag_takes_only_its_own_values():
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    "row",
     [
-        (
-            ["--sglang-atention-backend", "x"],
-            r"^--sglang-atention-backend: SGLang \d\S+ has no flag --atention-backend; "
-            r"did you mean --sglang-attention-backend\?$",
-        ),
-        (["--sglang-zzzzqqqq"], r"^--sglang-zzzzqqqq: SGLang \d\S+ has no flag --zzzzqqqq$"),
-        (
-            ["--sglang-model-path", "x"],
-            r"^--sglang-model-path: megatron_vespo sets SGLang's --model-path itself; remove the flag$",
-        ),
-        (["--sglang-tp-size"], r"^--sglang-tp-size: SGLang's --tp-size needs a value$"),
-        (["--sglang-tp-size", "--lr", "1"], r"^--sglang-tp-size: SGLang's --tp-size needs a value$"),
-        (
-            ["--sglang-sleep-on-idle=1"],
-            r"^--sglang-sleep-on-idle: SGLang's --sleep-on-idle takes no value, but got '1'$",
-        ),
+        ("--sglang-atention-backend x", "has no flag --atention-backend",
+         "did you mean --sglang-attention-backend?"),
+        ("--sglang-zzzzqqqq", "has no flag --zzzzqqqq"),
+        ("--sglang-model-path x", "sets SGLang's --model-path itself; remove the flag"),
+        ("--sglang-tp-size", "--tp-size needs a value"),
+        ("--sglang-tp-size --lr 1", "--tp-size needs a value"),
+        ("--sglang-sleep-on-idle=1", "--sleep-on-idle takes no value", "'1'"),
     ],
-)
-def test_flag_errors(argv, message):
-    with pytest.raises(ValueError, match=message):
-        parse_sglang_flags(argv)
+)  # fmt: skip
+def test_flags_that_sglang_does_not_take(row):
+    argv, *words = row
+    with pytest.raises(ValueError) as error:
+        parse_sglang_flags(argv.split())
+    line = str(error.value)
+    check_refusal(line, argv.partition(" ")[0], *words)
+    assert ("did you mean" in line) == ("did you mean" in words[-1])
 
 
 def test_reading_the_flags_does_not_import_sglang():
