@@ -23,6 +23,23 @@ from tests.support.settings import flat_settings
 LOG_MISMATCH = ("log_mismatch_in_w", "log_mismatch", "log_mismatch_abs_max")
 PROMPTS = [make_prompt(i, [1, 2]) for i in range(2)]
 COMPLETIONS, MINI_BATCHES = 2, 2
+FLAGS = dict(
+    steps_per_rollout=MINI_BATCHES,
+    max_completion_tokens=3,
+    advantage_estimator="group-mean",
+    overlong_buffer=0,
+    overlong_penalty=1.0,
+    routing_replay=None,
+    eval_interval=5,
+    eval_completions=1,
+    eval_temperature=None,
+    eval_pass_reward=1.0,
+    save="folder",
+    save_interval=1000,
+    on_alarm="warn",
+    sync_interval=None,
+    seed=0,
+)
 
 
 class Cursor:
@@ -113,24 +130,7 @@ def controller(
     **changes,
 ) -> Controller:
     """`source` is a synchronous one unless it is given; `changes` are of the flags."""
-    flags = dict(
-        train_iters=MINI_BATCHES * batches,
-        steps_per_rollout=MINI_BATCHES,
-        max_completion_tokens=3,
-        advantage_estimator="group-mean",
-        overlong_buffer=0,
-        overlong_penalty=1.0,
-        routing_replay=None,
-        eval_interval=5,
-        eval_completions=1,
-        eval_temperature=None,
-        eval_pass_reward=1.0,
-        save="folder",
-        save_interval=1000,
-        on_alarm=on_alarm,
-        sync_interval=None,
-        seed=0,
-    )
+    flags = FLAGS | {"train_iters": MINI_BATCHES * batches, "on_alarm": on_alarm}
     settings = flat_settings(**flags | changes)
     args = settings.values
     state, display = state or RunState(), RunDisplay("test", args.train_iters)

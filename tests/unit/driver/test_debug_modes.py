@@ -23,7 +23,8 @@ from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
 from tests.support.builders import make_completion, make_prompt
-from tests.support.controllers import EngineSync
+from tests.support.controllers import FLAGS, EngineSync, Tokenizer
+from tests.support.refusals import check_refusal
 from tests.support.settings import flat_settings
 
 BATCHES, SIZE, GROUP = 3, 4, 2
@@ -32,31 +33,15 @@ SAMPLING = SamplingParams(1.0, 3, ())
 
 
 def arguments(**changes) -> flat_settings:
-    flags = dict(
+    flags = FLAGS | dict(
         train_iters=2 * BATCHES,
-        steps_per_rollout=2,
         rollout_batch_size=SIZE,
         group_size=GROUP,
-        max_completion_tokens=3,
-        advantage_estimator="group-mean",
-        dynamic_sampling=False,
-        dynamic_sampling_max_batches=10,
         overlong_buffer=2,
-        overlong_penalty=1.0,
-        ratio_denominator="recomputed",
-        old_policy="current",
-        max_logprob_difference=None,
         routing_replay="R3",
-        eval_interval=5,
-        eval_completions=1,
-        eval_temperature=None,
-        eval_pass_reward=1.0,
         eval_data=None,
         save=None,
         load=None,
-        save_interval=1000,
-        on_alarm="warn",
-        seed=0,
         vocab_size=9,
         num_layers=1,
         hidden_size=8,
@@ -101,11 +86,6 @@ class Metrics:
 
     def write(self, step: int, metrics: dict) -> None:
         self.records.append((step, metrics))
-
-
-class Tokenizer:
-    def batch_decode(self, token_ids, skip_special_tokens):
-        return [""] * len(token_ids)
 
 
 class Recording:
@@ -241,24 +221,16 @@ def test_the_display_is_told_the_last_evaluation_before_the_first_batch(evaluati
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("mode", "other"),
     [
-        ({"train_from": "r", "rollout_only": True},
-         "--train-from starts no engines, --rollout-only needs them: leave one out"),
-        ({"train_from": "r", "save_rollouts": Path("s")},
-         "--train-from starts no engines, --save-rollouts needs them: leave one out"),
-        ({"train_from": "r", "eval_data": Path("h")},
-         "--train-from starts no engines, --eval-data needs them: leave one out"),
-        ({"rollout_only": True, "load": "c"},
-         "--rollout-only has no trainer, the weights are --hf-checkpoint's: leave --load out"),
-        ({"rollout_only": True, "save": "c"},
-         "--rollout-only has no trainer, the weights are --hf-checkpoint's: leave --save out"),
+        *(("train_from", name) for name in ("rollout_only", "save_rollouts", "eval_data")),
+        *(("rollout_only", name) for name in ("load", "save")),
     ],
-)  # fmt: skip
-def test_contradictions(flags, message):
+)
+def test_contradictions(mode, other):
     with pytest.raises(ValueError) as error:
-        check_modes(arguments(**flags))
-    assert str(error.value) == message
+        check_modes(arguments(**{mode: Path("x"), other: Path("y")}))
+    check_refusal(str(error.value), f"--{mode.replace('_', '-')}", f"--{other.replace('_', '-')}", "leave")
 
 
 def test_what_may_be_recorded_where(recorded):

@@ -18,6 +18,7 @@ from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.builders import make_completion, make_prompt
+from tests.support.controllers import Tokenizer
 
 N = 4  # completions a prompt
 LONGEST = 8
@@ -47,42 +48,24 @@ def filled(size: int, max_prompts: int, varied: list[bool]) -> tuple[RolloutBatc
     return batch, rounds
 
 
-def test_groups_without_variance_are_replaced():
-    batch, rounds = filled(4, 40, [True, False, False, True] + [False, True, False, True])
-    # half of them were kept, so four more should bring the two that are missing
-    assert rounds == [4, 4]
-    assert ids(batch.groups()) == [0, 3, 5, 7]
-    assert batch.metrics() == {
-        "rollout/generated_prompts": 8.0,
-        "rollout/filtered_groups": 4.0,
-        "rollout/surplus_groups": 0.0,
-        "rollout/shortfall_groups": 0.0,
-    }
-
-
-def test_surplus_is_dropped_and_counted():
-    batch, rounds = filled(4, 40, [True, True, True, False] + [True, True])
-    assert rounds == [4, 2]  # one is missing; at three of four, 4 / 3 prompts bring it
-    assert ids(batch.groups()) == [0, 1, 2, 4]
-    assert batch.metrics()["rollout/surplus_groups"] == 1.0
-    assert batch.metrics()["rollout/filtered_groups"] == 1.0
-
-
-def test_the_cap_fills_the_batch_with_what_there_is():
-    batch, rounds = filled(4, 10, [False] * 5 + [True] + [False] * 4)
-    assert rounds == [4, 4, 2]
-    assert ids(batch.groups()) == [0, 1, 2, 5]
-    assert batch.metrics() == {
-        "rollout/generated_prompts": 10.0,
-        "rollout/filtered_groups": 6.0,
-        "rollout/surplus_groups": 0.0,
-        "rollout/shortfall_groups": 3.0,
-    }
-
-
-def test_without_dynamic_sampling_everything_is_taken_as_it_comes():
-    batch, rounds = filled(4, 4, [False, True, False, True])
-    assert rounds == [4] and ids(batch.groups()) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    ("cap", "varied", "rounds", "kept", "counts"),
+    [
+        # half of them were kept, so four more should bring the two that are missing
+        (40, "+--+ -+-+", [4, 4], [0, 3, 5, 7], (8, 4, 0, 0)),
+        # one is missing; at three of four, 4 / 3 prompts bring it, and the surplus is dropped
+        (40, "+++- ++", [4, 2], [0, 1, 2, 4], (6, 1, 1, 0)),
+        # the cap fills the batch with what there is
+        (10, "---- -+-- --", [4, 4, 2], [0, 1, 2, 5], (10, 6, 0, 3)),
+        # without dynamic sampling everything is taken as it comes
+        (4, "-+-+", [4], [0, 1, 2, 3], (4, 0, 0, 2)),
+    ],
+)
+def test_groups_without_variance_are_replaced(cap, varied, rounds, kept, counts):
+    batch, found = filled(4, cap, [sign == "+" for sign in varied.replace(" ", "")])
+    assert (found, ids(batch.groups())) == (rounds, kept)
+    names = ("generated_prompts", "filtered_groups", "surplus_groups", "shortfall_groups")
+    assert batch.metrics() == {f"rollout/{n}": float(c) for n, c in zip(names, counts, strict=True)}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -136,11 +119,6 @@ class Rewards:
     def score(self, items):
         right = [int(item.answer) % self.every == 0 and i % N == 0 for i, item in enumerate(items)]
         return [RewardResult(float(r), "ok", "") for r in right]
-
-
-class Tokenizer:
-    def batch_decode(self, token_ids, skip_special_tokens):
-        return [""] * len(token_ids)
 
 
 class Source(SynchronousBatches):

@@ -100,7 +100,7 @@ class Simulation:
     """Engines with random latencies and failures, a trainer that takes batches, weight syncs in between."""
 
     def __init__(
-        self, seed, *, steps_per_rollout, per_step, max_staleness, sync_interval, requeue, failures, tail
+        self, seed, *, steps_per_rollout, per_step, max_staleness, sync_interval, requeue=True, failures, tail
     ):
         self.random = random.Random(seed)
         self.steps_per_rollout, self.per_step, self.max_staleness = steps_per_rollout, per_step, max_staleness
@@ -109,11 +109,8 @@ class Simulation:
             batch_size=steps_per_rollout * per_step, steps_per_rollout=steps_per_rollout,
             max_staleness=max_staleness, requeue=requeue,
         )  # fmt: skip
-        self.now, self.served_at, self.running = (
-            0.0,
-            [(0.0, 0)],
-            [],
-        )  # running: (end, number, group)
+        self.now, self.served_at = 0.0, [(0.0, 0)]
+        self.running = []  # (end, number, group)
         self.trained = Counter()
         self.requests = 0
 
@@ -200,16 +197,8 @@ def test_nothing_is_lost_or_twice_or_too_old_and_it_ends(data):
 
 
 def test_thousands_of_requests():
-    simulation = Simulation(
-        1,
-        steps_per_rollout=4,
-        per_step=8,
-        max_staleness=8,
-        sync_interval=4,
-        requeue=True,
-        failures=0.05,
-        tail=40.0,
-    )
+    sizes = {"steps_per_rollout": 4, "per_step": 8, "max_staleness": 8, "sync_interval": 4}
+    simulation = Simulation(1, **sizes, failures=0.05, tail=40.0)
     simulation.run(150)
     simulation.check_that_nothing_is_lost()
     counts = simulation.buffer.counts
@@ -219,16 +208,8 @@ def test_thousands_of_requests():
 
 
 def test_without_tail_and_failures_nothing_is_generated_in_vain():
-    simulation = Simulation(
-        2,
-        steps_per_rollout=2,
-        per_step=4,
-        max_staleness=3,
-        sync_interval=2,
-        requeue=True,
-        failures=0.0,
-        tail=1.0,
-    )
+    sizes = {"steps_per_rollout": 2, "per_step": 4, "max_staleness": 3, "sync_interval": 2}
+    simulation = Simulation(2, **sizes, failures=0.0, tail=1.0)
     simulation.random.expovariate = lambda rate: 1.0
     simulation.run(50)
     counts = simulation.buffer.counts
