@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def test_all_are_here():
     assert found == RECIPES.keys()
 
 
+def check_kernels(args: Namespace) -> None:
+    """Those that the recipes' README names."""
+    assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
+    assert args.moe_grouped_gemm and args.moe_permute_fusion and not args.moe_router_fusion
+    assert args.bias_swiglu_fusion and args.moe_router_dtype == "fp32"
+    assert args.moe_router_load_balancing_type in ("none", ["none"]) and not args.overlap_grad_reduce
+    assert args.distributed_timeout_minutes == 60
+    if not args.colocate:
+        assert flag_value(args.sglang_flags, "--cuda-graph-max-bs-decode") == "512"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     args = parse(recipe, tmp_path)
@@ -44,6 +56,7 @@ def test_a_recipe_is_accepted_and_has_the_papers_settings(tmp_path, recipe):
     # a rollout batch is given up or saved as a whole
     assert args.save_interval % args.steps_per_rollout == args.save_retain_interval % args.save_interval == 0
     assert args.generate_timeout > args.preemption_deadline
+    check_kernels(args)
 
 
 def test_the_papers_baselines_are_those_of_its_code(tmp_path):
@@ -59,18 +72,6 @@ def test_the_papers_baselines_are_those_of_its_code(tmp_path):
         "bapo": ("token-mean", 3.0),
         "topr": ("sequence-mean-token-mean", None),
     }
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_has_the_kernels_that_its_readme_names(tmp_path, recipe):
-    args = parse(recipe, tmp_path)
-    assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
-    assert args.moe_grouped_gemm and args.moe_permute_fusion and not args.moe_router_fusion
-    assert args.bias_swiglu_fusion and args.moe_router_dtype == "fp32"
-    assert args.moe_router_load_balancing_type in ("none", ["none"]) and not args.overlap_grad_reduce
-    assert args.distributed_timeout_minutes == 60
-    if not args.colocate:
-        assert flag_value(args.sglang_flags, "--cuda-graph-max-bs-decode") == "512"
 
 
 @pytest.mark.parametrize("steps", [8, 16, 32, 64])

@@ -13,6 +13,7 @@ from megatron_vespo.cluster.supervised_engine import SupervisedEngine
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
+from tests.support.waiting import until
 
 
 class Engine(SupervisedEngine):
@@ -67,13 +68,6 @@ def start(monkeypatch):
         assert not fleet._thread.is_alive()
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 class Trainer:
     """Notes what is asked of it; `lose[call]` are the engines that it finds lost there, once."""
 
@@ -102,18 +96,19 @@ KEY = "key"
 A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
 
 
-def engine_sync(fleet: EngineFleet, trainer, engine_size: int = 1) -> EngineSync:
-    sync = EngineSync(fleet, engine_size, KEY)
+def trained(fleet: EngineFleet, engine_size: int = 1) -> tuple[Trainer, EngineSync]:
+    """A trainer of the fleet's engines, once they are ready."""
+    fleet.wait_until_ready()
+    trainer, sync = Trainer(), EngineSync(fleet, engine_size, KEY)
     sync.attach(trainer)
-    return sync
+    return trainer, sync
 
 
 def test_engines_serve_when_they_have_the_weights(start):
     fleet, said = start(Engine(0), Engine(1))
     fleet.wait_until_ready()
     assert list(fleet.urls) == [None, None] and fleet.any_ready() and not fleet.any_serves()
-    trainer = Trainer()
-    sync = engine_sync(fleet, trainer, engine_size=2)
+    trainer, sync = trained(fleet, engine_size=2)
     assert sync.sync(0) == 0.5
     assert list(fleet.urls) == [A1, B1] and not fleet.any_ready()
     assert sync.sync(4) == 0.5
@@ -128,9 +123,7 @@ def test_engines_serve_when_they_have_the_weights(start):
 def test_a_dead_engine_is_started_again_and_rejoins(start):
     first, second = Engine(0), Engine(1)
     fleet, said = start(first, second)
-    trainer = Trainer()
-    sync = engine_sync(fleet, trainer)
-    fleet.wait_until_ready()
+    trainer, sync = trained(fleet)
     sync.sync(0)
     second.may_start, second.end_with = False, "died (signal SIGKILL)"
     until(lambda: list(fleet.urls) == [A1, None])
@@ -159,10 +152,8 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
 def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
     first, second = Engine(0), Engine(1)
     fleet, said = start(first, second)
-    fleet.wait_until_ready()
-    trainer = Trainer()
+    trainer, sync = trained(fleet)
     trainer.lose[where] = [B1]
-    sync = engine_sync(fleet, trainer)
     second.may_start = False
     sync.sync(5)
     assert list(fleet.urls) == [A1, None] and second.num_starts == 2
@@ -177,11 +168,11 @@ def test_a_sync_that_loses_an_engine_is_repeated_without_it(start, where):
 def test_where_no_engine_is_left_a_sync_waits_for_one(start):
     engine = Engine(0)
     fleet, _ = start(engine)
-    trainer = Trainer()
+    trainer, sync = trained(fleet)
     trainer.lose["sync"] = [A1]
-    engine_sync(fleet, trainer).sync(0)
-    assert list(fleet.urls) == ["http://engine-0-2"]
+    sync.sync(0)
     again = "http://engine-0-2"
+    assert list(fleet.urls) == [again]
     assert trainer.calls == [
         ("connect", [A1], [A1], 1, 1), ("sync", 0), ("connect", [again], [again], 2, 1), ("sync", 0),
         ("check", 0),
@@ -191,14 +182,14 @@ def test_where_no_engine_is_left_a_sync_waits_for_one(start):
 @pytest.mark.parametrize("error", [WeightMismatchError("other weights"), WeightSyncError("refused")])
 def test_what_no_restart_mends_ends_the_sync(start, error):
     fleet, _ = start(Engine(0))
-    trainer = Trainer()
+    trainer, sync = trained(fleet)
 
     def refuse(version: int) -> None:
         raise error
 
     trainer.sync_weights = refuse
     with pytest.raises(type(error), match=str(error)):
-        engine_sync(fleet, trainer).sync(0)
+        sync.sync(0)
     assert list(fleet.urls) == [None]
 
 
@@ -336,12 +327,9 @@ def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
 
 def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):
     engine = Engine(0)
-    engine.always_ends = EnginePortError(
-        "it cannot listen on h:30000; choose another port with --rollout-port"
-    )
+    message = "it cannot listen on h:30000; choose another port with --rollout-port"
+    engine.always_ends = EnginePortError(message)
     fleet, said = start(engine)
-    with pytest.raises(
-        EngineError, match="^it cannot listen on h:30000; choose another port with --rollout-port$"
-    ):
+    with pytest.raises(EngineError, match=f"^{message}$"):
         fleet.wait_until_ready()
     assert engine.num_starts == 1 and not said

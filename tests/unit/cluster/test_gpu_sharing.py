@@ -141,17 +141,10 @@ def made(monkeypatch):
             return 0.0
 
     parent = ColocatedTrainer.__mro__[1]
-    monkeypatch.setattr(parent, "start", lambda self: base.note("start", *ALL))
-    monkeypatch.setattr(parent, "prepare", lambda self, batches: base.note("prepare", *ALL))
-    monkeypatch.setattr(
-        parent, "log_probs", lambda self, samples: base.note("log-probs", "kv_cache", "cuda_graph")
-    )
-    monkeypatch.setattr(
-        parent, "save", lambda self, state, buffer: base.note("save", "kv_cache", "cuda_graph")
-    )
-    monkeypatch.setattr(
-        parent, "export_hf", lambda self, target: base.note("export", "kv_cache", "cuda_graph")
-    )
+    some = ALL - {"weights"}
+    needed = {"start": ALL, "prepare": ALL, "log_probs": some, "save": some, "export_hf": some}
+    for name, tags in needed.items():
+        monkeypatch.setattr(parent, name, lambda *_, what=(name, *tags): base.note(*what))
     monkeypatch.setattr(
         parent, "connect_engines",
         lambda self, urls, fresh, number, size, key, loaded: base.loaded.update(loaded),
@@ -194,7 +187,7 @@ def test_a_run(made):
     assert servers.take() == OFFLOAD + ONLOAD
     assert base.did == [
         "start", *sync_of(0), "prepare", *sync_of(1), "prepare", *sync_of(2),
-        "save", "offload", "log-probs", "offload", "export", "offload",
+        "save", "offload", "log_probs", "offload", "export_hf", "offload",
     ]  # fmt: skip
     assert sync.metrics()["engines/turn_seconds"] == sharing.seconds > 0
 
@@ -207,7 +200,7 @@ def test_what_computes_in_the_trainers_turn_moves_nothing(made):
     trainer.save({}, None)
     trainer.prepare([])
     assert servers.take() == [] and fleet.held
-    assert base.did == ["start", "log-probs", "save", "prepare"]
+    assert base.did == ["start", "log_probs", "save", "prepare"]
 
 
 @pytest.mark.parametrize("path", ["abort", "flush", "release"])

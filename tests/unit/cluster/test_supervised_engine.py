@@ -12,6 +12,7 @@ from megatron_vespo.cluster import supervised_engine
 from megatron_vespo.cluster.supervised_engine import SupervisedEngine
 from megatron_vespo.rollout.sglang_server import EngineError
 from megatron_vespo.system.http import EngineRequestError
+from tests.support.waiting import until
 
 URL = "http://engine:1"
 
@@ -156,7 +157,4 @@ def test_it_says_that_it_waits_for_a_sign_of_life(engine, monkeypatch):
     engine.poll(True)
     assert engine.awaits_health_check
     asked.set()
-    deadline = time.monotonic() + 5
-    while engine.awaits_health_check:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not engine.awaits_health_check)

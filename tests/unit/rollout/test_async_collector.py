@@ -15,6 +15,7 @@ from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.router import CollectError
 from tests.support.builders import SAMPLING, make_prompt
 from tests.support.engine_stub import EngineStub, sglang_reply
+from tests.support.waiting import until
 
 COMPLETIONS = 2
 
@@ -95,13 +96,6 @@ def start(engine):
 def metrics(run: AsyncCollector) -> dict[str, float]:
     with run.held() as buffer:
         return buffer.metrics()
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_it_generates_ahead_as_far_as_the_bound_allows_and_no_further(engine, start):
