@@ -51,11 +51,17 @@ def event_files_in_order(monkeypatch):
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
-def write_steps(directory, resume_step, steps, offset=0.0):
-    writer = MetricsWriter(directory, resume_step)
-    for step in steps:
-        writer.write(step, {"reward/mean": step + offset})
+def write_records(directory, resume_step, records, **options):
+    writer = MetricsWriter(directory, resume_step, **options)
+    for step, metrics in records:
+        writer.write(step, metrics)
     writer.close()
+
+
+def write_steps(directory, resume_step, steps, offset=0.0, **options):
+    write_records(
+        directory, resume_step, [(step, {"reward/mean": step + offset}) for step in steps], **options
+    )
 
 
 def rewards(directory):
@@ -109,9 +115,7 @@ def test_resume_drops_later_steps_and_a_torn_last_line(tmp_path, torn):
 def test_going_back_keeps_what_it_cuts_off(tmp_path):
     write_steps(tmp_path, None, [1, 2, 3])
     for offset in (0.5, 0.25):
-        writer = MetricsWriter(tmp_path, 1, keep_cut=True)
-        writer.write(2, {"reward/mean": 2 + offset})
-        writer.close()
+        write_steps(tmp_path, 1, [2], offset, keep_cut=True)
     assert rewards(tmp_path) == tensorboard_points(tmp_path) == [(1, 1.0), (2, 2.25)]
     cut = read_metrics(tmp_path / "metrics.previous.jsonl")
     assert [(r["step"], r["reward/mean"]) for r in cut] == [(2, 2.0), (3, 3.0), (2, 2.5)]
@@ -445,10 +449,7 @@ def test_a_resume_drops_checks_that_came_after_the_save_it_goes_on_from(tmp_path
         (8, {"eval/accuracy": 0.3}),
         (8, {"check/last_sync_logprob_difference": 0.0}),
     ]
-    writer = MetricsWriter(tmp_path, None)
-    for step, metrics in records:
-        writer.write(step, metrics)
-    writer.close()
+    write_records(tmp_path, None, records)
     MetricsWriter(tmp_path, 8).close()
     kept = [(record["step"], record.keys()) for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert kept == [(step, {"step", "time", *metrics}) for step, metrics in records[:4]]

@@ -11,7 +11,5 @@ def test_engines_of_a_run_draw_different_ports():
 
 
 def test_numbers_beyond_the_lanes_have_ports_too():
-    assert (
-        find_free_port("127.0.0.1", PORT_LANES + 3) % PORT_LANES
-        == find_free_port("127.0.0.1", 3) % PORT_LANES
-    )
+    lanes = {find_free_port("127.0.0.1", number) % PORT_LANES for number in (3, PORT_LANES + 3)}
+    assert len(lanes) == 1
