@@ -16,13 +16,6 @@ from tests.support.fake_nodes import FakeNodes
 from tests.support.recipes import CONFIGS, EXAMPLES
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/cluster" in item.path.as_posix():
-            item.add_marker(pytest.mark.integration)
-            item.add_marker(pytest.mark.timeout(180))
-
-
 @pytest.fixture(scope="session")
 def megatron():
     """A process that imports Megatron, which changes it: `megatron(function, *arguments)`."""

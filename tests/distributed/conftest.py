@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.support.launch import PROGRAMS, TIMEOUT_S, Result, launch
@@ -15,27 +14,9 @@ from tests.support.random_task import Task, make_task
 TRAINING_FLAGS = "--ratio-denominator decoupled --lr 3e-5 --lr-warmup-iters 3".split()
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.distributed)
-
-
 @pytest.fixture(scope="session")
-def transformers_log_probs(tmp_path_factory) -> Callable[..., np.ndarray]:
-    def run(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
-        arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
-        folder = tmp_path_factory.mktemp("transformers")
-        program = PROGRAMS / "transformers_log_probs.py"
-        return launch(program, 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]["log_probs"]
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def task(tmp_path_factory, transformers_log_probs) -> Task:
-    return make_task(tmp_path_factory.mktemp("task"), transformers_log_probs)
+def task(tmp_path_factory) -> Task:
+    return make_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from tests.support.launch import PROGRAMS, TIMEOUT_S, Result, launch
 from tests.support.named_layouts import LAYOUTS
-from tests.support.random_task import random_samples
+from tests.support.random_task import random_samples, transformers_log_probs
 from tests.support.tensors import read_tensors
 
 CASES = [
@@ -39,7 +39,7 @@ def samples_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, samples_file, transformers_log_probs) -> Callable[[str], tuple[Path, np.ndarray]]:
+def model(tmp_path_factory, samples_file) -> Callable[[str], tuple[Path, np.ndarray]]:
     """A folder with a random model, and what transformers gives the samples."""
 
     @functools.cache
@@ -97,9 +97,7 @@ def test_training_does_not_depend_on_the_layout(run, kind, layout):
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("qwen3", "tp2"), ("llama, tied", "pp2")])
-def test_transformers_reads_the_trained_policy(
-    model, run, samples_file, transformers_log_probs, kind, layout
-):
+def test_transformers_reads_the_trained_policy(model, run, samples_file, kind, layout):
     results, output = run(kind, layout)
     trained = results[0]["log_probs_after"]
     difference = np.abs(transformers_log_probs(output / "after", samples_file) - trained).max()

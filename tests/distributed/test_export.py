@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.random_task import transformers_log_probs
 from tests.support.tensors import read_tensors
 
 LAYOUTS = ["one rank", "tp2 pp2 ep2"]
@@ -32,7 +33,7 @@ def test_every_rank_sees_its_stage_once(task, training_run, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transformers_reads_the_trained_policy(task, training_run, outputs, transformers_log_probs, layout):
+def test_transformers_reads_the_trained_policy(task, training_run, outputs, layout):
     expected = training_run(layout)[0]["log_probs_after"]
     exported = outputs / layout / "after"
     difference = np.abs(transformers_log_probs(exported, task.samples_file) - expected).max()

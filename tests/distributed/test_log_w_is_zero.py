@@ -13,7 +13,7 @@ import pytest
 from megatron_vespo.types import TrainingSample
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 from tests.support.named_layouts import LAYOUTS, RECOMPUTE
-from tests.support.random_task import random_samples
+from tests.support.random_task import random_samples, transformers_log_probs
 
 NUM_SAMPLES, MAX_PROMPT, MAX_COMPLETION = 24, 20, 120
 FLAGS = (
@@ -45,7 +45,7 @@ QUICK_LAYOUTS = ("tp2 pp2 ep2", "cp2 ep2, allgather")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, transformers_log_probs) -> dict[int, Path]:
+def models(tmp_path_factory) -> dict[int, Path]:
     """Random ones, by the experts that a token is sent to."""
     folder = tmp_path_factory.mktemp("models")
     one = folder / "one.pkl"

@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.distributed.programs.common import hand_back, join_ranks
 from tests.support.launch import TIMEOUT_S, launch
 
@@ -138,7 +136,6 @@ def run_rank(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.distributed
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     results = launch(Path(__file__), WORLD_SIZE, [str(tmp_path)], TIMEOUT_S, tmp_path / "ranks")
     assert all(result["equal"] for result in results)

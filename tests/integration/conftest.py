@@ -15,13 +15,6 @@ from tests.support.references import transformers_model
 from tests.support.servers import make_tiny_model, start_in_short_lived_thread, tiny_engine
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.integration)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def runtime_plugins() -> None:
     """On a machine without CUDA, sets what the servers inherit in their environment."""

@@ -18,7 +18,7 @@ from megatron_vespo.types import SamplingParams
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.builders import make_prompt
-from tests.support.references import transformers_log_probs, transformers_model
+from tests.support.references import completion_log_probs, transformers_model
 from tests.support.runs import finished, train_command, write_questions
 from tests.support.send_weights import send_weights
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model
@@ -58,7 +58,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
         assert (np.diff(versions) >= 0).all() and set(versions.tolist()) <= {version - 1, version}
         mixed += versions[0] != versions[-1]
         for number, model in models.items():
-            expected = transformers_log_probs(model, completion)
+            expected = completion_log_probs(model, completion)
             difference = np.abs(completion.log_probs - expected)[versions == number]
             # keys and values of the old weights are what in_place goes on with
             if len(difference) and (mode != "in_place" or number < version):
@@ -107,7 +107,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, refere
     whole = Collector([engine.url], routes=ROUTES, request_timeout_s=120.0)
     for completion in (c for group in groups for c in group):
         assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
-        expected = transformers_log_probs(reference, completion)
+        expected = completion_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() < 1e-4
         longer = make_prompt(0, completion.prompt.token_ids + completion.token_ids[:-1])
         one = SamplingParams(1.0, 1, ())

@@ -9,7 +9,7 @@ from megatron_vespo.driver.training_samples import lost_routes, training_sample
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.types import Completion, SamplingParams
-from tests.support.references import transformers_log_probs
+from tests.support.references import completion_log_probs
 from tests.support.runs import finished, train_command, write_questions
 from tests.support.servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
@@ -62,7 +62,7 @@ def test_retracted_responses_are_trained_without_their_routes(completions):
 def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
     """And are those of the pass that sampled: what is lost are its routes alone."""
     for completion in completions:
-        expected = transformers_log_probs(reference, completion)
+        expected = completion_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
 
 

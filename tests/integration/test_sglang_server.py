@@ -24,7 +24,7 @@ from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer, grou
 from megatron_vespo.system.http import EngineRequestError, get_json, post_json
 from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.types import SamplingParams
-from tests.support.references import transformers_log_probs
+from tests.support.references import completion_log_probs
 from tests.support.servers import HOST, NUM_LAYERS, ROUTES, TOPK, VOCAB_SIZE, tiny_engine
 
 STOP_TOKEN = 1
@@ -57,7 +57,7 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         tokens = completion.prompt.token_ids + completion.token_ids
         with torch.no_grad():
             output = reference(torch.tensor([tokens]), output_router_logits=True)
-        expected = transformers_log_probs(reference, completion, temperature)
+        expected = completion_log_probs(reference, completion, temperature)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
         for layer in range(NUM_LAYERS):
             chosen = output.router_logits[layer].view(len(tokens), -1).topk(TOPK).indices[:-1]
@@ -66,7 +66,7 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         assert completion.finish_reason == ("stop" if ended else "length")
         assert len(completion.token_ids) == 24 or ended
     if temperature != 1.0:
-        untempered = transformers_log_probs(reference, completion)
+        untempered = completion_log_probs(reference, completion)
         assert np.abs(completion.log_probs - untempered).max() > 1e-2  # the comparison can tell
 
 

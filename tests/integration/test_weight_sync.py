@@ -17,7 +17,7 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
-from tests.support.references import transformers_log_probs, transformers_model
+from tests.support.references import completion_log_probs, transformers_model
 from tests.support.send_weights import send_weights
 from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model
 
@@ -95,7 +95,7 @@ def test_the_engine_serves_the_new_weights(own_engine, sender, prompts, tmp_path
     for prompt in prompts:
         completion = generate(own_engine.url, prompt)
         assert set(completion.policy_versions) == {7}
-        difference = np.abs(completion.log_probs - transformers_log_probs(model, completion)).max()
+        difference = np.abs(completion.log_probs - completion_log_probs(model, completion)).max()
         assert difference <= 1e-4
 
 

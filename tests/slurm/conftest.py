@@ -12,13 +12,6 @@ from tests.support.slurm_cluster import Cluster, why_not
 from tests.support.slurm_jobs import Job, stub_venv
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.integration)
-
-
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     if reason := why_not():

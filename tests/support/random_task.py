@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vespo.types import TrainingSample
 from tests.support.builders import make_sample
+from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 VOCAB_SIZE = 131
 NUM_SAMPLES = 48
@@ -28,13 +29,16 @@ class Task:
     log_probs: np.ndarray
 
 
-def make_task(
-    folder: Path, transformers_log_probs: Callable[..., np.ndarray], kind: str = "qwen3 moe"
-) -> Task:
-    """Writes a random model and samples of it; `transformers_log_probs(model, samples_file, *flags)`.
+def transformers_log_probs(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
+    """Of every completion token, by an interpreter that has not imported Megatron."""
+    arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
+    program = PROGRAMS / "transformers_log_probs.py"
+    with tempfile.TemporaryDirectory() as folder:
+        return launch(program, 1, arguments, TIMEOUT_S, Path(folder), preloaded=False)[0]["log_probs"]
 
-    `kind`: one of MODELS in programs/transformers_log_probs.py.
-    """
+
+def make_task(folder: Path, kind: str = "qwen3 moe") -> Task:
+    """Writes a random model and samples of it; `kind`: one of MODELS in the program above."""
     samples = random_samples()
     samples_file = folder / "samples.pkl"
     samples_file.write_bytes(pickle.dumps(samples))

@@ -16,7 +16,7 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def transformers_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
     """float32 [completion tokens]"""
     prompt, token_ids = completion.prompt.token_ids, torch.tensor(completion.token_ids)
     with torch.no_grad():

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_vespo.commands.check_layout.layout import Layout
@@ -26,25 +25,13 @@ SERVER_ENVIRONMENT = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.te)
-
-
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory) -> Callable[[str], Task]:
     """A random model of a kind, and samples of it; each is made once."""
 
-    def transformers_log_probs(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
-        arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
-        program = launcher.PROGRAMS / "transformers_log_probs.py"
-        folder = tmp_path_factory.mktemp("transformers")
-        return launcher.launch(program, 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]["log_probs"]
-
     @functools.cache
     def make(kind: str) -> Task:
-        return make_task(tmp_path_factory.mktemp("task"), transformers_log_probs, kind)
+        return make_task(tmp_path_factory.mktemp("task"), kind)
 
     return make
 
