@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034 # enter and step are used where this is sourced
 # Sourced by the scripts of this folder: where the program runs, and small words that they share.
 #
-# Set these before sbatch (megatron-vespo submit does it), or change the defaults here:
+# Give these as NAME=VALUE before the flags (as megatron-vespo submit does), set them before sbatch, or change the
+# defaults here:
 #   VESPO_VENV               virtual environment with megatron_vespo
 #   VESPO_CONTAINER          image in its place: what pyxis takes (docker://..., FILE.sqsh) or apptainer's FILE.sif
 #   VESPO_CONTAINER_RUNTIME  pyxis (srun --container-image) or apptainer
@@ -31,7 +32,9 @@ die() {
 }
 
 # srun and what stands before the program: "${step[@]}" srun's options "${enter[@]}" command
-step=(srun --input=none --cpu-bind=none) # a task would have one core where SLURM binds: its default is one a task
+# --cpu-bind: a task would have one core where SLURM binds, as its default is one a task. --export: sbatch --export=NONE
+# is for this script's environment, a step needs the variables set here.
+step=(srun --input=none --cpu-bind=none --export=ALL)
 enter=()
 if [[ -z $VESPO_CONTAINER ]]; then
     [[ -x $VESPO_VENV/bin/megatron-vespo ]] || die "$VESPO_VENV has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER"

@@ -73,7 +73,7 @@ free_port() {
 
 # A node that is lost ends the run before SLURM has noticed: does each still start a task?
 nodes_answer() {
-    timeout --kill-after=10 120 srun --overlap --input=none "${on_all[@]}" true
+    timeout --kill-after=10 120 srun --overlap --input=none --export=ALL "${on_all[@]}" true
 }
 
 # Ends the job by the program's exit code: 75 means saved, and that the same command goes on from there.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.support.slurm_jobs import (
     UNTIL_ASKED,
     WAIT_S,
     Job,
+    PastedJob,
     SubmittedJob,
     recipe,
     stub_venv,
@@ -164,29 +167,53 @@ def test_no_environment(job):
     assert "/nowhere has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER" in failed.output
 
 
+def test_a_requeued_job_is_as_it_was_submitted(slurm, tmp_path):
+    """SLURM keeps the script and its arguments."""
+    root, venv = tmp_path / "copy", stub_venv(tmp_path / "venv", UNTIL_ASKED)
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    script = root / "slurm/train.sbatch"
+    words = [f"VESPO_ROOT={root}", f"VESPO_VENV={venv}", "VESPO_MOUNTS=/a,/b c", "--lr", "two words"]
+    asked = Job(slurm, tmp_path / "job", str(script), *words)
+    asked.wait_for_output("running on", WAIT_S)
+    script.write_text("#!/bin/bash\nexit 9\n")
+    asked.ask_to_save()
+    asked.check_end(JobState="COMPLETED", Restarts="1")
+    assert "attempt 2: 2 nodes" in asked.output and "resumed" in asked.output
+    assert "running on n1: train --lr two words --ray-address" in asked.output
+
+
+def small_run(folder: Path) -> str:
+    """A recipe with a name and a value that need quotes."""
+    flags = f"--hf-checkpoint {folder} --prompt-data d --output-dir o --save c --load c # all\n--lr 1"
+    return str(recipe(folder / "my recipe #2.flags", f"{flags} --answer-pattern :"))
+
+
 def test_a_recipe_is_submitted(slurm, tmp_path):
-    flags = "--prompt-data d --output-dir o --save c --load c # all\n--lr 1 --answer-pattern :"
-    file = recipe(tmp_path / "two_nodes.flags", flags)
-    venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME: $*"')
-    words = f"{file} --hf-checkpoint {tmp_path} --nodes 2 --venv {venv} --time 20 --gpu other --train-iters 8"
-    job = SubmittedJob(slurm, tmp_path / "job", *words.split())
+    """Also where a job does not get the environment of who submits it."""
+    venv = stub_venv(tmp_path / "venv", 'echo "$SLURM_JOB_NAME ${VESPO_RAY_OPTIONS-}: $*"')
+    words = ["--nodes", "2", "--venv", venv, "--time", "20", "--gpu", "other", "--train-iters", "8"]
+    job = SubmittedJob(
+        slurm, tmp_path / "job", small_run(tmp_path), *words, SBATCH_EXPORT="NONE", SBATCH_TIMELIMIT="9"
+    )
     job.check_end(JobState="COMPLETED", NumNodes="2", TimeLimit="00:20:00")
-    flags = f"--lr 1 --answer-pattern : --hf-checkpoint {tmp_path} --train-iters 8 --ray-address"
-    assert re.search(f"two_nodes: train --prompt-data d .*{flags} ", job.output)
+    flags = "--lr 1 --answer-pattern=: --train-iters 8 --ray-address"
+    assert re.search(f"my recipe #2 : train --hf-checkpoint .*{flags} ", job.output)
 
 
-def test_words_that_sbatch_reads_only_in_quotes(slurm, tmp_path):
-    flags = "--prompt-data d --output-dir o --save c --load c --lr 1 --train-iters 8"
-    file = recipe(tmp_path / "my recipe #2.flags", flags)
-    venv = stub_venv(tmp_path / "venv", 'echo "name $SLURM_JOB_NAME."')
-    words = [str(file), "--hf-checkpoint", str(tmp_path), "--nodes", "2", "--venv", venv, "--gpu", "other"]
+def test_a_command_that_is_shown_can_be_pasted(slurm, tmp_path):
+    venv = stub_venv(tmp_path / "venv", 'printf "<%s>" "$SLURM_JOB_NAME" "$@"')
+    words = ["--nodes", "2", "--venv", venv, "--time", "20", "--gpu", "other", "--train-iters", "8"]
     odd = 'it\'s "two" words \\ #1'
-    for more, name in ([], "my recipe #2"), (["--sbatch", f"job-name={odd}"], odd):
-        job = SubmittedJob(slurm, tmp_path / f"job{len(more)}", *words, "--time", "20", *more)
-        job.check_end(JobState="COMPLETED")
-        assert f"name {name}.\n" in job.output
-    dry = [sys.executable, "-m", "megatron_vespo", "submit", *words, "--dry-run"]
-    assert job.call(*dry, "--sbatch", f"job-name={odd}").endswith("sbatch would take it")
+    name = ["--sbatch", f"job-name={odd}", "--prompt-key", odd]
+    submitted = SubmittedJob(slurm, tmp_path / "job", small_run(tmp_path), *words, *name)
+    submitted.check_end(JobState="COMPLETED")
+    dry = [sys.executable, "-m", "megatron_vespo", "submit", small_run(tmp_path), *words, "--dry-run"]
+    told = submitted.call(*dry, *name, "--sbatch", "output=job.log")
+    assert told.endswith("sbatch would take it")
+    pasted = PastedJob(slurm, tmp_path / "pasted", told)
+    pasted.check_end(JobState="COMPLETED")
+    for job in (submitted, pasted):
+        assert re.search(rf"<{re.escape(odd)}><train>.*<--prompt-key><{re.escape(odd)}><--ray", job.output)
     refused = subprocess.run(
         [*dry, "--sbatch", "partition=nowhere"], capture_output=True, text=True, timeout=WAIT_S,
         env=slurm.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

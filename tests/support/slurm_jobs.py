@@ -30,7 +30,15 @@ class Job:
 
     def __init__(self, slurm: Cluster, folder: Path, script: str, *flags: str, options=(), **variables: str):
         self.slurm, self.folder = slurm, folder
-        command = ["sbatch", "--parsable", "--nodes=2", "--time=30", "--output=job.log", *options]
+        command = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--gpus-per-node=8",
+            "--time=30",
+            "--output=job.log",
+            *options,
+        ]
         self.number = int(self.call(*command, str(ROOT / "slurm" / script), *flags, **variables))
 
     def call(self, *command: str, **variables: str) -> str:
@@ -124,11 +132,19 @@ def recipe(path: Path, text: str) -> Path:
 class SubmittedJob(Job):
     """The same by `megatron-vespo submit`."""
 
-    def __init__(self, slurm: Cluster, folder: Path, *words: str):
+    def __init__(self, slurm: Cluster, folder: Path, *words: str, **variables: str):
         self.slurm, self.folder = slurm, folder
-        command = [sys.executable, "-m", "megatron_vespo", "submit", *words, "--sbatch", "output=job.log"]
-        self.told = self.call(*command)
+        submit = [sys.executable, "-m", "megatron_vespo", "submit"]
+        self.told = self.call(*submit, *words, "--sbatch", "output=job.log", **variables)
         self.number = int(re.search(r"^job (\d+)$", self.told, re.MULTILINE)[1])
+
+
+class PastedJob(Job):
+    """The command of `submit --dry-run` in a shell."""
+
+    def __init__(self, slurm: Cluster, folder: Path, told: str):
+        self.slurm, self.folder = slurm, folder
+        self.number = int(self.call("bash", "-c", told.partition("\nchecked: ")[0]))
 
 
 PYTHON = f"""\

@@ -18,14 +18,20 @@ from megatron_vespo.arguments.recipe import read_recipe
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.submit import engine_nodes
 from megatron_vespo.commands.submit.options import SubmitOptions
-from megatron_vespo.commands.submit.sbatch_script import checked_time_limit, render, seconds_before_limit
+from megatron_vespo.commands.submit.sbatch_command import (
+    check_time_limit,
+    directives,
+    sbatch_command,
+    seconds_before_limit,
+    shown,
+)
 from megatron_vespo.system.hardware import GPUS, ON_GPUS
 from megatron_vespo.system.paths import path_word, user_path
 from megatron_vespo.system.wording import counted
 
 DESCRIPTION = """\
-Fills slurm/train.sbatch in with the flags of a recipe, shows it, and submits it if megatron-vespo plan says
-that the run fits.
+Shows the sbatch command that runs slurm/train.sbatch with the flags of a recipe, and runs it if
+megatron-vespo plan says that the run fits.
 
 Flags of train that follow count after the recipe's: megatron-vespo submit R.flags --nodes 4 --train-iters 800
 
@@ -57,28 +63,28 @@ def main(argv: list[str]) -> int:
     settings = checked_run(there)
     from megatron_vespo.arguments.parse import with_expanded_paths  # takes seconds
 
-    # what stands in the script means the same whoever's environment it is read in
-    script = job_script(asked, with_expanded_paths(flags), settings.run.preemption_deadline)
-    print(script, flush=True)
+    # a path in the command means the same in every environment
+    command = train_command(asked, with_expanded_paths(flags), settings.run.preemption_deadline)
+    print(shown(command), flush=True)
     use = described_use(settings, asked)
     if not (settings.run.train_from or settings.run.rollout_only):
         check_plan(there, asked)
     print(use)
-    return _submit_unless_dry(script, asked)
+    return _submit_unless_dry(command, asked)
 
 
 def _submit_smoke(asked: SubmitOptions, more: list[str]) -> int:
     """The same for a smoke run, whose model fits: only its flags are checked."""
     if asked.chain > 1:
         raise ValueError(f"--chain {asked.chain} is for a run that goes on in the next job, --smoke does not")
-    script = smoke_script(asked, more)
-    print(script, flush=True)
+    command = smoke_command(asked, more)
+    print(shown(command), flush=True)
     print(f"checked: {smoke_layout(asked, more)}")
-    return _submit_unless_dry(script, asked)
+    return _submit_unless_dry(command, asked)
 
 
-def _submit_unless_dry(script: str, asked: SubmitOptions) -> int:
-    for line in asked_sbatch(script) if asked.dry_run else submit(script, asked.chain):
+def _submit_unless_dry(command: list[str], asked: SubmitOptions) -> int:
+    for line in asked_sbatch(command) if asked.dry_run else submit(command, asked.chain):
         print(line)
     return 0
 
@@ -138,65 +144,60 @@ def checked_run(flags: list[str]) -> TrainSettings:
     return settings
 
 
-def job_script(asked: SubmitOptions, flags: list[str], preemption_deadline_s: float) -> str:
-    """slurm/train.sbatch as `asked` and the flags want it."""
-    template, needed = _template(SCRIPT), math.ceil(preemption_deadline_s + END_S)
-    options, leave_out, variables = _options(asked, asked.recipe.stem)
-    if seconds_before_limit(template) < needed:
+def train_command(asked: SubmitOptions, flags: list[str], preemption_deadline_s: float) -> list[str]:
+    """sbatch for slurm/train.sbatch, as `asked` and the flags want it."""
+    own, needed = _own_options(SCRIPT), math.ceil(preemption_deadline_s + END_S)
+    options, variables = _options(asked, asked.recipe.stem), _variables(asked)
+    if seconds_before_limit(own) < needed:
         options["signal"] = f"B:USR1@{needed}"
     if asked.chain > 1:  # the next job goes on, not this one once more
         options["no-requeue"] = None
-        leave_out.append("requeue")
         variables["VESPO_MAX_RESTARTS"] = "0"
     options |= engine_nodes.options_of_sbatch(asked.sbatch)
-    script = render(template, options, leave_out, variables, flags, engine_nodes.component(asked))
-    if (seconds := seconds_before_limit(script)) < needed:
+    if (seconds := seconds_before_limit(own | options)) < needed:
         raise ValueError(
             f"--sbatch signal leaves {seconds} seconds, --preemption-deadline {preemption_deadline_s:g} and "
             f"the end need {needed}"
         )
-    checked_time_limit(template, options, longer_than=seconds)
-    return script
+    check_time_limit(own | options, longer_than=seconds)
+    return sbatch_command(SCRIPT, options, variables, flags, engine_nodes.component(asked))
 
 
-def smoke_script(asked: SubmitOptions, more: list[str]) -> str:
-    """slurm/smoke.sbatch as `asked` want it, for the recipe and the flags behind it."""
-    options, leave_out, variables = _options(asked, f"smoke-{asked.recipe.stem}")
-    options |= engine_nodes.options_of_sbatch(asked.sbatch)
-    template = _template(SMOKE_SCRIPT)
-    checked_time_limit(template, options)
+def smoke_command(asked: SubmitOptions, more: list[str]) -> list[str]:
+    """sbatch for slurm/smoke.sbatch, as `asked` wants it, with the recipe and the flags behind it."""
+    options = _options(asked, f"smoke-{asked.recipe.stem}") | engine_nodes.options_of_sbatch(asked.sbatch)
+    check_time_limit(_own_options(SMOKE_SCRIPT) | options)
     words = [str(asked.recipe.resolve()), *more]
-    component = engine_nodes.component(asked)
-    return render(template, options, leave_out, variables, words, component)
+    return sbatch_command(SMOKE_SCRIPT, options, _variables(asked), words, engine_nodes.component(asked))
 
 
-def _template(script: Path) -> str:
+def _own_options(script: Path) -> dict[str, str | None]:
     if not script.is_file():
         raise ValueError(f"{script}: no such file; job scripts come with a clone (pip install -e .)")
-    return script.read_text()
+    return directives(script.read_text())
 
 
-def _options(asked: SubmitOptions, name: str) -> tuple[dict[str, str | None], list[str], dict[str, str]]:
-    """Of a job: options of sbatch, those to leave out, and variables of slurm/environment.sh."""
+def _options(asked: SubmitOptions, name: str) -> dict[str, str | None]:
+    """Of sbatch, for the first component of a job."""
     options: dict[str, str | None] = {"job-name": name, "nodes": str(asked.nodes)}
-    leave_out = []
     if asked.gpus_per_node:
         options["gpus-per-node"] = str(asked.gpus_per_node)
-    else:
-        leave_out.append("gpus-per-node")
     if asked.time:
         options["time"] = asked.time
-    variables = {"VESPO_ROOT": str(SCRIPT.parents[1])}
-    if asked.container:
-        mounts = [variables["VESPO_ROOT"], str(Path.cwd()), *asked.mounts]
-        variables |= {
-            "VESPO_CONTAINER": asked.container,
-            "VESPO_CONTAINER_RUNTIME": asked.container_runtime,
-            "VESPO_MOUNTS": ",".join(dict.fromkeys(mounts)),
-        }
-    else:
-        variables["VESPO_VENV"] = str(asked.venv.resolve())
-    return options, leave_out, variables
+    return options
+
+
+def _variables(asked: SubmitOptions) -> dict[str, str]:
+    """Of slurm/environment.sh."""
+    root = str(SCRIPT.parents[1])
+    if not asked.container:
+        return {"VESPO_ROOT": root, "VESPO_VENV": str(asked.venv.resolve())}
+    return {
+        "VESPO_ROOT": root,
+        "VESPO_CONTAINER": asked.container,
+        "VESPO_CONTAINER_RUNTIME": asked.container_runtime,
+        "VESPO_MOUNTS": ",".join(dict.fromkeys([root, str(Path.cwd()), *asked.mounts])),
+    }
 
 
 def smoke_layout(asked: SubmitOptions, more: list[str]) -> str:
@@ -256,11 +257,11 @@ def check_plan(flags: list[str], asked: SubmitOptions) -> None:
         raise ValueError(f"does not fit {gpus}: {wrong[0]}{more}")
 
 
-def asked_sbatch(script: str) -> list[str]:
+def asked_sbatch(command: list[str]) -> list[str]:
     """A line if sbatch would take the job, none where no SLURM answers; ValueError if it would refuse it."""
     if not _slurm_answers():
         return []
-    told = _asked(["sbatch", "--test-only"], script)
+    told = _asked([command[0], "--test-only", *command[1:]])
     if told.returncode:
         raise ValueError(f"sbatch would refuse the job: {' '.join(told.stderr.split())}")
     return ["sbatch would take it"]
@@ -272,27 +273,27 @@ def _slurm_answers() -> bool:
     return not _asked(["scontrol", "ping"]).returncode
 
 
-def _asked(command: list[str], script: str = "") -> subprocess.CompletedProcess[str]:
+def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, input=script, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
+        return subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(
-            f"{' '.join(command)} has not answered in {SUBMIT_TIMEOUT_S:g} s: its controller is busy or gone"
+            f"{command[0]} has not answered in {SUBMIT_TIMEOUT_S:g} s: its controller is busy or gone"
         ) from error
 
 
-def submit(script: str, jobs: int) -> list[str]:
+def submit(command: list[str], jobs: int) -> list[str]:
     """One line for each job that is in the queue then."""
     if shutil.which("sbatch") is None:
         raise RuntimeError("sbatch is not on PATH: submit where the cluster's jobs are submitted")
     lines: list[str] = []
     before: str | None = None
     for _ in range(jobs):
-        command = ["sbatch", "--parsable"]
+        after: list[str] = []
         if before is not None:
             # when that one has finished the run this one never begins, and goes
-            command += [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
-        told = _asked(command, script)
+            after = [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
+        told = _asked([command[0], *after, *command[1:]])
         if told.returncode:
             queued = f" (in the queue already: {', '.join(lines)})" if lines else ""
             raise RuntimeError(f"sbatch refuses the job: {' '.join(told.stderr.split())}{queued}")

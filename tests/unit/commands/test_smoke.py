@@ -21,7 +21,6 @@ from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, co
 from megatron_vespo.commands.smoke.model import config_for, write_config, write_weights
 from megatron_vespo.commands.smoke.run import all_stages
 from megatron_vespo.commands.smoke.stages import CheckFailed, Stopped
-from megatron_vespo.commands.submit.sbatch_script import directives
 from megatron_vespo.rollout.sglang_server import EngineError
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples").glob("*/*.flags"))
@@ -234,11 +233,10 @@ def test_submit(capsys, monkeypatch):
     assert run(words) == 0
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == "checked: tp2,ep8 on 16 ranks, 2 engines of 2 on the same GPUs"
-    assert f"set -- \\\n    {recipe} \\\n    --seed 7\n" in shown
-    assert 'run_with_ray megatron-vespo smoke "$@"' in shown
-    head = directives(shown)
-    assert (head["nodes"], head["gpus-per-node"], head["job-name"]) == ("2", "8", "smoke-colocated_n8")
-    assert "no-requeue" in head and "requeue" not in head
+    lines = [line.strip(" \\") for line in shown.splitlines()[:-1]]
+    options = ["--job-name=smoke-colocated_n8", "--nodes=2", "--gpus-per-node=8"]
+    assert lines[:5] == ["sbatch", "--parsable", *options] and lines[5].endswith("/slurm/smoke.sbatch")
+    assert lines[-2:] == [str(recipe), "--seed 7"]
 
 
 @pytest.mark.parametrize(
