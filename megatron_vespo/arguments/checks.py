@@ -17,13 +17,13 @@ from megatron_vespo.data.located import reason
 MOST_SEED = 2**32 - 1  # numpy's
 
 
-def check_folder(flag: str, folder: Path | str | None) -> None:
-    """ValueError for a folder that cannot be made, as it or one above it is a file; None passes."""
-    if folder is None:
-        return
-    for path in (Path(folder), *Path(folder).parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{flag} {folder}: {path} is a file, it must be a folder")
+def check_folder(flag: str, folder: Path | str | None, writable: bool = False) -> None:
+    """ValueError where `folder` cannot be made, as it or one above it is no folder. None passes.
+
+    With `writable` also where nothing can be written into it. It is not made here.
+    """
+    if folder:
+        _check_folder(f"{flag} {folder}", Path(folder), writable)
 
 
 def check_seed(seed: int, least: int = 0, most: int = MOST_SEED) -> None:
@@ -51,19 +51,14 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def check_output_folder(flag: str, folder: Path) -> None:
-    """ValueError where `folder` cannot be made or written into. It is not made here."""
-    _check_writable(f"{flag} {folder}", folder)
-
-
 def check_output_file(flag: str, path: Path | None) -> None:
-    """The same for a file, whose folder may be made. None passes."""
+    """ValueError where a file cannot be written; its folder may be made. None passes."""
     if path is None:
         return
     _check_reachable(f"{flag} {path}", path)
     if path.is_dir():
         raise ValueError(f"{flag} {path}: is a folder, not a file")
-    _check_writable(f"{flag} {path}", path.parent)
+    _check_folder(f"{flag} {path}", path.parent, writable=True)
 
 
 def _check_reachable(where: str, path: Path) -> None:
@@ -74,13 +69,15 @@ def _check_reachable(where: str, path: Path) -> None:
             raise ValueError(f"{where}: {error.strerror}") from error
 
 
-def _check_writable(where: str, folder: Path) -> None:
+def _check_folder(where: str, folder: Path, writable: bool) -> None:
     folder = Path(os.path.abspath(folder))
     _check_reachable(where, folder)
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{where}: {folder} is not a folder")
+    if not writable:
+        return
     try:
         with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell of read-only file systems
             pass

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import cast
 
-from megatron_vespo.arguments.checks import check_output_folder
+from megatron_vespo.arguments.checks import check_folder
 from megatron_vespo.arguments.parse import full_parser, parse_settings
 from megatron_vespo.cluster.placement import has_gpus, nodes_of_the_cluster
 from megatron_vespo.driver.controller import StoppedByAlarm
@@ -35,8 +34,7 @@ def main(argv: list[str]) -> None:
         ("--save", settings.save.save),
         ("--save-rollouts", settings.run.save_rollouts),
     ):
-        if folder:
-            check_output_folder(flag, Path(folder))
+        check_folder(flag, folder, writable=True)
     found = find_checkpoint(settings)
     if found:
         run = settings.run

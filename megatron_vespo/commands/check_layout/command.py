@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vespo.arguments.checks import check_output_file, check_output_folder, check_positive
+from megatron_vespo.arguments.checks import check_folder, check_output_file, check_positive
 from megatron_vespo.arguments.parse import parse_settings
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.train_settings import TrainSettings
@@ -154,7 +154,7 @@ def _check(options: CheckLayoutOptions, flags: Sequence[str]) -> None:
     check_positive(options, ("samples", "max_prompt_tokens", "max_completion_tokens", "steps"))
     check_output_file("--markdown", options.markdown)
     if options.output_dir:
-        check_output_folder("--output-dir", options.output_dir)
+        check_folder("--output-dir", options.output_dir, writable=True)
     given = {word.partition("=")[0] for word in flags}
     for flag in FLAGS:
         if flag in given:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_vespo.arguments.checks import check_output_folder
+from megatron_vespo.arguments.checks import check_folder
 from megatron_vespo.arguments.data import PromptSettings
 from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     options = parse_args(argv)
     preemption = Preemption()
     preemption.listen()
-    check_output_folder("--output-dir", options.output_dir)
+    check_folder("--output-dir", options.output_dir, writable=True)
     folder = tokenizer_folder(options)
     tokenizer = load_tokenizer(folder, "--checkpoint")
     stops = stop_token_ids(folder, tokenizer.eos_token_id)

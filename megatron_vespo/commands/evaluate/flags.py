@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from megatron_vespo.arguments.checks import check_folder, check_positive, check_seed
+from megatron_vespo.arguments.checks import check_positive, check_seed
 from megatron_vespo.arguments.engines import check_retries
 from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
@@ -53,7 +53,6 @@ def parse_args(argv: list[str]) -> EvaluateOptions:
     options = EvaluateOptions.of(args, data=data, sglang_flags=tuple(sglang_flags))
     check_positive(options, _POSITIVE)
     check_seed(options.seed)
-    check_folder("--output-dir", options.output_dir)
     _check_sampling(options)
     _check_engines(options)
     return options

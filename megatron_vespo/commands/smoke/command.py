@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vespo.arguments.checks import check_output_folder, check_positive
+from megatron_vespo.arguments.checks import check_folder, check_positive
 from megatron_vespo.arguments.parse import refuse_unknown
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.recipe import read_recipe, with_recipes
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     wanted = wanted_layout(flags)
     refuse_unknown(flags, "smoke")  # before anything starts
     stages = all_stages(wanted.colocate)
-    check_output_folder("--output-dir", options.output_dir)
+    check_folder("--output-dir", options.output_dir, writable=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="smoke-", dir=options.output_dir)).resolve()
     facts = {"wanted": str(wanted), "logs": str(folder / "logs")}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.arguments.checks import check_output_file, check_output_folder
+from megatron_vespo.arguments.checks import check_folder, check_output_file
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.commands import main as cli
 
@@ -188,13 +188,18 @@ def test_output_folders_are_tried_before_anything_starts(tmp_path):
         "dangling/a": "dangling is not a folder",
     }.items():
         with pytest.raises(ValueError, match=f"^--save {tmp_path}/{folder}: {tmp_path}/{says}$"):
-            check_output_folder("--save", tmp_path / folder)
+            check_folder("--save", tmp_path / folder, writable=True)
     with pytest.raises(ValueError, match="^--save x{300}: File name too long$"):
-        check_output_folder("--save", Path("x" * 300))
+        check_folder("--save", Path("x" * 300), writable=True)
     with pytest.raises(ValueError, match="^--save /proc/x: nothing can be written into /proc: "):
-        check_output_folder("--save", Path("/proc/x"))
-    check_output_folder("--save", tmp_path / "a/b/c")
-    check_output_folder("--save", tmp_path)
+        check_folder("--save", Path("/proc/x"), writable=True)
+    check_folder("--save", Path("/proc/x"))
+    with pytest.raises(
+        ValueError, match=f"^--save {tmp_path}/dangling: {tmp_path}/dangling is not a folder$"
+    ):
+        check_folder("--save", tmp_path / "dangling")
+    check_folder("--save", tmp_path / "a/b/c", writable=True)
+    check_folder("--save", tmp_path, writable=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
 

@@ -24,7 +24,8 @@ FOREIGN = {
     "--recipe", "--help-megatron",
     "--check", "--directory", "--fast", "--serve",
     "--dist-timeout", "--mem-fraction-static", "--watchdog-timeout", "--weight-version",
-    "--constraint", "--exclusive", "--export", "--gres", "--het-group", "--mem", "--ntasks-per-node", "--requeue", "--signal",
+    "--constraint", "--exclusive", "--export", "--gres", "--het-group", "--mem", "--ntasks-per-node",
+    "--requeue", "--signal",
     "--test-only",
     "--head", "--include-dashboard", "--local-dir", "--no-build-isolation", "--repo-type", "--resources",
 }  # fmt: skip
