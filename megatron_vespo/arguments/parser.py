@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from megatron_vespo.arguments.renamed import renamed
+from megatron_vespo.system.paths import user_path
 
 _UNKNOWN = "unrecognized arguments: "
 _SIMILAR = 0.75  # of difflib's ratio; 1 is equal
@@ -21,7 +22,8 @@ class FlagParser(argparse.ArgumentParser):
     """Takes what ArgumentParser takes. Its numbers are numbers: no NaN, and none beyond 64 bits."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{"allow_abbrev": False, **options})
+        as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # the description's lines
+        super().__init__(**{"allow_abbrev": False, **as_written, **options})
 
     @staticmethod
     def adopt(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,17 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(message + _guess(self, message))
+
+
+def recipe_parser(command: str, usage: str, description: str) -> FlagParser:
+    """Of a command for a recipe on N nodes: `megatron-vespo COMMAND RECIPE --nodes N`, then `usage`."""
+    prog = f"megatron-vespo {command}"
+    parser = FlagParser(prog=prog, usage=f"{prog} RECIPE --nodes N {usage}", description=description)
+    parser.add_argument(
+        "recipe", type=user_path, metavar="RECIPE", help="a file of train's flags; # begins a comment"
+    )
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    return parser
 
 
 def _guess(parser: argparse.ArgumentParser, message: str) -> str:

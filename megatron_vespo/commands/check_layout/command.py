@@ -113,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"megatron-vespo {COMMAND}",
         usage=f"megatron-vespo {COMMAND} --hf-checkpoint DIR --reference LAYOUT --candidate LAYOUT [flags]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     add = parser.add_argument

@@ -74,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="megatron-vespo convert",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -63,7 +63,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="megatron-vespo evaluate",
         usage="megatron-vespo evaluate --checkpoint DIR --data NAME=FILE ... --output-dir DIR [flags]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", type=user_path, required=True, metavar="DIR",

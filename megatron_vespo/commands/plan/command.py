@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.arguments.parse import parse_settings
-from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.parser import recipe_parser
 from megatron_vespo.arguments.recipe import read_recipe
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan import findings
@@ -20,7 +20,6 @@ from megatron_vespo.commands.plan.speed import Lengths
 from megatron_vespo.models.stage import Stage
 from megatron_vespo.rollout.server_arguments import engine_size
 from megatron_vespo.system.hardware import GIB, GPUS, ON_GPUS
-from megatron_vespo.system.paths import user_path
 from megatron_vespo.system.plugins import prepare_for_megatron
 
 DESCRIPTION = """\
@@ -56,20 +55,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        prog="megatron-vespo plan",
-        usage="megatron-vespo plan RECIPE --nodes N [--gpus-per-node 8] [--gpu h100] [flags of train]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "[--gpus-per-node 8] [--gpu h100] [flags of train]"
+    parser = recipe_parser("plan", usage, DESCRIPTION)
     add = parser.add_argument
-    add(
-        "recipe",
-        type=user_path,
-        metavar="RECIPE",
-        help="file of flags of `megatron-vespo train`, # for comments",
-    )
-    add("--nodes", type=int, required=True, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add("--gpu", choices=GPUS, default="h100", help="default: h100")
     add("--mean-completion-tokens", type=float, metavar="X",

@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="megatron-vespo prepare-data",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("name", metavar="NAME", help=", ".join(KNOWN_SETS))

@@ -63,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="megatron-vespo simulate",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_run_flags(parser)
     _add_length_flags(parser)

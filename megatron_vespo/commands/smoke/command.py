@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -94,7 +93,6 @@ def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
         prog="megatron-vespo smoke",
         usage="megatron-vespo smoke [RECIPE] [options] [flags of train]",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--output-dir", type=user_path, default=Path(), metavar="DIR",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import megatron_vespo
 from megatron_vespo.arguments.checks import check_positive
-from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.parser import recipe_parser
 from megatron_vespo.arguments.recipe import read_recipe
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.submit import engine_nodes
@@ -90,15 +90,8 @@ def _submit_unless_dry(command: list[str], asked: SubmitOptions) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        prog="megatron-vespo submit",
-        usage="megatron-vespo submit RECIPE --nodes N [options] [flags of train]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = recipe_parser("submit", "[options] [flags of train]", DESCRIPTION)
     add = parser.add_argument
-    add("recipe", type=user_path, metavar="RECIPE", help="a file of train's flags; # begins a comment")
-    add("--nodes", type=int, required=True, metavar="N")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="0: the job asks for none")
     add("--gpu", choices=(*GPUS, "other"), default="h100",
         help="whose memory the run must fit; other: that is not checked; default: h100")  # fmt: skip
