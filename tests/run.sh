@@ -6,7 +6,7 @@
 #     bash tests/run.sh --slow            checks, then every test
 #     bash tests/run.sh PATH [ARGUMENTS]  pytest alone, on these paths; arguments go to pytest
 #
-# Checks are `ruff check`, `ruff format --check` and pyright.
+# Checks are `ruff check`, `ruff format --check` and, beside the tests, pyright.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,10 +26,12 @@ case $lane in
     fast) selection=(-m "not slow and not long" --numprocesses 2 --dist loadfile) ;;
     slow) selection=() ;;
 esac
+typed=0
 if ((${#paths[@]})); then
     checks=()
 else
-    checks=("ruff check" "ruff format --check" pyright)
+    checks=("ruff check" "ruff format --check")
+    typed=1
     # browser last: Playwright leaves its event loop running, in which asyncio.run is refused
     folders=(unit distributed te golden gpu cluster integration slurm browser)
     if [[ $lane == fast ]]; then folders=(unit); fi
@@ -38,11 +40,11 @@ else
     done
 fi
 
-stage() { # runs "${@:2}", prints its name $1 and its seconds; ends the script if it fails
+stage() { # runs "${@:2}", prints its name $1 and its seconds; fails if it does
     local start=$SECONDS code=0
     "${@:2}" || code=$?
     printf '[%3d s] %s: %s\n' $((SECONDS - start)) "$1" "$( ((code)) && echo "failed" || echo "passed")"
-    if ((code)); then exit "$code"; fi
+    return "$code"
 }
 
 bash patches/cpu/setup_env.sh
@@ -55,4 +57,17 @@ for check in "${checks[@]}"; do
     # shellcheck disable=SC2086 # a command and its words
     stage "$check" .venv/bin/python -m $check
 done
-stage "pytest" .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}"
+if ((typed)); then # beside the tests: it needs one core for most of a minute
+    types=$(mktemp)
+    trap 'rm -f "$types"; kill "$checker" 2>/dev/null || true' EXIT
+    stage pyright .venv/bin/python -m pyright >"$types" 2>&1 &
+    checker=$!
+fi
+code=0
+stage "pytest" .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}" ||
+    code=$?
+if ((typed)); then
+    wait "$checker" || code=$?
+    cat "$types"
+fi
+exit "$code"
