@@ -101,11 +101,16 @@ def sets(tmp_path) -> list[str]:
     return ["--data", *(f"{name}={path}" for name, path in files.items())]
 
 
-def test_numbers_against_a_count_by_hand(checkpoint, tmp_path, sets, capsys):
-    out = tmp_path / "out"
+@pytest.fixture
+def engine():
     with EngineStub(ByTurns(EASY | HARD)) as engine:
-        flags = [*sets, "--num-completions", "4", "--temperature", "0.6", "--top-p", "0.95", "--top-k", "20"]
-        assert run([*command(checkpoint, out, engine.url, *flags), "--save-responses"]) == 0
+        yield engine
+
+
+def test_numbers_against_a_count_by_hand(checkpoint, tmp_path, engine, sets, capsys):
+    out = tmp_path / "out"
+    flags = [*sets, "--num-completions", "4", "--temperature", "0.6", "--top-p", "0.95", "--top-k", "20"]
+    assert run([*command(checkpoint, out, engine.url, *flags), "--save-responses"]) == 0
     assert len(engine.requests) == 20
     for body in engine.requests:
         sampling = body["sampling_params"]
@@ -191,51 +196,48 @@ def keep_finished(path: Path, number: int) -> None:
 
 
 @pytest.mark.long
-def test_another_chat_template_is_refused(checkpoint, tmp_path, sets, capsys):
+def test_another_chat_template_is_refused(checkpoint, tmp_path, engine, sets, capsys):
     out, template = tmp_path / "out", "{{ messages[0].content }}"
     model = with_template(checkpoint, tmp_path / "model", template)
-    with EngineStub(ByTurns(EASY | HARD)) as engine:
-        line = command(model, out, engine.url, *sets)
-        assert run(line) == 0
-        keep_finished(out / "prompts.jsonl", 2)
-        with_template(checkpoint, model, template + "{{ suffix | default('?') }}")
-        capsys.readouterr()
-        assert run(line) == 2
-        error = capsys.readouterr().err
-        assert "was made with prompts as tokens (tokenizer and chat template) {" in error
-        with_template(checkpoint, model, template + "{{ suffix | default('') }}")  # the same text
-        assert run([*line, "--chat-template-arguments", '{"suffix": "?"}']) == 2
-        assert "--chat-template-arguments {}, now it is {" in capsys.readouterr().err
-        assert run(line) == 0
+    line = command(model, out, engine.url, *sets)
+    assert run(line) == 0
+    keep_finished(out / "prompts.jsonl", 2)
+    with_template(checkpoint, model, template + "{{ suffix | default('?') }}")
+    capsys.readouterr()
+    assert run(line) == 2
+    error = capsys.readouterr().err
+    assert "was made with prompts as tokens (tokenizer and chat template) {" in error
+    with_template(checkpoint, model, template + "{{ suffix | default('') }}")  # the same text
+    assert run([*line, "--chat-template-arguments", '{"suffix": "?"}']) == 2
+    assert "--chat-template-arguments {}, now it is {" in capsys.readouterr().err
+    assert run(line) == 0
 
 
 @pytest.mark.long
-def test_an_evaluation_of_an_older_version_goes_on(checkpoint, tmp_path, sets):
+def test_an_evaluation_of_an_older_version_goes_on(checkpoint, tmp_path, engine, sets):
     """Its file has not all the settings of now."""
     path = tmp_path / "out/prompts.jsonl"
-    with EngineStub(ByTurns(EASY | HARD)) as engine:
-        line = command(checkpoint, tmp_path / "out", engine.url, *sets)
-        assert run(line) == 0
-        keep_finished(path, 2)
-        header, *rows = path.read_text().splitlines()
-        settings = json.loads(header)["settings"]
-        for name in (evaluation_settings.DATE, evaluation_settings.TOKENS, "--chat-template-arguments"):
-            del settings[name]
-        path.write_text("\n".join([json.dumps({"settings": settings}), *rows, ""]))
-        assert run([*line, "--chat-template-arguments", '{"x": 1}']) == 2
-        assert run(line) == 0
-        assert len(path.read_text().splitlines()) == 1 + 5
+    line = command(checkpoint, tmp_path / "out", engine.url, *sets)
+    assert run(line) == 0
+    keep_finished(path, 2)
+    header, *rows = path.read_text().splitlines()
+    settings = json.loads(header)["settings"]
+    for name in (evaluation_settings.DATE, evaluation_settings.TOKENS, "--chat-template-arguments"):
+        del settings[name]
+    path.write_text("\n".join([json.dumps({"settings": settings}), *rows, ""]))
+    assert run([*line, "--chat-template-arguments", '{"x": 1}']) == 2
+    assert run(line) == 0
+    assert len(path.read_text().splitlines()) == 1 + 5
 
 
 @pytest.mark.long
-def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tmp_path, sets, capsys):
-    with EngineStub(ByTurns(EASY | HARD)) as engine:
-        line = command(checkpoint, tmp_path / "out", engine.url, *sets)
-        broken = [*line, "--reward-function", "tests.support.evaluation_rewards:fails"]
-        for _ in range(2):
-            assert run(broken) == 1
-            assert "the reward function does not work" in capsys.readouterr().err.splitlines()[-1]
-        assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 1
+def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tmp_path, engine, sets, capsys):
+    line = command(checkpoint, tmp_path / "out", engine.url, *sets)
+    broken = [*line, "--reward-function", "tests.support.evaluation_rewards:fails"]
+    for _ in range(2):
+        assert run(broken) == 1
+        assert "the reward function does not work" in capsys.readouterr().err.splitlines()[-1]
+    assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.long
@@ -285,54 +287,44 @@ def test_an_engine_without_a_numbered_version(checkpoint, tmp_path, sets, capsys
 
 
 @pytest.mark.long
-def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, sets, capsys):
-    with EngineStub(ByTurns(EASY | HARD)) as engine:
-        line = command(checkpoint, tmp_path / "out", engine.url, *sets, "--max-request-retries", "1")
-        engine.answer = lambda body: [][0]  # the connection breaks
-        assert run(line) == 1
+def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, engine, sets, capsys):
+    line = command(checkpoint, tmp_path / "out", engine.url, *sets, "--max-request-retries", "1")
+    engine.answer = lambda body: [][0]  # the connection breaks
+    assert run(line) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(rf"megatron-vespo: engine {engine.url}: connection lost at prompt \d", last)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("argv", "said"),
     [
-        (["--data", "easy.jsonl"], "--data easy.jsonl: write NAME=FILE, for example aime24=aime24.jsonl"),
-        (["--data", "a=x", "a=y"], "--data a=y: there is a set 'a' already; give each its own name"),
-        (["--data", "a=x.jsonl"], "--data x.jsonl: no such file"),
-        (["--data", "a=x", "--temperature", "-1"], "--temperature -1: must be positive, or 0 for greedy"),
-        (
-            ["--data", "a=x", "--temperature", "0"],
-            "--temperature 0 makes the same completion 8 times: one is enough",
-        ),
-        (["--data", "a=x", "--top-p", "0"], "--top-p 0: must be above 0, at most 1"),
-        (["--data", "a=x", "--pass-reward=-inf"], "--pass-reward -inf: must be finite"),
-        (["--data", "a=x", "--top-k", "0"], "--top-k 0: must be positive, or -1 for all tokens"),
-        (["--data", "a=x", "--num-prompts", "0"], "--num-prompts is 0, must be positive"),
-        (["--data", "a=x", "--generate-timeout", "0"], "--generate-timeout is 0, must be positive"),
-        (
-            ["--data", "a=x", "--api-key-env", "NOT_THERE"],
-            "--api-key-env NOT_THERE: no such environment variable, or it is empty",
-        ),
-        (
-            ["--data", "a=x", "--sglang-tp-size", "2"],
-            "--sglang-tp-size is for engines that are started; those at --engine-url run already",
-        ),
-        (["--data", "a=x", "--engine-url", "host:1"], "--engine-url host:1: write http://HOST:PORT"),
+        ("--data easy.jsonl", "--data easy.jsonl: write NAME=FILE, for example aime24=aime24.jsonl"),
+        ("--data a=x a=y", "--data a=y: there is a set 'a' already; give each its own name"),
+        ("--data a=x.jsonl", "--data x.jsonl: no such file"),
+        ("--temperature -1", "--temperature -1: must be positive, or 0 for greedy"),
+        ("--temperature 0", "--temperature 0 makes the same completion 8 times: one is enough"),
+        ("--top-p 0", "--top-p 0: must be above 0, at most 1"),
+        ("--pass-reward=-inf", "--pass-reward -inf: must be finite"),
+        ("--top-k 0", "--top-k 0: must be positive, or -1 for all tokens"),
+        ("--num-prompts 0", "--num-prompts is 0, must be positive"),
+        ("--generate-timeout 0", "--generate-timeout is 0, must be positive"),
+        ("--api-key-env NOT_THERE", "--api-key-env NOT_THERE: no such environment variable, or"),
+        ("--sglang-tp-size 2", "--sglang-tp-size is for engines that are started; those at"),
+        ("--engine-url host:1", "--engine-url host:1: write http://HOST:PORT"),
     ],
 )
-def test_mistakes(checkpoint, tmp_path, capsys, flags, message):
-    assert run(command(checkpoint, tmp_path / "out", "http://127.0.0.1:9", *flags)) == 2
-    assert capsys.readouterr().err == f"megatron-vespo: {message}\n"
+def test_mistakes(checkpoint, tmp_path, capsys, argv, said):
+    data = [] if argv.startswith("--data") else ["--data", "a=x"]
+    assert run(command(checkpoint, tmp_path / "out", "http://127.0.0.1:9", *data, *argv.split())) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"megatron-vespo: {said}") and line.count("\n") == 1
 
 
 def test_a_folder_without_weights(checkpoint, tmp_path, capsys):
     line = ["evaluate", "--checkpoint", str(checkpoint), "--data", "a=x", "--output-dir", str(tmp_path)]
     assert run(line) == 2
-    assert capsys.readouterr().err == (
-        f"megatron-vespo: --checkpoint {checkpoint}: neither an HF folder with safetensors nor a Megatron "
-        "checkpoint\n"
-    )
+    said = "neither an HF folder with safetensors nor a Megatron checkpoint"
+    assert capsys.readouterr().err == f"megatron-vespo: --checkpoint {checkpoint}: {said}\n"
 
 
 def test_weights_are_told_apart(tmp_path):
