@@ -121,7 +121,7 @@ def test_a_node_is_lost_and_the_job_goes_on_with_another(job):
 def test_a_program_that_fails_because_a_node_is_lost_is_started_again(job, kinds):
     """Ray hears of it before SLURM does."""
     program = "if [[ ${SLURM_RESTART_COUNT-} ]]; then echo resumed; else echo go; read -t 20; exit 1; fi"
-    failed = job(program, options=["--time=10", *kinds])
+    failed = job(program, options=kinds or ["--time=10"])
     failed.wait_for_output("go", WAIT_S)
     failed.slurm.kill_node("n2")
     failed.check_end(240, JobState="COMPLETED", Restarts="1")
