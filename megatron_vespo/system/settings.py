@@ -16,7 +16,7 @@ class Settings:
     def of(cls, args: Any, **others: Any) -> Self:
         """One value per field: that of `others`, or else the attribute of `args`; lists become tuples.
 
-        `args` is a Namespace or another object of settings. AttributeError if it lacks one.
+        `args` is what a parser returned or another object of settings. AttributeError if it lacks one.
         """
         values = {
             field.name: getattr(args, cls._prefix + field.name)
