@@ -18,7 +18,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # of tr
 
 def load_tokenizer(folder: Path, flag: str) -> Any:
     """The Hugging Face tokenizer of `folder`, which `flag` has named; ValueError where there is none."""
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     missing = f"{flag} {folder}: there is no tokenizer in the folder (tokenizer.json and its like)"
     with located(f"{flag} {folder}: its tokenizer cannot be loaded" if _has_vocabulary(folder) else missing):

@@ -94,7 +94,7 @@ def _tokens(vocab_size: int, num_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def _transformers_logits(model: Path, num_tokens: int) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     return loaded(_tokens(loaded.config.vocab_size, num_tokens)[None]).logits[0]

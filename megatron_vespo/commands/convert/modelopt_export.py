@@ -113,7 +113,7 @@ def export_quantised(
 
 
 def _load(folder: Path, device: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()  # pyright: ignore[reportArgumentType]
 
@@ -125,7 +125,7 @@ def _samples(model: Path, calibration: Calibration, vocab_size: int) -> Iterator
         for _ in range(calibration.num_samples):
             yield torch.randint(vocab_size, (1, calibration.num_tokens), generator=draw)
         return
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)

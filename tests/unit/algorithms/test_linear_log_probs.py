@@ -58,6 +58,7 @@ def test_a_tile_larger_than_the_cached_block():
     check_against_all_logits(fields, grads, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk_size", [2, 100])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_gradcheck(chunk_size, entropy_gradient):

@@ -148,6 +148,7 @@ def test_nan_of_a_trained_token_stays_visible(method, advantage):
         assert math.isnan(loss_and_gradient(batch([1], [advantage], log_ratio=math.nan), method)[0])
 
 
+@pytest.mark.long
 @every_method
 @both_dtypes
 @pytest.mark.parametrize("log_w", [100.0, -100.0])
@@ -238,6 +239,7 @@ def adapted_on_ranks(method: str, parts_by_rank: list[list[LossInputs]], **optio
         return list(ranks.map(adapt, range(len(parts_by_rank))))
 
 
+@pytest.mark.long
 @some_methods
 @every_aggregation
 @settings(max_examples=10, deadline=None)

@@ -102,6 +102,7 @@ def test_bounds_are_where_a_response_counts_ten(c1):
     assert (within_bounds(c1, 0.0), within_bounds(c1, 99.0), within_bounds(c1, c1)) == (low, high, c1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", [0.8, 1.0, 1.2, 1.5])
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 3.0])
 @both_signs
@@ -117,6 +118,7 @@ def test_the_fixed_point_is_the_direct_solution(c1, c2, sigma, budget):
 AMPLITUDE = {0.5: 0.06, 1.0: 0.06, 2.0: 0.10, 3.0: 0.20}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", [0.8, 1.0, 1.2])
 @pytest.mark.parametrize("sigma", AMPLITUDE)
 @both_signs

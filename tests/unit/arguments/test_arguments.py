@@ -85,6 +85,7 @@ def refusal(parse):
     return message_of
 
 
+@pytest.mark.long
 def test_derived_names_are_megatrons_own(child):
     # a wrong name would be set on the namespace and read by nobody
     derived = megatron_arguments(CONFIG).keys() | {"global_batch_size", "micro_batch_size", "seq_length"}
@@ -292,7 +293,7 @@ def test_paths_are_expanded_in_flags_of_both(parse):
 def test_a_file_in_the_place_of_a_folder(refusal, flag, below, tmp_path):
     file = tmp_path / "train.jsonl"
     file.touch()
-    check_refusal(refusal(f"{flag} {file}{below}"), f"{flag} {file}{below}", f": {file} is a file")
+    check_refusal(refusal(f"{flag} {file}{below}"), f"{flag} {file}{below}", f": {file} is not a folder")
 
 
 def test_another_model_is_refused_before_megatron_is_asked(child, tmp_path):

@@ -45,6 +45,7 @@ def tiny_spans(monkeypatch):
     monkeypatch.setattr(Budget, "__post_init__", lambda self: None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip(case, dtype, tmp_path, tiny_spans, capsys):

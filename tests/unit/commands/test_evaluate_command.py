@@ -107,6 +107,7 @@ def engine():
         yield engine
 
 
+@pytest.mark.long
 def test_numbers_against_a_count_by_hand(checkpoint, tmp_path, engine, sets, capsys):
     out = tmp_path / "out"
     flags = [*sets, "--num-completions", "4", "--temperature", "0.6", "--top-p", "0.95", "--top-k", "20"]
@@ -140,6 +141,7 @@ def test_numbers_against_a_count_by_hand(checkpoint, tmp_path, engine, sets, cap
     assert sorted(by_prompt["hard", 0]["responses"]) == ["!", "n", "n", "x x x x"]
 
 
+@pytest.mark.long
 def test_it_goes_on_where_it_was_ended(checkpoint, tmp_path, sets, capsys):
     out, by_turns = tmp_path / "out", ByTurns(EASY | HARD)
     path = out / "prompts.jsonl"

@@ -80,6 +80,7 @@ def test_all_scripts_are_here():
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_runs_of_a_script(child, tmp_path, monkeypatch, script):
     monkeypatch.syspath_prepend(EXAMPLES / "tiny")
@@ -113,6 +114,7 @@ def test_the_runs_of_the_study(child, tmp_path, monkeypatch):
         assert child(ranks_of, real_stack.command_line(one, tmp_path)) == 2
 
 
+@pytest.mark.long
 def test_a_wrong_flag_is_refused(child, tmp_path):
     """What stands in no script yet would be seen."""
     model = write_config(tmp_path, CONFIGS["qwen3_8b"])

@@ -112,6 +112,7 @@ def test_kernels_that_this_machine_lacks_change_no_plan(plan):
         plan(f"{flags} {fused} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parameters_and_bytes_of_every_stage(plan, layout):
     ranks, tensor, pipeline, virtual, context, expert, expert_tensor = layout
@@ -129,6 +130,7 @@ def test_parameters_and_bytes_of_every_stage(plan, layout):
         assert bytes_.host == 0
 
 
+@pytest.mark.long
 def test_flags_of_the_optimizer(plan):
     layout = flags_of(*LAYOUTS[0])
     dense, experts = held(0, 1, 1, 8, 1)

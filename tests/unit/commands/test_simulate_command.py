@@ -155,6 +155,7 @@ def test_a_mistake_is_one_line(flags, message, capsys):
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.long
 def test_the_table_and_the_picture(tmp_path, capsys):
     picture = tmp_path / "new" / "throughput.png"
     assert run(["simulate", *SMALL, "--gpus", "8", "16", "--picture", str(picture)]) == 0

@@ -227,6 +227,7 @@ def test_more_staleness_is_not_slower():
     assert all(more > 0.97 * less for less, more in zip(rates, rates[1:], strict=False))
 
 
+@pytest.mark.long
 def test_the_h100_rates_are_near_a_published_step():
     """NeMo-RL, Qwen3-30B-A3B, 2,048 samples of 3.1k tokens in four optimizer steps on 32 H100s: 192 s when
     all of them generate and then train, 152 s one batch ahead. Ours are optimistic, by less than a third.

@@ -185,6 +185,7 @@ def test_gpus_of_engines_that_fit(recipe, gpu):
     assert submit(recipe, "--dry-run", *flags.split()) == 0
 
 
+@pytest.mark.long
 def test_engines_on_other_nodes_without_gpus(recipe, capsys):
     assert submit(recipe, "--dry-run", "--engine-nodes", "1", "--gpus-per-node", "0") == 0
     shown = capsys.readouterr().out
@@ -311,6 +312,7 @@ def test_without_sbatch(recipe, capsys, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_a_dry_run_asks_sbatch_where_there_is_one(recipe, sbatch, capsys):
     scontrol, program = sbatch / "scontrol", sbatch / "sbatch"
     scontrol.write_text("#!/bin/bash\n[[ $1 == ping ]]\n")
@@ -348,6 +350,7 @@ def test_it_is_queued(recipe, sbatch, capsys):
     assert words_of(told)[1:] == (sbatch / "job7").read_text().splitlines()
 
 
+@pytest.mark.long
 def test_a_chain_goes_on_where_a_job_has_not_finished(recipe, sbatch, capsys):
     assert submit(recipe, "--chain", "2") == 0
     assert capsys.readouterr().out.endswith("\njob 7\njob 8, begins if 7 does not finish the run\n")

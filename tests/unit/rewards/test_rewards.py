@@ -426,6 +426,7 @@ def test_sympy_power_tower_meets_the_deadline(start):
 # --- the end ---
 
 
+@pytest.mark.long
 def test_close_kills_busy_workers_and_what_they_started(start):
     pool = start()
     (result,) = pool.score([item("return os.getpid()")])
