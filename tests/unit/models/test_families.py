@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -41,7 +42,8 @@ every_case = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def built_by_transformers(config: dict):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    # a copy: transformers writes into the dicts of a config
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**deepcopy(config)))
 
 
 def other_spelling(name: str, shape: ModelShape) -> str:
