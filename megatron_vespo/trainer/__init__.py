@@ -1,4 +1,4 @@
-"""The policy on Megatron-Core. Importing anything here loads the machine's runtime plugins first."""
+"""The policy on Megatron-Core. Importing this package first loads the machine's runtime plugins."""
 
 from megatron_vespo.system.plugins import prepare_for_megatron
 

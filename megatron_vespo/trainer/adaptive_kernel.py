@@ -1,4 +1,4 @@
-"""The kernel of --vespo-budget between optimizer steps and across checkpoints."""
+"""Adapts the kernel of --vespo-budget after each optimizer step and keeps it across checkpoints."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_vespo.algorithms.losses.table import PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.algorithms.vespo_budget import adapted, window, within_bounds
 
-STATE, ESTIMATED = "vespo_c2", "vespo_estimated"  # their places in a checkpoint's rollout state
+STATE, ESTIMATED = "vespo_c2", "vespo_estimated"  # keys in a checkpoint's rollout state
 
 
 class AdaptiveKernel:
-    """The kernel of the next optimizer step; with `budget` None it stays.
+    """The kernel of the next optimizer step. It never changes if `budget` is None.
 
     `stored` is the rollout state of the checkpoint that the run resumes from, empty for a fresh start. With a
-    budget c2 continues from what is stored there; c1 and the budget are those of this command.
+    budget, c2 continues from the stored value. c1 and the budget come from this command.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class AdaptiveKernel:
             )
 
     def applied_to(self, loss: PolicyLoss) -> PolicyLoss:
-        """The loss with the kernel of now."""
+        """The loss with the current kernel."""
         return loss if self._budget is None else loss.with_options(kernel=self._kernel)
 
     def state(self) -> dict[str, list]:
-        """What a checkpoint needs."""
+        """What a checkpoint must store."""
         if self._budget is None:
             return {}
         return {STATE: self._c2, ESTIMATED: list(self._estimated)}
 
     def step(self, log_w: np.ndarray, advantages: np.ndarray) -> dict[str, np.ndarray]:
-        """Adapt the kernel to the samples of an optimizer step that used it; fields of StepResult.
+        """Adapt the kernel to the samples of the optimizer step that used it; returns fields of StepResult.
 
-        Both arrays are the same on every rank, [num_samples], and so is the next kernel.
+        Both arrays are [num_samples] and identical on every rank, so the next kernel is, too.
         """
         if self._budget is None:
             return {"kernel_c2": np.full(2, np.nan), "expected_w": np.full(2, np.nan)}

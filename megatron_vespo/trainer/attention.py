@@ -23,18 +23,18 @@ from megatron_vespo.data.context_parallel import TokenLayout, gathered_order
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, and the index tensors that `PackedAttention` needs for it.
+    """Megatron's description of a pack, plus the index tensors that `PackedAttention` needs.
 
-    Made once a micro-batch: every layer uses the same.
+    Built once per micro-batch; every layer uses the same object.
     """
 
-    query_slot_T: Tensor | None = None  # place of each of this rank's tokens in a padded [S, longest] batch
+    query_slot_T: Tensor | None = None  # index of each of this rank's tokens in a padded [S, longest] batch
     key_slot_G: Tensor | None = None  # the same for all tokens of the pack
-    key_order_G: Tensor | None = None  # where each token is after the gather over context parallelism
-    mask: Tensor | None = None  # bool [S, 1, longest / cp_size, longest], None where plain causality does
+    key_order_G: Tensor | None = None  # index of each token after the gather over context parallelism
+    mask: Tensor | None = None  # bool [S, 1, longest / cp_size, longest], None where is_causal suffices
     chunk_cu_seqlens_q: Tensor | None = None  # a query chunk is causal in all keys up to its own end
     chunk_cu_seqlens_k: Tensor | None = None
-    chunk_keys: Tensor | None = None  # int64, those keys, chunk after chunk
+    chunk_keys: Tensor | None = None  # int64, indices of those keys, chunk after chunk
 
     @classmethod
     def of(
@@ -43,7 +43,7 @@ class PackedSequences(PackedSeqParams):
         """`cu_seqlens` int32 [S + 1] of the whole pack; `use_kernel`: see `PackedAttention.uses_kernel`."""
         pack = packed(cls, cu_seqlens, max_seqlen)
         if use_kernel and layout.cp_size == 1:
-            return pack  # the kernel needs no more; nothing waits for the GPU
+            return pack  # the kernel needs no index tensors, so nothing waits for the GPU
         bounds = cu_seqlens.cpu().numpy()
         indices: dict[str, np.ndarray] = {}
         if layout.cp_size > 1:
@@ -58,7 +58,7 @@ class PackedSequences(PackedSeqParams):
 
 
 def packed[Params: PackedSeqParams](kind: type[Params], cu_seqlens: Tensor, max_seqlen: int) -> Params:
-    """Megatron's own fields; padding at a sequence's end counts as part of it, as causality hides it."""
+    """Fills Megatron's own fields. Padding at a sequence's end counts as part of it: causality hides it."""
     return kind(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -71,7 +71,7 @@ def packed[Params: PackedSeqParams](kind: type[Params], cu_seqlens: Tensor, max_
 
 
 def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict[str, np.ndarray]:
-    """Rows are sequences; padding sits behind the tokens, where causality hides it."""
+    """One row per sequence. Padding comes after the tokens, where causality hides it."""
     lengths = np.diff(bounds)
     sequence_G = np.repeat(np.arange(len(lengths)), lengths)
     position_G = np.arange(bounds[-1]) - bounds[sequence_G]
@@ -82,7 +82,7 @@ def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict
     held_T = layout.local_indices(bounds)
     offset_T = np.arange(len(held_T)) - bounds[sequence_G[held_T]] // layout.cp_size
     query_slot_T = sequence_G[held_T] * local_longest + offset_T
-    # padding rows see the first key only, which keeps their softmax finite
+    # padding rows see only the first key, which keeps their softmax finite
     query_position = np.zeros(len(lengths) * local_longest, np.int64)
     query_position[query_slot_T] = position_G[held_T]
     mask = query_position.reshape(len(lengths), 1, local_longest, 1) >= np.arange(longest)
@@ -90,7 +90,7 @@ def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict
 
 
 def _chunks(bounds: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
-    """Each sequence's two zig-zag chunks as sequences of their own, with the keys they may see."""
+    """Each sequence's two zig-zag chunks as separate sequences, with the keys they may see."""
     query_lengths, keys = [], []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         chunk = (end - start) // (2 * layout.cp_size)
@@ -109,11 +109,11 @@ def _chunks(bounds: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each packed sequence; never across their boundaries.
+    """Causal attention inside each packed sequence, never across sequence boundaries.
 
-    Half precision on CUDA runs torch's variable-length flash attention. Otherwise the pack is laid out as a
-    padded batch for scaled_dot_product_attention, at a cost of S * longest^2 instead of (sum of lengths)^2.
-    Under context parallelism every rank gathers all keys and values; queries stay where they are.
+    Half precision on CUDA runs torch's variable-length flash attention. Otherwise the pack becomes a
+    padded batch for scaled_dot_product_attention, which costs S * longest^2 instead of (sum of lengths)^2.
+    Under context parallelism every rank gathers all keys and values; queries stay on their rank.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class PackedAttention(MegatronModule):
 
     @staticmethod
     def uses_kernel(dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether tensors like these go through variable-length flash attention."""
+        """Whether such tensors run through variable-length flash attention."""
         return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
     def forward(
@@ -180,9 +180,9 @@ class PackedAttention(MegatronModule):
             cu_seqlens_q, cu_seqlens_k = pack.chunk_cu_seqlens_q, pack.chunk_cu_seqlens_k
             key, value = key[pack.chunk_keys], value[pack.chunk_keys]
             longest_q = pack.max_seqlen_q // (2 * self.cp_group.size())
-        # torch 2.11 has no such flag: it takes keys with fewer heads than the queries as they are
+        # torch 2.11 has no such flag: it accepts keys with fewer heads than the queries
         grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        # a window without a right side is causal, aligned to the last key where queries are fewer
+        # a window without a right side is causal; with fewer queries than keys it aligns to the last key
         return varlen_attn(  # pyright: ignore[reportReturnType]
             query,
             key,

@@ -1,16 +1,16 @@
-"""Megatron's asynchronous save with a thread of each rank as the writer.
+"""Runs Megatron's asynchronous save with one writer thread per rank.
 
-Megatron hands every save that is not to block to a queue: tensors are staged in host memory, written by
-somebody else, and finished (index, then tracker) when all ranks have written. Its own somebody is a process
-that lives as long as the rank. A thread instead
+Megatron puts every asynchronous save into a queue. It stages the tensors in host memory, and a writer writes
+them. When all ranks have written, the save is finished: index first, then tracker. Megatron's own writer is
+a process that lives as long as the rank. A thread has three advantages:
 
-* works where there is no CUDA: the process would receive tensors of the CPU as shared memory that the next
-  optimizer steps go on changing;
-* ends with its rank, however that ends: nobody writes into a checkpoint any more when a run comes back;
-* needs no second interpreter with the memory of one a rank, and no server process for its results, which
-  outlives a rank that is killed.
+* It works without CUDA. The process would receive CPU tensors as shared memory, which the next optimizer
+  steps keep changing.
+* It ends with its rank, however that ends. When a run resumes, nothing still writes into a checkpoint.
+* It needs no second interpreter, with its memory, per rank. It needs no server process for its results,
+  which would outlive a killed rank.
 
-It holds the interpreter's lock only between writes: the bytes of a tensor are copied and written without it.
+The thread holds the GIL only between writes: the bytes of a tensor are copied and written without it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ POLL_S = 0.02
 
 
 class SaveQueue(AsyncCallsQueue):
-    """Megatron's queue, installed as the one that it uses. At most one save is in it.
+    """Megatron's queue, installed as the one that Megatron uses. It holds at most one save.
 
-    `admit(bytes)` is called with what all ranks together will write and may raise, on all of them;
-    `before_finish()` when all have written.
+    `admit(bytes)` is called with the bytes that all ranks together will write. It may raise, on all ranks.
+    `before_finish()` is called when all ranks have written.
     """
 
     def __init__(self, background: bool, admit: Callable[[int], None], before_finish: Callable[[], None]):
         super().__init__()
         self._background, self._admit, self._before_finish = background, admit, before_finish
-        # Megatron makes them a server process; writer and reader are threads of one process here
+        # Megatron starts a server process for the results; here writer and reader are threads of one process
         filesystem_async._results_queue = queue.Queue()
         async_utils._async_calls_queue = self
 
@@ -61,11 +61,11 @@ class SaveQueue(AsyncCallsQueue):
 
 
 class ThreadCaller(AsyncCaller):
-    """Writes one request. `background`: what the model goes on changing is copied first."""
+    """Writes one request. With `background` it first copies the tensors that training will change."""
 
     def __init__(self, background: bool):
         self._background = background
-        self._thread: threading.Thread | None = None  # none where a rank has nothing to write
+        self._thread: threading.Thread | None = None  # None if the rank has nothing to write
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         if async_req.async_fn is None:
@@ -94,7 +94,7 @@ class ThreadCaller(AsyncCaller):
 
 
 def _detached(staged: list, live: list) -> list:
-    """The staged buckets, with a copy of every tensor that staging, a copy to the host, has left in place."""
+    """The staged buckets, with a copy of every tensor that staging did not copy: it was on the host."""
     detached = []
     for (path, key, (contents, tensors)), (_, _, (_, originals)) in zip(staged, live, strict=True):
         copies = [
@@ -106,7 +106,7 @@ def _detached(staged: list, live: list) -> list:
 
 
 def _num_bytes(request: AsyncRequest) -> int:
-    """What this rank will write."""
+    """The number of bytes that this rank will write."""
     buckets = request.async_fn_args[1] if request.async_fn is not None else []
     return sum(
         sum(content.getbuffer().nbytes for _, content in contents)

@@ -1,4 +1,4 @@
-"""What this machine and its packages made of the model: which implementation runs each part, and why."""
+"""Describes which implementation runs each part of the model on this machine, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vespo.trainer.initialize import device
 
 
 def describe(args: Namespace) -> list[str]:
-    """One line a part, for people: 'part: what runs it (why)'."""
+    """One line per part, for the log: 'part: what runs it (why)'."""
     use_te = args.transformer_impl == "transformer_engine"
     parts = _with_te(args) if use_te else _without_te(args)
     adam = megatron_optimizer.Adam
@@ -32,10 +32,10 @@ def describe(args: Namespace) -> list[str]:
 
 
 def check_router(args: Namespace, where: str) -> None:
-    """ValueError if Megatron's router weighs experts otherwise with gradients than without them.
+    """ValueError if Megatron's router weighs experts differently with gradients than without.
 
-    It does, from three experts per token on, without patches/megatron-core-0.19.2/0003-router-sorted-topk.
-    log W of a policy that has not moved is not 0 then. `where` names this process.
+    Without patches/megatron-core-0.19.2/0003-router-sorted-topk it does, from three experts per token on.
+    Then log W of an unchanged policy is not 0. `where` names this process.
     """
     wrong = "sorted=torch.is_grad_enabled()" in inspect.getsource(moe_utils.topk_routing_with_score_function)
     if wrong and args.num_experts and args.moe_router_topk > 2 and not args.moe_router_fusion:

@@ -1,4 +1,4 @@
-"""Megatron's own torch_dist checkpoints, with the rollout state (data cursor, policy version) inside."""
+"""Saves and reads Megatron's torch_dist checkpoints, with the rollout state (data cursor, policy version)."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from megatron_vespo.trainer.background_save import SaveQueue
 from megatron_vespo.trainer.initialize import megatron_arguments
 from megatron_vespo.trainer.stand_ins import stand_ins
 
-FILES = "files"  # in the stored rollout state: the entries of the files beside Megatron's
+FILES = "files"  # key in the stored rollout state: the entries of the files beside Megatron's
 
 
 class SaveFailed(RuntimeError):
-    """Raised on all ranks alike, before anything is written or when one could not write."""
+    """Raised on all ranks together, before anything is written or when one rank could not write."""
 
 
 class Saver:
-    """Saves to `args.save`; with --async-save a thread of each rank writes while training goes on.
+    """Saves to `args.save`. With --async-save a thread per rank writes while training continues.
 
-    `iteration` is the number of optimizer steps that were done when the run began.
+    `iteration` is the number of optimizer steps done when the run began. All methods are collectives.
 
-    All methods are collectives. A save that fails, for lack of space above all, is reported and leaves
-    nothing: the tracker goes on naming the last complete checkpoint.
+    A failed save, usually for lack of disk space, is reported and leaves no files. The tracker still names
+    the last complete checkpoint.
     """
 
     def __init__(self, args: Namespace, iteration: int):
         self._args = args
         self._queue = SaveQueue(args.async_save, self._admit, self._release_reserve)
-        self._has_room = False  # among the checkpoints of others in --save
+        self._has_room = False  # whether later checkpoints in --save have been set aside
         self._kept = kept_step(args.load, args.save, iteration)
-        self._iteration = 0  # of the save under way, as what follows
+        self._iteration = 0  # of the save in progress, like the fields below
         self._started = 0.0
         self._num_bytes = 0
 
     def save(
         self, iteration: int, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]
     ) -> list[SaveReport]:
-        """Begins to save; what has ended by now, a save before this one included.
+        """Starts a save; returns the reports of saves that have ended, including an earlier one.
 
-        `files` are stored beside Megatron's; rank 0 alone needs their content.
+        `files` are stored beside Megatron's. Only rank 0 needs their content.
         """
         reports = self.poll(blocking=True)
         self._iteration, self._started, self._num_bytes = iteration, time.monotonic(), 0
@@ -62,7 +62,7 @@ class Saver:
         return reports + (failed or self.poll(blocking=not self._args.async_save))
 
     def poll(self, blocking: bool = False) -> list[SaveReport]:
-        """The report of a save that has ended since the last call."""
+        """The reports of saves that have ended since the last call."""
         if self._queue.get_num_unfinalized_calls() == 0:
             return []
         failed = self._attempt(lambda: self._queue.maybe_finalize_async_calls(blocking))
@@ -71,11 +71,11 @@ class Saver:
         return [self._report()]
 
     def _schedule(self, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]) -> None:
-        # Megatron saves its arguments: what is to be stored beside weights and optimizer has to be in there
+        # Megatron saves its arguments: everything stored beside weights and optimizer must be among them
         stored = {
             "rollout_state": state | {FILES: self._prepare(files)},
             "iteration": self._iteration,
-            "async_save": True,  # hands the writing to the queue, in any case
+            "async_save": True,  # always, as it hands the writing to the queue
         }
         with megatron_arguments(**stored):
             checkpointing.save_checkpoint(
@@ -94,7 +94,7 @@ class Saver:
         return _on_rank_0(write)
 
     def _admit(self, num_bytes: int) -> None:
-        """Called with what all ranks will write, before they begin."""
+        """Called with the bytes that all ranks will write, before they begin."""
         self._num_bytes += num_bytes
         reason = _on_rank_0(lambda: checkpoint_folder.why_no_room(Path(self._args.save), num_bytes))
         if reason is not None:
@@ -105,7 +105,7 @@ class Saver:
             checkpoint_folder.release_reserve(self._folder)
 
     def _attempt(self, action: Callable[[], Any]) -> list[SaveReport]:
-        """The report of a failure, if it is one that all ranks have met together."""
+        """Runs `action`; returns the report of a failure that all ranks have met together."""
         try:
             action()
         except (SaveFailed, CheckpointException) as error:
@@ -113,7 +113,7 @@ class Saver:
         return []
 
     def _clear(self, error: Exception) -> str:
-        """What to tell people, who learn from Megatron no more than the class of an error of the disk."""
+        """The message for the user. Megatron itself shows only the class of a disk error."""
         room = checkpoint_folder.free_space(Path(self._args.save))
         shutil.rmtree(self._folder, ignore_errors=True)
         return str(error) if isinstance(error, SaveFailed) else f"{_first_failure(error)}; {room}"  # pyright: ignore[reportArgumentType]
@@ -127,7 +127,7 @@ class Saver:
 
 
 def _on_rank_0(function: Callable[[], Any]) -> Any:
-    """What it returns there, on all ranks; SaveFailed on all of them for an OSError there."""
+    """Calls `function` on rank 0; returns its result on all ranks. Its OSError is SaveFailed on all ranks."""
     outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -146,7 +146,7 @@ def _first_failure(error: CheckpointException) -> str:
 
 
 def exists(args: Namespace) -> bool:
-    """Whether `args.load` holds a checkpoint, or converted weights."""
+    """Whether `args.load` holds a checkpoint or converted weights."""
     return args.load is not None and (
         args.ckpt_step is not None or checkpointing.checkpoint_exists(args.load)
     )
@@ -154,24 +154,24 @@ def exists(args: Namespace) -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint brings back beside weights and optimizer."""
+    """What a checkpoint restores beside weights and optimizer."""
 
     folder: Path
     state: dict
     files: dict[str, Entry]
-    schedule: dict[str, float]  # arguments that the checkpoint decides on, see `stored_schedule`
+    schedule: dict[str, float]  # arguments that the checkpoint decides, see `stored_schedule`
 
     def file(self, name: str) -> bytes | None:
-        """A file saved with it, None if there was none; ValueError if it is broken."""
+        """A file saved with the checkpoint, None if there was none. ValueError if it is broken."""
         entry = self.files.get(name)
         return None if entry is None else checkpoint_folder.read_file(self.folder, name, entry)
 
 
 def stored(args: Namespace) -> Stored | None:
-    """What is stored with the checkpoint of `args.load`: of step `args.ckpt_step`, or of the newest if None.
+    """What the checkpoint in `args.load` stores: that of step `args.ckpt_step`, or the newest if None.
 
-    None for converted weights (Megatron calls them a release): there is nothing to resume, training starts.
-    ValueError if it cannot be resumed.
+    Returns None for converted weights (Megatron calls them a release): training starts from them.
+    ValueError if the checkpoint cannot be resumed.
     """
     iteration, release = args.ckpt_step, False
     if iteration is None:

@@ -1,4 +1,4 @@
-"""The policy as an HF checkpoint folder."""
+"""Writes the policy as an HF checkpoint folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_vespo.trainer.policy import MegatronPolicy
 
 
 def export_hf(policy: MegatronPolicy, target: Path, bucket_bytes: int) -> None:
-    """Write the policy to `target`, one file a bucket, tokenizer and configuration from `args.hf_checkpoint`.
+    """Write the policy to `target`, one file per bucket. `args.hf_checkpoint` gives tokenizer and config.
 
-    A collective of all ranks; one rank a pipeline stage writes. The folder appears under its name only when
-    complete, in the place of an older one.
+    A collective of all ranks; one rank per pipeline stage writes. The folder gets its name only when it is
+    complete, and replaces an older one.
     """
     staging = target.with_name(target.name + ".incomplete")
     if dist.get_rank() == 0:

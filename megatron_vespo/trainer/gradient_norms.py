@@ -1,4 +1,4 @@
-"""Gradient norms of parameters and of the model's parts, the same numbers on every layout."""
+"""Computes gradient norms of parameters and of model parts, the same numbers on every layout."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def gradient_norms(
 ) -> dict[str, float]:
     """L2 norm of every parameter's whole gradient, by its name with global layer and expert numbers.
 
-    To be called after the backward pass, when gradients are reduced, and before the optimizer's step, which
-    clips them in place. A collective of all ranks; all get the same. Sums are float64. The root of the sum
-    of all squares is the norm that Megatron clips by.
+    Call it after the backward pass, when gradients are reduced, and before the optimizer step, which
+    clips them in place. A collective of all ranks; all get the same result. Sums are float64. The root of the
+    sum of all squares is the norm that Megatron clips by.
     """
     names, squares = _squares(model_chunks, groups)
     mine = list(zip(names, squares.tolist(), strict=True))
@@ -43,10 +43,10 @@ def gradient_norms(
 def group_gradient_norms(
     model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, num_layers: int
 ) -> Tensor:
-    """L2 norm of the gradient of each of GRADIENT_GROUPS, float64 [10], 0 for one that the model lacks.
+    """L2 norm of the gradient of each of GRADIENT_GROUPS, float64 [10], 0 for a group that the model lacks.
 
-    When, where and what as `gradient_norms`, by one small reduction. The squares of PARTS add up to the
-    square of the whole norm.
+    Call it when and where `gradient_norms` is called. It needs one small reduction. The squares of PARTS add
+    up to the square of the whole norm.
     """
     names, squares = _squares(model_chunks, groups)
     members = [
@@ -66,13 +66,13 @@ def group_gradient_norms(
 def _squares(
     model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
 ) -> tuple[list[str], Tensor]:
-    """Names and squared norms, float64, of the parts of gradients that this rank alone answers for."""
+    """Names and squared norms, float64, of the gradient parts that this rank alone counts."""
     names: list[str] = []
     squares: list[Tensor] = []
     for chunk in model_chunks:
         shards = _owned_gradients(chunk)
         for name, parameter in global_parameters(unwrap_model(chunk), groups):  # pyright: ignore[reportArgumentType]
-            # what several ranks hold is counted on one of them
+            # a parameter that several ranks hold is counted on one of them
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
                 parameter, groups.tp, groups.expt_tp
             ):
@@ -84,10 +84,10 @@ def _squares(
 
 
 def _owned_gradients(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter, Tensor]:
-    """The flat part of every parameter's reduced gradient that this rank answers for, perhaps none of it.
+    """The flat part of every parameter's reduced gradient that this rank holds; the part may be empty.
 
-    The distributed optimizer reduce-scatters each bucket: rank r of the buffer's data-parallel group holds
-    sums in the r-th of equal parts only.
+    The distributed optimizer reduce-scatters each bucket into equal parts. Rank r of the buffer's
+    data-parallel group holds sums only in the r-th part.
     """
     config = chunk.ddp_config
     assert config.use_distributed_optimizer and config.num_distributed_optimizer_instances == 1

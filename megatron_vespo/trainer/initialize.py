@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_args, set_args, set_global_variabl
 def initialize(
     args: Namespace, rank: int, local_rank: int, master_address: str, master_port: int
 ) -> Namespace:
-    """Start torch.distributed and the model-parallel groups; returns this rank's arguments, a copy."""
+    """Start torch.distributed and the model-parallel groups; returns this rank's copy of the arguments."""
     args = _changed(args, rank=rank, local_rank=local_rank)
     os.environ.update(
         RANK=str(rank),
@@ -29,8 +29,8 @@ def initialize(
         MASTER_PORT=str(master_port),
     )
     set_global_variables(args, build_tokenizer=False)
-    # Megatron's data sets are not used here. It would build their helpers by make, for which its wheel has no
-    # Makefile, and end the process.
+    # Megatron's data sets are not used here. Megatron would build their helpers with make and end the
+    # process, as its wheel has no Makefile.
     with patch.object(megatron_initialize, "_compile_dependencies", lambda: None):
         megatron_initialize.initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
     if torch.cuda.is_available():
@@ -39,7 +39,7 @@ def initialize(
 
 
 def give_to_megatron(args: Namespace, **changes: Any) -> Namespace:
-    """A copy of `args` with `changes`, which Megatron reads, and alone writes to, from now on."""
+    """A copy of `args` with `changes`. From now on Megatron reads it, and only Megatron writes to it."""
     args = _changed(args, **changes)
     set_args(args)
     return args
@@ -47,7 +47,7 @@ def give_to_megatron(args: Namespace, **changes: Any) -> Namespace:
 
 @contextmanager
 def megatron_arguments(**changes: Any) -> Iterator[None]:
-    """Inside, Megatron reads a copy of its arguments with `changes`; afterwards those of before."""
+    """Inside, Megatron reads a copy of its arguments with `changes`; afterwards the original ones."""
     before = cast(Namespace, get_args())
     give_to_megatron(before, **changes)
     try:
@@ -61,12 +61,12 @@ def _changed(args: Namespace, **changes: Any) -> Namespace:
 
 
 def _repeat_unpermutation(args: Namespace) -> None:
-    """The same sum in every pass, where the outputs of a token's experts are added by torch.
+    """Makes every pass add the outputs of a token's experts in the same order, where torch adds them.
 
-    By default torch adds them by atomics, in another order each time, and log W of a policy that has not
-    moved is not 0. Megatron takes `index_add` where deterministic algorithms are asked for. Operations that
-    have none only warn. Transformer Engine's attention reads that switch, too; its fused permutation, the
-    default there, needs none.
+    By default torch adds them by atomics, in another order each time. Then log W of an unchanged policy is
+    not 0. With deterministic algorithms switched on, Megatron uses `index_add`. Operations without a
+    deterministic version only warn. Transformer Engine's attention reads this switch, too. Its fused
+    permutation, the default there, does not need it.
     """
     if args.num_experts and args.transformer_impl == "local" and not args.moe_permute_fusion:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -79,7 +79,7 @@ def process_groups() -> ProcessGroupCollection:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """The device of this rank's tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What one layout makes of given samples: the part of `megatron-vespo check layout` that every rank runs."""
+"""Measures one layout on given samples: the part of `megatron-vespo check layout` that every rank runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_vespo.types import TrainingSample
 
 
 def measure(policy: MegatronPolicy, samples: Sequence[TrainingSample], num_steps: int) -> LayoutMeasurement:
-    """Optimizer steps, each on all `samples`, as one rollout batch: pi_old is the policy before the first."""
+    """Takes `num_steps` optimizer steps, each on all `samples`; pi_old is the policy before the first."""
     experts = policy.chosen_experts(samples)
     mini_batch = policy.pack(samples)
     policy.compute_old_log_probs(mini_batch)

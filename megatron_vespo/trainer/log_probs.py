@@ -1,4 +1,4 @@
-"""The model's output as log-probs and entropies of the trained tokens; all logits never exist at once."""
+"""Turns hidden states into log-probs and entropies of the trained tokens, without holding all logits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_vespo.data.micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class LogProbContext:
-    """What `output_log_probs` must know beside what Megatron hands it."""
+    """What `output_log_probs` needs beside the arguments that Megatron passes."""
 
     micro_batch: MicroBatch
-    vocab_size: int  # the rows behind it pad the output layer: no engine knows them
+    vocab_size: int  # later rows only pad the output layer: no engine knows them
     chunk_size: int  # tokens
 
 
@@ -35,10 +35,10 @@ def output_log_probs(
 ) -> Tensor:
     """Megatron's `output_processor`: hidden_states [T, 1, H] -> float64 [2, T], log-probs and entropies.
 
-    `output_weight` is the embedding where it is the output layer's weight as well, else None.
+    `output_weight` is the embedding if it is also the output layer's weight, else None.
 
-    Under sequence parallelism T is the rank's slice on the way in; on the way out it is always all tokens
-    that the context-parallel rank holds, the same on every tensor-parallel rank. Positions that predict
+    In the output, T is all tokens that the context-parallel rank holds, the same on every tensor-parallel
+    rank. In the input, under sequence parallelism, T is this rank's slice of them. Positions that predict
     nothing hold 0: their logits are not computed.
     """
     group = output_layer.tp_group

@@ -1,8 +1,9 @@
 """Offloads a trainer rank's GPU memory while an engine on the same GPU generates.
 
-Megatron's own `optimizer.offload_to_cpu` gives tensors other memory. Shards that are views of the parameters,
-as in fp32 and with --use-precision-aware-optimizer, would be cut off from them by that, and every update with
-them. Here the memory is taken from under the tensors, as Megatron does it with its buffers: views stay views.
+Megatron's own `optimizer.offload_to_cpu` gives tensors new memory. Some shards are views of the parameters,
+as in fp32 and with --use-precision-aware-optimizer. They would lose that link, and updates would not reach
+the parameters. This module frees the storage under the tensors, as Megatron does with its buffers, so views
+stay views.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor, UntypedStorage
 
 from megatron_vespo.trainer.initialize import device
 
-BLOCK = 64 * 2**20  # bytes; torch rounds what it pins up to a power of two
+BLOCK = 64 * 2**20  # bytes; torch rounds pinned memory up to a power of two
 
 
 class HostCopy:
-    """Offloads tensors: their memory on the device is freed, their content waits in host memory.
+    """Offloads tensors: copies their content to host memory and frees their memory on the device.
 
-    `tensors` says which; what shares memory with them is offloaded, too. The host's blocks are kept for the
-    next time, as pinning takes longer than copying.
+    `tensors` returns them; tensors that share their memory are offloaded, too. The host's blocks are kept
+    for the next time, as pinning takes longer than copying.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]):
@@ -53,7 +54,7 @@ class HostCopy:
         self._away = []
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes on the device and their place on the host, storage after storage, block after block."""
+        """Pairs of bytes on the device and their place on the host, storage by storage, block by block."""
         place = 0
         for storage, _ in self._away:
             rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -68,7 +69,7 @@ class HostCopy:
 
 
 def storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
-    """The memory on this rank's device that they lie in, each once."""
+    """The storages of `tensors` on this rank's device, each once."""
     found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device().type]
     return list({storage._cdata: storage for storage in found}.values())
 
@@ -76,7 +77,7 @@ def storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
 class GpuMemory:
     """Memory of one rank's weights, gradients and optimizer; all are on the GPU at first.
 
-    With `offload_states` False weights and optimizer always stay. Between optimizer steps only.
+    With `offload_states` False, weights and optimizer always stay there. Use it only between optimizer steps.
     """
 
     def __init__(
@@ -87,18 +88,18 @@ class GpuMemory:
         self.optimizer = HostCopy(self._optimizer_tensors)
 
     def onload(self) -> None:
-        """Everything that an optimizer step needs, with gradient buffers, which are zeros."""
+        """Bring back everything that an optimizer step needs; gradient buffers hold zeros."""
         self.weights.onload()
         self.optimizer.onload()
         for chunk in self._chunks:
             chunk.restore_grad_buffers(synchronize=False)
 
     def offload(self, keep_weights: bool) -> None:
-        """Free all of it, and what torch has cached."""
+        """Free this memory and torch's cache."""
         on_gpu = torch.cuda.is_available()
-        self._optimizer.zero_grad()  # parts of them that it holds
+        self._optimizer.zero_grad()  # frees the gradients that it holds itself
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            # with --optimizer-offload-fraction below 1 it holds fp32 gradients that nobody clears
+            # with --optimizer-offload-fraction below 1 it holds fp32 gradients that nothing else clears
             on_the_gpu = getattr(getattr(part, "optimizer", None), "gpu_optimizer", None)
             if on_the_gpu is not None:
                 on_the_gpu.zero_grad(set_to_none=True)
@@ -117,7 +118,7 @@ class GpuMemory:
             yield from chunk.parameters()
 
     def _optimizer_tensors(self) -> Iterator[Tensor]:
-        """Its state and the fp32 weights of it; shards that are views of the parameters are weights."""
+        """The optimizer's state and fp32 weights, without shards that are views of the parameters."""
         of_weights = {storage._cdata for storage in storages(self._weight_tensors())}
         for tensor in optimizer_tensors(self._optimizer):
             if tensor.untyped_storage()._cdata not in of_weights:
@@ -125,7 +126,7 @@ class GpuMemory:
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
-    """Of all optimizers that Megatron has chained, and of the parts of one whose other part is the host's."""
+    """Tensors of all chained optimizers, and of both parts of a hybrid CPU-GPU optimizer."""
     for megatron in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(megatron, "is_stub_optimizer", False):
             continue

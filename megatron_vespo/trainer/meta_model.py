@@ -1,7 +1,7 @@
-"""The policy's parameters at any world size, without memory: Megatron's own model on meta tensors.
+"""Counts the policy's parameters at any world size, without memory: Megatron's own model on meta tensors.
 
-torch's fake process group stands for all the ranks, so Megatron builds its groups, checks its flags and cuts
-layers, heads, experts and vocabulary as it will; one rank of each pipeline stage is built, one after another.
+torch's fake process group stands for all ranks. So Megatron builds its groups, checks its flags and splits
+layers, heads, experts and vocabulary as in the run. One rank of each pipeline stage is built, in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_vespo.trainer.initialize import process_groups
 from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.planned_machine import planned_machine
 
-# What chooses kernels, and no shapes: the machine that plans need not have what the flags want.
+# Arguments that choose kernels but no shapes: the planning machine may lack what the flags ask for.
 PLAIN = {
     "transformer_impl": "local",
     "moe_grouped_gemm": False,
@@ -43,7 +43,7 @@ PLAIN = {
 
 
 def build_stages(args: Namespace) -> list[Stage]:
-    """One entry a pipeline stage; ValueError for what Megatron refuses when it builds groups or model."""
+    """One entry per pipeline stage. ValueError for what Megatron refuses when it builds groups or model."""
     per_stage = args.world_size // args.pipeline_model_parallel_size
     assert not args.use_tp_pp_dp_mapping, "stages would not be runs of ranks"
     with planned_machine():
@@ -51,12 +51,12 @@ def build_stages(args: Namespace) -> list[Stage]:
 
 
 def _built(args: Namespace, rank: int) -> Stage:
-    """The stage of that rank."""
+    """The stage of `rank`."""
     dist.init_process_group("fake", world_size=args.world_size, rank=rank, store=FakeStore())
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             initialize_groups(args)
-            model_config(args)  # its questions about these flags
+            model_config(args)  # for its checks of these flags
             plain = copy.copy(args)
             vars(plain).update(PLAIN)
             return _stage(plain)
@@ -77,7 +77,7 @@ def initialize_groups(args: Namespace) -> None:
         hierarchical_context_parallel_sizes=args.hierarchical_context_parallel_sizes,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,  # they would talk
+        create_gloo_process_groups=False,  # they would communicate
     )
 
 
@@ -115,7 +115,7 @@ def _stage(args: Namespace) -> Stage:
 
 
 def _copies(parameter: torch.nn.Parameter, experts: bool, name: str, args: Namespace, groups) -> int:
-    """How many different parts like this one the stage has; 0 for a copy of what another stage has."""
+    """How many different shards like this one the stage has; 0 for a copy of another stage's parameter."""
     if name == "output_layer.weight" and not args.untie_embeddings_and_output_weights:
         return 0
     sharded = getattr(parameter, "tensor_model_parallel", False)

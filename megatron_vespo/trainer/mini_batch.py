@@ -1,4 +1,4 @@
-"""One optimizer step's samples, cut into this rank's packs; and per-sample values put together again."""
+"""Cuts one optimizer step's samples into this rank's packs, and gathers per-sample values from all ranks."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class MiniBatch:
     num_samples: int
     micro_batches: list[MicroBatch]
     packing: PackingStats
-    advantages: np.ndarray  # of all samples, on every rank: [num_samples] float32
-    versions: Versions | None = None  # of the tokens; with --old-policy snapshot only
+    advantages: np.ndarray  # float32 [num_samples], of all samples on every rank
+    versions: Versions | None = None  # of the tokens; only with --old-policy snapshot
 
 
 @dataclass
 class Versions:
-    """Which policy version sampled each token of a mini-batch."""
+    """Which policy version generated each token of a mini-batch."""
 
     samples: Sequence[TrainingSample]  # all of the mini-batch, on every rank
-    # packs run side by side on the data-parallel ranks: the versions in any rank's i-th pack
+    # i -> the versions in the i-th pack of any rank: data-parallel ranks run their i-th packs side by side
     in_packs: list[set[int]]
-    pack_multiple: int  # the schedule wants so many packs, or a multiple of them
+    pack_multiple: int  # the schedule needs a multiple of this number of packs
 
     def packs_of(self, version: int) -> list[int]:
-        """Packs to run for `version`, the same on every rank: those that hold one of its tokens on any."""
+        """Packs to run for `version`, the same on every rank: those with one of its tokens on any rank."""
         chosen = [i for i, versions in enumerate(self.in_packs) if version in versions]
         others = [i for i, versions in enumerate(self.in_packs) if version not in versions]
         return chosen + others[: -len(chosen) % self.pack_multiple]
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Of the tokens that its `loss_positions` predict, int64 like them."""
+        """Versions of the tokens that the micro-batch's `loss_positions` predict, int64 of their shape."""
         flat = torch.from_numpy(np.concatenate([sample.policy_versions for sample in self.samples]))
         starts = np.cumsum([0, *(sample.completion_length for sample in self.samples[:-1])])
         # the position before the first completion token predicts it
@@ -57,10 +57,10 @@ class Versions:
 
 
 class Packer:
-    """Cuts samples the same way on every rank and builds the packs of this one."""
+    """Cuts samples the same way on every rank and builds this rank's packs."""
 
     def __init__(self, args: Namespace, groups: ProcessGroupCollection, with_versions: bool = False):
-        """`with_versions`: mini-batches know which policy version sampled each token."""
+        """`with_versions`: mini-batches know which policy version generated each token."""
         self._args, self._groups, self._with_versions = args, groups, with_versions
         self.layout = TokenLayout(
             groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
@@ -81,9 +81,9 @@ class Packer:
         self._micro_batch_multiple = groups.pp.size() if virtual else 1
 
     def pack(self, samples: Sequence[TrainingSample], replay: bool = True) -> MiniBatch:
-        """ValueError on every rank alike for a sample that cannot be trained on, see `check_sample`.
+        """This rank's packs of `samples`; without `replay` they leave out the engine's routes.
 
-        Without `replay` the engine's routes are left out.
+        ValueError on every rank for a sample that cannot be trained on, see `check_sample`.
         """
         args, layout = self._args, self.layout
         engine_routes = replay and args.routing_replay == "R3"
@@ -113,15 +113,15 @@ class Packer:
         return Versions(samples, in_packs, self._micro_batch_multiple)
 
     def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
-        """Tokens of each rank's packs, as `bins`."""
+        """Number of tokens of each rank's packs, in the order of `bins`."""
         tokens = [[self.layout.padded_pack(sum(padded[i] for i in pack)) for pack in rank] for rank in bins]
         if self._args.moe_token_dispatcher_type != "allgather":
             return tokens
-        # this dispatcher takes for granted that all ranks have equally many tokens
+        # this dispatcher assumes that all ranks have the same number of tokens
         return [[max(step) for step in zip(*tokens, strict=True)]] * len(tokens)
 
     def fill(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-        """Repeats the first sample until the ranks can share equally; for callers that drop the surplus."""
+        """Repeats the first sample until the ranks get equal shares; callers drop the surplus."""
         multiple = self._groups.dp.size() * self._micro_batch_multiple
         return [*samples, *[samples[0]] * (-len(samples) % multiple)]
 
@@ -133,29 +133,30 @@ class Packer:
         `parts` are this rank's, float32 [num_rows, S] per micro-batch on the last pipeline stage, else empty.
         """
         table = torch.zeros(num_rows, mini_batch.num_samples, device=device())
-        if parts:  # one transfer of indices: each waits for the device
+        if parts:  # all indices in one transfer, as each transfer waits for the device
             indices = [i for micro_batch in mini_batch.micro_batches for i in micro_batch.sample_indices]
             table[:, indices] = torch.cat([*parts], dim=1)
         self.share(table)
         return table.cpu().numpy()
 
     def share(self, table: Tensor, *more_groups: dist.ProcessGroup) -> None:
-        """Spread entries that are set on one data-parallel rank's last stage and 0 elsewhere, in place.
+        """Give every rank, in place, the entries that one data-parallel rank's last stage has set.
 
-        `more_groups` are further ones whose ranks hold parts: context parallel for values per token.
+        Entries are 0 on the other ranks. `more_groups` are further groups whose ranks hold parts, for
+        example context parallel for values per token.
         """
         for group in (*more_groups, self._groups.dp, self._groups.pp):
             if group.size() > 1:
                 dist.all_reduce(table, group=group)
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """The sum over all ranks that hold other tokens of the mini-batch at the same pipeline stage."""
+        """The sum over all ranks of this pipeline stage that hold different tokens of the mini-batch."""
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(values, group=self._groups.dp_cp)
         return values
 
 
 def token_places(micro_batch: MicroBatch, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample and place in its token_ids of the tokens at `positions` of the pack, int64 like them."""
+    """Sample, and index in its token_ids, of the tokens at `positions` of the pack; int64, same shape."""
     sample_S = torch.tensor(micro_batch.sample_indices, device=positions.device)
     return sample_S[micro_batch.sequence_ids_T[positions]], micro_batch.position_ids_T[positions]

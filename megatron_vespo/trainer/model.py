@@ -13,10 +13,11 @@ from megatron_vespo.trainer.attention import PackedAttention
 
 
 def model_config(args: Namespace) -> TransformerConfig:
-    """Megatron's configuration; micro-batches are packs of varying length.
+    """Megatron's configuration for micro-batches that are packs of varying length.
 
-    Its layers are built without gradient accumulation fusion: Megatron's own would need Apex's kernel, and
-    the output layer's backward, `linear_log_probs`, never calls it. `model_provider` gives it to TE's layers.
+    Layers are built without gradient accumulation fusion. Megatron's own fusion would need Apex's kernel,
+    and the output layer's backward, `linear_log_probs`, never calls it. `model_provider` turns the fusion on
+    for TE's layers.
     """
     config = core_transformer_config_from_args(args)
     config.variable_seq_lengths = True
@@ -25,7 +26,7 @@ def model_config(args: Namespace) -> TransformerConfig:
 
 
 def model_provider(args: Namespace, config: TransformerConfig):
-    """The function that Megatron's get_model calls once a pipeline (or virtual pipeline) stage."""
+    """The function that Megatron's get_model calls once per pipeline (or virtual pipeline) stage."""
 
     def provide(
         pre_process: bool, post_process: bool, vp_stage: int | None = None, pg_collection=None, **_
@@ -60,9 +61,9 @@ def model_provider(args: Namespace, config: TransformerConfig):
 
 
 def _fuse_gradient_accumulation(model: GPTModel, fused: bool) -> None:
-    """Whether Transformer Engine's layers add their weight's gradient to `main_grad` themselves.
+    """Sets whether Transformer Engine's layers add their weight's gradient to `main_grad` themselves.
 
-    They then set `grad_added_to_main_grad` of the weight, and Megatron's data parallelism adds nothing.
+    If so, they set the weight's `grad_added_to_main_grad`, and Megatron's data parallelism adds nothing.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TE's name for it, read in every forward pass

@@ -1,8 +1,8 @@
-"""Where pi_old comes from: the weights of now, those that generated each token, or a moving average of them.
+"""Provides pi_old: the current weights, the weights that generated each token, or a moving average of them.
 
-In asynchronous training the weights at the time a batch is prepared are not those that sampled it
-("missing old logits", arXiv 2605.12070). Everything here works on the parameters that this rank holds, which
-are its shards of the model at any layout, complete over data parallelism, and keeps copies on the CPU.
+In asynchronous training the weights at the time a batch is prepared are not those that generated it
+("missing old logits", arXiv 2605.12070). This module works on the parameters that this rank holds: its
+shards of the model at any layout, complete over data parallelism. It keeps copies of them on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CurrentWeights:
     """pi_old is the policy at the time the batch is prepared."""
 
     def advance(self, version: int) -> None:
-        """Called after every optimizer step, with the version that it made."""
+        """Called after every optimizer step, with the policy version that it produced."""
 
     def weights(self) -> AbstractContextManager:
         """A pass inside computes pi_old."""
@@ -32,18 +32,18 @@ class CurrentWeights:
 
 
 class MovingAverage:
-    """pi_old has an exponential moving average of the weights (PPO-EWMA, arXiv 2110.00641).
+    """pi_old uses an exponential moving average of the weights (PPO-EWMA, arXiv 2110.00641).
 
         average_n = sum_i decay^(n - i) weights_i / sum_i decay^(n - i),   i = 0 (the start) .. n
 
-    float32, as steps of a bfloat16 average would be rounded away. It starts from the weights that were
-    loaded, also where a checkpoint goes on: it is not saved.
+    It is float32: bfloat16 would round small updates away. It is not saved, so it starts from the loaded
+    weights, also after a resume.
     """
 
     def __init__(self, model: list, decay: float, complete: Callable[[], None]):
         self._model, self._decay, self._complete = model, decay, complete
         self._average = [tensor.float() for tensor in _copies(model)]
-        self._total = 1.0  # sum of the powers of decay
+        self._total = 1.0  # the sum of the powers of decay
 
     @torch.no_grad()
     def advance(self, version: int) -> None:
@@ -57,10 +57,10 @@ class MovingAverage:
 
 
 class Snapshots:
-    """pi_old is, token by token, the policy version that generated it; the last `num_kept` are kept.
+    """pi_old is, for each token, the policy version that generated it. The last `num_kept` versions are kept.
 
-    Versions before the start of this process are gone, also where a checkpoint goes on: what older versions
-    sampled is refused, and an engine samples with the weights that were loaded.
+    Versions before the start of this process are gone, also after a resume. Samples of older versions are
+    refused; the engines start with the loaded weights.
     """
 
     def __init__(self, model: list, num_kept: int, version: int, complete: Callable[[], None]):
@@ -69,14 +69,14 @@ class Snapshots:
         self.advance(version)
 
     def advance(self, version: int) -> None:
-        # the oldest goes first: there are never more than so many copies
+        # drop the oldest first: there are never more than `num_kept` copies
         if len(self._kept) == self._num_kept:
             del self._kept[min(self._kept)]
         self._complete()
         self._kept[version] = _copies(self._model)
 
     def versions(self, samples: Sequence[TrainingSample]) -> list[int]:
-        """Those of the samples' tokens, ascending; ValueError names a sample of a version not kept."""
+        """Versions of the samples' tokens, ascending. ValueError names a sample of a version not kept."""
         for index, sample in enumerate(samples):
             self._check(index, sample)
         return np.unique(np.concatenate([sample.policy_versions for sample in samples])).tolist()
@@ -108,10 +108,10 @@ OldPolicy = CurrentWeights | MovingAverage | Snapshots
 def old_policy(
     settings: LossSettings, model: list, optimizer, version: int, overlaps_param_gather: bool
 ) -> OldPolicy:
-    """What --old-policy names, for the weights that are loaded now, which are `version`."""
+    """The old policy that --old-policy names; the weights loaded now are `version`."""
 
     def complete() -> None:
-        """With the overlap a rank has only its part of the new weights until the next forward pass."""
+        """Completes the weights: with the overlap a rank has only its part until the next forward pass."""
         if overlaps_param_gather:
             force_param_sync(model, optimizer)
 
@@ -126,10 +126,10 @@ def old_policy(
 
 @contextmanager
 def swapped(model: list, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The model with other weights, in place; its own come back bit for bit, whatever happens inside.
+    """Inside, the model has other weights; afterwards its own are restored bit for bit, even after an error.
 
-    Parameters are views into the buffers of gradient reduction and optimizer: they are written to, never
-    replaced. No optimizer step may be taken inside.
+    Parameters are views into the buffers of gradient reduction and optimizer, so they are written to, never
+    replaced. Take no optimizer step inside.
     """
     own = _copies(model)
     try:
@@ -141,7 +141,7 @@ def swapped(model: list, tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _settle(model: list) -> None:
-    """Wait for parameters that are on their way from other ranks: they would overwrite what is restored."""
+    """Wait for parameters in transfer from other ranks: they would overwrite the restored weights."""
     for chunk in model:
         for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             if bucket_group.param_gather_handle is not None:

@@ -1,4 +1,4 @@
-"""A machine without CUDA answers Megatron's questions about a run's GPUs: a driver's, a plan's."""
+"""Lets a machine without CUDA, such as the driver's, answer Megatron's queries about the run's GPUs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from packaging.version import Version
 
 
 class Capability(NamedTuple):
-    """Of a GPU: what torch.cuda returns as a tuple, and as attributes of its properties."""
+    """A GPU's compute capability: torch.cuda returns it as a tuple and as attributes of its properties."""
 
     major: int
     minor: int
 
 
-# what a run gets where Transformer Engine is not installed here, for Megatron's questions about its age
+# the version that Megatron sees where Transformer Engine is not installed on this machine
 ASSUMED_TRANSFORMER_ENGINE = Version("2.20.2")
 ASSUMED_CAPABILITY = Capability(9, 0)
-# what Megatron looks for when it is asked for fused kernels
+# what Megatron looks for when fused kernels are requested
 ASSUMED_KERNELS = (
     (rope_utils, "fused_apply_rotary_pos_emb"),
     (rope_utils, "fused_apply_rotary_pos_emb_thd"),
@@ -39,7 +39,7 @@ ASSUMED_KERNELS = (
 
 @contextlib.contextmanager
 def planned_machine() -> Iterator[None]:
-    """Megatron's questions about the GPU and Transformer Engine get the answers of the machine to come."""
+    """Inside, Megatron's queries about GPU and Transformer Engine get the answers of the run's machine."""
     answers = {
         "get_device_capability": lambda *_: ASSUMED_CAPABILITY,
         "get_device_properties": lambda *_: ASSUMED_CAPABILITY,

@@ -1,4 +1,4 @@
-"""MegatronPolicy: the trained model as the rest of the program sees it. Plain Python, no Ray."""
+"""Defines MegatronPolicy, the trained model as the rest of the program sees it. Plain Python, no Ray."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from megatron_vespo.types import TrainingSample
 
 
 class MegatronPolicy:
-    """The policy on this rank's part of the layout; every method is called on all ranks together.
+    """The policy on this rank's part of the layout. All ranks call every method together.
 
-    Built after `trainer.initialize`. Weights come from `args.load` when it holds a checkpoint, else from
-    `args.hf_checkpoint`. `args` are copied; Megatron reads that copy from now on, and this class does not
-    write to it. `rollout_state` is what the last `save` stored, None for a fresh start; `iteration` is the
-    number of optimizer steps done, which is the policy's version.
+    Build it after `trainer.initialize`. Weights come from `args.load` if it holds a checkpoint, else from
+    `args.hf_checkpoint`. `args` are copied: Megatron reads the copy from now on, and this class does not
+    write to it. `rollout_state` is what the last `save` stored, None for a fresh start. `iteration` is the
+    number of optimizer steps done, which is the policy version.
     """
 
     def __init__(self, args: Namespace, settings: LossSettings):
@@ -67,7 +67,7 @@ class MegatronPolicy:
         hf_config = read_hf_config(args.hf_checkpoint)
         self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
         self.model, self.optimizer, self.scheduler, self.iteration = set_up(args)
-        # one rank a pipeline stage hands full tensors on: to the engines, to an export
+        # one rank per pipeline stage sends full tensors to the engines, or writes them in an export
         self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0
         self._packer = Packer(args, self.groups, with_versions=settings.old_policy == "snapshot")
         self._schedule = Schedule(self.model, args, self._packer.layout)
@@ -83,7 +83,7 @@ class MegatronPolicy:
         self.saver = checkpoint.Saver(args, self.iteration)
 
     def use_loss(self, settings: LossSettings) -> None:
-        """Train with another loss from the next step on. ValueError for another old policy: it is there."""
+        """Train with another loss from the next step on. ValueError for another old policy: it is built."""
         for name in ("old_policy", "old_policy_snapshots", "ewma_decay"):
             before, now = getattr(self.settings, name), getattr(settings, name)
             if before != now:
@@ -97,7 +97,7 @@ class MegatronPolicy:
         )
 
     def _connect_schedule(self) -> None:
-        """The hooks by which Megatron's schedule reaches gradient reduction, as in Megatron's own loop."""
+        """Sets the hooks by which Megatron's schedule calls gradient reduction, as in Megatron's own loop."""
         config = get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
@@ -113,15 +113,15 @@ class MegatronPolicy:
             config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in self.model])
 
     def pack(self, samples: Sequence[TrainingSample]) -> MiniBatch:
-        """This rank's micro-batches of one mini-batch, in host memory; the cut is the same on every rank.
+        """This rank's micro-batches of one mini-batch, in host memory; every rank cuts it the same way.
 
-        ValueError on every rank alike for a sample that cannot be trained on, see `samples.check_sample`.
+        ValueError on every rank for a sample that cannot be trained on, see `samples.check_sample`.
         """
         return self._packer.pack(samples)
 
     @torch.no_grad()
     def compute_old_log_probs(self, mini_batch: MiniBatch) -> None:
-        """pi_old of the mini-batch, as --old-policy says: its log-probs and, for R2, its routes."""
+        """Store pi_old's log-probs and, for R2, its routes in the mini-batch. --old-policy chooses pi_old."""
         if isinstance(self._old_policy, Snapshots):
             self._compute_by_version(mini_batch, self._old_policy)
             return
@@ -129,14 +129,14 @@ class MegatronPolicy:
             self._keep_log_probs(mini_batch)
 
     def _keep_log_probs(self, mini_batch: MiniBatch) -> None:
-        """Of the weights in place, as pi_old's."""
+        """Store the log-probs of the weights in place as pi_old's."""
         routing = self._replay.record if self.args.routing_replay == "R2" else self._routing
         outputs = self._run(mini_batch.micro_batches, log_prob_only, True, routing)
         for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
             micro_batch.old_log_probs_T = to_host(output)
 
     def _compute_by_version(self, mini_batch: MiniBatch, snapshots: Snapshots) -> None:
-        """Each token's log-prob by the version that sampled it, in the packs of the training pass."""
+        """Store each token's log-prob under the version that generated it, in the training pass's packs."""
         packs, versions = mini_batch.micro_batches, mini_batch.versions
         assert versions is not None
         old = [torch.zeros(len(pack.tokens_T), dtype=torch.float64) for pack in packs]
@@ -154,7 +154,7 @@ class MegatronPolicy:
         return self.optimizer_step(mini_batch, self.forward_backward(mini_batch))
 
     def forward_backward(self, mini_batch: MiniBatch) -> list[LossOutput]:
-        """Leaves the mini-batch's gradient in the model's buffers; returns what the losses hand back."""
+        """Leaves the mini-batch's gradient in the model's buffers; returns the outputs of the losses."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -169,7 +169,7 @@ class MegatronPolicy:
         return self._run(mini_batch.micro_batches, loss, False, routing)
 
     def _adapted_loss(self, mini_batch: MiniBatch, routing: Routing) -> BoundLoss:
-        """The policy loss for this mini-batch; one that adapts to it costs another forward pass."""
+        """The policy loss for this mini-batch. A loss that adapts to it costs one more forward pass."""
         loss = self._adaptive_kernel.applied_to(self._bound.loss)
         if loss.adapt is None:
             return replace(self._bound, loss=loss)
@@ -181,7 +181,7 @@ class MegatronPolicy:
         return replace(self._bound, loss=loss)
 
     def optimizer_step(self, mini_batch: MiniBatch, outputs: list[LossOutput]) -> StepResult:
-        """Update the weights by the gradient of `forward_backward`."""
+        """Update the weights with the gradient of `forward_backward`."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
         group_norms = group_gradient_norms(self.model, self.groups, self.args.num_layers)
         updated, grad_norm, _ = self.optimizer.step()
@@ -216,7 +216,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample], replay: bool = True) -> list[np.ndarray]:
-        """log pi of every completion token at its sampling temperature, float32 [C]; same on all ranks.
+        """log pi of every completion token at its sampling temperature, float32 [C]; same on every rank.
 
         Without `replay` the routers choose for themselves, whatever --routing-replay says.
         """
@@ -244,9 +244,9 @@ class MegatronPolicy:
     ) -> np.ndarray:
         """log W of every sample under the current weights, float32 [num_samples], identical on every rank.
 
-        `recomputed` and `decoupled` need the samples' `old_log_probs`; ValueError names one without. With R3
-        the samples' routes are replayed; with R2 routers choose for themselves here, as samples do not carry
-        pi_old's.
+        `recomputed` and `decoupled` need the samples' `old_log_probs`; ValueError names a sample without.
+        With R3 the samples' routes are replayed. With R2 the routers choose for themselves here, as samples
+        do not carry pi_old's routes.
         """
         if denominator != "rollout":
             missing = [i for i, sample in enumerate(samples) if sample.old_log_probs is None]
@@ -259,8 +259,8 @@ class MegatronPolicy:
     def log_w_floor(self, samples: Sequence[TrainingSample]) -> np.ndarray:
         """log W of every sample between two passes over the current weights, float32 [num_samples].
 
-        The same on all ranks. The passes differ in their roundings alone, see `rounded_otherwise`; routes are
-        replayed as between pi_old and a training pass.
+        Identical on every rank. The passes differ only in their roundings, see `rounded_otherwise`. Routes
+        are replayed as between pi_old and a training pass.
         """
         mini_batch = self.pack(self._packer.fill(samples))
         self._keep_log_probs(mini_batch)
@@ -280,7 +280,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def chosen_experts(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:
-        """What the routers choose for every token, int32 [P + C, L, K], ascending in K; same on all ranks."""
+        """The routers' experts of every token, int32 [P + C, L, K], ascending in K; same on every rank."""
         filled = self._packer.fill(samples)
         mini_batch = self.pack(filled)
         lengths = torch.tensor([sample.num_tokens for sample in filled], device=device())
@@ -312,7 +312,7 @@ class MegatronPolicy:
             yield from iterate_hf_weights(chunk, self._family, self._shape, self.groups)
 
     def save(self, rollout_state: dict, files: dict[str, bytes] | None = None) -> list[SaveReport]:
-        """Weights, optimizer, schedule, RNG and what is given; see `checkpoint.Saver.save`."""
+        """Save weights, optimizer, schedule, RNG and the arguments; see `checkpoint.Saver.save`."""
         state = rollout_state | self._adaptive_kernel.state()
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
         return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {})
@@ -326,5 +326,5 @@ class MegatronPolicy:
 
     @property
     def _routing(self):
-        """Routing of a pass that is not tied to the pass that made pi_old."""
+        """Routing of a pass that need not follow the pass that computed pi_old."""
         return self._replay.replay if self.args.routing_replay == "R3" else free_routing

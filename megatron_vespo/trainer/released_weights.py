@@ -1,4 +1,4 @@
-"""A model with the weights of a Megatron checkpoint, without optimizer or training state."""
+"""Loads a model with the weights of a Megatron checkpoint, without optimizer or training state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vespo.trainer.setup import stored_names
 
 
 def load_model(args: Namespace, folder: Path) -> GPTModel:
-    """The whole model of `args` on this one rank, by Megatron's own loading of `folder`, one iteration's."""
+    """The whole model of `args` on this one rank. Megatron loads it from `folder`, one iteration's."""
     model = model_provider(args, model_config(args))(pre_process=True, post_process=True).to(device()).eval()
     wanted = model.sharded_state_dict(metadata={"singleton_local_shards": False})
     with stored_names():

@@ -1,4 +1,4 @@
-"""A pass over the same weights whose roundings are other ones: what differs is numerical noise."""
+"""Runs a pass over the same weights with other roundings: the difference is numerical noise."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-# One element of so many: few enough that what is added is far below what one layer rounds, enough for every
-# token. A prime, as it should not meet the same columns again and again.
+# Every 127th element is changed. The change stays far below the rounding of one layer, but reaches every
+# token. The number is prime, so that it does not hit the same columns again and again.
 EVERY = 127
 
 
 @contextmanager
 def rounded_otherwise(model: list, dtype: torch.dtype) -> Iterator[None]:
-    """Passes inside start from embeddings of which every 127th element is one rounding of `dtype` larger.
+    """Inside, every 127th element of the embeddings is larger by one rounding of `dtype`.
 
-    In exact arithmetic this adds less than one layer's rounding. But as after an optimizer step, however
-    small, the layers then round other values, up or down by chance. Merely packing the sequences in another
-    way would not do: a matmul rounds the rows of a larger batch as those of a smaller one, mostly. The
-    pattern follows the place in the tensor, so that ranks with copies of the embeddings keep equal ones.
+    In exact arithmetic this adds less than one layer's rounding. But the layers then round other values, up
+    or down by chance, as after any optimizer step, however small. Another packing of the sequences is not
+    enough: mostly a matmul rounds the rows of a larger batch like those of a smaller one. The pattern
+    depends on the position in the tensor, so that copies of the embeddings on several ranks stay equal.
     """
 
     def nudged(_module, _inputs, output: Tensor) -> Tensor:

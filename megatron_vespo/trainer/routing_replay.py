@@ -1,4 +1,4 @@
-"""Expert choices of one forward pass, recorded and imposed on another: R2 (pi_old's) and R3 (the engine's).
+"""Imposes recorded expert choices on a forward pass: those of pi_old (R2) or of the engine (R3).
 
 Shape suffixes: T tokens of the pack that this context-parallel rank holds, R the slice of them that the
 routers of this rank see under sequence parallelism, L layers, K experts per token.
@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 
-FREE = -1  # in the place of an expert: the router chooses for this token
-# model chunk, micro-batch -> what the chunk's forward pass runs in
+FREE = -1  # instead of an expert: the router chooses for this token
+# model chunk, micro-batch -> the context that the chunk's forward pass runs in
 Routing = Callable[[int, MicroBatch], AbstractContextManager]
 
 
@@ -31,22 +31,22 @@ def free_routing(chunk: int, micro_batch: MicroBatch) -> AbstractContextManager:
 
 
 class PartialReplay(RouterReplay):
-    """Megatron's slot of one router, whose target may leave tokens FREE where `leaves_free` says so."""
+    """Megatron's slot of one router. If `leaves_free`, its target may hold FREE for some tokens."""
 
     leaves_free = False
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
-        """Megatron's arguments: scores [R, experts]; the chosen ones' [R, K] and their experts."""
+        """Megatron's arguments: scores [R, experts]. Returns the chosen scores [R, K] and their experts."""
         if self.leaves_free and self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
             target = self.target_topk_idx
             _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)  # pyright: ignore[reportCallIssue]
-            # the pass that recomputes this one takes the same choice, whatever its rounding
+            # the pass that recomputes this one makes the same choice, whatever its rounding
             self.target_topk_idx = self.replay_backward_list[-1] = torch.where(target == FREE, own, target)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
 
 class RoutingReplay:
-    """The routers of this rank; needs --moe-enable-routing-replay, which gives each of them a slot."""
+    """The routers of this rank. Needs --moe-enable-routing-replay, which gives each router a slot."""
 
     def __init__(self, model: list, groups: ProcessGroupCollection, sequence_parallel: bool):
         self._routers = [
@@ -60,7 +60,7 @@ class RoutingReplay:
 
     @contextmanager
     def record(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
-        """Keep what the routers choose as the micro-batch's `old_routes`."""
+        """Store the routers' choices as the micro-batch's `old_routes`."""
         self._set_action(chunk, RouterReplayAction.RECORD)
         yield
         slots: list[Any] = [router.router_replay for router in self._routers[chunk]]
@@ -71,21 +71,21 @@ class RoutingReplay:
 
     @contextmanager
     def replay(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
-        """Impose the recorded routes, or else the engine's where there are any; afterwards call `finish`.
+        """Impose the recorded routes, or else the engine's, where they exist. Afterwards call `finish`.
 
-        The slot keeps the routes of every micro-batch in flight: backward passes, which recompute forward
-        passes, come in the order of the forward passes, and the first one waiting is theirs.
+        The slot keeps the routes of every micro-batch in flight. Backward passes, which recompute forward
+        passes, run in the order of the forward passes and take the first routes waiting.
         """
         for router, routes in zip(self._routers[chunk], self._routes(chunk, micro_batch), strict=True):
             router.router_replay.set_target_indices(routes)  # pyright: ignore[reportOptionalMemberAccess]
             router.router_replay.leaves_free = micro_batch.replays_S is not None  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._set_action(chunk, RouterReplayAction.REPLAY_FORWARD)
         yield
-        # what a router computes from here to the next forward pass is part of a backward pass
+        # from here to the next forward pass, routers compute only for backward passes
         self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)
 
     def finish(self) -> None:
-        """Routers choose for themselves again; nothing of the last schedule is kept."""
+        """Let the routers choose for themselves again, and drop the routes of the last schedule."""
         for chunk, routers in enumerate(self._routers):
             self._set_action(chunk, None)
             for router in routers:
@@ -94,7 +94,7 @@ class RoutingReplay:
 
     @contextmanager
     def observe(self, chunk: int) -> Iterator[dict[int, Tensor]]:
-        """Layer number -> int64 [R, K], the experts of every token ascending; filled by the forward pass."""
+        """Layer number -> int64 [R, K], every token's experts, ascending. The forward pass fills it."""
         chosen: dict[int, Tensor] = {}
 
         def keep(router: TopKRouter, inputs, output: tuple[Tensor, Tensor]) -> None:
@@ -107,7 +107,7 @@ class RoutingReplay:
             handle.remove()
 
     def local_layers(self, chunk: int) -> list[int]:
-        """Global numbers, from 0, of the layers whose routers the chunk has."""
+        """Global numbers, from 0, of the layers whose routers are in the chunk."""
         return [router.layer_number - 1 for router in self._routers[chunk]]  # pyright: ignore[reportOptionalOperand]
 
     def seen(self, values_T: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Refuses samples whose numbers would reach the loss as NaN, or not reach it at all."""
+"""Refuses samples whose numbers would make the loss NaN or never reach it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_vespo.types import TrainingSample
 
 
 def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_routes: bool) -> None:
-    """ValueError naming the sample and its group for what cannot be trained on.
+    """ValueError, with the sample and its group, if the sample cannot be trained on.
 
-    That is: too long, missing or non-finite numbers, unknown tokens and, with `needs_routes` and unless the
-    sample says that there are none, routes that are missing, of another shape or of another policy version
-    than the tokens.
+    It is refused if it is too long, has missing or non-finite numbers, or has unknown tokens. With
+    `needs_routes` it is also refused if its routes are missing, or have another shape or policy version
+    than the tokens, unless the sample says that it has no routes.
     """
     where = f"{name} (group {sample.group_id})"
     if not 0 < sample.prompt_length < sample.num_tokens:

@@ -1,8 +1,8 @@
 """Builds the model and the optimizer, and loads a checkpoint of either layer implementation into them.
 
-Megatron's local layers and Transformer Engine's file the same tensors under the same names, but for the norm
-before an MoE layer's experts. Each asks for the extra state of its own modules, which holds something in fp8
-training only, and for the settings of its own Adam.
+Megatron's local layers and Transformer Engine's store the same tensors under the same names, except the norm
+before an MoE layer's experts. Each also asks for the extra state of its own modules, which is non-empty only
+in fp8 training, and for the settings of its own Adam.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NORM_NAMES = (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 def set_up(args: Namespace) -> tuple:
     """Megatron's model chunks, optimizer and scheduler, and the number of optimizer steps done.
 
-    From the checkpoint that `args.load` holds, if any. A collective of all ranks.
+    They come from the checkpoint in `args.load`, if there is one. A collective of all ranks.
     """
     provider = model_provider(args, model_config(args))
     with stored_names(partial(take_flags, flags=vars(args))):
@@ -49,9 +49,9 @@ def set_up(args: Namespace) -> tuple:
 
 
 def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
-    """Loading replaces the groups of parameters by those of the Adam that has saved."""
+    """Adds settings that loading drops: it replaces the parameter groups by those of the Adam that saved."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(part, "is_stub_optimizer", False):  # of a rank without parameters of its kind
+        if getattr(part, "is_stub_optimizer", False):  # the rank has no parameters of its kind
             continue
         for group in part.optimizer.param_groups:
             for name, value in part.optimizer.defaults.items():
@@ -60,9 +60,9 @@ def _add_missing_settings(optimizer: MegatronOptimizer) -> None:
 
 @contextlib.contextmanager
 def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
-    """Inside, `dist_checkpointing.load` asks for everything by the name that it was written with.
+    """Inside, `dist_checkpointing.load` asks for everything by the name under which it was stored.
 
-    `then` may change what it has loaded. Objects of this package that are stored become stand-ins.
+    `then` may change the loaded state. Stored objects of this package become stand-ins.
     """
     load = dist_checkpointing.load
 
@@ -79,7 +79,7 @@ def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
 
 
 def _as_stored(part: Any, stored: Set[str]) -> Any:
-    """The same part of the state under its name in the checkpoint; unchanged where it is in there or lost."""
+    """The same part of the state under its name in the checkpoint; unchanged if no other name is found."""
     if isinstance(part, ShardedObject) and part.key.endswith("._extra_state"):
         return part if part.unique_key in stored else LocalNonpersistentObject(part.data)
     if isinstance(part, ShardedTensor | ShardedTensorFactory) and part.key not in stored:

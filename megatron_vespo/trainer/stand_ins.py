@@ -1,6 +1,6 @@
 """Reads checkpoints whose arguments hold objects of this package, as version 0.1 wrote them.
 
-The classes may have moved or gone since. Nothing needs the objects: plain values beside them say the same.
+These classes may have moved or gone since. Nothing needs the objects: plain values beside them say the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = "megatron_vespo"
 
 
 class StandIn:
-    """Takes the place of an object of this package, and of a function."""
+    """Takes the place of an object or function of this package."""
 
     def __init__(self, *arguments: Any, **options: Any):
         pass
@@ -29,7 +29,7 @@ class _Unpickler(pickle.Unpickler):
         return StandIn if module.partition(".")[0] == PACKAGE else super().find_class(module, name)
 
 
-# what torch.load asks of the module that it is to unpickle with
+# what torch.load needs from its `pickle_module`
 _PICKLE = SimpleNamespace(
     __name__=__name__, Unpickler=_Unpickler, load=pickle.load, UnpicklingError=pickle.UnpicklingError
 )
@@ -37,7 +37,7 @@ _PICKLE = SimpleNamespace(
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Inside, `torch.load` without `weights_only` makes a StandIn of whatever is this package's."""
+    """Inside, `torch.load` with weights_only=False makes a StandIn of every object of this package."""
     load = torch.load
 
     def with_stand_ins(*arguments: Any, **options: Any) -> Any:

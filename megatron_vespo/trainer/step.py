@@ -1,4 +1,4 @@
-"""Forward and backward passes over micro-batches by Megatron's pipeline schedule."""
+"""Runs forward and backward passes over micro-batches in Megatron's pipeline schedule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.log_probs import LogProbContext, output_log_probs
 from megatron_vespo.trainer.routing_replay import Routing
 
-# log-probs and entropies [T] of one micro-batch -> (summed loss, number of loss tokens, what to hand back)
+# log-probs and entropies [T] of one micro-batch -> (summed loss, number of loss tokens, output)
 type LossFunction[Output] = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Output]]
 
 
@@ -43,10 +43,10 @@ class Schedule:
         forward_only: bool,
         routing: Routing,
     ) -> list[Output]:
-        """What `loss` hands back, one entry per micro-batch, on the last pipeline stage; elsewhere empty."""
+        """The outputs of `loss`, one per micro-batch, on the last pipeline stage; empty on the others."""
         for chunk in self._model:
             chunk.eval() if forward_only else chunk.train()
-        # each goes to the GPU when its turn comes, once for every model chunk of the rank
+        # each micro-batch moves to the GPU when its turn comes, once per model chunk of the rank
         iterators = [(pack.on(device()) for pack in micro_batches) for _ in self._model]
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: self._forward_step(
@@ -72,7 +72,7 @@ class Schedule:
                     micro_batch, self._args.vocab_size, self._args.log_prob_chunk_size
                 ),
             )
-        # the schedule calls the loss on the last stage only
+        # the schedule calls the loss only on the last stage
         return output, lambda log_probs_and_entropies: loss(micro_batch, *log_probs_and_entropies)
 
     def _packed(self, micro_batch: MicroBatch) -> PackedSeqParams:
@@ -86,7 +86,7 @@ class Schedule:
 def log_prob_only(
     micro_batch: MicroBatch, log_probs_T: Tensor, entropies_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """No loss: hands the log-probs [T] back."""
+    """No loss: returns the log-probs [T]."""
     return log_probs_T.new_zeros(()), _num_tokens(micro_batch), log_probs_T.detach()
 
 
@@ -98,7 +98,7 @@ def ratio_only(
     settings: LossSettings,
     cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """No loss: hands log W [S] back."""
+    """No loss: returns log W [S]."""
     ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
     return log_probs_T.new_zeros(()), _num_tokens(micro_batch), ratio.log_w_S
 
@@ -111,7 +111,7 @@ def inputs_only(
     settings: LossSettings,
     cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, LossInputs]:
-    """No loss: hands back what the policy loss would be computed from, for losses that adapt to it."""
+    """No loss: returns the inputs of the policy loss, for losses that adapt to them."""
     log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
     inputs = _loss_inputs(micro_batch, log_probs_T.detach(), log_ratio, settings)
     return log_probs_T.new_zeros(()), _num_tokens(micro_batch), inputs
@@ -145,7 +145,7 @@ def policy_loss(
     log_mismatch_T = reference_T - micro_batch.behavior_log_probs_T
     difference_T = log_mismatch_T.abs() * micro_batch.loss_mask_T
     sums = LossSums(
-        # the schedule divides the loss in place: keep our own
+        # the schedule divides the loss in place: keep a copy
         loss=loss_sum.detach().clone(),
         loss_terms=weighted_sum(term.loss_T.detach().abs(), inputs, bound.aggregation, longest),
         loss_count=loss_count,
@@ -174,7 +174,7 @@ def policy_loss(
 def _token_means(
     weight_T: Tensor, correction_T: Tensor, micro_batch: MicroBatch, inputs: LossInputs, cp_group
 ) -> tuple[Tensor, ...]:
-    """Means over each sequence's trained tokens: of the weight, of the correction, and where that is 0."""
+    """Means over each sequence's trained tokens of the weight, of the correction, and of correction == 0."""
     averaged_T3 = torch.stack([weight_T.double(), correction_T, (correction_T == 0.0).double()], dim=1)
     share_T3 = averaged_T3 / inputs.per_token(inputs.lengths_S)[:, None]
     return segment_sum(
@@ -202,7 +202,7 @@ def _loss_inputs(
 
 
 def _reference(micro_batch: MicroBatch, log_probs_T: Tensor) -> Tensor:
-    """log pi_old, or where it is not known log pi itself."""
+    """log pi_old, or log pi itself where pi_old is unknown."""
     return log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
 
 
@@ -223,5 +223,5 @@ def _log_ratio(
 
 
 def _num_tokens(micro_batch: MicroBatch) -> Tensor:
-    # filled on the device: a copy from the host would wait for it, every micro-batch
+    # filled on the device: a copy from the host would make every micro-batch wait for the device
     return torch.full((), micro_batch.num_loss_tokens, dtype=torch.int, device=micro_batch.tokens_T.device)

@@ -1,4 +1,4 @@
-"""What an optimizer step hands back: the loss's outputs of all micro-batches and ranks, put together."""
+"""Combines the loss's outputs of all micro-batches and ranks into the result of an optimizer step."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class StepResult:
     """
 
     loss: float  # of the whole mini-batch, as --loss-aggregation says
-    loss_terms: float  # the same with every term's absolute value: how large what cancels in the loss is
+    loss_terms: float  # the same with every term's absolute value: the size of what cancels in the loss
     grad_norm: float
     learning_rate: float
     num_tokens: int
-    zero_weight_share: float  # of the tokens, by the loss itself: clipped or masked
+    zero_weight_share: float  # share of tokens whose weight the loss itself set to 0: clipped or masked
     entropy: float  # nats per loss token, of the policy before the step at the sampling temperature
     log_w: np.ndarray
-    weight: np.ndarray  # what multiplies A grad log pi, phi(W) for VESPO; its mean over the tokens
-    correction: np.ndarray  # weight by --mismatch-correction, its mean over the tokens; a factor of `weight`
-    rejected: np.ndarray  # share of the tokens which that correction weighs by 0
+    weight: np.ndarray  # mean over the tokens of what multiplies A grad log pi, phi(W) for VESPO
+    correction: np.ndarray  # mean over the tokens of --mismatch-correction's weight, a factor of `weight`
+    rejected: np.ndarray  # share of tokens whose correction is 0
     log_mismatch_in_w: np.ndarray  # the part of log(pi_old / mu) that is in log W
     log_mismatch: np.ndarray  # log(pi_old / mu) of the response
     # largest |log pi_old - log mu| of a token; |log pi - log mu| where pi_old is unknown
@@ -42,20 +42,20 @@ class StepResult:
     ratio_sums: TokenSums[float]  # of log pi - log of the ratio's denominator
     log_mismatch_sums: TokenSums[float]  # of log pi_old - log mu; of log pi - log mu where pi_old is unknown
     gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
-    clip_bounds: np.ndarray  # [2] float64, of the ratio, as the loss has chosen them; 0 if it chooses none
+    clip_bounds: np.ndarray  # [2] float64, of the ratio, as chosen by the loss; 0 if it chooses none
     padding_share: float
     imbalance: float
-    kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0: used in this step; NaN without --vespo-budget
-    expected_w: np.ndarray  # [2] float64, E_Q[W] under it; NaN where too few samples tell
+    kernel_c2: np.ndarray  # [2] float64, A > 0 then A < 0, used in this step; NaN without --vespo-budget
+    expected_w: np.ndarray  # [2] float64, E_Q[W] under it; NaN where there are too few samples
 
 
 @dataclass(frozen=True)
 class ReducedLoss:
-    """The loss's outputs of one optimizer step, the same on every rank."""
+    """The loss's outputs of one optimizer step, identical on every rank."""
 
     columns: dict[str, np.ndarray]  # float32 [num_samples] each, by their names in StepResult
     sums: LossSums[float]
-    clip_bounds: np.ndarray  # [2] float64; 0 where no loss has chosen them
+    clip_bounds: np.ndarray  # [2] float64; 0 if the loss chooses none
 
 
 def reduced(
@@ -66,7 +66,7 @@ def reduced(
     bounds_are_chosen: bool,
 ) -> ReducedLoss:
     """A collective of all ranks. `outputs` has one entry per micro-batch, none before the last stage."""
-    # a cut sequence's largest difference may be on any of the ranks that hold it
+    # context-parallel ranks share a sequence: its largest difference may be on any of them
     for output in outputs:
         dist.all_reduce(output.log_mismatch_abs_max_S, dist.ReduceOp.MAX, group=groups.cp)
     parts = [output.per_sequence() for output in outputs]

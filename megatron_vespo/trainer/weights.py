@@ -1,4 +1,4 @@
-"""HF-named weights of a Megatron model: in from a checkpoint, out as full tensors, both by one table."""
+"""Loads HF-named weights into a Megatron model and exports them as full tensors, both by one table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
 def global_parameters(
     model: GPTModel, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters under names with global layer and expert numbers, in the model's order."""
+    """Parameters, named with global layer and expert numbers, in the model's order."""
     experts_before = groups.ep.rank() * (model.config.num_moe_experts or 0) // groups.ep.size()
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
@@ -45,14 +45,14 @@ def load_hf_weights(
 ) -> None:
     """Fill every parameter of this rank's stage, reading only the tensors that it needs.
 
-    ValueError naming the tensor for a missing one or one of the wrong shape.
+    ValueError names a tensor that is missing or has the wrong shape.
     """
     with HFCheckpointReader(folder) as reader, torch.no_grad():
         for name, parameter in global_parameters(model, groups):
             mapping = family.mapping_for(name, shape)
             group = groups.expt_tp if is_expert(name) else groups.tp
             tensors = [reader.get(hf_name) for hf_name in mapping.hf_names]
-            # what an export would write for this parameter is what must be there
+            # the checkpoint must hold what an export would write for this parameter
             shards = [parameter.detach().to("meta")] * (1 if _is_replicated(mapping) else group.size())
             for (hf_name, expected), tensor in zip(mapping.merge(shards).items(), tensors, strict=True):
                 if tensor.shape != expected.shape:
@@ -68,13 +68,13 @@ def iterate_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full HF-named tensors of this pipeline stage, gathered over tensor and expert parallelism.
 
-    A collective: all tensor- and expert-parallel ranks of the stage iterate together; all get every tensor.
+    A collective: all tensor- and expert-parallel ranks of the stage iterate together and get every tensor.
     """
     experts_here = (model.config.num_moe_experts or 0) // groups.ep.size()
     first_expert = groups.ep.rank() * experts_here
     for name, parameter in global_parameters(model, groups):
         if shape.tied_embeddings and name == OUTPUT_LAYER:
-            continue  # the last stage's copy of the embedding, which the first stage hands out
+            continue  # the last stage's copy of the embedding; the first stage yields it
         mapping = family.mapping_for(name, shape)
         group = groups.expt_tp if is_expert(name) else groups.tp
         local = parameter.detach()
@@ -82,7 +82,7 @@ def iterate_hf_weights(
         if not is_expert(name):
             yield from merged.items()
             continue
-        # rank r of the group holds the same local expert of its own range: a gather brings ep.size() experts
+        # rank r of the group holds the same local expert of its own range: a gather yields ep.size() experts
         gathered = {hf_name: _all_gather(tensor, groups.ep) for hf_name, tensor in merged.items()}
         for rank in range(groups.ep.size()):
             other_name = _shift_expert(name, rank * experts_here - first_expert)
