@@ -1,1 +1,1 @@
-"""A run: its services, the attempts of its trainer, the training loop."""
+"""Drives a run: its services, the attempts of its trainer, and the training loop."""

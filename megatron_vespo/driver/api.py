@@ -1,4 +1,4 @@
-"""A policy for a notebook or a script of your own; docs/guides/python-api.md shows it at work."""
+"""Builds a policy for a notebook or a script; docs/guides/python-api.md shows examples."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def build_policy(
     loss: LossSettings | None = None,
     flags: Sequence[str] = (),
 ) -> MegatronPolicy:
-    """A policy on one rank in this process, with the weights of an HF folder; once per process.
+    """A policy on one rank in this process, with the weights of an HF folder. Call it once per process.
 
     Args:
         train_iters: optimizer steps, for the learning rate's schedule.
         lr: the largest learning rate.
-        loss: what to train with; the defaults of the command line if None.
-        flags: more flags of `megatron-vespo train`, or of Megatron, such as ["--bf16"].
+        loss: settings of the loss; None uses the defaults of the command line.
+        flags: more flags of `megatron-vespo train` or of Megatron, such as ["--bf16"].
 
-    Raises ValueError with one line for flags, a loss or a model that cannot be trained.
+    Raises ValueError, in one line, if these flags, loss or model cannot be trained.
     """
     from megatron_vespo.arguments.parse import parse_args  # imports Megatron, which takes seconds
 
     argv = ["--hf-checkpoint", str(hf_checkpoint), "--train-iters", str(train_iters), "--lr", str(lr)]
-    # own samples come one optimizer step at a time
+    # the caller passes the samples of one optimizer step at a time
     argv += ["--steps-per-rollout", "1", *_flags(loss or LossSettings()), *flags]
     args = parse_args(argv, required=())
 
@@ -49,7 +49,7 @@ def build_policy(
 
 
 def _flags(loss: LossSettings) -> list[str]:
-    """The command line of these settings: it checks what they may be together."""
+    """These settings as command-line flags: the parser checks their combinations."""
     flags = []
     for field in fields(loss):
         value = getattr(loss, field.name)

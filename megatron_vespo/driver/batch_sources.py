@@ -22,7 +22,7 @@ from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.types import Completion, RunState
 
-STOP_TIMEOUT_S = 5.0  # of generation in the background, when a run ends early
+STOP_TIMEOUT_S = 5.0  # for background generation to stop when a run ends early
 
 
 def make_batch_source(
@@ -36,8 +36,8 @@ def make_batch_source(
 ) -> BatchSource:
     """The source of a run that continues from `state` and `rollout_buffer`, a checkpoint's pending groups.
 
-    `on_wait` is called while the training loop waits for a batch from the background. `stack` stops the
-    background. Raises ValueError if a synchronous run would lose pending groups.
+    `on_wait` is called while the training loop waits for a batch from the background thread. `stack` stops
+    that thread. Raises ValueError if a synchronous run would lose pending groups.
     """
     if generation is None:
         assert settings.run.train_from is not None
@@ -125,7 +125,7 @@ def _async_collector(
 
 
 def _rollout_buffer(settings: RolloutSettings, cursor: PromptCursor, state: RunState) -> RolloutBuffer:
-    """An empty buffer, as the flags say."""
+    """An empty buffer, as the flags define it."""
     size, over_subscription = settings.rollout_batch_size, settings.over_subscription
     return RolloutBuffer(
         lambda: cursor.take(1)[0],

@@ -1,4 +1,4 @@
-"""The training loop: generate, train, sync, evaluate. Everything it talks to is handed in."""
+"""The training loop: generate, train, sync, evaluate. The caller passes in every service that it uses."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from megatron_vespo.rollout.synchronous_batches import batch_seed
 from megatron_vespo.system.preemption import Preempted, Preemption
 from megatron_vespo.types import Prompt, RunState, TrainingSample
 
-NUM_CANARIES = 64  # completions that compare the engines with the trainer after the last sync
+NUM_CANARIES = 64  # completions that compare engines and trainer after the last sync
 
 
 class StoppedByAlarm(RuntimeError):
-    """--on-alarm says that a run ends at its first alarm."""
+    """Ends the run at its first alarm, if --on-alarm says so."""
 
 
 @dataclass
 class Controller:
-    """One run. `train` is the whole story; the other methods are its steps."""
+    """One run. `train` is the whole loop; the other methods are its steps."""
 
     settings: TrainSettings
     source: BatchSource
@@ -49,7 +49,7 @@ class Controller:
     state: RunState = field(default_factory=RunState)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of all rollout batches so far
     record: Callable[[ScoredBatch], None] | None = None  # gets every rollout batch before it is trained on
-    policy_version: int = 0  # of the weights that the engines have
+    policy_version: int = 0  # of the engines' weights
     preemption: Preemption = field(default_factory=Preemption)
 
     def train(self) -> RunState:
@@ -86,7 +86,7 @@ class Controller:
         return samples
 
     def sync_weights(self) -> dict[str, float]:
-        """All engines serve the learner's weights afterwards."""
+        """Send the learner's weights to all engines."""
         version = self.learner.policy_version
         with self.display.phase("sync"):
             seconds = self.engine_sync.sync(version)
@@ -95,19 +95,19 @@ class Controller:
         return {"sync/weight_check_seconds": seconds}
 
     def sync_if_due(self) -> dict[str, float]:
-        """After an optimizer step: every --sync-interval steps and after the last one."""
+        """Called after an optimizer step: syncs every --sync-interval steps and after the last one."""
         interval = self.settings.rollout.sync_interval or self.settings.rollout.steps_per_rollout
         due = self.state.iteration - self.policy_version >= interval
         return self.sync_weights() if due or self.state.iteration >= self.settings.run.train_iters else {}
 
     def on_wait(self, while_others_serve: bool) -> None:
-        """Called while generation waits: ends the run after a signal, syncs engines that have restarted."""
+        """Called while generation waits: ends the run after a signal, and syncs restarted engines."""
         self.preemption.stop_here()
         if self.engine_sync.is_wanted(while_others_serve):
             self.sync_weights()
 
     def evaluate_at_start(self) -> None:
-        """Before the first step of a run, and what a preemption has interrupted before a resume."""
+        """Evaluate before the first step of a run, or repeat after a resume what a preemption interrupted."""
         if self.eval_prompts and self.state.eval_before is None:
             self.state.eval_before = self.state.eval_after = self.evaluate()
             self.metrics.write(self.state.iteration, self.state.eval_before)
@@ -139,7 +139,7 @@ class Controller:
             return evaluate(collector, self.eval_prompts, sampling, score, *how).metrics()
 
     def check_last_sync(self) -> None:
-        """No training sample comes from the weights synced last, so a few canary completions compare them."""
+        """Checks the weights synced last with a few canary completions, as no training sample uses them."""
         generation = self.generation
         if generation is None or self.trainer is None:
             return  # only one side has weights
@@ -154,7 +154,7 @@ class Controller:
         self.log_prob_bound.check(difference)
 
     def check_alarms(self, metrics: dict[str, float]) -> list[Alarm]:
-        """What is wrong with this batch, also as metrics. A repeated alarm is reported only now and then."""
+        """The alarms of this batch, also as metrics. A repeated alarm is reported only now and then."""
         alarms = check(metrics, self.history)
         for alarm in alarms:
             if is_news(alarm, self.history):
@@ -183,7 +183,7 @@ class Controller:
             self.save()
 
     def save(self) -> None:
-        """Everything as of the end of the last rollout batch."""
+        """Save the run's state as of the end of the last rollout batch."""
         assert self.trainer is not None, "--rollout-only does not save"
         with self.display.phase("save"):
             source = self.source.state()

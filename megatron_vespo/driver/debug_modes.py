@@ -1,4 +1,4 @@
-"""Parts and checks of runs without engines (--train-from) or without a trainer (--rollout-only)."""
+"""Parts and checks for runs without engines (--train-from) or without a trainer (--rollout-only)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatron_vespo.types import RunState, TrainingSample
 
 
 class NullLearner:
-    """--rollout-only: counts optimizer steps, so that the seeds are those of training, but does not train."""
+    """--rollout-only: does not train, but counts optimizer steps, so that the seeds are those of training."""
 
-    policy_version = 0  # the engines keep the weights that they have loaded
+    policy_version = 0  # the engines keep the weights that they loaded
 
     def __init__(self, state: RunState, steps_per_rollout: int):
         self._state, self._steps_per_rollout = state, steps_per_rollout
@@ -71,7 +71,7 @@ class Recorder:
 
 
 def recorded_run(settings: TrainSettings) -> dict[str, Any]:
-    """What a recorded batch and the run that trains on it must have in common, named as in messages."""
+    """Settings that a recorded batch and the run that trains on it must share, named as in messages."""
     return {
         "--rollout-batch-size": settings.rollout.rollout_batch_size,
         "--group-size": settings.rollout.group_size,

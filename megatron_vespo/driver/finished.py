@@ -46,7 +46,7 @@ def why_finished(wanted: Wanted, folder: Path, step: int) -> str | None:
 
 
 def finished_by_files(argv: Sequence[str]) -> str | None:
-    """`why_finished` for a command line, by a few flags and the tracker of --load; None if these do not tell.
+    """`why_finished` for a command line, from a few flags and the tracker of --load; None if unclear.
 
     Other flags are not checked, because nothing will run.
     """
@@ -56,7 +56,7 @@ def finished_by_files(argv: Sequence[str]) -> str | None:
     load = Path(args.load).resolve()
     try:
         step = int((load / TRACKER_NAME).read_text())
-    except (OSError, ValueError):  # nothing saved yet, or a case for the full start-up
+    except (OSError, ValueError):  # nothing is saved yet, or the full start-up must decide
         return None
     folder = load / f"iter_{step:07d}"
     wanted = Wanted(str(load), args.train_iters, args.output_dir, args.hf_export)

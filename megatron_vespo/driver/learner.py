@@ -1,4 +1,4 @@
-"""One rollout batch becomes optimizer steps, with the checks that belong to them."""
+"""Trains on a rollout batch in optimizer steps, and runs the checks that belong to them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FLOOR_INTERVAL, FLOOR_RESPONSES, FLOOR_SHARE = 20, 32, 8
 
 
 class Learner(Protocol):
-    """What the training loop asks for: `PolicyLearner` trains, `NullLearner` only counts."""
+    """The training loop's interface: `PolicyLearner` trains, `NullLearner` only counts."""
 
     @property
     def policy_version(self) -> int:
-        """Of the weights that a weight sync sends."""
+        """The version of the weights that a weight sync sends."""
         ...
 
     def update(
@@ -37,7 +37,7 @@ class Learner(Protocol):
 
 @dataclass
 class LogProbBound:
-    """--max-logprob-difference: how far engines and trainer may be apart, in nats per token; None: any."""
+    """--max-logprob-difference: how far engines and trainer may differ, in nats per token; None: any."""
 
     bound: float | None
     state: RunState  # remembers the largest difference
@@ -58,7 +58,7 @@ class PolicyLearner:
     """Trains the policy on rollout batches and counts the optimizer steps in `state`.
 
     With `compares_engines` the engines' log-probs are compared with the trainer's after every batch that the
-    current policy has sampled.
+    current policy generated.
     """
 
     trainer: TrainerGroup
@@ -77,7 +77,7 @@ class PolicyLearner:
     def update(
         self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """The steps of one rollout batch; whole groups stay together in a mini-batch.
+        """Take the steps of one rollout batch. A group stays together in one mini-batch.
 
         The values that `after_step` returns are summed into the metrics.
         """
@@ -106,16 +106,16 @@ class PolicyLearner:
         return metrics
 
     def _largest_log_mismatch(self, steps: list[dict]) -> float:
-        # with pi_old recomputed every mini-batch compares the same policy; otherwise only the first one does
+        # if pi_old is recomputed, every mini-batch compares the same policy; otherwise only the first does
         comparable = steps if self.ratio_denominator != "rollout" else steps[:1]
         difference = float(np.concatenate([step["log_mismatch_abs_max"] for step in comparable]).max())
         self.log_prob_bound.check(difference)
         return difference
 
     def _floor(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """What rounding alone puts into log W, measured on a few responses of all lengths now and then.
+        """What rounding alone adds to log W, measured now and then on a few responses of all lengths.
 
-        The last measurement is in the checkpoint, so a resumed run continues with it.
+        The checkpoint holds the last measurement, so a resumed run continues with it.
         """
         due = self.state.iteration % (FLOOR_INTERVAL * self.steps_per_rollout) == 0
         if self.state.log_w_floor is None or due:

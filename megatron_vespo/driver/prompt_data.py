@@ -1,4 +1,4 @@
-"""Reads files of prompts, by the flags that training and evaluation share."""
+"""Reads prompt files, by the flags that training and evaluation share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vespo.data.tokenizer import ChatFormat
 
 
 def chat_format(settings: PromptSettings, tokenizer: Any, date: datetime) -> ChatFormat:
-    """ValueError if the tokenizer's chat template does not fit the flags."""
+    """The chat format that the flags ask for. ValueError if the chat template does not fit them."""
     arguments = settings.chat_template_arguments
     return ChatFormat(tokenizer, settings.apply_chat_template, arguments, date)
 
@@ -26,14 +26,14 @@ def prompt_data(
     overlong: Literal["skip", "error"],
     flag: str,
 ) -> PromptSet:
-    """The prompts of training or of an evaluation, ValueError as `load_prompts`."""
+    """The prompts of training or of an evaluation. Raises ValueError like `load_prompts`."""
     columns = Columns(settings.prompt_key, settings.answer_key, settings.answer_pattern)
     most = settings.max_prompt_tokens
     return load_prompts(path, chat_format, columns, max_prompt_tokens=most, overlong=overlong, flag=flag)
 
 
 def eval_data(settings: DataSettings, evaluation: EvalSettings, chat_format: ChatFormat) -> PromptSet:
-    """The prompts of --eval-data; --eval-*-key flags name other columns than those of training."""
+    """The prompts of --eval-data. The --eval-*-key flags replace training's column names."""
     assert evaluation.data is not None
     pattern = evaluation.answer_pattern
     columns = Columns(

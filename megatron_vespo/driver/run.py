@@ -1,4 +1,4 @@
-"""A run: attempts of the trainer one after another, and how it ends."""
+"""Runs the trainer, in one attempt after another, and ends the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_vespo.types import RunState
 
 
 class Run:
-    """Starts the trainer, and starts it again when ranks die, as often as --trainer-restarts allows."""
+    """Starts the trainer. If ranks die, restarts it, at most --trainer-restarts times."""
 
     def __init__(self, settings: TrainSettings, services: Services, setup_seconds: float):
         """`setup_seconds` plus the time of the monotonic clock is the setup time, in seconds."""
@@ -39,7 +39,7 @@ class Run:
             except TrainerError as error:
                 if self._services.preemption.signal is not None:
                     self._end_unsaved(str(error).splitlines()[0], error)
-                if self._training_since is None:  # a restart does not repair what has never started
+                if self._training_since is None:  # a restart does not help a trainer that never started
                     raise
                 settings, message = restarts.next(error)
                 self._services.display.message(message)
@@ -114,7 +114,7 @@ class Run:
 
 
 class Restarts:
-    """Decides from which checkpoint a run continues after its trainer has died, and how often it may."""
+    """Decides from which checkpoint a run continues after its trainer has died, and how often."""
 
     def __init__(self, settings: TrainSettings):
         self._settings, self._left = settings, settings.save.trainer_restarts
@@ -142,7 +142,7 @@ class Restarts:
         )
 
     def _tracker(self) -> tuple[Path, int] | None:
-        """The newest checkpoint of --save and when it was named: a run may save under an old one's name."""
+        """The newest checkpoint of --save, and when it was named: a run may reuse an old one's name."""
         if self._settings.save.save is None:
             return None
         folder = newest_save(Path(self._settings.save.save))

@@ -1,4 +1,4 @@
-"""run-001.json in the output folder records what was run; a resume writes run-002.json, and so on.
+"""Records what was run as run-001.json in the output folder; a resume writes run-002.json, and so on.
 
 started     UTC
 command     as it was typed; keys and passwords are left out, here and below
@@ -7,10 +7,10 @@ resumed_from, went_back_to   the checkpoint, if any
 changed     arguments that differ from the defaults of this program and of Megatron
 seed
 source      commit of the checkout that this package is in, and whether it had changes
-packages    every installed one with its version; `patches` says whether this program's are applied
+packages    every installed package with its version; `patches` says whether this program's are applied
 machine     where the command was started; `nodes` are those of the Ray cluster
-environment what was exported of process_environment.TABLE, and what trainer ranks and engines are given
-arguments   all of them, derived ones too
+environment the exported variables of process_environment.TABLE, and what trainer ranks and engines get
+arguments   all arguments, also derived ones
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SECRET = re.compile(r"--(?!engine-api-key)(.*-)?api-key|--.*(password|secret|ac
 
 
 class RunRecord:
-    """The file of one start of a run. `add` writes it again with more content."""
+    """The file of one start of a run. `add` rewrites it with more content."""
 
     def __init__(self, output_dir: Path, content: Mapping[str, Any]):
         self.path, self._content = _next_path(output_dir), dict(content)
@@ -89,7 +89,7 @@ def describe_run(args: Mapping[str, Any], parser: argparse.ArgumentParser) -> di
 
 
 def _packages() -> dict[str, str]:
-    """Installed packages; remains of a broken installation have no name, or no version."""
+    """Installed packages. Broken ones may lack a version; those without a name are left out."""
     found = {part.name: part.version or "unknown" for part in distributions() if part.name}
     return dict(sorted(found.items()))
 
@@ -99,7 +99,7 @@ def _recipes(words: Sequence[str]) -> dict[str, str]:
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line whose keys and passwords are left out.
+    """The command line without its keys and passwords.
 
     Example: ["--api-key", "x", "--lr=1"] -> ["--api-key", "<left out>", "--lr=1"]
     """
@@ -113,7 +113,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """`value` in a form that JSON can hold."""
     if value is not None and _SECRET.fullmatch("--" + name.replace("_", "-")):
         return LEFT_OUT
     if name == "sglang_flags" and value is not None:
@@ -127,7 +127,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def source_commit(root: Path) -> dict[str, Any] | None:
-    """{"commit": hash, "changed": files that differ from it} of a git checkout; None where it is none."""
+    """{"commit": hash, "changed": files that differ from it} of a git checkout; None if `root` is none."""
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")

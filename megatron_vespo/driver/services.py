@@ -1,4 +1,4 @@
-"""Ray, engines and rewards: they live as long as the run, also when its trainer is restarted."""
+"""Starts Ray, engines and rewards, which live as long as the run, also when its trainer is restarted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_vespo.types import Prompt, SamplingParams
 
 @dataclass(frozen=True)
 class Task:
-    """What a run generates and how it is scored; empty with --train-from."""
+    """What a run generates and how its completions are scored; empty with --train-from."""
 
     tokenizer: Any = None
     sampling: SamplingParams | None = None
@@ -86,7 +86,7 @@ def _check_vocabulary(settings: TrainSettings, loaded: PromptSet) -> None:
 
 
 class Services:
-    """Starts Ray, engines and rewards; engines go on starting in the background. `stack` ends everything."""
+    """Starts Ray, engines and rewards. Engines finish starting in the background. `stack` ends them all."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ def _server_arguments(settings: TrainSettings) -> list[str]:
         longest_step_s=longest_engine_step_s(
             settings.engines.engine_start_timeout, settings.sync.weight_check_timeout
         ),
-        # a cached prefix could be of an older policy than the versions that SGLang reports for the request
+        # a cached prefix could come from an older policy version than SGLang reports for the request
         prefix_cache=not (settings.rollout.max_staleness and settings.rollout.on_weight_update == "in-place"),
         memory_saver=settings.sync.colocate and device == "cuda",
     )

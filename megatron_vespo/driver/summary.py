@@ -1,4 +1,4 @@
-"""summary.json, plots and the printed summary at the end of a run."""
+"""Writes summary.json, the plots and the printed summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def summarize(
 ) -> str:
     """Writes summary.json and curves.png of a finished run; returns the summary as text.
 
-    `idle` is the shares of time in which trainer and engines had no work, see `Trace.idle`.
+    `idle` holds the shares of time in which trainer and engines had no work, see `Trace.idle`.
     """
     paths = {
         "metrics": settings.run.output_dir / "metrics.jsonl",

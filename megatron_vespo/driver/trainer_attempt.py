@@ -1,6 +1,6 @@
 """One attempt of the trainer: its ranks, their connection to the engines, and the state that they start from.
 
-A run needs one attempt. If trainer ranks die, the next attempt takes over on the same services.
+A run without failures has one attempt. If trainer ranks die, the next attempt uses the same services.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from megatron_vespo.rollout.engine_client import RouteShape
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.types import RunState
 
-FROM_THE_BEGINNING = -1  # no step of the attempt before is kept
+FROM_THE_BEGINNING = -1  # no step of the previous attempt is kept
 
 
 class TrainerAttempt:
-    """Entering starts it, leaving ends what it has started. `number` 0 is the run's first attempt."""
+    """Entering starts the attempt; leaving ends what it started. `number` 0 is the run's first attempt."""
 
     def __init__(self, settings: TrainSettings, services: Services, number: int):
         self._settings, self._services, self._number = settings, services, number
@@ -52,7 +52,7 @@ class TrainerAttempt:
         self._stack.close()
 
     def wait_until_gone(self) -> None:
-        """Waits, after the end, until the processes have freed their GPUs for the next attempt."""
+        """After the end, waits until the processes have freed their GPUs for the next attempt."""
         if self._trainer is not None:
             self._trainer.wait_until_gone()
 
@@ -201,7 +201,7 @@ class TrainerAttempt:
         self.controller.on_wait(while_others_serve)
 
     def _check(self) -> None:
-        """Every second while engines generate."""
+        """Called every second while engines generate."""
         self._services.engines.check()
         if self._trainer is not None:
             self._trainer.poll_save()

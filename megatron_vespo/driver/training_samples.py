@@ -23,7 +23,7 @@ def training_samples(
 def training_sample(
     completion: Completion, advantage: float, group_id: int, routing_replay: str | None
 ) -> TrainingSample:
-    # routes are by far the largest part of a sample, so they travel only where they are used
+    # routes are by far the largest part of a sample, so they are sent only where they are used
     replay = routing_replay == "R3" and completion.num_retractions == 0
     return TrainingSample(
         token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
