@@ -1,1 +1,1 @@
-"""Ray: where trainer ranks and engines run, and how the controller talks to them."""
+"""Ray: places trainer ranks and engines, and lets the controller call them."""

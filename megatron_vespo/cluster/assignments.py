@@ -1,4 +1,4 @@
-"""Assignments: which bundle of the placement group each process gets, and which GPUs. Pure arithmetic."""
+"""Assigns each process a bundle of the placement group and its GPUs. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Bundle:
-    """Where Ray has put one: its node, and the ids of its GPUs there (none where the run uses none)."""
+    """Where Ray has placed a bundle: its node, and its GPU ids there (none if the run uses no GPUs)."""
 
     node: str
     gpus: tuple[str, ...] = ()
@@ -17,17 +17,17 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One process's place. It sees the GPUs `devices`, as in CUDA_VISIBLE_DEVICES; None: what is there."""
+    """One process's place. It sees the GPUs `devices`, as in CUDA_VISIBLE_DEVICES; None: no change."""
 
     bundle: int
     devices: str | None = None
 
 
 def trainer_assignments(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Assignment]:
-    """One assignment a rank; `sizes` are the ranks of each bundle.
+    """One assignment per rank; `sizes` are the numbers of ranks per bundle.
 
-    Ranks are numbered node by node, in a node by GPU, so that neighbours are near each other. Nodes with more
-    ranks come first: what is left over by groups of ranks is then at the end.
+    Ranks are numbered node by node, and by GPU inside a node, so that neighbours are near each other. Nodes
+    with more ranks come first, so that ranks left over by whole groups come last.
     """
     ranks_of_node: Counter[str] = Counter()
     for size, bundle in zip(sizes, bundles, strict=True):
@@ -41,7 +41,7 @@ def trainer_assignments(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list
 
 
 def engine_assignments(bundles: Sequence[Bundle], first: int) -> list[Assignment]:
-    """Engines with bundles of their own, which are those from number `first` on."""
+    """Assignments of engines that have their own bundles, numbered from `first` on."""
     order = sorted(range(len(bundles)), key=lambda index: _position(bundles, index))
     return [Assignment(first + index, _devices(_gpus(bundles[index]))) for index in order]
 
@@ -49,7 +49,10 @@ def engine_assignments(bundles: Sequence[Bundle], first: int) -> list[Assignment
 def shared_assignments(
     trainer: Sequence[Assignment], sharing: Sequence[int], engine_size: int
 ) -> list[Assignment]:
-    """Engines on GPUs of the trainer: `sharing` of each bundle. Rank i of one is on the GPU of its rank i."""
+    """Assignments of engines on the trainer's GPUs; bundle b holds `sharing[b]` engines.
+
+    The engines of a bundle take its trainer ranks' GPUs in order, `engine_size` each.
+    """
     found = []
     for bundle in dict.fromkeys(rank.bundle for rank in trainer):
         gpus = [rank.devices for rank in trainer if rank.bundle == bundle and rank.devices is not None]
@@ -59,12 +62,12 @@ def shared_assignments(
 
 
 def without_gpus(assignments: Sequence[Assignment]) -> list[Assignment]:
-    """The same, hidden from a run that uses none."""
+    """The same assignments with all GPUs hidden, for a run that uses none."""
     return [replace(assignment, devices="") for assignment in assignments]
 
 
 def wrong_gpus(bundles: Sequence[Bundle], sizes: Sequence[int]) -> str | None:
-    """What is wrong where a bundle has not as many GPUs as its size, or two have the same one."""
+    """An error text if a bundle does not have as many GPUs as its size, or two bundles share a GPU."""
     taken = Counter((bundle.node, gpu) for bundle in bundles for gpu in bundle.gpus)
     right = all(len(bundle.gpus) == size for bundle, size in zip(bundles, sizes, strict=True))
     if right and max(taken.values(), default=1) == 1:
@@ -77,9 +80,9 @@ def wrong_gpus(bundles: Sequence[Bundle], sizes: Sequence[int]) -> str | None:
 
 
 def divided_groups(groups: Mapping[str, int], nodes: Sequence[str], per_node: int) -> tuple[str, ...]:
-    """A line for each kind of group that fits a node of `per_node` GPUs and is not on one.
+    """A line for each kind of group that would fit on a node of `per_node` GPUs but spans several.
 
-    `nodes` are the ranks'.
+    `nodes[i]` is the node of rank i.
     """
     lines = []
     for name, size in groups.items():
@@ -97,7 +100,7 @@ def _devices(gpus: Sequence[str]) -> str | None:
 
 
 def _gpus(bundle: Bundle) -> list[str]:
-    """In their order; ids are numbers, or names."""
+    """The bundle's GPU ids in order; ids are numbers or names."""
     return sorted(bundle.gpus, key=_number)
 
 
@@ -106,7 +109,7 @@ def _number(gpu: str) -> tuple[int, str]:
 
 
 def _position(bundles: Sequence[Bundle], index: int) -> tuple:
-    """Nodes in the order in which Ray has used them."""
+    """Sort key of a bundle: its node, in the order in which Ray has used the nodes, then its first GPU."""
     nodes = [bundle.node for bundle in bundles]
     first = min(map(_number, bundles[index].gpus), default=(0, ""))
     return nodes.index(nodes[index]), first, index

@@ -1,7 +1,7 @@
-"""How many trainer ranks share a bundle, so that neighbours stay on one node. Pure arithmetic.
+"""Decides how many trainer ranks share a bundle, so that neighbours stay on one node. Pure arithmetic.
 
-Ray never splits a bundle, and puts bundles where it likes. A bundle of one rank each would leave it to chance
-whether a tensor-parallel pair lies inside a node.
+Ray never splits a bundle, but places bundles freely. With one bundle per rank, it would be chance whether a
+tensor-parallel pair lies inside a node.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megatron_vespo.cluster.roles import Bundle, Resources, by_role, for_trainer
 
 
 def neighbours(settings: TrainerSettings) -> dict[str, int]:
-    """Groups of ranks that exchange much data -> ranks in each. The most important group comes first.
+    """Groups of ranks that exchange much data -> ranks per group. The most important group comes first.
 
-    Megatron numbers them one after another (its order is tp-cp-ep-dp-pp): each group is a run of ranks that
-    begins at a multiple of its size.
+    Megatron numbers the ranks of a group consecutively (its order is tp-cp-ep-dp-pp). Each group is a run of
+    ranks that begins at a multiple of its size.
     """
     tensor = settings.tensor_model_parallel_size
     expert_tensor = settings.expert_tensor_parallel_size or tensor  # as Megatron does
@@ -32,7 +32,7 @@ def neighbours(settings: TrainerSettings) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be placed. `groups` are `neighbours`; with `colocate` engines share the ranks' GPUs."""
+    """What to place. `groups` are `neighbours`; with `colocate` engines share the ranks' GPUs."""
 
     ranks: int
     groups: Mapping[str, int]
@@ -44,16 +44,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Request:
-    """Bundles for Ray: the blocks of trainer ranks, then, unless they share those, one for each engine."""
+    """Bundles for Ray: the blocks of trainer ranks, then one per engine, unless engines share the blocks."""
 
-    blocks: list[int]  # ranks of each
-    sharing: list[int]  # engines of each
+    blocks: list[int]  # ranks per block
+    sharing: list[int]  # engines per block
     bundles: list[Bundle]
-    per_node: int  # GPUs of the largest node for trainer ranks
+    per_node: int  # GPUs of the largest node that may hold trainer ranks
 
 
 def requested(run: Run, nodes: Sequence[Resources]) -> Request:
-    """The best division that fits the nodes, of which Ray says `nodes`; ValueError where none does."""
+    """The best division that fits `nodes`, their resources as Ray reports them. ValueError if none fits."""
     cluster = {name for node in nodes for name in node}
     by_role([], 0, cluster, run.colocate)
     per_node = max((int(_gpus(node)) for node in for_trainer(nodes)), default=0) if run.on_gpus else 0
@@ -69,7 +69,7 @@ def requested(run: Run, nodes: Sequence[Resources]) -> Request:
 
 
 def _sharing(blocks: Sequence[int], engines: int, engine_size: int) -> list[int]:
-    """How many of the engines lie in each block: as many as it holds, from the first one on."""
+    """The number of engines in each block: as many as it can hold, from the first block on."""
     found: list[int] = []
     for size in blocks:
         found.append(min(engines - sum(found), size // engine_size))
@@ -77,7 +77,7 @@ def _sharing(blocks: Sequence[int], engines: int, engine_size: int) -> list[int]
 
 
 def _bundles(run: Run, blocks: Sequence[int], sharing: Sequence[int]) -> list[Bundle]:
-    """Of one CPU a process: that is only Ray's bookkeeping."""
+    """Bundles with one CPU per process, which is only Ray's bookkeeping."""
     bundles = [
         _bundle(size + engines, size * run.on_gpus) for size, engines in zip(blocks, sharing, strict=True)
     ]
@@ -91,7 +91,7 @@ def _bundle(cpus: int, gpus: int) -> Bundle:
 
 
 def _no_place(run: Run, bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str:
-    """`bundles` are the smallest that the run can be divided into."""
+    """The error text; `bundles` are the smallest that the run can be divided into."""
     who = f"{run.ranks} trainer ranks"
     if run.engines:
         who += f" and {run.engines} engines of {run.engine_size} ranks{' on their GPUs' * run.colocate}"
@@ -109,8 +109,8 @@ def block_sizes(
 ) -> Iterator[list[int]]:
     """Ways to divide `ranks` into blocks of at most `per_node`, the best one first.
 
-    The best ones keep all of `groups` whole, as far as they fit a node, and have the largest blocks; then
-    groups are given up from the last one on. `engines` are to lie in the blocks, each inside one.
+    The best ways keep all of `groups` whole, as far as they fit on a node, and have the largest blocks. Later
+    ways give up groups, from the last one on. Each of the `engines` must lie inside one block.
 
     Example: 12, [2, 4], 8 -> [8, 4]; [4, 4, 4]; then pairs only: [8, 4]; [6, 6]; [4, 4, 4]; [2] * 6; then ...
     """
@@ -126,7 +126,7 @@ def block_sizes(
 
 
 def _units(groups: Sequence[int], per_node: int) -> list[int]:
-    """What blocks are to be multiples of: of all groups that fit together, of one less, ..., of 1."""
+    """Units of block sizes: first a multiple of all groups that fit together, then of one less, ..., 1."""
     units = [1]
     for size in groups:
         if (unit := math.lcm(units[-1], size)) <= per_node:
@@ -135,10 +135,10 @@ def _units(groups: Sequence[int], per_node: int) -> list[int]:
 
 
 def fit(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
-    """Whether Ray's PACK finds a node for every bundle while nobody else is there.
+    """Whether Ray's PACK finds a node for every bundle if nothing else runs on the cluster.
 
-    It takes the bundle with most GPUs, the emptiest node for it, and fills that node with what else fits,
-    larger bundles first.
+    PACK takes the bundle with the most GPUs and the emptiest node for it. Then it fills that node with the
+    other bundles that fit, larger ones first.
     """
     left = sorted(bundles, key=_gpus, reverse=True)
     free = [dict(node) for node in nodes]

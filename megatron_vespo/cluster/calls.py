@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 
 POLL_S = 1.0
-DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice that a process is gone
+DEATH_NOTICE_S = 3.0  # how much later than its peers Ray may notice a dead process
 
 
 class WorkerError(RuntimeError):
@@ -32,10 +32,10 @@ def gather(
     passed_on: tuple[type[Exception], ...] = (ValueError,),
     failure: type[WorkerError] = WorkerError,
 ) -> list:
-    """Results in order. Raises as soon as one fails, as the others may wait for it in a collective.
+    """Results in order. Raises as soon as one call fails, as the others may wait for it in a collective.
 
-    `names[i]` is the process that answers ref i, `explain(i)` adds what is known about it. `watch` is called
-    every second and may raise. Errors of the classes `passed_on` are raised as they are: a ValueError, for
+    `names[i]` is the process that answers ref i; `explain(i)` adds details about it. `watch` is called
+    every second and may raise. Errors of the classes `passed_on` are raised unchanged: a ValueError, for
     example, is the user's mistake. All other errors are raised as `failure`.
     """
     deadline = time.monotonic() + timeout_s
@@ -71,7 +71,7 @@ def _raise_if_one_died(
     explain: Callable[[int], str],
     failure: type[WorkerError],
 ) -> None:
-    """When a process dies, others fail with a broken connection: name the dead process, not those."""
+    """When a process dies, others fail with broken connections. Name the dead process, not the others."""
     ready, _ = (
         ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_NOTICE_S) if pending else ([], [])
     )
@@ -85,7 +85,7 @@ def _raise_if_one_died(
 
 
 def _watch_a_while(watch: Callable[[], None] | None) -> None:
-    """Give `watch` time to find a dead process: its connections break a moment earlier."""
+    """Give `watch` time to find a dead process, whose connections break a moment earlier."""
     deadline = time.monotonic() + DEATH_NOTICE_S
     while watch is not None and time.monotonic() < deadline:
         watch()

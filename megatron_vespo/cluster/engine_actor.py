@@ -1,4 +1,4 @@
-"""One SGLang server, supervised by a Ray actor on the node it runs on."""
+"""A Ray actor that runs and supervises one SGLang server on its node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_vespo.system.preemption import shield_process
 
 
 class EngineActor:
-    """Runs and supervises one server, which dies with it."""
+    """Runs and supervises one server, which dies with the actor."""
 
     def __init__(
         self,
@@ -30,11 +30,11 @@ class EngineActor:
     ):
         """`devices` are the GPUs that the server sees; None: those of the actor.
 
-        `exported` is what the user has set of `process_environment.TABLE`.
+        `exported` are the variables of `process_environment.TABLE` that the user has set.
         """
         shield_process()
         redirect_output(log_dir / f"engine-{number}-supervisor.log")
-        # else Ray is the driver's child, and its environment what the plugins have set
+        # otherwise Ray is the driver's child and has the environment that the plugins set
         if settings.ray_address:
             load_runtime_plugins()
         self._host = host_address(loopback)
@@ -44,7 +44,7 @@ class EngineActor:
         self._server: SGLangServer | None = None
 
     def start(self) -> str:
-        """Start a server and stop the old one, if any. Blocks until it is healthy; returns its url."""
+        """Stop the old server, if any, and start a new one. Blocks until it is healthy; returns its url."""
         self.stop()
         port = self._port()
         self._server = SGLangServer(
@@ -66,7 +66,7 @@ class EngineActor:
         return port
 
     def check(self) -> None:
-        """Raises EngineError when the server's process has ended."""
+        """Raises EngineError if the server's process has ended."""
         assert self._server is not None, "start comes first"
         self._server.check()
 

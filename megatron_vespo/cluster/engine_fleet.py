@@ -1,4 +1,4 @@
-"""All engines of a run: which of them serve, and restarts of those that die, hang or fail to start."""
+"""Supervises all engines of a run: knows which serve, and restarts those that die, hang or fail to start."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megatron_vespo.system.process_environment import exported_values
 
 POLL_INTERVAL_S = 1.0
 DEATH_NOTICE_S = 3.0
-STOP_TIMEOUT_S = 5.0  # for the actors; the servers themselves hold nothing worth a grace period
+STOP_TIMEOUT_S = 5.0  # for the actors; the servers hold nothing that needs a grace period
 
 
 class ServingUrls(Sequence[str | None]):
-    """The url of each engine, None unless it serves: a live view, which any thread may read."""
+    """The url of each engine, None if it does not serve. A live view, which any thread may read."""
 
     def __init__(self, engines: Sequence[SupervisedEngine]):
         self._engines = engines
@@ -38,11 +38,11 @@ class ServingUrls(Sequence[str | None]):
 
 
 class EngineFleet:
-    """Restarts the engines that end, at most `restarts` times each; a thread of its own polls them.
+    """Restarts engines that end, at most `restarts` times each. A thread polls them.
 
-    Methods may be called from any thread. The run is over when fewer than `min_engines` are left, or when an
-    engine that never was healthy ends twice in the same way: then `check` raises EngineError. Everything else
-    is logged.
+    Methods may be called from any thread. `check` raises EngineError, which ends the run, in two cases:
+    fewer than `min_engines` are left, or an engine that never was healthy ends twice in the same way. All
+    other events are logged.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineFleet:
         self.urls = ServingUrls(engines)
         self.lost = LostRequests(log)
         self._engines, self._restarts, self._min_engines, self._log = engines, restarts, min_engines, log
-        self._changed = Condition()  # guards everything here and the engines
+        self._changed = Condition()  # guards all fields here and the engines
         self._over: EngineError | None = None
         self._stopping = False
         self._quiet = 0
@@ -67,19 +67,19 @@ class EngineFleet:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises EngineError when the run cannot go on."""
+        """Raises EngineError if the run cannot continue."""
         if self._over is not None:
             raise EngineError(self._over.what, self._over.log)
 
     def wait_until_ready(self) -> None:
-        """Until all engines run, except for those that are given up. Their start timeouts bound it."""
+        """Waits until all engines run, except those given up. Their start timeouts limit the wait."""
         with self._changed:
             while self._num_in(State.STARTING, State.WAITING):
                 self._wait()
             self.check()
 
     def endpoints(self) -> list[EngineEndpoint]:
-        """All servers that run. Waits for one if there is none."""
+        """All running servers. Waits for one if there is none."""
         with self._changed:
             while not (found := self._running()):
                 self._wait()
@@ -90,12 +90,12 @@ class EngineFleet:
         return any(url is not None for url in self.urls)
 
     def any_ready(self) -> bool:
-        """Whether a server runs that has not the policy's weights yet."""
+        """Whether a running server does not have the policy's weights yet."""
         with self._changed:
             return self._num_in(State.READY) > 0
 
     def serve(self, endpoints: list[EngineEndpoint]) -> None:
-        """They have the current weights: requests may go to them."""
+        """Lets requests go to the servers of `endpoints`, which have the current weights."""
         with self._changed:
             for endpoint in endpoints:
                 engine = self._engines[endpoint.number]
@@ -105,18 +105,18 @@ class EngineFleet:
                         self._log(f"engine {endpoint.number} serves again ({self._serving()})")
 
     def lose(self, endpoint: EngineEndpoint, why: str) -> None:
-        """It did not answer: kill what is left of it and start it again."""
+        """Kill and restart an engine that did not answer."""
         engine = self._engines[endpoint.number]
         with self._changed:
-            # the connection breaks a moment before the process is seen to be dead, which says more
+            # the connection breaks a moment before the process is known to be dead, which explains more
             if not self._changed.wait_for(lambda: not engine.is_still(endpoint), DEATH_NOTICE_S):
                 self._ended(engine, EngineError(why))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No health checks inside, for while the weights change.
+        """Inside, no health checks are sent, because the weights change.
 
-        SGLang's /health generates a token. A paused engine does not, and answers 503 after 20 s.
+        SGLang's /health generates a token. A paused engine cannot, and answers 503 after 20 s.
         """
         with self._changed:
             self._quiet += 1
@@ -127,9 +127,9 @@ class EngineFleet:
                 self._quiet -= 1
 
     def hold(self) -> list[EngineEndpoint]:
-        """All that run. No health checks until `let_go`, no starts until `start_waiting`.
+        """All running servers. Stops health checks until `let_go`, and starts until `start_waiting`.
 
-        Waits for engines that start, and for health checks that are under way: engines generate for them.
+        First waits for engines that are starting, and for pending health checks, which make engines generate.
         """
         with self._changed:
             while self._num_in(State.STARTING):
@@ -151,7 +151,7 @@ class EngineFleet:
                     engine.start()
 
     def let_go(self) -> None:
-        """The end of `hold`, if there was one."""
+        """Ends `hold`, if there was one."""
         self.start_waiting()
         with self._changed:
             if self._held:
@@ -159,7 +159,7 @@ class EngineFleet:
             self._held = False
 
     def metrics(self) -> dict[str, float]:
-        """Engines that serve now; restarts and lost requests of the run so far."""
+        """The number of serving engines, and the restarts and lost requests of the run so far."""
         if not self._engines:
             return {}
         return {
@@ -190,7 +190,7 @@ class EngineFleet:
                 for engine in self._engines:
                     try:
                         self._poll(engine)
-                    except Exception as error:  # or nobody would look after the engines, unnoticed
+                    except Exception as error:  # otherwise this thread would end unnoticed
                         self._over = EngineError(f"engine {engine.number}: {type(error).__name__}: {error}")
                 self._changed.notify_all()
                 self._changed.wait(POLL_INTERVAL_S)
@@ -207,7 +207,7 @@ class EngineFleet:
         used = engine.num_starts - 1
         may_restart = used < self._restarts
         if engine.end(error, State.WAITING if may_restart else State.GONE):
-            self._over = error  # a wrong flag will not get better
+            self._over = error  # a restart does not repair a wrong flag
         elif may_restart:
             self._log(
                 f"{error.what}; {self._serving()}, engine {engine.number} is started again "
@@ -248,7 +248,7 @@ def start_engines(
     log_dir: Path,
     log: Callable[[str], None],
 ) -> EngineFleet:
-    """A server for each engine of `placement`; they start in the background."""
+    """One server per engine of `placement`. They start in the background."""
     remote = ray.remote(EngineActor)
     executor = ThreadPoolExecutor(max(1, settings.rollout_engines), thread_name_prefix="engine-health")
 

@@ -1,11 +1,11 @@
-"""Engines and trainer ranks on the same GPUs: who has the memory, and when it changes hands.
+"""Lets engines and trainer ranks take turns with the memory of the same GPUs.
 
 While the trainer trains, all engines are offloaded: SGLang releases the memory of its weights, its KV cache
 and its CUDA graphs (/release_memory_occupation; without --enable-memory-saver, as on CPUs, this only
-empties its caches). The content of CUDA graphs waits in host memory; breakable graphs, which only a user's
+empties its caches). The content of CUDA graphs waits in host memory. Breakable graphs, which only a user's
 flag turns on, keep their GPU memory. Weights and KV cache are lost. Therefore only a weight sync brings
-engines back: memory for the weights, the weights, then memory for the rest. To compute log-probs, to save
-and to export, the trainer needs less room: engines offload all but their weights.
+engines back: memory for the weights, the weights, then memory for the rest. To compute log-probs, save or
+export, the trainer needs less memory: engines offload everything except their weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IDLE_TIMEOUT = "?timeout=60"  # seconds, for aborted requests to end
 
 
 class GpuSharing:
-    """Offloads and onloads the engines; one that has just started has all of its memory.
+    """Offloads and onloads the engines. An engine that has just started has all of its memory.
 
     `trace(name, start, end)`, in nanoseconds since 1970, records every change.
     """
@@ -43,11 +43,11 @@ class GpuSharing:
         # tags that are offloaded, by engine and start number
         self._offloaded: dict[tuple[int, int], set[str]] = defaultdict(set)
         self._training = False
-        self.loaded: dict[str, Sums] = {}  # by url, of engines offloaded before they had a policy
-        self.seconds = 0.0  # of all changes so far
+        self.loaded: dict[str, Sums] = {}  # by url: checksums of engines offloaded before they had a policy
+        self.seconds = 0.0  # duration of all changes so far
 
     def offload_engines(self) -> None:
-        """Engines are offloaded from here to the end of the next weight sync; the trainer may train."""
+        """Offload the engines until the end of the next weight sync, so that the trainer may train."""
         with self._measured("release"):
             endpoints, self._training = self._engines.hold(), True
             self._note_loaded(endpoints)
@@ -55,9 +55,9 @@ class GpuSharing:
 
     @contextmanager
     def engines_offloaded(self, offload_trainer: Callable[[], None]) -> Iterator[None]:
-        """Inside, all but the engines' weights is offloaded: room for the trainer, except for steps.
+        """Inside, engines offload all but their weights: enough room for the trainer, but not for steps.
 
-        Nothing changes while the trainer has the GPUs anyway. `offload_trainer` offloads it at the end.
+        If the trainer already has the GPUs, nothing changes. `offload_trainer` offloads it at the end.
         """
         if self._training:
             yield
@@ -65,22 +65,22 @@ class GpuSharing:
         with self._measured("release"):
             endpoints = self._engines.hold()
             self._without_lost(endpoints, lambda those: self.offload(those, CACHE_AND_GRAPHS))
-        yield  # where the trainer fails in here, the next one begins with `offload_engines`
+        yield  # if the trainer fails in here, the next one begins with `offload_engines`
         offload_trainer()
         self._without_lost(endpoints, lambda those: self.onload(those, CACHE_AND_GRAPHS))
         self._engines.let_go()
 
     def begin_sync(self) -> None:
-        """A weight sync begins: engines that ended while the trainer had the GPUs are started."""
+        """Begins a weight sync: starts the engines that ended while the trainer had the GPUs."""
         self._engines.start_waiting()
 
     def end_sync(self) -> None:
-        """The weight sync has ended: all engines that run have their memory."""
+        """Ends the weight sync: all running engines have their memory."""
         self._training = False
         self._engines.let_go()
 
     def onload(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
-        """Give engines the memory of those `tags` that are offloaded; raises EnginesLostError."""
+        """Give engines the memory of those `tags` that are offloaded. Raises EnginesLostError."""
         wanted = {e: [tag for tag in tags if tag in self._offloaded[_key(e)]] for e in endpoints}
 
         def onloaded(endpoint: EngineEndpoint) -> None:
@@ -90,16 +90,16 @@ class GpuSharing:
             self._ask("/resume_memory_occupation", _payloads(wanted), onloaded)
 
     def offload(self, endpoints: Sequence[EngineEndpoint], tags: Sequence[str]) -> None:
-        """Release the memory of those `tags` that engines have; raises EnginesLostError."""
+        """Release the memory of those `tags` that engines hold. Raises EnginesLostError."""
         there = {e: [tag for tag in tags if tag not in self._offloaded[_key(e)]] for e in endpoints}
         payloads = _payloads(there)
-        # SGLang's scheduler fails an assertion if a request still runs
+        # SGLang's scheduler fails an assertion if a request is still running
         self._ask("/abort_request", dict.fromkeys(payloads, {"abort_all": True}))
         self._ask("/flush_cache" + IDLE_TIMEOUT, dict.fromkeys(payloads, {}))
         self._ask("/release_memory_occupation", payloads, lambda e: self._offloaded[_key(e)].update(there[e]))
 
     def _note_loaded(self, endpoints: Sequence[EngineEndpoint]) -> None:
-        """Note the checksums of what new engines have loaded, for the first weight check."""
+        """Record checksums of the weights that new engines loaded, for the first weight check."""
 
         def note(endpoints: Sequence[EngineEndpoint]) -> None:
             for endpoint in endpoints:
@@ -112,7 +112,7 @@ class GpuSharing:
     def _without_lost(
         self, endpoints: Sequence[EngineEndpoint], action: Callable[[Sequence[EngineEndpoint]], None]
     ) -> None:
-        """Run `action` until no engine is lost in it; lost ones are left out and started again later."""
+        """Run `action` until it loses no engine. Lost engines are left out and restarted later."""
         lost: dict[str, str] = {}
         while True:
             try:
@@ -130,7 +130,7 @@ class GpuSharing:
         payloads: Mapping[EngineEndpoint, dict],
         done: Callable[[EngineEndpoint], None] | None = None,
     ) -> None:
-        """Ask all at once; `done` is called for each that succeeds, even if others fail."""
+        """Send all requests at once. `done` is called for each that succeeds, even if others fail."""
         if not payloads:
             return
         with self._admin(list(payloads)) as admin:

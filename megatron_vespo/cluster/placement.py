@@ -1,4 +1,4 @@
-"""Ray itself, and one placement group that holds every trainer rank and every engine."""
+"""Starts or joins Ray, and creates one placement group for every trainer rank and every engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 START_TIMEOUT_S = 120.0
 LOOPBACK = "127.0.0.1"
-# Batches of samples pass through it; Ray's default, 30% of memory, is too much beside trainer and engines.
+# It holds batches of samples. Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -46,7 +46,7 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 class Placement:
     """Assignments of the trainer's ranks and of the engines. `loopback`: all on one machine.
 
-    `divided` says, a line each, which groups of ranks could be inside a node and are not.
+    `divided` has one line per kind of group whose ranks could share a node but do not.
     """
 
     group: PlacementGroup
@@ -56,21 +56,21 @@ class Placement:
     divided: tuple[str, ...] = ()
 
     def options(self, assignment: Assignment) -> dict:
-        """Of Ray, for the actor there. The assignment says which of its bundle's GPUs it sees, not Ray."""
+        """Ray's options for the actor of `assignment`, which decides, instead of Ray, which GPUs it sees."""
         options = _options(self.group, assignment.bundle, num_gpus=0)
         if assignment.devices is None:
             return options
-        # Ray leaves the one alone unless the other, which a node may have set, tells it to hide all GPUs
+        # Ray leaves the first one alone unless the second, which a node may have set, makes it hide all GPUs
         visible = {"CUDA_VISIBLE_DEVICES": assignment.devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         return options | {"runtime_env": {"env_vars": visible}}
 
     def release(self) -> None:
-        """Give the bundles back to the cluster; whoever still runs in them is killed."""
+        """Give the bundles back to the cluster; Ray kills every process that still runs in them."""
         remove_placement_group(self.group)
 
 
 def has_gpus(ray_address: str | None) -> bool:
-    """Whether the run's nodes have GPUs: those of `--ray-address`, which is joined to see it, or this one."""
+    """Whether the run's nodes have GPUs: those of `--ray-address`, which this joins, or else this node."""
     if not ray_address:
         return _own_gpus() > 0
     start_ray(ray_address)
@@ -78,18 +78,18 @@ def has_gpus(ray_address: str | None) -> bool:
 
 
 def _own_gpus() -> int:
-    import torch  # takes seconds: not in every worker that looks around here
+    import torch  # here, as it takes seconds: most processes that import this module do not need it
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def stop_ray() -> None:
-    """Leave Ray, and end one of our own."""
+    """Leave Ray; end it if this process started it."""
     ray.shutdown()
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What Ray has on each node that is alive."""
+    """The resources that Ray has on each live node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -98,12 +98,12 @@ def cluster_has_gpus() -> bool:
 
 
 def start_ray(address: str | None, num_processes: int = 1, engine_ports: Sequence[int] = ()) -> None:
-    """Join `address`, or start a Ray of our own on this machine; RuntimeError if that fails.
+    """Join `address`, or start an own Ray on this machine. RuntimeError if that fails.
 
-    One of our own has room for `num_processes` trainer ranks and engines. ValueError for variables with
-    which it cannot start, and for `engine_ports` that are in use here.
+    An own Ray has room for `num_processes` trainer ranks and engines. ValueError for environment variables
+    with which it cannot start, and for `engine_ports` that are in use on this machine.
 
-    Nothing happens where that is done already. This process hears signals as before.
+    Does nothing if Ray is already joined. This process keeps its signal handlers.
     """
     if ray.is_initialized():
         return
@@ -117,13 +117,13 @@ def start_ray(address: str | None, num_processes: int = 1, engine_ports: Sequenc
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-    except Exception as error:  # where its own processes do not come up, Ray raises no narrower class
+    except Exception as error:  # Ray raises no narrower class if its own processes do not start
         where = f"--ray-address {address} cannot be joined" if address else "Ray did not start"
         raise RuntimeError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _check_own(engine_ports: Sequence[int]) -> None:
-    """ValueError for what a Ray and engines on this machine cannot start with, before any of it starts."""
+    """ValueError if an own Ray or the engines could not start on this machine; called before they start."""
     if problem := ray_variables.problem(os.environ):
         raise ValueError(": ".join(problem))
     for port in engine_ports:
@@ -138,11 +138,11 @@ def _init(address: str | None, num_processes: int) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # Ray listens on all interfaces and asks for a token, but leaves its own in a file that all may read
+        # Ray listens on all interfaces and asks for a token, but stores its own in a file that all may read
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # bundles of one CPU are only Ray's bookkeeping: two cores may carry more processes
     ray.init(
-        address="local",  # else it joins one that somebody runs here, or has run
+        address="local",  # otherwise it joins a Ray that somebody runs, or ran, on this machine
         num_cpus=max(num_processes, os.cpu_count() or 1),
         num_gpus=_own_gpus(),
         include_dashboard=False,
@@ -160,10 +160,10 @@ def place(
     on_gpus: bool,
     colocate: bool = False,
 ) -> Placement:
-    """Reserve places for trainer ranks and engines; ValueError when the cluster is too small.
+    """Reserve places for trainer ranks and engines. ValueError if the cluster is too small.
 
-    `groups` of so many neighbouring ranks should be inside a node, see `neighbours`.
-    With `colocate` an engine shares the GPUs of as many trainer ranks, else everybody has GPUs of their own.
+    `groups`, name -> number of neighbouring ranks, should be inside a node, see `neighbours`. With `colocate`
+    an engine of n ranks shares the GPUs of n trainer ranks; otherwise every process has its own GPUs.
     """
     if on_gpus and not cluster_has_gpus():
         raise ValueError("--distributed-backend nccl needs GPUs, the Ray cluster has none")
@@ -212,7 +212,7 @@ def _options(group: PlacementGroup, bundle: int, num_gpus: float) -> dict:
 
 
 def _located(group: PlacementGroup, bundles: list[dict[str, float]]) -> list[Bundle]:
-    """Node and GPUs of each bundle; its GPUs are known inside it only, while nobody else is there."""
+    """Node and GPUs of each bundle. Only a task inside a bundle, alone there, can see its GPUs."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
     gpu_ids = ray.remote(_gpu_ids)
     calls = {
@@ -241,7 +241,7 @@ def _gpu_ids() -> tuple[str, ...]:
 
 
 def host_address(loopback: bool) -> str:
-    """Address of this node as the other processes of the run reach it."""
+    """The address at which the run's other processes reach this node."""
     return LOOPBACK if loopback else ray.util.get_node_ip_address()
 
 
@@ -253,7 +253,7 @@ def cores_of_a_gpu() -> int:
 
 
 def nodes_of_the_cluster() -> list[dict[str, Any]]:
-    """Those that Ray has, for people: host, CPUs, GPUs and what kind of GPU Ray takes them for."""
+    """Ray's nodes, for the run record: host, CPUs, GPUs and the kind of GPU that Ray detects."""
     return [
         {
             "host": node["NodeManagerHostname"],

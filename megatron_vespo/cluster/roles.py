@@ -6,19 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 
 # The resource that marks a node's role, from `ray start --resources`. slurm/ray_node.sh has the same names.
 ROLES = {"trainer ranks": "vespo_trainer", "engines": "vespo_engine"}
-SHARE = 0.001  # of it for a bundle, so that one such resource serves any node
+SHARE = 0.001  # of the resource per bundle, so that one unit of it is enough for any node
 
 Bundle = dict[str, float]
-Resources = Mapping[str, float]  # of a node, or asked of it, as Ray names them
+Resources = Mapping[str, float]  # that a node has or a bundle needs, by Ray's names
 
 
 def by_role(
     bundles: Sequence[Bundle], of_trainer: int, cluster: Collection[str], shared: bool = False
 ) -> list[Bundle]:
-    """`bundles`, the first `of_trainer` for the trainer's nodes and the others for the engines'.
+    """Binds the first `of_trainer` of `bundles` to the trainer's nodes, and the others to the engines' nodes.
 
-    `cluster` are the names of what Ray has; where no node has a role they stay as they are. `shared`: bundles
-    are for both.
+    `cluster` are the names of Ray's resources. If no node has a role, the bundles do not change. `shared`:
+    bundles are for both.
 
     Example: [{"CPU": 1}, {"CPU": 1}], 1, {"CPU", "vespo_trainer", "vespo_engine"}
     -> [{"CPU": 1, "vespo_trainer": 0.001}, {"CPU": 1, "vespo_engine": 0.001}]
@@ -35,16 +35,16 @@ def by_role(
 
 
 def for_trainer(nodes: Sequence[Resources]) -> list[Resources]:
-    """The nodes on which trainer ranks may be; all where none has a role."""
+    """The nodes that may hold trainer ranks; all nodes if none has a role."""
     if not any(role in node for node in nodes for role in ROLES.values()):
         return list(nodes)
     return [node for node in nodes if ROLES["trainer ranks"] in node]
 
 
 def shortage(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str:
-    """What is asked of a role's nodes and what they have, as the end of a message; "" without roles.
+    """The end of a message: what a role's nodes need to have, and what they have; "" without roles.
 
-    Of the roles whose nodes have less than is asked of them; of both where only the pieces do not fit.
+    It names the roles whose nodes have too little, or both if the totals suffice but the bundles do not fit.
     """
     told, short = [], []
     for who, role in ROLES.items():

@@ -1,4 +1,4 @@
-"""One engine's place in the cluster: its actor, the server that runs there now, and whether it answers."""
+"""Supervises one engine: its actor, the server that the actor runs now, and whether the server answers."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.system.http import get_json
 
-CHECK_TIMEOUT_S = 60.0  # for an actor to answer `check`
+CHECK_TIMEOUT_S = 60.0  # for the actor to answer `check`
 HEALTH_CHECKS_PER_TIMEOUT = 6
 
 
 class State(Enum):
     STARTING = "starting"
     WAITING = "waiting"  # has ended and may not be started yet
-    READY = "ready"  # runs, but has not the policy's weights
+    READY = "ready"  # runs, but does not have the policy's weights
     SERVING = "serving"
     GONE = "gone"  # its restarts are used up
 
 
 @dataclass(frozen=True)
 class EngineEndpoint:
-    """One server that runs: of engine `number`, its start number `start`."""
+    """One running server: start number `start` of engine `number`."""
 
     number: int
     start: int
     url: str
-    fresh: bool  # has not had a policy yet
+    fresh: bool  # has never had the policy's weights
 
 
 class SupervisedEngine:
-    """`poll` never blocks; it is called every second. Not thread-safe.
+    """One engine. `poll` is called every second and never blocks. Not thread-safe.
 
-    `make_actor` makes a new EngineActor: at the start, and when the old one died with its process or node.
-    Health checks run in `executor`, which has a thread for each engine.
+    `make_actor` makes a new EngineActor, at the start and when the old one died with its process or node.
+    Health checks run in `executor`, which has one thread per engine.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SupervisedEngine:
         api_key: str | None,
     ):
         self.number, self.log_path = number, log_path
-        self.num_starts = 0  # also the name of the server that runs now
+        self.num_starts = 0  # also the number of the server that runs now
         self.url: str | None = None  # None unless it is healthy
         self.state = State.WAITING
         self._been_healthy = False
@@ -71,7 +71,7 @@ class SupervisedEngine:
         self._next_check = self._last_healthy = 0.0
 
     def start(self) -> None:
-        """Begin to start a server; the old one is killed."""
+        """Begin to start a server. The old one is killed."""
         self.url = self._health_check = None
         self.state = State.STARTING
         self.num_starts += 1
@@ -85,22 +85,22 @@ class SupervisedEngine:
 
     @property
     def endpoint(self) -> EngineEndpoint:
-        """Of the server that runs."""
+        """The endpoint of the running server."""
         assert self.url is not None
         return EngineEndpoint(self.number, self.num_starts, self.url, fresh=self.state is State.READY)
 
     @property
     def serving_url(self) -> str | None:
-        """None unless it serves. Any thread may ask."""
-        url = self.url  # first: when it has changed the state is another one already
+        """The url if the engine serves, else None. Any thread may ask."""
+        url = self.url  # read first: a new server's url comes with another state
         return url if self.state is State.SERVING else None
 
     def become_ready(self, url: str) -> None:
-        """Its server is healthy at `url`."""
+        """Note that the server is healthy at `url`."""
         self.url, self.state, self._been_healthy = url, State.READY, True
 
     def serve(self) -> None:
-        """The server has the policy's weights, requests may go to it."""
+        """Note that the server has the policy's weights: requests may go to it."""
         self.state = State.SERVING
 
     def is_still(self, endpoint: EngineEndpoint) -> bool:
@@ -108,9 +108,10 @@ class SupervisedEngine:
         return self.is_running and self.num_starts == endpoint.start
 
     def end(self, error: EngineError, state: State) -> bool:
-        """The server has ended; `state` is what follows. True if a restart cannot help.
+        """Note that the server has ended; `state` is the next state. Returns True if a restart cannot help.
 
-        That is so when none was ever healthy and this one ended as the last one did, or for want of its port.
+        A restart cannot help if no server of this engine was ever healthy, and this one ended like the last
+        one or could not get its port.
         """
         self.url, self.state = None, state
         way, last = re.sub(r"\d+", "", error.what), self._last_end  # without ports
@@ -118,7 +119,7 @@ class SupervisedEngine:
         return not self._been_healthy and (isinstance(error, EnginePortError) or way == last)
 
     def poll(self, check_health: bool) -> None:
-        """Raises EngineError when the server has ended, could not start or does not answer.
+        """Raises EngineError if the server has ended, could not start or does not answer.
 
         Without `check_health` no health check is sent, and silence does not count.
         """
@@ -128,7 +129,7 @@ class SupervisedEngine:
 
     @property
     def awaits_health_check(self) -> bool:
-        """Whether a health check has been sent and not answered yet."""
+        """Whether a health check is still unanswered."""
         return self._health_check is not None and not self._health_check.done()
 
     def stop(self) -> ray.ObjectRef | None:

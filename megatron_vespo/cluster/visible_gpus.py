@@ -1,4 +1,4 @@
-"""What a trainer rank sees of its node's GPUs: the one of its assignment, and in a run on CPUs none."""
+"""Checks which GPUs a trainer rank sees: the one of its assignment, or none in a run on CPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def check_visible_gpus(rank: int, expected: int) -> None:
-    """ValueError unless this process sees so many GPUs: with more, all ranks would take the first one."""
+    """ValueError unless this process sees `expected` GPUs: with more, all ranks would take the first one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == expected:
         return

@@ -1,6 +1,7 @@
-"""`python -m megatron_vespo.cluster.wait_for_nodes ADDRESS NODES SECONDS`: until a Ray cluster is complete.
+"""`python -m megatron_vespo.cluster.wait_for_nodes ADDRESS NODES SECONDS` waits for a complete Ray cluster.
 
-Exit code 1 and one line when it is not in time. For job scripts: the node that this runs on is one of them.
+For job scripts. If it is not complete in time, prints one line and exits with code 1. The node that this runs
+on counts as one of NODES.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ POLL_S = 0.5
 
 
 def wait_for_nodes(address: str, num_nodes: int, timeout_s: float) -> None:
-    """RuntimeError if not `num_nodes` are alive in time."""
+    """RuntimeError if fewer than `num_nodes` are alive in time."""
     deadline = time.monotonic() + timeout_s
     alive: list[str] = []
     failure = "it does not answer"
@@ -29,7 +30,7 @@ def wait_for_nodes(address: str, num_nodes: int, timeout_s: float) -> None:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-        except Exception as error:  # before all of its processes run, Ray raises no narrower class
+        except Exception as error:  # Ray raises no narrower class before all of its processes run
             failure = " ".join(str(error).split())
         time.sleep(POLL_S)
 
