@@ -1,1 +1,1 @@
-"""The machine: HTTP, disk, signals, SLURM's variables, plug-ins, hardware."""
+"""Access to the machine: HTTP, disk, signals, SLURM's variables, plug-ins, hardware."""

@@ -10,9 +10,9 @@ from typing import IO, BinaryIO
 
 
 def sync(written: Path | IO | int) -> None:
-    """Wait until the disk has the bytes of a file, or the names in a folder.
+    """Wait until the bytes of a file, or the names in a folder, are on disk.
 
-    `written` is a path, an open stream, whose own buffer is flushed first, or a descriptor.
+    `written` is a path, a descriptor, or an open stream, whose buffer is flushed first.
     """
     if isinstance(written, Path):
         descriptor = os.open(written, os.O_RDONLY)
@@ -29,9 +29,9 @@ def sync(written: Path | IO | int) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A stream for the new content of `path`, which takes its place when the block ends without an error.
+    """A stream for new content, which replaces the file at `path` when the block ends without an error.
 
-    If the process is killed, the file holds the old content or the new one, never a part.
+    If the process is killed, the file holds either the old or the new content, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,17 +1,17 @@
-"""What a GPU has, for plans and simulations. The only place where such numbers stand."""
+"""The data of GPUs for plans and simulations. Such numbers stand only here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 GIB = 2**30
-# What train chooses by itself where there are GPUs, for commands that run elsewhere; a recipe's flags come
-# later and win.
+# What train chooses by default on machines with GPUs, for commands that run on others. A recipe's flags come
+# later and override these.
 ON_GPUS = ("--distributed-backend", "nccl", "--transformer-impl", "transformer_engine")
 
 
 def runs_on_gpus(distributed_backend: str) -> bool:
-    """Trainer and engines of a run; parsing its flags has decided it."""
+    """Whether a run's trainer and engines use GPUs, as decided when its flags were parsed."""
     return distributed_backend == "nccl"
 
 
@@ -19,10 +19,9 @@ def runs_on_gpus(distributed_backend: str) -> bool:
 class Gpu:
     """One GPU of a machine with eight.
 
-    `memory` is what torch sees of it, in its words the "total capacity". `flops` are dense bf16 at most.
-    Bandwidths are bytes a second at most, in one direction: of its memory, of NVLink, and of the network card
-    that it has for itself in a DGX, and of PCIe between it and the host. `host` is its share of the machine's
-    own memory.
+    `memory` is what torch reports as "total capacity", in bytes. `flops` is the dense bf16 peak.
+    Bandwidths are peak bytes per second in one direction: of its memory, of NVLink, of the GPU's own network
+    card in a DGX, and of PCIe between GPU and host. `host` is its share of the machine's memory.
     """
 
     name: str
@@ -35,10 +34,11 @@ class Gpu:
     host: float
 
 
-# Memory: torch's out-of-memory messages. Others: NVIDIA's data sheets; these print NVLink in both directions
-# together, and FLOP of the newer ones with sparsity, twice the dense. Network: DGX A100 has a ConnectX-6 of
-# 200 Gb/s a GPU, DGX H100, H200 and B200 a ConnectX-7 of 400 Gb/s. Host: PCIe 4 or 5 with 16 lanes; a DGX has
-# 1 TB with the small A100s, 2 TB otherwise (clouds' machines of eight H100s have 1,870 GiB and more).
+# Memory: torch's out-of-memory messages. Others: NVIDIA's data sheets. These give NVLink as the sum of both
+# directions, and FLOP/s of newer GPUs with sparsity, twice the dense value. Network: DGX A100 has a
+# ConnectX-6 of 200 Gb/s per GPU; DGX H100, H200 and B200 have a ConnectX-7 of 400 Gb/s. Host: PCIe 4 or 5
+# with 16 lanes; a DGX has 1 TB with the small A100s, 2 TB otherwise (cloud machines with eight H100s have
+# 1,870 GiB or more).
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -49,6 +49,6 @@ GPUS = {
         Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9, 64e9, 250e9),
     )
 }
-# Bytes a second of one hop of a gloo broadcast, through the hosts' memory and TCP: an assumption, half of the
-# 4.3e9 that two processes on two CPU cores had over loopback.
+# Bytes per second of one hop of a gloo broadcast, through host memory and TCP. This is an assumption: half of
+# the 4.3e9 measured between two processes on two CPU cores over loopback.
 GLOO = 2e9

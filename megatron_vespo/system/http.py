@@ -1,14 +1,14 @@
-"""JSON over HTTP to an engine's control endpoints; every failure is an EngineRequestError."""
+"""Sends JSON over HTTP to an engine's control endpoints; every failure is an EngineRequestError."""
 
 from __future__ import annotations
 
 import requests
 
-BODY_CHARACTERS = 300  # how much of a refused reply an error quotes
+BODY_CHARACTERS = 300  # quoted from a refused reply in an error
 
 
 class EngineRequestError(RuntimeError):
-    """A control call that an engine refused or did not answer; then `status` is None."""
+    """A control call that an engine refused or did not answer. If it did not answer, `status` is None."""
 
     def __init__(self, url: str, path: str, status: int | None, body: str):
         answered = f"answered {status}" if status is not None else "did not answer"
@@ -22,9 +22,9 @@ def auth_headers(api_key: str | None) -> dict[str, str]:
 
 
 def post_json(url: str, path: str, payload: dict, timeout_s: float, api_key: str | None = None) -> dict:
-    """POST `payload` to `url + path`; the JSON reply, or an empty dict when the reply is empty or plain text.
+    """POST `payload` to `url + path`; returns the JSON reply, or {} if the reply is empty or plain text.
 
-    Raises EngineRequestError unless the status is 200 and the reply does not say `"success": false`.
+    Raises EngineRequestError if the status is not 200, or if the reply says `"success": false`.
     """
     return _call("POST", url, path, payload, timeout_s, api_key)
 
@@ -39,7 +39,7 @@ def _call(
 ) -> dict:
     try:
         with requests.Session() as session:
-            session.trust_env = False  # engines are reached directly: a proxy would see their key
+            session.trust_env = False  # no proxy, which would see the engine's key
             reply = session.request(
                 method, url + path, json=payload, timeout=timeout_s, headers=auth_headers(api_key)
             )
@@ -50,9 +50,9 @@ def _call(
     if reply.status_code != 200:
         raise EngineRequestError(url, path, reply.status_code, reply.text)
     if "json" not in reply.headers.get("Content-Type", "") or not reply.content:
-        return {}  # /flush_cache and /health answer in plain text or not at all
+        return {}  # /flush_cache and /health answer with plain text or an empty body
     body = reply.json()
-    # Control calls may report a refusal with status 200.
+    # Control calls may refuse with status 200.
     if isinstance(body, dict) and body.get("success") is False:
         raise EngineRequestError(url, path, reply.status_code, reply.text)
     return body

@@ -1,4 +1,4 @@
-"""Functions that a user names on the command line."""
+"""Imports functions that the user names on the command line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 def import_function(import_path: str, what: str, builtin: str | None = None) -> Callable:
     """The function named "package.module:function".
 
-    `what` it is and the name of a `builtin` one, for messages.
+    Messages use `what`, the function's role, and `builtin`, the name of a built-in one.
 
     Raises:
-        ValueError: the module or the function is not there, or it is not callable.
+        ValueError: the module or the function does not exist, or it is not callable.
     """
     where = f"{what} {import_path!r}"
     module_name, _, name = import_path.partition(":")

@@ -1,7 +1,8 @@
-"""Packages that Megatron-Core uses if they can be imported, and does without if not.
+"""Checks packages that Megatron-Core uses only if they can be imported.
 
-Megatron takes an ImportError for an absent package in most places, so a broken one changes in silence what a
-run computes with. In others, and with other errors, its own import ends. Here its imports are tried first.
+In most places Megatron takes an ImportError for a missing package, so a broken package silently changes what
+a run computes with. In other places, and with other errors, Megatron's own import fails. Therefore this
+module tries these imports first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 TRANSFORMER_ENGINE = "transformer_engine"
 DEEP_EP = "deep_ep"
-# Package -> what Megatron-Core imports of it: module -> names. SGLang's sgl-deep-ep is a deep_ep.
+# Package -> what Megatron-Core imports from it: module -> names. SGLang's sgl-deep-ep provides deep_ep.
 IMPORTS = {
     TRANSFORMER_ENGINE: {
         "transformer_engine": (),
@@ -28,7 +29,7 @@ IMPORTS = {
 def import_error(package: str) -> str | None:
     """Why Megatron cannot use the package, in one line; None if it can.
 
-    To be asked before Megatron is imported. A broken package is hidden from the process: absent to Megatron.
+    Call it before Megatron is imported. It hides a broken package, so that Megatron sees it as missing.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -40,19 +41,19 @@ def import_error(package: str) -> str | None:
     except Exception as error:
         if not (isinstance(error, ModuleNotFoundError) and error.name == package):
             hidden: dict[str, Any] = sys.modules
-            hidden[package] = None  # an import of it is a ModuleNotFoundError from now on
+            hidden[package] = None  # from now on, importing it raises ModuleNotFoundError
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 
 def check_transformer_engine(transformer_impl: str, where: str) -> None:
-    """ValueError if these flags want its layers and it cannot be imported; `where` names this process."""
+    """ValueError if the flags need Transformer Engine and its import fails; `where` names this process."""
     if transformer_impl == "transformer_engine":
         _refuse(TRANSFORMER_ENGINE, where, "--transformer-impl local runs Megatron's own, slower layers")
 
 
 def check_deep_ep(dispatcher: str, flex_backend: str | None, where: str) -> None:
-    """The same of DeepEP. For processes that have a GPU: without one, it cannot be imported."""
+    """ValueError if the flags need DeepEP and its import fails, as it does without a GPU."""
     if dispatcher == "flex" and flex_backend == "deepep":
         _refuse(DEEP_EP, where, "--moe-token-dispatcher-type alltoall does without it")
 

@@ -1,4 +1,4 @@
-"""Whether the diffs in patches/ are applied, asked of patches/apply.py."""
+"""Asks patches/apply.py whether the diffs in patches/ are applied."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class PatchState:
-    """`error` is set where it cannot be told, or where something else is wrong."""
+    """Whether the diffs are applied. `error` is set if that is unknown or something else is wrong."""
 
     applied: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     error: str = ""
-    found: bool = True  # False: there is no patches/ beside this package
+    found: bool = True  # False: this package has no patches/ beside it
 
     def __str__(self) -> str:
         if not self.found:
@@ -39,7 +39,7 @@ def patch_state(apply: Path = APPLY) -> PatchState:
 
 
 def read_check(status: int, output: str, errors: str) -> PatchState:
-    """The state that `patches/apply.py check` has printed."""
+    """The state that `patches/apply.py check` printed."""
     lines = output.splitlines()
     applied = tuple(line.split()[-1] for line in lines if line.startswith("applied:"))
     if status == 0:

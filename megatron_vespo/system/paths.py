@@ -1,4 +1,4 @@
-"""Paths as users write them: ~ and variables, which no shell expands in a recipe or behind --flag=."""
+"""Expands ~ and variables in the user's paths, as no shell does it in a recipe or after --flag=."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
-# Megatron's and SGLang's flags say by their names that they take a path, but for these
+# endings of the Megatron and SGLang flags that take a path, except for `_OTHERS`
 _ENDINGS = ("-dir", "-path", "-paths", "-file", "-filename")
 _OTHERS = {"--save", "--load", "--pretrained-checkpoint", "--ckpt-convert-save", "--bert-load", "--ict-load"}
 
 
 def expanded(text: str) -> str:
-    """`text` with ~, $NAME and ${NAME} replaced; ValueError naming a variable or a user that there is not."""
+    """`text` with ~, $NAME and ${NAME} replaced. ValueError names a variable or user that does not exist."""
 
     def value(match: re.Match) -> str:
         name = match[1] or match[2]
@@ -31,7 +31,7 @@ def expanded(text: str) -> str:
 
 
 def path_word(text: str) -> str:
-    """`expanded`, as argparse wants a type."""
+    """`expanded` as an argparse type."""
     try:
         return expanded(text)
     except ValueError as error:
@@ -39,19 +39,19 @@ def path_word(text: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """The type of every flag and argument of ours that is a path."""
+    """The argparse type of all our flags and arguments that are paths."""
     return Path(path_word(text))
 
 
 def names_a_path(flag: str) -> bool:
-    """Whether this flag of Megatron's or SGLang's takes paths, by its name."""
+    """Whether this Megatron or SGLang flag takes paths, by its name."""
     return flag.endswith(_ENDINGS) or flag in _OTHERS
 
 
 def expanded_flags(argv: Sequence[str], is_path: Callable[[str], bool]) -> list[str]:
-    """`argv` with the values of path flags expanded, whether they stand behind a flag or behind its =.
+    """`argv` with the values of path flags expanded, for both `--flag value` and `--flag=value`.
 
-    ValueError, with the flag's name, as `expanded` has it.
+    Raises ValueError like `expanded`, with the flag's name.
     """
     words: list[str] = []
     flag = ""

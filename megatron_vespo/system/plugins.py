@@ -1,6 +1,6 @@
-"""The hook for packages that adapt a machine, such as one without CUDA, to Megatron and SGLang.
+"""Loads packages that adapt a machine, such as one without CUDA, to Megatron and SGLang.
 
-It runs before either is imported.
+This happens before either is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ports of this machine: for SGLang servers, their rendezvous, and the trainer's."""
+"""Finds ports of this machine for SGLang servers, their rendezvous, and the trainer's rendezvous."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import socket
 # below Linux's ephemeral range (32768), which outgoing connections draw from
 PORT_RANGE = range(30000, 31000)
 PORT_LANES = 40
-# SGLang would draw its rendezvous port at random in each server and bind it much later: two engines that
-# start together could draw the same one. Distinct HTTP ports make these distinct.
+# By default each SGLang server draws its rendezvous port at random and binds it much later. Two engines that
+# start together could draw the same one. With this offset, distinct HTTP ports make these ports distinct.
 RENDEZVOUS_PORT_OFFSET = 1000
 
 
 class PortError(RuntimeError):
-    """Nothing can listen on this port, and trying again does not help."""
+    """This port cannot be used, and a retry does not help."""
 
 
 def require_free_ports(host: str, port: int) -> None:
-    """Raise PortError when an engine cannot listen on `host:port` or has no port for its rendezvous."""
+    """Raise PortError if an engine cannot listen on `host:port`, or on the port of its rendezvous."""
     _require_free_port(host, port, "the rollout engine")
     rendezvous = f"the rollout engine on port {port} (its rendezvous)"
     _require_free_port(host, port + RENDEZVOUS_PORT_OFFSET, rendezvous)
@@ -36,10 +36,10 @@ def _require_free_port(host: str, port: int, owner: str) -> None:
 
 
 def find_free_port(host: str, number: int | None = None) -> int:
-    """A random port that is free now, as is its rendezvous port.
+    """A random port that is free now; its rendezvous port is free, too.
 
-    An engine listens on it minutes later, so two engines could draw the same port. With `number` the engines
-    of a run draw from different ports, for up to PORT_LANES engines on a node.
+    An engine listens on it minutes later, so two engines could draw the same port. With `number`, a run's
+    engines draw from disjoint sets of ports, for up to PORT_LANES engines per node.
     """
     ports = PORT_RANGE if number is None else PORT_RANGE[number % PORT_LANES :: PORT_LANES]
     for port in random.SystemRandom().sample(ports, len(ports)):

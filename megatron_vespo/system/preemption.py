@@ -1,11 +1,11 @@
-"""Preemption: on SIGTERM or SIGUSR1 a run saves and ends within a deadline.
+"""Handles preemption: on SIGTERM or SIGUSR1 a run saves and ends within a deadline.
 
-Generation, rewards and evaluation are given up at once. Training, syncing and saving continue to the end of
-the rollout batch. The exit code says whether everything is saved, see `EndedBySignal`. A second signal, or
-the deadline, ends the run at once. The same signal again within two seconds counts as the first one: some
-programs send it to a process and to its group. Ctrl-C is not handled here.
+Generation, rewards and evaluation stop at once. Training, syncing and saving continue to the end of the
+rollout batch. The exit code says whether everything is saved, see `EndedBySignal`. A second signal, or the
+deadline, ends the run at once. The same signal within two seconds counts as the first one, as some programs
+send it to a process and to its group. Ctrl-C is not handled here.
 
-Signal handlers belong to a process's main thread, and so does everything here.
+Signal handlers belong to a process's main thread: call everything here from it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: try again. Everything is saved, or there was nothing to save
-EXIT_UNSAVED = 76  # what came after the last checkpoint is lost
-SAME_SIGNAL_S = 2.0  # timeout(1), for one, reaches a process twice
+EXIT_UNSAVED = 76  # all work after the last checkpoint is lost
+SAME_SIGNAL_S = 2.0  # timeout(1), for example, signals a process twice
 LAST_GRACE_S = 30.0  # to end everything after the deadline; then this process exits anyway
 
 
@@ -32,32 +32,32 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 class Preempted(EndedBySignal):
-    """There is time to save. When this leaves the program, everything is saved."""
+    """Ends the run with time to save. When this leaves the program, everything is saved."""
 
     exit_code = EXIT_RESUME
 
 
 class Preemption:
-    """Handles the signals from `listen` on, and interrupts the run, which works inside `guarded`."""
+    """Handles the signals once `listen` is called, and interrupts the run inside `guarded`."""
 
     def __init__(self, deadline_s: float = 0.0):
         self._deadline_s = deadline_s
         self._guarded = self._interruptible = False
-        self.signal: str | None = None  # the first one's name
-        self._since = 0.0  # when it came, of the monotonic clock
+        self.signal: str | None = None  # the name of the first signal
+        self._since = 0.0  # when it came, on the monotonic clock
 
     def listen(self) -> None:
-        """From now on; another part of the program that sets handlers has to set these again."""
+        """Set the signal handlers. Code that sets others later must restore these."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
 
     def conclude(self, exit_code: int) -> None:
-        """Nothing more will be saved: ignore further signals, and exit if the end takes too long."""
+        """Ignore further signals, as nothing more will be saved, and exit if the end takes too long."""
 
         def give_up(number: int, frame: FrameType | None) -> None:
             print("megatron-vespo: the run does not end, its process does", file=sys.stderr, flush=True)
-            os._exit(exit_code)  # what it has started ends with it
+            os._exit(exit_code)  # its child processes end with it
 
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -66,7 +66,7 @@ class Preemption:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A signal interrupts what is inside only in `interruptible` parts and at `stop_here`."""
+        """Inside, a signal interrupts the run only in `interruptible` parts and at `stop_here`."""
         self._guarded = True
         try:
             yield
@@ -75,7 +75,7 @@ class Preemption:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What is inside can be given up at any moment: it changes no state before its end."""
+        """Marks work that may be given up at any moment, as it changes no state before its end."""
         self._interruptible = True
         try:
             self.stop_here()
@@ -84,7 +84,7 @@ class Preemption:
             self._interruptible = False
 
     def stop_here(self) -> None:
-        """Raise Preempted if a signal has come. To be called at the end of a rollout batch."""
+        """Raise Preempted if a signal has come. Call it at the end of a rollout batch."""
         if self.signal is not None:
             raise Preempted(f"ended by {self.signal}")
 
@@ -112,7 +112,7 @@ class Preemption:
 def shielded() -> Iterator[None]:
     """Processes started inside never get the signals, which schedulers send to all processes of a job.
 
-    A blocked signal stays blocked in children whatever handlers they set.
+    A blocked signal stays blocked in children, whatever handlers they set.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -122,7 +122,7 @@ def shielded() -> Iterator[None]:
 
 
 def shield_process() -> None:
-    """Ignore the signals in this worker process and all that it starts: the driver decides for them."""
+    """Ignore the signals in this worker process and its children: the driver decides for them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,9 +1,9 @@
-"""The environment of trainer ranks and engines: one table, the same for all nodes of a run.
+"""Defines the environment of trainer ranks and engines: one table, the same for all nodes of a run.
 
-A variable of the table that is exported where the run is started counts for every process, on every node.
-What a node's Ray has of it in its own environment, which its actors inherit, does not: two nodes, or a
-trainer rank and an engine, cannot differ by accident. Only of LD_LIBRARY_PATH, which is not in the table,
-each node has its own.
+If a variable of the table is exported where the run is started, that value holds for every process on every
+node. The value in the environment of a node's Ray, which its actors inherit, is ignored. So two nodes, or a
+trainer rank and an engine, cannot differ by accident. Only LD_LIBRARY_PATH, which is not in the table, is
+each node's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUMEM = "NCCL_CUMEM_ENABLE"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 THREADS = "OMP_NUM_THREADS"
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-ALLOCATOR_NEW = "PYTORCH_ALLOC_CONF"  # torch reads either
+ALLOCATOR_NEW = "PYTORCH_ALLOC_CONF"  # torch reads both names
 PAUSED_GRAPHS = "SGLANG_MEMORY_SAVER_CUDA_GRAPH"
 LIBRARIES = "LD_LIBRARY_PATH"
 OTHER_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -29,7 +29,7 @@ _EXPANDABLE = re.compile(r"(^|,)\s*expandable_segments:\w+")
 
 @dataclass(frozen=True)
 class Variable:
-    """What a run sets where the user exports nothing, for each kind of process; None: it is not set.
+    """A variable's value for each kind of process if the user does not export it; None: not set.
 
     `colocated` is an engine with --enable-memory-saver, which gives its GPU memory to the trainer.
     """
@@ -76,9 +76,9 @@ TABLE: Mapping[str, Variable] = {
 
 
 def exported_values(env: Mapping[str, str]) -> dict[str, str]:
-    """What the user has set of the table, taken from the environment that the run is started in.
+    """The variables of the table that the user has set in the environment where the run is started.
 
-    ValueError for a number of threads that is none.
+    ValueError if the number of threads is not a number.
     """
     values = {name: env[name] for name in TABLE if env.get(name, "").strip()}
     if threads := num_threads(env):
@@ -87,9 +87,9 @@ def exported_values(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def num_threads(env: Mapping[str, str]) -> int | None:
-    """Of OMP_NUM_THREADS, which may be a list, one number a level of nested parallelism: the first counts.
+    """The first number of OMP_NUM_THREADS, which may be a list with one number per nesting level.
 
-    None where it is not set, or empty. ValueError for anything else.
+    None if it is unset or empty. ValueError for anything else.
     """
     text = env.get(THREADS, "").strip()
     if not text:
@@ -103,10 +103,10 @@ def num_threads(env: Mapping[str, str]) -> int | None:
 def trainer_environment(
     user: Mapping[str, str], *, threads: int | None = None, symmetric_memory: bool = False
 ) -> dict[str, str | None]:
-    """Values of the table for a trainer rank; None: to be unset. `user`: what `exported_values` returned.
+    """Values of the table for a trainer rank; None: unset it. `user` is the result of `exported_values`.
 
-    `threads` is the number of CPU cores for a rank whose optimizer is on the CPU. `symmetric_memory`: engines
-    run with --enable-symm-mem.
+    `threads` is the number of CPU cores for a rank whose optimizer runs on the CPU. `symmetric_memory`:
+    engines run with --enable-symm-mem.
     """
     values = _defaults(user, "trainer") | {CUMEM: _cumem(user, symmetric_memory)}
     if threads is not None and THREADS not in user:
@@ -124,10 +124,10 @@ def engine_environment(
     symmetric_memory: bool = False,
     library_path: str = "",
 ) -> dict[str, str | None]:
-    """Values of the table for an engine, and LD_LIBRARY_PATH; None: to be unset.
+    """Values of the table, and LD_LIBRARY_PATH, for an engine; None: unset it.
 
-    `memory_saver`: it runs with --enable-memory-saver. `pausable_graphs`: none of its CUDA graphs is a
-    breakable one. `library_path` is the node's own LD_LIBRARY_PATH.
+    `memory_saver`: the engine runs with --enable-memory-saver. `pausable_graphs`: none of its CUDA graphs is
+    breakable. `library_path` is the node's own LD_LIBRARY_PATH.
     """
     values = _defaults(user, "colocated" if memory_saver else "engine")
     values[CUMEM] = _cumem(user, symmetric_memory)
@@ -141,19 +141,19 @@ def engine_environment(
 
 
 def reached_directly(host: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which a process on `host` reaches itself without a proxy; SGLang does, with its key."""
+    """Variables with which a process on `host` calls itself without a proxy, as SGLang does with its key."""
     given = next((env[name] for name in NO_PROXY if env.get(name)), "")
     hosts = given if given.strip() == "*" else ",".join(filter(None, [given, host, "localhost", "127.0.0.1"]))
     return dict.fromkeys(NO_PROXY, hosts)
 
 
 def apply(values: Mapping[str, str | None], env: Mapping[str, str]) -> dict[str, str]:
-    """`env` with these values, without those that are None."""
+    """`env` with these values; variables whose value is None are removed."""
     return {name: value for name, value in {**env, **values}.items() if value is not None}
 
 
 def apply_here(values: Mapping[str, str | None]) -> None:
-    """The same for this process and its children; before CUDA, NCCL or torch's allocator start."""
+    """The same for this process and its children. Call it before CUDA, NCCL or torch's allocator start."""
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
@@ -167,10 +167,10 @@ def without_expandable_segments(options: str) -> str:
 
 
 def cuda_libraries() -> list[str]:
-    """Folders of the CUDA runtime that pip has installed for torch, which no loader knows of.
+    """Folders of the CUDA runtime that pip has installed for torch, which no loader searches.
 
-    SGLang starts schedulers with torch_memory_saver's library in LD_PRELOAD. It needs libcudart and has no
-    path of its own: where the loader does not find it no program starts at all (exit status 127).
+    SGLang starts schedulers with torch_memory_saver's library in LD_PRELOAD. That library needs libcudart but
+    has no path to it. If the loader does not find it, no program starts at all (exit status 127).
     """
     spec = importlib.util.find_spec("nvidia")
     places = spec.submodule_search_locations if spec is not None else None
@@ -183,7 +183,7 @@ def _defaults(user: Mapping[str, str], role: str) -> dict[str, str | None]:
 
 
 def _cumem(user: Mapping[str, str], symmetric_memory: bool) -> str:
-    """One value for both: SGLang itself sets 1 where its symmetric memory is on."""
+    """One value for trainer ranks and engines: SGLang itself sets 1 if its symmetric memory is on."""
     default = TABLE[CUMEM].trainer
     assert default is not None
     return "1" if symmetric_memory else user.get(CUMEM, default)

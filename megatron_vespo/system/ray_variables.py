@@ -1,4 +1,4 @@
-"""Variables of the environment that decide where Ray starts, and whether it can."""
+"""Checks the environment variables that decide where Ray starts, and whether it can."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 
 ADDRESS = "RAY_ADDRESS"
-_MOST_BYTES = 107  # of the path of an AF_UNIX socket
-# below the folder for temporary files: the longest socket of Ray's, and of Python's multiprocessing
+_MOST_BYTES = 107  # in the path of an AF_UNIX socket
+# the longest socket paths of Ray and of Python's multiprocessing, below the folder for temporary files
 _OF_RAY = "/ray/session_2026-01-31_23-59-59_123456_{pid}/sockets/plasma_store"
 _OF_OTHERS = "/pymp-abcdefgh/listener-abcdefgh"
 
 
 def problem(env: Mapping[str, str]) -> tuple[str, str] | None:
-    """Why a run cannot start a Ray of its own there, and what to do; None if it can."""
+    """Why a run cannot start its own Ray in this environment, and what to do; None if it can."""
     if address := env.get(ADDRESS):
         return (
             f"{ADDRESS}={address} is set and --ray-address is not given",

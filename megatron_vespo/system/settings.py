@@ -1,4 +1,4 @@
-"""How a frozen dataclass of settings is made from the parsed command line."""
+"""Makes frozen dataclasses of settings from the parsed command line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, ClassVar, Self
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of the dataclasses whose fields have the names of flags."""
+    """Base of the dataclasses whose fields are named like flags."""
 
-    _prefix: ClassVar[str] = ""  # of the flags' names, which the fields do without
+    _prefix: ClassVar[str] = ""  # of the flags' names; the fields' names omit it
 
     @classmethod
     def of(cls, args: Any, **others: Any) -> Self:
-        """One value per field: that of `others`, or else the attribute of `args`; lists become tuples.
+        """Takes each field's value from `others`, or else from the attribute of `args`. Lists become tuples.
 
-        `args` is what a parser returned or another object of settings. AttributeError if it lacks one.
+        `args` is a parser's result or another settings object. AttributeError if it lacks an attribute.
         """
         values = {
             field.name: getattr(args, cls._prefix + field.name)

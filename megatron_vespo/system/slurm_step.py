@@ -1,4 +1,4 @@
-"""This process's place in a SLURM step, by SLURM's variables. For tasks of srun, not sbatch scripts."""
+"""Reads this process's place in a SLURM step from SLURM's variables. For srun tasks, not sbatch scripts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SCONTROL_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Step:
-    """A step of several tasks. Task 0 is on the first node."""
+    """One task's place in a step of several tasks. Task 0 is on the first node."""
 
     rank: int
     size: int
     local_rank: int
-    word: str  # names this step among all of the cluster
-    nodes: str  # compressed list; the first has rank 0
+    word: str  # identifies this step in the whole cluster
+    nodes: str  # compressed list; the first node has rank 0
 
 
 def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
-    """None for a process that srun has not started, such as the shell of an sbatch script."""
+    """This task's step; None if srun did not start this process, as for the shell of an sbatch script."""
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
     return Step(
@@ -35,7 +35,7 @@ def current_step(env: Mapping[str, str] = os.environ) -> Step | None:
 
 
 def number_of(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A variable as a number. ValueError if it is no number, or is missing without a default."""
+    """A variable as a number. ValueError if it is not a number, or is missing and has no default."""
     text = env.get(name)
     if text is None and default is not None:
         return default
@@ -45,7 +45,10 @@ def number_of(env: Mapping[str, str], name: str, default: int | None = None) -> 
 
 
 def _nodes(env: Mapping[str, str]) -> str:
-    """A step's nodes. On all components of a heterogeneous job: the first one's, as the list is sorted."""
+    """The step's nodes. For a step on all components of a heterogeneous job, only the first component's.
+
+    SLURM sorts the list of such a step, so its first node need not have rank 0.
+    """
     groups = range(number_of(env, "SLURM_HET_SIZE", 0))
     of_all = sum(number_of(env, f"SLURM_JOB_NUM_NODES_HET_GROUP_{group}", 0) for group in groups)
     if of_all and env.get("SLURM_STEP_NUM_NODES") == str(of_all):

@@ -1,6 +1,6 @@
-"""How long this machine may take for what every process does."""
+"""Time limits for work that every process does on this machine."""
 
 from __future__ import annotations
 
-# A Python process that imports torch, Megatron or SGLang from a shared disk which has not been read lately.
+# For a Python process that imports torch, Megatron or SGLang from a shared disk with a cold cache.
 IMPORT_TIMEOUT_S = 600.0
