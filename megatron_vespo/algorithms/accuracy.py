@@ -1,6 +1,6 @@
-"""avg@k and pass@k of a prompt set, and how far off they may be.
+"""Computes avg@k and pass@k of a prompt set, and their confidence intervals.
 
-Shapes: P prompts, K completions a prompt.
+Shapes: P prompts, K completions per prompt.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import math
 import numpy as np
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5% quantile
-RESAMPLES = 2000  # of the bootstrap: its bounds are then good to a few percent of their distance
+RESAMPLES = 2000  # of the bootstrap: its bounds are then accurate to a few percent of the interval's width
 _RESAMPLES_AT_ONCE = 50
-# Prompts of value 0, and as many of value 1, that the variance of a mean counts beside the real ones; the
-# least with which the table in `mean_interval` is at 93% or more everywhere.
+# The variance of a mean counts this many extra prompts of value 0, and as many of value 1. It is the smallest
+# number with which the table in `mean_interval` shows 93% or more everywhere.
 UNSEEN_PROMPTS = 0.4
 
 
 def pass_at_k(num_correct: int, num_drawn: int, k: int) -> float:
-    """The chance that one of k completions is correct, unbiased, from c correct ones among n >= k drawn:
+    """Unbiased chance that one of k completions is correct, from c correct ones among n >= k drawn:
 
         1 - C(n - c, k) / C(n, k)
 
-    the share of the n's subsets of size k with a correct one. As a product, without huge binomials: a subset
-    without one is all of k places among the n - c. Source: arXiv 2107.03374, section 2.1.
+    That is the share of subsets of size k that contain a correct completion. It is computed as a product,
+    without huge binomials. Source: arXiv 2107.03374, section 2.1.
     """
     assert 0 <= num_correct <= num_drawn and 1 <= k <= num_drawn, (num_correct, num_drawn, k)
     wrong = num_drawn - num_correct
@@ -33,20 +33,20 @@ def pass_at_k(num_correct: int, num_drawn: int, k: int) -> float:
 
 
 def passes_at_k(rewards_PK: np.ndarray, pass_reward: float, k: int) -> np.ndarray:
-    """pass@k of every prompt, float64 [P]; a completion is correct from a reward of `pass_reward` on."""
+    """pass@k of every prompt, float64 [P]; a completion with a reward >= `pass_reward` is correct."""
     num_completions = rewards_PK.shape[1]
     by_number = np.array([pass_at_k(c, num_completions, k) for c in range(num_completions + 1)])
     return by_number[(rewards_PK >= pass_reward).sum(axis=1)]
 
 
 def shown_ks(num_completions: int) -> list[int]:
-    """Powers of two, and K itself."""
+    """The values of k to show: powers of two, and K itself."""
     powers = [2**power for power in range(num_completions.bit_length())]
     return sorted({*powers, num_completions})
 
 
 def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
-    """The 95% Wilson score interval of a success probability: `share` of `num_trials` succeeded."""
+    """The 95% Wilson score interval of a success probability, if `share` of `num_trials` succeeded."""
     center = share + Z_95 * Z_95 / (2 * num_trials)
     margin = Z_95 * math.sqrt(share * (1 - share) / num_trials + Z_95 * Z_95 / (4 * num_trials**2))
     scale = 1 + Z_95 * Z_95 / num_trials
@@ -54,24 +54,26 @@ def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
 
 
 def mean_interval(values_P: np.ndarray, num_completions: int, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of a mean over prompts: what other prompts of the same kind would give.
+    """The 95% interval of a mean over prompts, which covers what other prompts of the same kind would give.
 
-    `values_P`, float64, are independent, one a prompt: its mean reward, or its pass@k. Completions of one
-    prompt are not, so that P * K trials would make the interval far too narrow.
+    `values_P`, float64, has one independent value per prompt: its mean reward, or its pass@k. Completions of
+    one prompt are not independent, so P * K trials would make the interval far too narrow.
 
-    Values within 0 and 1: Wilson's interval with the effective number of trials
+    For values within 0 and 1 it is Wilson's interval with the effective number of trials
 
         n = P p (1 - p) / v,   P <= n <= P K
 
     (Kish's design effect: a mean of n independent yes-or-no trials would vary as much.) p and v are mean and
-    variance of the values and of UNSEEN_PROMPTS at 0 and at 1 each. They stand for prompts that the set could
-    have had: of a hard set most are never solved, the mean comes from a few, and without them v is too small
-    whenever none of these few was drawn. With one completion a prompt n = P, and it is Wilson's own; it stays
-    within 0 and 1, and has a width where all values are equal, which neither the normal approximation nor a
-    bootstrap has. Other values: the percentile bootstrap over prompts.
+    variance of the values, with UNSEEN_PROMPTS extra values at 0 and as many at 1. These stand for prompts
+    that the set could have had. In a hard set most prompts are never solved, and the mean comes from a few.
+    Without the extra values, v is too small whenever none of these few was drawn. With one completion per
+    prompt n = P, which is Wilson's own interval. It stays within 0 and 1, and has a width even if all values
+    are equal, unlike the normal approximation and the bootstrap. For other values it is the percentile
+    bootstrap over prompts.
 
-    Share of 20,000 simulated evaluations whose interval held the truth, and its mean width; before:
-    UNSEEN_PROMPTS = 0. 30 prompts whose chance of success is drawn from a beta distribution:
+    The table shows the share of 20,000 simulated evaluations whose interval held the truth, and its mean
+    width. "before" is UNSEEN_PROMPTS = 0. There are 30 prompts, with a chance of success drawn from a beta
+    distribution:
 
         prompts                            metric             before           now
         Beta(1, 1), mean 50%               avg@8         94.1% 0.221   94.6% 0.225
@@ -87,7 +89,7 @@ def mean_interval(values_P: np.ndarray, num_completions: int, seed: int = 0) -> 
         Beta(1, 1), 10 prompts             avg@8         92.4% 0.349   94.7% 0.369
         Beta(1, 1), 3 prompts              avg@8         81.2% 0.483    100% 0.586
 
-    pass@K of K completions is one yes or no a prompt: Wilson's own, 92 to 99% with 30 prompts, 90% with 3.
+    pass@K of K completions is one yes or no per prompt: Wilson's own, 92 to 99% with 30 prompts, 90% with 3.
     """
     num_prompts = len(values_P)
     assert num_prompts >= 1 and num_completions >= 1, (num_prompts, num_completions)
@@ -105,7 +107,7 @@ def repeat_error(rewards_PK: np.ndarray) -> float:
 
         sqrt(sum_p var_p / K) / P,   var_p the unbiased variance of prompt p's rewards
 
-    It is what a difference between two checkpoints on the same prompts must be compared with.
+    Compare a difference between two checkpoints on the same prompts with it.
     """
     num_prompts, num_completions = rewards_PK.shape
     assert num_completions >= 2, num_completions

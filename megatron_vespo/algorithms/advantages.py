@@ -1,4 +1,4 @@
-"""From rewards to advantages. G prompts of n completions each; all arithmetic in float64.
+"""Computes advantages from rewards, for G prompts of n completions each. All arithmetic is float64.
 
 With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denominator):
 
@@ -8,8 +8,8 @@ With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denom
                        = n / (n - 1) (R - mean_g)
     global           A = (R - mean) / std over all G n rewards     (REINFORCE++, arXiv 2501.03262)
 
-`global` is the paper's normalisation over the rollout batch, every response counted once, std with G n - 1
-in the denominator; the paper's KL term inside the reward is not part of it. It alone gives groups of equal
+`global` is the paper's normalisation over the rollout batch: every response counts once, and std has G n - 1
+in the denominator. The paper's KL term inside the reward is not included. Only `global` gives groups of equal
 rewards an advantage: a prompt that is always solved counts as better than the batch.
 """
 
@@ -22,16 +22,16 @@ import numpy as np
 AdvantageEstimator = Literal["group-mean", "group-mean-std", "leave-one-out", "global"]
 ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 
-# Rewards closer than this are equal, as a share of their group's largest, or of 1 where that is less: sums
-# like 0.1 + 0.2 and 0.3 differ by 1e-16 of themselves, 0.1 + 0.2 - 0.3 and 0 by 1e-16 of their terms, and a
-# division by such a standard deviation makes it an advantage of 1.
+# Rewards closer than this are equal, as a share of their group's largest reward, or of 1 if that is smaller.
+# Sums like 0.1 + 0.2 and 0.3 differ by 1e-16 of themselves; 0.1 + 0.2 - 0.3 and 0 differ by 1e-16 of their
+# terms. Division by such a standard deviation would turn that into an advantage of 1.
 ROUNDING = 1e-9
 
 
 def advantages(rewards: np.ndarray, estimator: AdvantageEstimator) -> np.ndarray:
-    """A of every completion: `rewards` [G, n] -> [G, n] float64.
+    """The advantage A of every completion: `rewards` [G, n] -> [G, n] float64.
 
-    Rewards without variance, of a group or for `global` of the batch, give exactly 0. ValueError names a
+    A group without variance (for `global`, a batch without variance) gets exactly 0. ValueError names a
     reward that is not finite.
     """
     rewards = _finite(rewards)
@@ -55,9 +55,9 @@ def overlong_penalty(lengths: np.ndarray, truncated: np.ndarray, longest: int, b
 
         0                                  length <= longest - buffer
         (longest - buffer - length) / buffer          up to longest, where it is -1
-        -1                                 truncated, at whatever length
+        -1                                 truncated, at any length
 
-    `lengths` int and `truncated` bool of the same shape, the result float64; `buffer` 0 switches it off.
+    `lengths` (int), `truncated` (bool) and the result (float64) have the same shape. `buffer` 0 turns it off.
     """
     if buffer == 0:
         return np.zeros(np.shape(lengths))
@@ -77,7 +77,7 @@ def _normalized(rewards: np.ndarray, by_std: bool) -> np.ndarray:
 
 
 def _finite(rewards: np.ndarray) -> np.ndarray:
-    """As float64; one that is not there (None) counts as NaN."""
+    """`rewards` as float64; ValueError unless all are finite. A missing reward (None) counts as NaN."""
     rewards = np.asarray(rewards, np.float64)
     bad = np.argwhere(~np.isfinite(rewards))
     if len(bad):

@@ -1,7 +1,7 @@
-"""Rules that look at a rollout batch's metrics and say what is wrong, and what to do about it.
+"""Checks a rollout batch's metrics by rules that say what is wrong and what to do about it.
 
 A rule gets the batch's metrics and those of the batches before it, oldest first. A metric that is missing or
-NaN makes no alarm.
+NaN raises no alarm.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from statistics import fmean, median
 
 Metrics = Mapping[str, float]
 
-REPEAT_AFTER = 20  # batches between two times that an alarm is said: seldom enough to be read
+REPEAT_AFTER = 20  # batches between two reports of an alarm: rare enough to be read
 
-# Half of a kind of sequences teaches nothing: the loss filters by length, which nobody asked it to.
-DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # of fewer samples one more or less dead one moves the share by over 6%
-# A tenth of the samples does all the work: a gradient of a batch ten times smaller.
+# If half of a kind of sequences teaches nothing, the loss filters by length, which nobody asked it to do.
+DEAD_SHARE, DEAD_SAMPLES = 0.5, 16  # with fewer samples, one dead sample moves the share by over 6%
+# If a tenth of the samples does all the work, the gradient is that of a batch ten times smaller.
 ESS = 0.1
-# Of var(log W), or of the engine's gap, by rounding. And of the dead, by a correction.
+# A main cause explains this share of var(log W), of the engine's gap (rounding) or of the dead (correction).
 MAIN_CAUSE = 0.5
-# "At the start" is so many batches: one alone is noisy, more would average over what has been learned.
+# "The start" is this many batches: one alone is noisy, more would average over what has been learned.
 FIRST_BATCHES = 5
-ENTROPY_COLLAPSE = 0.1  # of the start's: sampling hardly varies any more
-SOLVED_REWARD = 0.9  # with 0/1 rewards: such a policy may be sure of itself, and most groups are equal
-ENTROPY_EXPLOSION = (2.0, 0.5)  # times the start's, and nats above it, as low entropies double easily
-# Norms of the last batches vary by a factor of two or three in healthy runs.
+ENTROPY_COLLAPSE = 0.1  # of the start's entropy: sampling hardly varies any more
+SOLVED_REWARD = 0.9  # with 0/1 rewards: such a policy may be certain, and most groups are equal
+ENTROPY_EXPLOSION = (2.0, 0.5)  # times the start's entropy, and nats above it: low entropies double easily
+# In healthy runs the norms of the last batches vary by a factor of two or three.
 SPIKE, SPIKE_WINDOW, SPIKE_MIN_BATCHES = 5.0, 20, 10
-# sigma sqrt(T) at which, were log W normal with mean -var/2, a fifth of VESPO's negatives would be dead:
-# 0.03 a token at 2,048 tokens, 0.01 at 18,000.
+# sigma sqrt(T) at which a fifth of VESPO's negatives would be dead, if log W were normal with mean -var/2:
+# 0.03 per token at 2,048 tokens, 0.01 at 18,000.
 LOG_W_SPREAD = 1.4
-EQUAL_GROUPS = 0.9  # ten times fewer groups teach than are paid for
-TRUNCATED = 0.5  # more rewards judge the length limit than the answer
-# Means of five batches: half of the best is far outside the noise of one batch, even a small one.
+EQUAL_GROUPS = 0.9  # only a tenth of the generated groups teaches
+TRUNCATED = 0.5  # above it, more rewards judge the length limit than the answer
+# For means of five batches, half of the best mean is far outside the noise, even of small batches.
 REWARD_BATCHES, REWARD_DROP = 5, 0.5
 
 _GO_BACK = " (the same --load, and --ckpt-step N)"
@@ -49,7 +49,7 @@ AGAINST_ROUNDING = (
 class Alarm:
     """What one rule has found."""
 
-    name: str  # of the metric `alarm/<name>`
+    name: str  # also of the metric `alarm/<name>`
     message: str
     advice: str
 
@@ -64,10 +64,10 @@ def check(metrics: Metrics, history: Sequence[Metrics]) -> list[Alarm]:
 
 
 def is_news(alarm: Alarm, history: Sequence[Metrics]) -> bool:
-    """Whether to say it: the first time, and again when it was last said REPEAT_AFTER batches ago or more.
+    """Whether to report the alarm: the first time, and again REPEAT_AFTER batches after the last report.
 
-    The batches' metrics contain `alarm/<name>` where an alarm was on. One that comes and goes, with a metric
-    near its bound, is said no more often than one that stays.
+    A batch's metrics contain `alarm/<name>` if the alarm was on. An alarm that comes and goes, with a metric
+    near its bound, is reported no more often than one that stays.
     """
     said = -REPEAT_AFTER
     for index, metrics in enumerate(history):
@@ -77,7 +77,7 @@ def is_news(alarm: Alarm, history: Sequence[Metrics]) -> bool:
 
 
 def _get(metrics: Metrics, name: str) -> float:
-    return metrics.get(name, math.nan)  # no comparison with NaN is true
+    return metrics.get(name, math.nan)  # every comparison with NaN is false
 
 
 def _known(history: Sequence[Metrics], name: str) -> list[float]:
@@ -85,10 +85,10 @@ def _known(history: Sequence[Metrics], name: str) -> list[float]:
 
 
 def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
-    """Which part of log W spreads it, and the remedy; where samples are dead, perhaps it is not log W."""
+    """The main cause of the spread of log W, and its remedy. A correction may have caused dead samples."""
     corrected = _get(metrics, "mismatch/dead_share")
     if dead and corrected > MAIN_CAUSE:
-        # a correction multiplies the weight, and log W need not contain what it rejects
+        # a correction multiplies the weight: log W need not contain the mismatch that it rejects
         return (
             f"--mismatch-correction alone kills {corrected:.0%} of the dead",
             "use --routing-replay R3, the same precision in engine and trainer, or wider --mismatch-bounds",
@@ -109,7 +109,7 @@ def _cause(metrics: Metrics, dead: bool) -> tuple[str, str]:
 
 
 def passes_differ(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """Two passes with the same weights and packs; whatever they differ by, every later W has in it."""
+    """Two passes with the same weights and packs differ. Every later W contains this difference."""
     worst = _get(metrics, "check/unchanged_log_w_abs_max")
     if not worst > 0.0:
         return None
@@ -122,7 +122,7 @@ def passes_differ(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
 
 
 def dead_sequences(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """Of the worst kind of sequences, by sign of the advantage and length."""
+    """Too many dead sequences, in the worst kind by sign of the advantage and length."""
     prefix = "weight/dead_share/"
     shares = {}
     for name, share in metrics.items():
@@ -151,7 +151,7 @@ def ess_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
 
 
 def entropy_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """Not of a policy that has solved its task: it has nothing left to explore."""
+    """Entropy far below the start's. Skips a policy that has solved its task: it has nothing to explore."""
     start, now = _at_start(history, "train/entropy"), _get(metrics, "train/entropy")
     if not now < ENTROPY_COLLAPSE * start or _get(metrics, "reward/mean") >= SOLVED_REWARD:
         return None
@@ -182,7 +182,7 @@ def _at_start(history: Sequence[Metrics], name: str) -> float:
 
 
 def gradient_spike(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """Against the median of the last batches; names the part of the model whose square has grown most."""
+    """Norm far above the median of the last batches. Names the model part whose square has grown most."""
     usual, now = _median(history, "train/grad_norm_max"), _get(metrics, "train/grad_norm_max")
     if not now > SPIKE * usual > 0.0:
         return None
@@ -212,7 +212,7 @@ def _median(history: Sequence[Metrics], name: str, missing: float = math.nan) ->
 
 
 def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """By the log-normal model: log W of T tokens spreads by sigma sqrt(T)."""
+    """Large spread of log W by the log-normal model: log W of T tokens spreads by sigma sqrt(T)."""
     sigma, length = _get(metrics, "ratio/engine_token_sigma"), _get(metrics, "response/length_p90")
     spread = sigma * math.sqrt(length) if length > 0 else math.nan
     if not spread > LOG_W_SPREAD:
@@ -221,7 +221,7 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
         advice = "it is in W: use --ratio-denominator recomputed or --routing-replay R3"
     else:
         advice = "it is not in W, but the samples are another policy's: use --routing-replay R3"
-    rounding = _get(metrics, "ratio/floor_token_sigma") ** 2 / 2 / sigma**2  # one of the floor's two passes
+    rounding = _get(metrics, "ratio/floor_token_sigma") ** 2 / 2 / sigma**2  # of one pass, not two
     if rounding > MAIN_CAUSE:
         advice = f"the trainer's own rounding explains {min(rounding, 1.0):.0%} of it: {AGAINST_ROUNDING}"
     age = _get(metrics, "staleness/asynchronous_mean")
@@ -241,7 +241,7 @@ def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
         return None
     if reward >= SOLVED_REWARD:
         advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
-    elif "rollout/generated_prompts" in metrics:  # --dynamic-sampling replaces them
+    elif "rollout/generated_prompts" in metrics:  # --dynamic-sampling replaces such groups
         advice = f"the mean reward is {reward:.2f}: take easier prompts or more --group-size"
     else:
         advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --group-size"
@@ -262,7 +262,7 @@ def truncated_responses(metrics: Metrics, history: Sequence[Metrics]) -> Alarm |
 
 
 def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
-    """The mean of the last batches against the best such mean so far."""
+    """The mean reward of the last batches is far below the best such mean so far."""
     rewards = _known([*history, metrics], "reward/mean")
     means = [fmean(rewards[i - REWARD_BATCHES : i]) for i in range(REWARD_BATCHES, len(rewards) + 1)]
     if len(means) < 2 or not math.isfinite(_get(metrics, "reward/mean")):

@@ -1,11 +1,11 @@
-"""Corrections of the engine mismatch rho = pi_old / mu: a weight a token that multiplies the policy loss.
+"""Corrects the engine mismatch rho = pi_old / mu: one weight per token multiplies the policy loss.
 
-Shape suffixes: T packed tokens of a micro-batch on this rank, S its sequences. prod and mean go over the
-trained tokens of a response, wherever context parallelism has put them; [ ] is 1 where it holds, else 0.
+Shape suffixes: T packed tokens of a micro-batch on this rank, S its sequences. prod and mean run over the
+trained tokens of a response, on all context-parallel ranks. [ ] is 1 if the condition holds, else 0.
 
     importance         rho_t      decoupled PPO, rho min(r A, clip(r) A), arXiv 2110.00641
     tis                min(max(rho_t, low), high)      truncated importance sampling, arXiv 1802.01561
-    sequence-tis       min(max(prod rho, low), high)   the same of the response
+    sequence-tis       min(max(prod rho, low), high)   the same for the response
     icepop             rho_t [low <= rho_t <= high]    IcePop, arXiv 2510.18855
     token-mask         [low <= rho_t <= high]          masked importance sampling without the weight
     reject-product     [low <= prod rho <= high]
@@ -13,10 +13,10 @@ trained tokens of a response, wherever context parallelism has put them; [ ] is 
     reject-k3          [low <= mean (rho - 1 - log rho) <= high], which estimates KL(mu || pi_old) and is
                        never negative (k3 of J. Schulman, "Approximating KL divergence", 2020)
 
-The weight carries no gradient, and the loss's denominator does not change: a rejected token goes on
-counting, as in IcePop's own objective. So rejecting never raises the weight of what is kept, a batch that is
-rejected in full is a step of 0 and not 0 / 0, and a bound that rounding crosses at one layout moves one term
-and not all of them.
+The weight carries no gradient, and the loss's denominator does not change: a rejected token still counts in
+it, as in IcePop's own objective. So rejection never raises the weight of the other tokens. A batch that is
+rejected in full gives a step of 0, not 0 / 0. If rounding crosses a bound at one layout, it moves one term,
+not all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.vespo import DECOUPLED, RatioDenominator, segment_sum
 
-# exp(20) is 4.9e8: far beyond any ratio that should be trained on, and far from overflow
+# exp(20) is 4.9e8: far above any ratio that should be trained on, and far from overflow
 MAX_LOG_RHO = 20.0
 
 
@@ -42,9 +42,9 @@ class Mismatch:
     """rho of one micro-batch, without gradient."""
 
     log_rho_T: Tensor  # float64, log pi_old - log mu; 0 on untrained tokens
-    log_product_S: Tensor  # float32, its sum over the whole response
+    log_product_S: Tensor  # float32, the sum of log rho over the whole response
     inputs: LossInputs
-    group: dist.ProcessGroup | None  # context parallel: its ranks hold parts of the same sequences
+    group: dist.ProcessGroup | None  # context parallelism: its ranks hold parts of the same sequences
 
     @classmethod
     def of(
@@ -65,7 +65,7 @@ def no_correction(mismatch: Mismatch, low: float, high: float) -> Tensor:
 
 
 def importance(mismatch: Mismatch, low: float, high: float) -> Tensor:
-    """rho_t; it stops at exp(20)."""
+    """rho_t, at most exp(20)."""
     return mismatch.log_rho_T.clamp(max=MAX_LOG_RHO).exp()
 
 
@@ -96,7 +96,7 @@ def reject_geometric(mismatch: Mismatch, low: float, high: float) -> Tensor:
 
 
 def reject_k3(mismatch: Mismatch, low: float, high: float) -> Tensor:
-    # expm1: rho - 1 of a rho close to 1 would lose its digits
+    # expm1, as rho - 1 loses its digits if rho is close to 1
     log_rho_T = mismatch.log_rho_T.clamp(max=MAX_LOG_RHO)
     k3_T = (log_rho_T.expm1() - log_rho_T).clamp(min=0.0)
     inputs = mismatch.inputs
@@ -110,7 +110,7 @@ def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:
 
 
 def _between(values: Tensor, low: float, high: float) -> Tensor:
-    """1 or 0, but NaN where the value is: a weight of 0 would hide it."""
+    """1 inside the bounds, 0 outside, NaN where the value is NaN: a weight of 0 would hide it."""
     return ((values >= low) & (values <= high)).double().masked_fill(values.isnan(), torch.nan)
 
 
@@ -120,7 +120,7 @@ def _log(bound: float) -> float:
 
 @dataclass(frozen=True)
 class BoundCorrection:
-    """A correction with its bounds; those with the same are equal in any process."""
+    """A correction with its bounds. Two with the same name and bounds are equal in any process."""
 
     function: Callable[[Mismatch, float, float], Tensor]
     low: float
@@ -134,15 +134,15 @@ class BoundCorrection:
 
 @dataclass(frozen=True)
 class Correction:
-    """A correction and its own bounds."""
+    """A correction and its default bounds."""
 
     function: Callable[[Mismatch, float, float], Tensor]
-    bounds: tuple[float, float] | None = None  # (low, high); None: it has none
-    kind: Literal["weight", "mask"] = "mask"  # a mask keeps or drops, and multiplies by nothing else
-    agreement: float = 1.0  # what the bounds are compared with where engine and trainer agree
+    bounds: tuple[float, float] | None = None  # (low, high); None: it has no bounds
+    kind: Literal["weight", "mask"] = "mask"  # a mask multiplies only by 1 or 0
+    agreement: float = 1.0  # the value compared with the bounds if engine and trainer agree
 
     def bind(self, bounds: tuple[float, float] | None) -> BoundCorrection:
-        """The correction with `bounds`; None takes its own."""
+        """The correction with `bounds`; None uses its defaults."""
         low, high = bounds or self.bounds or (0.0, math.inf)
         return BoundCorrection(self.function, low, high)
 
@@ -162,13 +162,13 @@ CORRECTIONS: dict[str, Correction] = {
 
 @dataclass(frozen=True)
 class Forbidden:
-    """Combinations that are refused, and why; None matches everything."""
+    """Combinations that are refused, and why. A field that is None matches everything."""
 
     reason: str
     denominators: tuple[RatioDenominator, ...] | None = None
     kind: str | None = None
     name: str | None = None
-    token_ratio: bool | None = None  # of the loss, `Method.token_ratio`
+    token_ratio: bool | None = None  # the loss's `Method.token_ratio`
 
     def matches(self, name: str, denominator: str, token_ratio: bool) -> bool:
         if self.denominators is not None and denominator not in self.denominators:
@@ -178,9 +178,9 @@ class Forbidden:
         return all(mine is None or mine == theirs for mine, theirs in zip(rule, asked, strict=True))
 
 
-# The first that matches says why; what none matches is allowed. Token weights and masks are allowed on losses
-# of a whole response (vespo, gspo, ...): each is a sum of one term a token, a weight corrects the token's own
-# part of the mismatch, as in token losses, and a dropped token loses its gradient but not its place in W.
+# The first match says why; a combination without a match is allowed. Token weights and masks are allowed on
+# losses of a whole response (vespo, gspo, ...), as each is a sum of one term per token. A weight corrects the
+# token's own part of the mismatch, as in token losses. A dropped token loses its gradient but stays in W.
 FORBIDDEN = (
     Forbidden(
         "rollout compares with mu: all of rho is in the ratio and would be counted twice, and pi_old "

@@ -1,6 +1,6 @@
-"""What log W and the weights of a rollout batch look like, as plain numbers.
+"""Computes metrics of log W and of the weights of a rollout batch.
 
-Every input is an array with one entry a sample, [n], in the order of the mini-batches. "Weight" is what
+Every input is an array with one entry per sample, [n], in the order of the mini-batches. "Weight" is what
 multiplies A grad log pi: phi(W) for VESPO, the mean over the response's tokens for a loss that weighs tokens.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 DEAD_WEIGHT = 0.01  # below this a sequence no longer teaches anything
-FLOOR_TOKEN_SIGMA = "ratio/floor_token_sigma"  # name of a metric, from which the floor at any length follows
-SHORTEST_BUCKET = 64  # tokens; shorter responses are one bucket, above it every power of two starts one
+FLOOR_TOKEN_SIGMA = "ratio/floor_token_sigma"  # name of the metric that gives the floor at any length
+SHORTEST_BUCKET = 64  # tokens; shorter responses are one bucket, and every power of two from it starts one
 
 
 def floor_metrics(log_w: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """The floor of log W, measured between two passes over the same weights: root mean squares of `log_w`.
+    """The floor of log W: root mean squares of `log_w`, measured between two passes over the same weights.
 
-    Over all responses, by length, and per token: tokens are rounded independently, so that the variance of
-    log W grows with the length of the response.
+    They are given over all responses, by length, and per token. Tokens are rounded independently, so the
+    variance of log W grows with the length of the response.
     """
     buckets, squares = length_buckets(lengths), np.square(log_w, dtype=np.float64)
     metrics = {"": float(squares.mean() ** 0.5)} | {
@@ -36,20 +36,20 @@ def ratio_metrics(
     on_policy: np.ndarray,
     floor: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """log W = staleness + mismatch + floor: the spread of each, and its share of var(log W).
+    """Spread of each part of log W = staleness + mismatch + floor, and its share of var(log W).
 
         share of mismatch = cov(mismatch, log W) / var(log W)
 
-    `floor` is the variance that rounding alone gives each response's log W, None where it is not measured.
-    It is of two passes of the trainer, pi and pi_old, and is taken from their difference, staleness, but not
-    where that is exactly 0, as before the first update. Where log W holds one of the passes alone, half of it
-    counts: with a mismatch in W, whose pi_old cancels that of staleness, and for `rollout`, where it is taken
-    from mismatch. Shares sum to 1.
+    `floor` is the variance that rounding alone gives each response's log W, None if it was not measured. It
+    comes from two passes of the trainer, pi and pi_old. It is subtracted from their difference, staleness,
+    except where that is exactly 0, as before the first update. If log W contains only one of the passes, half
+    of the floor counts. This is so with a mismatch in W, whose pi_old cancels that of staleness. It is also
+    so for `rollout`, where the floor is subtracted from mismatch. Shares sum to 1.
 
-    `log_mismatch` is log(pi_old / mu), `log_mismatch_in_w` the part of it that is in W. Both are NaN where
-    pi_old was not computed (denominator `rollout`). There, `on_policy` [n] bool marks samples that were
-    trained on by the very policy that sampled them: pi_old is pi and their log W is all mismatch. Their
-    variance is taken for the mismatch of the others, too, and what exceeds it for staleness.
+    `log_mismatch` is log(pi_old / mu); `log_mismatch_in_w` is the part of it that is in W. Both are NaN if
+    pi_old was not computed (denominator `rollout`). In that case `on_policy` [n] bool marks samples that the
+    policy that generated them trains on: pi_old is pi, and their log W is all mismatch. Their variance also
+    counts as the mismatch of the other samples, and the rest as staleness.
     """
     metrics = {
         "ratio/log_w_mean": float(log_w.mean()),
@@ -91,11 +91,11 @@ def ratio_metrics(
 def weight_metrics(
     weights: np.ndarray, advantages: np.ndarray, lengths: np.ndarray, mini_batches: np.ndarray
 ) -> dict[str, float]:
-    """`weight/mean`, `/ess` and `/dead_share`: overall, by the sign of A, and by mini-batch where there are
-    several; mean, dead share and number of samples also by sign and length of the response.
+    """`weight/mean`, `/ess` and `/dead_share`, overall, by sign of A, and by mini-batch if there are several.
 
-    ESS is Kish's effective sample size as a share of the samples, (sum w)^2 / (n sum w^2). A = 0 has no sign.
-    What no sample belongs to is left out.
+    Mean, dead share and number of samples are also given by sign and length of the response. ESS is Kish's
+    effective sample size as a share of the samples, (sum w)^2 / (n sum w^2). A = 0 has no sign. Groups
+    without samples are left out.
     """
     metrics = _of_part(weights, "")
     buckets = length_buckets(lengths)
@@ -123,7 +123,7 @@ def _of_part(weights: np.ndarray, part: str) -> dict[str, float]:
 
 
 def effective_sample_share(weights: np.ndarray) -> float:
-    """(sum w)^2 / (n sum w^2), between 1/n and 1; 0 when every weight is 0."""
+    """(sum w)^2 / (n sum w^2), between 1/n and 1; 0 if every weight is 0."""
     square_sum = float(np.square(weights, dtype=np.float64).sum())
     if square_sum == 0.0:
         return 0.0
@@ -135,19 +135,19 @@ def dead_share(weights: np.ndarray) -> float:
 
 
 def share_dead_by(correction: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """Of the dead samples, those whose `correction`, which is a factor of the weight, is as small itself."""
+    """The share of dead samples whose `correction`, a factor of the weight, is itself that small."""
     dead = weights < DEAD_WEIGHT
     return {"mismatch/dead_share": dead_share(correction[dead])} if dead.any() else {}
 
 
 def length_buckets(lengths: np.ndarray) -> np.ndarray:
-    """Number of each length's bucket: 0 below SHORTEST_BUCKET, k from SHORTEST_BUCKET 2^(k - 1) on."""
+    """Each length's bucket number: 0 below SHORTEST_BUCKET, k from SHORTEST_BUCKET 2^(k - 1) on."""
     doublings = np.floor(np.log2(np.maximum(lengths, 1) / SHORTEST_BUCKET)).astype(np.int64)
     return np.maximum(doublings + 1, 0)
 
 
 def bucket_name(bucket: int) -> str:
-    """From the first length to the one before which it ends: `0-64`, `64-128`, `512-1k`, `4k-8k`."""
+    """The bucket's first length, and the first length after it: `0-64`, `64-128`, `512-1k`, `4k-8k`."""
     last = SHORTEST_BUCKET * 2 ** int(bucket)
     return f"{_short(last // 2) if bucket else 0}-{_short(last)}"
 

@@ -1,15 +1,15 @@
-"""Log-probs and entropies of a linear output layer, without all of its logits at any time.
+"""Computes log-probs and entropies of a linear output layer without ever holding all of its logits.
 
 Shape suffixes: T tokens, H hidden, V this rank's rows of the vocabulary, W rows of V in one tile.
 
-Forward and backward walk over tiles of the vocabulary, [T, W] logits each, computed by a matmul, reduced and
-overwritten by the next. Logits are float32 at least: rounded to bfloat16, one of 16 to 32 is off by up to
-0.06, and so are log-probs.
+Forward and backward loop over tiles of the vocabulary, [T, W] logits each. A matmul computes a tile, a
+reduction uses it, and the next tile overwrites it. Logits are at least float32: a logit of 16 to 32, rounded
+to bfloat16, is off by up to 0.06, and so are log-probs.
 
-The forward keeps running statistics of the softmax, merged over tiles as in online softmax (arXiv 1805.02867)
-and over ranks by one MAX and one SUM. The backward recomputes each tile; knowing the normaliser it needs no
-reduction, and as a tile holds all tokens, its rows of the weight's gradient are one whole matmul: nothing is
-accumulated over tiles but the gradient of the hidden states.
+The forward keeps running statistics of the softmax. It merges them over tiles as in online softmax (arXiv
+1805.02867), and over ranks by one MAX and one SUM. The backward recomputes each tile. It knows the
+normaliser, so it needs no reduction. A tile holds all tokens, so one matmul gives its rows of the weight's
+gradient: only the gradient of the hidden states is accumulated over tiles.
 
     z = logits / temperature,  p = softmax(z),  h = entropy of p,  g and e the gradients of log p_label and h
     d loss / d logits_v = (g 1[v = label] - p_v (g + e (log p_v + h))) / temperature
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-# matmuls are fastest where the row length of their operands is a multiple of this
+# matmuls are fastest if the row length of their operands is a multiple of this
 ALIGNED_WIDTH = 128
-# elementwise passes over a tile go by blocks of rows that stay in a core's cache
+# elementwise passes over a tile work on blocks of rows that fit into a core's cache
 CACHED_ELEMENTS = 2**18
 
 
@@ -45,24 +45,24 @@ def linear_log_probs(
     """log softmax(hidden weight^T / temperature)[label] and the entropy of that softmax, each [T].
 
     Args:
-        hidden_TH: float [T, H], gathered from sequence parallelism: it, the labels and the temperatures are
-            the same on every rank of `group`.
+        hidden_TH: float [T, H], gathered over sequence parallelism. Hidden states, labels and temperatures
+            are the same on every rank of `group`.
         weight_VH: [V, H] of the same dtype: rows rank * V .. (rank + 1) * V of the output layer. Rows from
             `vocab_size` on are Megatron's padding: they get no probability and no gradient.
-        labels_T: int64 [T]. A label that is no token of the vocabulary has log-prob -inf.
+        labels_T: int64 [T]. A label outside the vocabulary has log-prob -inf.
         temperature_T: float32 [T], positive; gets no gradient.
         group: ranks that share the vocabulary; None is one rank.
-        chunk_size: at most `chunk_size` x V logits exist at a time: as many as `chunk_size` tokens have. In
-            the backward of 16-bit inputs as many gradients of logits exist, too.
+        chunk_size: at most `chunk_size` x V logits exist at a time, the logits of `chunk_size` tokens. In
+            the backward of 16-bit inputs the same number of gradients of logits exists, too.
         entropy_gradient: without it the entropy is not differentiable.
-        use_triton: Triton kernels for what is not a matmul; None: on CUDA.
+        use_triton: use Triton kernels for all work except matmuls; None: on CUDA.
 
-    Both results are float64 and bit-identical on all ranks of `group`: log W sums tens of thousands of them,
-    and what rounding each to float32 adds up to would show. Logits and softmax are float32 (float64 for
-    float64 inputs), whatever the inputs' dtype; the gradient of the logits is rounded to that dtype for its
-    two matmuls. The gradient of `hidden_TH` is this rank's part, from its rows of
-    the vocabulary: the caller sums it over `group`, as the backward of Megatron's gather and copy regions
-    does. Tokens whose upstream gradient is 0 cost the backward nothing.
+    Both results are float64 and bit-identical on all ranks of `group`. log W sums tens of thousands of them,
+    so rounding each to float32 would add a visible error. Logits and softmax are float32 (float64 for
+    float64 inputs), whatever the inputs' dtype. The gradient of the logits is rounded to that dtype for its
+    two matmuls. The gradient of `hidden_TH` is this rank's part, from its rows of the vocabulary. The caller
+    sums it over `group`, as the backward of Megatron's gather and copy regions does. Tokens whose upstream
+    gradient is 0 cost the backward nothing.
     """
     num_tokens, num_ranks = len(hidden_TH), 1 if group is None else group.size()
     assert labels_T.shape == temperature_T.shape == (num_tokens,), "one label and one temperature a token"
@@ -103,7 +103,7 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-        # contiguous, for the kernels: a caller may expand one temperature to all tokens
+        # the kernels need contiguous memory: a caller may expand one temperature to all tokens
         temperature_T = temperature_T.to(dtype).contiguous()
         own_labels_T = (labels_T - first_row).contiguous()
         statistics_4T = torch.zeros(4, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)
@@ -142,7 +142,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if grad_entropy_T is not None:
             fields += [entropy_T, grad_entropy_T]
             has_gradient_T |= grad_entropy_T != 0
-        # R: the tokens that need work; prompts and padding are masked, often most of a pack
+        # R: the tokens that need work; prompts and padding, often most of a pack, are masked
         rows_R = has_gradient_T.nonzero()[:, 0]
         fields = [field_T[rows_R] for field_T in fields[:2]] + [
             field_T[rows_R].to(temperature_T.dtype) for field_T in fields[2:]
@@ -158,7 +158,7 @@ class _LinearLogProbs(torch.autograd.Function):
 def _layer_gradients(
     ctx, hidden_TH: Tensor, weight_VH: Tensor, fields: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the layer's input, not yet in its dtype, and of its weight; None where not needed."""
+    """Gradients of the layer's input, not yet in its dtype, and of its weight; None if not needed."""
     grad_hidden_TH = grad_weight_VH = None
     if ctx.needs_input_grad[0]:
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=fields[0].dtype)
@@ -172,7 +172,7 @@ def _layer_gradients(
         rows = slice(start, start + logits_TW.shape[1])
         gradient_TW = logits_TW
         if dtype != hidden_TH.dtype:
-            if gradient_memory is None:  # the first tile is as large as any
+            if gradient_memory is None:  # no tile is larger than the first one
                 gradient_memory = hidden_TH.new_empty(logits_TW.numel())
             gradient_TW = gradient_memory[: logits_TW.numel()].view(logits_TW.shape)
         write_gradient(gradient_TW, logits_TW, temperature_T, labels_T - start, *others)
@@ -186,7 +186,7 @@ def _layer_gradients(
 def _tiles(
     hidden_TH: Tensor, weight_VH: Tensor, chunk_size: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
-    """First row and logits [T, W] of each tile; every tile lies in the memory of the one before."""
+    """First row and logits [T, W] of each tile. Every tile reuses the memory of the previous one."""
     num_tokens, num_rows = len(hidden_TH), len(weight_VH)
     width = max(1, min(num_rows, num_rows * chunk_size // max(1, num_tokens)))
     if width > ALIGNED_WIDTH:
@@ -199,7 +199,7 @@ def _tiles(
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left right, not rounded to their dtype where that of `out` is larger."""
+    """The matrix product of left and right, not rounded to their dtype if that of `out` is larger."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if left.is_cuda:  # the same matmul, which sums in float32 anyway
@@ -215,9 +215,9 @@ def _combine_ranks(statistics_4T: Tensor, group: ProcessGroup) -> None:
 
 
 def _recenter(statistics_4T: Tensor, max_T: Tensor) -> None:
-    """Refer the sums to another maximum, in place."""
+    """Rescale the sums to another maximum, in place."""
     old_max_T, sum_exp_T, centered_T, _ = statistics_4T
-    # -inf as long as there was no logit: a rank of padding only; both sums are 0 then and stay so
+    # -inf before the first logit, as on a rank that holds only padding: both sums are 0 then and stay 0
     shift_T = torch.where(old_max_T == -torch.inf, 0.0, old_max_T - max_T)
     centered_T.addcmul_(shift_T, sum_exp_T).mul_(shift_T.exp())
     sum_exp_T.mul_(shift_T.exp())
@@ -226,7 +226,7 @@ def _recenter(statistics_4T: Tensor, max_T: Tensor) -> None:
 
 def _tile_operations(use_triton: bool) -> tuple[Callable[..., None], Callable[..., None]]:
     if use_triton:
-        # only here: a machine without a GPU may have no Triton
+        # imported here, as a machine without a GPU may have no Triton
         from megatron_vespo.algorithms.log_prob_kernels import add_to_statistics, write_gradient
 
         return add_to_statistics, write_gradient
@@ -263,10 +263,10 @@ def _write_gradient(
     grad_log_probs_T: Tensor,
     *entropy_fields: Tensor,
 ) -> None:
-    """The gradient of a tile's logits into `gradient_TW`, which may be the tile; labels as in
-    `_add_to_statistics`.
+    """Write the gradient of a tile's logits to `gradient_TW`, which may be the tile itself.
 
-    `entropy_fields` are the entropy and its upstream gradient, each [T], or nothing where it has none.
+    Labels are as in `_add_to_statistics`. `entropy_fields` are the entropy and its upstream gradient, each
+    [T], or empty if there is no such gradient.
     """
     in_tile_T, column_T1 = _label_columns(labels_T, logits_TW.shape[1])
     at_label_T1 = torch.where(in_tile_T, grad_log_probs_T / temperature_T, 0.0)[:, None]
@@ -285,7 +285,7 @@ def _write_gradient(
 
 
 def _label_columns(labels_T: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is in a tile of `width` columns, [T], and an existing column for all, [T, 1]."""
+    """Whether each label is in a tile of `width` columns, [T], and a valid column for every label, [T, 1]."""
     return (labels_T >= 0) & (labels_T < width), labels_T.clamp(0, width - 1)[:, None]
 
 

@@ -1,8 +1,8 @@
-"""The elementwise work of linear_log_probs as Triton kernels: one read of a tile in the forward, one read and
-one write in the backward.
+"""Triton kernels for the elementwise work of linear_log_probs.
 
-Same contracts as `_add_to_statistics` and `_write_gradient` there, but the former leaves a tile as it was.
-The arithmetic inside a tile is in the temperatures' dtype.
+The forward reads a tile once; the backward reads and writes it once. The contracts are those of
+`_add_to_statistics` and `_write_gradient` there, but the first one does not change the tile. The arithmetic
+inside a tile is in the temperatures' dtype.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a program holds in registers at a time: eight per thread, two loads of 16 bytes of float32 and one
-# store of as many of bfloat16, in so few registers that a multiprocessor of Hopper runs all its threads.
+# Columns that a program holds in registers at a time, eight per thread. These are two 16-byte loads of
+# float32 and one 16-byte store of bfloat16. They need so few registers that a Hopper multiprocessor runs all
+# its threads.
 BLOCK = 2048
 NUM_WARPS = 8
 
@@ -45,8 +46,9 @@ def write_gradient(
     grad_log_probs_T: Tensor,
     *entropy_fields: Tensor,
 ) -> None:
-    """The gradient of a tile's logits into `gradient_TW`, which may be the tile; `entropy_fields` may be left
-    out.
+    """Write the gradient of a tile's logits to `gradient_TW`, which may be the tile itself.
+
+    `entropy_fields` may be empty.
     """
     num_tokens, width = logits_TW.shape
     fields = temperature_T, labels_T, log_normalizer_T, grad_log_probs_T, *entropy_fields
@@ -77,7 +79,7 @@ def _assert_contiguous(*tensors: Tensor) -> None:
 def _statistics_kernel(
     statistics_ptr, logits_ptr, temperature_ptr, labels_ptr, num_tokens, width, BLOCK: tl.constexpr
 ):
-    """One token a program."""
+    """One program per token."""
     token = tl.program_id(0).to(tl.int64)  # a tile may have more than 2^31 logits
     dtype = temperature_ptr.dtype.element_ty
     statistics_ptr += token
@@ -96,7 +98,7 @@ def _statistics_kernel(
         shift = tl.where(max_z == float("-inf"), 0.0, max_z - new_max)
         z -= new_max
         exp = tl.exp(z)
-        # -inf times 0 outside
+        # outside, z * exp would be -inf times 0
         centered = (centered + shift * sum_exp) * tl.exp(shift) + tl.sum(tl.where(inside, exp * z, 0.0), 0)
         sum_exp = sum_exp * tl.exp(shift) + tl.sum(exp, 0)
         max_z = new_max
@@ -129,7 +131,7 @@ def _gradient_kernel(
     BLOCK: tl.constexpr,
     HAS_ENTROPY_GRADIENT: tl.constexpr,
 ):
-    """BLOCK columns of one token a program."""
+    """One program per BLOCK columns of a token."""
     token = tl.program_id(0).to(tl.int64)
     dtype = temperature_ptr.dtype.element_ty
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

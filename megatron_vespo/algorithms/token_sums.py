@@ -1,6 +1,6 @@
-"""Sums over trained tokens, from which spread and divergence of a whole rollout batch follow.
+"""Sums over trained tokens, which give the spread and divergence of a whole rollout batch.
 
-Shape suffix: T packed tokens of a micro-batch on this rank. For tokens that q drew, and x = log p - log q,
+Shape suffix: T packed tokens of a micro-batch on this rank. For tokens drawn from q, with x = log p - log q,
 John Schulman's estimators of KL(q || p) (http://joschu.net/blog/kl-approx.html, 2020) are the means of
 
     k1 = -x                 unbiased, noisy, may be negative
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-MAX_LOG_RATIO = 50.0  # exp of it, and sums of it, are finite in float64
+MAX_LOG_RATIO = 50.0  # its exp, and sums of these, are finite in float64
 
 
 class TokenSums[Value](NamedTuple):
-    """Sums over tokens, each a scalar: a float64 tensor where they are made, a float where they are read."""
+    """Sums over tokens, each a scalar: a float64 tensor when computed, a float when read."""
 
     x: Value
     xx: Value  # of x^2
@@ -26,9 +26,9 @@ class TokenSums[Value](NamedTuple):
 
 
 def token_sums(log_ratio_T: Tensor, loss_mask_T: Tensor) -> TokenSums[Tensor]:
-    """Of x = `log_ratio_T` [T] where `loss_mask_T` is not 0; masked entries may be NaN.
+    """Sums of x = `log_ratio_T` [T] where `loss_mask_T` is not 0; masked entries may be NaN.
 
-    Nothing waits for the device.
+    It does not wait for the device.
     """
     x_T = log_ratio_T.detach().double().masked_fill(loss_mask_T == 0, 0.0)
     k3_T = x_T.clamp(max=MAX_LOG_RATIO).expm1() - x_T
@@ -38,8 +38,8 @@ def token_sums(log_ratio_T: Tensor, loss_mask_T: Tensor) -> TokenSums[Tensor]:
 def token_metrics(sums: TokenSums[float], num_tokens: float, prefix: str) -> dict[str, float]:
     """`prefix` is part of the metrics' names: "" for pi against the denominator, "engine_" for the mismatch.
 
-    token_sigma is the standard deviation of x over the tokens: sequences of T tokens whose tokens err
-    independently have a log ratio that spreads by sigma sqrt(T).
+    token_sigma is the standard deviation of x over the tokens. If tokens err independently, the log ratio of
+    sequences of T tokens spreads by sigma sqrt(T).
     """
     mean, square, k3 = (float(value) / num_tokens for value in sums)
     return {

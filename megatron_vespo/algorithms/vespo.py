@@ -4,7 +4,7 @@ Shape suffixes: T packed tokens of a micro-batch, S its sequences.
 
     log W  = sum over the response of  log pi(y_t | x, y_<t) - log mu(y_t | x, y_<t)
     phi(W) = W^c1 exp(c2 (1 - W)),          log phi = c1 log W + c2 (1 - W),  phi(1) = 1
-    loss   = - phi(W) A log pi,             phi detached: a coefficient, not a path for gradient
+    loss   = - phi(W) A log pi,             phi is detached: a coefficient without gradient
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 RatioDenominator = Literal["recomputed", "rollout", "decoupled", "decoupled-token"]
 RATIO_DENOMINATORS: tuple[RatioDenominator, ...] = get_args(RatioDenominator)
-# those that have a truncated part of rho in W
+# denominators with a truncated part of rho in W
 DECOUPLED: tuple[RatioDenominator, ...] = ("decoupled", "decoupled-token")
 
-# exp(20) is 4.9e8: with c2 > 0 phi is exactly 0 there already, with c2 = 0 it stays finite in fp32.
+# exp(20) is 4.9e8. With c2 > 0 phi is already exactly 0 there; with c2 = 0 it stays finite in fp32.
 MAX_LOG_W = 20.0
-# Only reached with c2 = 0, where phi has no maximum; exp(80) is 5.5e34, still finite.
+# Reached only with c2 = 0, where phi has no maximum; exp(80) is 5.5e34, still finite.
 MAX_LOG_PHI = 80.0
 # Finite, so that c1 = 0 times log W is 0 and not NaN; exp(-10,000 c1) is exactly 0 for any c1 in use.
 MIN_LOG_W = -1.0e4
@@ -33,7 +33,7 @@ MIN_LOG_W = -1.0e4
 
 @dataclass(frozen=True)
 class GammaKernel:
-    """Exponents of phi by the sign of the advantage, (c1, c2); the paper's values."""
+    """Exponents (c1, c2) of phi by the sign of the advantage. The defaults are the paper's values."""
 
     positive: tuple[float, float] = (2.0, 3.0)
     negative: tuple[float, float] = (3.0, 2.0)
@@ -56,8 +56,8 @@ def segment_sum(
 ) -> Tensor:
     """Sum `values_T` [T, ...] per sequence, [S, ...] float32; `sequence_ids_T` [T] ascend.
 
-    Accumulated in float64, as 32k-token sums in fp32 drift, and in the order of the tokens. With `group`,
-    whose ranks hold parts of the same sequences, everyone gets the sums over all of them.
+    The sum is in float64, as fp32 sums of 32k tokens drift, and in the order of the tokens. With `group`,
+    whose ranks hold parts of the same sequences, every rank gets the sums over all of them.
     """
     bounds = torch.arange(num_sequences + 1, device=sequence_ids_T.device)
     offsets = torch.searchsorted(sequence_ids_T, bounds)
@@ -71,9 +71,9 @@ def segment_sum(
 class LogRatio:
     """log W and its parts, each [S] float32 without gradient: log W = staleness + log_mismatch_in_w.
 
-    `log_mismatch_S` is log(pi_old / mu) in full, whatever the denominator; NaN where pi_old is not known.
-    `log_mismatch_in_w_S` is the part of it that enters W: all of it for `rollout`, a truncated one for
-    DECOUPLED, none for `recomputed`.
+    `log_mismatch_S` is log(pi_old / mu) in full, for every denominator; NaN if pi_old is unknown.
+    `log_mismatch_in_w_S` is the part of it in W: all of it for `rollout`, a truncated part for DECOUPLED,
+    none for `recomputed`.
     """
 
     log_w_S: Tensor
@@ -100,13 +100,13 @@ def sequence_log_ratio(
     decoupled-token:  log W = log(pi / pi_old) + sum_t min(log rho_t, log(mismatch_truncation)), rho_t the
                       token's pi_old / mu
 
-    Truncating the product bounds what engine noise adds to log W, by log 2 with the default of 2. Truncating
-    every token's rho, as the VESPO authors and TRL do, bounds each token only: rho_t of a few percent pass as
-    they are, and 8,192 of them with a standard deviation of 0.02 add one of 1.8 to log W.
+    Truncating the product bounds what engine noise adds to log W: by log 2 with the default of 2. Truncating
+    every token's rho, as the VESPO authors and TRL do, bounds only each token. Deviations of rho_t by a few
+    percent pass unchanged: 8,192 of them with a standard deviation of 0.02 add one of 1.8 to log W.
 
-    `log_probs_T`, `behavior_log_probs_T` (mu) and `old_log_probs_T` (pi_old) are floating [T]; entries where
-    `loss_mask_T` is 0 are ignored whatever they hold. `rollout` does not need pi_old. `group` is the context
-    parallel one, where sequences are cut: its ranks get the same values, by one reduction.
+    `log_probs_T`, `behavior_log_probs_T` (mu) and `old_log_probs_T` (pi_old) are floating [T]. Entries where
+    `loss_mask_T` is 0 are ignored, whatever they hold. `rollout` does not need pi_old. `group` is the
+    context-parallel group if sequences are split: one reduction gives its ranks the same values.
     """
 
     ignored_T1 = loss_mask_T[:, None] == 0
