@@ -127,7 +127,7 @@ class EngineFleet:
                 self._quiet -= 1
 
     def hold(self) -> list[EngineEndpoint]:
-        """All running servers. Stops health checks until `let_go`, and starts until `start_waiting`.
+        """Returns all running servers. Blocks health checks until `let_go`, and starts until `start_waiting`.
 
         First waits for engines that are starting, and for pending health checks, which make engines generate.
         """

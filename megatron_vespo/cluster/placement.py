@@ -98,10 +98,10 @@ def cluster_has_gpus() -> bool:
 
 
 def start_ray(address: str | None, num_processes: int = 1, engine_ports: Sequence[int] = ()) -> None:
-    """Join `address`, or start an own Ray on this machine. RuntimeError if that fails.
+    """Join `address`, or start a Ray on this machine. RuntimeError if that fails.
 
-    An own Ray has room for `num_processes` trainer ranks and engines. ValueError for environment variables
-    with which it cannot start, and for `engine_ports` that are in use on this machine.
+    A Ray started here has room for `num_processes` trainer ranks and engines. ValueError for environment
+    variables with which it cannot start, and for `engine_ports` that are in use on this machine.
 
     Does nothing if Ray is already joined. This process keeps its signal handlers.
     """
@@ -123,7 +123,7 @@ def start_ray(address: str | None, num_processes: int = 1, engine_ports: Sequenc
 
 
 def _check_own(engine_ports: Sequence[int]) -> None:
-    """ValueError if an own Ray or the engines could not start on this machine; called before they start."""
+    """ValueError if Ray or the engines could not start on this machine; called before they start."""
     if problem := ray_variables.problem(os.environ):
         raise ValueError(": ".join(problem))
     for port in engine_ports:

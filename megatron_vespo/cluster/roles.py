@@ -42,7 +42,7 @@ def for_trainer(nodes: Sequence[Resources]) -> list[Resources]:
 
 
 def shortage(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> str:
-    """The end of a message: what a role's nodes need to have, and what they have; "" without roles.
+    """The end of a message: what the bundles need of a role's nodes, and what these have; "" without roles.
 
     It names the roles whose nodes have too little, or both if the totals suffice but the bundles do not fit.
     """

@@ -53,7 +53,7 @@ def check_transformer_engine(transformer_impl: str, where: str) -> None:
 
 
 def check_deep_ep(dispatcher: str, flex_backend: str | None, where: str) -> None:
-    """ValueError if the flags need DeepEP and its import fails, as it does without a GPU."""
+    """ValueError if the flags need DeepEP and its import fails. Call it only where there is a GPU."""
     if dispatcher == "flex" and flex_backend == "deepep":
         _refuse(DEEP_EP, where, "--moe-token-dispatcher-type alltoall does without it")
 

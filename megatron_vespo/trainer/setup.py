@@ -79,7 +79,7 @@ def stored_names(then: Callable[[dict], None] | None = None) -> Iterator[None]:
 
 
 def _as_stored(part: Any, stored: Set[str]) -> Any:
-    """The same part of the state under its name in the checkpoint; unchanged if no other name is found."""
+    """The same part of the state under its name in the checkpoint; unchanged if it has no other."""
     if isinstance(part, ShardedObject) and part.key.endswith("._extra_state"):
         return part if part.unique_key in stored else LocalNonpersistentObject(part.data)
     if isinstance(part, ShardedTensor | ShardedTensorFactory) and part.key not in stored:
