@@ -31,7 +31,7 @@ SPIKE, SPIKE_WINDOW, SPIKE_MIN_BATCHES = 5.0, 20, 10
 # sigma sqrt(T) at which a fifth of VESPO's negatives would be dead, if log W were normal with mean -var/2:
 # 0.03 per token at 2,048 tokens, 0.01 at 18,000.
 LOG_W_SPREAD = 1.4
-EQUAL_GROUPS = 0.9  # only a tenth of the generated groups teaches
+EQUAL_GROUPS = 0.9  # above it, less than a tenth of the generated groups teaches
 TRUNCATED = 0.5  # above it, more rewards judge the length limit than the answer
 # For means of five batches, half of the best mean is far outside the noise, even of small batches.
 REWARD_BATCHES, REWARD_DROP = 5, 0.5
@@ -64,7 +64,7 @@ def check(metrics: Metrics, history: Sequence[Metrics]) -> list[Alarm]:
 
 
 def is_news(alarm: Alarm, history: Sequence[Metrics]) -> bool:
-    """Whether to report the alarm: the first time, and again REPEAT_AFTER batches after the last report.
+    """Whether to report the alarm: it is new, or was last reported at least REPEAT_AFTER batches ago.
 
     A batch's metrics contain `alarm/<name>` if the alarm was on. An alarm that comes and goes, with a metric
     near its bound, is reported no more often than one that stays.

@@ -34,7 +34,7 @@ class HostCopy:
         self._blocks: list[Tensor] = []
 
     def offload(self) -> None:
-        """Nothing may use the tensors until `onload`."""
+        """Offload the tensors. Nothing may use them until `onload`."""
         if self._away:
             return
         self._away = [(storage, storage.nbytes()) for storage in storages(self._tensors())]
