@@ -14,7 +14,7 @@ from megatron_vespo.system.plugins import prepare_for_megatron
 
 
 def main(argv: list[str]) -> int:
-    """Print them, one a line, ready for a script."""
+    """Print them, one per line, ready for a script."""
     parser = FlagParser(
         prog="megatron-vespo args",
         description="Print the Megatron flags that describe the model of an HF checkpoint, one a line. "
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 
 
 def flags_of(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Megatron's spelling of `arguments` (argparse destinations); what is its default anyway is left out."""
+    """`arguments` (argparse destinations) as Megatron spells them; Megatron's defaults are left out."""
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
         from megatron.training.arguments import add_megatron_arguments

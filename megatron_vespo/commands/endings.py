@@ -1,7 +1,7 @@
-"""How a command ends: the exit code, and one line, for whatever it raised.
+"""Turns whatever a command raised into an exit code and one line.
 
-What this package raises as ValueError or RuntimeError is written for people. Errors of files and memory name
-what they are about. For everything else the line says in which file the traceback is, for a report.
+ValueError and RuntimeError of this package have messages for users. Errors of files and memory name what they
+are about. For every other error the line says which file has the traceback, for a bug report.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from megatron_vespo.system.preemption import EndedBySignal
 
 EXIT_USER_ERROR, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
-EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
-_SHOWN = 100  # characters on both sides of one that cannot be written
+EXIT_BROKEN_PIPE = 141  # the code of a program that SIGPIPE ended
+_SHOWN = 100  # characters shown on both sides of one that cannot be written
 _PACKAGE = __name__.partition(".")[0]
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-# a path that is not what the flags say; what may pass (disk full, too many open files) is none of these
+# The path is not what the flags say. Errors that may go away (disk full, too many open files) are not here.
 _WRONG_PATH = {
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
@@ -32,7 +32,7 @@ _WRONG_PATH = {
 
 
 def ending(error: BaseException, argv: Sequence[str]) -> tuple[int, str]:
-    """The exit code and the line, empty for none; `argv` is the command that has raised `error`."""
+    """The exit code and the line ("" for none); `argv` is the command that raised `error`."""
     match error:
         case EndedBySignal():
             return error.exit_code, str(error)
@@ -49,7 +49,7 @@ def ending(error: BaseException, argv: Sequence[str]) -> tuple[int, str]:
             return EXIT_USER_ERROR, f"{_plain(part)}: cannot be written as {error.encoding}"
         case MemoryError():
             return EXIT_FAILURE, f"out of memory{f': {_plain(error)}' if str(error) else ''}"
-        case RuntimeError() if str(error).startswith("Symlink loop"):  # pathlib's, with the path
+        case RuntimeError() if str(error).startswith("Symlink loop"):  # raised by pathlib; it names the path
             return EXIT_USER_ERROR, _plain(error)
         case RecursionError() | NotImplementedError():
             return EXIT_FAILURE, _internal(error, argv)
@@ -63,7 +63,7 @@ def ending(error: BaseException, argv: Sequence[str]) -> tuple[int, str]:
 
 def _of_files(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
     code = EXIT_USER_ERROR if error.errno in _WRONG_PATH else EXIT_FAILURE
-    if error.strerror is None:  # libraries raise it with a text of their own
+    if error.strerror is None:  # raised by a library with its own text
         return code, f"{_plain(error)}; {_where_the_traceback_is(error, argv)}"
     if error.filename is None:
         return code, f"{error.strerror}; {_where_the_traceback_is(error, argv)}"
@@ -77,7 +77,7 @@ def _internal(error: BaseException, argv: Sequence[str]) -> str:
 
 
 def _where_the_traceback_is(error: BaseException, argv: Sequence[str]) -> str:
-    """For the line's end; on stderr, where no file can be written."""
+    """The end of the line. Where no file can be written, the traceback goes to stderr."""
     text = "".join(traceback.format_exception(error))
     about = [f"{_PACKAGE} {' '.join(argv)}", f"Python {platform.python_version()}, {platform.platform()}"]
     try:
@@ -91,7 +91,7 @@ def _where_the_traceback_is(error: BaseException, argv: Sequence[str]) -> str:
 
 
 def _is_from_library(error: BaseException) -> bool:
-    """Whether a module that is not of this package has raised it: its text knows no flag and no file."""
+    """Whether a module outside this package raised it: then its text names no flag and no file."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         return False
@@ -100,12 +100,12 @@ def _is_from_library(error: BaseException) -> bool:
 
 
 def _is_read() -> bool:
-    """Whether someone still reads what this program prints."""
+    """Whether anyone still reads this program's output."""
     poll = select.poll()
     poll.register(1, 0)  # stdout; errors are always reported
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _plain(value: object) -> str:
-    """As one line that any terminal can show."""
+    """`value` as one line that any terminal can show."""
     return " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()

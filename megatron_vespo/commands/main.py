@@ -1,4 +1,4 @@
-"""`megatron-vespo COMMAND ...`; one clear line and a non-zero exit for whatever goes wrong."""
+"""`megatron-vespo COMMAND ...`: runs a command; an error becomes one clear line and a non-zero exit code."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def main() -> None:
         code = run(sys.argv[1:])
     except SystemExit as stop:  # argparse
         code = stop.code
-    except OSError as error:  # of this module's own output: commands are guarded
+    except OSError as error:  # from this module's own output: commands are guarded
         code = _unwritable(error)
     sys.exit(code or _flushed())
 
 
 def _flushed() -> int:
-    """The exit code of what is left to print."""
+    """Flushes stdout; the exit code if that fails, else 0."""
     try:
-        if sys.stdout is not None:  # None: closed by whoever has started this
+        if sys.stdout is not None:  # None: the parent process closed it
             sys.stdout.flush()
     except OSError as error:
         return _unwritable(error)
@@ -50,7 +50,7 @@ def _flushed() -> int:
 
 
 def _unwritable(error: OSError) -> int:
-    """What is left of the output goes nowhere; one whose reader is gone is no mistake."""
+    """Discards the rest of the output. It is no error if the reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return EXIT_BROKEN_PIPE
@@ -61,7 +61,7 @@ def _unwritable(error: OSError) -> int:
 def run(argv: list[str]) -> int:
     """The exit code: 0, 2 for a mistake in flags or data, 1 for a run that broke, 130 when interrupted.
 
-    Further ones are those of `preemption`.
+    `preemption` defines further ones.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -77,8 +77,8 @@ def run(argv: list[str]) -> int:
 
 
 def _guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What the command returns, or the exit code of what it raised, said in one line."""
-    # a scheduler's SIGTERM ends a run like Ctrl-C: everything it started ends with it
+    """The command's exit code. If it raises, prints one line and returns the error's exit code."""
+    # a scheduler's SIGTERM ends a run like Ctrl-C: everything that the run started ends too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command(argv)

@@ -1,4 +1,4 @@
-"""`megatron-vespo train`: checks, starts, runs and reports one run, and leaves nothing running."""
+"""`megatron-vespo train`: checks, starts and reports one run, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
         try:
             state = run.train()
         except StoppedByAlarm:
-            plot(settings)  # what led to the alarm
+            plot(settings)  # shows what led to the alarm
             raise
         except BrokenPipeError:
             raise
         except OSError as error:
-            # not the user's mistake: the paths were right when the run started, and may be right again
+            # not the user's mistake: the paths were valid when the run started, and may be valid again
             raise RuntimeError(f"the run broke: {error}") from error
     print(summarize(settings, state, len(task.eval_prompts), run.setup_seconds, run.idle))

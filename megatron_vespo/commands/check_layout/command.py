@@ -1,4 +1,4 @@
-"""`megatron-vespo check layout`: do parallel layouts compute the same as a reference does?"""
+"""`megatron-vespo check layout`: checks that parallel layouts compute the same as a reference layout."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ BOUND_HELP = {
     "parameter_norm": "the same of every parameter's",
     "experts": "share of (token, layer) pairs with other experts",
 }
-# of the random part of log(pi / mu), a token; else W would be 1
+# standard deviation, per token, of the random part of log(pi / mu); without it W would be 1
 BEHAVIOR_DEVIATION = 0.05
-# without --max-tokens-per-gpu one data-parallel rank makes about so many micro-batches
+# without --max-tokens-per-gpu, one data-parallel rank makes about this many micro-batches
 MICRO_BATCHES = 8
 # the paper's learning rate; `decoupled` has both pi_old and mu in W
 DEFAULT_FLAGS = ["--lr", "1e-6", "--ratio-denominator", "decoupled"]
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_help(argv: list[str]) -> bool:
-    """Whether `argv` asks for help, which is printed then."""
+    """Prints the help if `argv` asks for it; returns whether it did."""
     wanted = "-h" in argv or "--help" in argv
     if wanted:
         _parser().print_help()
@@ -175,7 +175,7 @@ def _samples(options: CheckLayoutOptions) -> list[TrainingSample]:
 def _layout_arguments(
     layout: Layout, options: CheckLayoutOptions, flags: Sequence[str], samples: Sequence[TrainingSample]
 ) -> TrainSettings:
-    """Everything the ranks of a layout need; nothing is started yet, so that a mistake shows at once."""
+    """Everything that the ranks of a layout need. Nothing is started yet, so a mistake shows at once."""
     shares = layout.dp * (layout.pp if layout.vpp > 1 else 1)
     if len(samples) % shares:
         virtual = f" x pp{layout.pp} (virtual stages need so many micro-batches)" if layout.vpp > 1 else ""
@@ -226,7 +226,7 @@ def _run(
     samples: list[TrainingSample],
     options: CheckLayoutOptions,
 ) -> tuple[list[Row], Differences]:
-    """One row a layout, and the bounds. The reference must work; of another one that breaks the error is
+    """One row per layout, and the bounds. The reference must work; if another layout breaks, its error is
     printed.
     """
     folder = options.output_dir or Path(tempfile.mkdtemp(prefix="megatron-vespo-check-"))
@@ -266,10 +266,10 @@ def _run(
 def _measure(
     settings: TrainSettings, samples: list[TrainingSample], options: CheckLayoutOptions, log_dir: Path
 ) -> tuple[list[TrainingSample], LayoutMeasurement]:
-    """Run one layout and wait until its processes are gone.
+    """Run one layout and wait until its processes have ended.
 
-    The first layout's log-probs make the behavior log-probs of samples that have none; the completed samples
-    are returned for the others.
+    Samples without behavior log-probs get them from the first layout's log-probs. The completed samples are
+    returned for the other layouts.
     """
     with ExitStack() as stack:
         trainer = settings.trainer
@@ -283,7 +283,7 @@ def _measure(
         stack.callback(group.stop)
         group.start()
         if any(np.isnan(sample.behavior_log_probs).any() for sample in samples):
-            # behavior log-probs do not enter log-probs, but have to be numbers
+            # log-probs do not depend on behavior log-probs, but these must be numbers
             asked = [
                 dataclasses.replace(sample, behavior_log_probs=np.zeros(sample.completion_length, np.float32))
                 for sample in samples

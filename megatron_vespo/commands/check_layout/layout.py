@@ -1,4 +1,4 @@
-"""Words for parallel layouts, "tp2,pp2,ep2", and the Megatron flags that they stand for."""
+"""Parses parallel layouts such as "tp2,pp2,ep2" into the Megatron flags that they stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 WORDS = "tpN ppN vppN cpN epN etpN dpN"
-# every flag that a layout decides on
+# every flag that a layout sets
 FLAGS = (
     "--trainer-ranks",
     "--tensor-model-parallel-size",
@@ -23,7 +23,7 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what.
+    """The sizes of a parallel layout.
 
     Example:
         Layout.parse("tp2,pp2,ep2") == Layout("tp2,pp2,ep2", tp=2, pp=2, vpp=1, cp=1, ep=2, etp=1, dp=1)
@@ -32,7 +32,7 @@ class Layout:
     name: str  # the words it was made from
     tp: int  # tensor parallel size
     pp: int  # pipeline stages
-    vpp: int  # virtual pipeline stages a rank
+    vpp: int  # virtual pipeline stages per rank
     cp: int  # context parallel size
     ep: int  # expert parallel size
     etp: int  # tensor parallel size inside an expert
@@ -40,11 +40,11 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read comma-separated words, `WORDS`; what is not named is 1.
+        """Read comma-separated words, see `WORDS`; a size that is not named is 1.
 
-        Without dpN the data-parallel size is the smallest that the experts' layout fits: Megatron lays the
-        same ranks out as pp x dp x cp x tp for attention and as pp x (expert dp) x ep x etp for experts.
-        ValueError for an unknown or repeated word and for sizes that do not fit each other.
+        Without dpN the data-parallel size is the smallest one that fits the experts' layout: Megatron
+        arranges the same ranks as pp x dp x cp x tp for attention and as pp x (expert dp) x ep x etp for
+        experts. ValueError for an unknown or repeated word and for sizes that do not fit each other.
         """
         sizes: dict[str, int] = {}
         for word in text.split(","):
@@ -75,7 +75,7 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     def flags(self) -> list[str]:
-        """The flags of this layout, Megatron's defaults left out."""
+        """The flags of this layout, without Megatron's defaults."""
         sizes = {
             "--tensor-model-parallel-size": self.tp,
             "--pipeline-model-parallel-size": self.pp,
@@ -88,5 +88,5 @@ class Layout:
             flags += [flag, str(size)] if size > 1 else []
         # Megatron's default would be tp
         flags += ["--expert-tensor-parallel-size", str(self.etp)] if self.tp > 1 or self.etp > 1 else []
-        # it runs MoE with tensor parallelism only when the sequence is cut as well
+        # it runs MoE with tensor parallelism only if the sequence is split as well
         return flags + (["--sequence-parallel"] if self.tp > 1 else [])

@@ -1,4 +1,4 @@
-"""The own flags of `megatron-vespo check layout`."""
+"""The flags that only `megatron-vespo check layout` has, parsed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_vespo.system.settings import Settings
 
 @dataclass(frozen=True)
 class CheckLayoutOptions(Settings):
-    """A bound that is None is what rounding makes."""
+    """A bound of None is computed by `rounding_bounds`."""
 
     hf_checkpoint: Path  # the weights of all layouts
     reference: str  # a layout, such as tp2,pp2,ep2
     candidate: tuple[str, ...]  # layouts
     batch: Path | None  # None: random samples
-    samples: int  # number of random ones
+    samples: int  # number of random samples
     max_prompt_tokens: int
     max_completion_tokens: int
     seed: int

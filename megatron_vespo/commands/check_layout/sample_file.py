@@ -1,4 +1,4 @@
-"""Samples that training would see, from a file or made at random."""
+"""Makes training samples, from a file or at random."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id")
 
 
 def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
-    """Samples of a JSONL file, one object a line.
+    """Samples of a JSONL file, one object per line.
 
-    Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`; and if wished
-    `behavior_log_probs` (one a completion token), `temperature` (1), `reward` (0), `group_id` (0).
+    Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`. Optional keys and defaults:
+    `behavior_log_probs` (one per completion token), `temperature` (1), `reward` (0), `group_id` (0).
     Without `behavior_log_probs` a sample has NaN there, see `with_noisy_behavior`.
 
     Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 3, "advantage": -0.25}
 
     Raises:
-        ValueError: one line with the file and the line, from 1, that is wrong.
+        ValueError: one line that names the file and the wrong line, counted from 1.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it must be a JSONL file of samples")
@@ -41,9 +41,9 @@ def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
 def random_samples(
     number: int, vocab_size: int, max_prompt_tokens: int, max_completion_tokens: int, seed: int
 ) -> list[TrainingSample]:
-    """Samples of random tokens, lengths and advantages of both signs; behavior log-probs are NaN.
+    """Samples of random tokens, random lengths and advantages of both signs; behavior log-probs are NaN.
 
-    Advantages have the mean 0.5, so that the terms of a loss do not cancel and it can be compared.
+    Advantages have the mean 0.5, so that the terms of a loss do not cancel and losses can be compared.
     """
     draw = np.random.default_rng(seed)
     samples = []
@@ -58,10 +58,10 @@ def random_samples(
 def with_noisy_behavior(
     samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray], deviation: float, seed: int
 ) -> list[TrainingSample]:
-    """The samples, where behavior log-probs are NaN with `log_probs` plus normal noise in their place.
+    """The samples, with NaN behavior log-probs replaced by `log_probs` plus normal noise.
 
-    `log_probs` are a policy's, float32 [C] a sample; the noise, of standard `deviation` a token, makes W
-    differ from 1.
+    `log_probs` are a policy's, float32 [C] per sample. The noise has the standard `deviation` per token; it
+    makes W differ from 1.
     """
     draw = np.random.default_rng(seed)
     filled = []

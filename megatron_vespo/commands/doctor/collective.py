@@ -1,4 +1,4 @@
-"""One rank of an all-reduce between processes, in a process that may hang or die.
+"""Runs one rank of an all-reduce between processes, in a process that may hang or die.
 
     python -m megatron_vespo.commands.doctor.collective BACKEND HOST PORT RANK WORLD_SIZE DEVICE_INDEX SECONDS
 
@@ -31,7 +31,7 @@ def main(backend: str, host: str, port: int, rank: int, size: int, device_index:
     )  # fmt: skip
     latency = _seconds(torch.ones(1, device=device), size)
     payload = torch.ones(PAYLOAD_BYTES[backend] // 4, device=device)
-    # what goes over the slowest link in a ring, the figure that NCCL's own tests call bus bandwidth
+    # bytes over the slowest link of a ring, for what NCCL's own tests call bus bandwidth
     moved = 2 * (size - 1) / size * PAYLOAD_BYTES[backend]
     bandwidth = moved / _seconds(payload, size) / 1e9
     dist.barrier()
@@ -41,7 +41,7 @@ def main(backend: str, host: str, port: int, rank: int, size: int, device_index:
 
 
 def _seconds(tensor: torch.Tensor, size: int) -> float:
-    """Of one all-reduce, after a first one, whose sum must be right."""
+    """Seconds of one all-reduce. It follows a warm-up all-reduce whose sum must be right."""
     dist.all_reduce(tensor)
     if not bool((tensor == size).all()):
         raise RuntimeError(f"the sum of {size} ones is {tensor.max().item():g}")

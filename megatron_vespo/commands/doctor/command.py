@@ -1,4 +1,4 @@
-"""`megatron-vespo doctor`: everything is checked, one table printed; the exit code is 1 where one FAILs."""
+"""`megatron-vespo doctor`: runs all checks and prints one table; the exit code is 1 if a check FAILs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 QUICK_S = 30.0
 ARRIVAL_S = 120.0
-LOCAL_S = 2 * IMPORT_TIMEOUT_S  # imports side by side take turns on the cores
+LOCAL_S = 2 * IMPORT_TIMEOUT_S  # parallel imports share the cores
 SKEW_WARN_S, SKEW_FAIL_S = 1.0, 60.0
 LOOPBACK = "127.0.0.1"
 
@@ -38,7 +38,7 @@ LOOPBACK = "127.0.0.1"
 @dataclass(frozen=True)
 class DoctorOptions(Settings):
     shared_dir: Path  # absolute
-    json: Path | None  # where all findings are written
+    json: Path | None  # file for all findings
 
 
 def main(argv: list[str]) -> int:
@@ -79,12 +79,12 @@ def _parse(argv: list[str]) -> DoctorOptions:
     )
     args = parser.parse_args(argv)
     check_output_file("--json", args.json)
-    shared_dir = Path(os.path.abspath(args.shared_dir))  # touches no file system that may hang
+    shared_dir = Path(os.path.abspath(args.shared_dir))  # does not touch the file system, which may hang
     return DoctorOptions.of(args, shared_dir=shared_dir)
 
 
 def _meet(step: Step | None) -> tuple[str, Meeting]:
-    """Rank 0's host, and the connection to all others."""
+    """Rank 0's host, and the connection to all other ranks."""
     if step is None or step.size == 1:
         return LOOPBACK, Meeting()
     host = first_host(step.nodes)
@@ -94,8 +94,8 @@ def _meet(step: Step | None) -> tuple[str, Meeting]:
 
 
 def _examine(options: DoctorOptions, step: Step | None, host: str, meeting: Meeting) -> list[dict]:
-    """This process's findings as dictionaries; together with the others of the step."""
-    # the tasks of a node share its machine: one of them looks at it
+    """This process's findings as dictionaries, those of the checks across the step included."""
+    # all tasks of a node share its machine: only one of them checks it
     found = _local(options.shared_dir) if step is None or step.local_rank == 0 else []
     meeting.exchange(None, LOCAL_S + QUICK_S)
     if meeting.rank == 0 and meeting.size > 1:
@@ -113,7 +113,7 @@ def _examine(options: DoctorOptions, step: Step | None, host: str, meeting: Meet
 
 
 def _local(folder: Path) -> list[Finding]:
-    """What one machine can say about itself."""
+    """Findings of the checks that need only this machine."""
     packages = dict.fromkeys([*TESTED, *OPTIONAL])
     del packages["python"]
     checks = [Check("python", python_version, QUICK_S)]
@@ -136,7 +136,7 @@ def _local(folder: Path) -> list[Finding]:
 
 
 def _shared(folder: Path, word: str, meeting: Meeting) -> Finding:
-    """All write before one reads, all have read before one removes its own."""
+    """All ranks write before any reads; all have read before any removes its own file."""
     speed = 0.0
 
     def write() -> Finding:
@@ -180,7 +180,7 @@ def judge_clock(ahead: float) -> Finding:
 
 
 def _report(options: DoctorOptions, findings: dict[str, list[Finding]], speaks: bool = True) -> int:
-    """The exit code; the table is printed by one process."""
+    """The exit code. Only the process that `speaks` prints the table."""
     lines = lines_of(findings)
     failed = any(line.status == "FAIL" for line in lines)
     if speaks:

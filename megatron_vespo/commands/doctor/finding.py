@@ -1,4 +1,4 @@
-"""What a check has found, and how checks are run: side by side, each with a deadline."""
+"""The result of a check, and how checks run: in parallel, each with a deadline."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Status = Literal["ok", "warn", "FAIL"]
 class Finding:
     """One line of the report.
 
-    `fix` says what to do where it is not ok. `alike`: the text has to be the same on all nodes. `measured` is
-    a figure that should be about the same on all, the higher the better.
+    `fix` says what to do if it is not ok. `alike`: the text must be the same on all nodes. `measured` is a
+    number that should be about the same on all nodes, the higher the better.
     """
 
     check: str
@@ -35,18 +35,18 @@ class Check:
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
-    """A finding a check, in their order: also of one that raises, or does not come back in time."""
+    """One finding per check, in their order, also for a check that raises or does not return in time."""
     found: list[Finding | None] = [None] * len(checks)
 
     def run(number: int) -> None:
         check = checks[number]
         try:
             found[number] = check.function()
-        except Exception as error:  # a check that breaks says something about the machine, too
+        except Exception as error:  # a check that raises also says something about the machine
             text = f"the check itself failed: {type(error).__name__}: {error}"
             found[number] = Finding(check.name, "FAIL", text)
 
-    # daemons: a file system that hangs holds its thread for ever
+    # daemons: a hanging file system blocks its thread for ever
     threads = [Thread(target=run, args=(number,), daemon=True) for number in range(len(checks))]
     started = time.monotonic()
     for thread in threads:
@@ -62,5 +62,5 @@ def run_checks(checks: Sequence[Check]) -> list[Finding]:
 
 
 def with_deadline(name: str, function: Callable[[], Finding], deadline_s: float) -> Finding:
-    """One check by itself."""
+    """Runs one check with its own deadline."""
     return run_checks([Check(name, function, deadline_s)])[0]

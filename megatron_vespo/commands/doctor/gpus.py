@@ -1,4 +1,4 @@
-"""GPUs as torch and the driver see them, asked in processes of their own."""
+"""GPUs as torch and the driver see them, asked in separate processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def has_gpu_files() -> bool:
 
 
 def num_gpus() -> int:
-    """That this process may use."""
+    """Number of GPUs that this process may use."""
     if not has_gpu_files():
         return 0
     program = "import torch; print(torch.cuda.device_count())"
@@ -41,7 +41,7 @@ def num_gpus() -> int:
         )
         return int(done.stdout.split()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError):
-        return 0  # `gpus` says why
+        return 0  # `gpus` reports the reason
 
 
 def gpus() -> Finding:
@@ -58,7 +58,7 @@ def gpus() -> Finding:
 
 
 def judge_gpus(seen: dict, driver: str | None, topology: str, files: bool, wanted: int) -> Finding:
-    """`seen` is torch's answer, `topology` the text of nvidia-smi topo -m, `wanted` SLURM's number."""
+    """`seen` is torch's answer, `topology` the text of nvidia-smi topo -m, `wanted` SLURM's GPU count."""
     count = len(seen["names"])
     if count == 0 and not files and not wanted:
         return Finding("GPUs", "ok", "none: everything runs on CPU, over gloo", alike=True)
@@ -103,6 +103,6 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def _links(topology: str) -> set[str]:
-    """Kinds of links in the rows of GPUs, numbers removed: {"NV", "SYS", "PIX", ...}."""
+    """Kinds of links in the GPU rows, without their numbers: {"NV", "SYS", "PIX", ...}."""
     rows = [line.split()[1:] for line in topology.splitlines() if line.startswith("GPU")]
     return {word.rstrip("0123456789") for row in rows for word in row}

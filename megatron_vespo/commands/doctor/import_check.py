@@ -1,8 +1,8 @@
-"""Imports a package and looks for what we need of it, in a process that may die of it.
+"""Imports a package and looks for the names that we use, in a process that the import may kill.
 
     python -m megatron_vespo.commands.doctor.import_check PACKAGE
 
-The last line of standard output is a JSON list of what is wrong, or of nothing.
+The last line of standard output is a JSON list of problems; it is empty if there are none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vespo.system.optional_packages import DEEP_EP, TRANSFORMER_ENGINE,
 from megatron_vespo.system.plugins import prepare_for_megatron
 
 MARK = "megatron_vespo.commands.doctor.import_check:"
-# what Megatron imports of them has to be there, else it takes them for absent
+# if a name that Megatron imports from them is missing, Megatron takes the package for absent
 _AS_MEGATRON = {"transformer-engine": TRANSFORMER_ENGINE, "deep-ep": DEEP_EP}
 
 
@@ -32,11 +32,11 @@ def main(package: str) -> None:
     if package == "sglang" and not wrong:
         wrong = missing_in_sglang()
     print(f"\n{MARK}{json.dumps({'wrong': wrong, 'number': len(uses)})}", flush=True)
-    os._exit(0)  # whatever threads and handlers the package has left
+    os._exit(0)  # ignores threads and handlers that the package has left
 
 
 def _problems(uses: Uses) -> list[str]:
-    """A package that cannot be imported is one problem, however many names it has."""
+    """One line per problem. A package that cannot be imported is a single problem."""
     found = (problem(module, name, keywords) for (module, name), keywords in uses.items())
     return list(dict.fromkeys(text for text in found if text))
 
@@ -69,7 +69,7 @@ def _found(module: str, name: str) -> Any:
 
 
 def _accepted(found: Any, keywords: set[str]) -> set[str]:
-    """Those of the keywords that a call of it may have; all where its signature is not known."""
+    """Those of `keywords` that a call of `found` accepts; all of them if its signature is unknown."""
     if not keywords:
         return set()
     try:

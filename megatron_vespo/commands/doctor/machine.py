@@ -1,4 +1,4 @@
-"""This machine: limits, memory for exchange, disks, ports."""
+"""Checks of this machine: limits, shared memory, disks, ports."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shared_memory() -> Finding:
 
 
 def free_disk(folder: Path) -> Finding:
-    """The fuller one of `folder` and the folder for temporary files, where Ray's sessions are."""
+    """Checks the fuller one of `folder` and the temporary folder, where Ray keeps its sessions."""
     folders = [place for place in (Path(tempfile.gettempdir()), folder) if place.is_dir()]
     free, where = min((shutil.disk_usage(place).free, str(place)) for place in folders)
     fix = "make room, or set TMPDIR to a larger disk"
@@ -75,13 +75,13 @@ def judge_space(name: str, free: int, fewest: int, enough: int, fix: str) -> Fin
 
 
 def free_ports() -> Finding:
-    """Those that engines and their rendezvous choose from."""
+    """Checks the ports that engines and their rendezvous choose from."""
     last = PORT_RANGE.stop - 1 + RENDEZVOUS_PORT_OFFSET
     free = sum(_is_free(port) and _is_free(port + RENDEZVOUS_PORT_OFFSET) for port in PORT_RANGE)
     try:
         first_ephemeral = int(EPHEMERAL.read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        first_ephemeral = last + 1  # another kernel
+        first_ephemeral = last + 1  # not a Linux kernel
     return judge_ports(free, PORT_RANGE.start, last, first_ephemeral)
 
 

@@ -1,6 +1,6 @@
-"""The processes of a step exchange values: JSON lines between each of them and rank 0, standard library only.
+"""Lets the processes of a step exchange values: JSON lines between each and rank 0, standard library only.
 
-Whoever does not come or does not answer in time is left out and named; the others go on.
+A process that does not connect or answer in time is left out and named; the others continue.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import socket
 import time
 from typing import Any
 
-CANDIDATE_PORTS = 8  # rank 0 takes the first that is free, the others try them in turn
-FIRST_PORT = 29000  # below the engines' and the ephemeral ones
+CANDIDATE_PORTS = 8  # rank 0 takes the first free one, the others try them in turn
+FIRST_PORT = 29000  # below the engines' and the ephemeral ports
 RETRY_S = 0.5
 PINGS = 5
-ANSWER_MARGIN_S = 30.0  # how much longer than rank 0 the others wait
+ANSWER_MARGIN_S = 30.0  # the others wait this much longer than rank 0
 
 
 class MeetingError(RuntimeError):
-    """Rank 0 cannot be reached or has gone."""
+    """Rank 0 cannot be reached or has ended."""
 
 
 class Meeting:
-    """Of one process; the base of the two that follow. `absent` are ranks that have not come or have gone."""
+    """One process's side; base class of Host and Guest. `absent`: ranks that never connected or have left."""
 
     rank, size = 0, 1
 
@@ -30,11 +30,11 @@ class Meeting:
         self.absent: set[int] = set()
 
     def exchange(self, value: Any, timeout_s: float) -> dict[int, Any]:
-        """Rank -> its value, of all that are there; all ranks call it in the same order."""
+        """Rank -> its value, for all present ranks. All ranks call it in the same order."""
         return {0: value}
 
     def clock_offsets(self, timeout_s: float) -> dict[int, float]:
-        """Rank -> seconds that its clock is ahead of rank 0's; all ranks call it."""
+        """Rank -> seconds that its clock is ahead of rank 0's. All ranks call it."""
         return {0: 0.0}
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class Host(Meeting):
     """Rank 0."""
 
     def __init__(self, size: int, word: str, timeout_s: float):
-        """`word` tells this step's processes from strangers."""
+        """`word` distinguishes this step's processes from strangers."""
         super().__init__()
         self.size = size
         self._lines: dict[int, _Lines] = {}
@@ -64,7 +64,7 @@ class Host(Meeting):
                 else:
                     lines.close()
         self.absent = set(range(1, size)) - self._lines.keys()
-        self.exchange(None, timeout_s)  # the others know from it that they are in
+        self.exchange(None, timeout_s)  # tells the others that they are accepted
 
     def exchange(self, value: Any, timeout_s: float) -> dict[int, Any]:
         values, deadline = {0: value}, time.monotonic() + timeout_s
@@ -80,7 +80,7 @@ class Host(Meeting):
         return values
 
     def clock_offsets(self, timeout_s: float) -> dict[int, float]:
-        """By the quickest of a few questions: half of its way is the most that the answer can be off."""
+        """Uses the fastest of a few round trips: the error is at most half of its time."""
         offsets = {0: 0.0}
         for rank, lines in sorted(self._lines.items()):
             best = float("inf")
@@ -128,7 +128,7 @@ class Guest(Meeting):
                     self.exchange(None, max(1.0, deadline - time.monotonic()))
                     return
                 except MeetingError:
-                    self._lines.close()  # a stranger, or the step before
+                    self._lines.close()  # a stranger, or the previous step
             time.sleep(RETRY_S)
         raise MeetingError(f"cannot reach rank 0 at {host}, ports {_ports(word)[0]} and up: {problem}")
 
@@ -154,14 +154,14 @@ class Guest(Meeting):
 
 
 class _Lines:
-    """A connection that carries JSON, a line each way."""
+    """A connection that carries JSON, one line each way."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
         self._reader = connection.makefile("rb")
 
     def read(self, timeout_s: float) -> Any:
-        """None when the other end has gone, is too late or talks something else."""
+        """None if the other end has closed, is too late or does not send JSON."""
         self._connection.settimeout(timeout_s)
         try:
             line = self._reader.readline()
@@ -182,13 +182,13 @@ class _Lines:
 
 
 def _ports(word: str) -> range:
-    """The same for all of a step, different for neighbours on a node."""
+    """The same ports for all processes of a step, different ones for other steps on the node."""
     first = FIRST_PORT + sum(map(ord, word)) % 50 * CANDIDATE_PORTS
     return range(first, first + CANDIDATE_PORTS)
 
 
 def _listener(word: str) -> socket.socket:
-    """On all interfaces: which of them the others come by is what they find out."""
+    """Listens on all interfaces: the others find out which of them they can reach."""
     for port in _ports(word):
         try:
             return socket.create_server(("", port))

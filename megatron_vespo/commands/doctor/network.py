@@ -1,4 +1,4 @@
-"""All-reduces between the processes of a step, or between some of this machine."""
+"""Checks all-reduces between the processes of a step, or between processes of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vespo.commands.doctor.meeting import Meeting
 from megatron_vespo.system.ports import find_free_port
 
 TIMEOUT_S = 120.0
-EXCHANGE_S = TIMEOUT_S + 60.0  # some are late, as they have waited for an all-reduce that failed
+EXCHANGE_S = TIMEOUT_S + 60.0  # some are late, because they waited for a failed all-reduce
 SLOW_GB_S = {"gloo": 0.05, "nccl": 5.0}
 FIXES = {
     "gloo": "GLOO_SOCKET_IFNAME: the cluster's interface (ip -br addr); a host name must not be 127.0.1.1",
@@ -23,9 +23,9 @@ FIXES = {
 
 
 def all_reduce(meeting: Meeting, backend: str, workers: int, host: str) -> Finding | None:
-    """`workers` processes of this task take part; all tasks call it. None where nobody has any.
+    """`workers` processes of this task take part; all tasks call it. None if no task has any.
 
-    `host` is rank 0's as the others reach it. Everybody has to be there: with an absent task it would hang.
+    `host` is rank 0's address as the others reach it. All tasks must be present: otherwise it would hang.
     """
     name = f"{backend} all-reduce"
     port = find_free_port("127.0.0.1" if meeting.size == 1 else "0.0.0.0") if meeting.rank == 0 else 0
@@ -52,7 +52,7 @@ def all_reduce(meeting: Meeting, backend: str, workers: int, host: str) -> Findi
 
 
 def _run(backend: str, host: str, port: int, ranks: range, size: int) -> tuple[int | None, str, str]:
-    """Exit status (None: killed at the deadline), output of the first rank, last line of what went wrong."""
+    """Exit status (None: killed at the deadline), the first rank's output, last line of the error."""
     program = [sys.executable, "-m", "megatron_vespo.commands.doctor.collective", backend, host, str(port)]
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ranks]

@@ -1,4 +1,4 @@
-"""What this program imports of a library and which keywords it calls it with, read from its own source."""
+"""Finds what this package imports from a library, and with which keywords it calls it, in its own source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Uses = dict[tuple[str, str], set[str]]  # (module, dotted name in it or "") -> k
 
 
 def uses_of(library: str) -> Uses:
-    """All of this package's."""
+    """All uses in this package."""
     found: Uses = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         for key, keywords in uses_in(ast.parse(path.read_text()), library).items():
@@ -43,7 +43,7 @@ def uses_in(tree: ast.AST, library: str) -> Uses:
 
 
 def _imports(node: ast.AST, library: str) -> Iterator[tuple[str, tuple[str, str], tuple[str, str]]]:
-    """Of an import statement: the name that it binds, what that is, and what has to be there."""
+    """For an import statement: the name that it binds, what the name refers to, and what must exist."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name.partition(".")[0] == library:

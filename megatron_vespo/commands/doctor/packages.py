@@ -1,4 +1,4 @@
-"""Packages: their versions, and whether they have what this program uses of them."""
+"""Checks packages: their versions, and whether they have every name that this program uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vespo.commands.doctor.import_check import MARK
 from megatron_vespo.commands.doctor.versions import OPTIONAL, TESTED, installed
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
-SHOWN = 2  # of what is wrong
+SHOWN = 2  # problems listed
 _FIXES = {
     "apex": "pip uninstall apex, install NVIDIA's from its repository: PyPI's apex is another project",
     "transformer-engine": "pip install --no-build-isolation transformer-engine[core-cu13,pytorch]=="
@@ -35,7 +35,7 @@ def package(name: str) -> Finding:
         return Finding(name, "FAIL", "not installed", fix, alike=True)
     wrong, number = _check_imports(name)
     if wrong:
-        # nothing else is wrong with a run: Megatron and SGLang do without DeepEP
+        # a run works without it: Megatron and SGLang do not need DeepEP
         status: Status = "warn" if name == "deep-ep" else "FAIL"
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return Finding(name, status, f"{found}: {'; '.join(wrong[:SHOWN])}{more}", fix, alike=True)
@@ -46,7 +46,7 @@ def package(name: str) -> Finding:
 
 
 def _check_imports(name: str) -> tuple[list[str], int]:
-    """What is wrong with the package, and how many names were looked for."""
+    """The package's problems, and how many names were checked."""
     command = [sys.executable, "-m", "megatron_vespo.commands.doctor.import_check", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)

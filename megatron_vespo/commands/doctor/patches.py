@@ -1,4 +1,4 @@
-"""Whether the diffs in patches/ are applied."""
+"""Checks whether the diffs in patches/ are applied."""
 
 from __future__ import annotations
 

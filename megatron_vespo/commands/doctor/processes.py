@@ -1,4 +1,4 @@
-"""What trainer ranks and engines of a run would get in their environment, and whether it lets them start."""
+"""Checks the environment that trainer ranks and engines of a run would get, and whether they can start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_vespo.system.process_environment import (
 
 TIMEOUT_S = 60.0
 VARIABLES, MEMORY_SAVER = "run's variables", "memory saver"
-# what a value that the user exports changes for the worse, where it is not the table's
+# why an exported value that differs from the table's is doubtful; messages append the table's value
 DOUBTFUL = {
     CUMEM: "trainer ranks and engines both get it, but this package is made for",
     CONNECTIONS: "before Blackwell Megatron refuses tensor and context parallelism without",
@@ -43,7 +43,7 @@ def variables() -> Finding:
 
 
 def judge_variables(env: Mapping[str, str]) -> Finding:
-    """`env` as a run would find it that is started there."""
+    """`env` is the environment in which a run would start."""
     try:
         user = exported_values(env)
     except ValueError as error:
@@ -70,7 +70,7 @@ def judge_variables(env: Mapping[str, str]) -> Finding:
 
 
 def memory_saver() -> Finding:
-    """torch_memory_saver's library is preloaded into each scheduler and needs libcuda and libcudart."""
+    """Checks torch_memory_saver's library: each scheduler preloads it, and it needs libcuda and libcudart."""
     if importlib.util.find_spec("torch_memory_saver") is None:
         return Finding(MEMORY_SAVER, "ok", "torch_memory_saver is not installed: no --colocate on GPUs")
     path = os.environ.get(LIBRARIES, "")

@@ -1,4 +1,4 @@
-"""Whether all processes see each other's files in a folder, and how fast it is."""
+"""Checks whether all processes see each other's files in a folder, and how fast the folder is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE_BYTES = 64 * 2**20
 BLOCK = 2**20
 SLOW_GB_S = 0.1
 FIX = "--shared-dir: a folder on the cluster's file system, mounted on every node"
-VISIBLE_WITHIN_S = 10.0  # NFS remembers for some seconds that a file was not there
+VISIBLE_WITHIN_S = 10.0  # NFS caches for some seconds that a file is missing
 
 
 def path_of(folder: Path, word: str, rank: int) -> Path:
@@ -22,19 +22,19 @@ def path_of(folder: Path, word: str, rank: int) -> Path:
 
 
 def write(folder: Path, word: str, rank: int) -> float:
-    """This rank's file, on disk when it returns; GB/s."""
+    """Writes this rank's file, which is on disk on return; GB/s."""
     block = _header(rank) + os.urandom(BLOCK - len(_header(rank)))
     started = time.monotonic()
     with path_of(folder, word, rank).open("wb") as file:
         for _ in range(SIZE_BYTES // BLOCK):
             file.write(block)
         sync(file)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading shall not be from memory
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reads must not come from memory
     return SIZE_BYTES / (time.monotonic() - started) / 1e9
 
 
 def read(folder: Path, word: str, rank: int) -> float:
-    """A rank's file, which must be its; GB/s."""
+    """Reads the file of `rank` and checks its content; GB/s."""
     started = time.monotonic()
     with path_of(folder, word, rank).open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -49,7 +49,7 @@ def read(folder: Path, word: str, rank: int) -> float:
 
 
 def unseen(folder: Path, word: str, ranks: Iterable[int], timeout_s: float = VISIBLE_WITHIN_S) -> list[int]:
-    """Ranks whose files are not there for this process."""
+    """Ranks whose files this process does not see."""
     deadline = time.monotonic() + timeout_s
     while True:
         missing = [rank for rank in ranks if not path_of(folder, word, rank).exists()]
@@ -60,7 +60,7 @@ def unseen(folder: Path, word: str, ranks: Iterable[int], timeout_s: float = VIS
 
 
 def check(folder: Path, word: str, rank: int, writers: list[int], size: int, write_speed: float) -> Finding:
-    """After all `writers` have written, of `size` processes: theirs are there, and the next one's is read."""
+    """Checks that the files of all `writers` are visible, and reads the next rank's. All must have written."""
     name = "shared folder"
     if missing := unseen(folder, word, writers):
         text = f"{folder}: the files of ranks {', '.join(map(str, missing))} are not seen"

@@ -1,4 +1,4 @@
-"""What has to be there of each package: what our own source uses, and what is used without an import."""
+"""What each package must offer: the names in our own source, and what is used without an import."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUTES = (
     "/update_weights_from_distributed",
     "/weights_checker",
 )
-# and the fields that we fill in
+# the fields that we fill in
 _REQUESTS = {
     "AbortReq": "abort_all",
     "DestroyWeightsUpdateGroupReqInput": "group_name",
@@ -39,7 +39,7 @@ _REQUESTS = {
     "weight_version",
 }
 _SAMPLING = {"temperature", "max_new_tokens", "stop_token_ids", "top_p", "top_k", "min_p", "sampling_seed"}
-# where Megatron-Core finds the kernels of packages that we do not import
+# where Megatron-Core imports kernels of packages that we do not import ourselves
 _TRANSFORMER_ENGINE = (
     "Linear LayerNormLinear LayerNorm RMSNorm DotProductAttention GroupedLinear optimizers.FusedAdam"
 )
@@ -52,7 +52,7 @@ _LIBRARIES = {"megatron-core": "megatron", "ray": "ray", "torch": "torch", "tran
 
 
 def surface(package: str) -> Uses:
-    """(module, dotted name) -> keywords that it must take. Called in the process that imports the package."""
+    """(module, dotted name) -> keywords that it must accept. Runs in the process that imports the package."""
     if package in _LIBRARIES:
         return uses_of(_LIBRARIES[package])
     if package == "sglang":
@@ -75,7 +75,7 @@ def surface(package: str) -> Uses:
 
 
 def missing_in_sglang() -> list[str]:
-    """Endpoints and flags of SGLang that we use and that it does not have."""
+    """Endpoints and flags that we use and that this SGLang lacks."""
     import importlib
 
     from megatron_vespo.rollout.server_arguments import OWNED, known_flags, server_arguments

@@ -1,4 +1,4 @@
-"""The findings of all nodes as one table, with the nodes named that differ from the others."""
+"""The findings of all nodes as one table, which names the nodes that differ from the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.commands.doctor.finding import Finding, Status
 
-MUCH_SLOWER = 3.0  # than the others in the middle
+MUCH_SLOWER = 3.0  # than the median node
 ORDER: tuple[Status, ...] = ("ok", "warn", "FAIL")
 
 
@@ -21,7 +21,7 @@ class Line:
 
 
 def lines_of(findings: Mapping[str, Sequence[Finding]]) -> list[Line]:
-    """`findings` of every node by its name; a line a check, in the order in which checks first appear."""
+    """One line per check, in the order in which checks first appear; `findings` is by name of the node."""
     names = list(dict.fromkeys(finding.check for found in findings.values() for finding in found))
     return [
         _line(name, {node: f for node, found in findings.items() for f in found if f.check == name})
@@ -53,7 +53,7 @@ def _line(check: str, by_node: dict[str, Finding]) -> Line:
 
 
 def _of_the_bad(check: str, status: Status, by_node: dict[str, Finding]) -> Line:
-    """Nodes with the same words together, the worst first."""
+    """Groups nodes with the same text, the worst first."""
     nodes_of: dict[str, list[str]] = {}
     for node, finding in sorted(by_node.items(), key=lambda item: -ORDER.index(item[1].status)):
         if finding.status != "ok":
@@ -81,7 +81,7 @@ def _much_slower(by_node: dict[str, Finding]) -> list[str]:
 
 
 def as_text(lines: Sequence[Line], width: int) -> str:
-    """A line a check; what is to be done about it below."""
+    """One line per check, with the fix below it."""
     widest = max(len(line.check) for line in lines)
     rows = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Environment variables that break a run far from where they were set, and the way to the model hub."""
+"""Checks environment variables that break a run far from where they were set, and access to the model hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def environment(has_gpu_files: bool) -> Finding:
 
 
 def judge_environment(env: Mapping[str, str], interfaces: set[str], has_gpu_files: bool) -> Finding:
-    broken, doubtful = [], []  # what it is, and what to do
+    broken, doubtful = [], []  # (problem, fix)
     if has_gpu_files and env.get("CUDA_VISIBLE_DEVICES") == "":
         broken.append(("CUDA_VISIBLE_DEVICES is empty, no GPU is seen", "unset it"))
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
@@ -45,13 +45,13 @@ def judge_environment(env: Mapping[str, str], interfaces: set[str], has_gpu_file
 
 
 def _names_an_interface(value: str, interfaces: set[str]) -> bool:
-    """NCCL takes beginnings of names, "=" before exact ones and "^" before those to leave out."""
+    """NCCL takes prefixes of names; "=" marks an exact name, "^" names to exclude."""
     wanted = value.removeprefix("=").split(",")
     return value.startswith("^") or any(have.startswith(want) for want in wanted for have in interfaces)
 
 
 def hub() -> Finding:
-    """Only of use for models and tokenizers that are no local folders."""
+    """Checks the hub, which only models and tokenizers outside local folders need."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").lower() in OFFLINE_WORDS:
             return Finding("hub", "ok", f"off by {name}: models are local folders")

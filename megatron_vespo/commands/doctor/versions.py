@@ -1,4 +1,4 @@
-"""What this program was tested with."""
+"""Package versions that this program was tested with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TESTED = {
     "transformer-engine": "2.20.2",
     "transformers": "5.19.0",
 }
-# without them something else runs; package -> what
+# package -> what runs without it
 OPTIONAL = {
     "transformer-engine": "Megatron's local layers run",
     "deep-ep": "only --moe-token-dispatcher-type flex needs it",
@@ -25,12 +25,12 @@ OPTIONAL = {
 }
 
 
-# the same modules under another name
+# the same modules under another package name
 _ALSO = {"deep-ep": "sgl-deep-ep"}
 
 
 def installed(package: str) -> str | None:
-    """Its version, without what a build adds to it (2.14.1+cu130)."""
+    """Its version, without a build suffix (such as the +cu130 of 2.14.1+cu130)."""
     for name in filter(None, (package, _ALSO.get(package))):
         try:
             return version(name).partition("+")[0]

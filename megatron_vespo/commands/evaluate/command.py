@@ -1,4 +1,4 @@
-"""`megatron-vespo evaluate`: avg@k and pass@k of a checkpoint, as a job that goes on where it was stopped."""
+"""`megatron-vespo evaluate`: measures avg@k and pass@k of a checkpoint; a stopped job can be resumed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prompts(options: EvaluateOptions, path: Path, form: ChatFormat) -> list[Prompt]:
-    # a set without its longest prompts is another set
+    # without its longest prompts it would be another set
     loaded = prompt_data(PromptSettings.of(options), path, form, overlong="error", flag="--data")
     for remark in loaded.remarks(options.max_prompt_tokens):
         print(remark, file=sys.stderr)
@@ -80,7 +80,7 @@ def _prompts(options: EvaluateOptions, path: Path, form: ChatFormat) -> list[Pro
 
 
 class _Evaluation:
-    """Which prompts are left, and what becomes of one that has finished."""
+    """Keeps which prompts are left, and records every finished prompt."""
 
     def __init__(
         self, options: EvaluateOptions, sets: dict[str, list[Prompt]], results: ResultFile, tokenizer: Any
@@ -96,12 +96,12 @@ class _Evaluation:
         ]
 
     def run(self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption) -> None:
-        """Until none is left. What has started ends with it, whatever happens."""
+        """Runs until no prompt is left. Everything that it starts ends with it, whatever happens."""
         with ExitStack() as stack:
             try:
                 self._run(sampling, reward, stack)
             except EndedBySignal:
-                preemption.conclude(EXIT_RESUME)  # before the stack ends all, which takes seconds
+                preemption.conclude(EXIT_RESUME)  # before the stack ends everything, which takes seconds
                 raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
@@ -118,7 +118,7 @@ class _Evaluation:
         served = stack.enter_context(serving(options, progress.message))
 
         statuses: list[str] = []
-        held: list[dict[str, Any]] = []  # while no reward has worked: its zeros would be no results
+        held: list[dict[str, Any]] = []  # until one reward has worked: zeros of failed rewards are no results
 
         def keep() -> None:
             while held:
@@ -140,7 +140,7 @@ class _Evaluation:
             num_completions=options.num_completions, seed=options.seed,
         )  # fmt: skip
         check_some_worked(statuses)
-        keep()  # of responses that were all cut, which no reward function has judged
+        keep()  # if all responses were truncated, no reward function has judged any
 
     def by_set(self) -> dict[str, list[dict]]:
         return {

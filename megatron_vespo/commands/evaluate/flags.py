@@ -1,4 +1,4 @@
-"""Flags of `megatron-vespo evaluate`. Those that training has, too, are its own: one meaning, one default."""
+"""Flags of `megatron-vespo evaluate`. Those shared with training come from it: one meaning, one default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ An HF folder or a Megatron checkpoint (converted first) gets SGLang engines of i
 --sglang-<flag>; --engine-url asks engines that run. Finished prompts are in --output-dir:
 the same command goes on where it was stopped.
 """
-# of training, by the group here
+# training's flags, by the group in which this command shows them
 SHARED = {
     "prompts": (
         "--prompt-key", "--answer-key", "--answer-pattern", "--no-chat-template",
@@ -46,7 +46,7 @@ _POSITIVE = (
 
 
 def parse_args(argv: list[str]) -> EvaluateOptions:
-    """ValueError for a user's mistake."""
+    """Raises ValueError for a user's mistake."""
     sglang_flags, rest = parse_sglang_flags(argv)
     args = make_parser().parse_args(rest)
     data = _named_files(args.data)

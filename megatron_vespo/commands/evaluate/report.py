@@ -1,6 +1,6 @@
-"""What an evaluation found: numbers a prompt set, a table for people, and a line of progress.
+"""Reports an evaluation: metrics per prompt set, a table, and a line of progress.
 
-Shapes: P prompts, K completions a prompt.
+Shapes: P prompts, K completions per prompt.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import numpy as np
 from megatron_vespo.algorithms.accuracy import mean_interval, passes_at_k, repeat_error, shown_ks
 from megatron_vespo.observability.progress import clock
 
-PLAIN_INTERVAL_S = 30.0  # between lines of progress that is no terminal's
+PLAIN_INTERVAL_S = 30.0  # seconds between lines of progress if the output is no terminal
 TERMINAL_INTERVAL_S = 0.5
 CLEAR_LINE = "\r\x1b[K"
 
 
 def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dict[str, Any]:
-    """Of one set's finished prompts, all with K completions.
+    """Metrics of one set's finished prompts, all with K completions.
 
-    A record has lists of K: "rewards", "lengths" (tokens), "finish_reasons", "statuses" of the rewards, and
-    "policy_versions", the lowest and the highest. A completion is correct, for pass@k, if its reward is at
-    least `pass_reward`. Truncated responses, and rewards that timed out or failed, count as 0 in everything.
+    A record has lists of length K: "rewards", "lengths" (tokens), "finish_reasons", "statuses" of the
+    rewards; and "policy_versions", the lowest and the highest. A completion is correct, for pass@k, if its
+    reward is at least `pass_reward`. Truncated responses, and rewards that timed out or failed, count as 0
+    everywhere.
     """
     rewards_PK = np.array([record["rewards"] for record in records], dtype=np.float64)
     lengths_PK = np.array([record["lengths"] for record in records], dtype=np.float64)
@@ -60,7 +61,7 @@ def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dic
 
 
 def format_table(sets: dict[str, dict[str, Any]]) -> str:
-    """A line a prompt set."""
+    """One line per prompt set."""
     num_completions = max(found["completions"] for found in sets.values())
     ks = shown_ks(num_completions)
     heading = ["set", "prompts", f"avg@{num_completions}", "95% interval", *(f"pass@{k}" for k in ks)]
@@ -88,13 +89,13 @@ def format_table(sets: dict[str, dict[str, Any]]) -> str:
             row[0].ljust(widths[0]),
             *(cell.rjust(width) for cell, width in zip(row, widths, strict=True)),
         ]
-        del cells[1]  # the name, once more
+        del cells[1]  # the name again
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def reservations(sets: dict[str, dict[str, Any]]) -> list[str]:
-    """What makes numbers less than they seem."""
+    """Lines about what limits the meaning of the numbers."""
     lines = []
     for name, found in sets.items():
         total = found["prompts"] * found["completions"]
@@ -121,7 +122,7 @@ def _share(value: float) -> str:
 
 @dataclass
 class Progress:
-    """`done` of `total` prompts; on a terminal a line that changes, elsewhere a line now and then."""
+    """Shows `done` of `total` prompts: on a terminal one changing line, elsewhere a line now and then."""
 
     total: int
     done: int = 0
@@ -136,11 +137,11 @@ class Progress:
         self.start()
 
     def start(self) -> None:
-        """Time counts from now on."""
+        """Starts the clock."""
         self._started = self._reported = self.now()
 
     def finished(self, rewards: list[float]) -> None:
-        """Of one prompt more."""
+        """Counts one more prompt, with its rewards."""
         self.done += 1
         self._reward_sum += sum(rewards)
         self._num_rewards += len(rewards)
@@ -151,7 +152,7 @@ class Progress:
             self._write(CLEAR_LINE + line if self._terminal else line + "\n")
 
     def message(self, text: str) -> None:
-        """On lines of its own. Any thread may call it."""
+        """Prints `text` on its own lines. Any thread may call it."""
         self._write((CLEAR_LINE if self._terminal else "") + text + "\n")
 
     def close(self) -> None:
@@ -167,5 +168,5 @@ class Progress:
         )
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)  # one piece: another thread may write, too
+        self.stream.write(text)  # in one piece: another thread may also write
         self.stream.flush()

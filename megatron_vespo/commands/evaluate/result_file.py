@@ -1,7 +1,7 @@
-"""An append-only file of finished work, so that a killed job goes on where it stopped.
+"""An append-only file of finished work, with which a killed job resumes where it stopped.
 
-Its first line is what the work was done with, every other one a finished piece. A line is on the disk when
-`append` returns; a kill in the middle leaves a torn last line, which is dropped.
+The first line has the settings of the work, every other line one finished piece. A line is on the disk when
+`append` returns. A kill during a write leaves a torn last line, which is dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SETTINGS = "settings"
 
 
 def made_with(path: Path) -> dict[str, Any]:
-    """The settings in a file of finished work; none where there is no such file, or a torn one."""
+    """The settings in a file of finished work; {} if the file or its first line is missing or torn."""
     if not path.is_file():
         return {}
     try:
@@ -33,12 +33,12 @@ def made_with(path: Path) -> dict[str, Any]:
 
 
 class ResultFile:
-    """`path`, made or gone on with; `records` are those that it has. One process at a time.
+    """Creates or continues `path`; `records` are the records already in it. One process at a time.
 
-    `settings` are the work's, by the words of messages; JSON values.
+    `settings` of the work are JSON values; their keys are the words that messages use.
 
     Raises:
-        ValueError: the file was made with other settings, is damaged, or another process has it.
+        ValueError: the file was made with other settings, is damaged, or another process uses it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -55,7 +55,7 @@ class ResultFile:
             raise
 
     def append(self, record: dict[str, Any]) -> None:
-        """Returns when it is on the disk. Any thread may call it; RuntimeError when the file is closed."""
+        """Returns when `record` is on disk. Any thread may call it; RuntimeError if the file is closed."""
         with self._lock:
             if self._descriptor < 0:
                 raise RuntimeError(f"{self.path} is closed")
@@ -100,7 +100,7 @@ class ResultFile:
         if len(rows) > 1:
             self._check_same(header[_SETTINGS], settings)
             return [row for _, row in rows[1:]]
-        os.ftruncate(self._descriptor, 0)  # nothing has finished: any settings will do
+        os.ftruncate(self._descriptor, 0)  # nothing has finished: the settings may change
         self._write({_SETTINGS: settings})
         sync(self.path.parent)
         return []

@@ -1,4 +1,4 @@
-"""The engines of an evaluation: those that it starts, or those that run already."""
+"""The engines of an evaluation: it starts them, or uses running ones."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.plugins import load_runtime_plugins
 
-CONVERTED_NAME = "converted-{}"  # in the output folder, as engines on other nodes must see it
+CONVERTED_NAME = "converted-{}"  # in the output folder, because engines on other nodes must see it
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What a Collector needs to know of engines. `urls[number]` may change: None is one out of service."""
+    """What a Collector needs to know about engines. `urls[number]` may change; None: out of service."""
 
     urls: Sequence[str | None]
     lost: LostRequests
@@ -39,7 +39,7 @@ class Serving:
 
 @contextmanager
 def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Serving]:
-    """Engines that run already, or that are started here; those end with the context."""
+    """Running engines, or engines that are started here and end with the context."""
     if options.engine_url:
         urls = [url.rstrip("/") for url in options.engine_url]
         yield Serving(urls, LostRequests(log), api_key=api_key(options))
@@ -47,7 +47,7 @@ def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Se
     with ExitStack() as stack:
         settings = engine_settings(options, _hf_folder(options, log, stack))
         log("starting Ray ...")
-        with warnings.catch_warnings(action="ignore"):  # what is missing here says nothing about the engines
+        with warnings.catch_warnings(action="ignore"):  # what is missing here may exist where the engines run
             load_runtime_plugins()
         stack.callback(stop_ray)
         on_gpus = has_gpus(settings.ray_address)
@@ -62,7 +62,7 @@ def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Se
         log(f"starting SGLang: {options.rollout_engines} engines ...")
         engines, sync = started.engines, started.sync
         engines.wait_until_ready()
-        sync.sync(0)  # the weights are those that the engines have loaded
+        sync.sync(0)  # the engines have loaded these weights
 
         def on_wait() -> None:
             if sync.is_wanted(while_others_serve=True):
@@ -72,18 +72,18 @@ def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Se
 
 
 def engine_settings(options: EvaluateOptions, hf_folder: Path) -> EngineSettings:
-    """Of engines that are started here and load `hf_folder`."""
+    """Settings of engines that are started here and load `hf_folder`."""
     return EngineSettings.of(options, hf_checkpoint=hf_folder, engine_api_key="auto")
 
 
 def _hf_folder(options: EvaluateOptions, log: Callable[[str], None], stack: ExitStack) -> Path:
-    """The checkpoint itself, or what it converts to, which goes when `stack` ends."""
+    """The checkpoint itself, or its conversion to HF, which is removed when `stack` ends."""
     if is_hf(options.checkpoint):
         check_served(options.checkpoint)
         return options.checkpoint.resolve()
     folder = (options.output_dir / CONVERTED_NAME.format(weights_digest(options.checkpoint))).resolve()
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    if not is_hf(folder):  # one that a killed job has left is whole
+    if not is_hf(folder):  # a folder left by a killed job is complete
         log(f"converting {options.checkpoint} ...")
         megatron_to_hf(options.checkpoint, folder, Options(quiet=True), Ranks(), options.hf_config)
     return folder
@@ -101,7 +101,7 @@ def _server_arguments(settings: EngineSettings, seed: int, on_gpus: bool) -> lis
 
 
 def _dtype(folder: Path) -> str:
-    """As stored: left alone, SGLang makes float16 of float32."""
+    """The stored dtype. Without it SGLang would convert float32 to float16."""
     config = read_unchecked(folder)
     stored = config.get("dtype") or config.get("torch_dtype")
     return stored if stored in DTYPES else "auto"

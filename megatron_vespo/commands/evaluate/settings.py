@@ -1,4 +1,4 @@
-"""What an evaluation's numbers depend on: a job that goes on must have the same."""
+"""The settings that an evaluation's numbers depend on: a resumed job must have the same."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megatron_vespo.types import Prompt
 TOKENS = "prompts as tokens (tokenizer and chat template)"
 DATE = "date of its start"  # in the settings: a chat template may write it into prompts
 MODEL_INFO_TIMEOUT_S = 30.0
-_SAMPLED_BYTES = 2**20  # of each end of a file of weights: every optimizer step changes all tensors
+_SAMPLED_BYTES = 2**20  # hashed at each end of a weight file: every optimizer step changes all tensors
 _WEIGHT_FILES = (".safetensors", ".distcp", ".metadata", "config.json")
-# by the words of messages
+# keys are the words that messages use
 _FLAGS = {
     "--num-completions": "num_completions",
     "--temperature": "temperature",
@@ -46,7 +46,7 @@ _FLAGS = {
 
 
 def start_date(results: Path) -> datetime:
-    """When the evaluation has started that has its finished prompts in `results`; now, where none has."""
+    """When the evaluation with finished prompts in `results` started; now, if there is none."""
     date = made_with(results).get(DATE)
     return datetime.fromisoformat(date) if date else datetime.now().replace(microsecond=0)
 
@@ -54,7 +54,7 @@ def start_date(results: Path) -> datetime:
 def evaluation_settings(
     options: EvaluateOptions, stops: Sequence[int], sets: Mapping[str, Sequence[Prompt]], date: datetime
 ) -> dict[str, Any]:
-    """JSON values. How many engines there are, and where, does not matter.
+    """The settings as JSON values, without the number and place of the engines, which do not matter.
 
     The token ids of `sets` stand for tokenizer and chat template.
     """
@@ -71,7 +71,7 @@ def evaluation_settings(
 
 
 def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
-    """`settings` without those that an older version has not written to `results`, if they add nothing."""
+    """`settings` without those that an older version did not write to `results`, if they change nothing."""
     before = made_with(results)
     added = (DATE, TOKENS, *(() if settings["--chat-template-arguments"] else ["--chat-template-arguments"]))
     return {
@@ -98,7 +98,7 @@ def tokenizer_folder(options: EvaluateOptions) -> Path:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """Tells folders of weights apart: by files' names, sizes and ends."""
+    """Distinguishes folders of weights by the names, sizes and ends of their files."""
     folder = checkpoint
     if is_megatron(checkpoint) and not is_hf(checkpoint):
         folder = checkpoint_folder(checkpoint)
@@ -119,7 +119,7 @@ def api_key(options: EvaluateOptions) -> str | None:
 
 
 def _live_weights(urls: Sequence[str], key: str | None) -> str:
-    """What the engines say of themselves; ValueError where their replies could not be used."""
+    """The model that the engines report; ValueError if their replies are unusable."""
     seen = set()
     for url in urls:
         try:

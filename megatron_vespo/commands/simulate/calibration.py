@@ -1,4 +1,4 @@
-"""What a run's own files say about how long things take."""
+"""Measures from a run's own files how long its phases take."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LOOP = ("generate", "reward", "log-probs", "train", "sync", "evaluate", "save") 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run's folder says. `seconds` is from its first phase, a weight sync, to its last one's end."""
+    """Measurements of a run. `seconds`: from its first phase, a weight sync, to the end of its last one."""
 
-    rates: Rates | None  # None: asynchronous, what each side costs alone cannot be told
+    rates: Rates | None  # None: asynchronous; the cost of each side alone is unknown
     lengths: Recorded
     num_engines: int
     trainer_ranks: int
@@ -31,7 +31,7 @@ class Measured:
 
 
 def measure(folder: Path, rollouts: Path | None = None) -> Measured:
-    """Of the output folder of a finished run; `rollouts` instead of the record that its summary names."""
+    """Measures the output folder of a finished run; `rollouts` replaces the record that its summary names."""
     summary = _json(folder / "summary.json")
     if not {"layout", "paths"} <= summary.keys():
         raise ValueError(f"{folder / 'summary.json'}: not what a run has written")
@@ -55,7 +55,7 @@ def measure(folder: Path, rollouts: Path | None = None) -> Measured:
 
 
 def driver_phases(path: Path) -> list[tuple[str, float, float]]:
-    """(name, start, end) in seconds of the loop's phases, from a trace whose end may be missing."""
+    """(name, start, end) of the loop's phases, in seconds, from a trace whose end may be missing."""
     events = _json(path, may_be_open=True)
     return [
         (event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
@@ -65,8 +65,8 @@ def driver_phases(path: Path) -> list[tuple[str, float, float]]:
 
 
 def fit(seconds: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, float]:
-    """Non-negative c [k] that makes `sizes` @ c, [n, k], closest to `seconds` [n], and what the first one
-    took beyond it. The first one is not fitted: it compiles, allocates, warms up.
+    """Least-squares fit of `sizes` [n, k] @ c to `seconds` [n], with c [k] non-negative. Returns c, and how
+    much longer the first call took. The first call is not fitted: it compiles, allocates, warms up.
     """
     later, sizes_later = (seconds[1:], sizes[1:]) if len(seconds) > 1 else (seconds, sizes)
     best, least = np.zeros(sizes.shape[1]), np.inf
@@ -99,11 +99,11 @@ def _rates(
     tokens = lengths.prompts.reshape(num_batches, -1).sum(1) * lengths.completions.shape[1] + responses.sum(1)
     steps = len(seconds["train"]) // num_batches
     train = seconds["train"].reshape(num_batches, steps).sum(1)
-    # no file says how fast prompts go in: as fast, a rank, as through the trainer's forward pass
+    # no file has the prefill speed: assume that of the trainer's forward pass, per rank
     passes = slice(1, None) if num_batches > 1 else slice(None)
     prefill = float(tokens[passes].sum() / seconds["log-probs"][passes].sum()) / ranks
-    # a batch that runs at once: r(v) requests are there at token v, and a + b r(v) summed over v is
-    # a times the longest response + b times all tokens
+    # All requests of a batch run at once, r(v) of them at token v. Then a + b r(v), summed over v, is
+    # a times the longest response + b times all tokens.
     sizes = np.stack([responses.max(1), responses.sum(1) / engines], 1)
     decode, first = fit(seconds["generate"] - (tokens - responses.sum(1)) / engines / prefill, sizes)
     ones = np.ones(num_batches)

@@ -1,4 +1,4 @@
-"""Virtual time: what happens when, in the order of its time."""
+"""Virtual time: runs actions in the order of their times."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Actions at points in time; those of the same time in the order they were asked for."""
+    """Runs actions at points in time. Actions of the same time run in the order of their requests."""
 
     def __init__(self) -> None:
         self.now = 0.0  # seconds
@@ -20,7 +20,7 @@ class Clock:
         heapq.heappush(self._actions, (time, self._number, action))
 
     def run(self, ended: Callable[[], bool]) -> None:
-        """Until `ended` says so, which is asked after every action."""
+        """Runs until `ended` returns True; it is asked after every action."""
         while not ended():
             assert self._actions, f"nothing can happen any more after {self.now} s"
             time, _, action = heapq.heappop(self._actions)
@@ -29,7 +29,7 @@ class Clock:
 
 
 class Work:
-    """A number of seconds of undisturbed work that others may slow down or hold up meanwhile."""
+    """Work of a given number of undisturbed seconds, which others may slow down or stop."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -42,7 +42,7 @@ class Work:
         self._schedule()
 
     def set_speed(self, speed: float) -> None:
-        """1 is undisturbed, 0 stands still."""
+        """1: undisturbed; 0: stopped."""
         if speed == self._speed:
             return
         self._left = max(self._left - (self._clock.now - self._since) * self._speed, 0.0)

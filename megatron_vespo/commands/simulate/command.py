@@ -1,4 +1,4 @@
-"""`megatron-vespo simulate`: how fast a run would be, before there are machines for it."""
+"""`megatron-vespo simulate`: estimates how fast a run would be, without its machines."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _bounds(options: SimulateOptions) -> Sequence[int]:
 
 
 def _scale(measured: Measured | None) -> dict[str, int]:
-    """What the flags of SCALE are where they are not given."""
+    """Defaults of the flags in SCALE."""
     if measured is None:
         return SCALE
     num_groups, num_completions = measured.lengths.completions.shape
@@ -202,7 +202,7 @@ def _check(options: SimulateOptions) -> None:
         raise ValueError("--decode-ms 0 0: decoding takes time")
     check_positive(options, ("sync_interval", "max_attempts"))
     for bound in _bounds(options):
-        # a synchronous run has no use for the flags that are given for the others
+        # a synchronous run does not use these flags
         ahead = (options.sync_interval, options.over_subscription) if bound else (None, None)
         check_staleness(bound, options.steps_per_rollout, *ahead)
 
@@ -224,7 +224,7 @@ def _lengths(options: SimulateOptions, measured: Measured | None) -> Lengths:
 def _machines(
     options: SimulateOptions, measured: Measured | None
 ) -> Iterator[tuple[str, int, int, int, Rates]]:
-    """Name, number of GPUs, those of the trainer, engines and rates of each."""
+    """For each machine: name, number of GPUs, trainer's GPUs, number of engines, rates."""
     if measured is not None:
         if measured.rates is None:
             raise ValueError(
@@ -252,7 +252,7 @@ def _machines(
 
 
 def _override(options: SimulateOptions, rates: Rates, trainer: int) -> Rates:
-    """By the flags that are given."""
+    """`rates`, with the given flags in place of its values."""
     engine = rates.engine
     if options.decode_ms:
         engine = replace(engine, decode=Cost(*(ms / 1e3 for ms in options.decode_ms)))

@@ -1,4 +1,4 @@
-"""An engine that decodes many requests at once."""
+"""Simulates an engine that decodes many requests at once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Protocol
 from megatron_vespo.commands.simulate.clock import Clock
 from megatron_vespo.commands.simulate.rates import EngineRates
 
-SAME_TOKEN = 1e-6  # requests that end so close together, in tokens, end together
+SAME_TOKEN = 1e-6  # requests whose ends differ by less, in tokens, end together
 
 
 class Owner(Protocol):
-    """Of requests: is told what becomes of them."""
+    """The owner of requests; it is told how they end."""
 
     def done(self, request: Request) -> None: ...
 
     def lost(self, request: Request) -> None:
-        """Its engine has died."""
+        """The request's engine has died."""
 
 
 @dataclass(eq=False, slots=True)
@@ -30,21 +30,21 @@ class Request:
 
     owner: Owner
     prompt_tokens: int
-    tokens: int  # it will make
-    made: int = 0  # before it was interrupted
+    tokens: int  # length of the completion
+    made: int = 0  # tokens made before it was interrupted
     first_version: int | None = None  # of the weights, at its first and its last token
     last_version: int = 0
-    engine: Engine | None = None  # that has it
+    engine: Engine | None = None  # the engine that runs it
     running_since: float | None = None  # in its engine's virtual time
     cancelled: bool = False
 
 
 class Engine:
-    """Processor sharing: every running request gets a token every `decode.seconds(running)`.
+    """Processor sharing: every running request gets one token per `decode.seconds(running)`.
 
-    `virtual` counts the tokens that a request would have made which was there from the start. One that
-    starts at v and makes n tokens ends at v + n whatever comes and goes meanwhile, so a heap of these ends
-    is all there is to know: O(log n) a request.
+    `virtual` counts the tokens that a request running from the start would have made. A request that starts
+    at v and makes n tokens ends at v + n, whatever other requests come and go. So a heap of these ends is
+    sufficient: O(log n) per request.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Engine:
         self._clock, self._rates, self._on_end, self._on_working = clock, rates, on_end, on_working
         self.version = 0  # of the weights
         self.virtual = 0.0
-        self.prefilling = rates.decode.first  # seconds of it to do before anything is decoded
+        self.prefilling = rates.decode.first  # seconds of prefill left before anything is decoded
         self.num_running = 0
         self.up = True
         self.tokens_made = 0.0
-        self.busy: list[list[float]] = []  # start and end of the times at work
+        self.busy: list[list[float]] = []  # start and end of each busy interval
         self._paused, self._speed = False, 1.0
-        self._ends: list[tuple[float, int, Request]] = []  # of running requests, in virtual time
+        self._ends: list[tuple[float, int, Request]] = []  # ends of running requests, in virtual time
         self._waiting: deque[Request] = deque()
         self._since, self._plan, self._number, self._works = 0.0, 0, 0, False
 
@@ -78,7 +78,7 @@ class Engine:
         self._go_on()
 
     def cancel(self, request: Request) -> None:
-        """Its place is free at once."""
+        """Removes the request; its place is free at once."""
         self._advance()
         request.cancelled, request.engine = True, None
         if request.running_since is not None:
@@ -87,13 +87,13 @@ class Engine:
         self._go_on()
 
     def pause(self) -> None:
-        """Running requests stay where they are."""
+        """Stops decoding; running requests stay in the engine."""
         self._advance()
         self._paused = True
         self._go_on()
 
     def resume(self, version: int, recompute: bool) -> None:
-        """With new weights; `recompute` whether keys and values of running requests are made anew."""
+        """Continues with new weights; `recompute`: the KV cache of running requests is computed again."""
         self._advance()
         self._paused, self.version = False, version
         if recompute:
@@ -102,7 +102,7 @@ class Engine:
         self._go_on()
 
     def interrupt(self) -> list[Request]:
-        """Takes all requests out; they know what they have made."""
+        """Takes all requests out; each keeps its number of tokens made."""
         self._advance()
         taken = [*self._running(), *(r for r in self._waiting if not r.cancelled)]
         for request in taken:
@@ -120,7 +120,7 @@ class Engine:
         self._go_on()
 
     def set_speed(self, speed: float) -> None:
-        """Relative to its rates."""
+        """`speed` is relative to the engine's rates."""
         if speed != self._speed:
             self._advance()
             self._speed = speed
@@ -135,7 +135,7 @@ class Engine:
         return (request for _, _, request in self._ends if request.running_since is not None)
 
     def _advance(self) -> None:
-        """Brings `virtual` up to now."""
+        """Advances `virtual` to the present."""
         seconds = (self._clock.now - self._since) * self._speed
         self._since = self._clock.now
         if not self._works:
@@ -147,7 +147,7 @@ class Engine:
         self.tokens_made += tokens * self.num_running
 
     def _go_on(self) -> None:
-        """After a change: starts what may start and plans the next end."""
+        """After a change: starts waiting requests and schedules the next end."""
         while self.up and self._waiting and self.num_running < self._rates.max_running:
             self._start(self._waiting.popleft())
         while self._ends and self._ends[0][2].running_since is None:
@@ -184,10 +184,10 @@ class Engine:
 
     def _end(self, plan: int) -> None:
         if plan != self._plan:
-            return  # something has changed since
+            return  # the state has changed since
         self._advance()
         self.prefilling = 0.0
-        self.virtual = max(self.virtual, self._ends[0][0])  # not a rounding error less
+        self.virtual = max(self.virtual, self._ends[0][0])  # at least this end, despite rounding
         ended = []
         while self._ends and self._ends[0][0] <= self.virtual + SAME_TOKEN:
             request = heapq.heappop(self._ends)[2]

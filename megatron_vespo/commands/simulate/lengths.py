@@ -1,4 +1,4 @@
-"""How long prompts and responses are, group by group."""
+"""Draws the lengths of prompts and responses, group by group."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 
 class Lengths(Protocol):
     def prompt(self, random: np.random.Generator) -> tuple[int, float]:
-        """Tokens of a new prompt, and what its responses have in common."""
+        """Tokens of a new prompt, and the common factor of its responses' lengths."""
         ...
 
     def responses(self, random: np.random.Generator, common: float, number: int) -> list[int]:
-        """Tokens of each."""
+        """Tokens of each response."""
         ...
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Responses of mean `mean` tokens, cut off at `maximum` (which lowers the mean); prompts of one length.
+    """Log-normal responses of mean `mean` tokens, cut at `maximum` (which lowers the mean); equal prompts.
 
-    log length is normal with standard deviation `sigma`, `prompt_share` of the variance the prompt's own:
-    a hard question makes all its responses long.
+    log length is normal with standard deviation `sigma`. The prompt contributes `prompt_share` of the
+    variance: a hard question makes all its responses long.
     """
 
     mean: float
@@ -45,7 +45,7 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Groups as they were recorded, each as likely; of another size, they are drawn from its responses."""
+    """Recorded groups, equally likely. For another group size, responses are drawn from the group's."""
 
     prompts: np.ndarray  # [G] tokens
     completions: np.ndarray  # [G, n] tokens

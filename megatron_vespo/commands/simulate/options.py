@@ -11,10 +11,10 @@ from megatron_vespo.system.settings import Settings
 
 @dataclass(frozen=True)
 class SimulateOptions(Settings):
-    """A rate that is None is that of `from_run` or of the preset."""
+    """A rate of None is taken from `from_run` or from the preset."""
 
     # the run
-    gpus: tuple[int, ...]  # each is simulated, like the next two
+    gpus: tuple[int, ...]  # each value is simulated, like those of the next two
     trainer_share: tuple[float, ...]  # of the GPUs
     max_staleness: tuple[int, ...] | None  # None: 0, N, 2N - 1, 2N, 4N of `steps_per_rollout` N
     sync_interval: int | None  # optimizer steps; None: `steps_per_rollout`
@@ -24,7 +24,7 @@ class SimulateOptions(Settings):
     steps_per_rollout: int
     on_weight_update: Literal["retract", "in-place", "abort"]
     stale_groups: Literal["requeue", "drop"]
-    over_subscription: float | None  # rollout batches ahead or under way; None: all that the bound allows
+    over_subscription: float | None  # rollout batches in flight or waiting; None: as many as the bound allows
     max_attempts: int
     save_interval: int | None  # optimizer steps; None: no checkpoints
     eval_prompts: int
@@ -33,22 +33,22 @@ class SimulateOptions(Settings):
     lengths_from: Path | None
     length_mean: float
     length_sigma: float  # of the length's logarithm
-    length_prompt_share: float  # of its variance
+    length_prompt_share: float  # the prompt's share of its variance
     max_completion_tokens: int
     prompt_tokens: int
     # rates
     preset: str
     from_run: Path | None
     gpus_per_engine: int | None
-    train_rate: float | None  # tokens/s of a GPU, like the next one
+    train_rate: float | None  # tokens/s per GPU
     log_prob_rate: float | None
-    decode_ms: tuple[float, float] | None  # a token of each of r running requests takes A + B r
-    prefill_rate: float | None  # tokens/s of an engine
-    max_running: int | None  # requests of an engine
+    decode_ms: tuple[float, float] | None  # one token of each of r running requests takes A + B r ms
+    prefill_rate: float | None  # tokens/s per engine
+    max_running: int | None  # requests per engine
     sync_seconds: float | None
     save_seconds: float | None
     reward_seconds: float | None  # per response
-    shared_cores: tuple[float, float, float] | None  # all, those of the trainer alone, those of an engine
+    shared_cores: tuple[float, float, float] | None  # cores: in all, of the trainer alone, of an engine
     # failures
     failures_per_hour: float  # of one engine
     recovery_seconds: float

@@ -1,4 +1,4 @@
-"""How requests are spread over engines."""
+"""Spreads requests over engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vespo.commands.simulate.rates import EngineRates
 
 
 class Pool:
-    """Requests go to the engine with the fewest, as long as there are `places`; the rest wait."""
+    """A request goes to the engine with the fewest. At most `places` requests run, the rest wait."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Pool:
         self.engines = engines = [Engine(clock, rates, self._end, on_working) for _ in range(num_engines)]
         self._free = places
         self._held = dict.fromkeys(engines, 0)
-        # (held, place, engine), one of each engine is true and the others are out of date
+        # (held, place, engine): one entry of each engine is current, the others are out of date
         self._least = [(0, index, engine) for index, engine in enumerate(engines)]
         self._index = {engine: index for index, engine in enumerate(engines)}
         self._waiting: deque[Request] = deque()
@@ -60,7 +60,7 @@ class Pool:
         return taken
 
     def set_up(self, engine: Engine, up: bool) -> None:
-        """An engine dies, its requests with it, or comes back."""
+        """An engine dies, and its requests with it, or comes back."""
         lost = [] if up else engine.interrupt()
         engine.set_up(up)
         self._free += len(lost)
@@ -73,7 +73,7 @@ class Pool:
 
     def _end(self, request: Request) -> None:
         engine, request.engine = request.engine, None
-        if engine is not None:  # not cancelled by what the end of another one led to
+        if engine is not None:  # not cancelled as a consequence of another request's end
             self._release(engine)
             request.owner.done(request)
 

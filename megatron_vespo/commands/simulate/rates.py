@@ -1,4 +1,4 @@
-"""How long things take: seconds of calls, tokens a second of engines."""
+"""Rates of a simulated run: seconds of calls, tokens per second of engines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vespo.system.hardware import GPUS, Gpu
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a call: fixed + each * its tokens, or whatever it works on; `first` more the first time."""
+    """Seconds of a call: fixed + each * its tokens (or other units); the first call takes `first` more."""
 
     fixed: float = 0.0
     each: float = 0.0
@@ -22,10 +22,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class EngineRates:
-    """One engine with r running requests makes a token of each in `decode.seconds(r)`.
+    """One engine with r running requests makes one token of each in `decode.seconds(r)`.
 
-    Prompts, and what a request had made before it was interrupted, go in at `prefill` tokens a second, and
-    nothing is decoded meanwhile. Requests beyond `max_running` wait inside the engine.
+    Prefill takes prompts, and what a request had made before it was interrupted, at `prefill` tokens per
+    second; nothing is decoded meanwhile. Requests beyond `max_running` wait inside the engine.
     """
 
     decode: Cost
@@ -38,18 +38,18 @@ class EngineRates:
 
 @dataclass(frozen=True)
 class SharedCores:
-    """A machine without GPUs: trainer and engines take their cores from the same few.
+    """A machine without GPUs: trainer and engines share its cores.
 
-    When more are wanted than there are, everyone gets the same share of what it wants. The costs are those
-    of each side alone, so what it got then is what its speed is relative to.
+    If they want more cores than there are, each gets the same share of what it wants. The costs were measured
+    with each side alone, so a speed is relative to the cores that the side got then.
     """
 
     cores: float
-    trainer: float  # busy cores of all trainer ranks, were there enough
+    trainer: float  # busy cores of all trainer ranks, if there are enough
     engine: float  # of one engine
 
     def speeds(self, trainer_works: bool, engines_working: int) -> tuple[float, float]:
-        """Of trainer and engines, 1 where the other side rests."""
+        """Speeds of trainer and engines; 1 if the other side rests."""
         engines = self.engine * engines_working
         share = self._share((self.trainer if trainer_works else 0.0) + engines)
         return share / self._share(self.trainer), share / self._share(engines)
@@ -60,21 +60,21 @@ class SharedCores:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the calls of the controller cost, by the names of its phases."""
+    """Costs of the controller's calls, by the names of its phases."""
 
     engine: EngineRates
     log_probs: Cost = Cost()  # of a rollout batch: prompt and response tokens
-    train: Cost = Cost()  # of an optimizer step: the same
+    train: Cost = Cost()  # of an optimizer step: prompt and response tokens
     sync: Cost = Cost()
     save: Cost = Cost()
     reward: Cost = Cost()  # of a rollout batch: completions
-    other: Cost = Cost()  # of a rollout batch: whatever lies between the phases
+    other: Cost = Cost()  # of a rollout batch: the time between the phases
     shared: SharedCores | None = None
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Rates of a kind of hardware and a model, for any number of GPUs. Tokens a second are of one GPU."""
+    """Rates of a hardware and a model, for any number of GPUs. Tokens per second are per GPU."""
 
     train: float
     log_probs: float
@@ -98,32 +98,32 @@ class Preset:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model's speed depends on."""
+    """The sizes that a model's speed depends on."""
 
     parameters: float
-    active: float  # that a token meets
-    cache_bytes: float  # keys and values of a token
+    active: float  # parameters used per token
+    cache_bytes: float  # keys and values per token
 
     @property
     def weight_bytes(self) -> float:
         return 2 * self.parameters
 
 
-# of the most that a GPU can: 133 of 989.4 TFLOP/s are what Megatron reaches untuned (tuned: 299)
+# share of a GPU's peak: untuned Megatron reaches 133 of 989.4 TFLOP/s (tuned: 299)
 TRAINING_EFFICIENCY = 133 / 989.4
 MEMORY_EFFICIENCY = 0.5
-CACHED_TOKENS = 2048  # of a request, while it runs, in the mean
+CACHED_TOKENS = 2048  # mean per request while it runs
 QWEN3_30B_A3B = ModelCost(30.53e9, 3.3e9, 48 * 4 * 128 * 2 * 2)  # layers x heads x width x (K, V) x bytes
 
 
 def derived(gpu: Gpu, model: ModelCost, gpus_per_engine: int) -> Preset:
-    """A model in bf16 on a kind of GPU: derived, not measured.
+    """Rates of a model in bf16 on a kind of GPU: derived, not measured.
 
-    Training is 6 FLOP an active parameter and token at TRAINING_EFFICIENCY, a third of it for the log-prob
-    pass. A decode step reads all weights once, and of each request the keys and values of CACHED_TOKENS, at
-    MEMORY_EFFICIENCY. Prefill is 2 FLOP a parameter and token at the efficiency of training. Published weight
-    syncs of 30 B parameters between GPUs of their own take 0.7 to 7 s: 2.5. A checkpoint is 14 bytes a
-    parameter at 20 GB/s.
+    Training takes 6 FLOP per active parameter and token at TRAINING_EFFICIENCY, the log-prob pass a third of
+    it. A decode step reads all weights once, and for each request the keys and values of CACHED_TOKENS, at
+    MEMORY_EFFICIENCY. Prefill takes 2 FLOP per parameter and token at the efficiency of training. Published
+    weight syncs of 30 B parameters between separate GPUs take 0.7 to 7 s; 2.5 is used. A checkpoint has 14
+    bytes per parameter, at 20 GB/s.
     """
     flops, bandwidth = (
         TRAINING_EFFICIENCY * gpu.flops,

@@ -1,4 +1,4 @@
-"""Simulated runs for people: a table, and a picture of throughput against the bound on staleness."""
+"""Reports simulated runs: a table, and a plot of throughput against the staleness bound."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SYNCHRONOUS = "sync"
 
 @dataclass(frozen=True)
 class Row:
-    """A simulated run. `where` names its machines, the same for several bounds."""
+    """A simulated run. `where` names its machines; runs with different bounds share it."""
 
     where: str
     gpus: int
-    trainer: int  # of the GPUs
+    trainer: int  # number of GPUs
     max_staleness: int  # 0: synchronous
     result: Result
 
 
 def format_table(rows: list[Row]) -> str:
-    """A line a run; "faster" is against the first of the same machines."""
+    """One line per run; "faster" is relative to the first run of the same machines."""
     head = ("where", "trainer", "bound", "s/step", "tokens/s", "samples/s", "faster", "trainer idle",
             "engines idle", "lag mean", "max", "in vain", "length")  # fmt: skip
     lines = [head]
@@ -53,7 +53,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def check_picture_name(flag: str, path: Path) -> None:
-    """ValueError for an ending that matplotlib knows no format of."""
+    """ValueError for a file name extension that matplotlib does not support."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
@@ -62,7 +62,7 @@ def check_picture_name(flag: str, path: Path) -> None:
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
-    """Draws `rows` into the PNG `path`: throughput, idle shares, and how old samples are."""
+    """Draws `rows` into the PNG `path`: throughput, idle shares, and the lags of samples."""
     # as in observability/report.py
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def _plot_idle(axes: Axes, runs: dict[str, list[Row]]) -> None:
 
 
 def _plot_lags(axes: Axes, group: list[Row], several: bool) -> None:
-    """A strip for every run of one machine: the darker, the more samples are so old; a line at their mean."""
+    """One strip per run of one machine: the darker, the more samples have this lag; a line marks the mean."""
     axes.set_title(f"Age of the samples{f', {group[0].where}' if several else ''}")
     axes.grid(visible=False)
     beside = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "color": RED}

@@ -1,4 +1,4 @@
-"""What a simulated run was like."""
+"""The result of a simulated run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_vespo.rollout.buffer import Counts, Group
 class Batch:
     """A rollout batch that was trained on."""
 
-    lags: np.ndarray  # [samples] optimizer steps: a sample's own step less the version of its oldest token
+    lags: np.ndarray  # [samples] optimizer steps: a sample's own step minus the version of its oldest token
     tokens: int  # of the responses
     prompts: list[int]  # ids
     end: float = math.nan  # seconds
@@ -39,13 +39,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Result:
-    """Rates and shares are of the batches after the `warm_up`, in which the buffer fills."""
+    """Rates and shares cover the batches after the `warm_up`, during which the buffer fills."""
 
     batches: list[Batch]
     phases: list[tuple[str, float, float]]  # name, start and end in seconds
-    engines_busy: list[list[list[float]]]  # start and end, of each engine
+    engines_busy: list[list[list[float]]]  # start and end of busy intervals, per engine
     tokens_generated: float  # from the start
-    seconds: float  # of the whole run
+    seconds: float  # duration of the whole run
     steps_per_rollout: int
     bound: int
     counts: Counts
@@ -57,18 +57,18 @@ class Result:
 
     @property
     def window(self) -> tuple[float, float]:
-        """Start and end, in seconds, of what rates and shares are of."""
+        """Start and end, in seconds, of the time that rates and shares cover."""
         return (self.batches[self.warm_up - 1].end if self.warm_up else 0.0), self.seconds
 
     @property
     def step_seconds(self) -> float:
-        """An optimizer step."""
+        """Seconds per optimizer step."""
         start, end = self.window
         return (end - start) / (len(self._steady) * self.steps_per_rollout)
 
     @property
     def tokens_per_second(self) -> float:
-        """Response tokens trained on."""
+        """Response tokens trained on per second."""
         start, end = self.window
         return sum(batch.tokens for batch in self._steady) / (end - start)
 
@@ -79,35 +79,35 @@ class Result:
 
     @property
     def mean_length(self) -> float:
-        """Response tokens of a sample that was trained on; fewer than are made, where long ones expire."""
+        """Mean response tokens of a trained sample: below the generated mean if long responses expire."""
         return self.tokens_per_second / self.samples_per_second
 
     @property
     def staleness(self) -> np.ndarray:
-        """[bound + 1] shares of the samples by their lag."""
+        """[bound + 1] share of the samples with each lag."""
         lags = np.concatenate([batch.lags for batch in self._steady])
         return np.bincount(lags, minlength=self.bound + 1) / len(lags)
 
     @property
     def in_vain(self) -> float:
-        """Share of the prompts dispatched that came to nothing: failed, expired or dropped."""
+        """Share of the dispatched prompts that were wasted: failed, expired or dropped."""
         counts = self.counts
         lost = counts.stale_dropped + counts.stale_requeued + counts.expired + counts.failed
         return lost / max(counts.dispatched, 1)
 
     def phase_seconds(self, name: str) -> float:
-        """In the whole run."""
+        """Seconds of a phase in the whole run."""
         return sum(end - start for phase, start, end in self.phases if phase == name)
 
     @cached_property
     def trainer_idle(self) -> dict[str, float]:
-        """Share of the time by cause, as a run's summary says it."""
+        """Idle share of the time by cause, as in a run's summary."""
         busy = self._intervals("train", "log-probs")
         return idle_shares([busy], self._causes(TRAINER_CAUSES), *_nanoseconds(self.window).tolist())
 
     @cached_property
     def engines_idle(self) -> dict[str, float]:
-        """The same, mean of the engines."""
+        """The same for the engines, their mean."""
         rows = [_nanoseconds(times).reshape(-1, 2) for times in self.engines_busy]
         causes = {SLOWER_ENGINES: np.concatenate(rows)} | self._causes(ENGINE_CAUSES)
         return idle_shares(rows, causes, *_nanoseconds(self.window).tolist())

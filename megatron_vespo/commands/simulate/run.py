@@ -1,4 +1,4 @@
-"""The controller's loop in virtual time, in its own words."""
+"""Simulates the controller's loop in virtual time, with the controller's own names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from megatron_vespo.rollout.buffer import Group, RolloutBuffer
 from megatron_vespo.types import Prompt
 
 BATCH_TIMEOUT_S = 7 * 86400.0  # of virtual time
-MAX_REQUESTS_PER_ENGINE = 512  # of Collector
+MAX_REQUESTS_PER_ENGINE = 512  # as in Collector
 TRAINING = ("log-probs", "train")  # phases in which the trainer computes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of `megatron-vespo train`, and what goes wrong. `max_staleness` 0 is synchronous."""
+    """Flags of `megatron-vespo train`, and rates of failures. `max_staleness` 0 is synchronous."""
 
     train_steps: int
     steps_per_rollout: int
@@ -39,7 +39,7 @@ class Settings:
     on_weight_update: str = "retract"  # or "in-place" or "abort"
     requeue: bool = True
     max_attempts: int = 3
-    over_subscription: float | None = None  # rollout batches ahead or under way, at most
+    over_subscription: float | None = None  # rollout batches in flight or waiting, at most
     save_interval: int | None = None
     eval_prompts: int = 0
     eval_interval: int = 1
@@ -55,14 +55,14 @@ class Settings:
 
     @property
     def bound(self) -> int:
-        """Of the total lag: a synchronous run has the index of the mini-batch."""
+        """Bound of the total lag. In a synchronous run the lag is the index of the mini-batch."""
         return self.max_staleness or self.steps_per_rollout - 1
 
 
 def simulate(settings: Settings, rates: Rates, lengths: Lengths) -> Result:
-    """One run; the same seed gives the same."""
+    """One run; the same seed gives the same result."""
     collecting = gc.isenabled()
-    gc.disable()  # it finds nothing among half a million requests in flight, in half of the time
+    gc.disable()  # it would take half of the time, and frees nothing among half a million requests
     try:
         return _Run(settings, rates, lengths).run()
     finally:
@@ -96,7 +96,7 @@ class _Run:
         self._work = Work(self._clock)
         self._streaming = self._training = self._ended = self._timed_out = False
         self._step = self._served = self._left_to_evaluate = 0
-        self._calls: set[str] = set()  # phases that have been, for what the first one costs
+        self._calls: set[str] = set()  # phases seen so far: the first one of each costs more
         self._phases: list[tuple[str, float, float]] = []
         self._batches: list[Batch] = []
         self._loop = self._train()
@@ -113,7 +113,7 @@ class _Run:
                 "too old faster than they finish"
             )
         for engine in self._pool.engines:
-            engine.pause()  # ends what is at work
+            engine.pause()  # ends the current work
         return Result(
             batches=self._batches,
             phases=self._phases,
@@ -126,7 +126,7 @@ class _Run:
             pending=[pending.prompt.prompt_id for pending in self._buffer.pending()],
         )
 
-    # what follows are generators: they yield where time passes
+    # The following methods are generators: they yield where time passes.
 
     def _train(self) -> Iterator[None]:
         settings = self._settings
@@ -137,7 +137,7 @@ class _Run:
             self._stream.fill()
         while self._step < settings.train_steps:
             groups = yield from self._take()
-            if not settings.max_staleness:  # else in the background, as groups finish
+            if not settings.max_staleness:  # otherwise scored in the background, as groups finish
                 yield from self._phase("reward", len(groups) * settings.group_size)
             yield from self._update(groups)
             if (self._step // settings.steps_per_rollout) % settings.eval_interval == 0 or self._is_last():
@@ -154,13 +154,13 @@ class _Run:
         return self._step >= self._settings.train_steps
 
     def _take(self) -> Generator[None, None, list[Group]]:
-        """The next rollout batch; engines generate for it already, or begin now."""
+        """The next rollout batch. Engines already generate for it, or begin now."""
         started = self._clock.now
         self._stream.fill()
         number = len(self._batches)
         self._clock.at(started + BATCH_TIMEOUT_S, lambda: self._check_timeout(number))
         while (groups := self._stream.take()) is None:
-            self._stream.fill()  # what was too old has left room
+            self._stream.fill()  # dropped stale groups have left room
             self._stream.when_changed(lambda: self._clock.at(self._clock.now, self._go_on))
             yield
         self._stream.fill()
@@ -185,7 +185,7 @@ class _Run:
                 yield from self._sync()
 
     def _sync(self) -> Iterator[None]:
-        """Engines stand still; what runs on them goes on with the new weights."""
+        """A weight sync: engines pause, then their requests continue with the new weights."""
         self._pool.pause()
         aborted = self._pool.interrupt() if self._settings.on_weight_update == "abort" else []
         yield from self._phase("sync")
@@ -198,7 +198,7 @@ class _Run:
             self._stream.fill()
 
     def _evaluate(self) -> Iterator[None]:
-        """One completion of every held-out prompt."""
+        """Generates one completion of every held-out prompt."""
         started, number = self._clock.now, self._settings.eval_prompts
         if not number:
             return
@@ -226,10 +226,10 @@ class _Run:
         self._set_training(False)
         self._phases.append((name, started, self._clock.now))
 
-    # what is not the trainer
+    # Everything but the trainer.
 
     def done(self, request: Request) -> None:
-        """Of the held-out ones."""
+        """Called for a held-out prompt's request."""
         self._left_to_evaluate -= 1
         if not self._left_to_evaluate:
             self._clock.at(self._clock.now, self._go_on)
@@ -241,7 +241,7 @@ class _Run:
         tokens, common = self._lengths.prompt(self._random)
         return Prompt(
             next(self._numbers), cast(list[int], range(tokens)), "", "", {"common": common}
-        )  # it has a length
+        )  # stands for the tokens: it has a length
 
     def _go_on(self) -> None:
         next(self._loop, None)

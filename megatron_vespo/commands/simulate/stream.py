@@ -1,4 +1,4 @@
-"""Generation in the background: the real buffer decides what is dispatched, cancelled and trained on."""
+"""Simulates generation in the background. The real buffer decides what to dispatch, cancel and train on."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class _Draws:
 
 
 class Stream:
-    """What AsyncCollector does, in virtual time: as many groups in flight as the buffer has room for.
+    """AsyncCollector in virtual time: keeps as many groups in flight as the buffer has room for.
 
-    `lost_share` of the requests come to nothing when they end. Completions have versions at their first and
-    last token only, and of their tokens nothing but the number.
+    `lost_share` of the requests fail when they end. Completions have the versions of their first and last
+    token only, and the number of their tokens, not the tokens.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Stream:
         self._doomed: set[Request] = set()
         self._on_change: Callable[[], None] | None = None
         self._expired_at = buffer.next_step
-        self._versions: Counter[int] | None = Counter()  # of finished groups; None: not known
+        self._versions: Counter[int] | None = Counter()  # of finished groups; None: unknown
 
     def fill(self) -> None:
-        """Dispatches what there is room for, after cancelling what has become too old."""
-        if self.buffer.next_step != self._expired_at:  # nothing else makes a group too old
+        """Cancels groups that have become too old, then dispatches as many as there is room for."""
+        if self.buffer.next_step != self._expired_at:  # groups become too old in no other way
             self._expired_at = self.buffer.next_step
             for in_flight in self.buffer.expire():
                 self._cancel(self._draws.pop(in_flight.number))
@@ -85,15 +85,15 @@ class Stream:
         return batch
 
     def when_changed(self, action: Callable[[], None]) -> None:
-        """Tells once, as soon as `take` may have an effect that it has not had."""
+        """Calls `action` once, as soon as `take` may have a new effect."""
         self._on_change = action
 
     def _may_take(self) -> bool:
-        """False where `take` would neither find a batch nor drop anything; it sorts all that has finished."""
+        """False if `take` would neither find a batch nor drop a group; it is slow, as it sorts all groups."""
         num = self.buffer.num_finished
         if num >= self._batch_size or self._versions is None:
             return True
-        place = 0  # oldest groups go into the first steps
+        place = 0  # the oldest groups go into the first steps
         for version in sorted(self._versions):
             place += self._versions[version]
             if self.buffer.next_step + (place - 1) // self._step_size - version > self._max_staleness:
@@ -144,7 +144,7 @@ class Stream:
 
 def _completion(in_flight: InFlightGroup, request: Request) -> Completion:
     versions = np.array([request.first_version, request.last_version])
-    tokens = range(request.tokens)  # it has a length
+    tokens = range(request.tokens)  # stands for the tokens: it has a length
     return Completion(in_flight.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)  # type: ignore[arg-type]
 
 
