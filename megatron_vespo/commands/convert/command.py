@@ -1,4 +1,4 @@
-"""`megatron-vespo convert ...`: the conversion tools on the command line."""
+"""`megatron-vespo convert ...`: converts, compares and inspects checkpoints from the command line."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ work.
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 only if the conversion is proven, or the checkpoints are the same."""
+    """Exit code 0 only if the conversion is verified, or the checkpoints are equal."""
     args = _parser().parse_args(argv)
     try:
         with joined_ranks() as ranks:
             return args.run(args.options.of(args), ranks)
-    except OSError as error:  # a full disk, a folder in a file's place
+    except OSError as error:  # a full disk, a folder in place of a file
         where = error.filename or getattr(args, "target", args.source)
         raise ValueError(_one_line(f"{where}: {error.strerror}")) from error
     except ValueError as error:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def _one_line(text: str) -> str:
-    """Names in damaged files may be long and hold anything."""
+    """`text` on one line, shortened: names in damaged files may be long and have any characters."""
     plain = "".join(c if c.isprintable() else " " for c in text)
     return plain if len(plain) <= _MAX_MESSAGE else plain[:_MAX_MESSAGE] + " ..."
 

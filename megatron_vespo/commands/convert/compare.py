@@ -1,4 +1,4 @@
-"""Two checkpoints of any formats, or one and its manifest, compared tensor by tensor in bounded memory."""
+"""Compares two checkpoints of any formats, or one and its manifest, tensor by tensor in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far they agree."""
+    """The result of a comparison."""
 
     num_tensors: int  # on both sides
-    num_bytes: int  # of them, on one side
-    differences: list[str]  # one line a tensor
+    num_bytes: int  # of these tensors, on one side
+    differences: list[str]  # one line per tensor
 
 
 def compare(a: Source, b: Source, budget: Budget, quiet: bool, ranks: Ranks) -> Comparison:
-    """Bit for bit; of other dtypes both are compared as the narrower one. The same on every rank."""
+    """Compares bit for bit; different dtypes are compared as the narrower one. Every rank gets the result."""
     only = [f"{name}: only in {source.folder}" for source, name in _unmatched(a, b)]
     both = [name for name in a.tensors if name in b.tensors]
 
@@ -51,7 +51,7 @@ def compare(a: Source, b: Source, budget: Budget, quiet: bool, ranks: Ranks) -> 
 def compare_with_manifest(
     source: Source | EngineFolder, budget: Budget, quiet: bool, ranks: Ranks
 ) -> Comparison:
-    """What is stored against the hashes that the conversion which wrote it left beside it."""
+    """Compares the stored tensors with the hashes that the conversion wrote next to them."""
     recorded = read_manifest(source.manifest_folder)
     if recorded is None:
         raise ValueError(
@@ -102,7 +102,7 @@ def _unmatched(a: Source, b: Source) -> Iterator[tuple[Source, str]]:
 def _difference(
     a: Source, b: Source, name: str, buffers: list[SpanBuffer], max_bytes: int, bar: tqdm
 ) -> str | None:
-    """One line about it; None if there is none."""
+    """One line about the difference; None if there is none."""
     info, other = a.tensors[name], b.tensors[name]
     if info.shape != other.shape:
         return f"{name}: {_describe(info)} in {a.folder}, {_describe(other)} in {b.folder}"
@@ -133,7 +133,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def summary(source: Source | EngineFolder) -> Iterable[str]:
-    """What a person wants to know of a checkpoint, a line each."""
+    """Describes a checkpoint, one fact per line."""
     yield f"format       {source.kind}, {source.folder}"
     yield from _of_engine(source) if isinstance(source, EngineFolder) else _of_model(source)
     tensors = source.tensors.values()

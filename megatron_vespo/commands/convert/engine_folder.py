@@ -1,4 +1,4 @@
-"""A quantised HF folder as engines load it: its tensors, without a model family. No conversion reads it."""
+"""Reads a quantised HF folder as engines load it: tensors without a model family. No conversion reads it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_vespo.models.hf_config import read_unchecked
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """What can be said of it, and compared with its manifest."""
+    """A quantised folder's tensors, to describe them and to compare them with its manifest."""
 
     folder: Path
     hf_config: Mapping[str, Any]
@@ -37,7 +37,7 @@ class EngineFolder:
 
     @property
     def quantisation(self) -> str:
-        """The method, and the format where the method has several."""
+        """The method, and the format if the method has several."""
         config = self.hf_config["quantization_config"]
         words = [config.get("quant_method"), config.get("quant_algo") or config.get("fmt")]
         blocks = config.get("weight_block_size")
@@ -46,7 +46,7 @@ class EngineFolder:
 
 @contextmanager
 def opened_as_stored(path: Path, hf_config: Path | None = None) -> Iterator[Source | EngineFolder]:
-    """What `sources.opened` opens, or a quantised folder."""
+    """Opens what `sources.opened` opens, or a quantised folder."""
     config = read_unchecked(path) if is_hf(path) else {}
     if not isinstance(config.get("quantization_config"), dict):
         with opened(path, hf_config) as source:

@@ -1,4 +1,4 @@
-"""The first layers of a torch_dist checkpoint as one of a model that has no more, without copying."""
+"""Makes a torch_dist checkpoint of a model's first layers, with links instead of copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OBJECT = re.compile(r"(decoder\.layers\..+/shard_)(\d+)(.*_)(\d+)(.*)")  # a Sh
 
 
 def link_first_layers(folder: Path, target: Path, num_layers: int) -> None:
-    """Fill the new folder `target` with links to the data of `folder`, and metadata of `num_layers` layers.
+    """Fills the new folder `target` with links to the data of `folder`, and metadata of `num_layers` layers.
 
     `folder` stacks its layers, as `torch_dist_names` says.
     """
@@ -48,7 +48,7 @@ def link_first_layers(folder: Path, target: Path, num_layers: int) -> None:
 
 
 def _renamed(key: str, num_layers: int) -> str | None:
-    """The key in the smaller model; None for what is of another layer."""
+    """The key in the smaller model; None for a key of a later layer."""
     match = _OBJECT.fullmatch(key)
     if not match:
         return key

@@ -1,8 +1,9 @@
-"""The first layers of a model on both sides of a conversion: transformers' logits against Megatron's.
+"""Compares transformers' logits with Megatron's, on the first layers of both sides of a conversion.
 
-Bytes that arrive in the right place prove nothing about what that place means. So a few random tokens go
-through the first layers of both, in fp32, each in a process of its own: on a machine without GPUs Megatron
-needs parts of torch replaced, and the reference must not see that. It takes those layers' memory in fp32.
+That bytes arrive in the right place does not prove what the place means. So a few random tokens go through
+the first layers of both sides, in fp32, each side in its own process. On a machine without GPUs, parts of
+torch are replaced for Megatron, and the reference must not see that. The check needs memory for those layers
+in fp32.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.system.ports import find_free_port
 
 NUM_LAYERS = 2
-BOUND = 1e-5  # of the largest logit
+BOUND = 1e-5  # relative to the largest logit
 _TIMEOUT_S = 1800
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def check_logits(hf_folder: Path, megatron_folder: Path, num_tokens: int) -> str:
-    """What was found, a line for people. ValueError if the logits differ by more than `BOUND`.
+    """One line about the result. ValueError if the logits differ by more than `BOUND`.
 
-    `megatron_folder` is that of one iteration. RuntimeError if a side breaks.
+    `megatron_folder` is the folder of one iteration. RuntimeError if a side breaks.
     """
     with tempfile.TemporaryDirectory() as folder:
         first_layers = Path(folder) / "model"
@@ -61,7 +62,7 @@ def check_logits(hf_folder: Path, megatron_folder: Path, num_tokens: int) -> str
 
 
 def _cut(hf_folder: Path, target: Path) -> int:
-    """An HF checkpoint of the first layers alone; returns how many it has."""
+    """Writes an HF checkpoint of the first layers only; returns their number."""
     target.mkdir()
     copy_companions(hf_folder, target)
     with opened_hf(hf_folder) as source:

@@ -1,9 +1,9 @@
-"""HF folder -> a folder quantised by NVIDIA ModelOpt, for engines: fp8 a tensor, or nvfp4 in blocks of 16.
+"""Quantises an HF folder with NVIDIA ModelOpt for engines: fp8 per tensor, or nvfp4 in blocks of 16.
 
-Unlike block-FP8, whose scales are of the weights alone, these formats scale activations by constants, which
-have to be measured: the model runs on prompts first. ModelOpt chooses the layers (all linear ones but router
-and head), measures, and writes the folder; https://github.com/NVIDIA/Model-Optimizer describes the formats.
-What it wrote is checked against the source tensor by tensor before the folder gets its name.
+Block-FP8 has scales of the weights only. These formats also scale activations by constants, which must be
+measured: the model runs on prompts first. ModelOpt chooses the layers (all linear ones but router and head),
+measures, and writes the folder; https://github.com/NVIDIA/Model-Optimizer describes the formats. The written
+folder is checked against the source tensor by tensor before it gets its name.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _SPAN_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the model runs on while activations are measured."""
+    """The tokens that the model runs on while activations are measured."""
 
     path: Path | None  # JSONL; None: random tokens
     num_samples: int
-    num_tokens: int  # of a sample, at most
+    num_tokens: int  # per sample, at most
 
 
 @dataclass(frozen=True)
 class ModelOpt:
-    """What is used of the package."""
+    """The parts of the package that are used."""
 
     quantize: Callable[[nn.Module, Any, Callable[[nn.Module], None]], nn.Module]
     config: Any
@@ -55,7 +55,7 @@ class ModelOpt:
 
 
 def load_modelopt(fmt: str) -> ModelOpt:
-    """ValueError saying what is missing where the package cannot do it here."""
+    """ValueError that says what is missing, if the package cannot run here."""
     try:
         found = version("nvidia-modelopt")
     except PackageNotFoundError as error:
@@ -79,7 +79,7 @@ def load_modelopt(fmt: str) -> ModelOpt:
 def export_quantised(
     source_path: Path, target: Path, fmt: str, calibration: Calibration, force: bool, ranks: Ranks
 ) -> list[str]:
-    """Write `target`; returns lines for people. On the first CUDA device, or slowly on the CPU."""
+    """Writes `target`; returns lines to print. Runs on the first CUDA device, or slowly on the CPU."""
     if ranks.size > 1:
         raise ValueError(f"convert modelopt is for one process, not {ranks.size}")
     modelopt = load_modelopt(fmt)
@@ -155,16 +155,16 @@ def _run(model: nn.Module, samples: list[Tensor]) -> None:
 
 
 def _check(reader: HFCheckpointReader, source: Mapping[str, TensorInfo]) -> None:
-    """Every source tensor is there under its name and in its shape, and every scalar scale is positive.
+    """Checks that every source tensor is there with its name and shape, and every scalar scale is positive.
 
-    RuntimeError if not: where ModelOpt cannot undo what transformers renamed, it only warns, and an
-    activation that was never measured leaves a scale of zero.
+    RuntimeError if not. If ModelOpt cannot undo the renaming by transformers, it only warns. An activation
+    that was never measured has a scale of zero.
     """
     for name, info in source.items():
         found = reader.tensors.get(name)
         if found is None:
             raise RuntimeError(f"ModelOpt's export lacks {name}")
-        packed = found.dtype == torch.uint8  # two 4-bit values a byte
+        packed = found.dtype == torch.uint8  # two 4-bit values per byte
         shape = (*found.shape[:-1], found.shape[-1] * 2) if packed else found.shape
         if shape != info.shape:
             raise RuntimeError(f"ModelOpt's export has {name} as {found.shape}, the source {info.shape}")

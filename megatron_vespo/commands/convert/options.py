@@ -47,7 +47,7 @@ class VerifyOptions(ReadingOptions):
 class InspectOptions(Settings):
     source: Path
     hf_config: Path | None
-    tensors: bool  # list every one
+    tensors: bool  # list every tensor
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def unseen(folder: Path, word: str, ranks: Iterable[int], timeout_s: float = VIS
 
 
 def check(folder: Path, word: str, rank: int, writers: list[int], size: int, write_speed: float) -> Finding:
-    """Checks that the files of all `writers` are visible, and reads the next rank's. All must have written."""
+    """Checks that the files of all `writers` are visible, and reads the next rank's. All have written."""
     name = "shared folder"
     if missing := unseen(folder, word, writers):
         text = f"{folder}: the files of ranks {', '.join(map(str, missing))} are not seen"

@@ -1,4 +1,4 @@
-"""`megatron-vespo plan`: checks a run before it waits in a queue; needs no GPU."""
+"""`megatron-vespo plan`: checks a run before it is queued; needs no GPU."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def planned(
     prompt_tokens: float | None = None,
     completion_tokens: float | None = None,
 ) -> Plan:
-    """The plan of a run; tokens are means. ValueError for what this program or Megatron refuses."""
+    """The plan of a run; tokens are means. ValueError for flags that this program or Megatron refuses."""
     settings, stages = parsed(flags)
     lengths = Lengths(
         prompt_tokens or settings.rollout.max_prompt_tokens / 4,
@@ -82,13 +82,13 @@ def planned(
 
 
 def parsed(flags: list[str]) -> tuple[TrainSettings, list[Stage]]:
-    """The run's arguments and its pipeline stages, by Megatron."""
+    """The run's settings, and its pipeline stages as Megatron divides them."""
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
         from megatron_vespo.trainer.meta_model import build_stages
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    # a checkpoint to go on from need not be there yet
+    # the checkpoint to resume from need not exist yet
     settings = parse_settings([*flags, "--load", ""], "plan", ("hf_checkpoint",))
     if settings.run.train_from or settings.run.rollout_only:
         raise ValueError("plan is for runs that train and generate: leave --train-from, --rollout-only out")
@@ -96,7 +96,7 @@ def parsed(flags: list[str]) -> tuple[TrainSettings, list[Stage]]:
 
 
 def what_does_not_fit(plan: Plan, flags: list[str], with_engines: bool = True) -> list[str]:
-    """A line each, with what would be right. `flags` are the plan's; without engines the trainer's only."""
+    """One line per problem, with the fix. `flags` are the plan's; without engines: the trainer's only."""
     return [*_memory_errors(plan, flags), *(findings.errors(plan) if with_engines else [])]
 
 
@@ -116,7 +116,7 @@ def _memory_errors(plan: Plan, flags: list[str]) -> Iterator[str]:
 
 
 def _candidates(settings: TrainSettings) -> Iterator[Sequence[str]]:
-    """Flags that save memory, the cheaper first."""
+    """Flags that save memory, the cheapest first."""
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     if settings.trainer.recompute_granularity != "full":
         yield full
@@ -133,7 +133,7 @@ def _candidates(settings: TrainSettings) -> Iterator[Sequence[str]]:
 
 
 def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
-    """Instead of full recomputation: the selection that computes least again of those that fit well."""
+    """Instead of full recomputation: of the selections that fit well, the one that recomputes least."""
     if plan.settings.trainer.recompute_granularity != "full":
         return None
     for modules in selections(plan.settings):
@@ -150,7 +150,7 @@ def less_recomputation(plan: Plan, flags: list[str]) -> str | None:
 
 
 def _headroom(plan: Plan, flags: list[str]) -> float | None:
-    """Of the fullest rank with these flags; None where they are refused."""
+    """Headroom of the fullest rank with these flags; None if they are refused."""
     try:
         settings, stages = parsed(flags)
     except ValueError:

@@ -1,4 +1,4 @@
-"""GPU memory of an engine: weights, and the keys and values that fit beside them."""
+"""Computes the GPU memory of an engine: weights, and the KV cache that fits beside them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from megatron_vespo.models.table import ModelShape
 from megatron_vespo.rollout.server_arguments import MEMORY_FRACTION, flag_value
 from megatron_vespo.system.hardware import GIB, Gpu
 
-# where --sglang-mem-fraction-static is not given: about what SGLang takes on GPUs of 80 GB and more
+# without --sglang-mem-fraction-static: about what SGLang uses on GPUs of 80 GB and more
 DEFAULT_STATIC_FRACTION = 0.83
-CONTEXT = 1 * GIB  # of the memory, taken by CUDA and NCCL before SGLang asks what is free: an allowance
+CONTEXT = 1 * GIB  # used by CUDA and NCCL before SGLang measures free memory: an allowance
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of one GPU of an engine; tokens and requests of the whole engine."""
+    """Bytes on one GPU of an engine; tokens are of the whole engine."""
 
     size: int  # GPUs
-    fraction: float  # static: weights, keys and values
-    assumed: bool  # the fraction, as it was not given
+    fraction: float  # static share: weights and KV cache
+    assumed: bool  # whether the fraction is the default, because none was given
     weights: float
-    cache: float  # negative where the weights alone are too large
+    cache: float  # KV cache; negative if the weights alone are too large
     rest: float  # for activations, CUDA graphs and the buckets of a weight sync
     bucket: float
-    token_bytes: float  # of a token, on one GPU
+    token_bytes: float  # KV cache per token, on one GPU
 
     @property
     def tokens(self) -> int:
@@ -35,10 +35,10 @@ class EngineMemory:
 def engine_memory(
     settings: TrainSettings, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
 ) -> EngineMemory:
-    """As SGLang profiles it: fraction x what is free before it loads, less the weights.
+    """As SGLang profiles it: fraction x the memory free before it loads, minus the weights.
 
-    Tensor parallelism cuts the weights, and keys and values down to one head a rank. `trainer` are the bytes
-    of a rank on the same GPU, which starts later.
+    Tensor parallelism splits the weights, and the KV cache down to one head per rank. `trainer` are the bytes
+    of a trainer rank on the same GPU, which starts later.
     """
     item = 2 if settings.trainer.bf16 else 4
     given = flag_value(settings.engines.sglang_flags, MEMORY_FRACTION)

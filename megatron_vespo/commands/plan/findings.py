@@ -1,4 +1,4 @@
-"""What is wrong with a plan, and what would be right. A line each."""
+"""Finds what is wrong with a plan, and the fix: one line each."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from megatron_vespo.commands.plan.plan import Plan
 from megatron_vespo.commands.plan.trainer_memory import ENGINE_AT_REST
 from megatron_vespo.system.hardware import GIB
 
-# an engine's activations and CUDA graphs, where a trainer's memory is beside it: an allowance
+# an engine's activations and CUDA graphs, beside a trainer on the same GPU: an allowance
 ENGINE_AT_WORK = 5 * GIB
-HOST_SHARE = 0.8  # of a node's CPU memory: the rest is for engines, files and the system
-# of one side, from where the GPUs are better split otherwise; in turn each waits while the other works
+HOST_SHARE = 0.8  # share of a node's CPU memory: the rest is for engines, files and the system
+# From this idle share of one side on, another split of the GPUs is better. In turn, each side waits while
+# the other works.
 IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
-# over the seconds that a batch trains, for a deadline: these are estimated, and the save comes behind
+# A deadline is this factor over the training seconds of a batch: these are estimated, and the save follows.
 DEADLINE_MARGIN = 1.3
 
 
 def errors(plan: Plan) -> list[str]:
-    """What will not run; memory of the trainer aside, which has fixes to try."""
+    """Reasons why the run fails, except for the trainer's memory: fixes for that are tried separately."""
     return [*_placement(plan), *_engines(plan), *_turns(plan)]
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What will run, and not well."""
+    """Reasons why the run works, but not well."""
     return [
         *_tight_engines(plan), *_restarts(plan), *_host(plan), *_layout(plan), *_balance(plan),
         *_preemption(plan),
@@ -58,7 +59,7 @@ def _engines(plan: Plan) -> Iterator[str]:
 
 
 def _turns(plan: Plan) -> Iterator[str]:
-    """Weights and optimizer of the trainer, and all of the engine; for log-probs all but keys and values."""
+    """Memory that does not fit when trainer and engine take turns on a GPU, in a sync or for log-probs."""
     engine, free = plan.engine, plan.cluster.gpu.memory - CONTEXT
     if not plan.settings.sync.colocate:
         return
@@ -92,7 +93,7 @@ def _turns(plan: Plan) -> Iterator[str]:
 
 
 def _restarts(plan: Plan) -> Iterator[str]:
-    """An engine that is started again, also in a sync, takes its share of what the trainer leaves."""
+    """A restarted engine, also one during a sync, takes its fraction of what the trainer leaves free."""
     engine = plan.engine
     again = engine.cache - engine.fraction * max(memory.in_sync for memory in plan.trainer)
     if plan.settings.sync.colocate and again < plan.longest * engine.token_bytes:
@@ -168,7 +169,7 @@ def _balance(plan: Plan) -> Iterator[str]:
 
 
 def _preemption(plan: Plan) -> Iterator[str]:
-    """A batch that trains is finished before the save: a shorter deadline saves nothing then."""
+    """The save comes after the current batch is trained: with a shorter deadline nothing is saved."""
     seconds, deadline = plan.speed.training_seconds, plan.settings.run.preemption_deadline
     if deadline < seconds:
         enough = 100 * math.ceil(DEADLINE_MARGIN * seconds / 100)

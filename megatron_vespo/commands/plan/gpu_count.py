@@ -1,4 +1,4 @@
-"""Whether the nodes have the GPUs of a run: the one rule, for plans and for jobs."""
+"""Checks whether the nodes have enough GPUs for a run: the one rule, for plans and for jobs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megatron_vespo.system.wording import counted
 def too_few_gpus(
     ranks: int, engines: int, engine_size: int, nodes: int, gpus_per_node: int, colocate: bool = False
 ) -> str | None:
-    """What is wrong, in a line; None for what Ray can place.
+    """One line about what is wrong; None if Ray can place the run.
 
-    An engine of s GPUs is on one node, so n nodes of g hold n * (g // s) of them. Trainer ranks are on one
-    node with their neighbours where that fits, else wherever a GPU is left (cluster/blocks.py): the sum
-    decides. With `colocate` the engines have GPUs of trainer ranks.
+    An engine of s GPUs is on one node, so n nodes of g GPUs hold n * (g // s) engines. Neighbouring trainer
+    ranks share a node if they fit; otherwise a rank goes wherever a GPU is free (cluster/blocks.py), so only
+    the sum matters. With `colocate` the engines use GPUs of trainer ranks.
     """
     needed, there = ranks + engines * engine_size * (not colocate), nodes * gpus_per_node
     have = f"{counted(nodes, 'node')} x {gpus_per_node}"

@@ -1,4 +1,4 @@
-"""CPU memory that training takes of a node."""
+"""Computes the CPU memory that training uses on a node."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from megatron_vespo.commands.plan.packs import pack_bytes, sample_bytes
 from megatron_vespo.commands.plan.trainer_memory import TrainerMemory
 from megatron_vespo.models.stage import Stage
 
-# of the fp32 numbers that an offloaded optimizer has for a parameter, a checkpoint leaves the gradient out
+# an offloaded optimizer has four fp32 numbers per parameter; a checkpoint omits the gradient
 SAVED_SHARE = 3 / 4
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of the fullest rank, but `samples`, which the node's ranks share. Processes themselves aside."""
+    """Bytes of the fullest rank; the node's ranks share `samples`. The processes themselves are extra."""
 
     packs: float  # of a rollout batch
-    optimizer: float  # offloaded for good
-    given_back: float  # of weights and optimizer, while engines generate on the GPU
+    optimizer: float  # offloaded permanently
+    given_back: float  # weights and optimizer, while engines generate on the GPU
     old_policies: float
-    save: float  # copies that are written in the background
+    save: float  # copies that a background save writes
     samples: float
-    ranks: int  # of the node
+    ranks: int  # on the node
 
     @property
     def rank(self) -> float:
@@ -42,7 +42,7 @@ def host_memory(
     sample_tokens: float,
     gpus_per_node: int,
 ) -> HostMemory:
-    """`sample_tokens` are those of a sample in the mean."""
+    """`sample_tokens` is the mean per sample."""
     tokens = settings.rollout.rollout_batch_size * settings.rollout.group_size * sample_tokens
     local = tokens / settings.trainer.data_parallel_size / settings.trainer.context_parallel_size
     weights = max(memory.weights for memory in trainer)
@@ -60,7 +60,7 @@ def host_memory(
 
 
 def _policies(settings: TrainSettings) -> float:
-    """Copies of the weights that pi_old's source keeps, and one of the policy while another is in place."""
+    """Copies of the weights for pi_old, plus one of the policy while pi_old is in its place."""
     if settings.loss.old_policy == "snapshot":
         return settings.loss.old_policy_snapshots + 1
     return 4 / settings.trainer.params_dtype.itemsize + 1 if settings.loss.old_policy == "ewma" else 0

@@ -1,8 +1,7 @@
-"""What a transformer layer keeps for its backward pass, tensor by tensor.
+"""Counts what a transformer layer keeps for its backward pass, tensor by tensor.
 
-from megatron_vespo.arguments.train_settings import TrainSettings
-The count of Korthikanti et al. (arXiv 2205.05198, section 4) made anew for what runs here: grouped queries,
-query and key norms, SwiGLU, experts, no dropout and an attention kernel that keeps no scores.
+The count is that of Korthikanti et al. (arXiv 2205.05198, section 4), adapted to what runs here: grouped
+queries, query and key norms, SwiGLU, experts, no dropout and an attention kernel that keeps no scores.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from megatron_vespo.arguments.trainer import TrainerSettings
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes a rank keeps of one layer for one token of its micro-batch."""
+    """Bytes that a rank keeps of one layer per token of its micro-batch."""
 
     name: str
     bytes: float
@@ -22,12 +21,12 @@ class Kept:
 
 
 def kept_by_layer(settings: TrainerSettings) -> list[Kept]:
-    """All of one layer, nothing recomputed.
+    """All kept tensors of one layer, without recomputation.
 
     Tokens are those of a context-parallel rank. With sequence parallelism a tensor-parallel rank has a slice
-    of them outside attention and experts. Experts get equal shares of the tokens: where routing is uneven the
-    busiest rank keeps more. Transformer Engine makes a norm a part of the linear layer behind it, experts
-    aside: it is recomputed with that layer or not at all.
+    of them outside attention and experts. Experts are assumed to get equal shares of the tokens; with uneven
+    routing the busiest rank keeps more. Transformer Engine makes a norm part of the linear layer behind it,
+    except before experts: such a norm is recomputed with that layer or not at all.
     """
     dense = settings.num_experts is None
     tensor, size = settings.tensor_model_parallel_size, settings.params_dtype.itemsize

@@ -1,4 +1,4 @@
-"""Bytes of a trainer rank's packs: on the GPU those in flight, in host memory those of a rollout batch."""
+"""Computes bytes of a trainer rank's packs: those in flight on the GPU, a rollout batch's in host memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MEASURED_TOKENS = 1024
 
 
 def sample_bytes(settings: TrainSettings) -> float:
-    """Of a sample's arrays for each of its tokens, as the trainer gets them."""
+    """Bytes per token of a sample's arrays, as the trainer gets them."""
     return sum(
         value.nbytes for value in vars(_sample(settings)).values() if isinstance(value, np.ndarray)
     ) / (MEASURED_TOKENS)
 
 
 def pack_bytes(settings: TrainSettings, layers: int) -> float:
-    """Of a pack for each of its tokens, on a rank with so many layers: measured on a real one.
+    """Bytes per token of a pack, on a rank with `layers` layers: measured on a real pack.
 
     Tokens are those of a context-parallel rank.
     """
     num_experts = settings.trainer.num_experts if settings.rollout.routing_replay == "R3" else None
     pack = build_micro_batch([_sample(settings)], [0], MEASURED_TOKENS, TokenLayout(), num_experts)
-    # what the trainer adds: pi_old's log-probs and routes
+    # the trainer adds pi_old's log-probs and routes
     if settings.loss.ratio_denominator != "rollout":
         pack.old_log_probs_T = torch.zeros(MEASURED_TOKENS, dtype=torch.float64)
     if settings.rollout.routing_replay == "R2":
@@ -37,7 +37,7 @@ def pack_bytes(settings: TrainSettings, layers: int) -> float:
 
 
 def replayed_bytes(settings: TrainSettings, layers: int) -> float:
-    """Of the routes that routers hold for the backward pass, for each token of a pack in flight: int64."""
+    """Bytes per token of the int64 routes that routers hold for the backward pass, per pack in flight."""
     if settings.rollout.routing_replay is None:
         return 0.0
     return layers * settings.trainer.moe_router_topk * 8 / router_slices(settings)
@@ -48,7 +48,7 @@ def router_slices(settings: TrainSettings) -> int:
 
 
 def _sample(settings: TrainSettings) -> TrainingSample:
-    """With the share of prompt tokens that the longest one has."""
+    """A sample with the share of prompt tokens that the longest sample has."""
     longest = settings.rollout.max_prompt_tokens + settings.rollout.max_completion_tokens
     prompt = max(round(MEASURED_TOKENS * settings.rollout.max_prompt_tokens / longest), 1)
     completion = MEASURED_TOKENS - prompt

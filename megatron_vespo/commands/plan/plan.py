@@ -1,4 +1,4 @@
-"""A plan: everything that was worked out for a run, and what is wrong with it."""
+"""A plan: everything computed for a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_vespo.models.table import ModelShape
 from megatron_vespo.rollout.server_arguments import flag_value
 from megatron_vespo.system.hardware import Gpu
 
-MAX_RUNNING = 256  # of an engine, where --sglang-max-running-requests is not given
+MAX_RUNNING = 256  # requests per engine without --sglang-max-running-requests
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
 
     @cached_property
     def speed(self) -> Speed:
-        """Simulated when it is asked for: takes a second."""
+        """Simulated on first access: takes a second."""
         cost = model_cost(
             self.shape,
             self.parameters,
@@ -71,17 +71,17 @@ class Plan:
 
     @property
     def offload(self) -> bool:
-        """Weights and optimizer of the trainer wait in CPU memory while engines generate."""
+        """Whether the trainer's weights and optimizer are in CPU memory while engines generate."""
         return self.trainer[0].offload
 
     @property
     def trainer_moved(self) -> float:
-        """Bytes of the fullest rank that leave its GPU for a turn of the engines."""
+        """Bytes that the fullest rank offloads before engines generate."""
         return max(memory.weights + memory.optimizer for memory in self.trainer) if self.offload else 0.0
 
     @property
     def turn_seconds(self) -> float:
-        """There and back."""
+        """Seconds to offload and to onload."""
         return 2 * self.trainer_moved / self.cluster.gpu.host_link
 
     @property
@@ -91,22 +91,22 @@ class Plan:
         return self.settings.trainer.trainer_ranks + self.settings.engines.rollout_engines * self.engine_size
 
     def headroom(self, index: int) -> float:
-        """Bytes left on a rank of that stage."""
+        """Bytes left on a rank of stage `index`."""
         return self.cluster.gpu.memory - self.trainer[index].total
 
     @property
     def tightest(self) -> int:
-        """The stage with the least of it."""
+        """The stage with the least headroom."""
         return min(range(len(self.stages)), key=self.headroom)
 
     @property
     def longest(self) -> int:
-        """Tokens of a request, at most."""
+        """Most tokens of a request."""
         return self.settings.rollout.max_prompt_tokens + self.settings.rollout.max_completion_tokens
 
     @property
     def requests_per_engine(self) -> int:
-        """Of one rollout batch."""
+        """Requests of one rollout batch per engine."""
         return -(
             -self.settings.rollout.rollout_batch_size
             * self.settings.rollout.group_size
@@ -117,7 +117,7 @@ class Plan:
 def make_plan(
     settings: TrainSettings, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
 ) -> Plan:
-    """`stages` are Megatron's; AssertionError where their sum is not the HF checkpoint's."""
+    """`stages` are Megatron's. AssertionError if their parameters do not add up to the HF checkpoint's."""
     shape, tensors = hf_tensors(settings)
     parameters = sum(tensors)
     built = sum(stage.whole for stage in stages)
@@ -171,7 +171,7 @@ def hf_tensors(settings: TrainSettings) -> tuple[ModelShape, list[int]]:
 
 
 def max_running(settings: TrainSettings, engine: EngineMemory, lengths: Lengths) -> int:
-    """Requests that an engine runs at once: its limit, or as many mean ones as its cache holds."""
+    """Requests that an engine runs at once: its limit, or as many mean requests as its cache holds."""
     given = flag_value(settings.engines.sglang_flags, "--max-running-requests")
     limit = MAX_RUNNING if given is None else int(given)
     return max(min(limit, int(engine.tokens // lengths.sample)), 1)

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _run(plan: Plan) -> Iterator[str]:
 
 
 def _trainer(plan: Plan) -> Iterator[str]:
-    """First, last and the fullest stage."""
+    """The first, the last and the fullest stage."""
     last = len(plan.stages) - 1
     shown = sorted({0, last, plan.tightest})
     yield "trainer, GiB a GPU".ljust(26) + "".join(_stage_name(index, last).rjust(16) for index in shown)

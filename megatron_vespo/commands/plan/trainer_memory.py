@@ -1,4 +1,4 @@
-"""GPU memory of a trainer rank, part by part, in bytes."""
+"""Computes the GPU memory of a trainer rank, part by part, in bytes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_vespo.system.hardware import GIB
 
 # CUDA's context, NCCL's buffers, libraries' workspaces, fragmentation: an allowance, not measured
 RESERVE = 4 * GIB
-# What an engine on the same GPU keeps while the trainer has its turn: CUDA's context and kernels, NCCL's
-# buffers, workspaces, and of CUDA graphs what the driver holds, not their tensors. An allowance, not measured
+# What an offloaded engine keeps on the trainer's GPU: CUDA's context and kernels, NCCL's buffers, workspaces,
+# and what the driver holds of CUDA graphs, not their tensors. An allowance, not measured
 ENGINE_AT_REST = 3 * GIB
 
 
@@ -28,10 +28,10 @@ class TrainerMemory:
     activations: float
     log_probs: float
     packs: float  # in flight
-    sync: float  # in a weight sync, when there are no activations
+    sync: float  # during a weight sync, when there are no activations
     host: float
-    engine: float = 0.0  # on the same GPU, at rest
-    offload: bool = False  # weights and optimizer go to the host while that engine generates
+    engine: float = 0.0  # of an offloaded engine on the same GPU
+    offload: bool = False  # weights and optimizer are in host memory while that engine generates
 
     @property
     def total(self) -> float:
@@ -40,25 +40,25 @@ class TrainerMemory:
 
     @property
     def at_rest(self) -> float:
-        """What stays while an engine on the same GPU generates."""
+        """Bytes that stay on the GPU while an engine on it generates."""
         return RESERVE if self.offload else self.weights + self.optimizer + RESERVE
 
     @property
     def in_sync(self) -> float:
-        """In a weight sync, when all of the engine but its weights has been given back."""
+        """Bytes during a weight sync, when only the engine's weights are on the GPU."""
         return self.weights + (0.0 if self.offload else self.optimizer) + self.sync + RESERVE
 
     @property
     def comes_back(self) -> float:
-        """Beside an engine's weights, for log-probs or a save: what is not there at rest, at most."""
-        forward = self.activations + self.log_probs + self.packs  # and more: of a step
+        """Most bytes that return to the GPU, beside an engine's weights, for log-probs or a save."""
+        forward = self.activations + self.log_probs + self.packs  # upper bound: a training step's
         if not self.offload:
             return forward
         return self.weights + max(forward, self.optimizer)
 
 
 def trainer_memory(settings: TrainSettings, stage: Stage, index: int) -> TrainerMemory:
-    """Of a rank of pipeline stage `index`."""
+    """Memory of a rank of pipeline stage `index`."""
     gradient = (
         4 if settings.trainer.accumulate_allreduce_grads_in_fp32 else settings.trainer.params_dtype.itemsize
     )
@@ -75,7 +75,7 @@ def trainer_memory(settings: TrainSettings, stage: Stage, index: int) -> Trainer
         if index == settings.trainer.pipeline_model_parallel_size - 1
         else 0.0,
         packs=packs_in_flight_bytes(settings, stage.layers, index),
-        sync=2 * settings.sync.weight_sync_bucket_mb * 2**20,  # a bucket, and flattened
+        sync=2 * settings.sync.weight_sync_bucket_mb * 2**20,  # a bucket, and its flattened copy
         host=shard * host,
         engine=ENGINE_AT_REST if settings.sync.colocate else 0.0,
         offload=settings.sync.colocate and settings.sync.colocate_offload,
@@ -83,11 +83,11 @@ def trainer_memory(settings: TrainSettings, stage: Stage, index: int) -> Trainer
 
 
 def optimizer_bytes(settings: TrainSettings) -> tuple[float, float]:
-    """Of a parameter in the optimizer's shard: on the GPU, in CPU memory.
+    """(on the GPU, in CPU memory): bytes per parameter in the optimizer's shard.
 
     Adam has two moments and, for bf16, the fp32 weights. --use-precision-aware-optimizer stores each moment
-    in its own type; Transformer Engine then keeps of fp32 weights only the 2 bytes that bf16 lacks. Offloaded
-    ones live in CPU memory, in fp32, with copies of weight and gradient.
+    in its own type; Transformer Engine then keeps only the 2 bytes of fp32 weights that bf16 lacks. Offloaded
+    parameters have fp32 moments in CPU memory, with copies of weight and gradient.
     """
     if not settings.trainer.bf16:
         return 8.0, 0.0
@@ -96,12 +96,12 @@ def optimizer_bytes(settings: TrainSettings) -> tuple[float, float]:
         return 12.0 + copy_of_gradient, 0.0
     moments = settings.trainer.exp_avg_dtype.itemsize + settings.trainer.exp_avg_sq_dtype.itemsize
     offloaded = settings.trainer.optimizer_offload_fraction if settings.trainer.optimizer_cpu_offload else 0.0
-    weights = 2  # of fp32 as of fp16
+    weights = 2  # with fp32 moments as with fp16 ones
     return (1 - offloaded) * (weights + moments), offloaded * (4 + 4 + 4 + 4)
 
 
 def activation_bytes(settings: TrainSettings, layers: int, index: int) -> float:
-    """What the micro-batches in flight keep, and what the layer at work has beside that.
+    """What the micro-batches in flight keep, plus the working memory of the current layer.
 
     A full micro-batch has --max-tokens-per-gpu tokens on each context-parallel rank.
     """
@@ -130,7 +130,7 @@ def activation_bytes(settings: TrainSettings, layers: int, index: int) -> float:
 
 
 def kept_by_experts(settings: TrainSettings, layers: int, index: int) -> float:
-    """Its part that grows with a rank's share of the tokens; not for full recomputation."""
+    """Activations that grow with a rank's share of the tokens. Not valid for full recomputation."""
     freed = _freed_modules(settings)
     kept = [
         tensor
@@ -160,8 +160,8 @@ def _inputs_are_sliced(settings: TrainSettings) -> bool:
 def in_flight(settings: TrainSettings, index: int) -> float:
     """Micro-batches whose activations stage `index` holds at once, in units of all its layers.
 
-    1F1B: the stages from here on. Interleaved: as many virtual stages as Megatron warms up with, and the one
-    at work (get_pp_rank_microbatches in its schedules; arXiv 2104.04473, section 2.2).
+    1F1B: the number of stages from here on. Interleaved: the virtual stages of Megatron's warm-up, plus the
+    current one (get_pp_rank_microbatches in its schedules; arXiv 2104.04473, section 2.2).
     """
     stages, virtual = (
         settings.trainer.pipeline_model_parallel_size,
@@ -169,7 +169,7 @@ def in_flight(settings: TrainSettings, index: int) -> float:
     )
     most = (
         settings.trainer.global_batch_size // settings.trainer.data_parallel_size
-    )  # a pack has a sample at least
+    )  # a pack has at least one sample
     if virtual is None:
         return min(stages - index, most)
     group = settings.trainer.microbatch_group_size_per_vp_stage or stages
@@ -177,7 +177,7 @@ def in_flight(settings: TrainSettings, index: int) -> float:
 
 
 def packs_in_flight_bytes(settings: TrainSettings, layers: int, index: int) -> float:
-    """Each model chunk has its own copy; one more is on its way. All others wait in host memory."""
+    """Each model chunk has its own copy; one more is in transfer. All others wait in host memory."""
     micro_batches, chunks = (
         in_flight(settings, index),
         settings.trainer.virtual_pipeline_model_parallel_size or 1,
@@ -187,10 +187,10 @@ def packs_in_flight_bytes(settings: TrainSettings, layers: int, index: int) -> f
 
 
 def log_prob_bytes(settings: TrainSettings) -> float:
-    """The output layer's work on one micro-batch: see `algorithms.linear_log_probs`.
+    """The output layer's memory for one micro-batch: see `algorithms.linear_log_probs`.
 
-    Hidden states of all tokens and their gradient, in fp32 as well; a tile of fp32 logits, and of their
-    gradient where that is bf16; six fp64 numbers a token; the weight's gradient.
+    Hidden states of all tokens and their gradient, also in fp32; a tile of fp32 logits, and of their gradient
+    if that is bf16; six fp64 numbers per token; the weight's gradient.
     """
     size, tokens = settings.trainer.params_dtype.itemsize, settings.trainer.max_tokens_per_gpu
     rows = settings.trainer.padded_vocab_size / settings.trainer.tensor_model_parallel_size

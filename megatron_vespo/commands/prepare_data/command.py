@@ -1,4 +1,4 @@
-"""`megatron-vespo prepare-data`: a public prompt set as our JSONL, cleaned, and free of what is held out."""
+"""`megatron-vespo prepare-data`: turns a public prompt set into clean JSONL without held-out questions."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _questions(path: Path, instruction: str | None) -> Iterator[str]:
     for where, row in rows_of(path):
         question = question_of(row, QUESTION_COLUMNS, where)
         empty = False
-        yield question.removesuffix(_ending(instruction))  # it may have been prepared in the same way
+        yield question.removesuffix(_ending(instruction))  # the file may have been prepared in the same way
     if empty:
         raise ValueError(f"--exclude {path}: the file is empty")
 
@@ -111,11 +111,11 @@ def _ending(instruction: str | None) -> str:
 def _line(problem: Problem, instruction: str | None) -> str:
     question = problem.question + _ending(instruction)
     row = {"question": question, "answer": problem.answer, "source": problem.source}
-    return json.dumps(row) + "\n"  # ASCII: U+2028 ends a line for some readers
+    return json.dumps(row) + "\n"  # ASCII, because U+2028 ends a line for some readers
 
 
 def _same_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """By the grader that training uses, in a process that can be killed."""
+    """Uses training's grader, in a process that can be killed."""
     pool = RewardPool(load_reward_function("math"), 1, REWARD_TIMEOUT_S, REWARD_MEMORY_GB)
     try:
         results = pool.score([RewardItem(f"\\boxed{{{b}}}", a, {}, ended=True) for a, b in pairs])

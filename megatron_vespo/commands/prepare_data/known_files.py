@@ -1,4 +1,4 @@
-"""The files of a public set: a local copy, or downloaded from the Hugging Face hub."""
+"""Finds the files of a public set: a local copy, or a download from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_vespo.data.located import located
 from megatron_vespo.data.rows import file_rows
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-HUB_TIMEOUT_S = 30.0  # for an answer; the hub's own deadlines bound the rest
+HUB_TIMEOUT_S = 30.0  # for one answer; the hub's own deadlines bound the rest
 
 
 def source_files(known: KnownSet, source: Path) -> list[Path]:
-    """`source` itself, or those in the folder that belong to the split; ValueError if that is not clear."""
+    """`source` itself, or the files of the split in that folder; ValueError if they are ambiguous."""
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -36,7 +36,7 @@ def source_files(known: KnownSet, source: Path) -> list[Path]:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) of a .parquet, .jsonl or .json file; the last holds a list of objects."""
+    """(where, row) of a .parquet, .jsonl or .json file; a .json file has a list of objects."""
     if path.suffix != ".json":
         yield from file_rows(path, "--source")
         return
@@ -51,7 +51,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def download(known: KnownSet, revision: str | None) -> Path:
-    """The folder of the set's files on this machine; ValueError when the hub cannot give them."""
+    """The local folder of the set's files; ValueError if the hub cannot provide them."""
     elsewhere = "; --source takes a local copy"
     try:
         from huggingface_hub import snapshot_download
@@ -65,7 +65,7 @@ def download(known: KnownSet, revision: str | None) -> Path:
             allow_patterns=known.files,
             etag_timeout=HUB_TIMEOUT_S,
         )
-    except Exception as error:  # of the network, of the hub, of the disk: a dozen classes of several packages
+    except Exception as error:  # from the network, the hub or the disk: a dozen classes of several packages
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{known.repo} cannot be downloaded ({reason}){elsewhere}") from error
     return Path(folder)

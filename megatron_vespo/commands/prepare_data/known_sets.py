@@ -1,6 +1,7 @@
 """Public prompt sets: where they are on the Hugging Face hub and what their rows look like.
 
-Columns may be dotted paths; of several the first that a row has counts, as copies name them differently.
+Columns may be dotted paths. Copies of a set name columns differently, so the first one that a row has is
+used.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KnownSet:
-    """`files` is a pattern of paths in the repository: one split, "train" or "test"."""
+    """`files` is a pattern of paths in the repository, for one split: "train" or "test"."""
 
     repo: str
     split: str
     files: str
-    question: tuple[str, ...]  # text, or chat messages: then the user's last one
+    question: tuple[str, ...]  # text or chat messages, of which the user's last one is taken
     answer: tuple[str, ...]
-    identity: tuple[str, ...] = ()  # the row's own id; without one, its number
-    question_pattern: str | None = None  # its group 1 is the problem, without what the set asks for around it
+    identity: tuple[str, ...] = ()  # the row's own id; (): its number
+    question_pattern: str | None = None  # its group 1 is the problem without the set's instructions
     answer_pattern: str | None = None  # its group 1 is the answer inside the cell
-    num_problems: int | None = None  # different ones, where that is well known
+    num_problems: int | None = None  # distinct problems, if well known
 
 
-# every problem is in there a hundred times, between two sentences about how to answer
+# the set has every problem a hundred times, between two sentences about how to answer
 _DAPO_PROBLEM = (
     r"(?s)\A(?:Solve the following math problem step by step\. .*?\n\n)?(.+?)"
     r"(?:\n\nRemember to put your answer on its own line after \"Answer:\"\.)?\s*\Z"

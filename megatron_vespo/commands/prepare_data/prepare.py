@@ -1,4 +1,4 @@
-"""Rows of a public set into ours: question, answer, source; every problem once, none that is held out."""
+"""Converts rows of a public set to question, answer, source: every problem once, no held-out ones."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from megatron_vespo.commands.prepare_data.known_sets import KnownSet
 from megatron_vespo.commands.prepare_data.same_question import HeldOut, normalised
 from megatron_vespo.data.rows import Absent, answer_text, lookup, messages_of, user_text
 
-# pairs of answers that are written differently -> whether each means the same
+# pairs of answers that are written differently -> for each, whether they mean the same
 SameAnswers = Callable[[Sequence[tuple[str, str]]], list[bool]]
 
 
 @dataclass
 class Counts:
-    """What has become of the rows that were read."""
+    """Counts of the rows read, by their fate."""
 
     read: int = 0
     unusable: int = 0
-    repeated: int = 0  # question and answer, to the letter
-    respelled: int = 0  # the question, but for how it is written
-    contradicting: int = 0  # the same question with different answers: all of them
+    repeated: int = 0  # question and answer are identical to an earlier row's
+    respelled: int = 0  # the question is an earlier one, written differently
+    contradicting: int = 0  # the same question with different answers: all such rows
     same_as_held_out: int = 0
     near_held_out: int = 0
     written: int = 0
     first_unusable: str = ""  # where, and why
-    near_examples: list[tuple[str, str]] = field(default_factory=list)  # ours and the held-out one
+    near_examples: list[tuple[str, str]] = field(default_factory=list)  # (ours, the held-out one)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def prepare(
     held_out: HeldOut,
     same_answers: SameAnswers,
 ) -> tuple[list[Problem], Counts]:
-    """`rows` are (where, row). The order stays; of equal problems the first one does."""
+    """`rows` are (where, row). Keeps the order, and the first of equal problems."""
     counts = Counts()
     groups: dict[str, list[Problem]] = {}
     seen: set[tuple[str, str]] = set()
@@ -69,7 +69,7 @@ def prepare(
 
 
 def check_usable(counts: Counts, max_share: float, where: str) -> None:
-    """ValueError when there is too little of use: the set is another one than it is taken for."""
+    """ValueError if too many rows are unusable: the file is probably another set."""
     if counts.read == 0:
         raise ValueError(f"{where}: no rows there")
     if counts.unusable > max_share * counts.read:
@@ -123,7 +123,7 @@ def _cell(row: dict, column: str) -> Any:
 
 
 def _once_each(groups: list[list[Problem]], same_answers: SameAnswers, counts: Counts) -> list[Problem]:
-    """One of each group of the same question, none of one whose answers are not the same."""
+    """One problem per group of the same question; none if its answers differ."""
     doubtful = {
         (group[0].answer, other.answer)
         for group in groups

@@ -1,4 +1,4 @@
-"""Whether two questions are the same, but for how they are written, or nearly."""
+"""Decides whether two questions are the same apart from their spelling, or nearly the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 NGRAM_WORDS = 8
-MIN_NGRAMS = 8  # shorter questions consist of phrases that many have
-NEAR_SHARE = 0.5  # of a held-out question's n-grams
+MIN_NGRAMS = 8  # shorter questions consist of common phrases
+NEAR_SHARE = 0.5  # share of a held-out question's n-grams
 _SPACING = re.compile(r"\s|\$|\\[,;:! ]|\\left\b|\\right\b|\\displaystyle\b|~")
 _SPELLINGS = (
     (re.compile(r"\\[dt]frac\b"), r"\\frac"),
@@ -19,9 +19,9 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def normalised(question: str) -> str:
-    """Without case, spacing, dollar signs, LaTeX that only moves things, and a full stop at the end.
+    """`question` without case, spacing, dollar signs, LaTeX of pure layout, and a full stop at the end.
 
-    Digits, signs and every other character stay: problems that differ in a number are two problems.
+    Digits, signs and all other characters stay: problems that differ in a number are two problems.
     """
     text = unicodedata.normalize("NFKC", question).casefold()
     for pattern, spelling in _SPELLINGS:
@@ -35,7 +35,7 @@ class HeldOut:
     def __init__(self, questions: Iterable[str]):
         self._exact: dict[str, str] = {}
         self._grams: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        self._long: list[tuple[str, int]] = []  # question, number of its n-grams
+        self._long: list[tuple[str, int]] = []  # (question, number of its n-grams)
         for question in questions:
             self._exact.setdefault(normalised(question), question)
             grams = _ngrams(question)
@@ -48,11 +48,11 @@ class HeldOut:
         return len(self._exact)
 
     def same(self, question: str) -> str | None:
-        """The held-out question that this one is."""
+        """The held-out question that is the same as `question`, or None."""
         return self._exact.get(normalised(question))
 
     def near(self, question: str) -> str | None:
-        """The held-out question that shares at least NEAR_SHARE of its sequences of NGRAM_WORDS words."""
+        """A held-out question of whose NGRAM_WORDS-grams `question` has at least NEAR_SHARE, or None."""
         shared = Counter(number for gram in _ngrams(question) for number in self._grams.get(gram, ()))
         for number, count in shared.most_common():
             text, total = self._long[number]

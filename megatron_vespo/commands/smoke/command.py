@@ -1,4 +1,4 @@
-"""`megatron-vespo smoke [RECIPE]`: the first command on a new cluster."""
+"""`megatron-vespo smoke [RECIPE]`: runs every part of a run once; the first command on a new cluster."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ Exit code: 0 when all is well, 1 when a stage failed, 2 for a mistake in flags.
 WITHOUT_RECIPE = (
     "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
 )
-LOCAL_CORES = 3  # at least: two ranks and an engine, which share fewer
+LOCAL_CORES = 3  # for two ranks and an engine, which share the cores of a smaller machine
 
 
 @dataclass(frozen=True)
 class SmokeOptions(Settings):
     output_dir: Path
-    ray_address: str | None  # None: a local cluster starts
-    timeout: float  # seconds, of every wait
+    ray_address: str | None  # None: a local cluster is started
+    timeout: float  # seconds, for each wait
     has_recipe: bool
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
-    """This command's own options, and the flags of a run."""
+    """This command's own options, and the other flags, which are a run's."""
     flags = with_recipes(argv)
     if argv and not argv[0].startswith("-"):
         flags = [*read_recipe(Path(expanded(argv[0]))), *flags[1:]]
@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
         help="on a disk that all nodes see: gets smoke.json, and the logs where something failed; default: "
         "the recipe's, or the current folder")  # fmt: skip
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
-    # the first engines on a cluster compile kernels
+    # long, because the first engines on a cluster compile kernels
     add(
         "--timeout", type=float, default=1200.0, metavar="SECONDS", help="of every wait; default: %(default)g"
     )
@@ -114,12 +114,12 @@ def parse(argv: list[str]) -> tuple[SmokeOptions, list[str]]:
 def run(
     options: SmokeOptions, flags: list[str], wanted: Wanted, stages: Stages, folder: Path, facts: dict
 ) -> None:
-    """All stages. Raises Stopped where one breaks; `facts` gets what is found out about the run."""
+    """Runs all stages. Raises Stopped if one breaks. Fills `facts` with findings about the run."""
     with stages.stage("cluster") as row:
         nodes = look_around(options.ray_address)
         row.detail = facts["nodes"] = str(nodes)
     if nodes.on_gpus and not options.has_recipe:
-        flags = [*flags, "--bf16"]  # what their kernels are made for
+        flags = [*flags, "--bf16"]  # GPU kernels need it
     layout = fit(wanted, nodes)
     facts["layout"] = str(layout)
     if (wanted.ranks, wanted.engines) not in ((layout.ranks, layout.engines), (None, None)):
@@ -136,7 +136,7 @@ def run(
 
 
 def checked_layout(flags: list[str], nodes: Nodes, timeout_s: float) -> Wanted:
-    """What of the flags' layout fits; ValueError for flags that are refused. Nothing is started."""
+    """The part of the flags' layout that fits; ValueError for refused flags. Starts nothing."""
     layout = fit(wanted_layout(flags), nodes)
     with tempfile.TemporaryDirectory() as folder:
         _prepare(flags, layout, nodes, Path(folder), timeout_s)
@@ -144,14 +144,14 @@ def checked_layout(flags: list[str], nodes: Nodes, timeout_s: float) -> Wanted:
 
 
 def _prepare(flags: list[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float) -> TrainSettings:
-    """The run's arguments; its model has a config in `folder` then."""
+    """The run's settings. Writes the model's config into `folder`."""
     longest = 2 * (MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     write_config(folder / "model", config_for(layout, nodes.on_gpus, longest))
     return smoke_arguments(flags, layout, nodes, folder, timeout_s)
 
 
 def look_around(ray_address: str | None) -> Nodes:
-    """What Ray has. RuntimeError where there is no GPU on a machine that is not set up for CPUs."""
+    """The nodes that Ray has. RuntimeError without a GPU on a machine that is not set up for CPUs."""
     start_ray(ray_address, 2)
     try:
         resources = node_resources()
@@ -169,7 +169,7 @@ def look_around(ray_address: str | None) -> Nodes:
 
 
 def _clean(folder: Path, keep_logs: bool) -> None:
-    """Removes what a smoke run has written, but for its logs where they are wanted."""
+    """Removes what a smoke run has written; keeps its logs if `keep_logs`."""
     for path in folder.iterdir():
         if not (keep_logs and path.name in ("logs", "trace.json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""How much of a recipe's layout fits the nodes that there are. Pure arithmetic."""
+"""Reduces a recipe's layout to the available nodes. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from megatron_vespo.system.wording import counted
 
-SHRINKING = ("ep", "cp", "etp", "pp", "tp")  # what is given up first stands first
+SHRINKING = ("ep", "cp", "etp", "pp", "tp")  # the first one is reduced first
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Places, one number a node: GPUs, or on a cluster without them CPU cores.
+    """Places, one number per node: GPUs, or CPU cores on a cluster without GPUs.
 
-    `engines` are the nodes that may hold engines: the trainer's nodes themselves, or with `apart` others.
+    `engines` are the nodes that may hold engines: the trainer's own nodes, or with `apart` other nodes.
     """
 
     trainer: tuple[int, ...]
@@ -33,7 +33,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Sizes of a run. `ranks` and `engines` are None where nobody has said them: what there is room for."""
+    """Sizes of a run. `ranks` and `engines` may be None: as many as there is room for."""
 
     tp: int = 1
     pp: int = 1
@@ -48,7 +48,7 @@ class Wanted:
 
     @property
     def unit(self) -> int:
-        """Trainer ranks come in multiples of it: Megatron lays attention and experts out over the same."""
+        """The number of trainer ranks is a multiple of it: attention and experts use the same ranks."""
         return self.pp * math.lcm(self.tp * self.cp, self.etp * self.ep)
 
     def __str__(self) -> str:
@@ -64,9 +64,9 @@ def _counted(number: int | None, what: str) -> str:
 
 
 def fit(wanted: Wanted, nodes: Nodes) -> Wanted:
-    """`wanted` itself where it fits; else an engine a node, and the trainer on the rest.
+    """`wanted` itself if it fits; otherwise one engine per node, and the trainer on the rest.
 
-    Sizes that still do not fit are divided, those of `SHRINKING` in turn. ValueError where nothing fits.
+    Sizes that still do not fit are divided, in the order of `SHRINKING`. ValueError if nothing fits.
 
     Example: tp2,ep8 on 16 ranks and 8 engines of 2, one node of 8 GPUs -> tp2,ep4 on 4 ranks, 1 engine of 2
     """
@@ -101,7 +101,7 @@ def _fits(wanted: Wanted, nodes: Nodes) -> bool:
 
 
 def _room(wanted: Wanted, nodes: Nodes) -> int:
-    """Trainer ranks that fit beside the engines; an engine in the GPUs' second turn needs a core, no GPU."""
+    """Trainer ranks that fit beside the engines. A colocated engine needs a core, but no GPU of its own."""
     there = sum(nodes.trainer)
     if nodes.apart or (wanted.colocate and nodes.on_gpus):
         return there
@@ -110,9 +110,9 @@ def _room(wanted: Wanted, nodes: Nodes) -> int:
 
 
 def _filled(wanted: Wanted, nodes: Nodes) -> Wanted | None:
-    """With as many ranks as there is room for, or as are wanted; None where not one copy of the model fits.
+    """`wanted` with its number of ranks, or as many as fit; None if not one copy of the model fits.
 
-    Colocated engines lie on the GPUs of ranks.
+    Colocated engines use the GPUs of ranks.
     """
     room = _room(wanted, nodes)
     ranks = min(room, wanted.ranks or room) // wanted.unit * wanted.unit
@@ -140,7 +140,7 @@ def _smaller(size: int) -> int:
 
 
 def nodes_of(resources: Sequence[Mapping[str, float]], trainer_role: str, engine_role: str) -> Nodes:
-    """What Ray says of each node that is alive; the roles are resources that some clusters' nodes have."""
+    """Nodes from Ray's resources of each live node. The roles are resources that some nodes have."""
     on_gpus = any(node.get("GPU", 0) for node in resources)
 
     def places(of: Sequence[Mapping[str, float]]) -> tuple[int, ...]:

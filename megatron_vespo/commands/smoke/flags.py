@@ -1,4 +1,4 @@
-"""A run's flags as those of a smoke run: what computes stays, what is computed is small."""
+"""Turns a run's flags into those of a smoke run: the same computation, at a small size."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_vespo.rollout.server_arguments import engine_size, parse_sglang_fl
 MINI_BATCHES = 2  # optimizer steps
 NUM_COMPLETIONS = 4
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 48, 48
-TOKEN_BUDGET = 1024  # of a pack
-# Steps of --lr over the hidden size move logits alike in every model: far more than rounding does, so that
-# engines with the old weights are found out, and so little that the second step's W is not 0.
+TOKEN_BUDGET = 1024  # per pack
+# An --lr of LOGIT_STEP over the hidden size moves logits equally in every model: far more than rounding, so
+# that engines with old weights are detected; and so little that W of the second step is not 0.
 LOGIT_STEP = 0.25
 COLOCATED_SHARE = "0.4"  # of a GPU, for the small model's engine
 SIZES = {
@@ -34,7 +34,7 @@ SIZES = {
 LAYOUT = {
     *SIZES.values(), "--sequence-parallel", "--colocate", "--sglang-tp-size", "--sglang-tensor-parallel-size",
 }  # fmt: skip
-# of a whole run: its model's depth, data, lengths, batches, steps, clocks, files, and what it may survive
+# flags of a whole run: its model's depth, data, lengths, batches, steps, time limits, files, fault tolerance
 OF_THE_RUN = {
     "--hf-checkpoint", "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
     "--no-chat-template", "--overlong-prompts", "--generate-function",
@@ -53,18 +53,18 @@ OF_THE_RUN = {
     "--sglang-context-length",
 }  # fmt: skip
 OF_THE_RUN_PREFIXES = ("--eval-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
-# what only a GPU has, and what saves its memory
+# features that only a GPU has, and flags that save its memory
 ON_GPUS_ONLY = {
     "--transformer-impl", "--distributed-backend", "--optimizer-cpu-offload",
     "--use-precision-aware-optimizer", "--moe-permute-fusion", "--moe-token-dispatcher-type",
     "--moe-flex-dispatcher-backend", "--moe-grouped-gemm", "--attention-backend",
     "--sglang-attention-backend", "--sglang-mem-fraction-static",
-    "--sglang-enable-fp32-lm-head",  # on CPUs with AMX its matmul does not know the weight's layout
+    "--sglang-enable-fp32-lm-head",  # on CPUs with AMX its matmul does not support the weight's layout
 }  # fmt: skip
 
 
 def wanted_layout(flags: Sequence[str]) -> Wanted:
-    """The sizes that a run's flags ask for; ValueError for what is no size."""
+    """The sizes that a run's flags request; ValueError for an invalid size."""
     parser = argparse.ArgumentParser(prog="megatron-vespo smoke", add_help=False, allow_abbrev=False)
     for name, flag in SIZES.items():
         parser.add_argument(flag, dest=name)
@@ -86,10 +86,10 @@ def _size(flag: str, text: str) -> int:
 def smoke_arguments(
     flags: Sequence[str], layout: Wanted, nodes: Nodes, folder: Path, timeout_s: float
 ) -> TrainSettings:
-    """The smoke run's settings; ValueError for flags that train would refuse, too.
+    """The smoke run's settings; ValueError for flags that train would also refuse.
 
-    `flags` are a run's, `layout` is what of theirs fits `nodes`. `folder` has the model, and gets everything
-    else. No wait is longer than `timeout_s`.
+    `flags` are a run's; `layout` is the part of their layout that fits `nodes`. `folder` has the model, and
+    gets all output. No wait is longer than `timeout_s`.
     """
     sizes = layout_flags(layout)
     if layout.colocate and nodes.on_gpus and "--sglang-mem-fraction-static" not in flags:
@@ -102,7 +102,7 @@ def smoke_arguments(
 
 
 def kept(flags: Sequence[str], on_gpus: bool) -> list[str]:
-    """Of a run's flags, with their values, those that decide how things are computed."""
+    """The flags of a run, with their values, that decide how it computes."""
     left_out = LAYOUT | OF_THE_RUN | (set() if on_gpus else ON_GPUS_ONLY)
     prefixes = OF_THE_RUN_PREFIXES if on_gpus else (*OF_THE_RUN_PREFIXES, "--recompute-")
     words: list[str] = []
@@ -132,7 +132,7 @@ def layout_flags(layout: Wanted) -> list[str]:
 
 
 def num_prompts(layout: Wanted) -> int:
-    """Of a rollout batch: every rank has samples in every step, every engine several requests."""
+    """Prompts per rollout batch: every rank gets samples in every step, every engine several requests."""
     assert layout.ranks is not None and layout.engines is not None
     shares = layout.ranks // (layout.tp * layout.pp * layout.cp) * (layout.pp if layout.vpp > 1 else 1)
     return MINI_BATCHES * shares * math.ceil(layout.engines / shares)
@@ -154,8 +154,8 @@ def _own_flags(layout: Wanted, folder: Path, timeout_s: float) -> list[str]:
         "--max-prompt-tokens": MAX_PROMPT_TOKENS,
         "--max-completion-tokens": MAX_COMPLETION_TOKENS,
         "--max-tokens-per-gpu": TOKEN_BUDGET,
-        "--weight-check-interval": 1,  # every sync
-        "--engine-restarts": 0,  # what dies is a finding
+        "--weight-check-interval": 1,  # after every sync
+        "--engine-restarts": 0,  # an engine that dies is a finding
         "--min-engines": layout.engines,
         **{f"--{name}-timeout": timeout_s for name in timeouts},
     }

@@ -1,4 +1,4 @@
-"""Engines' log-probs against the trainer's: of tokens that they have decoded, and of tokens given to them."""
+"""Compares engines' log-probs with the trainer's, for decoded tokens and for prefilled ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_vespo.types import TrainingSample
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of absolute differences of log-probs, per token."""
+    """Bounds of absolute differences of log-probs, per token."""
 
     mean: float
     largest: float
 
 
-# rounding alone; a wrong weight or position makes differences of about 1, as log-probs vary by so much
+# rounding only; a wrong weight or position makes differences of about 1, as large as log-probs vary
 BOUNDS_FP32 = Bounds(mean=1e-4, largest=1e-3)
-# a near tie of two experts is decided differently now and then
+# a near tie of two experts is sometimes decided differently
 BOUNDS_BF16 = Bounds(mean=0.05, largest=2.0)
 
 
@@ -32,7 +32,7 @@ def differences(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.
 
 
 def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], bounds: Bounds, whose: str) -> str:
-    """What was found, for people; CheckFailed where log-probs differ by more than `bounds`."""
+    """A line about the result; CheckFailed if log-probs differ by more than `bounds`."""
     found = differences(ours, theirs)
     mean, largest = found.mean(), found.max()
     text = f"{len(found)} tokens differ by {mean:.1e}, at most {largest:.1e}"
@@ -45,9 +45,9 @@ def compare(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], bounds: Bo
 def prefilled(
     url: str, samples: Sequence[TrainingSample], timeout_s: float, api_key: str | None
 ) -> list[np.ndarray]:
-    """The engine's log-probs of completions that it is given as prompts, float [C] a sample.
+    """The engine's log-probs of completions that it gets as prompts, float [C] per sample.
 
-    SGLang's are those at temperature 1. RuntimeError for an answer without them.
+    SGLang returns them at temperature 1. RuntimeError for a reply without them.
     """
     payload = {
         "input_ids": [sample.token_ids.tolist() for sample in samples],

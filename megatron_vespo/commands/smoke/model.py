@@ -1,4 +1,4 @@
-"""A small random Qwen3-MoE as a Hugging Face checkpoint: its tensors are Qwen3-30B-A3B's, its layers few."""
+"""Writes a small random Qwen3-MoE as an HF checkpoint: the tensors of Qwen3-30B-A3B, in few layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_vespo.commands.smoke.fit import Wanted
 from megatron_vespo.models.family import family_of, shape_of
 
 MIN_LAYERS = 2
-# on GPUs a layer is one of Qwen3-30B-A3B with half of its experts
+# for GPUs: a layer of Qwen3-30B-A3B with half of its experts
 FULL = {
     "hidden_size": 2048, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 4,
     "moe_intermediate_size": 768, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 4096,
 }  # fmt: skip
-# the same with everything smaller, for CPUs
+# for CPUs: the same, with all sizes smaller
 SCALED_DOWN = {
     "hidden_size": 128, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4,
     "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 512,
@@ -27,7 +27,7 @@ SCALED_DOWN = {
 
 
 def config_for(layout: Wanted, on_gpus: bool, max_length: int) -> dict[str, Any]:
-    """config.json of a model that the layout can be cut into; no token of it ends a completion."""
+    """config.json of a model that the layout can divide; none of its tokens ends a completion."""
     sizes = dict(FULL if on_gpus else SCALED_DOWN)
     widest = max(layout.tp, layout.engine_size)
     sizes["num_key_value_heads"] = max(sizes["num_key_value_heads"], widest)
@@ -38,7 +38,7 @@ def config_for(layout: Wanted, on_gpus: bool, max_length: int) -> dict[str, Any]
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "num_hidden_layers": stages * math.ceil(MIN_LAYERS / stages),
-        "intermediate_size": 3 * sizes["hidden_size"],  # of dense layers, of which there are none
+        "intermediate_size": 3 * sizes["hidden_size"],  # of dense layers; there are none
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
@@ -60,10 +60,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_weights(folder: Path, dtype: torch.dtype, seed: int) -> int:
-    """Random weights of `folder`'s config; bytes written.
+    """Writes random weights for `folder`'s config; returns bytes written.
 
-    Norms are about 1. The rest is such that logits have a standard deviation of 1: other weights have other
-    log-probs, by far more than rounding.
+    Norms are about 1. The other weights give logits a standard deviation of 1, so different weights change
+    log-probs by far more than rounding.
     """
     config = json.loads((folder / "config.json").read_text())
     draw = torch.Generator().manual_seed(seed)

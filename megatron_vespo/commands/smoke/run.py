@@ -1,4 +1,4 @@
-"""What a smoke run does, with the objects of a real one: services, trainer attempt, controller."""
+"""Runs a smoke run with the objects of a real one: services, trainer attempt, controller."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_vespo.types import Prompt, SamplingParams, TrainingSample
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from megatron_vespo.weight_sync.verify import Sums, WeightMismatchError, compare_sums, weight_sums
 
-NUM_PREFILLED = 4  # sequences, of each engine
+NUM_PREFILLED = 4  # sequences per engine
 ENGINES = "the end of logs/engine-N.log; megatron-vespo doctor on that node; --sglang- flags of the recipe"
 RANKS = "the end of logs/trainer-N.log; megatron-vespo doctor on that node"
 KERNELS = (
@@ -45,7 +45,7 @@ LOADER = (
 
 
 def all_stages(colocate: bool) -> Stages:
-    starts = {"start SGLang": ENGINES, "start Megatron": RANKS}  # engines first, on GPUs that are empty
+    starts = {"start SGLang": ENGINES, "start Megatron": RANKS}  # engines first, while the GPUs are empty
     rows = {
         "cluster": "ray status; nvidia-smi on each node; --ray-address auto for a Ray that runs",
         "model": DISK,
@@ -83,7 +83,7 @@ def _seconds_of_sharing(services: Services) -> float:
 
 
 class SmokeRun:
-    """`settings` are those of `smoke_arguments`; `model_bytes` is what a weight sync sends."""
+    """`settings` come from `smoke_arguments`; `model_bytes` is the size of a weight sync."""
 
     def __init__(self, settings: TrainSettings, model_bytes: int, stages: Stages):
         self._settings, self._model_bytes, self._stages = settings, model_bytes, stages
@@ -92,7 +92,7 @@ class SmokeRun:
         self._services = cast(Services, None)  # until `run` has started them
 
     def run(self, stack: ExitStack) -> None:
-        """All stages; `stack` ends what has started. Raises Stopped where one breaks."""
+        """Runs all stages; `stack` ends everything that was started. Raises Stopped if a stage breaks."""
         settings, stages = self._settings, self._stages
         trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
         display = cast(RunDisplay, stages)  # it has the methods that services call
@@ -111,7 +111,7 @@ class SmokeRun:
         self._compare_resumed(_controller(second), samples, log_probs, sums)
 
     def _task(self) -> Task:
-        """Prompts of random tokens; nothing ends a completion but its length."""
+        """Prompts of random tokens; completions end only by their length."""
         rollout, vocab_size = self._settings.rollout, self._settings.trainer.vocab_size
         lengths = self._draw.integers(1, rollout.max_prompt_tokens + 1, rollout.rollout_batch_size)
         prompts = [
@@ -122,7 +122,7 @@ class SmokeRun:
         return Task(sampling=sampling, prompts=PromptSet(prompts, 0, Path("random tokens")))
 
     def _generate_and_train(self, controller: Controller) -> list[TrainingSample]:
-        """Up to engines that serve the trained weights; the samples that these have made."""
+        """All stages up to engines that serve the trained weights; returns the samples of these engines."""
         stages = self._stages
         self._sync(controller, "first weight sync")
         with stages.stage("generate") as row:
@@ -150,7 +150,7 @@ class SmokeRun:
             row.detail = f"of {len(self._urls())} engine(s); checksums equal, in {checking:.1f} s"
 
     def _generate(self, controller: Controller, row: Stage) -> list[TrainingSample]:
-        """A rollout batch with rewards that are drawn."""
+        """A rollout batch with random rewards."""
         started = time.monotonic()
         source = controller.source
         assert isinstance(source, SynchronousBatches)
@@ -183,11 +183,11 @@ class SmokeRun:
             raise CheckFailed(f"a loss is not finite: {_numbers(losses)}")
         if not all(math.isfinite(norm) and norm > 0 for norm in norms):
             raise CheckFailed(f"a gradient norm is not positive and finite: {_numbers(norms)}")
-        if not moved > 2 * self._bounds.mean:  # or the next comparison would pass with the old weights
+        if not moved > 2 * self._bounds.mean:  # otherwise the next comparison would pass with the old weights
             raise CheckFailed(f"the steps have moved log-probs by {moved:.2g} only")
 
     def _generate_and_compare(self, controller: Controller, row: Stage) -> list[TrainingSample]:
-        """What the engines serve now is what the trainer has, decoded and prefilled."""
+        """Checks, by decoding and prefill, that the engines serve the trainer's weights."""
         samples = self._generate(controller, row)
         ours = _trainer(controller).log_probs(samples)
         row.detail = self._compare_decoded(ours, samples)
@@ -199,7 +199,7 @@ class SmokeRun:
         return compare(ours, theirs, self._bounds, "decoded tokens")
 
     def _compare_prefilled(self, ours: list[np.ndarray], samples: list[TrainingSample]) -> str:
-        """Of every engine, the last one's words."""
+        """Compares every engine; returns the last one's line."""
         some = samples[:NUM_PREFILLED]
         for url in self._urls():
             theirs = prefilled(url, some, self._settings.rollout.generate_timeout, self._services.api_key)
@@ -207,7 +207,7 @@ class SmokeRun:
         return told
 
     def _take_a_turn(self, controller: Controller, samples: list[TrainingSample]) -> None:
-        """Engines are offloaded, and serve the same weights after they have their memory again."""
+        """Offloads and onloads the engines, and checks that they serve the same weights."""
         with self._stages.stage("colocated turn") as row:
             seconds = _seconds_of_sharing(self._services)
             _trainer(controller).prepare([samples])
@@ -219,7 +219,7 @@ class SmokeRun:
     def _save(
         self, controller: Controller, samples: list[TrainingSample]
     ) -> tuple[list[np.ndarray], list[Sums]]:
-        """What the resumed trainer and its engines are compared with."""
+        """Saves; returns what the resumed trainer and its engines are compared with."""
         with self._stages.stage("checkpoint") as row:
             controller.save()
             _trainer(controller).finish_save()

@@ -1,4 +1,4 @@
-"""The stages of a smoke run: a live line each, and a table at the end."""
+"""Shows the stages of a smoke run: one live line each, and a table at the end."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from megatron_vespo.observability.progress import clock
 from megatron_vespo.rollout.sglang_server import EngineError
 
 OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"
-TABLE_WIDTH = 110  # where the output is no terminal
-MAX_LINE = 300  # characters, of a problem's first line and of its last one
+TABLE_WIDTH = 110  # if the output is no terminal
+MAX_LINE = 300  # characters of a problem's first line, and of its last one
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class CheckFailed(RuntimeError):
-    """Something computed, but not what it should have; the stages after it can still run."""
+    """A computation ran with a wrong result; later stages can still run."""
 
 
 class Stopped(RuntimeError):
-    """A stage broke, and what follows cannot run."""
+    """A stage broke, so later stages cannot run."""
 
 
 @dataclass
 class Stage:
-    """One row. `seconds` may be set inside the stage, where only a part of it is what is measured."""
+    """One row. The stage may set `seconds` itself if only a part of it is measured."""
 
     name: str
     hint: str  # what to try when it fails
@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass
 class Stages:
-    """`rows` are all stages in order. It is the display that engines and trainer report to, too."""
+    """`rows` are all stages in order. Engines and trainer also report to this display."""
 
     rows: list[Stage]
     stream: TextIO = field(default_factory=lambda: sys.stdout)
@@ -59,7 +59,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Runs one. A CheckFailed is written down and goes no further; everything else raises Stopped."""
+        """Runs one stage. Records a CheckFailed and continues; turns every other error into Stopped."""
         row = self._row(name)
         self.log(f"{name} ...")
         self._open, began = row, monotonic()
@@ -68,9 +68,9 @@ class Stages:
             row.result = OK
         except CheckFailed as failure:
             row.result, row.problem = FAIL, one_line(failure)
-        except Exception as error:  # whatever it is, it is a finding
+        except Exception as error:  # any error is a finding
             row.result, row.problem = FAIL, one_line(error)
-            if isinstance(error, EngineError):  # whatever was going on
+            if isinstance(error, EngineError):  # in any stage
                 row.hint = self._row("start SGLang").hint
             raise Stopped(row.problem) from error
         finally:
@@ -81,7 +81,7 @@ class Stages:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A stage of that name; inside another one it is a part of it."""
+        """A stage of that name; inside another stage it is part of that stage."""
         if self._open is not None:
             yield
             return
@@ -92,7 +92,7 @@ class Stages:
         self._print(f"          {text}")
 
     def phase_seconds(self) -> dict[str, float]:
-        """Nobody asks for a step's."""
+        """Empty: no caller needs the seconds of a step."""
         return {}
 
     def log(self, text: str) -> None:
@@ -103,7 +103,7 @@ class Stages:
         return row
 
     def _print(self, text: str) -> None:
-        print(text + "\n", end="", file=self.stream, flush=True)  # one piece: threads write, too
+        print(text + "\n", end="", file=self.stream, flush=True)  # in one piece: threads also write
 
     @property
     def failed(self) -> list[Stage]:
@@ -114,7 +114,7 @@ class Stages:
         return all(row.result == OK for row in self.rows)
 
     def print_table(self) -> None:
-        """The stages, and below it what was wrong, with what to try."""
+        """Prints the stages, then each problem with a hint."""
         table = Table("stage", "result")
         for heading in ("seconds", "bytes", "bytes/s"):
             table.add_column(heading, justify="right")
@@ -133,7 +133,7 @@ class Stages:
             self._print(f"     try: {row.hint}")
 
     def write(self, path: Path, facts: dict) -> None:
-        """All of it as JSON, with `facts` about the run."""
+        """Writes all stages as JSON, with `facts` about the run."""
         rows = [asdict(row) | {"bytes_per_second": row.bytes_per_second} for row in self.rows]
         path.write_text(json.dumps({"ok": self.ok, **facts, "stages": rows}, indent=2) + "\n")
 
@@ -152,7 +152,7 @@ def size(number: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What happened; of a process that died also the last line of its log, which the error ends with."""
+    """The error's first line; for a dead process also the last line, which is the last one of its log."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

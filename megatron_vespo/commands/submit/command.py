@@ -1,4 +1,4 @@
-"""`megatron-vespo submit RECIPE --nodes N`: a training run as a SLURM job, shown, checked and queued."""
+"""`megatron-vespo submit RECIPE --nodes N`: shows, checks and queues a training run as a SLURM job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ With --smoke it is slurm/smoke.sbatch: megatron-vespo smoke RECIPE, and the flag
 SCRIPT = Path(megatron_vespo.__file__).parents[1] / "slurm/train.sbatch"
 SMOKE_SCRIPT = SCRIPT.with_name("smoke.sbatch")
 SUBMIT_TIMEOUT_S = 120.0
-END_S = 60.0  # what a job needs after --preemption-deadline to end what runs
+END_S = 60.0  # time that a job needs after --preemption-deadline to end its processes
 
 
 def main(argv: list[str]) -> int:
@@ -58,12 +58,12 @@ def main(argv: list[str]) -> int:
     engine_nodes.check(asked, flags)
     if asked.smoke:
         return _submit_smoke(asked, more)
-    # the machine that jobs are submitted on may have no GPU
+    # the submitting machine may have no GPU
     there = [*(ON_GPUS if asked.gpus_per_node else []), *flags]
     settings = checked_run(there)
     from megatron_vespo.arguments.parse import with_expanded_paths  # takes seconds
 
-    # a path in the command means the same in every environment
+    # absolute paths mean the same in every environment
     command = train_command(asked, with_expanded_paths(flags), settings.run.preemption_deadline)
     print(shown(command), flush=True)
     use = described_use(settings, asked)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def _submit_smoke(asked: SubmitOptions, more: list[str]) -> int:
-    """The same for a smoke run, whose model fits: only its flags are checked."""
+    """Submits a smoke run. Its model always fits, so only its flags are checked."""
     if asked.chain > 1:
         raise ValueError(f"--chain {asked.chain} is for a run that goes on in the next job, --smoke does not")
     command = smoke_command(asked, more)
@@ -120,13 +120,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def checked_run(flags: list[str]) -> TrainSettings:
-    """The run that train would make of the flags; ValueError for what would only show when the job runs."""
+    """The settings that train would have; ValueError for mistakes that would only show when the job runs."""
     from megatron_vespo.arguments.parse import parse_settings  # takes seconds
 
     settings = parse_settings(flags, "submit")
     if settings.engines.ray_address:
         raise ValueError("--ray-address is the job script's to say: leave it out")
-    # one that goes back to an older checkpoint does so once, and goes on from --save
+    # a run that goes back to an older checkpoint does so once, then it resumes from --save
     if settings.save.save is None or (
         settings.save.save != settings.save.load and settings.save.gone_back is None
     ):
@@ -138,12 +138,12 @@ def checked_run(flags: list[str]) -> TrainSettings:
 
 
 def train_command(asked: SubmitOptions, flags: list[str], preemption_deadline_s: float) -> list[str]:
-    """sbatch for slurm/train.sbatch, as `asked` and the flags want it."""
+    """The sbatch command for slurm/train.sbatch, from `asked` and the flags."""
     own, needed = _own_options(SCRIPT), math.ceil(preemption_deadline_s + END_S)
     options, variables = _options(asked, asked.recipe.stem), _variables(asked)
     if seconds_before_limit(own) < needed:
         options["signal"] = f"B:USR1@{needed}"
-    if asked.chain > 1:  # the next job goes on, not this one once more
+    if asked.chain > 1:  # the next job continues; this one is not requeued
         options["no-requeue"] = None
         variables["VESPO_MAX_RESTARTS"] = "0"
     options |= engine_nodes.options_of_sbatch(asked.sbatch)
@@ -157,7 +157,7 @@ def train_command(asked: SubmitOptions, flags: list[str], preemption_deadline_s:
 
 
 def smoke_command(asked: SubmitOptions, more: list[str]) -> list[str]:
-    """sbatch for slurm/smoke.sbatch, as `asked` wants it, with the recipe and the flags behind it."""
+    """The sbatch command for slurm/smoke.sbatch, from `asked`, followed by the recipe and the flags."""
     options = _options(asked, f"smoke-{asked.recipe.stem}") | engine_nodes.options_of_sbatch(asked.sbatch)
     check_time_limit(_own_options(SMOKE_SCRIPT) | options)
     words = [str(asked.recipe.resolve()), *more]
@@ -171,7 +171,7 @@ def _own_options(script: Path) -> dict[str, str | None]:
 
 
 def _options(asked: SubmitOptions, name: str) -> dict[str, str | None]:
-    """Of sbatch, for the first component of a job."""
+    """Options of sbatch for the first component of a job."""
     options: dict[str, str | None] = {"job-name": name, "nodes": str(asked.nodes)}
     if asked.gpus_per_node:
         options["gpus-per-node"] = str(asked.gpus_per_node)
@@ -181,7 +181,7 @@ def _options(asked: SubmitOptions, name: str) -> dict[str, str | None]:
 
 
 def _variables(asked: SubmitOptions) -> dict[str, str]:
-    """Of slurm/environment.sh."""
+    """Variables of slurm/environment.sh."""
     root = str(SCRIPT.parents[1])
     if not asked.container:
         return {"VESPO_ROOT": root, "VESPO_VENV": str(asked.venv.resolve())}
@@ -194,7 +194,7 @@ def _variables(asked: SubmitOptions) -> dict[str, str]:
 
 
 def smoke_layout(asked: SubmitOptions, more: list[str]) -> str:
-    """What a smoke run on these nodes makes of the recipe; ValueError for flags that it would refuse."""
+    """The layout of a smoke run of the recipe on these nodes; ValueError for flags that it would refuse."""
     with warnings.catch_warnings(action="ignore"):
         from megatron_vespo.commands.smoke.command import checked_layout, parse  # takes seconds
         from megatron_vespo.commands.smoke.fit import Nodes
@@ -212,7 +212,7 @@ def smoke_layout(asked: SubmitOptions, more: list[str]) -> str:
 
 
 def described_use(settings: TrainSettings, asked: SubmitOptions) -> str:
-    """The GPUs that a run will use, in a line; ValueError if the nodes do not have them."""
+    """One line about the GPUs that a run will use; ValueError if the nodes have too few."""
     from megatron_vespo.commands.plan.gpu_count import too_few_gpus
     from megatron_vespo.rollout.server_arguments import engine_size
 
@@ -251,7 +251,7 @@ def check_plan(flags: list[str], asked: SubmitOptions) -> None:
 
 
 def asked_sbatch(command: list[str]) -> list[str]:
-    """A line if sbatch would take the job, none where no SLURM answers; ValueError if it would refuse it."""
+    """[a line] if sbatch would accept the job, [] without SLURM; ValueError if sbatch would refuse it."""
     if not _slurm_answers():
         return []
     told = _asked([command[0], "--test-only", *command[1:]])
@@ -276,7 +276,7 @@ def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def submit(command: list[str], jobs: int) -> list[str]:
-    """One line for each job that is in the queue then."""
+    """Queues the jobs; one line for each."""
     if shutil.which("sbatch") is None:
         raise RuntimeError("sbatch is not on PATH: submit where the cluster's jobs are submitted")
     lines: list[str] = []
@@ -284,7 +284,7 @@ def submit(command: list[str], jobs: int) -> list[str]:
     for _ in range(jobs):
         after: list[str] = []
         if before is not None:
-            # when that one has finished the run this one never begins, and goes
+            # if the previous job has finished the run, this one never starts and is removed
             after = [f"--dependency=afternotok:{before}", "--kill-on-invalid-dep=yes"]
         told = _asked([command[0], *after, *command[1:]])
         if told.returncode:

@@ -1,6 +1,6 @@
-"""`megatron-vespo submit --engine-nodes`: engines on nodes of another kind than the trainer's.
+"""`megatron-vespo submit --engine-nodes`: places engines on another kind of nodes than the trainer's.
 
-They are the second component of SLURM's heterogeneous jobs: one job, one Ray, one end.
+They are the second component of a heterogeneous SLURM job: one job, one Ray cluster, one end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check(asked: SubmitOptions, flags: Sequence[str]) -> None:
-    """ValueError for flags that do not go together. `flags` are the run's."""
+    """ValueError for incompatible flags. `flags` are the run's."""
     if asked.engine_nodes is None:
         if asked.engine_gpus_per_node is not None or asked.engine_gpu or asked.engine_sbatch:
             raise ValueError(
@@ -40,14 +40,14 @@ def check(asked: SubmitOptions, flags: Sequence[str]) -> None:
 
 
 def check_words(argv: Sequence[str]) -> None:
-    """ValueError for options of sbatch that argparse would take for flags of its own."""
+    """ValueError for options of sbatch that argparse would take for its own flags."""
     for flag, word in pairwise(argv):
         if flag in ("--sbatch", "--engine-sbatch") and word.startswith("--"):
             raise ValueError(f"{flag} {word}: without dashes, as in {flag} partition=h100")
 
 
 def component(asked: SubmitOptions) -> dict[str, str | None] | None:
-    """Options of sbatch for the second component; None for a job of one."""
+    """Options of sbatch for the second component; None for a job with one component."""
     if asked.engine_nodes is None:
         return None
     options: dict[str, str | None] = {"nodes": str(asked.engine_nodes)}
@@ -61,7 +61,7 @@ def gpus_per_node(asked: SubmitOptions) -> int:
 
 
 def all_nodes(asked: SubmitOptions) -> tuple[int, int]:
-    """Nodes and GPUs a node, as a plan counts them: what fits on the nodes of each role fits on these."""
+    """(nodes, GPUs per node) for a plan: what fits on the nodes of each role fits on these."""
     if asked.engine_nodes is None:
         return asked.nodes, asked.gpus_per_node
     return asked.nodes + asked.engine_nodes, max(asked.gpus_per_node, gpus_per_node(asked))
@@ -74,7 +74,7 @@ def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
 
 
 def described_use(asked: SubmitOptions, ranks: int, engines: int, engine_size: int) -> str:
-    """The GPUs of each role in a line; ValueError if its nodes do not have them."""
+    """One line about the GPUs of each role; ValueError if its nodes have too few."""
     ours, theirs, nodes = asked.gpus_per_node, gpus_per_node(asked), asked.engine_nodes or 0
     what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
     if ranks > (there := asked.nodes * ours):

@@ -1,4 +1,4 @@
-"""The command line of sbatch for a script of slurm/. Pure text."""
+"""Builds the sbatch command line for a script of slurm/. Pure text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TIME = re.compile(
     r"|((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+)(:(?P<seconds>\d+))?"
 )
 _NO_LIMIT = ("infinite", "unlimited")
-# sbatch gives these lines of a script to the first component of a heterogeneous job only
+# sbatch applies these lines of a script only to the first component of a heterogeneous job
 _OF_A_COMPONENT = ("ntasks-per-node", "exclusive", "mem")
 
 
@@ -35,11 +35,11 @@ def sbatch_command(
     flags: Sequence[str],
     second: Mapping[str, str | None] | None = None,
 ) -> list[str]:
-    """The words of sbatch; `options` override the script's #SBATCH lines.
+    """The words of the sbatch command; `options` override the script's #SBATCH lines.
 
     The script exports `variables`, so the job has them with any --export. With `second` the job has two
-    components: the second one has these options, and those of the script that SLURM gives to the first one
-    only. ValueError for flags that sbatch would change.
+    components. The second one gets these options, and those of the script that SLURM applies only to the
+    first. ValueError for flags that sbatch would change.
     """
     words = ["sbatch", "--parsable", *_words(options)]
     if second is not None:
@@ -55,7 +55,7 @@ def _words(options: Mapping[str, str | None]) -> list[str]:
 
 
 def _without_lone_colons(flags: Sequence[str]) -> list[str]:
-    """A flag and its value `:` become one word: sbatch drops a word that is only a colon, wherever it is."""
+    """Joins a flag and its value `:` into one word, because sbatch drops every word that is only a colon."""
     words: list[str] = []
     for word in flags:
         if word != ":":
@@ -68,7 +68,7 @@ def _without_lone_colons(flags: Sequence[str]) -> list[str]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """The command as a user can paste it: a line for each option, and for each flag with its values."""
+    """The command for pasting: one line for each option, and for each flag with its values."""
     lines = [command[0]]
     for word in command[1:]:
         begins = word == ":" or word.startswith(("--", "VESPO_")) or word.endswith(".sbatch")
@@ -80,7 +80,7 @@ def shown(command: Sequence[str]) -> str:
 
 
 def seconds_before_limit(options: Mapping[str, str | None]) -> int:
-    """How long before its time limit SLURM tells the script, by --signal=B:USR1@SECONDS."""
+    """How many seconds before the time limit SLURM signals the script: --signal=B:USR1@SECONDS."""
     match = re.fullmatch(r"B:USR1@(\d+)", options.get("signal") or "")
     if match is None:
         raise ValueError("--signal: the script's own form is B:USR1@SECONDS")
@@ -88,9 +88,9 @@ def seconds_before_limit(options: Mapping[str, str | None]) -> int:
 
 
 def time_limit(text: str) -> float:
-    """Seconds of a time limit as sbatch takes it; infinity for none.
+    """Seconds of a time limit in sbatch's format; infinity for no limit.
 
-    Example: "30" -> 1800, "10:00" -> 600, "1:00:00" -> 3600, "2-12" -> 216000. ValueError for another text.
+    Example: "30" -> 1800, "10:00" -> 600, "1:00:00" -> 3600, "2-12" -> 216000. ValueError for other texts.
     """
     if text.lower() in _NO_LIMIT:
         return math.inf
@@ -102,11 +102,11 @@ def time_limit(text: str) -> float:
     part = {name: int(digits or 0) for name, digits in match.groupdict().items()}
     days, hours = part["days"], part["h"] + part["hours"]
     minutes, seconds = part["m"] + part["minutes"], part["s"] + part["seconds"]
-    return 60 * (60 * (24 * days + hours) + minutes) + seconds or math.inf  # 0: none
+    return 60 * (60 * (24 * days + hours) + minutes) + seconds or math.inf  # 0: no limit
 
 
 def check_time_limit(options: Mapping[str, str | None], longer_than: int = 0) -> None:
-    """ValueError for a job whose time limit is none of SLURM's, or is not longer than so many seconds."""
+    """ValueError if the time limit is no SLURM format, or not longer than `longer_than` seconds."""
     text = options.get("time") or ""
     if (limit := time_limit(text)) <= longer_than:
         raise ValueError(
