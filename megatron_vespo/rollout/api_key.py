@@ -20,14 +20,14 @@ REPLACEMENT = "<API key>"
 
 
 def new_api_key(choice: str, loopback: bool) -> str | None:
-    """A new key; None if engines answer everybody. `loopback`: only this machine can reach them."""
+    """A new key; None if engines answer everyone. `loopback`: only this machine can reach them."""
     if choice == "never" or (choice == "auto" and loopback):
         return None
     return secrets.token_urlsafe(KEY_BYTES)
 
 
 def check_flags_with_key(sglang_flags: Sequence[str]) -> None:
-    """ValueError for flags with which SGLang does not ask for the key."""
+    """ValueError for flags with which SGLang does not check the key."""
     flag = "--tokenizer-worker-num"
     if flag_value(sglang_flags, flag) not in (None, "1"):
         raise ValueError(
@@ -46,7 +46,7 @@ def hand_over(api_key: str | None, server_input: IO[bytes]) -> None:
 
 
 def receive(server_input: TextIO) -> str | None:
-    """The key that `hand_over` has sent, or None."""
+    """The key that `hand_over` sent, or None."""
     return server_input.readline().strip() or None
 
 

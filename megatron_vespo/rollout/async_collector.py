@@ -1,4 +1,4 @@
-"""Generation in the background: a thread keeps as many groups in flight as can still be trained on."""
+"""Generates in the background: a thread keeps as many groups in flight as can still be trained on."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from megatron_vespo.types import Completion, SamplingParams
 
 # after one of these errors the next request may succeed
 FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
-MAX_FAILURES_IN_A_ROW = 32  # groups; after so many the cause is not a single request
+MAX_FAILURES_IN_A_ROW = 32  # groups; after this many, the cause is not a single request
 ON_WAIT_INTERVAL_S = 1.0
-RETRY_PAUSE_S = 0.5  # after a failure, so that an engine that refuses everything is not flooded
-# distance between the seeds of a prompt's attempts; more than a run takes prompts
+RETRY_PAUSE_S = 0.5  # after a failure, so that an engine that refuses every request is not flooded
+# distance between the seeds of a prompt's attempts; larger than the number of prompts of any run
 ATTEMPT_SEEDS = 2**40
 Score = Callable[[Group], Sequence[RewardResult]]
 
 
 class AsyncCollector:
-    """Fills `buffer` in a thread, from `start` to `stop`; nothing else touches the buffer meanwhile.
+    """Fills `buffer` in a thread, from `start` to `stop`; nothing else uses the buffer meanwhile.
 
-    All methods may be called from the thread that trains. If generation ends, because of a dead engine for
-    example, the next `take` raises the error.
+    The training thread may call all methods. If generation ends, for example because of a dead engine, the
+    next `take` raises the error.
 
-    `score` fills in rewards and returns those that failed. `on_wait` is called every second by a `take` that
-    waits, `on_change` when groups have finished or were taken. The seed of a group depends only on its
-    prompt's place in the run and on its dispatch, not on when and where it is generated.
+    `score` fills in rewards and returns those that failed. A waiting `take` calls `on_wait` every second.
+    `on_change` is called when groups have finished or were taken. The seed of a group depends only on its
+    prompt's place in the run and on the dispatch, not on when and where the group is generated.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AsyncCollector:
         self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
         self._on_wait = on_wait
-        self._changed = threading.Condition()  # guards the buffer and what follows
+        self._changed = threading.Condition()  # guards the buffer and the attributes below
         self._on_change = on_change
         self._error: BaseException | None = None
         self._messages: list[str] = []
@@ -70,7 +70,7 @@ class AsyncCollector:
         self._wake = asyncio.Event()
         self._scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
         self._rejected = RejectedDraws(0)
-        # daemon: a program that ends with another error does not wait for it
+        # daemon: a program that ends with an error does not wait for it
         self._thread = threading.Thread(target=self._main, name="async-rollout", daemon=True)
 
     def start(self) -> None:
@@ -104,7 +104,7 @@ class AsyncCollector:
             self._notify_loop()
 
     def messages(self) -> list[str]:
-        """Log lines about what has happened since the last call."""
+        """Log lines about events since the last call."""
         with self._changed:
             messages, self._messages = self._messages, []
             failures, self._failed_rewards = self._failed_rewards, []
@@ -112,12 +112,12 @@ class AsyncCollector:
 
     @contextmanager
     def held(self) -> Iterator[RolloutBuffer]:
-        """The buffer, locked: inside the block nothing is dispatched and no prompt is taken."""
+        """The buffer, locked: inside the block, no group is dispatched and no prompt is taken."""
         with self._changed:
             yield self._buffer
 
     def suspend(self, timeout_s: float) -> None:
-        """Engines hand back unfinished responses and stop: the buffer then has every token generated."""
+        """Makes engines return unfinished responses and stop; the buffer then has every token generated."""
         with self._changed:
             self._suspended = True
             sampler, error = self._sampler, self._error
@@ -135,7 +135,7 @@ class AsyncCollector:
             self._notify_loop()
 
     def stop(self, timeout_s: float) -> None:
-        """Cancels what is in flight and ends the thread. Harmless when called twice, or before `start`."""
+        """Cancels groups in flight and ends the thread. May be called twice, or before `start`."""
         with self._changed:
             if self._stopping or not self._thread.is_alive():
                 return
@@ -224,7 +224,7 @@ class AsyncCollector:
         failed = False
         errors = [
             task.exception() for task in done
-        ]  # of all, else asyncio complains of those behind the first
+        ]  # of all tasks: asyncio warns about errors that nobody retrieves
         with self._changed:
             for (task, in_flight), error in zip(done.items(), errors, strict=True):
                 if error is None:

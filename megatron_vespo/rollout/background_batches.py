@@ -15,8 +15,8 @@ from megatron_vespo.rollout.scoring import check_some_worked, reward_statuses
 class BackgroundBatches:
     """Takes batches out of the buffer that `collector` fills.
 
-    With `stop_while_training` generation pauses when a batch is complete and continues with the next one.
-    The time limits, in seconds: of a batch, of engines that hand back unfinished responses, of the end.
+    With `stop_while_training`, generation pauses when a batch is complete and continues with the next one.
+    The time limits, in seconds, are for a batch, for engines to return unfinished responses, and for the end.
     """
 
     in_background = True
@@ -68,7 +68,7 @@ class BackgroundBatches:
         return ScoredBatch(groups, metrics, consumed)
 
     def state(self) -> SourceState:
-        """Engines hand back unfinished responses, so that the state has every token generated so far."""
+        """Makes engines return unfinished responses, so that the state has every token generated so far."""
         self._collector.suspend(self._suspend_timeout_s)
         with self._collector.held() as buffer:
             consumed, pending = self._cursor.consumed, buffer.pending()

@@ -1,10 +1,10 @@
-"""What the training loop asks for rollout batches, whatever generates them.
+"""The interface from which the training loop gets rollout batches.
 
 There are three sources:
 
-    synchronous_batches.py   generates a batch when it is asked for; the current policy samples it
-    background_batches.py    takes what is generated while training runs; --max-staleness bounds its age
-    recorded_batches.py      reads what another run has recorded; --train-from
+    synchronous_batches.py   generates a batch on request; the current policy samples it
+    background_batches.py    takes batches generated during training; --max-staleness bounds their age
+    recorded_batches.py      reads batches that another run recorded; --train-from
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class ScoredBatch:
 
     groups: list[Group]  # in the order of the mini-batches, every completion with its reward
     metrics: dict[str, float]
-    consumed_prompts: int  # since the start of the run, those of this batch included
+    consumed_prompts: int  # since the start of the run, this batch included
 
 
 @dataclass(frozen=True)
 class SourceState:
-    """What a checkpoint needs so that a resumed run gets the batches that this run would have got."""
+    """State in a checkpoint, with which a resumed run gets the batches that this run would have got."""
 
     consumed_prompts: int
     pending: bytes | None = None  # groups in flight or finished, see `buffer_state`; None: there are none
@@ -58,4 +58,4 @@ class BatchSource(Protocol):
         ...
 
     def stop(self) -> None:
-        """Called once, after the last batch: nothing is in flight afterwards."""
+        """Called once, after the last batch. Nothing is in flight afterwards."""

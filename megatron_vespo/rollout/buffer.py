@@ -1,4 +1,4 @@
-"""The groups of asynchronous generation, in flight and finished, and which step may train on them. No I/O.
+"""Holds the groups of asynchronous generation, and decides which step may train on them. No I/O.
 
 A policy version is a number of optimizer steps: step t trains version t and makes version t + 1. A rollout
 batch of `batch_size` groups is trained in `steps_per_rollout` optimizer steps, so every step trains on
@@ -15,8 +15,8 @@ goes to step next_step + j // G. If that is after its last step, it is too old f
 
 `room` is how many new groups may be dispatched. While engines serve version w, a new group is not older than
 w, so its last step is w + max_staleness or later. All groups held must fit into the steps up to that one;
-generating more would be in vain for certain. A whole batch of fresh groups fits if
-next_step - w + steps_per_rollout - 1 <= max_staleness when the batch is waited for.
+any more would certainly be wasted. A whole batch of fresh groups fits if
+next_step - w + steps_per_rollout - 1 <= max_staleness when the training loop waits for the batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from megatron_vespo.types import Completion, Prompt
 
 Group = list[Completion]
-PartialCompletions = list[Completion | None]  # of a group; None: nothing of it yet
+PartialCompletions = list[Completion | None]  # of a group; None: no token yet
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class InFlightGroup:
         InFlightGroup(number=31, serial=17, prompt=..., attempts=2, version=12, partials=[None, None])
     """
 
-    number: int  # of the attempt, among all of this buffer, from 0
-    serial: int  # place of the prompt in the order in which the run takes prompts; the same in every attempt
+    number: int  # of the attempt, among all attempts of this buffer, from 0
+    serial: int  # place of the prompt among those that the run takes; the same in every attempt
     prompt: Prompt
     attempts: int  # for this prompt, this one included
-    version: int  # lower bound of its tokens' versions: served at the dispatch, or of an older partial
+    version: int  # lower bound of its tokens' versions: the version at the dispatch, or of an older partial
     partials: PartialCompletions = field(compare=False)  # as far as they have been generated
 
 
 @dataclass(frozen=True)
 class PendingGroup:
-    """A prompt that the run is not done with. In a finished group all `partials` are complete and scored."""
+    """A prompt that is not trained on yet. In a finished group all `partials` are complete and scored."""
 
     serial: int
     prompt: Prompt
-    attempts: int  # in vain so far
+    attempts: int  # failed ones so far
     partials: PartialCompletions  # to continue from
 
     @property
@@ -65,7 +65,7 @@ class PendingGroup:
 
 @dataclass
 class Counts:
-    """Groups since the start. Every prompt taken ends in exactly one of trained, left_out, stale_dropped and
+    """Groups since the start. Every prompt taken ends as exactly one of trained, left_out, stale_dropped and
     given_up."""
 
     taken: int = 0  # prompts
@@ -73,8 +73,8 @@ class Counts:
     trained: int = 0
     left_out: int = 0  # finished, but without reward variance
     stale_dropped: int = 0  # finished, but too old for every step
-    stale_requeued: int = 0  # the same, and the prompt is generated again
-    expired: int = 0  # too old before they had finished
+    stale_requeued: int = 0  # the same, but the prompt is generated again
+    expired: int = 0  # too old before they finished
     failed: int = 0  # because of a failed request
     given_up: int = 0  # prompts after their last attempt
 
@@ -84,7 +84,7 @@ def oldest_version(completions: Iterable[Completion]) -> int:
 
 
 class RolloutBuffer:
-    """Groups waiting, in flight and finished.
+    """Groups that wait, are in flight or have finished.
 
     Args:
         next_prompt: gives a new prompt.
@@ -93,7 +93,7 @@ class RolloutBuffer:
         max_staleness: bound of the total lag, in optimizer steps.
         requeue: whether prompts of finished groups that are too old are generated again, or dropped.
         max_attempts: how often the group of one prompt may be generated.
-        policy_version: what the engines serve; also the first optimizer step of the next batch.
+        policy_version: the version that the engines serve; also the first optimizer step of the next batch.
         serial: of the first new prompt.
         max_held: bound of the groups in flight and finished; None: only max_staleness bounds them.
         has_reward_variance: a finished group without it is left out, and another one fills the batch.
@@ -123,8 +123,8 @@ class RolloutBuffer:
         self._requeue, self._max_attempts = requeue, max_attempts
         self._max_held, self._max_left_out = max_held, max_left_out
         self._has_reward_variance = has_reward_variance
-        self.policy_version = policy_version  # that the engines serve
-        self.next_step = policy_version  # the first that the next batch trains
+        self.policy_version = policy_version  # served by the engines
+        self.next_step = policy_version  # first step of the next batch
         self.counts = Counts()
         self._next_serial = serial
         self._left_out_of_batch = 0
@@ -149,7 +149,7 @@ class RolloutBuffer:
         return max(places - self.num_in_flight - self.num_finished, 0)
 
     def dispatch(self) -> InFlightGroup:
-        """Puts the next group in flight: of a prompt that waits for another attempt, else of a new prompt."""
+        """Puts a group in flight: of a prompt that waits for another attempt, otherwise of a new one."""
         assert self.room() > 0, "nothing may be dispatched"
         if self._waiting:
             pending = self._waiting.popleft()
@@ -184,9 +184,9 @@ class RolloutBuffer:
         self.policy_version = policy_version
 
     def expire(self) -> list[InFlightGroup]:
-        """Takes out groups in flight that are too old for the next batch; the caller cancels their requests.
+        """Removes groups in flight that are too old for the next batch; the caller cancels their requests.
 
-        A group in flight has the version of its dispatch, not of its first token. So this may also take out a
+        A group in flight has the version of its dispatch, not of its first token. So this may also remove a
         group that waited in an engine during a weight sync.
         """
         late = [g for g in self._in_flight.values() if g.version + self._max_staleness < self.next_step]
@@ -208,9 +208,9 @@ class RolloutBuffer:
         return [group for _, _, group in batch]
 
     def pending(self) -> list[PendingGroup]:
-        """Every prompt taken that is not trained on, left out, dropped or given up, in the order of attempts.
+        """Prompts taken but not yet trained on, left out, dropped or given up, in the order of attempts.
 
-        A group in flight continues from here, so its attempt was not in vain and is not counted.
+        A group in flight continues from here, so its attempt has not failed and is not counted.
         """
         held = [(g.number, PendingGroup(g.serial, g.prompt, g.attempts - 1, list(g.partials)))
                 for g in self._in_flight.values()]  # fmt: skip
@@ -221,7 +221,7 @@ class RolloutBuffer:
         return [pending for _, pending in sorted(held, key=lambda entry: entry[0])] + list(self._waiting)
 
     def restore(self, all_pending: Iterable[PendingGroup]) -> None:
-        """Takes over what was pending in a checkpoint: finished groups as such, the others wait."""
+        """Takes over the pending groups of a checkpoint: finished ones stay finished, the others wait."""
         for pending in all_pending:
             self.counts.taken += 1
             if pending.is_finished:

@@ -1,11 +1,11 @@
-"""What a rollout buffer has pending, as bytes for a checkpoint.
+"""Packs the pending groups of a rollout buffer into bytes for a checkpoint.
 
-An .npz file of plain arrays, no pickles. For Q pending prompts with N completions, whole or partial:
+The bytes are an .npz file of plain arrays, no pickles. For Q pending prompts with N completions or partials:
 
     serials, prompt_ids, dispatches, sizes int64 [Q]     sizes: of the groups, 0 if nothing was generated
     prompt_tokens_crc uint32 [Q]                         of the prompt's tokens
     owners, places int64 [N]                             which prompt, which completion of its group
-    and data/completion_arrays.py's arrays of the completions
+    and the completions' arrays of data/completion_arrays.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pack_pending(all_pending: Sequence[PendingGroup]) -> bytes:
 
 
 def unpack_pending(packed: bytes, prompts: Mapping[int, Prompt]) -> list[PendingGroup]:
-    """`prompts` by their ids; ValueError where they are not those that the buffer had."""
+    """`prompts` is by prompt id; ValueError if they are not the prompts that the buffer had."""
     try:
         with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

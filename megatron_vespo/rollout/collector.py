@@ -1,4 +1,4 @@
-"""Groups of completions from all engines at once: blocking, with deadlines, and tolerant of lost engines."""
+"""Collects groups of completions from all engines: blocks, has deadlines and tolerates lost engines."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Collector:
     and every completion frees its place as soon as it ends.
 
     Args:
-        routes: with it completions carry the experts chosen for every token.
-        check: called every second and after a request that is given up; raises if no more answers will come.
+        routes: if given, completions have the experts chosen for every token.
+        check: called every second and after a request is given up; raises if no more answers will come.
         on_requests: called as (engine, start, end, number), times in nanoseconds since 1970. After every
-            `collect` it gets an engine's whole work: when the first of its `number` requests was sent and the
-            last one was answered. For draws from `connect` it is called once per request.
+            `collect` it gets the whole work of an engine: `start` is when the first of its `number` requests
+            was sent, `end` when the last was answered. For draws from `connect` it is called once per
+            request.
         generate_function: a user's own function that makes a completion of several draws.
         on_wait: called every second while `collect` waits.
     """
@@ -62,7 +63,7 @@ class Collector:
 
     @property
     def max_requests(self) -> int:
-        """The bound of requests in flight."""
+        """Most requests in flight."""
         return self._max_requests_per_engine * len(self._urls)
 
     def collect(
@@ -79,7 +80,8 @@ class Collector:
 
         A completion with non-finite log-probs is sampled again, and the new one's `rejections` tell why. One
         such completion is always allowed; more than MAX_REJECTED_SHARE of all are an error.
-        `on_progress(done, total)` is called after every completion. Without `for_training` none has routes.
+        `on_progress(done, total)` is called after every completion. Only `for_training` gives completions
+        routes.
 
         Raises the first failure, which names the engine, and cancels the other requests: CollectError,
         EngineRequestError, GenerateReplyError, or whatever `check` raises.
@@ -89,7 +91,7 @@ class Collector:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Sampler]:
-        """A sampler, for draws of any kind."""
+        """A sampler for arbitrary draws."""
         async with self._connect(self._on_requests, self._routes) as sampler:
             yield sampler
 

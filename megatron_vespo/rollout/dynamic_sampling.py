@@ -1,7 +1,7 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): a rollout batch of groups with reward variance.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): fills a rollout batch with groups that have reward variance.
 
 A group whose completions all have the same reward has no gradient. It is left out, and the group of another
-prompt is generated instead. As in the paper the task's reward decides, without the length penalty: with the
+prompt is generated instead. As in the paper, the task's reward decides, without the length penalty. With the
 penalty, groups of wrong answers would stay because some answers are longer.
 """
 
@@ -33,14 +33,14 @@ class RolloutBatch:
     size: int
     max_prompts: int
     generated: list[Group] = field(default_factory=list)  # in the order of their prompts
-    varied: list[bool] = field(default_factory=list)  # of each, whether its rewards differ
+    varied: list[bool] = field(default_factory=list)  # for each group, whether its rewards differ
 
     def num_wanted(self) -> int:
         """How many prompts the next round generates; 0 if the batch is full or `max_prompts` is reached.
 
-        As many as fill the batch if the share of groups with variance stays the same, at most a whole batch.
-        Generating only the missing groups would take more rounds, and every round waits for its longest
-        response. Generating whole batches would throw more away.
+        As many as fill the batch if the share of groups with variance stays the same; at most a whole batch.
+        Generating only the missing groups would need more rounds, and every round waits for its longest
+        response. Generating whole batches would waste more groups.
         """
         kept, done = sum(self.varied), len(self.generated)
         missing = max(self.size - kept, 0)
@@ -65,9 +65,9 @@ class RolloutBatch:
         kept, generated = sum(self.varied), len(self.generated)
         return {
             "rollout/generated_prompts": float(generated),
-            # without variance, and left out
+            # without variance: left out
             "rollout/filtered_groups": float(generated - kept - self.shortfall),
-            # with variance, and more than fit
+            # with variance, but more than fit
             "rollout/surplus_groups": float(max(kept - self.size, 0)),
             "rollout/shortfall_groups": float(self.shortfall),
         }

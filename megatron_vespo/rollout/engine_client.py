@@ -1,4 +1,4 @@
-"""Token ids in, a checked Completion out: one engine's /generate.
+"""Calls one engine's /generate: takes token ids, returns a checked Completion.
 
 Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
 """
@@ -25,7 +25,7 @@ class GenerateReplyError(RuntimeError):
 
 
 class NonFiniteLogProbsError(GenerateReplyError):
-    """A completion whose log-probs are not finite; sampling it again may give a sound one."""
+    """A completion whose log-probs are not finite; sampling it again may give a valid one."""
 
 
 class RouteShape(NamedTuple):
@@ -36,9 +36,9 @@ class RouteShape(NamedTuple):
 
 
 class EngineClient:
-    """Draws completions from the engine at `url`; usable inside `session`'s event loop only.
+    """Draws completions from the engine at `url`; usable only inside `session`'s event loop.
 
-    With `routes` completions carry the chosen experts: one megabyte per thousand tokens of a large model.
+    With `routes`, completions have the chosen experts: one megabyte per thousand tokens of a large model.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class EngineClient:
         """One sampled completion. `seed` has an effect if the engine runs --enable-deterministic-inference.
 
         The completion continues from `begun`, a partial completion. A result with finish reason "abort" is
-        partial as well; None is one without a token.
+        also partial; None means that no token was generated.
 
-        Raises EngineRequestError if the engine refuses, and GenerateReplyError for an unusable reply. Lets
-        aiohttp.ClientError and TimeoutError, the session's deadline, through.
+        Raises EngineRequestError if the engine refuses, GenerateReplyError for an unusable reply, and
+        aiohttp.ClientError or, at the session's deadline, TimeoutError.
         """
         asked, left = _after(prompt, sampling, begun)
         payload = generate_payload(asked, left, seed, routed_experts=self._routes is not None)
@@ -78,7 +78,7 @@ class EngineClient:
         return rest if begun is None else _joined(begun, rest)
 
     async def abort(self) -> None:
-        """The engine returns every request that it has, with the tokens generated so far."""
+        """Makes the engine return all its requests, with the tokens generated so far."""
         async with self._session.post(
             self.url + "/abort_request", json={"abort_all": True}, headers=self._headers
         ) as response:
@@ -99,7 +99,7 @@ def _after(
 
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
-    """`begun` continued by `rest`, whose prompt was that of `begun` and its tokens."""
+    """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
     old, routes = begun.routed_experts, rest.routed_experts
     if routes is not None:
         routes = None if old is None else np.concatenate([old, routes[len(old) :]])
@@ -115,7 +115,7 @@ def _joined(begun: Completion, rest: Completion) -> Completion:
 
 
 def _is_aborted_in_queue(reply: dict, routed_experts: bool) -> bool:
-    """Whether an aborted request brings nothing new, or tokens without their log-probs and routes."""
+    """Whether an aborted request has no new tokens, or tokens without log-probs and routes."""
     meta, token_ids = reply.get("meta_info", {}), reply.get("output_ids")
     if meta.get("finish_reason", {}).get("type") != "abort":
         return False
@@ -128,8 +128,8 @@ def generate_payload(
 ) -> dict:
     """The body of one /generate request.
 
-    Training turns truncated sampling off, whatever the model's generation_config says: the log-probs would
-    not be those of the sampled distribution.
+    It turns truncated sampling off for training, whatever the model's generation_config says. Otherwise the
+    log-probs would not describe the sampled distribution.
     """
     sampling_params = {
         "temperature": sampling.temperature,

@@ -1,4 +1,4 @@
-"""Accuracy of the current policy: avg@K, the mean reward of K completions per prompt, and pass@k."""
+"""Evaluates the current policy: avg@K, the mean reward of K completions per prompt, and pass@k."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 @dataclass
 class Evaluation:
-    """Result of one pass over the evaluation prompts. Intervals are 95% confidence, over prompts."""
+    """Result of one pass over the evaluation prompts. Intervals are 95% confidence intervals over prompts."""
 
     accuracy: float  # mean reward, avg@K
     interval: tuple[float, float]

@@ -1,4 +1,4 @@
-"""Groups of completions for many prompts, handed on one by one, so that memory stays bounded."""
+"""Streams groups of completions for many prompts one by one, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def stream_groups(
     num_completions: int,
     seed: int,
 ) -> None:
-    """Calls `finish(index, group)` for every prompt as soon as its `num_completions` completions are there.
+    """Calls `finish(index, group)` for every prompt as soon as it has `num_completions` completions.
 
     All calls come from one other thread, one after another. So `finish` may compute rewards while engines
     generate. Prompts start in their order, when engines have places. Completions are kept only until their
     group has finished.
-    Blocks the calling thread; raises the first failure, as Collector.collect does, or what `finish` raises.
+    Blocks the calling thread. Raises the first failure, as Collector.collect does, or what `finish` raises.
     """
     stream = _Stream(sampling, finish, num_completions, seed, len(prompts), collector.max_requests)
     try:
@@ -40,7 +40,7 @@ def stream_groups(
 
 
 def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:
-    """Raises the exception of a signal here, in the main thread, and never inside the event loop."""
+    """A signal's exception is raised here, in the main thread, never inside the event loop."""
     loop, ended = asyncio.new_event_loop(), threading.Event()
     task = loop.create_task(work)
 

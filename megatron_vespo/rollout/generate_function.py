@@ -1,4 +1,4 @@
-"""Completions from a user's own function, for example the best of several draws or a multi-turn episode.
+"""Makes completions with a user's function, for example the best of several draws or a multi-turn episode.
 
     async def generate(draw, prompt, sampling, seed):
         first, second = [await draw(prompt, sampling, seed + i) for i in range(2)]
@@ -51,7 +51,7 @@ async def run_generate_function(
 
     try:
         completion = await function(checked_draw, prompt, sampling, seed)
-    except Exception as error:  # it may raise anything; errors of engines are already clear
+    except Exception as error:  # it may raise anything; engine errors have clear messages already
         if type(error).__module__.startswith("megatron_vespo."):
             raise
         raise GenerateFunctionError(

@@ -1,4 +1,4 @@
-"""What a run generates and scores completions with."""
+"""The objects that a run generates and scores completions with."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_vespo.types import Completion, SamplingParams
 
 @dataclass(frozen=True)
 class Generation:
-    """Prompts, engines and rewards of a run; a run on recorded batches has none of them."""
+    """Prompts, engines and rewards of a run. A run on recorded batches has none of them."""
 
     collector: Collector
     cursor: PromptCursor
     sampling: SamplingParams
-    scorer: Scorer | None  # None: whoever asks for completions scores them
+    scorer: Scorer | None  # None: the caller scores the completions
 
     def score(self, completions: list[Completion], report: Callable[[str], None]) -> list[float]:
-        """The rewards; see `score_and_report`."""
+        """Scores `completions`; returns the rewards, see `score_and_report`."""
         assert self.scorer is not None, "nothing scores"
         return score_and_report(self.scorer, completions, report)

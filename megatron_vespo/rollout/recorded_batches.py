@@ -1,4 +1,4 @@
-"""Rollout batches that another run has recorded: no engines, no rewards."""
+"""Rollout batches that another run recorded: needs no engines and no reward function."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from megatron_vespo.rollout.batch_source import ScoredBatch, SourceState
 class RecordedBatches:
     """Reads the batches that --save-rollouts has written to `folder`.
 
-    Everything after the rewards is computed again. The same layout, seed and flags give the same bits, and
-    another loss or advantage estimator can be tried on the same data. `consumed_prompts` is where it begins.
+    Everything after the rewards is computed again. The same layout, seed and flags give bit-identical
+    results. Another loss or advantage estimator can be tried on the same data. Reading begins at
+    `consumed_prompts`.
     """
 
     in_background = False

@@ -13,7 +13,7 @@ import aiohttp
 from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.types import Completion
 
-# an engine that lost a request gets no other for so long: longer than it takes to be found dead
+# an engine that lost a request gets no other for this long: longer than detecting its death takes
 AVOID_S = 10.0
 POLL_S = 0.5
 HOLD_POLL_S = 0.05
@@ -23,7 +23,7 @@ Request = Callable[[EngineClient], Awaitable[Completion | None]]
 
 
 class CollectError(RuntimeError):
-    """A generate request without an answer, or engines whose answers cannot be used."""
+    """A generate request without an answer, or engines with unusable answers."""
 
 
 class _LostError(Exception):
@@ -34,7 +34,7 @@ class _LostError(Exception):
 class _Engine:
     number: int
     client: EngineClient
-    gone: asyncio.Future  # done when it is out of service
+    gone: asyncio.Future  # done when the engine is out of service
     outstanding: int = 0
     working_since: int = 0  # nanoseconds since 1970
     avoid_until: float = 0.0
@@ -46,7 +46,7 @@ class LostRequests:
     def __init__(self, log: Callable[[str], None] | None = None):
         self.number = 0
         self._log, self._lock = log, threading.Lock()
-        self._unreported: dict[str, tuple[int, str]] = {}  # by url: how many, and why the first one was lost
+        self._unreported: dict[str, tuple[int, str]] = {}  # url -> (count, why the first one was lost)
 
     def add(self, url: str, why: str) -> None:
         with self._lock:
@@ -55,7 +55,7 @@ class LostRequests:
             self._unreported[url] = number + 1, first
 
     def report(self) -> None:
-        """Log what was lost since the last report."""
+        """Logs the requests lost since the last report."""
         with self._lock:
             unreported, self._unreported = self._unreported, {}
         for number, why in unreported.values():
@@ -64,15 +64,15 @@ class LostRequests:
 
 
 class Router:
-    """Sends each request to the engine at `urls` with the fewest requests; usable inside one event loop only.
+    """Sends each request to the engine at `urls` with the fewest requests; usable only inside one event loop.
 
-    `urls[number]` may change at any time; None is an engine out of service. If an engine goes out of service,
-    or does not answer for `timeout_s`, its requests go to others, each at most `max_attempts` times. While no
+    `urls[number]` may change at any time; None: out of service. If an engine goes out of service, or does not
+    answer for `timeout_s`, its requests go to other engines, each at most `max_attempts` times. While no
     engine serves, requests wait for one, at most `timeout_s`.
 
-    `on_requests` is called when a request ends. The time span that it gets starts where the engine's last
-    request ended, or where the engine started to work. So the spans of one engine follow each other, and
-    together they are its whole working time.
+    `on_requests` is called when a request ends. Its time span starts when the engine's previous request
+    ended, or when the engine started to work. So the spans of one engine follow each other, and their sum is
+    its whole working time.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Router:
         self._allowed.set()
 
     async def send(self, request: Request, what: str) -> Completion | None:
-        """The answer to `request`, which is called with the client of the chosen engine; `what` names it."""
+        """Calls `request` with the chosen engine's client; returns the answer. `what` names the request."""
         async with self._free_places:
             for attempt in range(1, self._max_attempts + 1):
                 engine = await self._choose(what)
@@ -110,7 +110,7 @@ class Router:
         raise AssertionError(f"--max-attempts {self._max_attempts}")
 
     def refresh(self) -> None:
-        """Takes over the changes of `urls`; must be called every second while requests run."""
+        """Applies changes of `urls`; must be called every second while requests run."""
         for number, url in enumerate(self._urls):
             engine = self._engines.get(number)
             if engine is not None and engine.client.url != url:
@@ -121,15 +121,15 @@ class Router:
                 self._engines[number] = _Engine(number, self._make_client(url), gone)
 
     async def hold(self, timeout_s: float) -> None:
-        """Makes engines hand back unfinished responses, and sends nothing more until `release`."""
+        """Makes engines return unfinished responses, and sends no request until `release`."""
         self._allowed.clear()
         deadline = time.monotonic() + timeout_s
         while busy := [engine for engine in self._engines.values() if engine.outstanding]:
             if time.monotonic() > deadline:
                 urls = ", ".join(engine.client.url for engine in busy)
                 raise CollectError(f"{urls}: still generating {timeout_s:g} s after being asked to stop")
-            # Repeated, because a request may reach its engine after the abort. An engine that does not answer
-            # is found dead or hung by its supervisor.
+            # Repeated, because a request may reach its engine after the abort. The supervisor detects an
+            # engine that does not answer.
             aborts = [asyncio.create_task(engine.client.abort()) for engine in busy]
             await asyncio.wait(aborts, timeout=ABORT_TIMEOUT_S)
             for abort in aborts:
@@ -159,7 +159,7 @@ class Router:
         engine.outstanding += 1
         url = engine.client.url
         asking = asyncio.ensure_future(request(engine.client))
-        # if nobody waits any more, nobody else retrieves its error
+        # retrieves the error even if no caller waits any more
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait((asking, engine.gone), return_when=asyncio.FIRST_COMPLETED)

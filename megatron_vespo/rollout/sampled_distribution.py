@@ -1,4 +1,4 @@
-"""Refuses settings with which engines sample from another distribution than their log-probs describe.
+"""Refuses settings with which engines sample from a distribution that their log-probs do not describe.
 
 Training assumes that an engine's log-prob of a token belongs to the distribution that the token was drawn
 from. SGLang's log-probs are those of softmax(logits / temperature). Truncated sampling, penalties, biases and
@@ -20,7 +20,8 @@ PREFERRED = "--preferred-sampling-params"
 _THRESHOLDS = ("--speculative-accept-threshold-single", "--speculative-accept-threshold-acc")
 _WHY = "engines' log-probs do not describe what is sampled with {}, and training needs them to"
 _OFF = {"", "0", "false", "no", "n"}
-# Allowed values, besides null, of fields of SGLang's SamplingParams. Others, as a grammar, must be empty.
+# Allowed values, besides null, of fields of SGLang's SamplingParams. Other fields, such as grammars, must be
+# empty.
 _NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "n": 1, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -28,7 +29,7 @@ _ABOUT_TEXT = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_
 
 
 def wrong_log_probs(env: Mapping[str, str]) -> str | None:
-    """What is wrong with the variable with which SGLang returns other log-probs; None if it is off."""
+    """A message if the variable that makes SGLang return other log-probs is set; None if it is off."""
     value = env.get(OTHER_LOG_PROBS, "")
     if value.lower() in _OFF:
         return None
@@ -36,7 +37,7 @@ def wrong_log_probs(env: Mapping[str, str]) -> str | None:
 
 
 def check_environment(env: Mapping[str, str]) -> None:
-    """ValueError if `wrong_log_probs` finds something."""
+    """ValueError if `wrong_log_probs` has a message."""
     if wrong := wrong_log_probs(env):
         raise ValueError(f"{wrong}: unset it")
 
@@ -67,7 +68,7 @@ def _ours(flag: str) -> str:
 
 
 def other_distribution(asked: SamplingParams, given: SamplingParams) -> str | None:
-    """How `asked` samples from another distribution than `given`, in words; None if it is the same."""
+    """How the distribution of `asked` differs from that of `given`, in words; None if it does not."""
     for field in ("temperature", "top_p", "top_k"):
         wanted, usual = getattr(asked, field), getattr(given, field)
         if wanted != usual:

@@ -13,13 +13,13 @@ from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 CHECK_INTERVAL_S = 1.0
-# A rare overflow costs one draw. If it happened all the time, the policy would train on a biased selection.
+# A rare overflow costs one draw. If it were frequent, the policy would train on a biased selection.
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
 
 
 class TooManyRejectedError(CollectError):
-    """So many completions with non-finite log-probs that the engine or the weights must be broken."""
+    """Too many completions have non-finite log-probs: the engine or the weights must be broken."""
 
 
 class RejectedDraws:
@@ -38,9 +38,9 @@ class RejectedDraws:
 
 
 class Sampler:
-    """Draws from all engines by `router`; usable inside one event loop only.
+    """Draws from all engines by `router`; usable only inside one event loop.
 
-    `function` makes a completion from draws; without it each is one.
+    `function` makes a completion from draws; without it, each draw is a completion.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Sampler:
     ) -> Completion:
         """Completion `index` of a group; one with non-finite log-probs is sampled again.
 
-        It continues from `partials[index]`, which always holds what has been generated so far. A completion
-        that an engine hands back unfinished continues after `release`.
+        It continues from `partials[index]`, which always has the tokens generated so far. A completion that
+        an engine returns unfinished continues after `release`.
         """
         known: PartialCompletions = [None] * num_completions if partials is None else partials
         if self._function is None:
@@ -83,7 +83,7 @@ class Sampler:
         return completion
 
     async def hold(self, timeout_s: float) -> None:
-        """Makes engines hand back unfinished responses, and sends nothing more until `release`."""
+        """Makes engines return unfinished responses, and sends no request until `release`."""
         await self._router.hold(timeout_s)
 
     def release(self) -> None:
@@ -130,7 +130,7 @@ class Sampler:
                 lambda client: client.generate(prompt, sampling, seed, partial), f"prompt {prompt.prompt_id}"
             )
         except CollectError:
-            # The connection breaks a moment before the process is seen to be dead.
+            # The connection breaks a moment before the process is known to be dead.
             await asyncio.sleep(CHECK_INTERVAL_S)
             await self._run_check()
             raise
@@ -141,6 +141,6 @@ class Sampler:
 
 
 def completion_seed(seed: int, prompt_id: int, index: int) -> int:
-    """31-bit sampling seed of completion `index` of a prompt: the same from whichever engine and when."""
+    """31-bit sampling seed of completion `index` of a prompt; it does not depend on engine or time."""
     digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""What completions have earned: the reward function's answers, and the penalty for length."""
+"""Scores completions: the reward function's results, and the length penalty."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_vespo.types import Completion
 
 
 class Scorer:
-    """Decodes completions and has `rewards` judge them; several threads may.
+    """Decodes completions and scores them with `rewards`; several threads may use it.
 
-    `longest` is --max-completion-tokens; the penalty falls over the last `buffer` tokens before it, to
+    `longest` is --max-completion-tokens. Over the last `buffer` tokens before it, the penalty falls from 0 to
     -`factor`.
     """
 
@@ -24,7 +24,7 @@ class Scorer:
         self._longest, self._buffer, self._factor = longest, buffer, factor
 
     def score(self, completions: Sequence[Completion]) -> list[RewardResult]:
-        """Fills rewards and penalties in; returns the results that are none, a time-out for one."""
+        """Fills in rewards and penalties; returns the failed results, for example time-outs."""
         texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         items = [
             RewardItem(text, c.prompt.answer, c.prompt.metadata, ended=c.finish_reason == "stop")
@@ -40,7 +40,7 @@ class Scorer:
         for completion, result, penalty in zip(completions, results, penalties, strict=True):
             completion.overlong_penalty = float(self._factor * penalty)
             completion.reward_status = result.status
-            completion.reward = result.value  # last: with it the completion is done
+            completion.reward = result.value  # last, because a completion with a reward is done
         return [result for result in results if result.status != "ok"]
 
 
@@ -59,17 +59,17 @@ def score_and_report(
 
 
 def describe_failures(failures: Sequence[RewardResult]) -> str:
-    """In one line, for people."""
+    """One line about the failures."""
     return f"{len(failures)} rewards failed, the first one: {failures[0].status} {failures[0].detail}"
 
 
 def reward_statuses(completions: Sequence[Completion]) -> list[str]:
-    """Reward status of those that the reward function has seen."""
+    """Reward statuses of the completions that the reward function has judged."""
     return [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
 
 
 def check_some_worked(statuses: Sequence[str], why: str = "") -> None:
-    """RuntimeError when every reward of a batch failed: nothing can be learned from it, or said about it."""
+    """RuntimeError if every reward of a batch failed: training or evaluation cannot use such a batch."""
     if statuses and "ok" not in statuses:
         reason = f" ({why})" if why else ""
         raise RuntimeError(

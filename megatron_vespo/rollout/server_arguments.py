@@ -1,4 +1,4 @@
-"""SGLang's command line: our part, and the users' `--sglang-*` flags, checked before anything starts."""
+"""Builds SGLang's command line from our flags and the users' `--sglang-*` flags; checks it before a start."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ OWNED = {
     "--enable-return-routed-experts",
     "--weight-version",
     "--config",
-    "--api-key",  # on a command line, in logs and in checkpoints others could read them
+    "--api-key",  # others could read it on a command line, in logs and in checkpoints
     "--admin-api-key",
 }
 MEMORY_SAVER = "--enable-memory-saver"
 MEMORY_FRACTION = "--mem-fraction-static"
-SIZE_FLAGS = ("--tensor-parallel-size", "--tp-size")  # one flag's names
-# where users choose how CUDA graphs are captured
+SIZE_FLAGS = ("--tensor-parallel-size", "--tp-size")  # two names of one flag
+# with it users choose how CUDA graphs are captured
 PREFILL_GRAPHS = "--cuda-graph-backend-prefill"
 GRAPH_FLAGS = (PREFILL_GRAPHS, "--cuda-graph-backend-decode", "--cuda-graph-config")
 ARITY_NONE, ARITY_OPTIONAL, ARITY_ONE, ARITY_MANY = "none", "optional", "one", "many"
 
 
 def parse_sglang_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split `argv` into SGLang's flags, prefix removed, and the rest, both in their order.
+    """Splits `argv` into SGLang's flags, without their prefix, and the rest; both keep their order.
 
     Example: ["--lr", "1", "--sglang-tp-size=2", "--sglang-disable-radix-cache"]
              -> (["--tp-size", "2", "--disable-radix-cache"], ["--lr", "1"])
-    Raises ValueError for a flag that SGLang does not have, that we set ourselves, or whose value is missing,
-    and for a fraction of GPU memory that is none.
+    Raises ValueError for a flag that SGLang does not have, that we set ourselves, or whose value is missing;
+    and for an invalid fraction of GPU memory.
     """
     flags: list[str] = []
     rest: list[str] = []
@@ -103,9 +103,9 @@ def server_arguments(
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
     `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
-    `longest_step_s` is how long it may load weights or compile before SGLang takes itself for hung.
-    With `routes` requests may ask for the experts that were chosen: every step copies them to the host.
-    `memory_saver` lets it give GPU memory back while it runs; there is none for CPUs.
+    `longest_step_s` is how long it may load weights or compile before SGLang's watchdog considers it hung.
+    With `routes`, requests may ask for the chosen experts; every step then copies them to the host.
+    `memory_saver` lets it release GPU memory while it runs; it does not exist for CPUs.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
     if routes:
@@ -113,7 +113,7 @@ def server_arguments(
     if not prefix_cache:
         owned.append("--disable-radix-cache")
     if MEMORY_SAVER in sglang_flags:
-        memory_saver = True  # a user's is no other than ours
+        memory_saver = True  # the user's flag is the same as ours
     elif memory_saver:
         owned.append(MEMORY_SAVER)
     defaults = {
@@ -128,12 +128,12 @@ def server_arguments(
         defaults |= {
             "--attention-backend": ["torch_native"],
             "--max-running-requests": ["256"],
-            "--max-total-tokens": ["32768"],  # left alone, the KV cache takes most of the machine's memory
+            "--max-total-tokens": ["32768"],  # otherwise the KV cache takes most of the machine's memory
         }
     if device == "cpu" or memory_saver:
         defaults["--sleep-on-idle"] = []  # an idle scheduler spins on a core that the trainer needs
     if memory_saver:
-        defaults[PREFILL_GRAPHS] = ["disabled"]  # SGLang's own choice, breakable ones, keep their memory
+        defaults[PREFILL_GRAPHS] = ["disabled"]  # SGLang's default, breakable graphs, cannot release memory
     arguments = [
         part for flag, value in defaults.items() if flag not in sglang_flags for part in (flag, *value)
     ]
@@ -209,7 +209,7 @@ def _keyword(call: ast.Call, name: str) -> ast.expr | None:
 
 
 def flag_value(sglang_flags: Sequence[str], *names: str) -> str | None:
-    """What stands behind the last of these flags, spellings of one, as SGLang reads them; None without."""
+    """The value of the last of these flags, which are spellings of one; None if absent."""
     found = None
     for name, value in zip(sglang_flags, sglang_flags[1:], strict=False):
         if name in names:
@@ -223,10 +223,10 @@ def engine_size(sglang_flags: Sequence[str]) -> int:
 
 
 def has_pausable_graphs(arguments: Sequence[str]) -> bool:
-    """Whether SGLang can give the memory of all CUDA graphs of a colocated engine back."""
+    """Whether SGLang can release the memory of all CUDA graphs of a colocated engine."""
     return not any("breakable" in (flag_value(arguments, flag) or "") for flag in GRAPH_FLAGS)
 
 
 def has_symmetric_memory(arguments: Sequence[str]) -> bool:
-    """Whether SGLang turns on NCCL's cuMem, whatever the environment says."""
+    """Whether SGLang turns NCCL's cuMem on, whatever the environment says."""
     return "--enable-symm-mem" in arguments

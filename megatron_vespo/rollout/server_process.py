@@ -1,12 +1,12 @@
-"""Main module of an engine's process group: SGLang's server, which ends with the process that started it.
+"""Main module of an engine's process group: runs SGLang's server, which ends with its starting process.
 
     python -m megatron_vespo.rollout.server_process PARENT_PID SGLANG_ARGUMENTS...
 
-A guard process in a session of its own kills the whole group as soon as the starting process or this one
-ends, in whatever way. PR_SET_PDEATHSIG is not enough. It reaches only this process, not SGLang's children,
-and it fires when the starting *thread* ends, which in an actor may be long before its process.
+A guard process in its own session kills the whole group as soon as the starting process or this one ends, for
+whatever reason. PR_SET_PDEATHSIG is not enough. It reaches only this process, not SGLang's children, and it
+fires when the starting *thread* ends, which in an actor may be long before its process.
 
-Standard input is one line with the API key that the server asks for, or an empty line.
+Standard input is one line with the server's API key, or an empty line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_vespo.rollout.api_key import keep_out_of_logs, receive
 
 
 def _start_guard(parent_pid: int) -> None:
-    """Forks the guard, before SGLang's threads exist. Of our files it keeps only the log open."""
+    """Forks the guard before SGLang's threads exist. The guard keeps only the log file open."""
     server_pid = os.getpid()
     watched = [os.pidfd_open(server_pid), os.pidfd_open(parent_pid)]
     if os.fork() == 0:
@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(f"process {parent_pid}, which wanted this server, has ended")
     if (api_key := receive(sys.stdin)) is not None:
         keep_out_of_logs(api_key)
-        # One word, as a key may begin with a dash. /proc shows the arguments at the start, without the key.
+        # One word, because a key may begin with a dash. /proc shows the original arguments, without the key.
         sys.argv.append(f"--api-key={api_key}")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 

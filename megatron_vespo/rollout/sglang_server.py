@@ -1,4 +1,4 @@
-"""One SGLang server as a child process group: start, check, stop, and nothing left behind."""
+"""Starts, checks and stops one SGLang server as a child process group, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from megatron_vespo.system.process_environment import (
 )
 
 LOG_TAIL_LINES = 15
-HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes a second at best
+HEALTH_TIMEOUT_S = 30.0  # /health generates a token: it takes at least a second
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 FAILED_PLUGIN = re.compile(r"Failed to (?:load plugin|execute general plugin:?) (\S+)")
 
 
 class EngineError(RuntimeError):
-    """An engine that could not start, died, or would not stop: what happened, and the end of its log."""
+    """An engine could not start, died, or did not stop; the message has the end of its log."""
 
     def __init__(self, what: str, log: str = ""):
         super().__init__(what, log)
@@ -41,18 +41,17 @@ class EngineError(RuntimeError):
 
 
 class EnginePortError(EngineError):
-    """The port that the user has chosen is not free; another attempt would not help."""
+    """The port that the user chose is not free; another attempt would not help."""
 
 
 class SGLangServer:
-    """An SGLang server on this machine, in a process group of its own; it dies with its starting process.
+    """An SGLang server on this machine, in its own process group; it dies with its starting process.
 
     Args:
         server_args: SGLang's own flags (see `server_arguments`), without model path, host and ports.
         log_path: the server's output is appended to it.
-        devices: the GPUs that it sees, as in CUDA_VISIBLE_DEVICES; None: those of this process.
-        exported: the variables of `process_environment.TABLE` that the user has set; None: those of this
-            process.
+        devices: the visible GPUs, as in CUDA_VISIBLE_DEVICES; None: those of this process.
+        exported: the variables of `process_environment.TABLE` that the user set; None: those of this process.
     """
 
     def __init__(
@@ -88,11 +87,11 @@ class SGLangServer:
         return self._process.pid
 
     def start(self) -> None:
-        """Starts the server and waits until it is healthy. After an EngineError nothing is left running."""
+        """Starts the server and waits until it is healthy. After an EngineError no process is left."""
         assert self._process is None, "engine already started"
         try:
             require_free_ports(self.host, self.port)
-        except PortError as error:  # it was free a moment ago; another attempt gets another port
+        except PortError as error:  # it was free a moment ago; the next attempt uses another port
             raise EngineError(str(error)) from error
         rendezvous_port = self.port + RENDEZVOUS_PORT_OFFSET
         command = [sys.executable, "-m", "megatron_vespo.rollout.server_process", str(os.getpid())]
@@ -190,7 +189,7 @@ class SGLangServer:
         self._check_plugins()
 
     def _check_plugins(self) -> None:
-        """Raises EngineError for a plugin that failed: SGLang only logs that, and runs without the plugin."""
+        """Raises EngineError for a failed plugin: SGLang only logs the failure and runs without it."""
         failed = sorted({match.group(1) for match in FAILED_PLUGIN.finditer(self._log())})
         if failed:
             raise EngineError(
@@ -214,7 +213,7 @@ def group_members(process_group: int) -> list[int]:
         try:
             state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
         except (OSError, ValueError):
-            continue  # it ended while we looked
+            continue  # it has just ended
         if int(group) == process_group and state != "Z":
             members.append(int(stat.parent.name))
     return members

@@ -1,4 +1,4 @@
-"""Rollout batches of the current policy: generate, score, and only then train."""
+"""Rollout batches of the current policy: generates and scores a batch before training on it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.system.preemption import Preemption
 
-# Distance between the seeds of a batch's rounds, which may meet a prompt again: more than a run has steps.
+# Distance between the seeds of a batch's rounds, which may repeat a prompt; larger than a run's steps.
 ROUND_SEEDS = 2**40
 
 
 class SynchronousBatches:
     """Generates a batch when the training loop asks for it.
 
-    This is not BackgroundBatches with a staleness of 0, because the seeds differ: here a completion's seed
-    depends on its batch and round, there on its prompt's place in the run and on its attempt. A synchronous
-    run must draw the same completions as ever. And a preemption gives up a synchronous batch as a whole.
+    This is not BackgroundBatches with a staleness of 0, because the seeds differ. Here a completion's seed
+    depends on its batch and round; there on its prompt's place in the run and on the attempt. A synchronous
+    run must keep drawing the same completions. Also, a preemption discards a synchronous batch as a whole.
 
     `max_batches` turns dynamic sampling on: at most that many batches of prompts are generated to fill one.
     """
@@ -105,5 +105,5 @@ class SynchronousBatches:
 
 
 def batch_seed(seed: int, iteration: int) -> int:
-    """Of the batch that starts at optimizer step `iteration`; --seed itself is the evaluation's."""
+    """Seed of the batch that starts at optimizer step `iteration`; the evaluation uses --seed itself."""
     return seed + 1 + iteration
