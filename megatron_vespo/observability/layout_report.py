@@ -1,4 +1,4 @@
-"""What one layout computed, how far two of them are apart, and the table of that."""
+"""Compares what parallel layouts computed, and prints the differences as a table."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-# a gradient norm below this share of the whole gradient's is judged as if it were that large
+# a gradient norm below this share of the whole gradient's norm is compared as if it were this large
 SMALL_NORM = 1e-3
 NO_TERMINAL_WIDTH = 180
 
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """One optimizer step on a layout."""
+    """Measurements of one optimizer step on a layout."""
 
     log_w: np.ndarray  # float32 [num_samples]
-    loss: float  # a token
-    loss_terms: float  # the same sum with every token's |phi A log pi|: how large what cancels in the loss is
+    loss: float  # per token
+    loss_terms: float  # the same with |phi A log pi| per token: the size of terms that cancel in the loss
     grad_norm: float  # of the whole gradient, before clipping
-    parameter_norms: dict[str, float]  # the same of every parameter's
+    parameter_norms: dict[str, float]  # the same, of each parameter's gradient
 
 
 @dataclass(frozen=True)
 class LayoutMeasurement:
-    """What a layout computed from given weights and samples; the same on all its ranks."""
+    """Measurements of a layout on given weights and samples; the same on all its ranks."""
 
     steps: list[StepMeasurement]
     experts: list[np.ndarray]  # of every sample before step 1, integers [num_tokens, L, K] ascending in K
@@ -36,22 +36,22 @@ class LayoutMeasurement:
 
 @dataclass(frozen=True)
 class Differences:
-    """How far a layout is from the reference, the worst of all steps; also the type of the bounds."""
+    """Differences of a layout from the reference, the largest of all steps; also the type of the bounds."""
 
     log_w: float  # largest |difference| of a sequence's log W
     loss: float  # relative to the size of the reference's terms, which may cancel in the loss itself
     grad_norm: float  # relative to the reference's
-    parameter_norm: float  # relative to the reference's, or to SMALL_NORM x the whole norm where that is more
+    parameter_norm: float  # relative to the reference's, or to SMALL_NORM x the whole norm if larger
     experts: float  # share of (token, layer) pairs with other experts
 
     def above(self, bounds: Differences) -> list[str]:
-        """Names of the measures that are not within `bounds`; NaN is not."""
+        """Names of the measures outside `bounds`; NaN is outside."""
         return [f.name for f in fields(self) if not getattr(self, f.name) <= getattr(bounds, f.name)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layout of the table; the reference has no differences, nor has a layout that broke."""
+    """One layout of the table. The reference, or a layout that broke, has no differences."""
 
     layout: str
     num_ranks: int
@@ -68,7 +68,7 @@ def compare(reference: LayoutMeasurement, candidate: LayoutMeasurement) -> tuple
     worst_parameter, parameter_norm = max(parameters, key=lambda item: (math.isnan(item[1]), item[1]))
     pairs = zip(reference.experts, candidate.experts, strict=True)
     other_experts = np.concatenate([(ours != theirs).any(-1).ravel() for ours, theirs in pairs])
-    # numpy's max passes NaN on, Python's need not
+    # numpy's max propagates NaN; Python's may not
     differences = Differences(
         log_w=float(np.max([np.abs(theirs.log_w - ours.log_w) for ours, theirs in steps])),
         loss=float(np.max([_relative(theirs.loss, ours.loss, ours.loss_terms) for ours, theirs in steps])),
@@ -82,7 +82,7 @@ def compare(reference: LayoutMeasurement, candidate: LayoutMeasurement) -> tuple
 
 
 def _relative(value: float, reference: float, scale: float) -> float:
-    """|value - reference| / scale; 0 where they are the same, also at a scale of 0."""
+    """|value - reference| / scale; 0 if they are equal, also at a scale of 0."""
     if value == reference:
         return 0.0
     return abs(value - reference) / scale if scale else math.inf
@@ -104,7 +104,7 @@ HEADINGS = (
 
 
 def cells(row: Row) -> list[str]:
-    """One cell a heading."""
+    """One cell per heading."""
     if row.differences is None:
         middle = [""] * 6
     else:
@@ -115,7 +115,7 @@ def cells(row: Row) -> list[str]:
 
 
 def caption(bounds: Differences, num_steps: int, num_samples: int) -> str:
-    """What the columns are and what they must not exceed."""
+    """Explains the columns and their bounds."""
     return (
         f"{num_samples} samples, {num_steps} optimizer step{'s' * (num_steps > 1)}; the worst of all steps, "
         f"against the first row. log W: largest difference of a sequence, bound {bounds.log_w:.1e}. "
@@ -128,7 +128,7 @@ def caption(bounds: Differences, num_steps: int, num_samples: int) -> str:
 
 
 def print_table(rows: Sequence[Row], text: str) -> None:
-    """For people, with `text` below; wide enough for all of it where the output is no terminal."""
+    """Prints the table with `text` below it; if the output is no terminal, wide enough for all columns."""
     table = Table(caption=text, caption_justify="left")
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if number in (0, 5, 9) else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON line a step and the same scalars for TensorBoard."""
+"""Writes metrics to disk: one JSON line per step, and the same scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def batch_records(records: list[dict]) -> list[dict]:
-    """Those of whole rollout batches; evaluations and checks between them have records of their own."""
+    """Records of whole rollout batches; evaluations and checks between them have their own records."""
     return [record for record in records if "policy/version" in record]
 
 
 def _is_before(record: dict, resume_step: int) -> bool:
-    """Whether a run that resumes there does not write the record again.
+    """Whether a run that resumes from `resume_step` does not write the record again.
 
-    After the save of a step come only checks and evaluations of its weights, which have records of their own.
+    After the save of a step, only checks and evaluations of its weights follow; these have their own records.
     """
     checks = {"check/last_sync_logprob_difference", "eval/accuracy"} & record.keys()
     after_save = resume_step > 0 and checks and not batch_records([record])
@@ -80,9 +80,9 @@ def _lines(records: Iterable[dict]) -> str:
 class MetricsWriter:
     """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
 
-    `resume_step` is the last step that the run keeps: points of later steps are dropped, in both places.
-    None starts afresh; a metrics.jsonl already there is then kept as metrics.previous.jsonl. `keep_cut`
-    appends what is dropped to that file: a run that goes back will not write the same once more.
+    `resume_step` is the last step that the run keeps: points of later steps are dropped in both places. None
+    starts afresh; an existing metrics.jsonl then becomes metrics.previous.jsonl. `keep_cut` appends dropped
+    records to that file, because a run that goes back will write different ones.
     """
 
     def __init__(self, directory: Path, resume_step: int | None, keep_cut: bool = False) -> None:
@@ -107,7 +107,7 @@ class MetricsWriter:
         self._events.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Records `metrics` for `step`; both files are flushed, so that a killed run has lost nothing."""
+        """Records `metrics` for `step`. Both files are flushed, so that a killed run loses nothing."""
         assert not {"step", "time"} & metrics.keys(), "step and time are the record's own keys"
         now = time.time()
         values = {name: float(value) for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""The display of a running training: a live panel on a terminal, one plain line a step elsewhere."""
+"""Displays a running training: a live panel on a terminal, one plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Row:
-    """One metric on show. Plain mode keeps the width in `format`; the live panel strips the padding."""
+    """One displayed metric. Plain mode keeps the width in `format`; the live panel strips the padding."""
 
     metric: str
     label: str  # in the live panel
@@ -55,7 +55,7 @@ ROWS = (
     Row("reward/error_count", "reward errors", "6.0f"),
     Row("reward/timeout_count", "reward time-outs", "6.0f"),
 )
-PHASE_COLUMNS = {  # phases of a step -> heading in plain mode; any other phase is start-up
+PHASE_COLUMNS = {  # phase of a step -> heading in plain mode; every other phase is start-up
     "generate": "gen",
     "reward": "rew",
     "log-probs": "logp",
@@ -66,15 +66,15 @@ PHASE_COLUMNS = {  # phases of a step -> heading in plain mode; any other phase 
 }
 PHASE_FORMAT = "5.1f"
 
-HEADER_INTERVAL = 20  # plain lines
+HEADER_INTERVAL = 20  # plain lines between headers
 REFRESHES_PER_SECOND = 2
 HISTORY = 40  # values a sparkline can show
-FIXED_WIDTH = 76  # of the panel: everything but the sparklines
+FIXED_WIDTH = 76  # of the panel without the sparklines
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float]) -> str:
-    """One block a value, scaled to the finite ones' range; a gap for NaN and infinities."""
+    """One block per value, scaled to the range of the finite ones; a gap for NaN and infinities."""
     finite = [value for value in values if isfinite(value)]
     if not finite:
         return " " * len(values)
@@ -90,9 +90,9 @@ def clock(seconds: float) -> str:
 
 
 class RunDisplay:
-    """Shows a run of `total_steps` steps on `stream` (standard output by default). One thread drives it.
+    """Shows a run of `total_steps` steps on `stream` (default: standard output). One thread drives it.
 
-    `on_phase(name, start, end)`, in nanoseconds since 1970, is called at the end of every phase.
+    `on_phase(name, start, end)` is called at the end of every phase; times in nanoseconds since 1970.
 
     Example:
         with RunDisplay("tiny", total_steps=100) as display:
@@ -111,14 +111,15 @@ class RunDisplay:
     ) -> None:
         self._title, self._total_steps, self._on_phase = title, total_steps, on_phase
         self._stream = sys.stdout if stream is None else stream
-        # isatty, not rich's own test: that one obeys variables which CI systems set for colour in their logs.
+        # isatty, not rich's own test, which obeys variables that CI systems set for colour in their logs.
         self._console = Console(file=self._stream, force_terminal=self._stream.isatty())
         can_draw = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
         if can_draw and not self._console.options.ascii_only:
             self._live = Live(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND)
 
-        # The refresh thread reads what follows. The console has its own lock: never call it holding this one.
+        # The refresh thread reads the attributes below. The console has its own lock: never call it holding
+        # this one.
         self._lock = Lock()
         self._history: dict[str, deque[float]] = {}
         self._updates: deque[tuple[int, float]] = deque(maxlen=20)  # (step, when)
@@ -143,14 +144,14 @@ class RunDisplay:
         self._live.start()
 
     def stop(self) -> None:
-        """Leaves the last picture on the screen and gives the terminal back. Harmless when called twice."""
+        """Leaves the last picture on the screen and releases the terminal. May be called twice."""
         if self._live is not None:
             self._live.stop()
             atexit.unregister(self.stop)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Shows that `name` is going on and measures it; a phase inside it keeps its seconds to itself."""
+        """Shows the phase `name` and measures its seconds, without those of phases inside it."""
         if self._live is None and name not in PHASE_COLUMNS:
             self._print(f"[{clock(monotonic() - self._started_at)}] {name} ...")
         with self._lock:
@@ -167,14 +168,14 @@ class RunDisplay:
                 self._on_phase(name, started, time_ns())
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds a phase since the last call, by name; counting starts again from zero."""
+        """Seconds per phase since the last call, by name; counting restarts from zero."""
         with self._lock:
             self._charge()
             seconds, self._phase_seconds = self._phase_seconds, {}
         return seconds
 
     def recall(self, metrics: dict[str, float]) -> None:
-        """What is known before the first `update`: the live panel shows it until a newer value comes."""
+        """Values known before the first `update`; the live panel shows them until newer ones come."""
         with self._lock:
             self._remember(metrics)
 
@@ -191,7 +192,7 @@ class RunDisplay:
             self._print_line(step, metrics)
 
     def message(self, text: str) -> None:
-        """Prints `text` on lines of its own, above the live panel. Any thread may call it."""
+        """Prints `text` on its own lines, above the live panel. Any thread may call it."""
         if self._live is None:
             self._print(text)
         else:
@@ -216,7 +217,7 @@ class RunDisplay:
     # Plain mode
 
     def _print(self, text: str) -> None:
-        print(text + "\n", end="", file=self._stream, flush=True)  # one piece: another thread may write, too
+        print(text + "\n", end="", file=self._stream, flush=True)  # in one piece: threads may interleave
 
     def _print_line(self, step: int, metrics: dict[str, float]) -> None:
         digits = len(str(self._total_steps))
@@ -267,7 +268,7 @@ class RunDisplay:
         return table
 
     def _phases_table(self) -> Table:
-        """Seconds a phase in the newest step that had it; the one going on is marked."""
+        """Seconds per phase in the newest step that had it; the current phase is marked."""
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)

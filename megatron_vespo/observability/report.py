@@ -1,4 +1,4 @@
-"""What is left of a run for people: the picture of its curves and a summary of one screen."""
+"""Plots and summary written at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_vespo.system.disk import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEGEND_WIDTH, LEGEND_HANDLE = 42, 4  # characters that fit above a panel, and those that a line sample takes
-ALARM_LINES = ("--", ":")  # of a panel's first and second alarm
-LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; the line in the picture
+LEGEND_WIDTH, LEGEND_HANDLE = 42, 4  # characters that fit above a panel, and that a line sample takes
+ALARM_LINES = ("--", ":")  # line styles of a panel's first and second alarm
+LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; drawn as a line
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
@@ -50,7 +50,7 @@ def _series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
 def _line(axes: Axes, metrics: list[dict], name: str, label: str | None, color: str, **style: Any) -> None:
     steps, values = _series(metrics, name)
     if steps:
-        marker = "o" if len(steps) == 1 else ""  # a lone point has no line to be seen by
+        marker = "o" if len(steps) == 1 else ""  # a single point has no line
         axes.plot(steps, values, label=label, color=color, **{"marker": marker, **style})
 
 
@@ -107,7 +107,7 @@ def _plot_entropy(axes: Axes, metrics: list[dict]) -> None:
 def _plot_gradient(axes: Axes, metrics: list[dict]) -> None:
     axes.set_title("Gradient norm")
     axes.set_yscale("log")
-    # what has no gradient has no place on a log scale
+    # parts without gradient have no place on a log scale
     for name, label, color in (
         ("train/grad_norm_max", "largest", GREY),
         ("train/grad_norm", "mean", BLUE),
@@ -143,14 +143,14 @@ def _plot_phases(axes: Axes, metrics: list[dict]) -> None:
 
 
 def _fits(labels: list[str], num_rows: int) -> bool:
-    """Whether the legend's columns, filled one after the other, fit beside each other; a single one does."""
+    """Whether the legend's columns, filled one after the other, fit side by side. One always fits."""
     columns = [labels[i : i + num_rows] for i in range(0, len(labels), num_rows)]
     width = sum(LEGEND_HANDLE + max(len(label) for label in column) for column in columns)
     return width <= LEGEND_WIDTH or len(columns) == 1
 
 
 def _place_legend(axes: Axes) -> None:
-    """Puts the legend between title and axes, where it can hide no curve."""
+    """Puts the legend between title and axes, where it hides no curve."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
         num_rows = next(rows for rows in range(1, len(labels) + 1) if _fits(labels, rows))
@@ -158,12 +158,12 @@ def _place_legend(axes: Axes) -> None:
             loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=math.ceil(len(labels) / num_rows),
             borderpad=0.2, handlelength=1.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.2,
         )  # fmt: skip
-        legend.set_in_layout(False)  # a wide one would narrow the whole column; the title keeps its room
+        legend.set_in_layout(False)  # a wide one would narrow the whole column; the title reserves its space
         axes.set_title(axes.get_title(loc="left"), pad=6 + 15 * num_rows)
 
 
 def _mark_alarms(axes: Axes, metrics: list[dict], names: tuple[str, ...]) -> None:
-    """A line where one of the alarms came on; batches in which it stayed on have none."""
+    """Draws a line where one of the alarms went on; batches in which it stayed on get none."""
     batches = batch_records(metrics)
     for name, style in zip(names, ALARM_LINES, strict=False):
         on = [f"alarm/{name}" in record for record in batches]
@@ -171,10 +171,10 @@ def _mark_alarms(axes: Axes, metrics: list[dict], names: tuple[str, ...]) -> Non
         for record, before, now in zip(batches, [False, *on], on, strict=False):
             if now and not before:
                 axes.axvline(record["step"], color=BLACK, linewidth=1.2, linestyle=style, label=label)
-                label = None  # one entry of the legend for all of them
+                label = None  # one legend entry for all lines
 
 
-# what draws a panel, and the alarms about it
+# (function that draws a panel, its alarms)
 PANELS: tuple[tuple[Callable[[Axes, list[dict]], None], tuple[str, ...]], ...] = (
     (_plot_accuracy, ("reward_collapse", "equal_groups")),
     (_plot_length, ("truncated_responses",)),
@@ -188,8 +188,8 @@ PANELS: tuple[tuple[Callable[[Axes, list[dict]], None], tuple[str, ...]], ...] =
 
 
 def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
-    """Draws the curves of a run, records as read_metrics gives them, into the PNG `path`, 2400 x 1120."""
-    # matplotlib takes a second to import and nothing else here needs it. No pyplot: it keeps global state.
+    """Draws the curves of a run into the PNG `path`, 2400 x 1120; `metrics` are records from read_metrics."""
+    # Imported here, because matplotlib takes a second to import. No pyplot: it keeps global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -211,7 +211,7 @@ def plot_curves(metrics: list[dict], path: Path, title: str) -> None:
 
 
 def write_summary(path: Path, summary: dict) -> None:
-    """Writes `summary` as JSON, atomically; keys that format_summary does not know are kept too."""
+    """Writes `summary` as JSON, atomically; keys that format_summary does not know are kept."""
     write_atomically(path, dump_json(summary, indent=2) + "\n")
 
 
@@ -230,9 +230,9 @@ def _accuracy(share: float, interval: list[float], num_prompts: int) -> str:
 
 
 def format_summary(summary: dict) -> str:
-    """One screen of aligned text about a run; what `summary` lacks is left out.
+    """One screen of aligned text about a run; keys missing in `summary` are skipped.
 
-    Known keys: eval_accuracy_before, eval_accuracy_after (shares), with them eval_interval_before,
+    Known keys: eval_accuracy_before, eval_accuracy_after (shares), with these eval_interval_before,
     eval_interval_after (their bounds) and eval_prompts; steps, train_seconds, setup_seconds,
     max_logprob_difference, exported_max_logprob_difference, layout (name -> size), idle (who -> cause ->
     share) and paths (label -> path).

@@ -1,4 +1,4 @@
-"""One rollout batch as numbers for people."""
+"""Computes the metrics of one rollout batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_vespo.types import Completion, TrainingSample
 
 
 def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimator) -> dict[str, float]:
-    """Of scored completions."""
+    """Metrics of scored completions."""
     rewards = np.array([[completion.reward for completion in group] for group in groups])
     shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
     completions = [completion for group in groups for completion in group]
@@ -43,8 +43,8 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
 def staleness_metrics(
     groups: list[list[Completion]], first_step: int, mini_batches: int, max_staleness: int
 ) -> dict[str, float]:
-    """Of the batch that is trained from optimizer step `first_step` on, before it is. A sample's total lag is
-    its own optimizer step less the version of its oldest token; RuntimeError where it is over the bound.
+    """Lags of the batch that will be trained from optimizer step `first_step` on. A sample's total lag is its
+    own optimizer step minus the version of its oldest token; RuntimeError if it exceeds the bound.
     """
     completions = [completion for group in groups for completion in group]
     oldest, newest = np.array([(c.policy_versions.min(), c.policy_versions.max()) for c in completions]).T
@@ -61,16 +61,16 @@ def staleness_metrics(
         "staleness/total_mean": float(lags.mean()),
         "staleness/total_max": float(lags.max()),
         "staleness/asynchronous_mean": float((first_step - oldest).mean()),
-        "staleness/mixed_share": float((oldest != newest).mean()),  # made by several policies
+        "staleness/mixed_share": float((oldest != newest).mean()),  # tokens of several policy versions
     } | {f"staleness/share/{lag}": float(share) for lag, share in enumerate(counts)}
 
 
 def pi_old_is_in_place(
     ratio_denominator: str, old_policy: str, mini_batch: list[TrainingSample], version: int
 ) -> bool:
-    """Whether log W of a rollout batch's first mini-batch must be 0: before its update pi_old is pi.
+    """Whether log W of a rollout batch's first mini-batch must be 0, because pi_old is pi before its update.
 
-    `version` is the policy's, before the update.
+    `version` is the policy's version before the update.
     """
     if ratio_denominator != "recomputed" or old_policy == "ewma":
         return False
@@ -83,9 +83,9 @@ def step_metrics(
     lengths: np.ndarray,
     floor: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Of the optimizer steps of one rollout batch; `sample_advantages` and `lengths` of the responses, in
-    tokens, are [num_samples] as the mini-batches lie. Each step is the fields of StepResult and its policy
-    lag. `floor` is the last one measured, see `floor_metrics`; it is handed on.
+    """Metrics of the optimizer steps of one rollout batch. `sample_advantages` and `lengths` (response
+    tokens) are [num_samples], in the order of the mini-batches. Each step has the fields of StepResult and
+    its policy lag. `floor` is the last one measured, see `floor_metrics`; its metrics are added.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -110,7 +110,7 @@ def step_metrics(
         | _token_metrics(steps)
         | _gradient_metrics(steps)
         | {
-            # means over responses of their tokens' mean
+            # means over responses of the mean over their tokens
             "mismatch/weight_mean": float(joined("correction").mean()),
             "mismatch/rejected_share": float(joined("rejected").mean()),
             "loss/zero_weight_share": mean("zero_weight_share"),
@@ -128,7 +128,7 @@ def step_metrics(
 
 
 def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """The engine's part is of steps that compare it with the policy it had: pi_old, or pi before it moved."""
+    """Engine metrics use only steps that compare an engine with its own policy: pi_old, or pi at lag 0."""
     comparable = [step for step in steps if step["lag"] == 0 or not np.isnan(step["log_mismatch"]).any()]
     metrics: dict[str, float] = {}
     for prefix, of, name in (("", steps, "ratio_sums"), ("engine_", comparable, "log_mismatch_sums")):
@@ -139,8 +139,8 @@ def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """`gradient/<part>` is of the step with the largest norm, so that the squares of the parts add up to that
-    of `train/grad_norm_max`. A part without gradient is left out.
+    """`gradient/<part>` is from the step with the largest norm, so that the squares of the parts add up to
+    the square of `train/grad_norm_max`. A part without gradient is left out.
     """
     largest = max(steps, key=lambda step: step["grad_norm"])
     return {
@@ -154,13 +154,13 @@ def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _clip_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of the bounds that a loss has chosen; only BAPO chooses some."""
+    """Means of the clip bounds that the loss has chosen; only BAPO chooses them."""
     low, high = np.mean([step["clip_bounds"] for step in steps], axis=0)
     return {"loss/bapo_clip_low": float(low), "loss/bapo_clip_high": float(high)} if high > 0.0 else {}
 
 
 def budget_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Of --vespo-budget, by the sign of A: the last step's c2, the mean E_Q[W], steps without an estimate."""
+    """For --vespo-budget, by the sign of A: last c2, mean E_Q[W], share of steps without an estimate."""
     metrics = {}
     for i, sign in enumerate(("positive", "negative")):
         c2, expected = (np.array([step[name][i] for step in steps]) for name in ("kernel_c2", "expected_w"))

@@ -1,12 +1,12 @@
-"""Who did what when: a timeline of the whole run, and what trainer and engines waited for.
+"""Records a timeline of the whole run, and what trainer and engines waited for.
 
-The file is in the JSON array form of the Trace Event Format, which https://ui.perfetto.dev and
-chrome://tracing read, and read too where a killed run has left no closing bracket.
+The file has the JSON array form of the Trace Event Format. https://ui.perfetto.dev and chrome://tracing read
+it, also without the closing bracket that a killed run leaves out.
 
-Every process reads its own clock (time.time_ns) and all are taken for one. On one machine they are; between
-nodes a rank's row is shifted by the difference of the clocks, milliseconds where NTP runs: lengths stay
-right, starts and waiting times are off by so much. A call ends when it returns: a kernel that still runs on
-the GPU then is charged to the call that waits for it.
+Every process reads its own clock (time.time_ns), and all clocks are treated as one. On one machine they are
+one. Between nodes a rank's row is shifted by the difference of the clocks, milliseconds with NTP: durations
+are right, starts and waiting times are off by that much. A call ends when it returns: a kernel that still
+runs on the GPU then is charged to the call that waits for it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import numpy as np
 Span = tuple[str, int, int]  # name, start, end: nanoseconds since 1970
 
 DRIVER, TRAINER, ENGINES = "driver", "trainer", "engines"
-ROWS = (DRIVER, TRAINER, ENGINES)  # a process each in the viewer, its id the place here
+ROWS = (DRIVER, TRAINER, ENGINES)  # one process each in the viewer; its id is the index here
 
-TRAINING_CALLS = ("prepare", "train_step", "log_probs")  # a trainer rank works; any other call it waits in
-# what a wait is called -> phases of the driver meanwhile; where several go on, the first one is charged
+TRAINING_CALLS = ("prepare", "train_step", "log_probs")  # a trainer rank works in these, waits in all others
+# cause of a wait -> phases of the driver; if several are active, the first one is charged
 TRAINER_CAUSES = {
     "sync": ("sync",),
     "saving": ("save",),
     "rewards": ("reward",),
     "evaluation": ("evaluate",),
     "generation": ("generate",),
-    "calls": ("train", "log-probs"),  # samples and results on their way
+    "calls": ("train", "log-probs"),  # samples and results in transfer
 }
 ENGINE_CAUSES = {
     "sync": ("sync",),
@@ -47,7 +47,7 @@ SLOWER_ENGINES, OTHER = "slower engines", "other"
 
 
 class Spans:
-    """Collects the spans of one process until somebody fetches them."""
+    """Collects the spans of one process until they are fetched."""
 
     def __init__(self) -> None:
         self._spans: list[Span] = []
@@ -66,9 +66,9 @@ class Spans:
 
 
 class Trace:
-    """Writes every span to `path` as soon as it is known; one already there becomes trace.previous.json.
+    """Writes every span to `path` as soon as it is known; an existing file becomes trace.previous.json.
 
-    Usable from several threads. Spans of one row must nest or follow each other.
+    Several threads may use it. Spans of one row must nest or follow each other.
     """
 
     def __init__(self, path: Path):
@@ -78,7 +78,7 @@ class Trace:
         self._lock = threading.Lock()
         self._origin = time.time_ns()
         self._rows: dict[str, list[str]] = {kind: [] for kind in ROWS}  # in the order of their first span
-        # start and end after start and end: 16 bytes a span, whatever the length of the run
+        # alternating starts and ends: 16 bytes per span, however long the run is
         self._phases: dict[str, array] = defaultdict(lambda: array("q"))
         self._busy: dict[str, dict[str, array]] = {
             kind: defaultdict(lambda: array("q")) for kind in (TRAINER, ENGINES)
@@ -99,13 +99,13 @@ class Trace:
             self._file.close()
 
     def phase(self, name: str, start: int, end: int) -> None:
-        """A phase of the driver; each of its threads has a row."""
+        """Adds a phase of the driver; each of its threads has a row."""
         with self._lock:
             self._phases[name].extend((start, end))
             self._write(DRIVER, threading.current_thread().name, [(name, start, end)])
 
     def calls(self, rank: int, spans: Iterable[Span]) -> None:
-        """What a trainer rank has done."""
+        """Adds the calls of a trainer rank."""
         spans, row = list(spans), f"rank {rank}"
         with self._lock:
             for name, start, end in spans:
@@ -114,14 +114,14 @@ class Trace:
             self._write(TRAINER, row, spans)
 
     def requests(self, engine: int, start: int, end: int, number: int) -> None:
-        """The first to the last of `number` completions that an engine made for one batch."""
+        """Adds an engine's work for one batch, from the first to the last of `number` completions."""
         row = f"engine {engine}"
         with self._lock:
             self._busy[ENGINES][row].extend((start, end))
             self._write(ENGINES, row, [("generate", start, end)], completions=number)
 
     def count(self, name: str, **values: float) -> None:
-        """Values that go up and down, as they are from now on."""
+        """Adds counter values that are valid from now on."""
         with self._lock:
             if not self._file.closed:
                 when = (time.time_ns() - self._origin) / 1000
@@ -129,9 +129,9 @@ class Trace:
                 self._file.write(",\n" + json.dumps(event))
 
     def idle(self, start: int, end: int) -> dict[str, dict[str, float]]:
-        """By "trainer" and "engines": shares of [start, end) that they waited, by cause, mean of the rows.
+        """For "trainer" and "engines": shares of [start, end) that they waited, by cause, mean over the rows.
 
-        What is missing to 1 is work; it includes waiting of ranks for each other inside a call.
+        The rest to 1 is work; it includes the time that ranks wait for each other inside a call.
         """
         with self._lock:
             phases = {name: _pairs(times) for name, times in self._phases.items()}
@@ -141,13 +141,13 @@ class Trace:
         for kind, rows in busy.items():
             if rows:
                 known = {cause: _joined(phases, names) for cause, names in causes[kind].items()}
-                if kind == ENGINES:  # while one of them works the others wait for nothing else
+                if kind == ENGINES:  # while one engine works, the others wait only for it
                     known = {SLOWER_ENGINES: np.concatenate(rows)} | known
                 result[kind] = idle_shares(rows, known, start, end)
         return result
 
     def _write(self, kind: str, row: str, spans: list[Span], **details: int) -> None:
-        if self._file.closed:  # a thread of the driver may outlive the run by a moment
+        if self._file.closed:  # a thread of the driver may outlive the run for a moment
             return
         rows, events = self._rows[kind], []
         if row not in rows:
@@ -164,10 +164,10 @@ class Trace:
 def idle_shares(
     rows: list[np.ndarray], causes: dict[str, np.ndarray], start: int, end: int
 ) -> dict[str, float]:
-    """Share of [start, end) in which a row is not busy, by cause, mean of the rows.
+    """Share of [start, end) in which a row is not busy, by cause, mean over the rows.
 
-    `rows` and `causes` are intervals, int64 [n, 2] each, in any order, overlaps allowed. Where several causes
-    hold the first one is charged, where none does "other".
+    `rows` and `causes` are intervals, int64 [n, 2] each, in any order; they may overlap. If several causes
+    apply, the first one is charged; if none applies, "other".
     """
     shares = dict.fromkeys([*causes, OTHER], 0.0)
     edges = np.unique(np.concatenate([[start, end], *(part.ravel() for part in (*rows, *causes.values()))]))
@@ -184,7 +184,7 @@ def idle_shares(
 
 
 def _covers(intervals: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Whether an interval covers each piece between neighbouring edges; every end inside them is an edge."""
+    """For each piece between neighbouring edges: does an interval cover it? All inner ends must be edges."""
     depth = np.zeros(len(edges) + 1, np.int64)
     first, last = np.searchsorted(edges, intervals[:, 0]), np.searchsorted(edges, intervals[:, 1])
     np.add.at(depth, first, 1)
