@@ -1,1 +1,1 @@
-"""Flags: for each concern its flags, defaults and checks."""
+"""Flags: for each concern, its flags, defaults and checks."""

@@ -1,4 +1,4 @@
-"""Flags of asynchronous rollouts, their defaults and what goes together."""
+"""Flags of asynchronous rollouts, their defaults and allowed combinations."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_staleness(
     over_subscription: float | None,
     stop_generation: bool = False,
 ) -> None:
-    """ValueError where --max-staleness, --steps-per-rollout and these flags do not go together."""
+    """ValueError if --max-staleness, --steps-per-rollout and these flags are incompatible."""
     where = f"--max-staleness {staleness}"
     if staleness < 0:
         raise ValueError(f"{where}: must not be negative")
@@ -77,7 +77,7 @@ def check_staleness(
         raise ValueError(
             f"--sync-interval {interval} must be a divisor or a multiple of --steps-per-rollout {steps}"
         )
-    # a batch of the newest weights reaches max(steps, interval) - 1; one more lets generation run ahead
+    # a batch of the newest weights reaches lag max(steps, interval) - 1; one more lets generation run ahead
     least = max(steps, interval)
     if staleness < least:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Flags of saving, of being preempted and of going on after a failure, and what goes together."""
+"""Flags of saving, preemption and resuming after a failure, and their allowed combinations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_checkpoints(args: Namespace) -> None:
 
 
 def check_megatron_saving(args: Namespace) -> None:
-    """Megatron's own flags, which are known only later."""
+    """Checks Megatron's own flags, which are known only later."""
     check_positive(args, ("save_interval",))
     if args.use_persistent_ckpt_worker:
         raise ValueError(

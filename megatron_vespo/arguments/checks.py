@@ -1,4 +1,4 @@
-"""What the commands check of their flags alike."""
+"""Checks of flags that several commands share."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MOST_SEED = 2**32 - 1  # numpy's
 
 
 def check_folder(flag: str, folder: Path | str | None, writable: bool = False) -> None:
-    """ValueError where `folder` cannot be made, as it or one above it is no folder. None passes.
+    """ValueError if `folder` cannot be created, because it or a parent is no folder. None passes.
 
-    With `writable` also where nothing can be written into it. It is not made here.
+    With `writable`, also if it cannot be written to. The folder is not created here.
     """
     if folder:
         _check_folder(f"{flag} {folder}", Path(folder), writable)
 
 
 def check_seed(seed: int, least: int = 0, most: int = MOST_SEED) -> None:
-    """ValueError for a seed that the generators of random numbers do not take."""
+    """ValueError for a seed that the random number generators do not accept."""
     if not least <= seed <= most:
         raise ValueError(f"--seed is {seed}, must be between {least} and {most}")
 
 
 def check_positive(args: Any, names: Iterable[str]) -> None:
-    """ValueError for the first of these numbers that is 0, negative or NaN; one that is not given passes."""
+    """ValueError for the first of these numbers that is 0, negative or NaN; None passes."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -41,7 +41,7 @@ def check_positive(args: Any, names: Iterable[str]) -> None:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The type of a flag whose value is a JSON object."""
+    """The argparse type of a flag whose value is a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -52,7 +52,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
-    """ValueError where a file cannot be written; its folder may be made. None passes."""
+    """ValueError if the file cannot be written; its folder may be missing. None passes."""
     if path is None:
         return
     _check_reachable(f"{flag} {path}", path)
@@ -65,7 +65,7 @@ def _check_reachable(where: str, path: Path) -> None:
     try:
         os.stat(path)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name too long, links that go in a circle
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name that is too long, a loop of links
             raise ValueError(f"{where}: {error.strerror}") from error
 
 
@@ -79,7 +79,7 @@ def _check_folder(where: str, folder: Path, writable: bool) -> None:
     if not writable:
         return
     try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell of read-only file systems
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not show a read-only file system
             pass
     except OSError as error:
         raise ValueError(f"{where}: nothing can be written into {folder}: {error.strerror}") from error

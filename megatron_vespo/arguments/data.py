@@ -49,7 +49,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class PromptSettings(Settings):
-    """How prompts are read from their files, in training and in evaluations."""
+    """How prompts are read from their files, in training and evaluation."""
 
     prompt_key: str
     answer_key: str
@@ -61,7 +61,7 @@ class PromptSettings(Settings):
 
 @dataclass(frozen=True)
 class DataSettings(PromptSettings):
-    """Those of training."""
+    """How training prompts are read."""
 
     hf_checkpoint: Path
     prompt_data: Path | None

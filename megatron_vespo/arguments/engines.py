@@ -58,7 +58,7 @@ class EngineSettings(Settings):
     rollout_engines: int
     rollout_port: int  # of the first engine; 0: free ports
     ray_address: str | None
-    sglang_flags: tuple[str, ...]  # as SGLang takes them
+    sglang_flags: tuple[str, ...]  # in SGLang's own form
     engine_start_timeout: float  # seconds, like the next one
     engine_health_timeout: float
     engine_restarts: int

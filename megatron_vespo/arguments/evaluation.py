@@ -1,4 +1,4 @@
-"""Flags of the evaluation during training, their defaults and what they may be."""
+"""Flags of the evaluation during training, their defaults and checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_vespo.system.settings import Settings
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    # Megatron has an --eval-interval of its own, which counts optimizer steps and is not used here
+    # Megatron has its own --eval-interval, which counts optimizer steps and is not used here
     group = parser.add_argument_group("evaluation on held-out prompts", conflict_handler="resolve")
     add = group.add_argument
     add("--eval-data", metavar="FILE", type=user_path, help="held-out prompts; default: no evaluation")
@@ -45,7 +45,7 @@ def check_eval(args: Namespace) -> None:
 
 
 def check_temperature(flag: str, temperature: float | None, num_completions: int) -> None:
-    """Of an evaluation: 0 is greedy, None another flag's."""
+    """Checks an evaluation's temperature: 0 is greedy, None takes another flag's value."""
     if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"{flag} {temperature:g}: must be positive, or 0 for greedy")
     if temperature == 0 and num_completions > 1:
@@ -54,7 +54,7 @@ def check_temperature(flag: str, temperature: float | None, num_completions: int
 
 @dataclass(frozen=True)
 class EvalSettings(Settings):
-    """Where a key or the pattern is None, training's is used."""
+    """A key or pattern of None means training's."""
 
     _prefix = "eval_"
 

@@ -1,4 +1,4 @@
-"""Megatron's flags of layout, precision and training, checked with ours and with the model."""
+"""Checks Megatron's flags of layout, precision and training against ours and the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_RECORDED_EXPERTS = 256  # routes are uint8
 
 
 def check_layout(args: Namespace) -> None:
-    """Megatron's flags with ours and with the model. Megatron refuses much of it too, not in these words."""
+    """Checks Megatron's flags against ours and the model. Megatron refuses much of this too, less clearly."""
     parallel = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
     check_positive(args, [f"{size}_parallel_size" for size in parallel])
     _check_training(args)
@@ -23,7 +23,7 @@ def check_layout(args: Namespace) -> None:
 
 
 def _check_optimizer(args: Namespace) -> None:
-    """Numbers that Megatron takes as they are."""
+    """Checks numbers that Megatron does not check."""
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(
@@ -147,8 +147,8 @@ def _check_divisions(args: Namespace) -> None:
 
 
 def check_ranks_start(args: Namespace) -> None:
-    """What Megatron itself refuses in a rank only, minutes later and without the flag's name."""
-    # numpy's seed, which Megatron makes of it for every pipeline stage and data-parallel rank (initialize.py)
+    """Refuses what Megatron refuses only in a rank, minutes later and without the flag's name."""
+    # Megatron derives numpy's seed from it for every pipeline stage and data-parallel rank (initialize.py)
     most = MOST_SEED - 100 * (args.pipeline_model_parallel_size - 1)
     if args.data_parallel_random_init:
         most -= 10 * (args.trainer_ranks - 1)

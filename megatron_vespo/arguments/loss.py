@@ -1,4 +1,4 @@
-"""Flags of the policy loss, of its ratios and of the advantages."""
+"""Flags of the policy loss, its ratios and the advantages."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _default_aggregations() -> str:
-    """Each loss's own, for people: those of few losses by name, the most frequent one for the others."""
+    """Each loss's default as text: the rare ones with their losses' names, then the most frequent one."""
     losses: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         losses.setdefault(method.aggregation, []).append(name)
@@ -80,7 +80,7 @@ def _default_aggregations() -> str:
 
 
 def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:
-    """Each entry's own value of an option, for people."""
+    """The default of an option for each entry of `table`, as text."""
     values = {name: getattr(entry, option) for name, entry in table.items()}
     return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value)
 
@@ -90,7 +90,7 @@ def _plain(value: float | tuple[float, float]) -> str:
 
 
 def check_loss(args: Namespace) -> None:
-    """Everything that needs no model."""
+    """All checks that need no model."""
     check_group(args)
     for name in ("vespo_positive", "vespo_negative"):
         c1, c2 = getattr(args, name)
@@ -197,7 +197,7 @@ def _check_old_policy(args: Namespace) -> None:
 
 
 def check_group(args: Namespace) -> None:
-    """One completion a prompt has nothing to be compared with but the other prompts'."""
+    """With one completion per prompt, a reward can only be compared with the rewards of other prompts."""
     if args.group_size > 1:
         return
     if args.advantage_estimator != "global":
@@ -217,11 +217,11 @@ def check_group(args: Namespace) -> None:
 
 
 def check_router_losses(args: Namespace) -> None:
-    """Megatron's losses of the router are not scaled as a policy loss is.
+    """Refuses Megatron's router losses, which are not scaled as a policy loss is.
 
-    Megatron 0.19.2 weighs them by all tokens of a micro-batch, prompts and padding included, and divides them
-    by what the policy loss is divided by: trained tokens, or responses. The load that the first one balances
-    is that of a micro-batch: it depends on packs, and on how context and tensor parallel ranks cut them.
+    Megatron 0.19.2 weights them by all tokens of a micro-batch, including prompts and padding. It divides
+    them by the policy loss's denominator: trained tokens, or responses. The auxiliary loss balances the load
+    of a micro-batch, so it depends on packs, and on how context- and tensor-parallel ranks split them.
     """
     coefficients = {
         "--moe-aux-loss-coeff": args.moe_aux_loss_coeff,

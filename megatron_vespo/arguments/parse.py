@@ -1,7 +1,7 @@
-"""The command line as one Namespace: our flags, Megatron's as they are, SGLang's behind --sglang-.
+"""Parses the command line into one Namespace: our flags, Megatron's own, and SGLang's with --sglang-.
 
-`parse_args` returns one Namespace that the driver and every worker share. A mistake is a ValueError with one
-line: which flag, what it was, what would be right.
+The driver and every worker share the Namespace of `parse_args`. A mistake is a ValueError with one line:
+which flag, what it was, what would be right.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def parse_args(
     required: Sequence[str] = REQUIRED_BY_TRAIN,
     on_gpus: Callable[[str | None], bool] | None = None,
 ) -> Namespace:
-    """Everything the run needs; ValueError for a user's mistake. `required` are names of flags of ours.
+    """All arguments of a run; ValueError for a user's mistake. `required` are names of our own flags.
 
-    `on_gpus` is asked, with --ray-address, whether the run's nodes have GPUs; without it, this machine is.
-    The answer is the default of --distributed-backend.
+    `on_gpus` gets --ray-address and returns whether the run's nodes have GPUs; without it, this machine is
+    checked. The answer decides the default of --distributed-backend.
     """
     _refuse_dashes(argv)
     check_words(argv)
@@ -69,7 +69,7 @@ def parse_args(
     check_sampling_flags(sglang_flags)
     derived = _batch_arguments(args) | megatron_arguments(hf_config)
 
-    # what is missing here says nothing about the workers' machines
+    # what is missing here may exist on the workers' machines
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
         has_gpus = on_gpus(args.ray_address) if on_gpus else _has_cuda()
@@ -82,7 +82,7 @@ def parse_args(
                 f"{flags[name]} {explicit[name]} contradicts {_source(name)}, which makes it {value}"
             )
         setattr(args, name, value)
-    # plan and submit name it: they may run on other machines; trainer ranks look for themselves
+    # plan and submit name it, because they may run on other machines; trainer ranks check their own
     if runs_on_gpus(args.distributed_backend) and "transformer_impl" not in explicit:
         check_transformer_engine(args.transformer_impl, "this machine")
     args.sglang_flags = sglang_flags
@@ -104,7 +104,7 @@ def parse_settings(
     required: Sequence[str] = REQUIRED_BY_TRAIN,
     on_gpus: Callable[[str | None], bool] | None = None,
 ) -> TrainSettings:
-    """`parse_args`, as the other rooms take it."""
+    """`parse_args` as the settings dataclass that the rest of the package uses."""
     return TrainSettings.of(parse_args(argv, command, required, on_gpus))
 
 
@@ -113,19 +113,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog=f"megatron-vespo {command}",
         usage="megatron-vespo train --hf-checkpoint DIR --prompt-data FILE --output-dir DIR [flags]",
         description=DESCRIPTION,
-        # as wide as the usage line: the page stays one that is read
+        # as wide as the usage line, which keeps the page readable
         formatter_class=partial(_OwnHelp, width=110, max_help_position=36),
     )
 
 
 class _OwnHelp(argparse.RawDescriptionHelpFormatter):
-    """A number is called N: most flags then fit on a line with their help."""
+    """Shows numbers as N, so that most flags fit on a line with their help."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        """With the default, unless the text says it itself."""
+        """The help with its default, unless the text has it already."""
         text, default = action.help or "", action.default
         if default in (None, argparse.SUPPRESS) or isinstance(default, bool | dict) or "default: " in text:
             return text
@@ -135,7 +135,7 @@ class _OwnHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class _MegatronHelp(argparse.HelpFormatter):
-    """Prints a text that is no format string as it is: some of Megatron's hold a bare %."""
+    """Prints help that is no format string unchanged: some of Megatron's has a bare %."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         try:
@@ -145,7 +145,7 @@ class _MegatronHelp(argparse.HelpFormatter):
 
 
 def refuse_unknown(argv: list[str], command: str) -> None:
-    """Ends the program for a flag that nobody has, or a value of another type; needs no model."""
+    """Ends the program for an unknown flag or a value of the wrong type; needs no model."""
     _refuse_dashes(argv)
     check_words(argv)
     parser = full_parser(command)
@@ -154,13 +154,13 @@ def refuse_unknown(argv: list[str], command: str) -> None:
 
 
 def _refuse_dashes(argv: list[str]) -> None:
-    if "--" in argv:  # argparse would take all that follows for no flags
+    if "--" in argv:  # argparse would not parse the following words as flags
         after = " ".join(argv[argv.index("--") :][:2])
         raise ValueError(f"{after}: there are only flags here, leave it out")
 
 
 def full_parser(command: str = "train") -> argparse.ArgumentParser:
-    """Megatron's flags and ours, with the defaults that their authors have given them."""
+    """Megatron's flags and ours, each with its original default."""
     parser = _parser(command)
     with warnings.catch_warnings(action="ignore"):
         prepare_for_megatron()
@@ -171,7 +171,7 @@ def full_parser(command: str = "train") -> argparse.ArgumentParser:
 
 
 def print_help(argv: list[str]) -> bool:
-    """Whether `argv` asks for help, which is printed then."""
+    """Prints the help if `argv` asks for it; returns whether it did."""
     if "--help-megatron" in argv:
         with warnings.catch_warnings(action="ignore"):
             prepare_for_megatron()
@@ -190,14 +190,14 @@ def print_help(argv: list[str]) -> bool:
 
 
 def with_expanded_paths(argv: list[str]) -> list[str]:
-    """Flags of train with their paths as they are read here. ValueError for one that cannot be."""
+    """Flags of train with their paths expanded on this machine. ValueError for a path that cannot be."""
     own = add_vespo_arguments(_parser("train"))._actions
     ours = {flag for action in own if action.type is user_path for flag in action.option_strings}
     return expanded_flags(argv, lambda flag: flag in ours or names_a_path(flag))
 
 
 def _source(name: str) -> str:
-    """Who decides on a derived argument."""
+    """What a derived argument is derived from."""
     sources = {
         "global_batch_size": "--rollout-batch-size x --group-size / --steps-per-rollout",
         "micro_batch_size": "packing to --max-tokens-per-gpu",
@@ -207,7 +207,7 @@ def _source(name: str) -> str:
 
 
 def _batch_arguments(args: Namespace) -> dict[str, Any]:
-    """Megatron's idea of a batch: one optimizer step is one mini-batch, counted in completions."""
+    """Megatron's batch arguments: one optimizer step is one mini-batch, counted in completions."""
     return {
         "global_batch_size": args.rollout_batch_size * args.group_size // args.steps_per_rollout,
         "micro_batch_size": 1,  # one pack
@@ -222,9 +222,9 @@ def _has_cuda() -> bool:
 
 
 def _defaults(explicit: dict[str, Any], backend: str) -> dict[str, Any]:
-    """Megatron defaults that differ for reinforcement learning of an MoE; a flag of the user's wins.
+    """Defaults that differ from Megatron's, for RL of an MoE; the user's flags override them.
 
-    `explicit` are the user's: which kernels there are follows from the backend and from whose layers run.
+    `explicit` are the user's flags: backend and transformer implementation decide which kernels exist.
     """
     backend = explicit.get("distributed_backend", backend)
     has_te = backend == "nccl" or import_error(TRANSFORMER_ENGINE) is None
@@ -243,8 +243,7 @@ def _defaults(explicit: dict[str, Any], backend: str) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": te,
-        # --moe-router-fusion stays off: a fused router cannot be told which experts to choose, as
-        # --routing-replay does
+        # --moe-router-fusion stays off: a fused router cannot replay experts, as --routing-replay requires
         "moe_permute_fusion": te,
         "moe_router_load_balancing_type": ["none"],
         "moe_aux_loss_coeff": [0.0],
@@ -261,7 +260,7 @@ def _defaults(explicit: dict[str, Any], backend: str) -> dict[str, Any]:
 def _parse_with_megatron(
     argv: list[str], command: str, backend: str
 ) -> tuple[Namespace, dict[str, Any], dict[str, str]]:
-    """The namespace with all defaults, the values that were really given, and the flag of every name."""
+    """The namespace with all defaults, the values given explicitly, and the flag of every name."""
     from megatron.training.arguments import parse_args as megatron_parse_args
 
     explicit: dict[str, Any] = {}
@@ -290,7 +289,7 @@ def _parse_with_megatron(
 
 
 def _check_local_layers(args: Namespace) -> None:
-    """What Megatron 0.19.2 does with Transformer Engine only: without it the first step would end."""
+    """Refuses what Megatron 0.19.2 does only with Transformer Engine: without it the first step fails."""
     if args.transformer_impl != "local":
         return
     if args.fp32_residual_connection and args.bf16:
@@ -306,16 +305,16 @@ def _check_local_layers(args: Namespace) -> None:
 
 
 def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
-    """What follows from other flags."""
-    # workers on other nodes have working directories of their own
+    """Fills in arguments that follow from other flags."""
+    # workers on other nodes have other working directories
     args.hf_checkpoint = args.hf_checkpoint.resolve()
-    # Megatron runs MoE with tensor parallelism only when the sequence is cut as well
+    # Megatron runs MoE with tensor parallelism only if the sequence is split as well
     if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
         args.sequence_parallel = True
-    # nominal, as packs vary in length, but Megatron wants it to be divisible like every sequence in them
+    # nominal, because packs vary in length; Megatron requires it to be divisible like every sequence in them
     args.seq_length = TokenLayout(args.context_parallel_size).padded_length(args.seq_length)
     args.moe_enable_routing_replay |= args.routing_replay is not None
-    # on --load the flags of this command count, so that a run can be made longer
+    # with --load this command's flags override the checkpoint's, so that a run can be extended
     args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     args.calculate_per_token_loss = True
     args.distributed_timeout_minutes = collective_timeout_minutes(
@@ -331,11 +330,11 @@ def _megatron_validate(args: Namespace) -> None:
 
     from megatron_vespo.trainer.planned_machine import planned_machine
 
-    # it asserts on variables that the trainer's ranks will have
+    # validate_args asserts on environment variables that trainer ranks will have
     of_ranks = trainer_environment(exported_values(os.environ))
     variables = {name: value for name, value in of_ranks.items() if value is not None}
     background = args.async_save
-    # a head node or a laptop need not have the GPUs that the run will have
+    # a head node or a laptop may lack the run's GPUs
     machine = planned_machine() if runs_on_gpus(args.distributed_backend) else contextlib.nullcontext()
     try:
         with (
@@ -346,8 +345,8 @@ def _megatron_validate(args: Namespace) -> None:
         ):
             validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:
-        # many of its assertions say nothing: then the source line does
+        # many of its assertions have no message: then the source line is shown
         reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {reason}") from error
-    args.async_save = background  # it knows no way to save in the background but its own worker process
+    args.async_save = background  # validate_args knows only Megatron's own background saving
     check_virtual_pipeline(args)

@@ -1,4 +1,4 @@
-"""The parser of every command: no abbreviations, and a guess at what a misspelt flag was meant to be."""
+"""The parser of every command: it accepts no abbreviations, and suggests a flag for a misspelt one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megatron_vespo.arguments.renamed import renamed
 from megatron_vespo.system.paths import user_path
 
 _UNKNOWN = "unrecognized arguments: "
-_SIMILAR = 0.75  # of difflib's ratio; 1 is equal
-# by `prog`: a command may parse its own flags first and leave the others to another parser
+_SIMILAR = 0.75  # difflib's ratio; 1 is equal
+# prog -> flags: a command may parse its own flags first and leave the others to another parser
 _known: dict[str, set[str]] = {}
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Takes what ArgumentParser takes. Its numbers are numbers: no NaN, and none beyond 64 bits."""
+    """An ArgumentParser that refuses NaN and numbers beyond 64 bits."""
 
     def __init__(self, **options: Any):
-        as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # the description's lines
+        as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}  # keeps the text's lines
         super().__init__(**{"allow_abbrev": False, **as_written, **options})
 
     @staticmethod
     def adopt(parser: argparse.ArgumentParser) -> None:
-        """Makes a library's parser one of these."""
+        """Turns a library's parser into a FlagParser."""
         parser.__class__ = FlagParser
 
     def parse_known_args(self, args=None, namespace=None):
@@ -50,7 +50,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def recipe_parser(command: str, usage: str, description: str) -> FlagParser:
-    """Of a command for a recipe on N nodes: `megatron-vespo COMMAND RECIPE --nodes N`, then `usage`."""
+    """The parser of a command for a recipe: `megatron-vespo COMMAND RECIPE --nodes N`, then `usage`."""
     prog = f"megatron-vespo {command}"
     parser = FlagParser(prog=prog, usage=f"{prog} RECIPE --nodes N {usage}", description=description)
     parser.add_argument(
@@ -73,7 +73,7 @@ def _guess(parser: argparse.ArgumentParser, message: str) -> str:
 
 
 def _flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Those of its subcommands, too."""
+    """Flags of the parser and its subcommands."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):

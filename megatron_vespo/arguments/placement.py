@@ -1,4 +1,4 @@
-"""Flags of where trainer ranks and engines run: apart, or colocated."""
+"""Flags of where trainer ranks and engines run: on separate GPUs, or colocated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_colocation(args: Namespace) -> None:
-    """With Megatron's and SGLang's flags; whether engines lie inside nodes is seen when they are placed."""
+    """Checks colocation against Megatron's and SGLang's flags, but not whether engines fit into nodes."""
     if not args.colocate:
         if not args.colocate_offload:
             raise ValueError("--no-colocate-offload is about --colocate: leave it out, or add --colocate")

@@ -1,4 +1,4 @@
-"""Recipes: files of flags, so that a run is something that can be named, checked and queued."""
+"""Reads recipes: files of flags, with which a run can be named, checked and queued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLAG = "--recipe"
 
 
 def read_recipe(path: Path) -> list[str]:
-    """The flags of a recipe: words as a shell splits them, on any number of lines; # begins a comment.
+    """The flags of a recipe: words split as by a shell, on any number of lines; # begins a comment.
 
     Example: "--lr 1e-6  # the paper's\\n--bf16\\n" -> ["--lr", "1e-6", "--bf16"]
     """
@@ -27,7 +27,7 @@ def read_recipe(path: Path) -> list[str]:
         raise ValueError(f"recipe {path}: not a text file of flags")
     try:
         argv = _words(text)
-    except ValueError as error:  # an open quote
+    except ValueError as error:  # an unclosed quote
         raise ValueError(f"recipe {path}: line {_wrong_line(text)}: {error}") from error
     if not argv or not argv[0].startswith("--"):
         raise ValueError(f"recipe {path}: must begin with a flag, has {argv[:1] or 'none'}")
@@ -41,7 +41,7 @@ def _words(text: str) -> list[str]:
 
 
 def _wrong_line(text: str) -> int:
-    """The first line from which on no quote is closed any more, or only by another's beginning."""
+    """The line of the unclosed quote: from it on, no quote is closed, or only by another quote's start."""
     lines = text.splitlines(keepends=True)
     for before in range(len(lines) - 1, 0, -1):
         with contextlib.suppress(ValueError):
@@ -51,7 +51,7 @@ def _wrong_line(text: str) -> int:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-    """`argv` with the flags of each `--recipe FILE` in its place; of two the later one counts."""
+    """`argv` with each `--recipe FILE` replaced by its flags; of equal flags the later one counts."""
     replaced: list[str] = []
     for word in _recipes_apart(argv):
         replaced += read_recipe(word) if isinstance(word, Path) else [word]
@@ -59,7 +59,7 @@ def with_recipes(argv: list[str]) -> list[str]:
 
 
 def recipe_files(argv: Sequence[str]) -> list[Path]:
-    """The files that a command line names by `--recipe`."""
+    """The files that a command line names with `--recipe`."""
     return [word for word in _recipes_apart(argv) if isinstance(word, Path)]
 
 

@@ -1,4 +1,4 @@
-"""Flags that had another name once."""
+"""Flags that were renamed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RENAMED = {
 
 
 def renamed(argv: Sequence[str], known: Set[str]) -> str | None:
-    """A line about the first flag of `argv` that has another name now; None where there is none."""
+    """A line about the first renamed flag of `argv`; None if there is none."""
     for word in argv:
         flag = word.partition("=")[0]
         if flag in RENAMED and flag not in known and known & set(RENAMED[flag].split()):

@@ -1,4 +1,4 @@
-"""--load and --ckpt-step: which checkpoint a run goes on from, before anything starts."""
+"""--load and --ckpt-step: decides which checkpoint a run resumes from, before anything starts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_step, resumed_save, saved_steps
 from megatron_vespo.checkpoints.set_aside import RECORD, has_gone_back, kept_step, later_steps, next_place
 
-# two commands that differ in these alone are the same one: of a job that is started again they may change
-# to run; the last two are what submit adds to say that its job has GPUs
+# Commands that differ only in these are the same command: they may change when a job is restarted. The last
+# two are what submit adds to say that its job has GPUs.
 _NOT_OF_THE_COMMAND = {
     "load", "ckpt_step", "ray_address", "setup_seconds", "distributed_backend", "transformer_impl",
 }  # fmt: skip
 
 
 def resolve_load(args: Namespace, explicit: Mapping[str, Any]) -> None:
-    """Leaves absolute folders in `args.save` and `args.load`, and the step in `args.ckpt_step`, None: newest.
+    """Sets `args.save` and `args.load` to absolute folders and `args.ckpt_step` to the step (None: newest).
 
-    `--load DIR/iter_0000008` is `--load DIR --ckpt-step 8`. A command that has gone back before, and saved
-    since, goes on from its newest checkpoint: a job that is started again does not go back for ever.
-    `args.gone_back` says what was asked for, None where it was nothing of the kind; `explicit` are the flags
-    that were given. ValueError for a checkpoint that is not there.
+    `--load DIR/iter_0000008` is `--load DIR --ckpt-step 8`. If the same command went back before and has
+    saved since, it resumes from its newest checkpoint: a restarted job must not go back for ever.
+    `args.gone_back` is the request to go back, None without one. `explicit` are the flags given. ValueError
+    for a missing checkpoint.
     """
     args.save, args.load = (folder and str(Path(folder).resolve()) for folder in (args.save, args.load))
     args.gone_back = None
-    if args.load == "":  # what only reads the flags says so
+    if args.load == "":  # set by commands that only read the flags
         args.ckpt_step = None
         return
     _split(args)
@@ -64,18 +64,18 @@ def _split(args: Namespace) -> None:
 
 
 def _check_tracker(args: Namespace) -> None:
-    """The same folder for --save and --load is how a job that may be restarted says "go on, or begin"."""
+    """Checks that --load has a checkpoint. If --save is the same folder, it may be empty: resume or begin."""
     if args.load and args.load != args.save and not (Path(args.load) / TRACKER_NAME).is_file():
         raise ValueError(f"--load {args.load}: no checkpoint there ({TRACKER_NAME} is missing)")
 
 
 def resumed_folder(settings: SaveSettings) -> Path | None:
-    """The checkpoint that a run goes on from; None where there is none, or converted weights."""
+    """The checkpoint that a run resumes from; None without one, or for converted weights."""
     return resumed_save(Path(settings.load), settings.ckpt_step) if settings.load else None
 
 
 def describe(settings: SaveSettings, step: int) -> list[str]:
-    """What people should know of a run that has loaded optimizer step `step`, 0 for none."""
+    """Lines to log about a run that has loaded optimizer step `step` (0: none)."""
     lines = []
     save = Path(settings.save) if settings.save else None
     here = save is not None and settings.ckpt_step is None and settings.load == settings.save
@@ -93,7 +93,7 @@ def describe(settings: SaveSettings, step: int) -> list[str]:
 
 
 def how_to_go_on(settings: SaveSettings, step: int) -> str:
-    """The flags with which a run goes on from optimizer step `step`, which is in --save."""
+    """The flags that resume a run from optimizer step `step`, which is in --save."""
     assert settings.save is not None
     named = newest_step(Path(settings.save)) == step
     return f"--load {settings.save}" + ("" if named else f" --ckpt-step {step}")

@@ -1,4 +1,4 @@
-"""Flags of rewards, and of what is made of them before they are advantages."""
+"""Flags of rewards and of their shaping, before they become advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of what is generated for a rollout batch."""
+"""Flags of the generation of rollout batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class RolloutSettings(Settings):
-    """What is generated when; of a run, of its plan and of its simulation."""
+    """What is generated and when, for a run, its plan and its simulation."""
 
     rollout_batch_size: int  # prompts
     group_size: int  # completions per prompt

@@ -1,4 +1,4 @@
-"""Flags of what a run writes and how it ends."""
+"""Flags of a run's output files and of its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """`hf_export` is off in a run that has no trainer."""
+    """`hf_export` is off in a run without a trainer."""
 
     output_dir: Path
     train_iters: int  # optimizer steps

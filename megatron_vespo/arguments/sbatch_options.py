@@ -1,4 +1,4 @@
-"""sbatch's own options, which are no flags of a run."""
+"""Refuses sbatch's options among the flags of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 
-# options of sbatch that users give to a job; none is a flag of a run
+# options of sbatch that users set for a job; none is a flag of a run
 _OPTIONS = set(
     "account array begin clusters comment constraint cpus-per-gpu cpus-per-task deadline dependency error "
     "exclude exclusive export gpus gpus-per-task gres hint job-name licenses mail-type mail-user mem "

@@ -1,7 +1,7 @@
-"""How long a run waits for what: all limits that a disk, a compiler or a cluster can reach, and why so long.
+"""All time limits of a run that a disk, a compiler or a cluster can reach, with reasons for their lengths.
 
-A limit ends what will not come any more. Too short a one kills what is slow: 61 GB of weights (30 billion
-parameters in bfloat16) take 20 minutes from a shared disk that gives a node 50 MB/s.
+A limit ends a wait that would never end. A limit that is too short kills what is only slow: 61 GB of weights
+(30 billion parameters in bfloat16) take 20 minutes from a shared disk that gives a node 50 MB/s.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from megatron_vespo.arguments.weight_sync import SyncSettings
 
-SYNC_DEADLINES = 4  # a weight sync waits for engines several times: the driver gives up after so many limits
-CHECK_CALLS = 6  # of rank 0 to an engine that is compared with an export, besides loading it
-LEAST_COLLECTIVE_MINUTES = 60  # Megatron's own 10 are less than a slow checkpoint takes
+SYNC_DEADLINES = 4  # a sync waits for engines several times: the driver gives up after this many limits
+CHECK_CALLS = 6  # rank 0's calls to an engine that is compared with an export, besides loading it
+LEAST_COLLECTIVE_MINUTES = 60  # Megatron's default of 10 is less than a slow checkpoint takes
 MARGIN_MINUTES = 5
 
 
@@ -28,7 +28,7 @@ class TimeLimit:
 
     @property
     def name(self) -> str:
-        """Of the argument."""
+        """Name of the argument."""
         return self.flag.removeprefix("--").replace("-", "_")
 
 
@@ -76,25 +76,25 @@ def add_time_limit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def longest_engine_step_s(engine_start_timeout: float, weight_check_timeout: float) -> float:
-    """How long an engine may be at one thing, or its ranks wait for each other."""
+    """Longest time that one step of an engine may take, or that its ranks wait for each other."""
     return max(engine_start_timeout, weight_check_timeout)
 
 
 def sync_timeout_s(settings: SyncSettings) -> float:
-    """For a whole weight sync. The ranks' own limits come first: they know which engine they wait for."""
+    """Limit of a whole weight sync. The ranks' own limits end first: they know which engine they wait for."""
     return SYNC_DEADLINES * settings.weight_sync_timeout
 
 
 def check_timeout_s(settings: SyncSettings) -> float:
-    """For rank 0's comparison of an engine with an export."""
+    """Limit of rank 0's comparison of an engine with an export."""
     return settings.weight_check_timeout + CHECK_CALLS * settings.weight_sync_timeout
 
 
 def collective_timeout_minutes(args: Namespace, given: int | None) -> int:
-    """For --distributed-timeout-minutes, by default longer than anything that one rank waits for alone.
+    """Value of --distributed-timeout-minutes; the default is longer than any wait of a single rank.
 
-    All others wait for that one in a collective meanwhile, and NCCL kills them when their time is over.
-    ValueError for a `given` one that is too short for that.
+    Meanwhile all other ranks wait for that rank in a collective, and NCCL kills them at this timeout.
+    ValueError if `given` is too short for that.
     """
     sync = SyncSettings.of(args)
     longest = max(args.worker_start_timeout, sync_timeout_s(sync), check_timeout_s(sync))

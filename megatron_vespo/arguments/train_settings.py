@@ -20,9 +20,9 @@ from megatron_vespo.arguments.weight_sync import SyncSettings
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `parse_args` has read. Nothing is changed afterwards.
+    """The result of `parse_args`. Nothing is changed afterwards.
 
-    `megatron` is Megatron's own form of all arguments, which the trainer's ranks alone look into.
+    `megatron` has all arguments in Megatron's own form; only the trainer's ranks read it.
     """
 
     megatron: Namespace
@@ -46,7 +46,7 @@ class TrainSettings:
         )  # fmt: skip
 
     def as_run(self) -> TrainSettings:
-        """Without engines where recorded batches are trained on, without a trainer for --rollout-only."""
+        """Without engines if the run trains on recorded batches; without a trainer for --rollout-only."""
         if self.run.train_from:
             args = self._with(rollout_engines=0)
             return replace(self, megatron=args, engines=replace(self.engines, rollout_engines=0))
@@ -60,6 +60,6 @@ class TrainSettings:
         return Namespace(**vars(self.megatron) | changes)
 
     def going_on_from(self, load: str | None, step: int | None) -> TrainSettings:
-        """The same run from another checkpoint."""
+        """The same run, resumed from another checkpoint."""
         args = self._with(load=load, ckpt_step=step)
         return replace(self, megatron=args, save=replace(self.save, load=load, ckpt_step=step))

@@ -1,4 +1,4 @@
-"""What others than the trainer need to know of Megatron's arguments: layout, model, precision, memory."""
+"""Megatron's arguments that are needed outside the trainer: layout, model, precision, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vespo.system.settings import Settings
 
 @dataclass(frozen=True)
 class TrainerSettings(Settings):
-    """Names and values are Megatron's; Megatron's own parser has completed and checked them."""
+    """Names and values are Megatron's, completed and checked by Megatron's own parser."""
 
     # layout: numbers of ranks
     trainer_ranks: int

@@ -1,4 +1,4 @@
-"""All flags of `train` that are this program's own, one file per concern, and their checks."""
+"""Collects this program's own flags of `train`, one file per concern, and their checks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Most used of Megatron's: --train-iters (optimizer steps), --lr, --tensor-model-p
 
 
 def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add them all to `parser`."""
+    """Adds all of them to `parser`."""
     for add in (
         add_data_arguments, add_rollout_arguments, add_reward_arguments, add_eval_arguments,
         add_asynchronous_arguments, add_loss_arguments, add_placement_arguments, add_engine_arguments,
@@ -49,7 +49,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) -> None:
-    """Our own flags, before anything heavy is imported; those named in `required` must be there."""
+    """Checks our own flags before anything heavy is imported; those named in `required` must be given."""
     for flag in required:
         if getattr(args, flag) is None and not (flag == "prompt_data" and args.train_from):
             raise ValueError(f"--{flag.replace('_', '-')} is required; see --help")
