@@ -14,7 +14,7 @@ from megatron_vespo.system.plugins import prepare_for_megatron
 
 
 def main(argv: list[str]) -> int:
-    """Print them, one per line, ready for a script."""
+    """Prints them, one per line, ready for a script."""
     parser = FlagParser(
         prog="megatron-vespo args",
         description="Print the Megatron flags that describe the model of an HF checkpoint, one a line. "

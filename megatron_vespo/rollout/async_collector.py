@@ -39,7 +39,7 @@ class AsyncCollector:
 
     `score` fills in rewards and returns those that failed. A waiting `take` calls `on_wait` every second.
     `on_change` is called when groups have finished or were taken. The seed of a group depends only on its
-    prompt's place in the run and on the dispatch, not on when and where the group is generated.
+    prompt's place in the run and on its dispatch. It does not depend on when and where it is generated.
     """
 
     def __init__(

@@ -28,8 +28,7 @@ class Collector:
         check: called every second and after a request is given up; raises if no more answers will come.
         on_requests: called as (engine, start, end, number), times in nanoseconds since 1970. After every
             `collect` it gets the whole work of an engine: `start` is when the first of its `number` requests
-            was sent, `end` when the last was answered. For draws from `connect` it is called once per
-            request.
+            was sent, `end` when the last was answered. A draw from `connect` calls it once per request.
         generate_function: a user's own function that makes a completion of several draws.
         on_wait: called every second while `collect` waits.
     """
@@ -80,8 +79,7 @@ class Collector:
 
         A completion with non-finite log-probs is sampled again, and the new one's `rejections` tell why. One
         such completion is always allowed; more than MAX_REJECTED_SHARE of all are an error.
-        `on_progress(done, total)` is called after every completion. Only `for_training` gives completions
-        routes.
+        `on_progress(done, total)` is called after every completion. Only `for_training` keeps their routes.
 
         Raises the first failure, which names the engine, and cancels the other requests: CollectError,
         EngineRequestError, GenerateReplyError, or whatever `check` raises.

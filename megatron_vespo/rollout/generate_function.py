@@ -6,9 +6,9 @@
 
 `draw(prompt, sampling, seed)` gives one finished Completion of an engine. The function may draw several,
 also of other prompts, and returns one of them or a combination. Every token of the result is trained on. So
-every token needs the log-prob and the policy version with which an engine has sampled it, and every draw
-needs the temperature, top_p and top_k of `sampling`. The function's time counts as generation. If a run is
-saved while the function runs, the function starts from the beginning after the resume.
+every token needs the log-prob and the policy version with which an engine has sampled it. Every draw needs
+the temperature, top_p and top_k of `sampling`. The function's time counts as generation. If a run is saved
+while the function runs, the function starts from the beginning after the resume.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ class RecordedBatches:
     """Reads the batches that --save-rollouts has written to `folder`.
 
     Everything after the rewards is computed again. The same layout, seed and flags give bit-identical
-    results. Another loss or advantage estimator can be tried on the same data. Reading begins at
-    `consumed_prompts`.
+    results. Another loss or advantage estimator can be tried on the same data. Reading begins after
+    `consumed_prompts` prompts.
     """
 
     in_background = False

@@ -20,8 +20,7 @@ PREFERRED = "--preferred-sampling-params"
 _THRESHOLDS = ("--speculative-accept-threshold-single", "--speculative-accept-threshold-acc")
 _WHY = "engines' log-probs do not describe what is sampled with {}, and training needs them to"
 _OFF = {"", "0", "false", "no", "n"}
-# Allowed values, besides null, of fields of SGLang's SamplingParams. Other fields, such as grammars, must be
-# empty.
+# Allowed values, besides null, of fields of SGLang's SamplingParams. Others, such as grammars, must be empty.
 _NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "n": 1, "repetition_penalty": 1.0,
 }  # fmt: skip

@@ -30,7 +30,7 @@ The factors are measured. Largest differences of correct layouts of up to 8 rank
     the second in bf16               1.7    (2.6)       6.8e-2 (0.23)      0.26   (0.65)      0.26   (0.65)
 
 The trained model, from examples/tiny, finds random tokens improbable: |p| is 12 in root mean square, and the
-logits behind it are larger still. If a line of context or data parallelism is broken on purpose, a layout
+logits behind it are larger still. If context or data parallelism is broken on purpose, in one line, a layout
 differs in fp32 by 6e-3 or more in log W, loss or gradient norm: a hundred times the bound.
 
 All this holds for the first optimizer step. Adam divides a gradient by its own size, so small elements carry

@@ -266,7 +266,7 @@ def _run(
 def _measure(
     settings: TrainSettings, samples: list[TrainingSample], options: CheckLayoutOptions, log_dir: Path
 ) -> tuple[list[TrainingSample], LayoutMeasurement]:
-    """Run one layout and wait until its processes have ended.
+    """Runs one layout and waits until its processes have ended.
 
     Samples without behavior log-probs get them from the first layout's log-probs. The completed samples are
     returned for the other layouts.

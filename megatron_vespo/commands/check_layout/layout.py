@@ -40,7 +40,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read comma-separated words, see `WORDS`; a size that is not named is 1.
+        """Reads comma-separated words, see `WORDS`; a size that is not named is 1.
 
         Without dpN the data-parallel size is the smallest one that fits the experts' layout: Megatron
         arranges the same ranks as pp x dp x cp x tp for attention and as pp x (expert dp) x ep x etp for

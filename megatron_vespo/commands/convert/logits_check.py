@@ -2,8 +2,7 @@
 
 That bytes arrive in the right place does not prove what the place means. So a few random tokens go through
 the first layers of both sides, in fp32, each side in its own process. On a machine without GPUs, parts of
-torch are replaced for Megatron, and the reference must not see that. The check needs memory for those layers
-in fp32.
+torch are replaced for Megatron, and the reference must not see that. Memory must hold those layers in fp32.
 """
 
 from __future__ import annotations

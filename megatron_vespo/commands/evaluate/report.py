@@ -26,8 +26,7 @@ def prompt_set_summary(records: list[dict[str, Any]], pass_reward: float) -> dic
 
     A record has lists of length K: "rewards", "lengths" (tokens), "finish_reasons", "statuses" of the
     rewards; and "policy_versions", the lowest and the highest. A completion is correct, for pass@k, if its
-    reward is at least `pass_reward`. Truncated responses, and rewards that timed out or failed, count as 0
-    everywhere.
+    reward is at least `pass_reward`. Truncated responses, and rewards that timed out or failed, count as 0.
     """
     rewards_PK = np.array([record["rewards"] for record in records], dtype=np.float64)
     lengths_PK = np.array([record["lengths"] for record in records], dtype=np.float64)

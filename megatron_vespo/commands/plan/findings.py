@@ -17,7 +17,7 @@ HOST_SHARE = 0.8  # share of a node's CPU memory: the rest is for engines, files
 # From this idle share of one side on, another split of the GPUs is better. In turn, each side waits while
 # the other works.
 IDLE_SHARE, IDLE_SHARE_IN_TURN = 0.4, 0.8
-# A deadline is this factor over the training seconds of a batch: these are estimated, and the save follows.
+# suggested deadline / training seconds of a batch: these are estimated, and the save follows
 DEADLINE_MARGIN = 1.3
 
 

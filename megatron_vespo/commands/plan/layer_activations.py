@@ -25,8 +25,8 @@ def kept_by_layer(settings: TrainerSettings) -> list[Kept]:
 
     Tokens are those of a context-parallel rank. With sequence parallelism a tensor-parallel rank has a slice
     of them outside attention and experts. Experts are assumed to get equal shares of the tokens; with uneven
-    routing the busiest rank keeps more. Transformer Engine makes a norm part of the linear layer behind it,
-    except before experts: such a norm is recomputed with that layer or not at all.
+    routing the busiest rank keeps more. Except before experts, Transformer Engine makes a norm part of the
+    linear layer behind it: it is recomputed with that layer or not at all.
     """
     dense = settings.num_experts is None
     tensor, size = settings.tensor_model_parallel_size, settings.params_dtype.itemsize

@@ -96,7 +96,7 @@ def optimizer_bytes(settings: TrainSettings) -> tuple[float, float]:
         return 12.0 + copy_of_gradient, 0.0
     moments = settings.trainer.exp_avg_dtype.itemsize + settings.trainer.exp_avg_sq_dtype.itemsize
     offloaded = settings.trainer.optimizer_offload_fraction if settings.trainer.optimizer_cpu_offload else 0.0
-    weights = 2  # with fp32 moments as with fp16 ones
+    weights = 2  # for fp32 main weights as for fp16 ones
     return (1 - offloaded) * (weights + moments), offloaded * (4 + 4 + 4 + 4)
 
 

@@ -1,7 +1,6 @@
 """Public prompt sets: where they are on the Hugging Face hub and what their rows look like.
 
-Columns may be dotted paths. Copies of a set name columns differently, so the first one that a row has is
-used.
+Columns may be dotted paths. Copies of a set name columns differently: the first one that a row has is used.
 """
 
 from __future__ import annotations
