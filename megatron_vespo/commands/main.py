@@ -82,7 +82,7 @@ def _guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) ->
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command(argv)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # `ending` has a line for each
         code, line = ending(error, [name, *argv])
         if line:
             print(f"megatron-vespo: {line}", file=sys.stderr)

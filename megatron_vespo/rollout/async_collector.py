@@ -152,7 +152,7 @@ class AsyncCollector:
     def _main(self) -> None:
         try:
             self._loop.run_until_complete(self._run())
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the thread that waits raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -168,7 +168,11 @@ def known_flags() -> dict[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 flags.update(_field_flags(node.target.id, node.annotation))
     for node in ast.walk(ast.parse((srt / "server_args.py").read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "add_argument"
+        ):
             action = ast.unparse(_keyword(node, "action") or ast.Constant(None))
             takes_none = "StoreTrue" in action or "store_true" in action
             names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]

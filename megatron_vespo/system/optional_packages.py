@@ -38,7 +38,7 @@ def import_error(package: str) -> str | None:
                 for name in names:
                     if not hasattr(found, name):
                         raise ImportError(f"cannot import name {name!r} from {module!r}")
-    except Exception as error:
+    except Exception as error:  # a package may raise anything while it is imported
         if not (isinstance(error, ModuleNotFoundError) and error.name == package):
             hidden: dict[str, Any] = sys.modules
             hidden[package] = None  # from now on, importing it raises ModuleNotFoundError

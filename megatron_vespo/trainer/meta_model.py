@@ -118,6 +118,7 @@ def _copies(parameter: torch.nn.Parameter, experts: bool, name: str, args: Names
     """How many different shards like this one the stage has; 0 for a copy of another stage's parameter."""
     if name == "output_layer.weight" and not args.untie_embeddings_and_output_weights:
         return 0
+    # Megatron gives this attribute to some parameters only
     sharded = getattr(parameter, "tensor_model_parallel", False)
     if experts:
         return groups.ep.size() * (groups.expt_tp.size() if sharded else 1)

@@ -26,7 +26,7 @@ def link_first_layers(folder: Path, target: Path, num_layers: int) -> None:
     """
     target.mkdir()
     stored = read_metadata(folder)
-    kept = Metadata({}, storage_data={}, version=getattr(stored, "version", None))
+    kept = Metadata({}, storage_data={}, version=stored.version)
     names = {key: _renamed(key, num_layers) for key in stored.state_dict_metadata}
     for key, entry in stored.state_dict_metadata.items():
         name = names[key]
