@@ -66,6 +66,7 @@ def test_layouts_that_agree(model, tmp_path):
     assert all(0 < float(number) < 1e-5 for number in (table["tp2"][i] for i in (1, 2, 3, 5)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 def test_a_bound_that_is_exceeded_on_a_given_batch(model, tmp_path):
     draw = np.random.default_rng(0)

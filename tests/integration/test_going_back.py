@@ -34,7 +34,8 @@ def trained(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("spelling", ["--ckpt-step", pytest.param("iter_", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["--ckpt-step", "iter_"])
 def test_a_run_that_goes_back_repeats_what_followed(tiny_model, trained, tmp_path, spelling):
     folder, saved = tmp_path / "run", tmp_path / "run/saved"
     shutil.copytree(trained, folder)
@@ -97,6 +98,7 @@ def test_an_asynchronous_run_goes_back_to_the_groups_of_then(tiny_model, tmp_pat
     assert saved_steps(folder / "saved/set-aside-001") == [12, 16]
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_another_learning_rate_counts(tiny_model, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)

@@ -75,6 +75,7 @@ def test_what_a_run_leaves_is_complete(tiny_run):
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(960)
 def test_resume_at_another_layout_goes_on_where_it_stopped(tiny_run, tmp_path):
     """Two context-parallel ranks instead of tensor times pipeline parallel, on the engine's routes."""

@@ -167,6 +167,7 @@ def test_no_environment(job):
     assert "/nowhere has no megatron-vespo: set VESPO_VENV or VESPO_CONTAINER" in failed.output
 
 
+@pytest.mark.slow
 def test_a_requeued_job_is_as_it_was_submitted(slurm, tmp_path):
     """SLURM keeps the script and its arguments."""
     root, venv = tmp_path / "copy", stub_venv(tmp_path / "venv", UNTIL_ASKED)
@@ -200,6 +201,7 @@ def test_a_recipe_is_submitted(slurm, tmp_path):
     assert re.search(f"my recipe #2 : train --hf-checkpoint .*{flags} ", job.output)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_shown_can_be_pasted(slurm, tmp_path):
     venv = stub_venv(tmp_path / "venv", 'printf "<%s>" "$SLURM_JOB_NAME" "$@"')
     words = ["--nodes", "2", "--venv", venv, "--time", "20", "--gpu", "other", "--train-iters", "8"]
