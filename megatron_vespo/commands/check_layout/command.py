@@ -47,17 +47,18 @@ DESCRIPTION = f"""\
 Runs parallel layouts on real Megatron ranks, each from the same weights and the same samples, and compares
 what must not depend on the layout: log W of every sequence, loss, gradient norms, chosen experts.
 
-A layout is some of {WORDS}, with commas: tp2,pp2,ep2. What is not named is 1,
-but for dp, which is the smallest that the experts' layout fits. vppN: N virtual pipeline stages a rank.
+A layout combines {WORDS} with commas: tp2,pp2,ep2. Sizes that are not named are 1.
+dp is the exception: it is the smallest that fits the layout of the experts. vppN is N virtual pipeline
+stages per rank.
 
-Any flag of Megatron's or of `megatron-vespo train` may follow; it counts for all layouts.
+Any flag of Megatron or of `megatron-vespo train` may follow; it applies to all layouts.
 
-The default bounds are what rounding makes of this model and these samples: they grow with the number of
-layers and tokens and the size of the log-probs (observability/layout_bounds.py derives them). They are
-for one step: it carries rounding into the weights, the more the higher --lr (default 1e-6), and --steps may
-need wider ones. In bf16 rounding is 32,768 times larger and changes the experts of near ties: a layout is
-proven in fp32.
-Exit code: 0 when all differences are within the bounds, 1 when not or when a layout broke, 2 for a mistake.
+The default bounds are the differences that rounding can cause for this model and these samples. They grow
+with the number of layers and tokens and with the size of the log-probs; commands/check_layout/bounds.py
+derives them. They hold for one step: a step carries rounding into the weights, more so with a higher --lr
+(default 1e-6), so --steps may need wider bounds. In bf16, rounding is 32,768 times larger and changes the
+experts of near ties. Therefore prove a layout in fp32.
+Exit code: 0 if all differences are within the bounds, 1 if not or if a layout failed, 2 for a mistake.
 """
 BOUND_HELP = {
     "log_w": "largest difference of a sequence's log W",
