@@ -1,1 +1,1 @@
-"""Model families: names, shapes, mappings, HF configuration."""
+"""Model families: parameter names, shapes, mappings and HF configs."""

@@ -1,4 +1,4 @@
-"""The fields of an HF config as Megatron arguments; what these cannot express is refused, field by field."""
+"""Translates HF config fields to Megatron arguments and refuses fields that Megatron cannot express."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_vespo.models.table import Family
 
 Config = dict[str, Any]
 
-# HF field -> Megatron argument; positive integers
+# HF field -> Megatron argument; all values are positive integers
 _SIZES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -17,42 +17,42 @@ _SIZES = {
     "max_position_embeddings": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-# as transformers 4 or 5 calls what the tables call by the key
+# name in the tables -> the other name that transformers 4 or 5 uses
 _OTHER_SPELLING = {"num_experts": "num_local_experts"}
 _USED_OTHERWISE = {
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters",
     "architectures", "model_type", "layer_types", "quantization_config",
 }  # fmt: skip
-# the only value that Megatron computes; null stands for it as well
+# HF field -> the only value that Megatron supports; null means the same
 _NEUTRAL = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
 }
-_HUGE = 1e300  # no number of a config is; NaN is not below it either
-_MOST_LAYERS = 10**6  # times experts: a list of them all has to fit into memory
-# none of these is part of what the model computes
+_HUGE = 1e300  # larger than any number in a config; the comparison with it also rejects NaN
+_MOST_LAYERS = 10**6  # layers times experts: a list of all of them must fit into memory
+# these fields do not change what the model computes
 _HARMLESS = {
-    # names, token ids, how the model was made, loaded or saved
+    # names, token ids, how the model was created, loaded or saved
     "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "tokenizer_class", "prefix", "gradient_checkpointing", "neftune_noise_alpha",
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "_flash_attn_2_enabled", "attn_implementation", "unsloth_version", "unsloth_fixed", "is_llama_config",
     "transformers.js_config",
-    # common to all configs of transformers 4: outputs, other tasks, encoders and decoders
+    # in every config of transformers 4: outputs, other tasks, encoders and decoders
     "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16",
     "tf_legacy_loss", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
     "task_specific_params", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder",
     "chunk_size_feed_forward", "keys_to_ignore_at_inference",
-    # defaults of generation, which requests replace
+    # generation defaults, which each request overrides
     "max_length", "min_length", "temperature", "top_p", "top_k", "typical_p", "do_sample", "early_stopping",
     "num_beams", "num_beam_groups", "diversity_penalty", "repetition_penalty", "length_penalty",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "remove_invalid_values",
     "output_scores", "return_dict_in_generate",
-    # how long a text a tokenizer or a training script took
+    # the longest input of a tokenizer or a training script
     "max_sequence_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side",
 }  # fmt: skip
 _ARGUMENTS_OF_ALL = {
@@ -63,12 +63,12 @@ _ARGUMENTS_OF_ALL = {
     "add_bias_linear": False,
     "add_qkv_bias": False,
 }
-# what megatron.core's RotaryEmbedding computes with --use-rope-scaling
+# the values that megatron.core's RotaryEmbedding uses with --use-rope-scaling
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def arguments_of(config: Config, family: Family) -> dict[str, Any]:
-    """Megatron arguments (argparse destinations); ValueError for a config that they cannot express."""
+    """Return Megatron arguments (argparse destinations); ValueError if they cannot express the config."""
     _check_fields(config, family)
     sizes = {name: _size(config, field) for field, name in (_SIZES | dict(family.sizes)).items()}
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
@@ -95,7 +95,7 @@ def arguments_of(config: Config, family: Family) -> dict[str, Any]:
     if not isinstance(tied, bool):
         raise ValueError(f"tie_word_embeddings is {tied!r}, must be true or false")
     return {
-        # a family without experts says so: a flag that asks for them contradicts it
+        # None for a dense family, so that a flag that asks for experts is a contradiction
         "num_experts": None,
         **sizes,
         "num_query_groups": groups,
@@ -165,7 +165,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _rope(config: Config) -> dict[str, Any]:
-    """transformers 4 has rope_theta beside rope_scaling, transformers 5 all in rope_parameters."""
+    """transformers 4 has rope_theta and rope_scaling; transformers 5 has both in rope_parameters."""
     rope: Config = {}
     for field in ("rope_scaling", "rope_parameters"):
         given = config.get(field) or {}

@@ -1,4 +1,4 @@
-"""The supported model families, and which one, of what shape, an HF config describes."""
+"""Finds the supported model family and the model shape that an HF config describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES = {family.architecture: family for family in (qwen3_moe.FAMILY, qwen3.F
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
-    """The family that config.json names; ValueError for an unsupported one."""
+    """Return the family that config.json names; ValueError if it is not supported."""
     architectures = hf_config.get("architectures")
     found = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
     if found not in FAMILIES:
@@ -23,7 +23,10 @@ def family_of(hf_config: dict[str, Any]) -> Family:
 
 
 def shape_of(hf_config: dict[str, Any], padded_vocab_size: int | None = None) -> ModelShape:
-    """The model's shape; ValueError for a config that is not supported. Without padding it is as in HF."""
+    """Return the model's shape; ValueError if the config is not supported.
+
+    `padded_vocab_size` None: no padding, as in HF.
+    """
     arguments = arguments_of(hf_config, family_of(hf_config))
     experts = arguments["num_experts"] or 0
     return ModelShape(

@@ -1,4 +1,4 @@
-"""HF config.json -> the Megatron arguments that describe the same model."""
+"""Translates an HF config.json to the Megatron arguments that describe the same model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = "config.json"
 
 
 def read_hf_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of an HF checkpoint folder, checked; ValueError, with its path, for an unsupported one."""
+    """Read and check config.json of an HF checkpoint; ValueError, with the path, if it is not supported."""
     config = read_unchecked(checkpoint)
     try:
         megatron_arguments(config)
@@ -23,7 +23,7 @@ def read_hf_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_unchecked(checkpoint: Path) -> dict[str, Any]:
-    """config.json of any model; ValueError if there is none."""
+    """Read config.json of any model; ValueError if there is none."""
     path = checkpoint / _NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint}: no config.json there; it must be an HF checkpoint folder")
@@ -39,8 +39,8 @@ def read_unchecked(checkpoint: Path) -> dict[str, Any]:
 
 
 def megatron_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Megatron argument names (argparse destinations) and values that the HF config determines.
+    """Return the Megatron arguments (argparse destinations) and values that the HF config determines.
 
-    Raises ValueError for a config whose mathematics these arguments cannot express, or that lacks a number.
+    ValueError if these arguments cannot express the config's mathematics, or if a number is missing.
     """
     return arguments_of(config, family_of(config))

@@ -1,4 +1,4 @@
-"""LlamaForCausalLM: Llama 2 and 3.x; the small ones of 3.2 tie output layer and embedding."""
+"""LlamaForCausalLM: Llama 2 and 3.x; the small 3.2 models tie the output layer to the embedding."""
 
 from megatron_vespo.models import pieces
 from megatron_vespo.models.table import Family

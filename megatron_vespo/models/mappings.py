@@ -1,11 +1,11 @@
-"""How one Megatron parameter and its HF tensors turn into each other, tensor-parallel shards included.
+"""Converts one Megatron parameter, with its tensor-parallel shards, to its HF tensors and back.
 
-A mapping knows both directions:
+A mapping has both directions:
 
-    merge(shards)         Megatron shards, one a tensor-parallel rank  ->  {HF name: full tensor}
-    shard(tensors, size)  HF tensors in the order of `hf_names`        ->  Megatron shards, one a rank
+    merge(shards)         Megatron shards, one per tensor-parallel rank  ->  {HF name: full tensor}
+    shard(tensors, size)  HF tensors in the order of `hf_names`          ->  Megatron shards, one per rank
 
-Both are views or copies of the inputs' dtype; nothing is computed, so a round trip is bit-exact.
+Both return views or copies in the dtype of the inputs. They compute nothing, so a round trip is bit-exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Direct:
-    """The same tensor on both sides. `dim` is the sharded dimension, None when every rank holds all of it."""
+    """The same tensor on both sides. `dim` is the sharded dimension, None if every rank holds it in full."""
 
     hf_names: tuple[str, ...]  # one
     dim: int | None
@@ -36,7 +36,7 @@ class Direct:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """fc1 stacks gate over up, and every rank's shard stacks its own part of both."""
+    """linear_fc1 stacks gate and up. Each rank's shard stacks its own parts of both."""
 
     hf_names: tuple[str, ...]  # gate, up: [intermediate, hidden]
 
@@ -51,7 +51,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class QKV:
-    """Megatron interleaves: [q of group 0, k 0, v 0, q of group 1, ...]; shards hold whole query groups."""
+    """Megatron interleaves: [q of group 0, k 0, v 0, q of group 1, ...]. Shards hold whole query groups."""
 
     hf_names: tuple[str, ...]  # q [heads * head_dim, hidden], k and v [groups * head_dim, hidden]
     num_query_groups: int
@@ -73,7 +73,7 @@ class QKV:
 
 @dataclass(frozen=True)
 class Vocabulary(Direct):
-    """Rows are tokens; Megatron pads them with zero rows so that every rank holds as many."""
+    """Rows are tokens. Megatron pads them with zero rows so that all ranks hold the same number of rows."""
 
     vocab_size: int
     padded_vocab_size: int

@@ -1,4 +1,4 @@
-"""Which part of the model a parameter belongs to, by its Megatron name with a global layer number."""
+"""Finds the part of the model that holds a parameter, by its Megatron name with a global layer number."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron_vespo.models.table import is_expert
 
 PARTS = ("embedding", "attention", "router", "experts", "mlp", "norms", "output")
 THIRDS = ("first_third", "middle_third", "last_third")
-GRADIENT_GROUPS = (*PARTS, *THIRDS)  # every parameter is in one part, and, in a layer, in one third as well
+GRADIENT_GROUPS = (*PARTS, *THIRDS)  # each parameter is in one part; those in layers are also in one third
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def part_of(name: str) -> str:
-    """One of PARTS; `mlp` is that of a dense layer. Transformer Engine keeps some norms in linear layers."""
+    """Return one of PARTS; `mlp` is for dense layers. Transformer Engine puts some norms in linear layers."""
     if "layernorm" in name or "layer_norm" in name:
         return "norms"
     if is_expert(name):
@@ -31,6 +31,6 @@ def part_of(name: str) -> str:
 
 
 def third_of(name: str, num_layers: int) -> str | None:
-    """One of THIRDS, of the layers; None for what is in no layer."""
+    """Return the third of the layers, one of THIRDS; None for a parameter outside the layers."""
     match = _LAYER.match(name)
     return THIRDS[3 * int(match[1]) // num_layers] if match else None

@@ -1,4 +1,4 @@
-"""Rows of the tables that families share. See table.Parameter for how a row is read."""
+"""Table rows that several families share; table.Parameter explains a row."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _POST_ATTENTION_NORM = _HF_LAYER + "post_attention_layernorm.weight"
 
 
 def _mlp(hf_prefix: str, *fc_names: str) -> tuple[Parameter, Parameter]:
-    """Both linear layers of a gated MLP; {fc} in the Megatron names is linear_fc1 or linear_fc2."""
+    """Return both linear layers of a gated MLP; {fc} in the Megatron names is linear_fc1 or linear_fc2."""
 
     def names(fc: str) -> tuple[str, ...]:
         return tuple(name.replace("{fc}", fc) for name in fc_names)

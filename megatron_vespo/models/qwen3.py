@@ -1,4 +1,4 @@
-"""Qwen3ForCausalLM: the dense models, 0.6B to 32B; the small ones tie output layer and embedding."""
+"""Qwen3ForCausalLM: the dense models, 0.6B to 32B; the small ones tie the output layer to the embedding."""
 
 from megatron_vespo.models import pieces
 from megatron_vespo.models.table import Family
@@ -18,6 +18,6 @@ FAMILY = Family(
     constants={"qk_layernorm": True},
     neutral={"use_sliding_window": False},
     required={"head_dim", "num_key_value_heads"},
-    # how wide the window would be and where it would begin, if there were one
+    # width and first layer of the sliding window, which these models do not use
     harmless={"sliding_window", "max_window_layers"},
 )

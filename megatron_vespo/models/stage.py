@@ -1,4 +1,4 @@
-"""Parameters of one pipeline stage, counted."""
+"""Parameter counts of one pipeline stage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rank of a pipeline stage holds; all ranks of the stage hold as much.
+    """Number of parameters that one rank of a pipeline stage holds, the same on all ranks of the stage.
 
-    Numbers of parameters; `whole` is what all ranks of the stage hold together, every parameter once.
+    `whole` counts the parameters of the whole stage, each parameter once.
     """
 
     layers: int

@@ -1,4 +1,4 @@
-"""What a model family is: a table of its parameters, read in both directions, and the rules of its config."""
+"""Defines a model family: a table of its parameters, for both directions, and the rules of its config."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     padded_vocab_size: int
-    tied_embeddings: bool  # the output layer is the embedding
+    tied_embeddings: bool  # the output layer shares the embedding's weight
 
     @property
     def query_width(self) -> int:
@@ -42,12 +42,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One kind of Megatron parameter and the HF tensors it is made of.
+    """One kind of Megatron parameter and the HF tensors that it consists of.
 
-    `names`: its Megatron names, the local layer spec's first, then Transformer Engine's if that differs.
-    `tensors`: HF name -> shape, whose dimensions are names of attributes of ModelShape.
-    {layer} and {expert} stand for numbers that count over the whole model.
+    `names`: its Megatron names; the local layer spec's first, then Transformer Engine's if that differs.
+    `tensors`: HF name -> shape; the dimensions are names of ModelShape attributes.
     `build`: HF names and shape -> mapping.
+    {layer} and {expert} in names are global numbers, counted over the whole model.
     """
 
     names: tuple[str, ...]
@@ -78,10 +78,14 @@ class Parameter:
 class Family:
     """One HF architecture.
 
-    `table` is in the model's order. The rest is about config.json, beside what holds for all families:
-    `sizes` is HF field -> Megatron argument of positive integers, `constants` are Megatron arguments that all
-    its models share, `neutral` is field -> the only value that Megatron computes, `required` are fields that
-    must be there because transformers assumes something else without them, `harmless` ones change nothing.
+    `table` has the parameters in the model's order. The other fields are rules for config.json, in addition
+    to the rules for all families:
+
+    `sizes`: HF field -> Megatron argument, for positive integers.
+    `constants`: Megatron arguments that all models of the family share.
+    `neutral`: HF field -> the only value that Megatron supports.
+    `required`: fields that must be present, because the defaults of transformers differ.
+    `harmless`: fields that do not change what the model computes.
     """
 
     architecture: str
@@ -94,15 +98,15 @@ class Family:
     harmless: AbstractSet[str] = frozenset()
 
     def parameters(self, shape: ModelShape) -> Iterator[str]:
-        """Every Megatron parameter of the whole model, in its order, as the local layer spec names it.
+        """Yield the whole model's Megatron parameters in its order, by their names in the local layer spec.
 
-        Layers and experts are numbered over the whole model; an output layer that is the embedding is none.
+        Layer and expert numbers are global. A tied output layer is left out.
         """
         for row, numbers in self._rows(shape):
             yield row.names[0].format(**numbers)
 
     def hf_tensors(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every HF tensor of the whole model."""
+        """Return the name and shape of every HF tensor of the whole model."""
         return {
             name.format(**numbers): tuple(getattr(shape, dimension) for dimension in dimensions)
             for row, numbers in self._rows(shape)
@@ -110,9 +114,9 @@ class Family:
         }
 
     def mapping_for(self, megatron_name: str, shape: ModelShape) -> mappings.Mapping:
-        """The mapping of one Megatron parameter in any spelling; KeyError for one that the family lacks."""
+        """Return the mapping of a Megatron parameter under any of its names; KeyError if there is none."""
         if shape.tied_embeddings and megatron_name == OUTPUT_LAYER:
-            megatron_name = EMBEDDING  # its copy on the last pipeline stage
+            megatron_name = EMBEDDING  # a copy of the embedding on the last pipeline stage
         for row in self.table:
             for pattern in row.patterns:
                 match = pattern.fullmatch(megatron_name)
@@ -122,7 +126,7 @@ class Family:
         raise KeyError(f"{self.architecture} has no parameter {megatron_name}")
 
     def _rows(self, shape: ModelShape) -> Iterator[tuple[Parameter, dict[str, int]]]:
-        """Rows with the numbers to fill in, in the model's order: layer by layer, in it expert by expert."""
+        """Yield rows with their layer and expert numbers, in the model's order: by layer, then by expert."""
         for in_layer, rows in groupby(self.table, lambda row: row.in_layer):
             kept = [row for row in rows if not (shape.tied_embeddings and OUTPUT_LAYER in row.names)]
             for layer in range(shape.num_layers if in_layer else 1):
@@ -133,5 +137,5 @@ class Family:
 
 
 def is_expert(megatron_name: str) -> bool:
-    """Whether the parameter is sharded over the expert groups instead of the dense ones."""
+    """Return whether the parameter is sharded over the expert groups, not the dense groups."""
     return ".mlp.experts." in megatron_name
