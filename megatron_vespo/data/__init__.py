@@ -1,1 +1,1 @@
-"""Prompts in, packed micro-batches out: prompt files and their order, sequence packing, flat batch fields."""
+"""From prompts to packed micro-batches: prompt files and their order, sequence packing, flat batch fields."""

@@ -1,12 +1,13 @@
-"""Completions as plain arrays, what differs in length end to end, and back bit by bit.
+"""Converts completions to plain arrays and back, bit-exact.
 
-N completions of C tokens each, P those of their prompts, L layers, E experts a token:
+Fields of variable length are concatenated. N completions; per completion C tokens, and P tokens of its
+prompt; L layers, E experts per token:
 
     completion_lengths int64 [N], completion_tokens int64, log_probs float32, policy_versions int64 [sum C]
-    rewards (NaN: none yet), overlong_penalties, temperatures float64 [N]
+    rewards (NaN: not scored yet), overlong_penalties, temperatures float64 [N]
     finish_reasons, reward_statuses str [N]
     num_retractions int64 [N], routed bool [N]
-    routes uint8 [sum (P + C - 1) of those routed, L, E], absent where none is
+    routes uint8 [sum (P + C - 1) of the routed completions, L, E], absent if no completion is routed
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
 
 
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
-    """`prompts` are those of the completions, one each."""
+    """Restore the completions; `prompts` has one prompt per completion."""
     lengths = arrays["completion_lengths"]
     rows = zip(
         prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], lengths),
@@ -72,5 +73,5 @@ def end_to_end(parts: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarra
 
 
 def split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The pieces of `values` that lie end to end."""
+    """Split `values` into its concatenated pieces, of these lengths."""
     return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -1,8 +1,8 @@
-"""Where a pack's tokens live when context and sequence parallelism cut it. The one place that knows.
+"""The only module that knows which rank holds which tokens under context and sequence parallelism.
 
-Context parallelism cuts every sequence into 2 * size equal chunks; rank r holds chunks r and 2 * size - 1 - r
-(zig-zag), so that all ranks have the same share of causal attention. Sequence parallelism then cuts what a
-rank holds into equal slices, in order.
+Context parallelism cuts every sequence into 2 * size equal chunks. Rank r holds chunks r and 2 * size - 1 - r
+(zig-zag), so that all ranks have the same share of causal attention. Sequence parallelism then cuts the
+tokens of each rank into equal slices, in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One rank's place in the cut of a pack."""
+    """One rank's share of a pack."""
 
     cp_size: int = 1
     cp_rank: int = 0
@@ -23,7 +23,7 @@ class TokenLayout:
 
     @property
     def sequence_multiple(self) -> int:
-        """Every sequence is padded to a multiple of this."""
+        """Each sequence is padded to a multiple of this."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property
@@ -32,15 +32,15 @@ class TokenLayout:
         return math.lcm(self.sequence_multiple, self.cp_size * self.sequence_parallel_size)
 
     def padded_length(self, length: int) -> int:
-        """Tokens that a sequence of `length` takes up in a pack."""
+        """Return the length of a sequence of `length` tokens in a pack, with padding."""
         return -(-length // self.sequence_multiple) * self.sequence_multiple
 
     def padded_pack(self, length: int) -> int:
-        """Tokens of a pack whose padded sequences have `length` tokens together."""
+        """Return the length of a pack, with padding; its padded sequences have `length` tokens in total."""
         return -(-length // self.pack_multiple) * self.pack_multiple
 
     def local_indices(self, cu_seqlens: np.ndarray) -> np.ndarray:
-        """Places in the whole pack of the tokens this rank holds, int64 [T / cp_size], in its own order.
+        """Return the pack indices of this rank's tokens, int64 [T / cp_size], in the rank's order.
 
         `cu_seqlens` [S + 1] are the boundaries of the padded sequences.
         """
@@ -54,6 +54,6 @@ class TokenLayout:
 
 
 def gathered_order(cu_seqlens: np.ndarray, cp_size: int) -> np.ndarray:
-    """Where each token of the pack is found after the ranks' parts were laid end to end, int64 [T]."""
+    """Return the index of each token of the pack in the concatenation of the ranks' parts, int64 [T]."""
     held = [TokenLayout(cp_size, rank).local_indices(cu_seqlens) for rank in range(cp_size)]
     return np.argsort(np.concatenate(held))

@@ -1,7 +1,7 @@
-"""Tensors between host memory and a device, without waiting for either.
+"""Copies tensors between host memory and a device asynchronously.
 
-A copy that nobody waits for needs pinned host memory. Torch keeps pinned blocks that it has pinned once, and
-hands a block out again only after the copies from it have ended.
+An asynchronous copy needs pinned host memory. Torch caches the blocks that it has pinned, and reuses a block
+only after the copies from it have ended.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; on a GPU through a pinned block, so that only a part of them is pinned."""
+    """Return the tensor on `device`. Copies to a GPU use a pinned block, so only some tensors are pinned."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, which shares nothing with the tensor.
+    """Return a copy in host memory that shares no memory with the tensor.
 
-    From a GPU into pinned memory: it may be handed to `to_device`, but read only after a synchronization.
+    A copy from a GPU is in pinned memory. `to_device` may take it at once; read it only after a synchronize.
     """
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""JSON-lines files, with errors that name the file and the line."""
+"""Reads JSON-lines files, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_vespo.data.located import located
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) of every line that is not blank; `where` starts error messages: "a.jsonl line 3".
+    """Yield (where, row) for every non-blank line; `where` starts error messages: "a.jsonl line 3".
 
     ValueError for a line that is not a JSON object in UTF-8.
     """
@@ -29,7 +29,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for people: "the number 3", "a list"."""
+    """Describe a JSON value in words: "the number 3", "a list"."""
     if value is None:
         return "null"
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Errors that say where in a file they come from: the one place that turns any exception into such a line."""
+"""Turns any exception into a one-line ValueError that names the place in the file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """What is raised inside leaves as a ValueError of one line that begins with `where`, "a.jsonl line 3".
+    """Turn an exception inside into a one-line ValueError that begins with `where`, "a.jsonl line 3".
 
     Libraries that read files and tokenise text have no common exception: TypeError, OSError, RecursionError
-    and bare Exception all mean that the data is wrong. One that begins with `where` already stays as it is.
+    and bare Exception all mean that the data is wrong. A message that already begins with `where` is kept.
     """
     try:
         yield
@@ -23,7 +23,7 @@ def located(where: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The error in one line."""
+    """Return the error as one line."""
     match error:
         case json.JSONDecodeError():
             place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"

@@ -1,6 +1,6 @@
-"""Samples laid end to end: the flat fields one forward pass needs.
+"""Packs samples into the flat fields that one forward pass needs.
 
-Packs are built and wait in host memory; a forward pass takes each with `on(device)`.
+Packs are built in host memory and stay there; a forward pass copies its pack with `on(device)`.
 
 Shape suffixes: T tokens of the pack that this rank holds (padding included), S sequences, L layers, K experts
 per token, R tokens that this rank's routers see. Position t predicts token t + 1, so every per-token field of
@@ -24,24 +24,24 @@ from megatron_vespo.types import TrainingSample
 
 @dataclass
 class MicroBatch:
-    """One packed forward pass. `sample_indices[s]` is the place of sequence s in the mini-batch."""
+    """One packed forward pass. `sample_indices[s]` is the index of sequence s in the mini-batch."""
 
     tokens_T: Tensor  # int64
     labels_T: Tensor  # int64, the next token; 0 where the mask is 0
-    position_ids_T: Tensor  # int64, from 0 in every sequence; padding goes on behind its sequence
+    position_ids_T: Tensor  # int64, from 0 in every sequence; padding continues the numbers of its sequence
     loss_mask_T: Tensor  # float32, 1 on positions that predict a completion token
     sequence_ids_T: Tensor  # int64; padding at the end belongs to the last sequence
-    temperature_T: Tensor  # float32, of the sampling that made the sequence; 1 on padding
+    temperature_T: Tensor  # float32, sampling temperature of the sequence; 1 on padding
     behavior_log_probs_T: Tensor  # float32, 0 where the mask is 0
     loss_positions: Tensor  # int64 [num_loss_tokens], where the mask is 1
-    cu_seqlens: Tensor  # int32 [S + 1], or [S + 2] when padding is a segment of its own; of the whole pack
+    cu_seqlens: Tensor  # int32 [S + 1], or [S + 2] if padding is its own segment; of the whole pack
     max_seqlen: int
     advantages_S: Tensor  # float32
-    num_tokens_S: Tensor  # float32, trained tokens of the whole sequence, wherever they are
+    num_tokens_S: Tensor  # float32, trained tokens of the whole sequence, on all ranks
     sample_indices: list[int]
-    old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64, set by the trainer
-    routed_experts_T: Tensor | None = None  # uint8 [T, L, K], the engine's; None also if no sequence has any
-    replays_S: Tensor | None = None  # bool, with the engine's routes; None: all, or nobody asks for routes
+    old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64 set by the trainer
+    routed_experts_T: Tensor | None = None  # uint8 [T, L, K], from the engine; None if no sequence has any
+    replays_S: Tensor | None = None  # bool, has the engine's routes; None: all have, or routes are unused
     # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
     old_routes: dict[int, Tensor] = field(default_factory=dict)
 
@@ -55,12 +55,12 @@ class MicroBatch:
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all tensors."""
         tensors = [*vars(self).values(), *self.old_routes.values()]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     def on(self, device: torch.device) -> MicroBatch:
-        """The same pack with its tensors on `device`, which nothing waits for; both share `old_routes`."""
+        """Return the pack with its tensors copied asynchronously to `device`; both share `old_routes`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: to_device(tensor, device) for name, tensor in tensors.items()})
 
@@ -72,10 +72,10 @@ def build_micro_batch(
     layout: TokenLayout,
     num_experts: int | None = None,
 ) -> MicroBatch:
-    """Pack `samples[i] for i in indices` and keep what `layout` gives to this rank.
+    """Pack `samples[i] for i in indices` and keep the tokens that `layout` assigns to this rank.
 
     `num_tokens` is the length of the whole pack, a multiple of `layout.pack_multiple` with room for the
-    padded sequences. `num_experts` asks for the samples' routes; without it they stay behind.
+    padded sequences. With `num_experts`, the pack includes the samples' routes.
     """
     chosen = [samples[i] for i in indices]
     lengths = [sample.num_tokens for sample in chosen]
@@ -115,7 +115,7 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
     }
     if all(sample.old_log_probs is not None for sample in chosen):
         fields["old_log_probs_T"] = np.zeros(total, np.float32)
-    ends = [*starts[1:-1], total]  # what is left at the end of the pack goes with the last sequence
+    ends = [*starts[1:-1], total]  # the padding at the end of the pack belongs to the last sequence
     for s, (sample, start, end) in enumerate(zip(chosen, starts[:-1], ends, strict=True)):
         tokens = slice(start, start + sample.num_tokens)
         predicting = slice(start + sample.prompt_length - 1, start + sample.num_tokens - 1)
@@ -132,10 +132,10 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
 
 
 def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_experts: int) -> np.ndarray:
-    """uint8 [total, L, K]; tokens that no engine has routed are spread over the experts.
+    """Return the routes, uint8 [total, L, K]; tokens without an engine's route are spread over the experts.
 
-    Those are padding and the last token of a sequence: no loss depends on their experts. Those of sequences
-    without routes are in `replays_S`.
+    These tokens are padding and the last token of a sequence: no loss depends on their experts. `replays_S`
+    is False for sequences without routes.
     """
     routed = next(sample.routed_experts for sample in chosen if sample.replays)
     assert routed is not None, "checked before, see check_sample"

@@ -1,4 +1,4 @@
-"""Whole sequences into micro-batches: within a token budget, of equal work, as many on every rank."""
+"""Packs whole sequences into micro-batches of similar work within a token budget, equally many per rank."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SequenceWork:
-    """What one sequence costs in a forward pass; only ratios matter for packing.
+    """Cost of one sequence in a forward pass; only ratios matter for packing.
 
     Example: SequenceWork(linear=1.0, attention=0.0) counts tokens.
     """
 
-    linear: float  # FLOPs a token of everything linear in the length
-    attention: float  # FLOPs a pair of tokens; a causal sequence of n tokens has n^2 / 2 pairs
+    linear: float  # FLOPs per token, for all work that is linear in the length
+    attention: float  # FLOPs per pair of tokens; a causal sequence of n tokens has n^2 / 2 pairs
 
     @classmethod
     def of_model(
@@ -26,13 +26,13 @@ class SequenceWork:
     ) -> SequenceWork:  # fmt: skip
         """Forward FLOPs of a transformer with grouped-query attention and gated (three-matrix) MLPs.
 
-        Linear, 2 FLOPs a parameter that a token touches:
+        Linear, per token 2 FLOPs per active parameter:
             2 x [layers x (hidden x head_dim x (2 heads + 2 groups)     Q and output, K and V
                            + hidden x experts                           router
                            + 3 x hidden x ffn_hidden x topk)            experts
                  + hidden x vocab]                                      output layer
-        Attention, 2 matrix products of 2 FLOPs: layers x 4 x heads x head_dim a pair of tokens.
-        A dense model is topk 1 with no experts.
+        Attention, 2 matrix products of 2 FLOPs: layers x 4 x heads x head_dim per pair of tokens.
+        A dense model has topk 1 and no experts.
         """
         projections = hidden_size * head_dim * (2 * num_heads + 2 * num_query_groups)
         mlp = hidden_size * num_experts + 3 * hidden_size * ffn_hidden_size * topk
@@ -42,28 +42,28 @@ class SequenceWork:
         )
 
     def of(self, length: int) -> float:
-        """FLOPs of one sequence of `length` tokens."""
+        """Return the FLOPs of one sequence of `length` tokens."""
         return self.linear * length + self.attention * length * length / 2
 
 
 @dataclass(frozen=True)
 class PackingStats:
-    """What a packing loses, over all data-parallel ranks; both 0 at best."""
+    """Losses of a packing over all data-parallel ranks; both are 0 at best."""
 
-    padding_share: float  # of the tokens that run
-    imbalance: float  # time of the slowest rank of every step over the mean, minus 1: ranks wait that long
+    padding_share: float  # padding / all tokens that run
+    imbalance: float  # slowest rank's time of every step / mean time - 1: the wait of the ranks
 
 
 def pack_sequences(
     lengths: Sequence[int], work: SequenceWork, num_ranks: int, max_tokens: int, multiple_of: int = 1
 ) -> list[list[list[int]]]:
-    """Assign sequences to `num_ranks` ranks x some number of micro-batches, none over `max_tokens`.
+    """Assign sequences to micro-batches of at most `max_tokens` tokens on `num_ranks` ranks.
 
     Returns `bins[rank][micro_batch]` = indices into `lengths`, the lengths that count against the budget.
     Every rank gets the same number of micro-batches, a multiple of `multiple_of` (interleaved pipeline
-    schedules need a multiple of the pipeline size); none is empty, which always works out where ranks x
-    `multiple_of` divides the number of sequences. The result depends on the arguments only.
-    ValueError for a sequence longer than the budget and for too few sequences to fill every micro-batch.
+    schedules need a multiple of the pipeline size). No micro-batch is empty; this is always possible if
+    ranks x `multiple_of` divides the number of sequences. The result depends only on the arguments.
+    ValueError for a sequence longer than the budget, or too few sequences to fill every micro-batch.
     """
     if len(lengths) < num_ranks * multiple_of:
         micro_batches = f" with {multiple_of} micro-batches each" if multiple_of > 1 else ""
@@ -92,7 +92,7 @@ def pack_sequences(
 def _fill(
     lengths: Sequence[int], work: SequenceWork, num_bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Most work first into the bin with the least work that has room; None when a sequence fits nowhere."""
+    """Put each sequence, most work first, into the bin with room and least work; None if none has room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens, loads = np.zeros(num_bins, np.int64), np.zeros(num_bins)
     for i in sorted(range(len(lengths)), key=lambda i: (-work.of(lengths[i]), i)):
@@ -109,8 +109,10 @@ def _fill(
 def _spread(
     bins: list[list[int]], lengths: Sequence[int], work: SequenceWork, num_ranks: int
 ) -> list[list[list[int]]]:
-    """Bins of similar work into one step, as ranks wait for each other there; within it, the most for the
-    rank that has had the least."""
+    """Put bins of similar work into the same step, because ranks wait for each other in every step.
+
+    Within a step, the rank with the least work so far gets the bin with the most work.
+    """
     loads = [_load(indices, lengths, work) for indices in bins]
     order = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
@@ -129,9 +131,9 @@ def packing_stats(
     tokens_run: int,
     work: SequenceWork,
 ) -> PackingStats:
-    """Losses of `bins[rank][micro_batch]`; `lengths` are the real ones, without padding.
+    """Return the losses of `bins[rank][micro_batch]`; `lengths` are without padding.
 
-    `tokens_run` is what all micro-batches of all ranks have together, with padding.
+    `tokens_run` is the number of tokens in all micro-batches of all ranks, with padding.
     """
     real = sum(lengths[i] for rank in bins for indices in rank for i in indices)
     steps = [[_load(indices, lengths, work) for indices in step] for step in zip(*bins, strict=True)]

@@ -1,4 +1,4 @@
-"""Prompt files into tokenised prompts, and the resumable order in which training goes through them."""
+"""Reads and tokenises prompt files, and defines the resumable order of the prompts in training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_vespo.types import Prompt
 
 @dataclass(frozen=True)
 class Columns:
-    """Where rows have prompt and answer: a column, or a dotted path into nested ones ("reward.ground_truth").
+    """Where a row has prompt and answer: a column, or a dotted path to a nested one ("reward.ground_truth").
 
-    The prompt is a string (one user message) or a list of {"role", "content"} messages; `answer_pattern` is a
-    regular expression whose one group is the reference inside the answer cell. The flags that name these
-    begin with `flags`, for messages.
+    The prompt is a string (one user message) or a list of {"role", "content"} messages. `answer_pattern` is a
+    regular expression; its one group is the reference inside the answer cell. `flags` is the common prefix
+    of the flags that set these, for messages.
     """
 
     prompt: str
@@ -30,7 +30,7 @@ class Columns:
     flags: str = "--"
 
     def compiled_pattern(self) -> re.Pattern[str] | None:
-        """ValueError for one that cannot be used."""
+        """Compile the pattern; ValueError if it cannot be used."""
         if self.answer_pattern is None:
             return None
         given = f"{self.flags}answer-pattern {self.answer_pattern!r}"
@@ -45,15 +45,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What one prompt file holds, over-long prompts left out."""
+    """The prompts of one file, without over-long prompts."""
 
     prompts: list[Prompt]
     num_overlong: int
     path: Path
-    has_tools: bool = False  # a column of tools, as chat data has them
+    has_tools: bool = False  # whether there is a column of tools, as in chat data
 
     def remarks(self, max_prompt_tokens: int) -> list[str]:
-        """What people should know of it."""
+        """Return remarks about the file for the user."""
         remarks = []
         if self.num_overlong:
             remarks.append(
@@ -80,11 +80,11 @@ def load_prompts(
     """Read a .jsonl or .parquet file and tokenise its prompts.
 
     Args:
-        overlong: what happens to a prompt of more than max_prompt_tokens: left out and counted, or refused.
-        flag: the one that named the file, for messages.
+        overlong: whether a prompt of more than max_prompt_tokens is left out and counted, or refused.
+        flag: the flag that named the file, for messages.
 
     Raises:
-        ValueError: one line with the file and the line (JSONL) or row (parquet), from 1, that is wrong.
+        ValueError: one line that names the file and its wrong line (JSONL) or row (parquet), from 1.
     """
     path = Path(path)
     pattern = columns.compiled_pattern()
@@ -135,10 +135,10 @@ def _prompt(
 
 
 class PromptCursor:
-    """Endless pass over the prompts, reshuffled every epoch.
+    """Endless iteration over the prompts, reshuffled every epoch.
 
-    The order depends on seed and epoch only and `consumed` is the whole state:
-    `PromptCursor(prompts, seed, consumed=k)` goes on where a cursor stood that had handed out k prompts.
+    The order depends only on seed and epoch, and `consumed` is the whole state:
+    `PromptCursor(prompts, seed, consumed=k)` continues after the first k prompts.
     """
 
     def __init__(self, prompts: list[Prompt], seed: int, consumed: int = 0) -> None:
@@ -151,11 +151,11 @@ class PromptCursor:
 
     @property
     def epoch(self) -> float:
-        """Passes over the prompt set so far, e.g. 1.5."""
+        """Epochs completed so far, e.g. 1.5."""
         return self.consumed / len(self._prompts)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts; they may come from two epochs or more."""
+        """Return the next n prompts; they may span several epochs."""
         taken = []
         for position in range(self.consumed, self.consumed + n):
             epoch, index = divmod(position, len(self._prompts))
@@ -168,6 +168,6 @@ class PromptCursor:
 
 
 def _epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw Philox words are the one random stream that numpy keeps fixed across versions; permutation() is not.
+    # numpy keeps only the raw Philox words the same in all versions, not permutation().
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(num_prompts), kind="stable")

@@ -1,13 +1,13 @@
-"""Recorded rollout batches: everything that training needs of one, in a .npz file of plain arrays.
+"""Writes and reads recorded rollout batches, each a .npz file of plain arrays with all that training needs.
 
-G groups of K completions, P tokens of a prompt:
+G groups of K completions, P tokens per prompt:
 
     prompt_ids int64 [G], prompt_lengths int64 [G], prompt_tokens int64 [sum P]
     completion_arrays.py's arrays of the G K completions, group after group
-    metric_names str, metric_values float64   of everything that was generated for the batch
-    run str   a JSON object: what a run that trains on it must have in common, and consumed_prompts
+    metric_names str, metric_values float64   over everything that was generated for the batch
+    run str   a JSON object: the values that a run that trains on it must share, and consumed_prompts
 
-numpy's float32 and float64 come back bit by bit; nothing in such a file is a pickle.
+numpy's float32 and float64 are restored bit-exact. The file contains no pickle.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megatron_vespo.types import Completion, Prompt
 
 Group = list[Completion]
 
-# as version 0.1 has recorded them
+# names in records of version 0.1
 _OLD_NAMES = {"--mini-batches": "--steps-per-rollout", "--num-completions": "--group-size"}
 
 
 @dataclass
 class RolloutRecord:
-    """A rollout batch as it was scored. `run` is what must agree: see `check_record`."""
+    """A scored rollout batch. `run` has the values that must agree: see `check_record`."""
 
     groups: list[Group]
     metrics: dict[str, float]
@@ -42,12 +42,12 @@ class RolloutRecord:
 
 
 def batch_path(folder: Path, batch: int) -> Path:
-    """Of rollout batch `batch`, from 0."""
+    """Return the path of rollout batch `batch`, counted from 0."""
     return folder / f"batch-{batch:06d}.npz"
 
 
 def write_record(path: Path, record: RolloutRecord) -> None:
-    """Writes or replaces `path`; a kill meanwhile leaves what was there."""
+    """Write or replace `path` atomically: if the process is killed, the old file stays."""
     completions = [completion for group in record.groups for completion in group]
     prompts = [group[0].prompt for group in record.groups]
     arrays = {
@@ -64,7 +64,7 @@ def write_record(path: Path, record: RolloutRecord) -> None:
 
 
 def read_record(path: Path) -> RolloutRecord:
-    """Prompts have their tokens and no text; ValueError with one line for what is no such file."""
+    """Read a record; its prompts have tokens but no text. One-line ValueError if the file is not a record."""
     arrays = _load(path)
     run = json.loads(str(arrays["run"]))
     prompts = [
@@ -84,7 +84,7 @@ def read_record(path: Path) -> RolloutRecord:
 
 
 def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the prompts, [groups], and of their completions, [groups, n], of all batches in `folder`."""
+    """Return token counts of the prompts [groups] and completions [groups, n] of all batches in `folder`."""
     prompts, completions = [], []
     for path in sorted(folder.glob("batch-*.npz")):
         arrays = _load(path, "prompt_lengths", "completion_lengths")
@@ -96,7 +96,7 @@ def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_record(path: Path, run: Mapping[str, Any], needs_routes: bool = False) -> None:
-    """ValueError where the record is of a run that differs from `run` in a value, or lacks routes."""
+    """ValueError if the record's run differs from `run` in a value, or if needed routes are missing."""
     stored = json.loads(str(_load(path, "run")["run"]))
     recorded = {_OLD_NAMES.get(name, name): value for name, value in stored.items()}
     for name, value in run.items():
@@ -113,7 +113,7 @@ def check_record(path: Path, run: Mapping[str, Any], needs_routes: bool = False)
 
 
 def _load(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """The arrays of these names, or all."""
+    """Return the arrays with these names; without names, all."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in names or stored.files}

@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files, and what their cells may hold; errors name the file and the line."""
+"""Reads rows of JSONL and parquet files and checks their cells; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Absent(ValueError):
-    """A cell that a row does not have."""
+    """The row does not have this cell."""
 
 
 def file_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
@@ -35,7 +35,7 @@ def file_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read(path: Path, reader: Callable[[Path], Iterator[tuple[str, dict]]]) -> Iterator[tuple[str, dict]]:
-    with located(str(path)):  # what its reader says of no row, a file that may not be read for one
+    with located(str(path)):  # for errors of the reader without a row, e.g. missing read permission
         yield from reader(path)
 
 
@@ -58,7 +58,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _as_written(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """With its columns of 32-bit floats as the decimals that they stand for: 0.1, not 0.10000000149011612."""
+    """Convert columns of 32-bit floats to the decimals that were written: 0.1, not 0.10000000149011612."""
     import pyarrow
 
     for number, field in enumerate(batch.schema):
@@ -70,7 +70,7 @@ def _as_written(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def lookup(row: dict, key: str, flag: str, where: str) -> Any:
-    """The cell `key`, which may be a column name with dots in it or a path through nested objects."""
+    """Return the cell `key`: a column name, which may contain dots, or a path through nested objects."""
     if key in row:
         return row[key]
     cell: Any = row
@@ -103,17 +103,17 @@ def messages_of(cell: Any, key: str, where: str) -> list[dict]:
         raise ValueError(f"{where}: {key} is an empty prompt")
     with located(f"{where}: {key}"):
         for message in cell:
-            message["content"].encode()  # JSON can hold halves of characters, which tokenizers cannot read
-    # Parquet fills absent fields with None, which chat templates read as present.
+            message["content"].encode()  # JSON can hold lone surrogates, which tokenizers cannot read
+    # Parquet fills absent fields with None, which chat templates treat as present.
     return [{name: value for name, value in message.items() if value is not None} for message in cell]
 
 
 def answer_text(
     cell: Any, key: str, pattern: re.Pattern[str] | None, where: str, flag: str = "--answer-pattern"
 ) -> str:
-    """`flag` has given the pattern."""
+    """Return the reference answer as text; `flag` is the flag that set the pattern."""
     if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer():
-        cell = int(cell)  # data sets stored through pandas say 14.0 where they mean 14
+        cell = int(cell)  # data sets saved with pandas have 14.0 instead of 14
     if isinstance(cell, bool) or not isinstance(cell, str | int | float) or cell != cell:
         raise ValueError(f"{where}: {key} must be a string or a number, it is {kind(cell)}")
     answer = str(cell)

@@ -1,4 +1,4 @@
-"""Which tokens end a completion."""
+"""Finds the tokens that end a completion."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_vespo.data.located import located
 
 
 def stop_token_ids(checkpoint: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """The tokenizer's end token and those of generation_config.json, ascending: chat models often have both.
+    """Return the end tokens of tokenizer and generation_config.json, ascending; chat models often have both.
 
-    ValueError when the HF folder `checkpoint` names none, as completions would all run to the length limit,
-    or when its generation_config.json does not say which in numbers.
+    ValueError if the HF folder `checkpoint` has no end token, because every completion would run to the
+    length limit, or if its generation_config.json has one that is not a token id.
     """
     path = checkpoint / "generation_config.json"
     found = {tokenizer_eos, *(_stops_of(path) if path.exists() else ())} - {None}

@@ -1,4 +1,4 @@
-"""The tokenizer of an HF folder, and chat messages as its tokens."""
+"""Loads the tokenizer of an HF folder and converts chat messages to tokens."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from megatron_vespo.data.located import located
 
 ARGUMENTS_FLAG = "--chat-template-arguments"
-_OURS = {"messages", "add_generation_prompt", "strftime_now"}  # what a template is given in any case
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # of transformers, no tag of Jinja's
+_OURS = {"messages", "add_generation_prompt", "strftime_now"}  # variables that every template gets
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' tag, not in Jinja
 
 
 def load_tokenizer(folder: Path, flag: str) -> Any:
-    """The Hugging Face tokenizer of `folder`, which `flag` has named; ValueError where there is none."""
+    """Load the Hugging Face tokenizer of `folder`, which `flag` names; ValueError if there is none."""
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     missing = f"{flag} {folder}: there is no tokenizer in the folder (tokenizer.json and its like)"
     with located(f"{flag} {folder}: its tokenizer cannot be loaded" if _has_vocabulary(folder) else missing):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    if not set(tokenizer.get_vocab()) - special:  # transformers makes one of these where it finds no file
+    if not set(tokenizer.get_vocab()) - special:  # what transformers returns if it finds no file
         raise ValueError(missing)
     return tokenizer
 
@@ -36,10 +36,10 @@ def _has_vocabulary(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How prompts become tokens, checked when it is made.
+    """How prompts become tokens; the constructor checks it.
 
-    `arguments` are handed to the chat template, by name; `date` is the time that a template reads which
-    writes the date (strftime_now): a run, and an evaluation, has one, however many days it takes.
+    The chat template gets `arguments` by name. `date` is the time that a template reads with strftime_now.
+    It stays the same for a whole run or evaluation, even over several days.
     """
 
     tokenizer: Any
@@ -48,7 +48,7 @@ class ChatFormat:
     date: datetime = field(default_factory=datetime.now)
 
     def __post_init__(self) -> None:
-        """ValueError for a template that is not there or does not read the arguments."""
+        """ValueError if there is no template, or if it does not read the arguments."""
         if not self.apply_template:
             if self.arguments:
                 raise ValueError(f"{ARGUMENTS_FLAG} is for a chat template, --no-chat-template uses none")
@@ -70,7 +70,7 @@ class ChatFormat:
                 )
 
     def tokens(self, messages: list[dict]) -> list[int]:
-        """ValueError, without a place, where the template refuses the messages or there are none."""
+        """Tokenise the messages; ValueError, without a place, if there are none or the template fails."""
         if self.apply_template:
             token_ids = self._templated(messages)
         elif len(messages) == 1:
@@ -94,7 +94,7 @@ class ChatFormat:
 
 
 def _variables(template: str) -> set[str]:
-    """What a chat template reads of its caller."""
+    """Return the variables that a chat template reads from its caller."""
     from jinja2 import Environment, TemplateError, meta
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
