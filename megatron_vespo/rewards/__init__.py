@@ -1,1 +1,1 @@
-"""Verifiable rewards: grading functions, and the killable worker processes that run them."""
+"""Verifiable rewards: reward functions, and the killable worker processes that run them."""

@@ -1,4 +1,4 @@
-r"""Final answers as text: where a response gives it, and one spelling for what is written in several ways."""
+r"""Finds the final answer in a response and normalises its spelling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 _ROOT = re.compile(r"(?:√|\\sqrt(?=\())\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
-# digits in threes; a plain space separates them too, but only in an answer, not in running text
+# separators of digit groups of three; a plain space is one only in an answer, not in running text
 _THIN_SPACE = r"(?:\\[,;: ]|\\thinspace|[\u2009\u202f\u00a0])\s*"
 _THIN_GROUPED = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_THIN_SPACE}\d{{3}})+(?!\d)")
 _SPACE_GROUPED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
@@ -42,7 +42,7 @@ _DATE = re.compile(r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}")
 
 
 def final_answer(response: str) -> str | None:
-    r"""What the last \boxed{...}, or <answer>...</answer> after it, holds; None without either."""
+    r"""Return what is in the last \boxed{...}, or in <answer>...</answer> after it; None without either."""
     box = _last_box(response)
     opening, closing = _ANSWER_TAGS
     end = response.rfind(closing)
@@ -53,13 +53,13 @@ def final_answer(response: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} with balanced braces holds; None without one. One pass over the text."""
+    r"""Return the contents of the last \boxed{...} with balanced braces, in one pass; None without one."""
     box = _last_box(text)
     return None if box is None else box[1]
 
 
 def bare(expression: str) -> str:
-    """The expression without surrounding space, $ signs and box."""
+    """Return the expression without surrounding space, $ signs and box."""
     match = _MATH_DELIMITERS.fullmatch(expression)
     if match and "$" not in match.group(2):
         expression = match.group(2)
@@ -69,7 +69,7 @@ def bare(expression: str) -> str:
 
 
 def plain_latex(expression: str) -> str:
-    """The expression in LaTeX that math-verify reads: no Unicode signs, no digits in groups of three."""
+    """Return LaTeX that math-verify can parse: no Unicode signs, no digit groups of three."""
     expression = _THIN_GROUPED.sub(lambda match: re.sub(r"\D", "", match.group()), expression)
     expression = _SUPERSCRIPTS.sub(lambda match: f"^{{{_normal(match.group())}}}", expression)
     expression = _SUBSCRIPTS.sub(lambda match: f"_{{{_normal(match.group())}}}", expression)
@@ -83,24 +83,24 @@ def plain_latex(expression: str) -> str:
 
 
 def plain_prose(text: str) -> str:
-    """Running text with ASCII numbers and without the `...` and _..._ of Markdown."""
+    """Return running text with ASCII numbers and without the `...` and _..._ of Markdown."""
     text = _THIN_GROUPED.sub(lambda match: re.sub(r"\D", "", match.group()), text.replace("−", "-"))
     return _EMPHASIS.sub(r"\2", text)
 
 
 def letters(expression: str) -> str:
-    """What is left when spacing does not count: expressions with equal letters are equal."""
+    """Return the expression without spacing that has no meaning; expressions with equal letters are equal."""
     text = _TEXT_COMMAND.sub(r"\1", _SPACING.sub("", expression))
-    text = _FREE_SPACE.sub("", text.strip())  # a space between digits does count
+    text = _FREE_SPACE.sub("", text.strip())  # a space between digits has a meaning
     for pattern, spelling in _DIGITS_WITH_BASE:
         text = pattern.sub(spelling, text)
     return text
 
 
 def is_taken_literally(written: str) -> bool:
-    """Whether `letters` of an expression are no decimal number though they look like one.
+    """Return whether `letters` of an expression look like a decimal number but are none.
 
-    Digits with a base (101_2) and dates: math-verify drops the base, and reads the date as a difference.
+    Examples: digits with a base (101_2), dates. math-verify drops the base and reads a date as a difference.
     """
     return _OTHER_BASE.search(written) is not None or _DATE.fullmatch(written) is not None
 
@@ -110,7 +110,7 @@ def is_balanced(latex: str) -> bool:
 
 
 def _last_box(text: str) -> tuple[int, str] | None:
-    """(start, contents) of the last box."""
+    """Return (start, contents) of the last box."""
     open_braces: list[int | None] = []  # start of the contents for a box, None for any other brace
     last: tuple[int, str] | None = None
     for token in _BRACE_TOKENS.finditer(text):
@@ -126,7 +126,7 @@ def _last_box(text: str) -> tuple[int, str] | None:
 
 
 def _normal(text: str) -> str:
-    # NFKC has the ASCII form of digits in other shapes; its minus is U+2212 and its fraction bar U+2044
+    # NFKC turns other forms of digits into ASCII; its minus is U+2212 and its fraction bar U+2044
     return unicodedata.normalize("NFKC", text).replace("−", "-").replace("⁄", "/")
 
 

@@ -1,7 +1,7 @@
-r"""Exact-answer reward for mathematics, decided by math-verify.
+r"""Exact-answer reward for mathematics, graded by math-verify.
 
-Only the final answer counts: the last complete \boxed{...} or <answer>...</answer>, or what math-verify finds
-in the response's end. Two numbers are compared by `same_number`, exactly.
+Only the final answer counts: the last complete \boxed{...} or <answer>...</answer>. Without these, it is what
+math-verify finds at the end of the response. `same_number` compares two numbers exactly.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from megatron_vespo.rewards.answer_text import (
 )
 from megatron_vespo.rewards.same_number import agrees, same_decimal
 
-# math-verify warns that its own time limit is off. That limit is a signal, which only a main thread may set;
-# the reward pool's deadline replaces it.
+# Silence math-verify's warning that its own time limit is off. That limit needs a signal, which only a main
+# thread may set; the reward pool's deadline replaces it.
 for _module in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_module).setLevel(logging.ERROR)
 
 _MAX_ANSWER_CHARS = 1000
-# Of a box alone, all of it or nothing: by default what cannot be parsed becomes a number that stands in it.
+# Parse the whole box or nothing: by default, math-verify takes a number from a box that it cannot parse.
 _BOX = [LatexExtractionConfig(boxed_match_priority=0)]
 _NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?([eE][+-]?\d{1,3})?|[+-]?\.\d+")
 _TIMES_POWER_OF_TEN = re.compile(r"\s*\\(?:times|cdot)\s*10\^\{?\s*([+-]?\d{1,3})\s*\}?$")
 _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
 _SENTENCE = re.compile(r"\b(?:is|are|answer)\b", re.IGNORECASE)
-# with a command or an index in it: `$5 and $` is no formula
+# a formula contains a command or an index: `$5 and $` is not a formula
 _FORMULA = re.compile(
     r"\$\$[^$]*[\\_][^$]*\$\$|\$[^$\n]*[\\_][^$\n]*\$|\\\([^\n]*?\\\)|\\\[.*?\\\]", re.DOTALL
 )
 
 
 def math_reward(response: str, answer: str, metadata: dict | None = None) -> float:
-    r"""1.0 when the response's final answer equals the reference in value or form, else 0.0.
+    r"""Return 1.0 if the response's final answer equals the reference in value or form, else 0.0.
 
     Args:
         answer: the reference as data sets write it: "42", "1,234", "\frac{1}{2}", "70\%", "$x^2$".
-        metadata: unused; every reward function is called with it.
+        metadata: unused; every reward function gets it.
     """
     reference = plain_latex(bare(answer))
     given = final_answer(response)
@@ -59,7 +59,7 @@ def math_reward(response: str, answer: str, metadata: dict | None = None) -> flo
 
 @lru_cache(maxsize=16384)
 def _grade_answer(answered: str, reference: str) -> float:
-    r"""Both `plain_latex`, the contents of a box."""
+    r"""Grade the contents of a box; both arguments are `plain_latex`."""
     ours, theirs = letters(answered), letters(reference)
     if ours == theirs:
         return 1.0
@@ -67,7 +67,7 @@ def _grade_answer(answered: str, reference: str) -> float:
         return 0.0
     found, gold = _plain_number(answered), _plain_number(reference)
     if found is not None and gold is not None:
-        # The common case by far, hundreds of times faster than two LaTeX parses.
+        # By far the most common case, and hundreds of times faster than two LaTeX parses.
         both_integers = found.denominator == gold.denominator == 1
         return float(found == gold if both_integers else same_decimal(found, gold))
     return _grade(_parse_answer(answered), _parse_answer(reference))
@@ -75,20 +75,20 @@ def _grade_answer(answered: str, reference: str) -> float:
 
 @lru_cache(maxsize=16384)
 def _grade_prose(text: str, reference: str) -> float:
-    """`text` has no marked answer: what math-verify finds in it counts."""
+    """Grade what math-verify finds in `text`, which has no marked answer."""
     formulas = [plain_latex(bare(match.group())) for match in _FORMULA.finditer(text)]
     unread = {formula for formula in formulas if _is_unread(formula)}
     if formulas and formulas[-1] in unread and letters(formulas[-1]) == letters(reference):
         return 1.0
     if is_taken_literally(letters(reference)):
         return 0.0
-    # math-verify would look for a number in what it cannot parse
+    # math-verify would take a number from a formula that it cannot parse
     text = _FORMULA.sub(lambda m: "..." if plain_latex(bare(m.group())) in unread else m.group(), text)
     return _grade(tuple(parse(text, parsing_timeout=None)), _parse_answer(reference))  # pyright: ignore[reportArgumentType]
 
 
 def _grade(found: tuple, gold: tuple) -> float:
-    # math-verify is not symmetric: the reference goes first.
+    # math-verify is not symmetric: the reference comes first.
     return float(
         any(
             verify(theirs, ours, timeout_seconds=None) and (isinstance(theirs, str) or agrees(theirs, ours))
@@ -104,11 +104,11 @@ def _is_unread(formula: str) -> bool:
 
 @lru_cache(maxsize=16384)
 def _parse_answer(expression: str) -> tuple:
-    """The expression as sympy has it, unless it cannot be parsed, and as math-verify writes it."""
+    """Return the expression as a sympy object, if it can be parsed, and as math-verify's string."""
     # math-verify would read 3e8 as 3 * e * 8.
     box = "\\boxed{" + _E_NOTATION.sub(r"\1 \\times 10^{\2}", expression) + "}"
     parsed = parse(box, _BOX, extraction_mode="first_match", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    # units go, and what follows an unbalanced brace; what is left stands for too much
+    # math-verify drops units and text after an unbalanced brace; the string left over would match too much
     return tuple(p for p in parsed if not isinstance(p, str) or is_balanced(p))
 
 
@@ -121,5 +121,5 @@ def _tail(response: str) -> str:
     response = plain_prose(response.rstrip())
     if len(response) <= _MAX_ANSWER_CHARS:
         return response
-    # The cut may split a number, so the first, perhaps partial, word goes too.
+    # The cut may split a number, so drop the first, perhaps partial, word as well.
     return response[-_MAX_ANSWER_CHARS:].split(maxsplit=1)[-1]

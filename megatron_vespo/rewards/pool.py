@@ -1,10 +1,10 @@
-"""Reward functions in killable worker processes, with a deadline for every response.
+"""Runs reward functions in killable worker processes, with a deadline for every response.
 
-A grader that hangs cannot be interrupted from within (sympy and regular expressions stay in C). So each
-worker is a process that reports result by result: if it is late or dies, only the response it was on is lost.
+A hanging reward function cannot be interrupted from within (sympy and regular expressions stay in C). So each
+worker is a process that reports results one by one. If it is late or dies, only its current response is lost.
 
-Workers start as fresh interpreters. Forking a parent that holds threads, gRPC or CUDA is unsafe, and
-multiprocessing's spawn and forkserver import the parent's main program again, torch and all, in every worker.
+Workers start as fresh interpreters. Forking a parent with threads, gRPC or CUDA is unsafe. With spawn and
+forkserver of multiprocessing, every worker would import the parent's main program again, including torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
 from megatron_vespo.system.import_path import import_function
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
-_START_DEADLINE_S = IMPORT_TIMEOUT_S  # of the function's module, sympy or more
+_START_DEADLINE_S = IMPORT_TIMEOUT_S  # time to import the function's module, e.g. with sympy
 _STOP_DEADLINE_S = 10.0
 _MAX_CHUNK = 32
 _WORKER_COMMAND = """
@@ -50,12 +50,12 @@ class RewardItem:
     response: str
     answer: str
     metadata: dict
-    ended: bool  # False when the length limit cut the response: it earns 0.0 whatever it says
+    ended: bool  # False if the length limit cut the response: its reward is 0.0
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """One score. `value` is 0.0 unless status is "ok"; detail says what went wrong."""
+    """One score. `value` is 0.0 unless status is "ok"; `detail` describes the error."""
 
     value: float
     status: Literal["ok", "timeout", "error"]
@@ -63,12 +63,12 @@ class RewardResult:
 
 
 def load_reward_function(import_path: str) -> RewardFunction:
-    """The reward function named "math" (built in) or "package.module:function".
+    """Return the reward function named "math" (built in) or "package.module:function".
 
     A custom function is called as function(response, answer, metadata) and returns a finite number.
 
     Raises:
-        ValueError: the module or the function is not there, or it cannot be called so.
+        ValueError: the module or function does not exist, or cannot be called this way.
     """
     builtin = "math"
     if import_path == builtin:
@@ -87,7 +87,7 @@ def _check_signature(function: RewardFunction, where: str) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:
-        return  # one written in C may have none
+        return  # a function written in C may have no signature
     try:
         signature.bind("response", "answer", {})
     except TypeError as error:
@@ -96,12 +96,12 @@ def _check_signature(function: RewardFunction, where: str) -> None:
 
 
 class RewardPool:
-    """`num_workers` processes that score responses with one function, `timeout_s` seconds for each response.
+    """`num_workers` processes that score responses with one function, each within `timeout_s` seconds.
 
-    `memory_gb` GiB are what each may use, and each process that it starts.
+    Each worker, and each process that it starts, may use `memory_gb` GiB.
 
     Raises:
-        ValueError: the function cannot be imported by name in another process (a lambda, or one of __main__).
+        ValueError: another process cannot import the function by name (a lambda, or a function of __main__).
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class RewardPool:
         self.close = weakref.finalize(self, _stop_all, self._workers)  # at interpreter exit at the latest
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """Score items, results in their order. Several threads may call it; one batch runs at a time.
+        """Score the items and return results in the same order. Thread-safe; one batch runs at a time.
 
         Raises:
             RuntimeError: the pool is closed, or a worker cannot start.
@@ -137,11 +137,11 @@ class _Worker:
                 [sys.executable, "-c", _WORKER_COMMAND, *arguments],
                 pass_fds=(child.fileno(),),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # killed as a group, with whatever a custom function started
+                start_new_session=True,  # killed as a group, with processes that a custom function started
             )
         self.connection.send_bytes(setup)
         self.started = False
-        self.assigned: deque[int] = deque()  # indices of the items sent and not yet answered, in order
+        self.assigned: deque[int] = deque()  # indices of items sent but not answered yet, in order
         self.deadline = time.monotonic() + _START_DEADLINE_S
 
     @property
@@ -155,7 +155,7 @@ class _Worker:
         self.process.wait(timeout=_STOP_DEADLINE_S)
 
     def exit_status(self) -> int | None:
-        """Exit status of a process whose connection is at its end; None when it lives on without one."""
+        """Return the exit status of a process whose connection has ended; None if it is still alive."""
         try:
             return self.process.wait(timeout=_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -185,7 +185,7 @@ class _Batch:
                         self.assign(slot)
                 self.collect()
         finally:
-            # After an exception a worker may still be busy: its answers must not reach the next batch.
+            # After an exception, a worker may still be busy: its answers must not reach the next batch.
             for slot, worker in enumerate(self.workers):
                 if worker.assigned:
                     self.replace(slot)
@@ -197,7 +197,7 @@ class _Batch:
         items = [self.items[index] for index in indices]
         try:
             worker.connection.send([(item.response, item.answer, item.metadata) for item in items])
-        except ConnectionError:  # it died while idle, for instance of the machine's out-of-memory killer
+        except ConnectionError:  # it died while idle, for example by the machine's out-of-memory killer
             self.queue.extendleft(reversed(indices))
             self.replace(slot)
             return
@@ -240,7 +240,7 @@ class _Batch:
             raise RuntimeError(f"a reward worker cannot load the reward function: {message}")
 
     def lose(self, slot: int, status: Literal["timeout", "error"], detail: str) -> None:
-        """Charge the item in flight, give the others back to the queue, and replace the worker."""
+        """Fail the current item, return the others to the queue, and replace the worker."""
         worker = self.workers[slot]
         if not worker.started:
             why = detail if status == "error" else f"not ready after {_START_DEADLINE_S:g} s"

@@ -1,4 +1,4 @@
-"""The inside of a reward worker process: stdlib only, beside what the reward function itself imports."""
+"""Runs inside a reward worker process; imports only the stdlib and what the reward function imports."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ RewardFunction = Callable[[str, str, dict], float]
 
 OUT_OF_MEMORY_STATUS = 77  # exit status of a worker whose function ran out of memory
 _ORPHAN_GRACE_S = 2.0
-_FLOAT32_MAX = 2.0**128 - 2.0**104  # advantages travel as float32
+_FLOAT32_MAX = 2.0**128 - 2.0**104  # advantages are stored as float32
 
 
 def worker_main(fd: int) -> None:
-    """What a worker process runs: load the function, answer every item of every chunk."""
+    """Main function of a worker process: load the reward function, then answer every item of every chunk."""
     os.set_inheritable(fd, False)
-    # Were the parent killed, a hung worker would never see its pipe end: the kernel's alarm ends it instead.
+    # If the parent is killed, a hanging worker never sees its pipe end: the kernel's alarm ends it instead.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(fd)
     try:
@@ -42,14 +42,14 @@ def worker_main(fd: int) -> None:
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Of memory that the process can write to; RLIMIT_AS would count libraries and reservations too."""
+    """Limit the writable memory of the process; RLIMIT_AS would also count libraries and reservations."""
     _, allowed = resource.getrlimit(resource.RLIMIT_DATA)
     limit = num_bytes if allowed == resource.RLIM_INFINITY else min(num_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _call(function: RewardFunction, response: str, answer: str, metadata: dict, alarm_s: float) -> tuple:
-    """The fields of a RewardResult."""
+    """Score one response and return the fields of a RewardResult."""
     signal.setitimer(signal.ITIMER_REAL, alarm_s)
     try:
         reward = _scalar(function(response, answer, metadata))
@@ -61,7 +61,7 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
             return 0.0, "error", f"the reward function returned {reward:g}, more than a float32 can hold"
         return float(reward), "ok", ""
     except MemoryError:
-        os._exit(OUT_OF_MEMORY_STATUS)  # what fills the memory may be kept from earlier items: start afresh
+        os._exit(OUT_OF_MEMORY_STATUS)  # earlier items may have filled the memory: start a new process
     except Exception as error:  # a custom function may raise anything, and one item must not end the run
         return 0.0, "error", _describe(error)
     finally:
@@ -69,7 +69,7 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
 
 
 def _scalar(reward: Any) -> Any:
-    """The Python number of a numpy or torch scalar, or of an array or tensor without dimensions."""
+    """Return the Python number of a numpy or torch scalar, or of an array or tensor without dimensions."""
     return reward.item() if getattr(reward, "shape", None) == () and hasattr(reward, "item") else reward
 
 
