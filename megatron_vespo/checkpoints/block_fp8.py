@@ -1,8 +1,8 @@
 """Block-FP8 as Qwen publishes it for engines: e4m3 weights and one bf16 scale for every 128 x 128 block.
 
-`X.weight` w becomes q = round(w / s) in float8_e4m3fn, beside `X.weight_scale_inv` s, of the shape of w / 128
-(rounded up), with s = max |w| of the block / 448; an engine multiplies it back. Only linear layers are
-quantised; embeddings, norms, routers and the head stay as they are. Activations are quantised by the engine.
+`X.weight` w becomes q = round(w / s) in float8_e4m3fn. `X.weight_scale_inv` holds s = max |w| of the block / 448,
+with the shape of w / 128 (rounded up). An engine multiplies q by s. Only linear layers are quantised:
+embeddings, norms, routers and the head keep their dtype. The engine quantises the activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 _SCALE_DTYPE = torch.bfloat16
 _SCALE_SUFFIX = "_scale_inv"
-_STRIP_BYTES = 8 * 2**20  # of weights in float32 at a time, so that memory does not grow with the matrix
+_STRIP_BYTES = 8 * 2**20  # float32 weights processed at once; bounds the memory for any matrix size
 
 
 def is_quantised(name: str) -> bool:
@@ -41,7 +41,7 @@ def quantisation_config(names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float [rows, columns]: e4m3 [rows, columns] and bf16 scales, one a block. ValueError for NaN."""
+    """Quantise float [rows, columns] to e4m3 and bf16 scales, one per block. ValueError for NaN or infinity."""
     rows, columns = weights.shape
     padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
     padded[:rows, :columns] = weights
@@ -52,7 +52,7 @@ def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
     limit = torch.finfo(DTYPE).max
     scales = (largest / limit).to(_SCALE_DTYPE)
     scales[scales == 0] = 1  # a block of zeros
-    # the scale was rounded, perhaps down
+    # bf16 may have rounded the scale down, so a quotient may exceed the limit
     quotients = (blocks / scales.float()[:, None, :, None]).clamp_(-limit, limit)
     return quotients.view_as(padded)[:rows, :columns].to(DTYPE), scales
 
@@ -94,7 +94,7 @@ class BlockFP8Reader:
             target[low - start : high - start] = wanted[low - begin : high - begin]
 
     def _strip(self, name: str, first: int, last: int) -> tuple[int, Tensor, Tensor]:
-        """Rows of blocks `first` to `last` of a weight: the first row, and what `quantise` makes of them."""
+        """Quantise the rows of blocks `first` to `last`. Returns the first row and the result of `quantise`."""
         info = self._plain[name]
         start, stop = first * BLOCK, min(last * BLOCK, info.rows)
         source = torch.empty((stop - start) * info.row_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A stream of named tensors as buckets of bounded size."""
+"""Groups a stream of named tensors into buckets of bounded size."""
 
 from __future__ import annotations
 

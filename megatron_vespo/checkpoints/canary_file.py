@@ -17,9 +17,9 @@ import numpy as np
 from megatron_vespo.types import TrainingSample
 
 NUM_CANARIES = 8
-# In fp32 the largest difference of a token is bounded: layouts differ by rounding, by 1e-5 at most in the
-# tests. In bfloat16 the mean is bounded: logits of 10 to 20 are rounded by 0.03 to 0.06, and routers may
-# choose other experts, so a single token says little.
+# In fp32 the largest difference per token is bounded: layouts differ by rounding, at most 1e-5 in the tests.
+# In bfloat16 the mean is bounded, because a single token says little: logits of 10 to 20 are rounded by
+# 0.03 to 0.06, and routers may choose other experts.
 MAX_DIFFERENCE_FP32, MEAN_DIFFERENCE_BF16 = 1e-4, 0.05
 _NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
 _ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
@@ -66,7 +66,7 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
 
 
 def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:
-    """The largest difference of a token. CanaryMismatchError if rounding cannot explain the differences."""
+    """The largest difference per token. CanaryMismatchError if rounding cannot explain the differences."""
     differences = np.abs(np.concatenate(list(saved)) - np.concatenate(list(now)))
     largest = float(differences.max())
     found, bound = (

@@ -1,4 +1,4 @@
-"""The chunks of a torch_dist checkpoint by the parameter that they are a part of."""
+"""Finds the chunks of each parameter in a torch_dist checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Chunk:
 
 
 class ChunkIndex:
-    """What `.metadata` of the folder says of the tensors in it; ValueError where it contradicts itself."""
+    """The tensors that the folder's `.metadata` describes. ValueError if the metadata contradicts itself."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,7 +62,7 @@ class ChunkIndex:
         return tuple(self.tensors[key].size)
 
     def chunks(self, address: Address) -> list[Chunk]:
-        """Of one parameter; they cover it exactly once."""
+        """The chunks of one parameter. They cover it exactly once."""
         stacked = len(address.stack)
         if (address.key, stacked) not in self._grouped:
             self._grouped[address.key, stacked] = self._group(address.key, stacked)
@@ -76,7 +76,7 @@ class ChunkIndex:
         return chunks
 
     def place_of_object(self, key: str) -> tuple[Path, int, int] | None:
-        """File, offset and length of what is no tensor; None if there is none of that name."""
+        """File, offset and length of a non-tensor object, or None if `key` does not exist."""
         places = self._metadata.storage_data
         found = next((places[index] for index in places if (index.fqn, index.offset) == (key, None)), None)
         return found and (self.folder / Path(found.relative_path).name, found.offset, found.length)
@@ -118,7 +118,7 @@ class ChunkIndex:
 
 
 def _block(offsets: Sequence[int], sizes: Sequence[int], stacked: int) -> tuple[range, range]:
-    """Rows and columns of what is behind the stacked dimensions."""
+    """Rows and columns of the block, without the stacked dimensions."""
     starts, lengths = offsets[stacked:], sizes[stacked:]
     rows = range(starts[0], starts[0] + lengths[0])
     columns = range(starts[1], starts[1] + lengths[1]) if len(starts) > 1 else range(1)

@@ -1,4 +1,4 @@
-"""HF -> Megatron and back. The result is copied in spans and read back before it gets its name."""
+"""Converts HF to Megatron and back. It copies spans and verifies the output before the final rename."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from megatron_vespo.checkpoints.torch_dist_writer import (
 )
 from megatron_vespo.models.hf_config import megatron_arguments
 
-DEFAULT_SHARD_BYTES = 5 * 10**9  # what transformers cuts to
-_ARCHIVE_BYTES = 2048  # about what a chunk takes beside its values
+DEFAULT_SHARD_BYTES = 5 * 10**9  # the default of transformers
+_ARCHIVE_BYTES = 2048  # approximate overhead per chunk
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; the same in both directions."""
+    """Options of a conversion, the same in both directions."""
 
     dtype: torch.dtype | None = None  # of the output, or block_fp8.DTYPE; None: as stored
     budget: Budget = field(default_factory=Budget)
     force: bool = False
     quiet: bool = False
-    # a further proof, of an HF folder and a Megatron iteration's: raises ValueError or says what it found
+    # an extra check of (HF folder, Megatron iteration folder): raises ValueError or returns its finding
     check: Callable[[Path, Path], str] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a conversion whose output was read back and is right."""
+    """The result of a conversion whose output was read back and verified."""
 
     num_tensors: int
     num_bytes: int
-    checked: str | None  # what the further proof found
+    checked: str | None  # finding of the extra check
 
 
 def hf_to_megatron(source_path: Path, target: Path, options: Options, ranks: Ranks) -> Result:
-    """Write `target` so that Megatron's --load finds the weights there at any layout."""
+    """Write a Megatron checkpoint to `target`, which --load can read at any layout."""
     _check_apart(target, source_path)
     with opened_hf(source_path) as source:
         infos = _output_infos(source, options.dtype)
@@ -85,7 +85,7 @@ def megatron_to_hf(
     hf_config: Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Result:
-    """Write `target` as transformers and SGLang load it. `hf_config`: see `sources.opened_megatron`."""
+    """Write an HF folder that transformers and SGLang load. `hf_config`: see `sources.opened_megatron`."""
     _check_apart(target, source_path, *([hf_config] if hf_config else []))
     with opened_megatron(source_path, hf_config) as source:
         return _to_hf(source, target, options, ranks, max_shard_bytes)
@@ -98,7 +98,7 @@ def hf_to_hf(
     ranks: Ranks,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Result:
-    """Write `target` from another HF folder: fused experts apart, buffers left out, in another dtype."""
+    """Copy an HF folder to `target`: split fused experts, drop buffers, cast to another dtype."""
     _check_apart(target, source_path)
     with opened_hf(source_path) as source:
         return _to_hf(source, target, options, ranks, max_shard_bytes)
@@ -122,7 +122,7 @@ def _to_hf(source: Source, target: Path, options: Options, ranks: Ranks, max_sha
 
 
 def _check_apart(target: Path, *sources: Path) -> None:
-    """Otherwise --force would delete the source."""
+    """Check that `target` and the sources do not overlap: --force would delete a source."""
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise ValueError(f"{target} is or holds {source}, which is read: the result needs another place")
@@ -143,9 +143,9 @@ def _total(infos: Mapping[str, TensorInfo]) -> int:
 def _write_chunks(
     source: Source, infos: Mapping[str, TensorInfo], folder: Path, options: Options, ranks: Ranks
 ) -> list[tuple[Digests, list[Written]]]:
-    """This rank's share of a torch_dist checkpoint, one file a worker."""
+    """Write this rank's share of a torch_dist checkpoint, one file per worker."""
     items = list(destinations(source.family, source.shape, source.tensors, options.budget.span_bytes))
-    items.sort(key=lambda item: (*source.place(item.span.name), item.span.start))  # as they are on the disk
+    items.sort(key=lambda item: (*source.place(item.span.name), item.span.start))  # in disk order
 
     def sizes(some: Sequence[Destination]) -> list[int]:
         return [_span_bytes(item.span, infos) for item in some]
@@ -171,7 +171,7 @@ def _write_shards(
     options: Options,
     ranks: Ranks,
 ) -> list[Digests]:
-    """This rank's share of the safetensors files, each by all workers."""
+    """Write this rank's share of the safetensors files. All workers write each file."""
     own = shares(list(shards), [_total(infos) for infos in shards.values()], ranks.size)[ranks.rank]
     infos = {name: info for file_name in own for name, info in shards[file_name].items()}
     spans = [
@@ -219,7 +219,7 @@ def _finish_hf(source: Source, staging: Path, shards: Mapping[str, dict[str, Ten
 def _copy_hf_files(
     source: Source, folder: Path, dtype: torch.dtype, more: Mapping[str, Any] | None = None
 ) -> None:
-    """Configuration and tokenizer; the configuration says which dtype the weights have now."""
+    """Write the configuration, with the new dtype of the weights, and the tokenizer."""
     copy_companions(source.hf_folder, folder)
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
     config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
@@ -233,7 +233,7 @@ def _proven(
 
     Returns the number of tensors.
     """
-    # each rank reads a share, so the bar's total is one
+    # each rank reads one share, so the bar's total is one share
     with progress_bar("proving", _total(reader.tensors) // ranks.size, options.quiet, ranks) as bar:
         proven = prove(reader, digests, options.budget, ranks, bar)
     recorded = read_manifest(source.manifest_folder) or {}

@@ -1,4 +1,4 @@
-"""Copies every span from a reader to a writer, and checks afterwards that it arrived."""
+"""Copies every span from a reader to a writer, then reads it back to verify the copy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron_vespo.checkpoints.spans import (
 )
 
 DEFAULT_MEMORY = 2 * 2**30
-_OWN_MEMORY = 700 * 2**20  # bytes: the interpreter, torch, what is known of the tensors
+_OWN_MEMORY = 700 * 2**20  # bytes: interpreter, torch, tensor metadata
 _MAX_SPAN = 64 * 2**20  # larger ones are no faster
-_BUFFERS = 4  # of a span, in a worker: as read, cast, a block of columns, the hash's or the file's view
+_BUFFERS = 4  # spans per worker: as read, cast, a block of columns, the hash's or the file's view
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much memory a process may use, and how many threads."""
+    """The memory and the number of threads that a process may use."""
 
     memory: int = DEFAULT_MEMORY
     workers: int = max(2, min(os.cpu_count() or 1, 8))
@@ -72,7 +72,7 @@ def in_threads[T](runs: Sequence[T], work: Callable[[int, T, Event], Any]) -> li
 
 
 def progress_bar(what: str, num_bytes: int, quiet: bool, ranks: Ranks) -> tqdm:
-    """Bytes, rate and time left of rank 0's share, which is about as large as the others'."""
+    """Show bytes, rate and time left of rank 0's share. All shares are about equally large."""
     share = f" (1 of {ranks.size} shares)" if ranks.size > 1 else ""
     return tqdm(
         total=num_bytes, desc=what + share, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5,
@@ -89,7 +89,7 @@ def copy_spans[T](
     bar: tqdm,
     stop: Event,
 ) -> Digests:
-    """Read, cast, hash and write, one span after another. Returns what was read, hashed as it was written."""
+    """Read, cast, hash and write one span after another. Returns the hashes of the cast values."""
     buffer, digests = SpanBuffer(), {}
     for item in items:
         if stop.is_set():
@@ -105,9 +105,9 @@ def copy_spans[T](
 def prove(
     reader: TensorReader, digests: Mapping[Span, bytes], budget: Budget, ranks: Ranks, bar: tqdm
 ) -> dict[str, dict[str, Any]]:
-    """Read back what was written: every row of every tensor is what went in, once.
+    """Read the output back, and check that every row of every tensor equals the input, exactly once.
 
-    Returns what a manifest says of each tensor; the same on every rank. ValueError naming what differs.
+    Returns the manifest entry of each tensor, the same on every rank. ValueError names a difference.
     """
     by_name: dict[str, list[Span]] = {}
     for span in digests:
