@@ -1,8 +1,8 @@
 """Block-FP8 as Qwen publishes it for engines: e4m3 weights and one bf16 scale for every 128 x 128 block.
 
-`X.weight` w becomes q = round(w / s) in float8_e4m3fn. `X.weight_scale_inv` holds s = max |w| of the block / 448,
-with the shape of w / 128 (rounded up). An engine multiplies q by s. Only linear layers are quantised:
-embeddings, norms, routers and the head keep their dtype. The engine quantises the activations.
+`X.weight` w becomes q = round(w / s) in float8_e4m3fn. `X.weight_scale_inv` holds s = max |w| of the block /
+448, with the shape of w / 128 (rounded up). An engine multiplies q by s. Only linear layers are quantised:
+embeddings, norms, routers and the head stay as they are. The engine quantises the activations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def quantisation_config(names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise float [rows, columns] to e4m3 and bf16 scales, one per block. ValueError for NaN or infinity."""
+    """Float [rows, columns] as e4m3 and bf16 scales, one per block. ValueError for NaN or infinity."""
     rows, columns = weights.shape
     padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
     padded[:rows, :columns] = weights
@@ -94,7 +94,7 @@ class BlockFP8Reader:
             target[low - start : high - start] = wanted[low - begin : high - begin]
 
     def _strip(self, name: str, first: int, last: int) -> tuple[int, Tensor, Tensor]:
-        """Quantise the rows of blocks `first` to `last`. Returns the first row and the result of `quantise`."""
+        """Quantise the rows of blocks `first` to `last`. Returns the first row and `quantise`'s result."""
         info = self._plain[name]
         start, stop = first * BLOCK, min(last * BLOCK, info.rows)
         source = torch.empty((stop - start) * info.row_bytes, dtype=torch.uint8)

@@ -122,7 +122,7 @@ def _to_hf(source: Source, target: Path, options: Options, ranks: Ranks, max_sha
 
 
 def _check_apart(target: Path, *sources: Path) -> None:
-    """Check that `target` and the sources do not overlap: --force would delete a source."""
+    """ValueError if `target` is or contains a source, which --force would delete."""
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise ValueError(f"{target} is or holds {source}, which is read: the result needs another place")

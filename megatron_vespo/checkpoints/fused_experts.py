@@ -1,9 +1,9 @@
-"""Experts that are stored as one tensor a layer, read as one tensor an expert.
+"""Reads experts that are stored as one tensor per layer as one tensor per expert.
 
 transformers 5 holds a layer's experts as `experts.gate_up_proj` [experts, 2 x width, hidden], gate over up,
-and `experts.down_proj` [experts, hidden, width] (Qwen3MoeExperts), and writes them so with
-`save_pretrained(..., save_original_format=False)`. In such a tensor every expert's matrices are consecutive
-bytes: taking them apart copies nothing.
+and `experts.down_proj` [experts, hidden, width] (Qwen3MoeExperts). It writes this form with
+`save_pretrained(..., save_original_format=False)`. Each expert's matrices are consecutive bytes of such a
+tensor, so splitting it copies nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def is_fused(name: str) -> bool:
 
 
 def taken_apart(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """`tensors` with `experts.E.gate_proj.weight` and the like in the place of fused ones, in their order.
+    """`tensors`, in order, with fused ones replaced by `experts.E.gate_proj.weight` and the like.
 
-    ValueError for a fused tensor that cannot be cut, and for an expert that is there in both forms.
+    ValueError for a fused tensor that cannot be split, and for an expert that exists in both forms.
     """
     apart: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Reading HF checkpoint folders: which tensors there are, and any rows of them, in little memory.
+"""Reads the list of tensors of an HF checkpoint folder, and any rows of them, in little memory.
 
 Only safetensors are read: a pickled checkpoint (pytorch_model.bin) could run code.
 """
@@ -21,9 +21,9 @@ from megatron_vespo.checkpoints.safetensors_file import StoredTensor, TensorInfo
 class HFCheckpointReader:
     """Random access to the tensors of a folder; files are opened when first needed. A context manager.
 
-    Every header is checked against its file and against the index when the reader is made: ValueError for a
-    file that is missing, cut short or lies about itself, and for a tensor in no or in two places.
-    Fused experts are read as one tensor an expert; `has_fused_experts` says that they are stored so.
+    The constructor checks every header against its file and the index. ValueError for a missing or truncated
+    file, for a header that contradicts its file, and for a tensor that is missing or stored twice.
+    Fused experts are read as one tensor per expert; `has_fused_experts` tells whether they are stored fused.
     """
 
     def __init__(self, folder: Path):
@@ -41,11 +41,11 @@ class HFCheckpointReader:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """In the order of the files' contents."""
+        """All tensors, in the order of the files' contents."""
         return self._stored
 
     def place(self, name: str) -> tuple[Path, int]:
-        """File and offset, for whoever wants to read in the order of the disk."""
+        """File and offset of a tensor, for reading in disk order."""
         return self._stored[name].path, self._stored[name].offset
 
     def get(self, name: str) -> Tensor:

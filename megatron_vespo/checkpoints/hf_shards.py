@@ -1,4 +1,4 @@
-"""Writing HF checkpoint folders from whole tensors, as a running policy hands them out."""
+"""Writes HF checkpoint folders from the whole tensors that a running policy provides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Configuration and tokenizer of an HF folder; not its index and manifest, which speak of its files."""
+    """Copy everything except the weights, their index and the manifest from an HF folder."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             if path.name not in (INDEX_NAME, MANIFEST_NAME):
@@ -25,7 +25,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
-    """`total_size` is the tensors' bytes."""
+    """Write the index. `total_size` is the number of bytes of all tensors."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 

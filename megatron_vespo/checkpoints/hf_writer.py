@@ -1,4 +1,4 @@
-"""Writing an HF checkpoint folder of known tensors, any rows in any order."""
+"""Writes an HF checkpoint folder of known tensors, any rows in any order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_vespo.system.disk import sync
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
-    """{file name: its tensors}; a file holds at most `max_bytes` of them, or one larger tensor."""
+    """{file name: its tensors}. A file holds at most `max_bytes`, or one larger tensor."""
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
-    # wide elements first, so that all of a file's tensors are aligned to their elements
+    # wide elements first, so that every tensor of a file is aligned to its element size
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         if shards[-1] and size + tensor.nbytes > max_bytes:
             shards.append({})
@@ -33,7 +33,7 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, 
 
 
 class ShardFile:
-    """One safetensors file, whose header is written and whose space is taken at once. A context manager."""
+    """One safetensors file. The constructor writes its header and reserves its space. A context manager."""
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]):
         self._tensors = tensors
@@ -53,7 +53,7 @@ class ShardFile:
         os.close(self._descriptor)
 
     def write(self, span: Span, values: Tensor) -> None:
-        """The span's rows, in the file's dtype. Safe to call from several threads."""
+        """Write the span's rows, given in the file's dtype. Safe to call from several threads."""
         tensor = self._tensors[span.name]
         assert values.dtype == tensor.dtype and values.nbytes == (span.stop - span.start) * tensor.row_bytes
         left = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""manifest.json: what a conversion wrote, tensor by tensor, under HF names whatever the format is."""
+"""Reads and writes manifest.json: each tensor that a conversion wrote, under its HF name in both formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_vespo.checkpoints.spans import HASH
 
 
 def entry_of(tensor: TensorInfo, digest: str) -> dict[str, Any]:
-    """What a manifest says of one tensor."""
+    """The manifest entry of one tensor."""
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
@@ -22,13 +22,13 @@ def entry_of(tensor: TensorInfo, digest: str) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, source: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-    """`tensors`: {HF name: dtype, shape, hash}; the source's name only, as folders move."""
+    """`tensors`: {HF name: dtype, shape, hash}. Only the source's name is stored, because folders move."""
     content = {"source": source.name, "hash": HASH, "tensors": dict(sorted(tensors.items()))}
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Its tensors; None if there is no manifest, ValueError for a broken one."""
+    """The tensors of the manifest, or None without a manifest. ValueError for a broken one."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Reading a Megatron torch_dist checkpoint, saved at any layout, as HF tensors."""
+"""Reads a Megatron torch_dist checkpoint, saved at any layout, as HF tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_vespo.checkpoints.torch_dist_names import Address, addresses
 from megatron_vespo.models.family import Family, ModelShape
 from megatron_vespo.models.mappings import Vocabulary
 
-# what a training checkpoint has besides the model
+# what a training checkpoint holds besides the model
 _NOT_THE_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
 
 
@@ -52,10 +52,10 @@ class _Source:
 
 
 class MegatronCheckpointReader:
-    """HF tensors, put together from chunks on demand. A context manager.
+    """Assembles HF tensors from chunks on demand. A context manager.
 
-    Made from metadata alone. ValueError for a parameter that is absent, of another shape, not covered
-    exactly once by its chunks, or that the model does not have.
+    The constructor reads only metadata. ValueError for a parameter that is missing, has another shape, is not
+    covered exactly once by its chunks, or is unknown to the model.
     """
 
     def __init__(self, folder: Path, family: Family, shape: ModelShape):
@@ -133,11 +133,11 @@ class MegatronCheckpointReader:
         return self._located[place]
 
     def _add_parameter(self, address: Address, mapping, hf_shapes: dict, tensors: dict) -> None:
-        """Enter one Megatron parameter into the index."""
+        """Add one Megatron parameter to the index."""
         shapes = list(hf_shapes.values())
         expected = (*address.stack, sum(shape[0] for shape in shapes), *shapes[0][1:])
         size, rows = self._index.size(address.key), len(address.stack)
-        # a vocabulary may be padded for the layout that saved it
+        # the vocabulary may be padded for the layout that saved it
         if isinstance(mapping, Vocabulary) and len(size) == len(expected) and size[rows] > expected[rows]:
             expected = (*expected[:rows], size[rows], *expected[rows + 1 :])
         if size != expected:

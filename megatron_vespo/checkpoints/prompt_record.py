@@ -1,12 +1,12 @@
-"""Which prompts a run trains on, as a file of its checkpoints: a run that is resumed must have the same.
+"""Records the prompts that a run trains on in its checkpoints: a resumed run must have the same prompts.
 
     prompts.npz     rows int64 [P]                  of the prompt file, from 0; P prompts in the file's order
                     contents, tokens uint64 [P]     hashes of question and answer, and of the token ids
                     seed int64, date str            what the order follows from; what chat templates read
                     eval_prompts str            digest of the held-out prompts, empty without
 
-The file may lie elsewhere, and have other columns beside. The date is that of the run's first start: a chat
-template that writes it makes the same prompts on every day of the run.
+The prompt file may move, and may have other columns. The date is that of the run's first start, so a chat
+template that prints the date makes the same prompts on every day of the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_vespo.types import Prompt
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """See the module."""
+    """The content of prompts.npz, see the module."""
 
     rows: np.ndarray
     contents: np.ndarray
@@ -44,7 +44,7 @@ class PromptRecord:
     ) -> PromptRecord:
         return cls(
             np.array([prompt.prompt_id for prompt in prompts], np.int64),
-            # half of a surrogate pair may stand in an answer
+            # an answer may contain half of a surrogate pair
             _hashes(f"{prompt.text}\0{prompt.answer}".encode(errors="surrogatepass") for prompt in prompts),
             _hashes(np.array(prompt.token_ids, np.int64).tobytes() for prompt in prompts),
             seed,
@@ -59,9 +59,9 @@ class PromptRecord:
         return file.getvalue()
 
     def check_same(self, now: PromptRecord, folder: Path, path: Path) -> list[str]:
-        """ValueError where `now`, made of the file `path`, has other prompts than this of a checkpoint.
+        """ValueError if `now`, made from the file `path`, has other prompts than this checkpoint's record.
 
-        What else people should know is returned.
+        Returns messages about all other differences that the user should know.
         """
         difference = self._difference(now, path)
         if difference is not None:
@@ -93,12 +93,12 @@ class PromptRecord:
 
 
 def read_record(folder: Path) -> PromptRecord | None:
-    """That of a checkpoint's folder, None where it has none; ValueError for one that is broken."""
+    """The record of a checkpoint's folder, or None without one. ValueError for a broken record."""
     path = folder / PROMPTS_NAME
     if not path.is_file():
         return None
     with located(f"--load {path}: broken"), np.load(path, allow_pickle=False) as stored:
-        evaluated = "eval_prompts" if "eval_prompts" in stored else "heldout"  # as it was called once
+        evaluated = "eval_prompts" if "eval_prompts" in stored else "heldout"  # its former name
         return PromptRecord(
             stored["rows"], stored["contents"], stored["tokens"], int(stored["seed"]),
             datetime.fromisoformat(str(stored["date"])), str(stored[evaluated]),
@@ -106,7 +106,7 @@ def read_record(folder: Path) -> PromptRecord | None:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Tells prompts apart by their token ids."""
+    """The digest of the prompts' token ids."""
     total = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
         total.update(np.array([len(prompt.token_ids), *prompt.token_ids], np.int64).tobytes())

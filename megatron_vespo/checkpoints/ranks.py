@@ -1,4 +1,4 @@
-"""The processes that convert together: one, or as many as torchrun or srun started."""
+"""Connects the processes that convert together: one, or all that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron_vespo.system.slurm_step import current_step, first_host, number_of
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(hours=12)  # one rank may copy for long while another has nothing left to do
+_TIMEOUT = timedelta(hours=12)  # one rank may copy for hours while another is done
 _PORT = 29511
 
 
 class Ranks:
-    """This process among `size`; with one, nothing is ever sent."""
+    """This process among `size`. A single process sends nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
@@ -32,13 +32,13 @@ class Ranks:
         return values
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on every rank. A failure on one rank fails all, so no rank waits forever."""
+        """The results of `work` on all ranks. A failure on one rank fails all, so no rank waits forever."""
         result, failure = None, None
         try:
             result = work()
-        except Exception as error:  # whatever it is, the others wait to hear of it
+        except Exception as error:  # any failure: the other ranks wait for the outcome
             failure = error
-        theirs = isinstance(failure, ValueError | OSError)  # the user's: data or disk
+        theirs = isinstance(failure, ValueError | OSError)  # caused by data or disk, not by a bug
         failures = self.gather(None if failure is None else (theirs, str(failure)))
         if failure is not None:
             raise failure
@@ -49,13 +49,13 @@ class Ranks:
         return self.gather(cast(T, result))
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Only rank 0 works; all get what it returns, or fail with it."""
+        """Only rank 0 calls `work`. All ranks get its result, or fail with it."""
         return cast(T, self.together(lambda: work() if self.rank == 0 else None)[0])
 
 
 @contextmanager
 def joined_ranks():
-    """The ranks that the environment speaks of, connected by gloo."""
+    """The ranks that the environment describes, connected by gloo."""
     rank, size = _from_environment()
     if size == 1:
         yield Ranks()
