@@ -1,6 +1,6 @@
-"""The flags of a run that goes on from a checkpoint, against those that the checkpoint was saved with.
+"""Compares the flags of a resumed run with those that its checkpoint was saved with.
 
-Those of the command count; a few cannot change. Pure: asked before anything starts, and by every rank.
+The command's flags apply; a few cannot change. Pure: called before anything starts, and by every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SAID = (
     "vespo_negative", "vespo_budget", "ratio_denominator", "old_policy", "mismatch_truncation",
     "mismatch_correction", "mismatch_bounds", "routing_replay",
 )  # fmt: skip
-# as version 0.1 has stored them
+# as version 0.1 stored them
 _OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_size"}
 # --use-checkpoint-opt-param-scheduler takes these from the checkpoint
 _SCHEDULED = ("lr", "min_lr", "lr_decay_style", "weight_decay")
@@ -84,7 +84,7 @@ def _plain(value: Any) -> str:
 
 
 def take_flags(state: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """Puts `flags` into `state`, a checkpoint as Megatron has loaded it.
+    """Put `flags` into `state`, a checkpoint as Megatron loaded it.
 
     Megatron looks a parameter group up by its learning rates, and leaves Adam's betas and epsilon as they
     were saved. The scheduler sets all else of a group.

@@ -1,8 +1,8 @@
-"""Which rows of a Megatron parameter are which rows of which HF tensors.
+"""Maps the rows of a Megatron parameter to the rows of HF tensors.
 
-Every mapping of the tables moves whole rows (dimension 0) of the full, unsharded tensors. So it is asked
-once, with row numbers in the place of rows, and conversion, proof and comparison move byte ranges by the
-answer: the table stays the only statement of it.
+Every mapping of the tables moves whole rows (dimension 0) of the full, unsharded tensors. So one call with
+row numbers instead of rows shows where each row goes. Conversion, proof and comparison move byte ranges by
+the result, and the table stays the only definition.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Does an HF config describe the model that a Megatron checkpoint was saved from?
+"""Checks that an HF config describes the model that a Megatron checkpoint was saved from.
 
-Shapes do not tell: 4 heads of 64 and 8 of 32 are as wide, but query, key and value are interleaved by groups.
-A checkpoint has the arguments of its run in it, which are read without making anything that they name.
+Shapes do not tell: 4 heads of 64 are as wide as 8 of 32, but query, key and value are interleaved by group.
+A checkpoint holds its run's arguments. They are read without creating any object that they name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Going back to an older checkpoint: what a folder holds of later steps is another line of training.
+"""Moves later checkpoints aside when a run resumes from an older one.
 
-The first save of a run moves that away, so that a folder's checkpoints are always those of one line:
+The first save of the run does so. All checkpoints of a folder then belong to one line of training:
 
     SAVE/set-aside-001/iter_0000012/    of steps after the one that the run began with; a rename
     SAVE/set-aside-001/latest_checkpointed_iteration.txt    names the newest of them: to be loaded like SAVE
@@ -27,7 +27,7 @@ RECORD = "gone_back.json"
 
 
 def kept_step(load: str | None, save: str | None, step: int) -> int:
-    """Up to which step --save holds checkpoints of a run that began with optimizer step `step`."""
+    """The last step in --save that belongs to a run that began with optimizer step `step`."""
     return step if load == save else 0
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of either format, opened with the model family that its HF config names."""
+"""Opens a checkpoint of either format with the model family that its HF config names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Those of the model, in its order."""
+        """The model's tensors, in its order."""
         return {name: self.reader.tensors[name] for name in self.family.hf_tensors(self.shape)}
 
     @property
@@ -62,7 +62,7 @@ class Source:
         return self.folder if self.kind == "HF" else self.folder.parent
 
     def place(self, name: str) -> tuple[Path, int]:
-        """File and offset of an HF tensor, for whoever wants to read in the order of the disk."""
+        """File and offset of an HF tensor, for reading in disk order."""
         assert isinstance(self.reader, HFCheckpointReader)
         return self.reader.place(name)
 

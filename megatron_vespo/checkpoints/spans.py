@@ -45,7 +45,7 @@ class Span:
 
 
 def row_ranges(rows: int, row_bytes: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut `rows` into ranges of at most `max_bytes`, but of one row at least."""
+    """Cut `rows` into ranges of at most `max_bytes`, but at least one row each."""
     step = max(1, max_bytes // max(row_bytes, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

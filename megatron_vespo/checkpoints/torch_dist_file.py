@@ -1,4 +1,4 @@
-"""The files of PyTorch's distributed checkpoint format, which Megatron calls torch_dist.
+"""Reads the files of PyTorch's distributed checkpoint format, which Megatron calls torch_dist.
 
 `.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata: tensors with their chunks, and for
 every chunk a range of bytes in some `.distcp` file. Those bytes are what torch.save makes of the chunk: a zip
@@ -119,7 +119,7 @@ def _are_sizes(numbers: Any) -> bool:
 
 
 class StoredChunk(NamedTuple):
-    """Where the values of a torch.save'd tensor are."""
+    """The location of the values of a tensor that torch.save wrote."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -135,7 +135,7 @@ class _PickledTensor(NamedTuple):
 
 
 class _ChunkUnpickler(SafeUnpickler):
-    """Takes a pickled tensor apart without making one."""
+    """Reads a pickled tensor's description without creating the tensor."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):

@@ -1,4 +1,4 @@
-"""Where Megatron's torch_dist format keeps a parameter: one tensor a kind, layers and experts stacked.
+"""Locates parameters in Megatron's torch_dist format: one tensor per kind, layers and experts stacked.
 
 `decoder.layers.7.mlp.router.weight` is row 7 of `decoder.layers.mlp.router.weight` [layers, experts, hidden].
 Norms are filed under the names that Transformer Engine's fused layers have, also by layers that are not
@@ -41,7 +41,7 @@ class Address:
     stack: tuple[int, ...] = ()
 
     def unstacked(self) -> Address:
-        """Where a checkpoint of unlike layers (--non-homogeneous-layers) has it."""
+        """The address in a checkpoint of unlike layers (--non-homogeneous-layers)."""
         if not self.stack:
             return self
         key = self.key.replace("decoder.layers.", f"decoder.layers.{self.index[0]}.", 1)

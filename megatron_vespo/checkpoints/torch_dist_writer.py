@@ -1,4 +1,4 @@
-"""Writing a torch_dist checkpoint piece by piece, as Megatron's --load expects it."""
+"""Writes a torch_dist checkpoint chunk by chunk, as Megatron's --load expects it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ChunkFile:
         self.written.append(Written(destination, place, tuple(stacked.shape), values.dtype))
 
     def write_object(self, value: Any) -> _StorageInfo:
-        """As Megatron stores what is no tensor: in a list of one."""
+        """Store a non-tensor object as Megatron does: in a list of one."""
         stream = io.BytesIO()
         torch.save([value], stream)
         return self._write(stream.getbuffer())
@@ -122,7 +122,7 @@ class ChunkFile:
 def write_metadata(
     folder: Path, shape: ModelShape, written: Iterable[Written], model_arguments: Mapping[str, Any]
 ) -> None:
-    """Everything but the chunks: `.metadata` last, so that a folder without it is no checkpoint."""
+    """Write all but the chunks. `.metadata` comes last, so a folder without it is no checkpoint."""
     metadata = Metadata({}, storage_data={}, version=CURRENT_DCP_VERSION)
     for chunk in written:
         _enter_chunk(metadata, chunk)
