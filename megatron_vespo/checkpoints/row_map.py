@@ -17,7 +17,7 @@ from megatron_vespo.models.mappings import Mapping
 
 @dataclass(frozen=True)
 class RowRun:
-    """Consecutive rows that stay consecutive."""
+    """Consecutive HF rows that are also consecutive in the Megatron parameter."""
 
     hf_index: int  # in the mapping's `hf_names`
     hf_start: int

@@ -23,8 +23,8 @@ from megatron_vespo.checkpoints.hf_shards import copy_companions
 from megatron_vespo.checkpoints.names import COMPLETE_NAME, HF_FOLDER, RESERVE_NAME, TRACKER_NAME
 from megatron_vespo.system.disk import write_atomically
 
-# Taken while tensors are written and given back for the indices: where the disk is full, the save must fail
-# on all ranks and not on the one that writes the indices.
+# Reserved while tensors are written, and released for the indices. So on a full disk the save fails on all
+# ranks, and not only on the rank that writes the indices.
 RESERVE_BYTES = 32 * 2**20
 GIB = 2**30
 
@@ -96,7 +96,7 @@ def read_file(folder: Path, name: str, entry: Entry) -> bytes:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Of one optimizer step, as Megatron names it."""
+    """The folder of one optimizer step, as Megatron names it."""
     return folder / f"iter_{step:07d}"
 
 

@@ -49,7 +49,7 @@ class _ArgumentsUnpickler(SafeUnpickler):
 
 
 def saved_arguments(index: ChunkIndex) -> dict[str, Any]:
-    """Of the run that saved it; nothing where a checkpoint does not say. ValueError where it is damaged."""
+    """The arguments of the run that saved it; empty if it holds none. ValueError if it is damaged."""
     place = index.place_of_object(COMMON_STATE)
     if place is None:
         return {}
@@ -64,7 +64,7 @@ def saved_arguments(index: ChunkIndex) -> dict[str, Any]:
 
 
 def check_same_model(index: ChunkIndex, config: Path, arguments: Mapping[str, Any]) -> None:
-    """`arguments` are the HF config's; ValueError naming one of which the checkpoint has another value."""
+    """ValueError naming an argument whose value differs between the checkpoint and the HF config."""
     saved = saved_arguments(index)
     for name, switch in _COMPARED.items():
         if switch and not saved.get(switch):

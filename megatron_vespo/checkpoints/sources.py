@@ -91,7 +91,7 @@ def opened(path: Path, hf_config: Path | None = None) -> Iterator[Source]:
 
 @contextmanager
 def opened_hf(path: Path) -> Iterator[Source]:
-    """Every tensor that the config asks for is there, in its shape, and no other."""
+    """Open an HF folder. It holds exactly the tensors that the config requires, in their shapes."""
     config = read_hf_config(path)
     family, shape = family_of(config), shape_of(config)
     with HFCheckpointReader(path) as reader:

@@ -22,7 +22,7 @@ HASH = "xxh3_128"
 
 
 class TensorReader(Protocol):
-    """Random access to HF-named tensors, whatever they are stored as."""
+    """Random access to HF-named tensors in any storage format."""
 
     folder: Path
 

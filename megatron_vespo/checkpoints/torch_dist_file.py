@@ -79,7 +79,7 @@ class _Ignored:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """ValueError for a file that is absent, broken, or holds anything but metadata."""
+    """Read `.metadata`. ValueError if it is missing, broken, or holds anything else."""
     path = folder / METADATA_NAME
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -92,7 +92,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check_metadata(metadata: Any) -> None:
-    """A damaged pickle may hold anything anywhere; whoever reads on relies on these types."""
+    """Check the types that all later code relies on: a damaged pickle may hold anything."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError("it holds no Metadata")
     for key, stored in metadata.state_dict_metadata.items():
@@ -151,7 +151,7 @@ class _ChunkUnpickler(SafeUnpickler):
 
 
 class _FileRange(io.RawIOBase):
-    """A range of a file as a file of its own."""
+    """Presents a range of a file as a separate file."""
 
     def __init__(self, descriptor: int, start: int, length: int):
         self._descriptor, self._start, self._length = descriptor, start, length
@@ -178,7 +178,7 @@ class _FileRange(io.RawIOBase):
 
 
 def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
-    """Of the archive in that range; ValueError if it is anything but one contiguous, uncompressed tensor."""
+    """Locate the values in that range's archive. ValueError unless it is one contiguous, uncompressed tensor."""
     try:
         with path.open("rb") as file:
             archive: Any = io.BufferedReader(_FileRange(file.fileno(), offset, length))
@@ -208,7 +208,7 @@ def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
 
 
 def read_pickle(path: Path, offset: int, length: int) -> bytes:
-    """What torch.save has pickled into the archive in that range; ValueError if it is damaged."""
+    """The pickle that torch.save wrote into the archive in that range. ValueError if it is damaged."""
     try:
         with path.open("rb") as file:
             with zipfile.ZipFile(io.BufferedReader(_FileRange(file.fileno(), offset, length))) as opened:
@@ -219,7 +219,7 @@ def read_pickle(path: Path, offset: int, length: int) -> bytes:
 
 
 def _check_range(archive: IO[bytes], length: int, records: Iterable[zipfile.ZipInfo]) -> None:
-    """The archive is all of the range: zipfile would find one inside it too, a neighbour's."""
+    """Check that the archive fills the range: zipfile would also accept a neighbour's inside it."""
     archive.seek(max(0, length - _END_RECORD))
     ends = archive.read(4) == b"PK\5\6"
     if not ends or min(record.header_offset for record in records) != 0:

@@ -40,7 +40,7 @@ _CHECKPOINT_VERSION = 3.0  # from which on query, key and value are interleaved 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a span of rows goes: from `row` on, in the parameter at every one of `addresses`."""
+    """The destination of a span of rows: from `row` on, in the parameter at each of `addresses`."""
 
     span: Span
     addresses: tuple[Address, ...]
@@ -66,7 +66,7 @@ def destinations(
 
 @dataclass(frozen=True)
 class Written:
-    """A chunk that is in a file."""
+    """A chunk that was written to a file."""
 
     destination: Destination
     place: _StorageInfo
@@ -97,7 +97,7 @@ class ChunkFile:
         self._file.close()
 
     def write(self, destination: Destination, values: Tensor) -> None:
-        """`values` [rows, ...] as one chunk."""
+        """Write `values` [rows, ...] as one chunk."""
         values = values.contiguous()
         stacked = values.view(*(1 for _ in destination.addresses[0].stack), *values.shape)
         before, after = around(stacked)
