@@ -18,7 +18,7 @@ from megatron_vespo.checkpoints.ranks import Ranks
 from megatron_vespo.system.disk import sync
 
 _LOCK_NAME = ".lock"
-# one of them is in every folder that --force may replace; CONFIG_NAME is in other folders, too
+# every folder that --force may replace holds one of these; other folders hold CONFIG_NAME, too
 _MARKS = (SINGLE_NAME, INDEX_NAME, TRACKER_NAME, METADATA_NAME)
 _SPARE = 64 * 2**20  # bytes beside the tensors: indices, tokenizer
 
@@ -30,7 +30,7 @@ def staged(target: Path, num_bytes: int, force: bool, ranks: Ranks) -> Iterator[
     ValueError if `target` exists (with `force`: and is no checkpoint), cannot be written, or if the disk has
     no room for `num_bytes`. All ranks enter and leave together; rank 0 does the work.
     """
-    target = target.resolve()  # what a link points to is replaced, not the link
+    target = target.resolve()  # replace the target of a link, not the link
     staging = target.with_name(f".{target.name}.incomplete")
     locks: list[int] = []
     ranks.on_first(lambda: locks.append(_begin(target, staging, num_bytes, force)))

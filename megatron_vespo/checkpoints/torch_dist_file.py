@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_vespo.checkpoints.names import METADATA_NAME
 from megatron_vespo.checkpoints.safetensors_file import DTYPES
 
-# what the format consists of, by module; everything else in a pickle is refused
+# the classes of the format, by module; a pickle with anything else is refused
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -56,7 +56,7 @@ _MAX_PICKLE = 2**16  # bytes of one tensor's description
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """In Python: the one in C takes the memory that a damaged file asks for, 64 GiB for a flipped bit."""
+    """Written in Python: C's unpickler allocates what a damaged file requests, 64 GiB for one flipped bit."""
 
     dispatch = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
@@ -178,7 +178,7 @@ class _FileRange(io.RawIOBase):
 
 
 def locate_chunk(path: Path, offset: int, length: int) -> StoredChunk:
-    """Locate the values in that range's archive. ValueError unless it is one contiguous, uncompressed tensor."""
+    """Locate the values in that range. ValueError unless it holds one contiguous, uncompressed tensor."""
     try:
         with path.open("rb") as file:
             archive: Any = io.BufferedReader(_FileRange(file.fileno(), offset, length))

@@ -67,7 +67,7 @@ def addresses(megatron_name: str, shape: ModelShape) -> list[Address]:
 def extra_states(shape: ModelShape) -> Iterator[str]:
     """Names under which Megatron looks for its layers' extra state, which is None outside of fp8 training.
 
-    A superset of what either implementation asks for: one that is absent would stop a load.
+    A superset of what either implementation requests: a missing name would make a load fail.
     """
     yield _object("decoder.final_layernorm", (0,), (1,))
     modules = list(_LAYER_MODULES)
