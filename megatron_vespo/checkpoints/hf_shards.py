@@ -17,7 +17,7 @@ _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything except the weights, their index and the manifest from an HF folder."""
+    """Copy the configuration and tokenizer of an HF folder, without its index and manifest."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             if path.name not in (INDEX_NAME, MANIFEST_NAME):

@@ -61,7 +61,7 @@ class PromptRecord:
     def check_same(self, now: PromptRecord, folder: Path, path: Path) -> list[str]:
         """ValueError if `now`, made from the file `path`, has other prompts than this checkpoint's record.
 
-        Returns messages about all other differences that the user should know.
+        Returns messages for the user about differences that do not stop the run.
         """
         difference = self._difference(now, path)
         if difference is not None:
