@@ -59,15 +59,16 @@ for check in "${checks[@]}"; do
 done
 if ((typed)); then # beside the tests: it needs one core for most of a minute
     types=$(mktemp)
-    trap 'rm -f "$types"; kill "$checker" 2>/dev/null || true' EXIT
-    stage pyright .venv/bin/python -m pyright >"$types" 2>&1 &
+    .venv/bin/python -m pyright >"$types" 2>&1 &
     checker=$!
+    trap 'rm -f "$types"; kill "$checker" 2>/dev/null || true' EXIT
 fi
 code=0
 stage "pytest" .venv/bin/python -m pytest -ra --durations=10 "${selection[@]}" "${arguments[@]}" "${paths[@]}" ||
     code=$?
 if ((typed)); then
-    wait "$checker" || code=$?
+    stage "pyright" wait "$checker" || code=$?
+    checker= # ended: another process may get its number
     cat "$types"
 fi
 exit "$code"
