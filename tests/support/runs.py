@@ -28,7 +28,8 @@ class Run:
     def __init__(self, command: list[str], output: Path):
         self.output_path = output
         self.mark = uuid.uuid4().hex
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+        # the mark first: setproctitle, which `titled` needs, gives up if the first variable is set anew
+        environment = {MARK: self.mark} | os.environ | {"OMP_NUM_THREADS": "1"}
         with output.open("wb") as file:
             self.process = subprocess.Popen(
                 command,
