@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class ColocatedTrainer(TrainerGroup):
         self._gpu_sharing.offload_engines()
         return super().start()
 
-    def connect_engines(self, *arguments: Any) -> None:
-        super().connect_engines(*arguments, loaded=self._gpu_sharing.loaded)
+    def connect_engines(self, *arguments: Any) -> str | None:
+        return super().connect_engines(*arguments, loaded=self._gpu_sharing.loaded)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
         self._gpu_sharing.offload_engines()
@@ -50,8 +51,16 @@ class ColocatedTrainer(TrainerGroup):
 class ColocatedSync(EngineSync):
     """Engines onload with the weights; the trainer keeps its own weights until all engines have them."""
 
-    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None, gpu_sharing: GpuSharing):
-        super().__init__(engines, engine_size, api_key)
+    def __init__(
+        self,
+        engines: EngineFleet,
+        engine_size: int,
+        api_key: str | None,
+        gpu_sharing: GpuSharing,
+        *,
+        log: Callable[[str], None],
+    ):
+        super().__init__(engines, engine_size, api_key, log=log)
         self._gpu_sharing = gpu_sharing
 
     def sync(self, policy_version: int) -> float:

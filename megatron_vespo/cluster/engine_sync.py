@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint
 from megatron_vespo.cluster.trainer_group import TrainerGroup
@@ -15,8 +17,16 @@ class EngineSync:
     ranks of one engine, `api_key` the key that engines ask for.
     """
 
-    def __init__(self, engines: EngineFleet, engine_size: int, api_key: str | None = None):
+    def __init__(
+        self,
+        engines: EngineFleet,
+        engine_size: int,
+        api_key: str | None = None,
+        *,
+        log: Callable[[str], None],
+    ):
         self._engines, self._engine_size, self._api_key = engines, engine_size, api_key
+        self._log, self._logged = log, ""
         self._trainer: TrainerGroup | None = None
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
         self._num_connections = 0
@@ -61,9 +71,19 @@ class EngineSync:
         if servers != self._connected:
             self._num_connections += 1
             urls, fresh = [e.url for e in endpoints], [e.url for e in endpoints if e.fresh]
-            self._trainer.connect_engines(
+            why_broadcast = self._trainer.connect_engines(
                 urls, fresh, self._num_connections, self._engine_size, self._api_key
             )
+            self._log_way(why_broadcast)
             self._connected = servers
         self._trainer.sync_weights(policy_version)
         return self._trainer.check_weights(policy_version)
+
+    def _log_way(self, why_broadcast: str | None) -> None:
+        """How weights travel; once, and again when it changes."""
+        line = "weights go to the engines shard to shard, through shared memory"
+        if why_broadcast is not None:
+            line = f"weights are broadcast to the engines: {why_broadcast}"
+        if line != self._logged:
+            self._log(line)
+            self._logged = line

@@ -69,7 +69,7 @@ def start_fleet(
     engines = start_engines(settings, placement, server_args, api_key, log_dir, log)
     stack.callback(engines.stop)
     if sharing is None:
-        return StartedFleet(placement, engines, EngineSync(engines, size, api_key), api_key)
+        return StartedFleet(placement, engines, EngineSync(engines, size, api_key, log=log), api_key)
     gpu_sharing = GpuSharing(engines, api_key, sharing.timeout_s, sharing.trace)
-    sync = ColocatedSync(engines, size, api_key, gpu_sharing)
+    sync = ColocatedSync(engines, size, api_key, gpu_sharing, log=log)
     return StartedFleet(placement, engines, sync, api_key, gpu_sharing)

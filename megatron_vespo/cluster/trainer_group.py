@@ -84,10 +84,13 @@ class TrainerGroup:
         engine_size: int,
         api_key: str | None,
         loaded: Mapping[str, Sums] | None = None,
-    ) -> None:
-        """See WeightLink. This and the two that follow raise EnginesLostError; then they can be repeated."""
+    ) -> str | None:
+        """Why weights are broadcast, None where they go shard to shard; see WeightLink.
+
+        This and the two that follow raise EnginesLostError; then they can be repeated.
+        """
         arguments = urls, fresh, number, engine_size, api_key, loaded
-        self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
+        return self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
 
     def sync_weights(self, policy_version: int) -> None:
         """Every engine that is connected serves the current weights as `policy_version` afterwards."""

@@ -22,7 +22,11 @@ from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.cluster.visible_gpus import check_visible_gpus
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
-from megatron_vespo.rollout.server_arguments import has_symmetric_memory
+from megatron_vespo.rollout.server_arguments import (
+    expert_parallel_size,
+    has_symmetric_memory,
+    other_layout,
+)
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.optional_packages import check_deep_ep, check_transformer_engine
 from megatron_vespo.system.ports import find_free_port
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
     from megatron_vespo.weight_sync.engine_admin import PauseMode
+    from megatron_vespo.weight_sync.exact import Exact
     from megatron_vespo.weight_sync.verify import Sums
     from megatron_vespo.weight_sync.weight_link import WeightLink
 
@@ -177,33 +182,60 @@ class TrainerWorker:
         engine_size: int,
         api_key: str | None,
         loaded: Mapping[str, Sums] | None,
-    ) -> None:
-        """Join new broadcast groups with the engines; `fresh` ones have to get a policy first.
+    ) -> str | None:
+        """Connect with the engines; `fresh` ones have to get a policy first.
 
-        `loaded` has the checksums of what those had loaded that were offloaded since.
+        `loaded` has the checksums of what those had loaded that were offloaded since. Returns why weights
+        are broadcast; None where they go shard to shard.
         """
-        from megatron_vespo.trainer.initialize import device
-        from megatron_vespo.weight_sync.bucket_sender import sync_backend
-        from megatron_vespo.weight_sync.weight_link import WeightLink
-
         if self._link is None:
-            groups = self.policy.groups
-            mode = cast("PauseMode", self._settings.sync.on_weight_update.replace("-", "_"))
-            self._link = WeightLink(
-                rank=self.rank,
-                stage=groups.pp.rank(),
-                num_stages=groups.pp.size(),
-                is_sender=self.policy.is_sender,
-                engine_size=engine_size,
-                host=self._host,
-                backend=sync_backend(device().type == "cuda", self._settings.sync.colocate),
-                timeout_s=self._settings.sync.weight_sync_timeout,
-                pause=mode if self._settings.sync.max_staleness else None,
-                api_key=api_key,
-            )
+            self._link = self._make_link(engine_size, api_key)
         self._link.loaded |= loaded or {}
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
+        return self._link.why_broadcast
+
+    def _make_link(self, engine_size: int, api_key: str | None) -> WeightLink:
+        from megatron_vespo.trainer.initialize import device
+        from megatron_vespo.weight_sync.broadcast import Broadcast
+        from megatron_vespo.weight_sync.bucket_sender import sync_backend
+        from megatron_vespo.weight_sync.weight_link import WeightLink
+
+        pp, sync = self.policy.groups.pp, self._settings.sync
+        backend = sync_backend(device().type == "cuda", sync.colocate)
+        return WeightLink(
+            rank=self.rank,
+            broadcast=Broadcast(
+                pp.rank(), pp.size(), self.policy.is_sender, engine_size, self._host, backend
+            ),
+            exact=self._exact(engine_size),
+            timeout_s=sync.weight_sync_timeout,
+            pause=cast("PauseMode", sync.on_weight_update.replace("-", "_")) if sync.max_staleness else None,
+            api_key=api_key,
+        )
+
+    def _exact(self, engine_size: int) -> Exact | str:
+        """Or the reason why weights cannot go shard to shard."""
+        from megatron_vespo.trainer.initialize import device
+        from megatron_vespo.weight_sync.engine_layout import EngineLayout
+        from megatron_vespo.weight_sync.exact import Exact, ExactSource
+        from megatron_vespo.weight_sync.trainer_layout import TrainerShard
+
+        flags = self._settings.engines.sglang_flags
+        if device().type != "cpu":
+            return "weights are in the memory of GPUs"
+        if (flag := other_layout(flags)) is not None:
+            return f"--sglang-{flag.removeprefix('--')} changes how SGLang stores weights"
+        return Exact(
+            ExactSource(
+                family=self.policy.family,
+                shape=self.policy.shape,
+                shard=TrainerShard(self.rank, self._host, self.policy.part),
+                layout=EngineLayout(engine_size, expert_parallel_size(flags)),
+                dtype=self._args.params_dtype,
+                buffer_bytes=self._bucket_bytes,
+            )
+        )
 
     @property
     def _engines(self) -> WeightLink:
@@ -213,9 +245,14 @@ class TrainerWorker:
     def sync_weights(self, policy_version: int) -> None:
         """Make every engine serve the current weights as `policy_version`."""
         from megatron_vespo.checkpoints.buckets import buckets
+        from megatron_vespo.weight_sync.weight_link import Weights
 
         self._memory.weights.onload()
-        self._engines.sync(buckets(self.policy.named_hf_weights(), self._bucket_bytes), policy_version)
+        weights = Weights(
+            buckets=lambda: buckets(self.policy.named_hf_weights(), self._bucket_bytes),
+            held=self.policy.held_weights,
+        )
+        self._engines.sync(weights, policy_version)
 
     def check_weights(self, policy_version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.
@@ -224,6 +261,8 @@ class TrainerWorker:
         policy before, and every so many syncs the policy is written to `export`; the folder stays where
         weights differ.
         """
+        from megatron_vespo.weight_sync.agreement import together
+
         started = time.monotonic()
         first, interval = self._num_syncs == 0, self._settings.sync.weight_check_interval
         known = first and self._all_fresh and self._engines_have_loaded_the_policy()
@@ -231,7 +270,7 @@ class TrainerWorker:
         due = not known if first or self._all_fresh else every_so_many
         if due:
             self.export_hf(export)
-        self._engines.together(self.rank == 0, self._compare, policy_version, known, export if due else None)
+        together(self.rank == 0, self._compare, policy_version, known, export if due else None)
         if due and self.rank == 0:
             shutil.rmtree(export)
         self._num_syncs += 1

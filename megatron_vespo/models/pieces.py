@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from megatron_vespo.models import table
 from megatron_vespo.models.mappings import QKV, Direct, GatedMLP, Vocabulary
 from megatron_vespo.models.table import EMBEDDING, OUTPUT_LAYER, ModelShape, Parameter
 
@@ -44,7 +45,7 @@ def _norm(hf_name: str, *names: str, width: str = "hidden_size") -> Parameter:
 WORD_EMBEDDINGS = Parameter(
     (EMBEDDING,), {"model.embed_tokens.weight": ("vocab_size", "hidden_size")}, _vocabulary
 )
-FINAL_NORM = _norm("model.norm.weight", "decoder.final_layernorm.weight")
+FINAL_NORM = _norm("model.norm.weight", table.FINAL_NORM)
 OUTPUT = Parameter((OUTPUT_LAYER,), {"lm_head.weight": ("vocab_size", "hidden_size")}, _vocabulary)
 
 INPUT_NORM = _norm(

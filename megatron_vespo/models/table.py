@@ -13,6 +13,7 @@ from typing import Any
 from megatron_vespo.models import mappings
 
 EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
 
@@ -102,14 +103,14 @@ class Family:
 
         Layer and expert numbers are global. A tied output layer is left out.
         """
-        for row, numbers in self._rows(shape):
+        for row, numbers in self.rows(shape):
             yield row.names[0].format(**numbers)
 
     def hf_tensors(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every HF tensor of the whole model."""
         return {
             name.format(**numbers): tuple(getattr(shape, dimension) for dimension in dimensions)
-            for row, numbers in self._rows(shape)
+            for row, numbers in self.rows(shape)
             for name, dimensions in row.tensors.items()
         }
 
@@ -125,7 +126,7 @@ class Family:
                     return row.build(names, shape)
         raise KeyError(f"{self.architecture} has no parameter {megatron_name}")
 
-    def _rows(self, shape: ModelShape) -> Iterator[tuple[Parameter, dict[str, int]]]:
+    def rows(self, shape: ModelShape) -> Iterator[tuple[Parameter, dict[str, int]]]:
         """Yield rows with their layer and expert numbers, in the model's order: by layer, then by expert."""
         for in_layer, rows in groupby(self.table, lambda row: row.in_layer):
             kept = [row for row in rows if not (shape.tied_embeddings and OUTPUT_LAYER in row.names)]

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_vespo.system.paths import expanded, names_a_path
+from megatron_vespo.system.plugins import WEIGHT_LOADER
 
 PREFIX = "--sglang-"
 # Flags whose value the run depends on or has decided elsewhere. Spellings: all of SGLang's aliases.
@@ -24,6 +25,7 @@ OWNED = {
     "--skip-tokenizer-init",
     "--enable-return-routed-experts",
     "--weight-version",
+    "--custom-weight-loader",
     "--config",
     "--api-key",  # others could read it on a command line, in logs and in checkpoints
     "--admin-api-key",
@@ -31,6 +33,29 @@ OWNED = {
 MEMORY_SAVER = "--enable-memory-saver"
 MEMORY_FRACTION = "--mem-fraction-static"
 SIZE_FLAGS = ("--tensor-parallel-size", "--tp-size")  # two names of one flag
+EXPERT_FLAGS = ("--expert-parallel-size", "--ep-size", "--ep")
+LAYOUT_FLAGS = {
+    "--quantization",
+    "--pipeline-parallel-size",
+    "--pp-size",
+    "--moe-dense-tp-size",
+    "--moe-data-parallel-size",
+    "--moe-dp-size",
+    "--enable-dp-attention",
+    "--enable-dp-lm-head",
+    "--data-parallel-size",
+    "--dp-size",
+    "--enable-eplb",
+    "--ep-num-redundant-experts",
+    "--init-expert-location",
+    "--moe-runner-backend",
+    "--torchao-config",
+    "--speculative-algorithm",
+    "--cpu-offload-gb",
+    "--offload-group-size",
+    "--model-impl",
+    "--json-model-override-args",
+}
 # with it users choose how CUDA graphs are captured
 PREFILL_GRAPHS = "--cuda-graph-backend-prefill"
 GRAPH_FLAGS = (PREFILL_GRAPHS, "--cuda-graph-backend-decode", "--cuda-graph-config")
@@ -108,6 +133,7 @@ def server_arguments(
     `memory_saver` lets it release GPU memory while it runs; it does not exist for CPUs.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
+    owned += ["--custom-weight-loader", WEIGHT_LOADER]
     if routes:
         owned.append("--enable-return-routed-experts")
     if not prefix_cache:
@@ -224,6 +250,15 @@ def flag_value(sglang_flags: Sequence[str], *names: str) -> str | None:
 def engine_size(sglang_flags: Sequence[str]) -> int:
     """Ranks of one engine that take part in a weight sync: its tensor-parallel size."""
     return int(flag_value(sglang_flags, *SIZE_FLAGS) or 1)
+
+
+def expert_parallel_size(sglang_flags: Sequence[str]) -> int:
+    return int(flag_value(sglang_flags, *EXPERT_FLAGS) or 1)
+
+
+def other_layout(sglang_flags: Sequence[str]) -> str | None:
+    """A flag that changes how SGLang divides or stores weights; None without."""
+    return next((flag for flag in sglang_flags if flag in LAYOUT_FLAGS), None)
 
 
 def has_pausable_graphs(arguments: Sequence[str]) -> bool:

@@ -11,6 +11,8 @@ from importlib.metadata import entry_points
 from megatron_vespo.system.optional_packages import IMPORTS, import_error
 
 GROUP = "megatron_vespo.runtime"
+# what SGLang calls in every process of an engine when new weights come
+WEIGHT_LOADER = "megatron_vespo.weight_sync.engine_loader.load"
 
 
 def has_runtime_plugins() -> bool:

@@ -24,6 +24,7 @@ from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
+from megatron_vespo.models.part import ModelPart
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import ESTIMATED, STATE, AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import group_gradient_norms
@@ -42,7 +43,7 @@ from megatron_vespo.trainer.step import (
     ratio_only,
 )
 from megatron_vespo.trainer.step_result import StepResult, reduced
-from megatron_vespo.trainer.weights import iterate_hf_weights, load_hf_weights
+from megatron_vespo.trainer.weights import held_weights, iterate_hf_weights, load_hf_weights, model_part
 from megatron_vespo.types import TrainingSample
 
 
@@ -65,7 +66,7 @@ class MegatronPolicy:
         self._use(settings, kernel_state)
         self.groups = process_groups()
         hf_config = read_hf_config(args.hf_checkpoint)
-        self._family, self._shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
+        self.family, self.shape = family_of(hf_config), shape_of(hf_config, args.padded_vocab_size)
         self.model, self.optimizer, self.scheduler, self.iteration = set_up(args)
         # one rank per pipeline stage sends full tensors to the engines, or writes them in an export
         self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0
@@ -74,7 +75,7 @@ class MegatronPolicy:
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
             for chunk in unwrap_model(self.model):
-                load_hf_weights(chunk, args.hf_checkpoint, self._family, self._shape, self.groups)
+                load_hf_weights(chunk, args.hf_checkpoint, self.family, self.shape, self.groups)
             self.optimizer.reload_model_params()
         self._old_policy = old_policy(
             settings, self.model, self.optimizer, self.iteration, args.overlap_param_gather
@@ -306,10 +307,27 @@ class MegatronPolicy:
 
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full HF-named tensors of this rank's pipeline stage; a collective of the stage's ranks."""
+        for chunk in self._updated_chunks():
+            yield from iterate_hf_weights(chunk, self.family, self.shape, self.groups)
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """This rank's own parameters by the first HF tensor that each is made of; no copies."""
+        return {
+            name: tensor
+            for chunk in self._updated_chunks()
+            for name, tensor in held_weights(chunk, self.family, self.shape, self.groups).items()
+        }
+
+    @property
+    def part(self) -> ModelPart:
+        """Which part of the model this rank holds."""
+        return model_part(unwrap_model(self.model), self.groups)
+
+    def _updated_chunks(self) -> list[Any]:
+        """The model's, after the gathers of the last update, which may still be going on."""
         if self.args.overlap_param_gather:
             force_param_sync(self.model, self.optimizer)
-        for chunk in unwrap_model(self.model):
-            yield from iterate_hf_weights(chunk, self._family, self._shape, self.groups)
+        return unwrap_model(self.model)
 
     def save(self, rollout_state: dict, files: dict[str, bytes] | None = None) -> list[SaveReport]:
         """Save weights, optimizer, schedule, RNG and the arguments; see `checkpoint.Saver.save`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
 from megatron_vespo.models.family import Family, ModelShape, is_expert
 from megatron_vespo.models.mappings import Direct, Mapping
-from megatron_vespo.models.table import OUTPUT_LAYER
+from megatron_vespo.models.part import ModelPart
+from megatron_vespo.models.table import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
@@ -89,6 +90,34 @@ def iterate_hf_weights(
             names = family.mapping_for(other_name, shape).hf_names
             for theirs, tensors in zip(names, gathered.values(), strict=True):
                 yield theirs, tensors[rank]
+
+
+def held_weights(
+    model: GPTModel, family: Family, shape: ModelShape, groups: ProcessGroupCollection
+) -> dict[str, Tensor]:
+    """This rank's parameters by the first HF tensor that each is made of; views, without the copy of a tied
+    embedding.
+    """
+    return {
+        family.mapping_for(name, shape).hf_names[0]: parameter.detach()
+        for name, parameter in global_parameters(model, groups)
+        if not (shape.tied_embeddings and name == OUTPUT_LAYER)
+    }
+
+
+def model_part(chunks: Sequence[GPTModel], groups: ProcessGroupCollection) -> ModelPart:
+    """Which part of the model this rank holds, read from its parameters' names."""
+    names = [name for chunk in chunks for name, _ in global_parameters(chunk, groups)]
+    number = (chunks[0].config.num_moe_experts or 0) // groups.ep.size()
+    first_expert = groups.ep.rank() * number
+    return ModelPart(
+        layers=frozenset(int(match[1]) for name in names if (match := _LAYER.match(name))),
+        first=EMBEDDING in names,
+        last=FINAL_NORM in names,
+        experts=range(first_expert, first_expert + number),
+        tp=(groups.tp.rank(), groups.tp.size()),
+        expert_tp=(groups.expt_tp.rank(), groups.expt_tp.size()),
+    )
 
 
 def _is_replicated(mapping: Mapping) -> bool:

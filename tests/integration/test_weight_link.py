@@ -7,23 +7,30 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.types import SamplingParams
+from megatron_vespo.weight_sync.broadcast import Broadcast
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError
+from megatron_vespo.weight_sync.engine_layout import EngineLayout
+from megatron_vespo.weight_sync.exact import Exact
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
-from megatron_vespo.weight_sync.weight_link import WeightLink
+from megatron_vespo.weight_sync.weight_link import WeightLink, Weights
 from tests.support.builders import make_prompt
 from tests.support.servers import HOST, ROUTES, make_tiny_model, tiny_engine
+from tests.support.whole_model import exact_source, held_weights
 
 TIMEOUT_S = 20.0
+BUCKET_BYTES = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +44,62 @@ def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLang
         engine.stop(timeout_s=0)
 
 
-@pytest.fixture(scope="module")
-def link(tmp_path_factory) -> Iterator[WeightLink]:
+@pytest.fixture(scope="module", params=["shard to shard", "broadcast"])
+def link(request, tiny_model, tmp_path_factory) -> Iterator[WeightLink]:
     """Of a trainer of one rank."""
     store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield WeightLink(
-        rank=0, stage=0, num_stages=1, is_sender=True, engine_size=1, host=HOST, backend="gloo",
-        timeout_s=TIMEOUT_S, pause="retract",
-    )  # fmt: skip
+        rank=0,
+        broadcast=Broadcast(0, 1, True, engine_size=1, host=HOST, backend="gloo"),
+        exact="no plan"
+        if request.param == "broadcast"
+        else Exact(exact_source(tiny_model, HOST, EngineLayout(1), BUCKET_BYTES)),
+        timeout_s=TIMEOUT_S,
+        pause="retract",
+    )
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> list[list[dict]]:
-    """The buckets of several policies."""
-    folders = [make_tiny_model(tmp_path_factory.mktemp("policy"), seed=seed) for seed in (1, 2, 3)]
-    return [list(buckets(load_file(f / "model.safetensors").items(), max_bytes=100_000)) for f in folders]
+def policies(tmp_path_factory) -> list[Path]:
+    return [make_tiny_model(tmp_path_factory.mktemp("policy"), seed=seed) for seed in (1, 2)]
 
 
-def interrupted(pieces: list[dict], action: Callable[[], object]) -> Iterator[dict]:
-    """`action` happens in the middle."""
-    assert len(pieces) > 3
-    for number, piece in enumerate(pieces):
-        if number == 2:
-            action()
-        yield piece
+@pytest.fixture
+def weights(policies) -> list[Weights]:
+    return [weights_of(folder, lambda number: None) for folder in policies]
+
+
+def interrupted(folder: Path, link: WeightLink, action: Callable[[], object]) -> Weights:
+    """`action` happens when a part of them is on the engines."""
+    middle = 30 if exact(link) else 2  # pieces of 75, buckets of 7
+    return weights_of(folder, lambda number: action() if number == middle else None)
+
+
+def weights_of(folder: Path, read: Callable[[int], object]) -> Weights:
+    """`read` is told how many buckets, or pieces, were read before."""
+    held = held_weights(folder)
+
+    def pieces() -> Iterator[dict[str, Tensor]]:
+        tensors = load_file(folder / "model.safetensors")
+        for number, piece in enumerate(buckets(tensors.items(), max_bytes=BUCKET_BYTES)):
+            read(number)
+            yield piece
+
+    class Held(dict[str, Tensor]):
+        number = 0
+
+        def __getitem__(self, name: str) -> Tensor:
+            read(self.number)
+            self.number += 1
+            return super().__getitem__(name)
+
+    return Weights(pieces, lambda: Held(held))
+
+
+def exact(link: WeightLink) -> bool:
+    return link.why_broadcast is None
 
 
 def sums(engine: SGLangServer) -> Sums:
@@ -79,9 +116,10 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
     first, second = engines
     urls = [first.url, second.url]
     second.stop(timeout_s=0)
-    for number, called_first in ((1, "/pause_generation"), (2, "/init_weights_update_group")):
+    opened = "/begin_weight_update" if exact(link) else "/init_weights_update_group"
+    for number, called_first in ((1, "/pause_generation"), (2, opened)):
         if number == 2:  # as if it had died a moment later
-            monkeypatch.setattr(WeightLink, "_leave_old_groups", lambda self, number: None)
+            monkeypatch.setattr(WeightLink, "_leave", lambda self, number: None)
         began = time.monotonic()
         with pytest.raises(
             EnginesLostError, match=f"engine {second.url}: {called_first} did not answer"
@@ -102,7 +140,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
+def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, policies, how):
     first, second = engines
     urls, number = [first.url, second.url], 10 * how
     restart(second)
@@ -116,9 +154,8 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, how):
             collector.collect, [make_prompt(0, [5, 7])], sampling, num_completions=64, seed=1
         )
         time.sleep(0.3)  # a few tokens of each
-        pieces = interrupted(weights[1], lambda: os.killpg(second.pid, how))
         with pytest.raises(EnginesLostError) as error:
-            link.sync(pieces, number + 1)
+            link.sync(interrupted(policies[1], link, lambda: os.killpg(second.pid, how)), number + 1)
         assert list(error.value.lost) == [second.url]
         link.connect([first.url], [], number + 1)
         link.sync(weights[1], number + 1)

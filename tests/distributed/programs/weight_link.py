@@ -10,8 +10,9 @@ import torch.distributed as dist
 from common import hand_back, join_ranks
 from torch import Tensor
 
+from megatron_vespo.weight_sync.broadcast import Broadcast
 from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
-from megatron_vespo.weight_sync.weight_link import WeightLink
+from megatron_vespo.weight_sync.weight_link import WeightLink, Weights
 
 NUM_BUCKETS = 4
 
@@ -45,11 +46,9 @@ def main() -> None:
     rank = join_ranks()
     stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     stage, sends = rank // 2, rank % 2 == 0
-    link = WeightLink(
-        rank=rank, stage=stage, num_stages=2, is_sender=sends, engine_size=1, host="127.0.0.1",
-        backend="gloo", timeout_s=1.0, pause=None,
-    )  # fmt: skip
-    link._sender, link._admin = sender, admin = Sender(), Admin()
+    broadcast = Broadcast(stage, 2, sends, engine_size=1, host="127.0.0.1", backend="gloo")
+    link = WeightLink(rank=rank, broadcast=broadcast, exact="no plan", timeout_s=1.0, pause=None)
+    broadcast._sender, link._admin = sender, admin = Sender(), Admin()
     gathered = 0
 
     def buckets() -> Iterator[dict[str, Tensor]]:
@@ -61,7 +60,7 @@ def main() -> None:
 
     def said(version: int) -> str:
         try:
-            link.sync(buckets(), version)
+            link.sync(Weights(buckets, dict), version)
         except WeightSyncError as error:
             return f"{type(error).__name__}: {error}"
         return "served"

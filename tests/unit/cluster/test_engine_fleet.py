@@ -99,7 +99,7 @@ A1, B1, B2 = "http://engine-0-1", "http://engine-1-1", "http://engine-1-2"
 def trained(fleet: EngineFleet, engine_size: int = 1) -> tuple[Trainer, EngineSync]:
     """A trainer of the fleet's engines, once they are ready."""
     fleet.wait_until_ready()
-    trainer, sync = Trainer(), EngineSync(fleet, engine_size, KEY)
+    trainer, sync = Trainer(), EngineSync(fleet, engine_size, KEY, log=print)
     sync.attach(trainer)
     return trainer, sync
 
@@ -319,7 +319,7 @@ def test_what_is_known_of_an_older_server_says_nothing_of_the_new_one(start):
 def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
     fleet, _ = start(Engine(0))
     fleet.wait_until_ready()
-    sync = EngineSync(fleet, 1)
+    sync = EngineSync(fleet, 1, log=print)
     assert sync.is_wanted(while_others_serve=False)
     assert sync.sync(0) == 0.0
     assert list(fleet.urls) == [A1]

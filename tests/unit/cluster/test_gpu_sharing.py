@@ -152,7 +152,7 @@ def made(monkeypatch):
     traced: list[str] = []
     sharing = GpuSharing(fleet, "key", 5.0, lambda name, start, end: traced.append(name))
     trainer = Stub(sharing)
-    sync = ColocatedSync(fleet, 1, "key", sharing)
+    sync = ColocatedSync(fleet, 1, "key", sharing, log=print)
     sync.attach(trainer)
     return servers, fleet, base, sharing, trainer, sync
 
