@@ -219,21 +219,22 @@ class TrainerWorker:
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.engine_layout import EngineLayout
         from megatron_vespo.weight_sync.exact import Exact, ExactSource
+        from megatron_vespo.weight_sync.places import place_of
         from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
         flags = self._settings.engines.sglang_flags
-        if device().type != "cpu":
-            return "weights are in the memory of GPUs"
         if (flag := other_layout(flags)) is not None:
             return f"--sglang-{flag.removeprefix('--')} changes how SGLang stores weights"
         return Exact(
             ExactSource(
                 family=self.policy.family,
                 shape=self.policy.shape,
-                shard=TrainerShard(self.rank, self._host, self.policy.part),
+                shard=TrainerShard(self.rank, place_of(device()), self.policy.part),
                 layout=EngineLayout(engine_size, expert_parallel_size(flags)),
                 dtype=self._args.params_dtype,
+                device=device(),
                 buffer_bytes=self._bucket_bytes,
+                host=self._host,
             )
         )
 

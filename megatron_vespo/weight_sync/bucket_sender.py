@@ -7,19 +7,17 @@ SGLang joins on /init_weights_update_group and receives one flattened bucket per
 
 from __future__ import annotations
 
-import socket
 import time
 from concurrent.futures import Future
-from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, WeightSyncError
+from megatron_vespo.weight_sync.outside_group import join_group, leave_group, open_store
 
 ARRIVAL_POLL_S = 0.05
 SyncBackend = Literal["nccl", "gloo"]
@@ -38,8 +36,7 @@ class BucketSender:
         self.admin, self.name = admin, name
         self.group: dist.ProcessGroup | None = None
         world_size = 1 + engine_size * len(admin.urls)
-        timeout = timedelta(seconds=admin.timeout_s)
-        store = _store(host, world_size, timeout)
+        store = open_store(host, admin.timeout_s, world_size)
         joins = [
             admin.submit(
                 url,
@@ -59,7 +56,7 @@ class BucketSender:
             del store  # the engines that wait at it for others give up
             admin.wait(joins)
         try:
-            self.group = _join_as_rank_zero(backend, store, world_size, self.name, timeout)
+            self.group = join_group(backend, store, 0, world_size, self.name, admin.timeout_s)
         except RuntimeError as error:
             admin.wait([join for join in joins if join.done()])
             raise WeightSyncError(f"no group with {', '.join(admin.urls)}: {error}") from error
@@ -100,18 +97,7 @@ class BucketSender:
         """Leave the group without waiting for the engines."""
         group, self.group = self.group, None
         if group is not None:
-            group.abort()
-            dist.destroy_process_group(group)
-
-
-def _store(host: str, world_size: int, timeout: timedelta) -> TCPStore:
-    """A store on a free port of this address only. By default torch would listen on all interfaces."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )  # fmt: skip
+            leave_group(group)
 
 
 def _all_have_arrived(store: TCPStore, number: int, joins: list[Future], timeout_s: float) -> bool:
@@ -132,17 +118,3 @@ def _all_have_arrived(store: TCPStore, number: int, joins: list[Future], timeout
             return not failed
         time.sleep(ARRIVAL_POLL_S)
     return False
-
-
-def _join_as_rank_zero(
-    backend: str, store: Store, world_size: int, name: str, timeout: timedelta
-) -> dist.ProcessGroup:
-    """A process group with processes outside the trainer's world, by internal functions of torch."""
-    prefixed = PrefixStore(name, store)
-    named = cast(Any, name)  # a GroupName in new versions of torch
-    group, _ = _new_process_group_helper(
-        world_size, 0, [], Backend(backend), prefixed, group_name=named, timeout=timeout
-    )
-    assert isinstance(group, dist.ProcessGroup)
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group

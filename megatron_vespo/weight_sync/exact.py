@@ -1,5 +1,6 @@
-"""Weights shard to shard: every rank of an engine copies what it holds, and nothing else, out of the memory
-of trainer ranks on its host. The bytes go through shared memory; HTTP has only messages.
+"""Weights shard to shard: every engine rank gets the bytes that it holds, and nothing else.
+
+They go through memory that both processes can open, or as messages between their ranks. HTTP has only words.
 """
 
 from __future__ import annotations
@@ -7,30 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import cast
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_vespo.models.table import Family, ModelShape
 from megatron_vespo.system.plugins import WEIGHT_LOADER
-from megatron_vespo.weight_sync.agreement import agree, gathered, together
+from megatron_vespo.weight_sync.agreement import agree, from_rank_0, gathered, together
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
-from megatron_vespo.weight_sync.exact_sender import Packer, introductions
-from megatron_vespo.weight_sync.messages import (
-    BOARD_SLOT_BYTES,
-    Introduction,
-    Load,
-    pack,
-    read_slot,
-    write_slot,
-)
-from megatron_vespo.weight_sync.plan import Plan, make_plan
-from megatron_vespo.weight_sync.shared_memory import SharedMemory
+from megatron_vespo.weight_sync.exact_sender import ExactSender, Handles, introduction
+from megatron_vespo.weight_sync.messages import Hello, Join, Load, Message, pack
+from megatron_vespo.weight_sync.outside_group import client_store, join_group, leave_group, meet, open_store
+from megatron_vespo.weight_sync.plan import MissingPartError, Plan, make_plan
+from megatron_vespo.weight_sync.reports import failures, places
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
+from megatron_vespo.weight_sync.wiring import EngineRank, Wiring
+
+BUFFERS = 2  # of each rank: engines read one while the other is filled
 
 
 class NotExactError(WeightSyncError):
@@ -46,149 +43,265 @@ class ExactSource:
     shard: TrainerShard
     layout: EngineLayout
     dtype: torch.dtype
+    device: torch.device
     buffer_bytes: int
+    host: str  # the address of this rank's host
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
 
 
 class Exact:
-    """One trainer rank's part. The lowest rank of each host, its leader, speaks to the engines there."""
+    """One trainer rank's part. Rank 0 speaks to the engines."""
 
     def __init__(self, source: ExactSource):
         self._source = source
-        self._group: dist.ProcessGroup | None = None
-        self._shards: list[TrainerShard] = []  # of this host
-        self._hosts: set[str] = set()  # of all ranks
-        self._plan: Plan | None = None  # none where no engine is on this host
-        self._packer: Packer | None = None
-        self._board: SharedMemory | None = None
-        self._admin: EngineAdmin | None = None  # of the leader, for its host's engines; None without any
+        self._leads = source.shard.rank == 0
+        self._senders: list[ExactSender] = []
+        self._num_groups = 0
+        self._group: dist.ProcessGroup | None = None  # with engine ranks that read no memory of the trainer's
+        self._ranks: dict[EngineRank, int] = {}  # theirs in it
+        self._store: TCPStore | None = None  # on rank 0
+        self._admin: EngineAdmin | None = None
 
-    def connect(self, admin: EngineAdmin) -> None:
-        """Plan, and tell the engines of the plan; a collective. NotExactError if that is not possible."""
-        self._meet()
-        away = sorted({_host(url) for url in admin.urls} - self._hosts)
-        if away:
-            raise NotExactError(f"no trainer rank runs on {', '.join(away)}, where engines are")
-        urls = [url for url in admin.urls if _host(url) == self._source.shard.host]
-        together(bool(urls), self._make_plan)
-        paths: dict[int, str] = {}
-        if self._plan is not None:
-            self._packer = Packer(self._plan, self._source.shard.rank, self._source.dtype)
-            paths = dict(gathered((self._source.shard.rank, self._packer.path), self._group))
-        leads = self._source.shard.rank == self._shards[0].rank
-        together(leads and bool(urls), self._introduce, admin, urls, paths)
+    def connect(self, admin: EngineAdmin, number: int) -> None:
+        """Plan, and tell the engines of the plan; a collective. NotExactError if that is not possible.
+
+        `number` has not been used before with these engines.
+        """
+        self._admin = admin
+        found = from_rank_0(together(self._leads, self._say_hello))
+        shards: list[TrainerShard] = gathered(self._source.shard)
+        wirings: list[Wiring] = together(True, self._plan, shards, found)
+        source = self._source
+        self._num_groups = max(wiring.plan.num_groups for wiring in wirings)
+        self._senders = [
+            ExactSender(wiring, source.shard.rank, source.dtype, source.device, BUFFERS) for wiring in wirings
+        ]
+        self._introduce(wirings)
+        self._join(wirings, len(shards), f"megatron_vespo_{number}_exact")
 
     def send(self, held: Mapping[str, Tensor], policy_version: int) -> None:
         """All of the weights: a group is packed while the engines copy the one before; a collective.
 
         `held` are this rank's parameters by their first HF tensor.
         """
-        last = self._plan.num_groups - 1 if self._plan is not None else -1
         calls: list[Future] = []
+        works: list[dist.Work] = []
         error: WeightSyncError | None = None
-        for group in range(last + 1):
-            assert self._packer is not None
-            self._packer.pack(group, held)
-            error = self._result(calls)
-            if any(gathered(error is not None, self._group)):
+        for group in range(self._num_groups):
+            started = self._prepare(group, held)
+            error = _finished(works) or self._result(calls)
+            if any(gathered(error is not None)):
+                self._leave()  # engines that wait for a part that will not come give up
                 break
-            calls = self._ask(group, policy_version if group == last else None)
-        agree(error or self._result(calls))
+            works = started
+            last = group == self._num_groups - 1
+            calls = self._post(
+                lambda _, group=group: Load(group, group + 1, False), policy_version if last else None
+            )
+        agree(error or _finished(works) or self._result(calls))
 
     def close(self) -> None:
-        """Engines keep the memory that they have opened until they hear of another plan."""
-        for part in (self._packer, self._board, self._admin):
-            if part is not None:
-                part.close()
-        self._plan = self._packer = self._board = self._admin = None
+        """Engines keep the memory that they have opened until they hear of another connection."""
+        self._leave()
+        for sender in self._senders:
+            sender.close()
+        self._senders, self._ranks, self._store, self._admin = [], {}, None, None
 
-    def _meet(self) -> None:
-        """Once: who runs where, and a process group for each host."""
-        if self._shards:
-            return
-        shards: list[TrainerShard] = gathered(self._source.shard)
-        self._hosts = {shard.host for shard in shards}
-        for host in sorted(self._hosts):
-            here = [shard for shard in shards if shard.host == host]
-            group = dist.new_group([shard.rank for shard in here], backend="gloo")
-            if host == self._source.shard.host:
-                self._shards, self._group = here, cast(dist.ProcessGroup, group)
+    def _say_hello(self) -> list[EngineRank]:
+        """Where the engines' ranks run."""
+        admin, source = self._engines, self._source
+        self._store = open_store(source.host, admin.timeout_s)
+        admin.wait(self._post(
+            lambda slot: Hello(source.host, self._open_store.port, admin.timeout_s, slot), None
+        ))  # fmt: skip
+        size, found = source.layout.tp, []
+        for slot, place in enumerate(places(self._store, size * len(admin.urls))):
+            if place is None:
+                url = admin.urls[slot // size]
+                raise NotExactError(f"engine {url} cannot reach the trainer at {source.host}; see its log")
+            found.append(EngineRank(slot // size, slot % size, slot, place))
+        return found
 
-    def _make_plan(self) -> None:
-        source = self._source
-        try:
-            self._plan = make_plan(
-                source.family,
-                source.shape,
-                self._shards,
-                source.layout,
-                source.dtype.itemsize,
-                source.buffer_bytes,
-            )
-        except ValueError as error:
-            raise NotExactError(str(error)) from error
-
-    def _introduce(self, admin: EngineAdmin, urls: Sequence[str], paths: Mapping[int, str]) -> None:
-        assert self._plan is not None
-        size = self._source.layout.tp
-        self._admin = admin.of(urls)
-        self._board = SharedMemory(BOARD_SLOT_BYTES * size * len(urls))
-        messages = [
-            introductions(self._plan, paths, self._source.dtype, self._board.path, size * number)
-            for number in range(len(urls))
+    def _plan(self, shards: Sequence[TrainerShard], engine_ranks: Sequence[EngineRank]) -> list[Wiring]:
+        """Engines get their weights from ranks of their own host, if these hold the whole model."""
+        source, plans = self._source, _Plans(self._source, shards)
+        by_sources: dict[tuple[TrainerShard, ...], list[EngineRank]] = {}
+        hosts = {rank.engine: rank.place.host for rank in engine_ranks if rank.rank == 0}
+        for rank in engine_ranks:
+            by_sources.setdefault(plans.sources(hosts[rank.engine]), []).append(rank)
+        return [
+            Wiring(plans.plan(sources), sources, ranks, source.dtype.itemsize)
+            for sources, ranks in by_sources.items()
         ]
-        self._admin.wait(self._post(lambda number: messages[number], None))
-        told = self._told()
-        if told:
-            raise NotExactError("; ".join(told.values()))
 
-    def _ask(self, group: int, policy_version: int | None) -> list[Future]:
-        if self._admin is None:
+    def _introduce(self, wirings: Sequence[Wiring]) -> None:
+        # of each wiring: a rank may pack for several
+        everybodys: list[list[Handles]] = gathered([sender.handles for sender in self._senders])
+        handles = [
+            {key: text for of_rank in everybodys for key, text in of_rank[number].items()}
+            for number in range(len(wirings))
+        ]
+        wired = {
+            rank.slot: (wiring, rank, handles[number])
+            for number, wiring in enumerate(wirings)
+            for rank in wiring.engine_ranks
+        }
+
+        def message(slot: int) -> Message:
+            return introduction(*wired[slot], self._source.dtype, BUFFERS)
+
+        def introduce() -> None:
+            self._engines.wait(self._post(message, None))
+            if told := self._told():
+                raise NotExactError("; ".join(told.values()))
+
+        together(self._leads, introduce)
+
+    def _join(self, wirings: Sequence[Wiring], num_ranks: int, name: str) -> None:
+        """A group of all trainer ranks, and of the engine ranks that have no home."""
+        receivers = [
+            rank for wiring in wirings for rank in wiring.engine_ranks
+            if wiring.landing(rank).size and wiring.landing(rank).home is None
+        ]  # fmt: skip
+        if not receivers:
+            return
+        source, timeout_s = self._source, self._engines.timeout_s
+        self._ranks = {receiver: num_ranks + number for number, receiver in enumerate(receivers)}
+        by_slot = {receiver.slot: rank for receiver, rank in self._ranks.items()}
+        world = num_ranks + len(receivers)
+        host, port = from_rank_0((source.host, self._open_store.port) if self._leads else None)
+        calls = self._post(lambda slot: Join(name, source.backend, by_slot.get(slot), world), None)
+
+        def join() -> None:
+            store = self._store or client_store(host, port, timeout_s)
+            try:
+                self._group = join_group(source.backend, store, source.shard.rank, world, name, timeout_s)
+                meet(self._group, source.device)
+            except RuntimeError as error:
+                raise WeightSyncError(f"no group with {', '.join(self._engines.urls)}: {error}") from error
+
+        error = None
+        try:
+            join()
+        except WeightSyncError as failure:
+            error = failure
+        agree(self._result(calls) or error)
+
+    def _prepare(self, group: int, held: Mapping[str, Tensor]) -> list[dist.Work]:
+        """Fill the group's buffers; what engine ranks receive themselves is on its way afterwards."""
+        relayed: list[dist.P2POp] = []
+        sent: list[dist.P2POp] = []
+        for sender in self._senders:
+            sender.pack(group, held)
+            relayed += sender.relayed(group)
+            if self._group is not None:
+                sent += sender.sent(group, self._ranks, self._group)
+        works = _started(sent)
+        for work in _started(relayed):
+            work.wait()
+        if self._source.device.type == "cuda":
+            torch.cuda.current_stream(self._source.device).synchronize()  # engines read what is there now
+        return works
+
+    def _post(self, message: Callable[[int], Message], policy_version: int | None) -> list[Future]:
+        """One call to each engine, by rank 0; its ranks get a message each, by slot."""
+        if not self._leads:
             return []
-        load: Sequence[Introduction | Load] = [Load(group)] * self._source.layout.tp
-        return self._post(lambda _: load, policy_version)
-
-    def _post(
-        self, messages: Callable[[int], Sequence[Introduction | Load]], policy_version: int | None
-    ) -> list[Future]:
-        """One call to each engine; its ranks get a message each."""
-        assert self._admin is not None
         payload: dict = {"load_format": WEIGHT_LOADER, "selector": "target"}
         # what requests paused in place have in the cache is theirs; it cannot be flushed
-        payload["flush_cache"] = policy_version is not None and self._admin.pause != "in_place"
+        payload["flush_cache"] = policy_version is not None and self._engines.pause != "in_place"
         if policy_version is not None:
             payload["weight_version"] = str(policy_version)
+        size = self._source.layout.tp
         return [
-            self._admin.submit(
+            self._engines.submit(
                 url,
                 "/update_weights_from_tensor",
-                payload | {"serialized_named_tensors": [pack(message) for message in messages(number)]},
+                payload
+                | {"serialized_named_tensors": [pack(message(number * size + rank)) for rank in range(size)]},
             )
-            for number, url in enumerate(self._admin.urls)
+            for number, url in enumerate(self._engines.urls)
         ]
 
     def _result(self, calls: list[Future]) -> WeightSyncError | None:
         """What went wrong in these calls. An engine that could not load is lost: its weights are mixed."""
         if not calls:
             return None
-        assert self._admin is not None
         try:
-            self._admin.wait(calls)
+            self._engines.wait(calls)
         except WeightSyncError as error:
             return error
         told = self._told()
         return EnginesLostError(told) if told else None
 
     def _told(self) -> dict[str, str]:
-        """What the engines have written on the board, by url; it is wiped."""
-        assert self._admin is not None and self._board is not None
-        found = {}
-        for number, url in enumerate(self._admin.urls):
-            for slot in range(number * self._source.layout.tp, (number + 1) * self._source.layout.tp):
-                if text := read_slot(self._board.bytes, slot):
-                    found.setdefault(url, f"engine {url}: {text}")
-                    write_slot(self._board.bytes, slot, "")
+        """What engine ranks have reported, by url."""
+        urls, size = self._engines.urls, self._source.layout.tp
+        found: dict[str, str] = {}
+        for slot, text in failures(self._open_store, size * len(urls)).items():
+            found.setdefault(urls[slot // size], f"engine {urls[slot // size]}: {text}")
         return found
 
+    def _leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            leave_group(group)
 
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or ""
+    @property
+    def _engines(self) -> EngineAdmin:
+        assert self._admin is not None, "connect comes first"
+        return self._admin
+
+    @property
+    def _open_store(self) -> TCPStore:
+        assert self._store is not None
+        return self._store
+
+
+class _Plans:
+    """Makes each plan once."""
+
+    def __init__(self, source: ExactSource, shards: Sequence[TrainerShard]):
+        self._source, self._shards = source, tuple(shards)
+        self._made: dict[tuple[TrainerShard, ...], Plan] = {}
+
+    def sources(self, host: str) -> tuple[TrainerShard, ...]:
+        """Trainer ranks that serve engines on this host."""
+        here = tuple(shard for shard in self._shards if shard.place.host == host)
+        if not here or here == self._shards:
+            return self._shards
+        try:
+            self.plan(here)
+        except MissingPartError:
+            return self._shards
+        return here
+
+    def plan(self, shards: tuple[TrainerShard, ...]) -> Plan:
+        source = self._source
+        if shards not in self._made:
+            element = source.dtype.itemsize
+            try:
+                self._made[shards] = make_plan(
+                    source.family, source.shape, shards, source.layout, element, source.buffer_bytes
+                )
+            except MissingPartError:
+                raise
+            except ValueError as error:
+                raise NotExactError(str(error)) from error
+        return self._made[shards]
+
+
+def _started(operations: list[dist.P2POp]) -> list[dist.Work]:
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _finished(works: list[dist.Work]) -> WeightSyncError | None:
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        return WeightSyncError(f"weights could not be sent: {error}")
+    return None

@@ -1,33 +1,46 @@
-"""A trainer rank's end of the exact sync: its part of a plan, packed group by group into shared memory."""
+"""A trainer rank's part in one wiring: packs its pieces, and moves segments to where engines read them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vespo.weight_sync.exported_memory import ExportedMemory
 from megatron_vespo.weight_sync.messages import Introduction
-from megatron_vespo.weight_sync.plan import Piece, Plan
-from megatron_vespo.weight_sync.shared_memory import SharedMemory
+from megatron_vespo.weight_sync.plan import Piece
+from megatron_vespo.weight_sync.wiring import Arrival, EngineRank, Wiring
+
+OWN = -1  # in the place of a slot: the buffer that a rank packs into
+Handles = Mapping[tuple[int, int], str]  # trainer rank and slot, or OWN -> handle
 
 
-class Packer:
-    """Two buffers, filled in turn: engines read one while the other is filled."""
+class ExactSender:
+    """Buffers hold `ring` groups each, and are filled in turn: engines read one while the next is filled."""
 
-    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype):
-        self._dtype = dtype
-        self._size = plan.buffer_bytes
-        self._memory = SharedMemory(2 * self._size)
-        self._groups: dict[int, list[Piece]] = defaultdict(list)
-        for piece in plan.pieces:
+    def __init__(self, wiring: Wiring, rank: int, dtype: torch.dtype, device: torch.device, ring: int):
+        self._wiring, self._rank, self._dtype, self._ring = wiring, rank, dtype, ring
+        self._size = wiring.plan.buffer_bytes
+        self._groups: dict[int, list[Piece]] = {}
+        for piece in wiring.plan.pieces:
             if piece.source == rank:
-                self._groups[piece.group].append(piece)
+                self._groups.setdefault(piece.group, []).append(piece)
+        self._own = ExportedMemory(ring * self._size, device) if self._groups else None
+        self._landings = {
+            receiver: ExportedMemory(ring * landing.size, device)
+            for receiver in wiring.engine_ranks
+            if (landing := wiring.landing(receiver)).home == rank and landing.size
+        }
 
     @property
-    def path(self) -> str:
-        return self._memory.path
+    def handles(self) -> dict[tuple[int, int], str]:
+        """Of this rank's buffers."""
+        found = {(self._rank, receiver.slot): memory.handle for receiver, memory in self._landings.items()}
+        if self._own is not None:
+            found[self._rank, OWN] = self._own.handle
+        return found
 
     @torch.no_grad()
     def pack(self, group: int, held: Mapping[str, Tensor]) -> int:
@@ -35,55 +48,93 @@ class Packer:
 
         Returns the number of bytes.
         """
-        start = group % 2 * self._size
-        buffer = self._memory.bytes[start : start + self._size].view(self._dtype)
-        targets, values, end = [], [], 0
-        for piece in self._groups[group]:
+        targets, values, size = [], [], 0
+        for piece in self._groups.get(group, ()):
             tensor = held[piece.tensor]
             matrix = tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(-1, 1)
             values.append(matrix[piece.row : piece.row + piece.rows, piece.col : piece.col + piece.cols])
-            end = piece.offset // self._dtype.itemsize
-            targets.append(buffer[end : end + piece.elements].view(piece.rows, piece.cols))
-            end += piece.elements
+            end = piece.offset + piece.elements * self._dtype.itemsize
+            targets.append(self._packed(group)[piece.offset : end].view(self._dtype).view(piece.rows, -1))
+            size += end - piece.offset
         if targets:
             torch._foreach_copy_(targets, values)  # pyright: ignore[reportPrivateImportUsage]
-        return end * self._dtype.itemsize
+        return size
+
+    def relayed(self, group: int) -> Iterator[dist.P2POp]:
+        """Between ranks of the trainer: segments on their way to the homes of engine ranks."""
+        for arrival in self._wiring.arrivals(group):
+            home = self._wiring.landing(arrival.receiver).home
+            source = arrival.segment.source
+            if home is None:
+                continue
+            if source == self._rank:
+                yield dist.P2POp(dist.isend, self._segment(arrival), home)
+            if home == self._rank:
+                yield dist.P2POp(dist.irecv, self._landed(arrival), source)
+
+    def sent(
+        self, group: int, ranks: Mapping[EngineRank, int], process_group: dist.ProcessGroup
+    ) -> Iterator[dist.P2POp]:
+        """To the engine ranks themselves, whose ranks in the group are `ranks`."""
+        for arrival in self._wiring.arrivals(group):
+            if arrival.segment.source == self._rank and arrival.receiver in ranks:
+                yield dist.P2POp(dist.isend, self._segment(arrival), ranks[arrival.receiver], process_group)
 
     def close(self) -> None:
-        self._memory.close()
+        for memory in (self._own, *self._landings.values()):
+            if memory is not None:
+                memory.close()
+
+    def _packed(self, group: int) -> Tensor:
+        assert self._own is not None
+        start = group % self._ring * self._size
+        return self._own.bytes[start : start + self._size]
+
+    def _segment(self, arrival: Arrival) -> Tensor:
+        segment = arrival.segment
+        return self._packed(segment.group)[segment.offset : segment.offset + segment.size]
+
+    def _landed(self, arrival: Arrival) -> Tensor:
+        segment, memory = arrival.segment, self._landings[arrival.receiver]
+        start = segment.group % self._ring * self._wiring.landing(arrival.receiver).size + arrival.offset
+        return memory.bytes[start : start + segment.size]
 
 
-def introductions(
-    plan: Plan, paths: Mapping[int, str], dtype: torch.dtype, board: str, first_slot: int
-) -> list[Introduction]:
-    """For each rank of an engine. `paths` are the sources' shared memory, by trainer rank."""
-    sources = {rank: number for number, rank in enumerate(paths)}
-    found = []
-    for engine_rank, matrices in enumerate(plan.matrices):
-        numbers = {name: number for number, name in enumerate(matrices)}
-        pieces: Sequence[list[int]] = [
-            [
-                *(piece.group, sources[piece.source], piece.offset, numbers[piece.parameter]),
-                *(piece.to_row, piece.to_col, piece.rows, piece.cols),
-            ]
-            for piece in plan.pieces
-            if piece.engine_rank == engine_rank
-        ]
-        padding = [
-            [numbers[fill.parameter], fill.to_row, fill.rows]
+def introduction(
+    wiring: Wiring, receiver: EngineRank, handles: Handles, dtype: torch.dtype, ring: int
+) -> Introduction:
+    """What one engine rank has to know. `handles` are those of all trainer ranks."""
+    plan, landing = wiring.plan, wiring.landing(receiver)
+    in_place = sorted(source for source in wiring.sources if wiring.reads_in_place(receiver, source))
+    buffers = [(handles[source, OWN], plan.buffer_bytes) for source in in_place]
+    numbers: dict[int | None, int] = {source: number for number, source in enumerate(in_place)}
+    if landing.size:
+        numbers[None] = len(buffers)
+        handle = "" if landing.home is None else handles[landing.home, receiver.slot]
+        buffers.append((handle, landing.size))
+    matrices = plan.matrices[receiver.rank]
+    parameters = {name: number for number, name in enumerate(matrices)}
+    pieces = []
+    for piece in plan.pieces:
+        if piece.engine_rank == receiver.rank:
+            where, offset = wiring.place_of(piece, receiver)
+            pieces.append([
+                piece.group, numbers[where], offset, parameters[piece.parameter],
+                piece.to_row, piece.to_col, piece.rows, piece.cols,
+            ])  # fmt: skip
+    return Introduction(
+        dtype=str(dtype).removeprefix("torch."),
+        num_groups=plan.num_groups,
+        ring=ring,
+        buffers=buffers,
+        matrices=[(name, *size) for name, size in matrices.items()],
+        pieces=pieces,
+        padding=[
+            [parameters[fill.parameter], fill.to_row, fill.rows]
             for fill in plan.padding
-            if fill.engine_rank == engine_rank
-        ]
-        found.append(
-            Introduction(
-                board=board,
-                slot=first_slot + engine_rank,
-                sources=list(paths.values()),
-                buffer_bytes=plan.buffer_bytes,
-                dtype=str(dtype).removeprefix("torch."),
-                matrices=[(name, *size) for name, size in matrices.items()],
-                pieces=pieces,
-                padding=padding,
-            )
-        )
-    return found
+            if fill.engine_rank == receiver.rank
+        ],
+        arrivals=[
+            [group, source, *span] for (group, source), span in landing.spans.items() if landing.home is None
+        ],
+    )

@@ -1,7 +1,8 @@
 """What a trainer tells `engine_loader` in an engine, as JSON in the place of a tensor's name.
 
 SGLang's /update_weights_from_tensor takes, for each rank of an engine, a pickled list of names and tensors.
-Ours has one pair: the message and an empty tensor. The weights are in shared memory.
+Ours has one pair: the message and an empty tensor. What the engine's ranks have to say goes into a store that
+the trainer keeps, see `reports`.
 """
 
 from __future__ import annotations
@@ -17,37 +18,65 @@ from typing import Any
 import torch
 import torch.multiprocessing  # noqa: F401 - teaches ForkingPickler tensors
 
-BOARD_SLOT_BYTES = 4096  # what one engine rank may write about a failure
+
+@dataclass(frozen=True)
+class Hello:
+    """Comes first: the engine rank writes into the store under its `slot` where it runs."""
+
+    host: str
+    port: int
+    timeout_s: float
+    slot: int
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """Comes once in a connection: where the buffers are, and what of them goes where.
+    """Where the bytes are, and what of them goes where. Each buffer holds `ring` groups of its size.
 
-    `sources` are paths of two buffers of `buffer_bytes` each; `matrices` are the rank's parameters with rows
-    and columns. `pieces` are [group, source, offset, parameter, to_row, to_col, rows, cols], where source and
-    parameter are positions in the lists, `padding` is [parameter, to_row, rows]. Errors go into slot `slot`
-    of the shared memory `board`.
+    `buffers` are handles and sizes in bytes; the last one may have the handle "": the landing buffer of the
+    engine rank itself. `matrices` are the rank's parameters with rows and columns. `pieces` are [group,
+    buffer, offset, parameter, to_row, to_col, rows, cols], where buffer and parameter are positions in the
+    lists; `padding` is [parameter, to_row, rows]. `arrivals` are what lands in the landing buffer: [group,
+    trainer rank, offset, size]. Of `num_groups` groups.
     """
 
-    board: str
-    slot: int
-    sources: Sequence[str]
-    buffer_bytes: int
     dtype: str
+    num_groups: int
+    ring: int
+    buffers: Sequence[tuple[str, int]]
     matrices: Sequence[tuple[str, int, int]]
     pieces: Sequence[Sequence[int]]
     padding: Sequence[Sequence[int]]
+    arrivals: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Enter the group of trainer and engine ranks as `rank`; None: this one needs no group."""
+
+    name: str
+    backend: str
+    rank: int | None
+    world_size: int
 
 
 @dataclass(frozen=True)
 class Load:
-    """Copy what belongs to the engine out of the buffers of `group`: the first ones for even numbers."""
+    """Copy what belongs to the engine out of the buffers of the groups from `start` to `stop` - 1.
 
-    group: int
+    What arrives in the landing buffer is received now, unless it has been `staged`.
+    """
+
+    start: int
+    stop: int
+    staged: bool
 
 
-def pack(message: Introduction | Load) -> str:
+Message = Hello | Introduction | Join | Load
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Hello, Introduction, Join, Load)}
+
+
+def pack(message: Message) -> str:
     """For `serialized_named_tensors`."""
     text = json.dumps({type(message).__name__: asdict(message)})
     stream = io.BytesIO()
@@ -56,19 +85,6 @@ def pack(message: Introduction | Load) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def unpack(text: str) -> Introduction | Load:
+def unpack(text: str) -> Message:
     [(kind, fields)] = json.loads(text).items()
-    kinds: dict[str, Any] = {"Introduction": Introduction, "Load": Load}
-    return kinds[kind](**fields)
-
-
-def write_slot(board: torch.Tensor, slot: int, text: str) -> None:
-    """Text of one slot, cut to its size; zero bytes behind it."""
-    content = text.encode()[: BOARD_SLOT_BYTES - 1].ljust(BOARD_SLOT_BYTES, b"\0")
-    start = slot * BOARD_SLOT_BYTES
-    board[start : start + BOARD_SLOT_BYTES] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def read_slot(board: torch.Tensor, slot: int) -> str:
-    content = bytes(board[slot * BOARD_SLOT_BYTES : (slot + 1) * BOARD_SLOT_BYTES].numpy())
-    return content.partition(b"\0")[0].decode(errors="replace")
+    return _KINDS[kind](**fields)

@@ -22,12 +22,17 @@ from megatron_vespo.weight_sync.engine_layout import (
 from megatron_vespo.weight_sync.trainer_layout import Held, Sources, TrainerShard
 
 
+class MissingPartError(ValueError):
+    """The given trainer ranks do not hold the whole model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A rectangle of `rows` x `cols` elements on its way.
 
     `tensor` names the trainer's parameter: the first HF tensor that it holds. `offset`, in bytes, is its
-    place in the buffer of `source` while the `group` is sent.
+    place in the buffer of `source` while the `group` is sent. There the pieces of an engine rank are
+    neighbours.
     """
 
     source: int  # trainer rank
@@ -78,9 +83,9 @@ def make_plan(
     element_bytes: int,
     buffer_bytes: int,
 ) -> Plan:
-    """Pieces in the order of the model, in groups of at most `buffer_bytes` from one source.
+    """Pieces in groups of at most `buffer_bytes` from one source.
 
-    ValueError if `shards` do not hold the whole model, or if SGLang's layout is not known.
+    MissingPartError if `shards` do not hold the whole model, ValueError if SGLang's layout is not known.
     """
     check_supported(layout, shape)
     buffers = _Buffers(element_bytes, buffer_bytes)
@@ -96,7 +101,7 @@ def make_plan(
         for copy, engine_rank, parameter, expert_row in kind.copies_of(numbers):
             candidates = [s.rank for s in holders if copy.tp_rank in (None, s.part.group_of(row)[0])]
             if not candidates:
-                raise ValueError(f"no trainer rank on {shards[0].host} has {kind.tensor(numbers)}")
+                raise MissingPartError(f"no trainer rank has {kind.tensor(numbers)}")
             pieces += buffers.place(candidates, Piece(
                 -1, engine_rank, kind.tensor(numbers), copy.row, copy.col, parameter,
                 copy.to_row + expert_row, copy.to_col, copy.rows, copy.cols,
@@ -104,7 +109,19 @@ def make_plan(
         padding += kind.padding
         for engine_rank, parameter, matrix in kind.matrices_of(numbers):
             matrices[engine_rank][parameter] = matrix
-    return Plan(pieces, padding, matrices, buffers.num_groups, buffers.fullest)
+    return Plan(_packed(pieces, element_bytes), padding, matrices, buffers.num_groups, buffers.fullest)
+
+
+def _packed(pieces: list[Piece], element_bytes: int) -> list[Piece]:
+    """With their places in the buffers, ordered by source, group and engine rank."""
+    ordered = sorted(pieces, key=lambda piece: (piece.source, piece.group, piece.engine_rank))
+    found, buffer, end = [], None, 0
+    for piece in ordered:
+        if (piece.source, piece.group) != buffer:
+            buffer, end = (piece.source, piece.group), 0
+        found.append(replace(piece, offset=end))
+        end += piece.elements * element_bytes
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +203,16 @@ def _common(part: Held, wanted: Rectangle) -> _Copy | None:
 
 
 class _Buffers:
-    """Chooses sources, and fills the buffer of each, one group after another."""
+    """Chooses sources, and cuts what each of them sends into groups."""
 
     def __init__(self, element_bytes: int, limit: int):
         self._element_bytes, self._limit = element_bytes, limit
         self._sent: dict[int, int] = defaultdict(int)
-        self._ends: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # group and end of what is in it
+        self._ends: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # the last group and its size
         self.num_groups = self.fullest = 0
 
     def place(self, candidates: list[int], piece: Piece) -> Iterator[Piece]:
-        """The piece with its source and place, in several if it is larger than a buffer."""
+        """The piece with its source and group, in several if it is larger than a buffer."""
         source = min(candidates, key=lambda rank: self._sent[rank])
         row_bytes = piece.cols * self._element_bytes
         if row_bytes > self._limit:
@@ -212,5 +229,5 @@ class _Buffers:
             self.fullest = max(self.fullest, end + size)
             yield replace(
                 piece, source=source, row=piece.row + start, to_row=piece.to_row + start, rows=rows,
-                group=group, offset=end,
+                group=group,
             )  # fmt: skip

@@ -11,14 +11,15 @@ import torch
 from megatron_vespo.models.mappings import Direct, Mapping
 from megatron_vespo.models.part import ModelPart
 from megatron_vespo.weight_sync.engine_layout import Rectangle
+from megatron_vespo.weight_sync.places import Place
 
 
 @dataclass(frozen=True)
 class TrainerShard:
-    """What one trainer rank holds, and the host that it runs on."""
+    """What one trainer rank holds, and where it runs, see `places`."""
 
     rank: int
-    host: str
+    place: Place
     part: ModelPart
 
 

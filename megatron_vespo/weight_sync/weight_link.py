@@ -74,7 +74,7 @@ class WeightLink:
             self._admin.close()
         self._admin = EngineAdmin(urls, self._timeout_s, self._pause, self._api_key)
         together(self._rank == 0, self._leave, number - 1)
-        self._connect_exactly()
+        self._connect_exactly(number)
         if self.why_broadcast is not None:
             self._broadcast.connect(self._admin, number)
         together(self._rank == 0, self._forget, fresh)
@@ -88,13 +88,13 @@ class WeightLink:
             self._broadcast.send(weights.buckets(), policy_version)
         together(self._rank == 0, self.admin.finish, policy_version)
 
-    def _connect_exactly(self) -> None:
+    def _connect_exactly(self, number: int) -> None:
         if self._exact is None:
             return
         self.why_broadcast = None
         together(self._rank == 0, self.admin.call, "/begin_weight_update", {})
         try:
-            self._exact.connect(self.admin)
+            self._exact.connect(self.admin, number)
         except NotExactError as error:
             self.why_broadcast = str(error)
             self._exact.close()

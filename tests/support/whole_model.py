@@ -14,6 +14,7 @@ from megatron_vespo.models.family import Family, ModelShape, family_of, shape_of
 from megatron_vespo.models.part import ModelPart
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.exact import ExactSource
+from megatron_vespo.weight_sync.places import place_of
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
 
@@ -29,8 +30,9 @@ def whole(shape: ModelShape) -> ModelPart:
 
 def exact_source(folder: Path, host: str, layout: EngineLayout, buffer_bytes: int) -> ExactSource:
     family, shape = model_of(folder)
-    shard = TrainerShard(0, host, whole(shape))
-    return ExactSource(family, shape, shard, layout, torch.float32, buffer_bytes)
+    device = torch.device("cpu")
+    shard = TrainerShard(0, place_of(device), whole(shape))
+    return ExactSource(family, shape, shard, layout, torch.float32, device, buffer_bytes, host)
 
 
 def held_weights(folder: Path) -> Mapping[str, Tensor]:

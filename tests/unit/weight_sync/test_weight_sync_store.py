@@ -9,9 +9,11 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from megatron_vespo.weight_sync.bucket_sender import _all_have_arrived, _store
+from megatron_vespo.weight_sync.bucket_sender import _all_have_arrived
+from megatron_vespo.weight_sync.outside_group import open_store
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT_S = 20.0
+TIMEOUT = timedelta(seconds=TIMEOUT_S)
 
 
 def listening() -> set[tuple[str, int]]:
@@ -20,7 +22,7 @@ def listening() -> set[tuple[str, int]]:
 
 def test_it_listens_on_its_address_only_and_leaves_nothing():
     before = listening()
-    store = _store("127.0.0.1", 2, TIMEOUT)
+    store = open_store("127.0.0.1", TIMEOUT_S, 2)
     assert listening() - before == {("127.0.0.1", store.port)}
     other = dist.TCPStore("127.0.0.1", store.port, 2, is_master=False, timeout=TIMEOUT)
     other.set("a", "b")
@@ -30,7 +32,7 @@ def test_it_listens_on_its_address_only_and_leaves_nothing():
 
 
 def test_the_port_is_free_at_once_again():
-    store = _store("127.0.0.1", 2, TIMEOUT)
+    store = open_store("127.0.0.1", TIMEOUT_S, 2)
     port = store.port
     del store
     socket.create_server(("127.0.0.1", port)).close()
@@ -39,7 +41,7 @@ def test_the_port_is_free_at_once_again():
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_rank_on_its_way_is_waited_for(fails):
     """Also where the other one has failed, or it would look for a store that has gone."""
-    store, other, on_the_way = _store("127.0.0.1", 3, TIMEOUT), Future(), Future()
+    store, other, on_the_way = open_store("127.0.0.1", TIMEOUT_S, 3), Future(), Future()
     if fails:
         other.set_exception(RuntimeError("refused"))
     else:
@@ -53,4 +55,4 @@ def test_a_rank_on_its_way_is_waited_for(fails):
 
 
 def test_the_wait_for_ranks_has_a_deadline():
-    assert not _all_have_arrived(_store("127.0.0.1", 2, TIMEOUT), 1, [Future()], 0.2)
+    assert not _all_have_arrived(open_store("127.0.0.1", TIMEOUT_S, 2), 1, [Future()], 0.2)
