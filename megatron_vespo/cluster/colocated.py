@@ -63,23 +63,23 @@ class ColocatedSync(EngineSync):
         super().__init__(engines, engine_size, api_key, log=log)
         self._gpu_sharing = gpu_sharing
 
-    def sync(self, policy_version: int) -> float:
+    def sync(self, policy_version: int) -> dict[str, float]:
         assert self._trainer is not None, "attach comes first"
         self._trainer.offload(keep_weights=True)
         self._gpu_sharing.begin_sync()
-        seconds = super().sync(policy_version)
+        metrics = super().sync(policy_version)
         self._gpu_sharing.end_sync()
-        return seconds
+        return metrics
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {"engines/turn_seconds": self._gpu_sharing.seconds}
 
-    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> dict[str, float]:
         assert self._trainer is not None, "attach comes first"
         # engines that have just started, and all engines in a repeated sync: the trainer's weights need room
         self._gpu_sharing.offload(endpoints, CACHE_AND_GRAPHS)
         self._gpu_sharing.onload(endpoints, WEIGHTS)
-        seconds = super()._try(endpoints, policy_version)
+        metrics = super()._try(endpoints, policy_version)
         self._trainer.offload()
         self._gpu_sharing.onload(endpoints, CACHE_AND_GRAPHS)
-        return seconds
+        return metrics

@@ -31,17 +31,16 @@ class EngineSync:
         self._connected: list[tuple[int, int]] = []  # engines and their start numbers
         self._num_connections = 0
 
-    def sync(self, policy_version: int) -> float:
-        """Make every engine that runs serve the current weights as `policy_version`.
+    def sync(self, policy_version: int) -> dict[str, float]:
+        """Make every engine that runs serve the current weights as `policy_version`; returns metrics.
 
-        Returns the seconds that checking took. Waits for an engine if none runs. Must not be called inside an
-        optimizer step.
+        Waits for an engine if none runs. Must not be called inside an optimizer step.
         """
         while True:
             endpoints = self._engines.endpoints()
             try:
                 with self._engines.quiet():
-                    seconds = self._try(endpoints, policy_version)
+                    metrics = self._try(endpoints, policy_version)
             except EnginesLostError as error:
                 self._connected = []
                 for endpoint in endpoints:
@@ -49,7 +48,7 @@ class EngineSync:
                         self._engines.lose(endpoint, error.lost[endpoint.url])
             else:
                 self._engines.serve(endpoints)
-                return seconds
+                return metrics
 
     def is_wanted(self, while_others_serve: bool) -> bool:
         """Whether an engine waits for weights. Without `while_others_serve`: and no other engine serves."""
@@ -64,9 +63,9 @@ class EngineSync:
         """Take the weights from `trainer` from now on; the next sync connects its ranks."""
         self._trainer, self._connected = trainer, []
 
-    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> float:
+    def _try(self, endpoints: list[EngineEndpoint], policy_version: int) -> dict[str, float]:
         if self._trainer is None:
-            return 0.0
+            return {}
         servers = [(endpoint.number, endpoint.start) for endpoint in endpoints]
         if servers != self._connected:
             self._num_connections += 1
@@ -76,12 +75,14 @@ class EngineSync:
             )
             self._log_way(why_broadcast)
             self._connected = servers
-        self._trainer.sync_weights(policy_version)
-        return self._trainer.check_weights(policy_version)
+        return {
+            "sync/pause_seconds": self._trainer.sync_weights(policy_version),
+            "sync/weight_check_seconds": self._trainer.check_weights(policy_version),
+        }
 
     def _log_way(self, why_broadcast: str | None) -> None:
         """How weights travel; once, and again when it changes."""
-        line = "weights go to the engines shard to shard, through shared memory"
+        line = "weights go to the engines shard to shard"
         if why_broadcast is not None:
             line = f"weights are broadcast to the engines: {why_broadcast}"
         if line != self._logged:

@@ -92,9 +92,12 @@ class TrainerGroup:
         arguments = urls, fresh, number, engine_size, api_key, loaded
         return self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
 
-    def sync_weights(self, policy_version: int) -> None:
-        """Every engine that is connected serves the current weights as `policy_version` afterwards."""
-        self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._settings.sync))
+    def sync_weights(self, policy_version: int) -> float:
+        """Every engine that is connected serves the current weights as `policy_version` afterwards.
+
+        Returns the seconds in which engines generated nothing.
+        """
+        return self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._settings.sync))
 
     def check_weights(self, policy_version: int) -> float:
         """Compares what the engines hold; the seconds that it took."""

@@ -235,6 +235,7 @@ class TrainerWorker:
                 device=device(),
                 buffer_bytes=self._bucket_bytes,
                 host=self._host,
+                staging=self._settings.sync.weight_sync_staging,
             )
         )
 
@@ -243,8 +244,8 @@ class TrainerWorker:
         assert self._link is not None, "connect_engines comes first"
         return self._link
 
-    def sync_weights(self, policy_version: int) -> None:
-        """Make every engine serve the current weights as `policy_version`."""
+    def sync_weights(self, policy_version: int) -> float:
+        """Make every engine serve the current weights as `policy_version`; the seconds of their pause."""
         from megatron_vespo.checkpoints.buckets import buckets
         from megatron_vespo.weight_sync.weight_link import Weights
 
@@ -253,7 +254,7 @@ class TrainerWorker:
             buckets=lambda: buckets(self.policy.named_hf_weights(), self._bucket_bytes),
             held=self.policy.held_weights,
         )
-        self._engines.sync(weights, policy_version)
+        return self._engines.sync(weights, policy_version)
 
     def check_weights(self, policy_version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.

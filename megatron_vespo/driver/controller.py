@@ -89,10 +89,10 @@ class Controller:
         """Send the learner's weights to all engines."""
         version = self.learner.policy_version
         with self.display.phase("sync"):
-            seconds = self.engine_sync.sync(version)
+            metrics = self.engine_sync.sync(version)
         self.policy_version = version
         self.source.weights_synced(version)
-        return {"sync/weight_check_seconds": seconds}
+        return metrics
 
     def sync_if_due(self) -> dict[str, float]:
         """Called after an optimizer step: syncs every --sync-interval steps and after the last one."""

@@ -39,8 +39,8 @@ class NullEngineSync:
     def attach(self, trainer: TrainerGroup) -> None:
         """Nothing to connect."""
 
-    def sync(self, version: int) -> float:
-        return 0.0
+    def sync(self, version: int) -> dict[str, float]:
+        return {}
 
     def is_wanted(self, while_others_serve: bool) -> bool:
         return False

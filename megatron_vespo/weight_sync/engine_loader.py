@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from threading import Thread
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +18,12 @@ from megatron_vespo.weight_sync.messages import Hello, Introduction, Join, Messa
 from megatron_vespo.weight_sync.outside_group import client_store, join_group, meet
 from megatron_vespo.weight_sync.places import place_of
 from megatron_vespo.weight_sync.receiver import Receiver
-from megatron_vespo.weight_sync.reports import report_failure, report_place
+from megatron_vespo.weight_sync.reports import (
+    report_failure,
+    report_place,
+    report_staged,
+    wait_for_announcement,
+)
 
 
 class _Connection:
@@ -51,8 +57,30 @@ class _Connection:
             )  # fmt: skip
             meet(group, self._device)
             self._receiver.join(group)
+            if message.staging:
+                Thread(target=self._stage, args=(self._receiver,), daemon=True).start()
         else:
             self._receiver.load(model, message.start, message.stop, message.staged)
+
+    def _stage(self, receiver: Receiver) -> None:
+        """Receive what is announced, sync by sync, until the trainer is gone."""
+        hello = self._hello
+        # a client of its own: one that waits blocks all others that use it
+        store = client_store(hello.host, hello.port, hello.timeout_s)
+        number = 1
+        while True:
+            try:
+                wait_for_announcement(store, number)
+            except RuntimeError:
+                return
+            try:
+                receiver.stage()
+                report_staged(store, number, hello.slot)
+            except Exception as error:
+                traceback.print_exc()
+                report_failure(store, hello.slot, f"{type(error).__name__}: {error}")
+                return
+            number += 1
 
     def close(self) -> None:
         if self._receiver is not None:

@@ -23,7 +23,7 @@ from megatron_vespo.weight_sync.exact_sender import ExactSender, Handles, introd
 from megatron_vespo.weight_sync.messages import Hello, Join, Load, Message, pack
 from megatron_vespo.weight_sync.outside_group import client_store, join_group, leave_group, meet, open_store
 from megatron_vespo.weight_sync.plan import MissingPartError, Plan, make_plan
-from megatron_vespo.weight_sync.reports import failures, places
+from megatron_vespo.weight_sync.reports import announce, failures, places, wait_until_staged
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 from megatron_vespo.weight_sync.wiring import EngineRank, Wiring
 
@@ -46,6 +46,7 @@ class ExactSource:
     device: torch.device
     buffer_bytes: int
     host: str  # the address of this rank's host
+    staging: bool = False  # engines have room for all weights beside those that they use
 
     @property
     def backend(self) -> str:
@@ -59,7 +60,7 @@ class Exact:
         self._source = source
         self._leads = source.shard.rank == 0
         self._senders: list[ExactSender] = []
-        self._num_groups = 0
+        self._num_groups = self._num_staged = 0
         self._group: dist.ProcessGroup | None = None  # with engine ranks that read no memory of the trainer's
         self._ranks: dict[EngineRank, int] = {}  # theirs in it
         self._store: TCPStore | None = None  # on rank 0
@@ -76,17 +77,36 @@ class Exact:
         wirings: list[Wiring] = together(True, self._plan, shards, found)
         source = self._source
         self._num_groups = max(wiring.plan.num_groups for wiring in wirings)
+        ring = self._num_groups if source.staging else BUFFERS
+        self._num_staged = 0
         self._senders = [
-            ExactSender(wiring, source.shard.rank, source.dtype, source.device, BUFFERS) for wiring in wirings
+            ExactSender(wiring, source.shard.rank, source.dtype, source.device, ring) for wiring in wirings
         ]
-        self._introduce(wirings)
+        self._introduce(wirings, ring)
         self._join(wirings, len(shards), f"megatron_vespo_{number}_exact")
+
+    def stage(self, held: Mapping[str, Tensor]) -> None:
+        """With staging: bring all weights to where engines read them, while these generate; a collective."""
+        if not self._source.staging:
+            return
+        self._num_staged += 1
+        if self._leads:
+            announce(self._open_store, self._num_staged)
+        works = [work for group in range(self._num_groups) for work in self._prepare(group, held)]
+        error = _finished(works)
+        if any(gathered(error is not None)):
+            self._leave()
+        agree(error or (self._staged() if self._leads else None))
 
     def send(self, held: Mapping[str, Tensor], policy_version: int) -> None:
         """All of the weights: a group is packed while the engines copy the one before; a collective.
 
-        `held` are this rank's parameters by their first HF tensor.
+        `held` are this rank's parameters by their first HF tensor. With staging, `stage` has sent them.
         """
+        if self._source.staging:
+            load = Load(0, self._num_groups, staged=True)
+            agree(self._result(self._post(lambda _: load, policy_version)))
+            return
         calls: list[Future] = []
         works: list[dist.Work] = []
         error: WeightSyncError | None = None
@@ -137,7 +157,7 @@ class Exact:
             for sources, ranks in by_sources.items()
         ]
 
-    def _introduce(self, wirings: Sequence[Wiring]) -> None:
+    def _introduce(self, wirings: Sequence[Wiring], ring: int) -> None:
         # of each wiring: a rank may pack for several
         everybodys: list[list[Handles]] = gathered([sender.handles for sender in self._senders])
         handles = [
@@ -151,7 +171,7 @@ class Exact:
         }
 
         def message(slot: int) -> Message:
-            return introduction(*wired[slot], self._source.dtype, BUFFERS)
+            return introduction(*wired[slot], self._source.dtype, ring)
 
         def introduce() -> None:
             self._engines.wait(self._post(message, None))
@@ -173,7 +193,9 @@ class Exact:
         by_slot = {receiver.slot: rank for receiver, rank in self._ranks.items()}
         world = num_ranks + len(receivers)
         host, port = from_rank_0((source.host, self._open_store.port) if self._leads else None)
-        calls = self._post(lambda slot: Join(name, source.backend, by_slot.get(slot), world), None)
+        calls = self._post(
+            lambda slot: Join(name, source.backend, by_slot.get(slot), world, source.staging), None
+        )
 
         def join() -> None:
             store = self._store or client_store(host, port, timeout_s)
@@ -236,6 +258,17 @@ class Exact:
             return error
         told = self._told()
         return EnginesLostError(told) if told else None
+
+    def _staged(self) -> WeightSyncError | None:
+        """Wait for the engine ranks that receive; what went wrong."""
+        urls, size = self._engines.urls, self._source.layout.tp
+        slots = [receiver.slot for receiver in self._ranks]
+        late = wait_until_staged(self._open_store, self._num_staged, slots, self._engines.timeout_s)
+        lost = self._told() or {
+            url: f"engine {url} did not receive its weights in time"
+            for url in (urls[slot // size] for slot in late)
+        }
+        return EnginesLostError(lost) if lost else None
 
     def _told(self) -> dict[str, str]:
         """What engine ranks have reported, by url."""

@@ -52,12 +52,16 @@ class Introduction:
 
 @dataclass(frozen=True)
 class Join:
-    """Enter the group of trainer and engine ranks as `rank`; None: this one needs no group."""
+    """Enter the group of trainer and engine ranks as `rank`; None: this one needs no group.
+
+    With `staging` the rank receives whenever the trainer has announced that it sends, see `reports`.
+    """
 
     name: str
     backend: str
     rank: int | None
     world_size: int
+    staging: bool
 
 
 @dataclass(frozen=True)

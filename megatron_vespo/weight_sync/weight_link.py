@@ -5,6 +5,7 @@ Every method is a collective: it returns on all ranks, or raises the same error 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -67,11 +68,7 @@ class WeightLink:
         `number` is one more than at the last call, which may have been an earlier trainer's. The weights of
         the engines in `fresh` are made random: the first sync has to bring all of them.
         """
-        self._broadcast.close()
-        if self._exact is not None:
-            self._exact.close()
-        if self._admin is not None:
-            self._admin.close()
+        self.close()
         self._admin = EngineAdmin(urls, self._timeout_s, self._pause, self._api_key)
         together(self._rank == 0, self._leave, number - 1)
         self._connect_exactly(number)
@@ -79,14 +76,31 @@ class WeightLink:
             self._broadcast.connect(self._admin, number)
         together(self._rank == 0, self._forget, fresh)
 
-    def sync(self, weights: Weights, policy_version: int) -> None:
-        """Make every engine serve the current weights as `policy_version`."""
+    def sync(self, weights: Weights, policy_version: int) -> float:
+        """Make every engine serve the current weights as `policy_version`.
+
+        Returns the seconds in which engines generated nothing.
+        """
+        exact = self._exact if self.why_broadcast is None else None
+        held = weights.held() if exact is not None else {}
+        if exact is not None:
+            exact.stage(held)
+        began = time.monotonic()
         together(self._rank == 0, self.admin.begin)
-        if self._exact is not None and self.why_broadcast is None:
-            self._exact.send(weights.held(), policy_version)
+        if exact is not None:
+            exact.send(held, policy_version)
         else:
             self._broadcast.send(weights.buckets(), policy_version)
         together(self._rank == 0, self.admin.finish, policy_version)
+        return time.monotonic() - began
+
+    def close(self) -> None:
+        """Leave the engines as they are."""
+        self._broadcast.close()
+        if self._exact is not None:
+            self._exact.close()
+        if self._admin is not None:
+            self._admin.close()
 
     def _connect_exactly(self, number: int) -> None:
         if self._exact is None:

@@ -46,6 +46,7 @@ def shard_bytes(engine: Sequence[int], family: str) -> int:
     return 4 * sum(int((tensor != 0).sum()) for of_rank in found for tensor in of_rank.values())
 
 
+@pytest.mark.parametrize("staging", [False, True], ids=["", "staging"])
 @pytest.mark.parametrize(
     ("family", "layout", "trainer_places", "engine", "engine_places"),
     [
@@ -63,11 +64,11 @@ def shard_bytes(engine: Sequence[int], family: str) -> int:
         ),
     ],
 )  # fmt: skip
-def test_engines_get_their_shards(tmp_path, family, layout, trainer_places, engine, engine_places):
+def test_engines_get_their_shards(tmp_path, family, layout, trainer_places, engine, engine_places, staging):
     num_engines = len(engine_places)
     packed = sync(
         tmp_path, family=family, trainer=layout, engine=engine, trainer_places=trainer_places,
-        engine_places=engine_places, buffer_bytes=1500,
+        engine_places=engine_places, buffer_bytes=1500, staging=staging,
     )  # fmt: skip
     planned = shard_bytes(engine, family)
     # engines with the same sources read the same bytes

@@ -35,10 +35,14 @@ def exact_source(folder: Path, host: str, layout: EngineLayout, buffer_bytes: in
     return ExactSource(family, shape, shard, layout, torch.float32, device, buffer_bytes, host)
 
 
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def held_weights(folder: Path) -> Mapping[str, Tensor]:
     """Its Megatron parameters by the first HF tensor of each."""
     family, shape = model_of(folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = tensors_of(folder)
     held = {}
     for row, numbers in family.rows(shape):
         names = tuple(name.format(**numbers) for name in row.tensors)

@@ -6,6 +6,7 @@ A case says which memory everybody can open.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from multiprocessing import Pipe, Process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ class Case:
     trainer_places: list[tuple[str, str]]  # host and memory, by rank
     engine_places: list[list[tuple[str, str]]]  # by engine and rank
     buffer_bytes: int
+    staging: bool = False
     num_syncs: int = 2
 
     @property
@@ -86,10 +88,11 @@ def engine_rank(case: Case, engine: int, rank: int, orders, folder: Path) -> Non
 
 
 def serve(case: Case, engine: int, folder: Path) -> None:
+    forked = get_context("fork")  # a fresh process would import torch again
     pipes = []
     for rank in range(case.engine[0]):
-        ours, theirs = Pipe()
-        Process(target=engine_rank, args=(case, engine, rank, theirs, folder), daemon=True).start()
+        ours, theirs = forked.Pipe()
+        forked.Process(target=engine_rank, args=(case, engine, rank, theirs, folder), daemon=True).start()
         pipes.append(ours)
     running = True
 
@@ -98,8 +101,6 @@ def serve(case: Case, engine: int, folder: Path) -> None:
             nonlocal running
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/update_weights_from_tensor":
-                import base64
-
                 for pipe, text in zip(pipes, body["serialized_named_tensors"], strict=True):
                     pipe.send(base64.b64decode(text))
             else:
@@ -131,7 +132,7 @@ def train(case: Case, rank: int, num_ranks: int, folder: Path) -> dict:
     hf = {name: tensor.float() for name, tensor in weights(family, shape).items()}
     exact = Exact(ExactSource(
         family, shape, TrainerShard(rank, Place(*case.trainer_places[rank]), shard.part),
-        EngineLayout(*case.engine), torch.float32, torch.device("cpu"), case.buffer_bytes, HOST,
+        EngineLayout(*case.engine), torch.float32, torch.device("cpu"), case.buffer_bytes, HOST, case.staging,
     ))  # fmt: skip
     packed = []
     original = ExactSender.pack
@@ -146,7 +147,9 @@ def train(case: Case, rank: int, num_ranks: int, folder: Path) -> dict:
         exact.connect(admin, number + 1)
         for version in range(2):
             scale = 1.0 + version + 2 * number
-            exact.send({n: t * scale for n, t in held_by(shard.part, family, shape, hf).items()}, version + 1)
+            held = {n: t * scale for n, t in held_by(shard.part, family, shape, hf).items()}
+            exact.stage(held)
+            exact.send(held, version + 1)
         exact.close()
     dist.barrier()
     if rank == 0:
