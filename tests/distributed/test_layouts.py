@@ -32,6 +32,13 @@ ON_EVERY_RANK = (
 PER_SEQUENCE = ("log_w", "weight", "log_mismatch_in_w", "log_mismatch", "log_mismatch_abs_max")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_of_any_layout_would_get_their_shards(training_run, layout):
+    """By the plan of the weight sync, from the loaded weights."""
+    for result in training_run(layout):
+        assert result["wrong_shards"].tolist() == []
+
+
 @pytest.mark.parametrize("layout", ["one rank", "tp2 pp2 ep2"])
 def test_log_probs_equal_transformers(task, training_run, layout):
     for result in training_run(layout):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from common import hand_back, start_program
 
+from tests.support.exact_shards import wrong_shards
+
 MINI_BATCHES = 2
 LAST_STEP = 4
 
@@ -29,13 +31,14 @@ def train(policy, samples: list, save_after: int | None) -> list[dict]:
 
 
 def export(policy, target: Path) -> dict[str, np.ndarray]:
-    """Write an HF folder in small files; returns the names this rank saw."""
+    """Write an HF folder in small files; returns the names this rank saw, and what engines would miss."""
     from megatron_vespo.trainer.export import export_hf
 
     export_hf(policy, target, bucket_bytes=100_000)
     return {
         "names": np.array([name for name, _ in policy.named_hf_weights()]),
         "stage": policy.groups.pp.rank(),
+        "wrong_shards": np.array(wrong_shards(policy)),
     }
 
 
