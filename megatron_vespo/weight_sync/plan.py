@@ -8,9 +8,11 @@ one sends that has the least to send so far.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from megatron_vespo.models.part import ModelPart
 from megatron_vespo.models.table import Family, ModelShape, Parameter
 from megatron_vespo.weight_sync.engine_layout import (
     EngineLayout,
@@ -75,6 +77,26 @@ class Plan:
     buffer_bytes: int  # of the fullest buffer
 
 
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What goes from one trainer rank to one rank of an engine."""
+
+    bytes: int
+    pieces: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a plan adds up to, for one engine. `flows` is by trainer rank and engine rank."""
+
+    flows: dict[tuple[int, int], Flow]
+    padding: dict[int, int]  # bytes by engine rank, filled there
+    num_groups: int
+    buffer_bytes: int  # of the fullest buffer of a trainer rank
+    landing_bytes: int  # most that comes to an engine rank in one group
+    in_turn_bytes: int  # what the busiest trainer rank of each group sends, over all groups
+
+
 def make_plan(
     family: Family,
     shape: ModelShape,
@@ -83,32 +105,26 @@ def make_plan(
     element_bytes: int,
     buffer_bytes: int,
 ) -> Plan:
-    """Pieces in groups of at most `buffer_bytes` from one source.
+    """Pieces in groups: of each at most `buffer_bytes` leave a trainer rank or come to an engine rank.
 
     MissingPartError if `shards` do not hold the whole model, ValueError if SGLang's layout is not known.
     """
-    check_supported(layout, shape)
-    buffers = _Buffers(element_bytes, buffer_bytes)
-    kinds: dict[tuple[str, ...], _Kind] = {}
+    planner = _Planner(family, shape, shards, layout, element_bytes, buffer_bytes)
     pieces: list[Piece] = []
     padding: list[Padding] = []
     matrices: list[dict[str, tuple[int, int]]] = [{} for _ in range(layout.tp)]
-    for row, numbers in family.rows(shape):
-        if row.names not in kinds:
-            kinds[row.names] = _Kind(row, shape, shards[0].part.group_of(row)[1], layout)
-        kind = kinds[row.names]
-        holders = [shard for shard in shards if shard.part.holds(row, numbers["layer"], numbers["expert"])]
-        for copy, engine_rank, parameter, expert_row in kind.copies_of(numbers):
-            candidates = [s.rank for s in holders if copy.tp_rank in (None, s.part.group_of(row)[0])]
-            if not candidates:
-                raise MissingPartError(f"no trainer rank has {kind.tensor(numbers)}")
-            pieces += buffers.place(candidates, Piece(
-                -1, engine_rank, kind.tensor(numbers), copy.row, copy.col, parameter,
-                copy.to_row + expert_row, copy.to_col, copy.rows, copy.cols,
+    for kind, numbers in planner.rows():
+        tensor = kind.tensor(numbers)
+        for copy, engine_rank, parameter, expert_row, share in planner.copies(kind, numbers):
+            pieces.append(Piece(
+                share.source, engine_rank, tensor, copy.row + share.start, copy.col,
+                parameter.format(**numbers), copy.to_row + expert_row + share.start, copy.to_col,
+                share.rows, copy.cols, share.group,
             ))  # fmt: skip
         padding += kind.padding
         for engine_rank, parameter, matrix in kind.matrices_of(numbers):
             matrices[engine_rank][parameter] = matrix
+    buffers = planner.buffers
     return Plan(_packed(pieces, element_bytes), padding, matrices, buffers.num_groups, buffers.fullest)
 
 
@@ -122,6 +138,98 @@ def _packed(pieces: list[Piece], element_bytes: int) -> list[Piece]:
         found.append(replace(piece, offset=end))
         end += piece.elements * element_bytes
     return found
+
+
+def count(
+    family: Family,
+    shape: ModelShape,
+    shards: Sequence[TrainerShard],
+    layout: EngineLayout,
+    element_bytes: int,
+    buffer_bytes: int,
+) -> Totals:
+    """The totals of `make_plan`'s plan, in a third of its time: no piece is kept."""
+    planner = _Planner(family, shape, shards, layout, element_bytes, buffer_bytes)
+    sent: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
+    leaving: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    padding: dict[int, int] = defaultdict(int)
+    for kind, numbers in planner.rows():
+        for copy, engine_rank, _, _, share in planner.copies(kind, numbers):
+            size = share.rows * copy.cols * element_bytes
+            flow = sent[share.source, engine_rank]
+            flow[0] += size
+            flow[1] += 1
+            leaving[share.group][share.source] += size
+        for fill in kind.padding:
+            padding[fill.engine_rank] += fill.rows * fill.cols * element_bytes
+    return Totals(
+        flows={ranks: Flow(*flow) for ranks, flow in sent.items()},
+        padding=dict(padding),
+        num_groups=planner.buffers.num_groups,
+        buffer_bytes=planner.buffers.fullest,
+        landing_bytes=planner.buffers.landing,
+        in_turn_bytes=sum(max(of_group.values()) for of_group in leaving.values()),
+    )
+
+
+class _Planner:
+    """Walks through the model's parameters, and chooses a source for each piece."""
+
+    def __init__(
+        self,
+        family: Family,
+        shape: ModelShape,
+        shards: Sequence[TrainerShard],
+        layout: EngineLayout,
+        element_bytes: int,
+        buffer_bytes: int,
+    ):
+        check_supported(layout, shape)
+        self._family, self._shape, self._layout = family, shape, layout
+        self._holders = _Holders(shards)
+        self._part = shards[0].part
+        self.buffers = _Buffers([shard.rank for shard in shards], layout.tp, element_bytes, buffer_bytes)
+
+    def rows(self) -> Iterator[tuple[_Kind, dict[str, int]]]:
+        """The model's parameters in its order, with their numbers of layer and expert."""
+        kinds: dict[tuple[str, ...], _Kind] = {}
+        for row, numbers in self._family.rows(self._shape):
+            if row.names not in kinds:
+                size = self._part.group_of(row)[1]
+                kinds[row.names] = _Kind(row, self._shape, size, self._layout)
+            yield kinds[row.names], numbers
+
+    def copies(self, kind: _Kind, numbers: dict[str, int]) -> Iterator[tuple[_Copy, int, str, int, _Share]]:
+        """As `_Kind.copies_of`, each with its source and group."""
+        candidates = self._holders.of(kind.row, numbers)
+        for copy, engine_rank, parameter, expert_row in kind.copies_of(numbers):
+            if copy.tp_rank not in candidates:
+                raise MissingPartError(f"no trainer rank has {kind.tensor(numbers)}")
+            for share in self.buffers.place(candidates[copy.tp_rank], engine_rank, copy.rows, copy.cols):
+                yield copy, engine_rank, parameter, expert_row, share
+
+
+class _Holders:
+    """Which trainer ranks hold a parameter. Those with the same part are asked once."""
+
+    def __init__(self, shards: Sequence[TrainerShard]):
+        self._ranks: dict[ModelPart, list[int]] = defaultdict(list)
+        for shard in shards:
+            self._ranks[shard.part].append(shard.rank)
+        self._found: dict[tuple[bool, tuple[ModelPart, ...]], dict[int | None, list[int]]] = {}
+
+    def of(self, row: Parameter, numbers: dict[str, int]) -> dict[int | None, list[int]]:
+        """By their rank in the group that shares the parameter; all of them under None."""
+        layer, expert = numbers["layer"], numbers["expert"]
+        parts = tuple(part for part in self._ranks if part.holds(row, layer, expert))
+        key = row.in_expert, parts
+        if parts and key not in self._found:
+            found: dict[int | None, list[int]] = defaultdict(list)
+            for part in parts:
+                for where in (None, part.group_of(row)[0]):
+                    found[where] += self._ranks[part]
+            self._found[key] = {where: sorted(ranks) for where, ranks in found.items()}
+        return self._found.get(key, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +247,7 @@ class _Kind:
     """Of one row of the table: all that does not depend on the numbers of layer and expert."""
 
     def __init__(self, row: Parameter, shape: ModelShape, size: int, layout: EngineLayout):
-        self._row, self._layout, self._num_experts = row, layout, shape.num_experts
+        self.row, self._layout, self._num_experts = row, layout, shape.num_experts
         self._first = next(iter(row.tensors))
         hf_shapes = [tuple(getattr(shape, name) for name in names) for names in row.tensors.values()]
         parts = Sources(row.build(tuple(row.tensors), shape), hf_shapes, size).parts
@@ -165,21 +273,20 @@ class _Kind:
         return self._first.format(**numbers)
 
     def copies_of(self, numbers: dict[str, int]) -> Iterator[tuple[_Copy, int, str, int]]:
-        """Copy, engine rank, SGLang's parameter and the row of it where the expert begins."""
+        """Copy, engine rank, SGLang's parameter without its numbers, and the row where the expert begins."""
         for engine_rank, parameter, height, _, copies in self._copies:
             before = 0
-            if self._row.in_expert:
+            if self.row.in_expert:
                 experts = experts_of(engine_rank, self._layout, self._num_experts)
                 if numbers["expert"] not in experts:
                     continue
                 before = height * experts.index(numbers["expert"])
-            name = parameter.format(**numbers)
             for copy in copies:
-                yield copy, engine_rank, name, before
+                yield copy, engine_rank, parameter, before
 
     def matrices_of(self, numbers: dict[str, int]) -> Iterator[tuple[int, str, tuple[int, int]]]:
         for engine_rank, parameter, height, width, _ in self._copies:
-            number = self._num_experts // self._layout.ep if self._row.in_expert else 1
+            number = self._num_experts // self._layout.ep if self.row.in_expert else 1
             yield engine_rank, parameter.format(**numbers), (number * height, width)
 
 
@@ -202,32 +309,48 @@ def _common(part: Held, wanted: Rectangle) -> _Copy | None:
     )
 
 
+class _Share(NamedTuple):
+    """`rows` of a copy, from row `start` of it on."""
+
+    source: int
+    start: int
+    rows: int
+    group: int
+
+
 class _Buffers:
-    """Chooses sources, and cuts what each of them sends into groups."""
+    """Chooses sources, and cuts what leaves each of them, or comes to an engine rank, into groups."""
 
-    def __init__(self, element_bytes: int, limit: int):
+    def __init__(self, sources: Iterable[int], engine_ranks: int, element_bytes: int, limit: int):
         self._element_bytes, self._limit = element_bytes, limit
-        self._sent: dict[int, int] = defaultdict(int)
-        self._ends: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # the last group and its size
-        self.num_groups = self.fullest = 0
+        self._sent = dict.fromkeys(sources, 0)
+        # the last group and its size
+        self._leaving: dict[int, tuple[int, int]] = dict.fromkeys(self._sent, (0, 0))
+        self._coming: dict[int, tuple[int, int]] = dict.fromkeys(range(engine_ranks), (0, 0))
+        self.num_groups = self.fullest = self.landing = 0
 
-    def place(self, candidates: list[int], piece: Piece) -> Iterator[Piece]:
-        """The piece with its source and group, in several if it is larger than a buffer."""
-        source = min(candidates, key=lambda rank: self._sent[rank])
-        row_bytes = piece.cols * self._element_bytes
+    def place(self, candidates: Sequence[int], engine_rank: int, rows: int, cols: int) -> Iterator[_Share]:
+        """A copy's source and group; in several shares if it is larger than a buffer."""
+        source = min(candidates, key=self._sent.__getitem__)
+        row_bytes = cols * self._element_bytes
         if row_bytes > self._limit:
-            raise ValueError(f"a row of {piece.parameter} has {row_bytes} bytes, a buffer {self._limit}")
-        for start in range(0, piece.rows, self._limit // row_bytes):
-            rows = min(self._limit // row_bytes, piece.rows - start)
-            size = rows * row_bytes
-            group, end = self._ends[source]
-            if end + size > self._limit:
-                group, end = group + 1, 0
-            self._ends[source] = group, end + size
-            self._sent[source] += size
-            self.num_groups = max(self.num_groups, group + 1)
-            self.fullest = max(self.fullest, end + size)
-            yield replace(
-                piece, source=source, row=piece.row + start, to_row=piece.to_row + start, rows=rows,
-                group=group,
-            )  # fmt: skip
+            raise ValueError(f"a row of weights has {row_bytes} bytes, a buffer {self._limit}")
+        most = self._limit // row_bytes
+        for start in range(0, rows, most):
+            number = min(most, rows - start)
+            self._sent[source] += number * row_bytes
+            yield _Share(source, start, number, self._group(source, engine_rank, number * row_bytes))
+
+    def _group(self, source: int, engine_rank: int, size: int) -> int:
+        """The first group, from the last one of both on, that has room on both sides."""
+        leaving, coming = self._leaving[source], self._coming[engine_rank]
+        group = max(leaving[0], coming[0])
+        sizes = [used if last == group else 0 for last, used in (leaving, coming)]
+        if max(sizes) + size > self._limit:
+            group, sizes = group + 1, [0, 0]
+        self._leaving[source] = group, sizes[0] + size
+        self._coming[engine_rank] = group, sizes[1] + size
+        self.num_groups = max(self.num_groups, group + 1)
+        self.fullest = max(self.fullest, sizes[0] + size)
+        self.landing = max(self.landing, sizes[1] + size)
+        return group
