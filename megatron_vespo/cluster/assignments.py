@@ -23,6 +23,16 @@ class Assignment:
     devices: str | None = None
 
 
+def assigned(
+    blocks: Sequence[int], sharing: Sequence[int], located: Sequence[Bundle], engine_size: int, colocate: bool
+) -> tuple[list[Assignment], list[Assignment]]:
+    """Of trainer ranks and engines, in bundles as `blocks.requested` asks for them."""
+    trainer = trainer_assignments(blocks, located[: len(blocks)])
+    if colocate:
+        return trainer, shared_assignments(trainer, sharing, engine_size)
+    return trainer, engine_assignments(located[len(blocks) :], len(blocks))
+
+
 def trainer_assignments(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Assignment]:
     """One assignment per rank; `sizes` are the numbers of ranks per bundle.
 

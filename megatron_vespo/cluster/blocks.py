@@ -63,7 +63,7 @@ def requested(run: Run, nodes: Sequence[Resources]) -> Request:
     for blocks in block_sizes(run.ranks, groups, max(per_node, 1), guests, run.engine_size):
         sharing = _sharing(blocks, guests, run.engine_size)
         bundles = by_role(_bundles(run, blocks, sharing), len(blocks), cluster)
-        if fit(bundles, nodes):
+        if packed(bundles, nodes) is not None:
             return Request(blocks, sharing, bundles, per_node)
     raise ValueError(_no_place(run, bundles, nodes))
 
@@ -134,29 +134,28 @@ def _units(groups: Sequence[int], per_node: int) -> list[int]:
     return units[::-1]
 
 
-def fit(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
-    """Whether Ray's PACK finds a node for every bundle if nothing else runs on the cluster.
+def packed(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> list[int] | None:
+    """The node of each bundle by Ray's PACK, if nothing else runs on the cluster; None if it finds not all.
 
     PACK takes the bundle with the most GPUs and the emptiest node for it. Then it fills that node with the
     other bundles that fit, larger ones first.
     """
-    left = sorted(bundles, key=_gpus, reverse=True)
-    free = [dict(node) for node in nodes]
+    left = sorted(range(len(bundles)), key=lambda index: -_gpus(bundles[index]))
+    free = {number: dict(node) for number, node in enumerate(nodes)}
+    found: dict[int, int] = {}
     while left:
-        candidates = [node for node in free if _holds(node, left[0])]
+        candidates = [number for number, node in free.items() if _holds(node, bundles[left[0]])]
         if not candidates:
-            return False
-        node = max(candidates, key=_gpus)
-        free.remove(node)
-        rest = []
-        for bundle in left:
-            if not _holds(node, bundle):
-                rest.append(bundle)
-                continue
-            for name, amount in bundle.items():
-                node[name] -= amount
-        left = rest
-    return True
+            return None
+        number = max(candidates, key=lambda number: _gpus(free[number]))
+        node = free.pop(number)
+        for index in left:
+            if _holds(node, bundles[index]):
+                found[index] = number
+                for name, amount in bundles[index].items():
+                    node[name] -= amount
+        left = [index for index in left if index not in found]
+    return [found[index] for index in range(len(bundles))]
 
 
 def _gpus(resources: Resources) -> float:

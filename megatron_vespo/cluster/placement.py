@@ -23,10 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_vespo.cluster.assignments import (
     Assignment,
     Bundle,
+    assigned,
     divided_groups,
-    engine_assignments,
-    shared_assignments,
-    trainer_assignments,
     without_gpus,
     wrong_gpus,
 )
@@ -179,16 +177,10 @@ def place(
     request = requested(run, nodes)
     group = _reserved(request.bundles)
     located = _located(group, request.bundles)
-    blocks = located[: len(request.blocks)]
-    trainer = trainer_assignments(request.blocks, blocks)
-    servers = (
-        shared_assignments(trainer, request.sharing, engine_size)
-        if colocate
-        else engine_assignments(located[len(blocks) :], len(blocks))
-    )
+    trainer, servers = assigned(request.blocks, request.sharing, located, engine_size, colocate)
     if not on_gpus and cluster_has_gpus():
         trainer, servers = without_gpus(trainer), without_gpus(servers)
-    divided = divided_groups(run.groups, [blocks[rank.bundle].node for rank in trainer], request.per_node)
+    divided = divided_groups(run.groups, [located[rank.bundle].node for rank in trainer], request.per_node)
     return Placement(group, trainer, servers, len(nodes) == 1, divided)
 
 

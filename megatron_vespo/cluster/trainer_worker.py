@@ -223,8 +223,8 @@ class TrainerWorker:
         from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
         flags = self._settings.engines.sglang_flags
-        if (flag := other_layout(flags)) is not None:
-            return f"--sglang-{flag.removeprefix('--')} changes how SGLang stores weights"
+        if (reason := other_layout(flags)) is not None:
+            return reason
         return Exact(
             ExactSource(
                 family=self.policy.family,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vespo.models.table import EMBEDDING, Parameter
 
@@ -20,6 +20,19 @@ class ModelPart:
     experts: range
     tp: tuple[int, int]
     expert_tp: tuple[int, int]
+
+    def on_rank(self, rank: int, expert_parallel_size: int) -> ModelPart:
+        """What rank `rank` of the same pipeline stage holds, in the order in which Megatron numbers ranks:
+        tensor, context, expert and data parallel.
+        """
+        tp, expert_tp, each = self.tp[1], self.expert_tp[1], len(self.experts)
+        first = rank // expert_tp % expert_parallel_size * each
+        return replace(
+            self,
+            experts=range(first, first + each),
+            tp=(rank % tp, tp),
+            expert_tp=(rank % expert_tp, expert_tp),
+        )
 
     def holds(self, row: Parameter, layer: int, expert: int) -> bool:
         if not row.in_layer:

@@ -257,8 +257,9 @@ def expert_parallel_size(sglang_flags: Sequence[str]) -> int:
 
 
 def other_layout(sglang_flags: Sequence[str]) -> str | None:
-    """A flag that changes how SGLang divides or stores weights; None without."""
-    return next((flag for flag in sglang_flags if flag in LAYOUT_FLAGS), None)
+    """Why the engines' layout of weights is not known: a flag that changes it; None without."""
+    flag = next((flag for flag in sglang_flags if flag in LAYOUT_FLAGS), None)
+    return flag and f"{PREFIX}{flag.removeprefix('--')} changes how SGLang stores weights"
 
 
 def has_pausable_graphs(arguments: Sequence[str]) -> bool:

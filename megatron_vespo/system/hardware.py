@@ -49,6 +49,8 @@ GPUS = {
         Gpu("b200", 178.3 * GIB, 2250e12, 8.0e12, 900e9, 50e9, 64e9, 250e9),
     )
 }
+# What copies and collectives reach of the peak of NVLink and of the network: an assumption.
+LINK_SHARE = 0.8
 # Bytes per second of one hop of a gloo broadcast, through host memory and TCP. This is an assumption: half of
 # the 4.3e9 measured between two processes on two CPU cores over loopback.
 GLOO = 2e9

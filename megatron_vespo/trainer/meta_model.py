@@ -23,6 +23,7 @@ from megatron_vespo.models.stage import Stage
 from megatron_vespo.trainer.initialize import process_groups
 from megatron_vespo.trainer.model import model_config, model_provider
 from megatron_vespo.trainer.planned_machine import planned_machine
+from megatron_vespo.trainer.weights import model_part
 
 # Arguments that choose kernels but no shapes: the planning machine may lack what the flags ask for.
 PLAIN = {
@@ -105,7 +106,7 @@ def _stage(args: Namespace) -> Stage:
             counts[experts] += parameter.numel()
             whole += parameter.numel() * _copies(parameter, experts, name, args, groups)
     return Stage(
-        layers=sum(len(chunk.decoder.layers) for chunk in chunks),
+        part=model_part(chunks, groups),
         dense=counts[False],
         experts=counts[True],
         whole=whole,

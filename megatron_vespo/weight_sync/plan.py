@@ -96,6 +96,19 @@ class Totals:
     landing_bytes: int  # most that comes to an engine rank in one group
     in_turn_bytes: int  # what the busiest trainer rank of each group sends, over all groups
 
+    @property
+    def sent(self) -> dict[int, int]:
+        """Bytes by trainer rank."""
+        found: dict[int, int] = defaultdict(int)
+        for (source, _), flow in self.flows.items():
+            found[source] += flow.bytes
+        return dict(found)
+
+    @property
+    def uneven(self) -> float:
+        """How much longer sending takes, as the ranks are not busy with the same groups; 1 is the least."""
+        return self.in_turn_bytes / max(self.sent.values())
+
 
 def make_plan(
     family: Family,

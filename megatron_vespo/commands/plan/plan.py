@@ -12,13 +12,12 @@ from megatron_vespo.commands.plan.host_memory import HostMemory, host_memory
 from megatron_vespo.commands.plan.speed import (
     Lengths,
     Speed,
-    WeightSync,
     model_cost,
     preset,
     speed,
-    weight_sync,
 )
 from megatron_vespo.commands.plan.trainer_memory import TrainerMemory, trainer_memory
+from megatron_vespo.commands.plan.weight_sync import WeightSync, weight_sync
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.models.stage import Stage
@@ -52,8 +51,21 @@ class Plan:
     host: HostMemory
     engine: EngineMemory
     lengths: Lengths
-    sync: WeightSync
     beside: float  # bytes of the trainer on an engine's GPU, while it generates
+
+    @cached_property
+    def sync(self) -> WeightSync:
+        """Planned on first access: takes a second. ValueError if the cluster is too small."""
+        config = read_hf_config(self.settings.engines.hf_checkpoint)
+        return weight_sync(
+            self.settings,
+            self.stages,
+            family_of(config),
+            shape_of(config, self.settings.trainer.padded_vocab_size),
+            self.cluster.gpu,
+            self.cluster.nodes,
+            self.cluster.gpus_per_node,
+        )
 
     @cached_property
     def speed(self) -> Speed:
@@ -118,8 +130,7 @@ def make_plan(
     settings: TrainSettings, stages: list[Stage], cluster: Cluster, engine_size: int, lengths: Lengths
 ) -> Plan:
     """`stages` are Megatron's. AssertionError if their parameters do not add up to the HF checkpoint's."""
-    shape, tensors = hf_tensors(settings)
-    parameters = sum(tensors)
+    shape, parameters = model_of(settings)
     built = sum(stage.whole for stage in stages)
     padding = (
         settings.trainer.padded_vocab_size - settings.trainer.vocab_size
@@ -128,7 +139,6 @@ def make_plan(
     assert built == parameters + padding, f"{built} parameters were built, the checkpoint has {parameters}"
     trainer = memory_of(settings, stages)
     beside = max(memory.at_rest for memory in trainer) if settings.sync.colocate else 0.0
-    receivers = settings.engines.rollout_engines * engine_size
     return Plan(
         settings=settings,
         cluster=cluster,
@@ -140,15 +150,6 @@ def make_plan(
         host=host_memory(settings, stages, trainer, lengths.sample, cluster.gpus_per_node),
         engine=engine_memory(settings, shape, parameters, cluster.gpu, engine_size, beside),
         lengths=lengths,
-        sync=weight_sync(
-            settings,
-            [stage.whole for stage in stages],
-            len(tensors),
-            cluster.gpu,
-            cluster.nodes,
-            cluster.gpus_per_node,
-            receivers,
-        ),
         beside=beside,
     )
 
@@ -159,15 +160,10 @@ def memory_of(settings: TrainSettings, stages: list[Stage]) -> list[TrainerMemor
 
 def model_of(settings: TrainSettings) -> tuple[ModelShape, int]:
     """The shape and the number of parameters of the HF checkpoint, from its config.json."""
-    shape, tensors = hf_tensors(settings)
-    return shape, sum(tensors)
-
-
-def hf_tensors(settings: TrainSettings) -> tuple[ModelShape, list[int]]:
-    """The shape, and the number of parameters of each of its tensors."""
     config = read_hf_config(settings.engines.hf_checkpoint)
     shape = shape_of(config)
-    return shape, [math.prod(dimensions) for dimensions in family_of(config).hf_tensors(shape).values()]
+    tensors = family_of(config).hf_tensors(shape).values()
+    return shape, sum(math.prod(dimensions) for dimensions in tensors)
 
 
 def max_running(settings: TrainSettings, engine: EngineMemory, lengths: Lengths) -> int:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_vespo.commands.plan.plan import Plan
 from megatron_vespo.commands.plan.trainer_memory import RESERVE
+from megatron_vespo.commands.plan.weight_sync import Broadcast, Exact, WeightSync
 from megatron_vespo.system.hardware import GIB
 from megatron_vespo.system.wording import counted
+from megatron_vespo.weight_sync.traffic import Link
 
+# with --colocate, and without it
+WIRES = {True: "by CUDA IPC, and NCCL between trainer ranks", False: "by NCCL, point to point"}
+LINK_NAMES: dict[Link, str] = {
+    "memory": "on the same GPU",
+    "host": "over NVLink",
+    "network": "over the network",
+}
 PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs")
 
 
@@ -105,14 +114,9 @@ def _engine(plan: Plan) -> Iterator[str]:
 
 
 def _speed(plan: Plan) -> Iterator[str]:
-    speed, sync, settings = plan.speed, plan.sync, plan.settings
+    speed, settings = plan.speed, plan.settings
     samples = settings.rollout.rollout_batch_size * settings.rollout.group_size
-    yield (
-        f"weight sync       {sync.seconds:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
-        f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link}) "
-        f"{sync.transfer:.1f} s, {sync.tensors:,} tensors loaded in {sync.buckets} buckets "
-        f"{sync.loading:.1f} s"
-    )
+    yield from _sync(plan.sync)
     if plan.offload:
         yield (
             f"turns             {plan.trainer_moved / 1e9:.1f} GB of a rank to CPU memory and back at "
@@ -135,3 +139,52 @@ def _speed(plan: Plan) -> Iterator[str]:
     )
     hours = speed.batch_seconds * settings.run.train_iters / settings.rollout.steps_per_rollout / 3600
     yield f"the run           {hours:,.1f} h for {settings.run.train_iters:,} optimizer steps"
+
+
+def _sync(sync: WeightSync) -> Iterator[str]:
+    if sync.exact is None:
+        yield f"weight sync       {sync.seconds:.1f} s by broadcast: {sync.why_broadcast}"
+        yield from _broadcast(sync.broadcast)
+        return
+    yield f"weight sync       {sync.seconds:.1f} s, shard to shard {WIRES[sync.exact.colocate]}"
+    yield from _exact(sync.exact)
+    yield (
+        f"  otherwise       {sync.broadcast.seconds:.1f} s by broadcast, if an engine reports another layout "
+        "of its weights"
+    )
+
+
+def _exact(exact: Exact) -> Iterator[str]:
+    traffic, totals = exact.traffic, [part.totals for part in exact.traffic.teams]
+    sent = exact.sent.values()
+    yield f"  received        per engine rank, at most: {_by_link(traffic.received)}"
+    yield (
+        f"  sent            per trainer rank, at most: {_by_link(traffic.sent)}; {max(sent) / 1e9:.1f} GB in "
+        f"all, {sum(sent) / 1e9 / exact.trainer_ranks:.1f} in the mean"
+    )
+    yield (
+        f"  calls           {traffic.calls} per engine, for {exact.pieces:,} pieces; two buffers of "
+        f"{max(each.buffer_bytes for each in totals) / GIB:.2f} GiB per trainer rank, two of "
+        f"{max(each.landing_bytes for each in totals) / GIB:.2f} per engine rank"
+    )
+    rates = ", ".join(f"{exact.rate(over) / 1e9:.3g} GB/s {LINK_NAMES[over]}" for over in exact.links)
+    yield (
+        f"  seconds         {exact.sending:.2f} to pack and send{rates and f' ({rates})'}, meanwhile "
+        f"{exact.loading:.2f} to load; {exact.around:.1f} for begin, end and checksums"
+    )
+
+
+def _by_link[Rank](sizes: Mapping[Link, Mapping[Rank, int]]) -> str:
+    return ", ".join(
+        f"{max(of_link.values()) / 1e9:.1f} GB {LINK_NAMES[over]}"
+        for over, of_link in sizes.items()
+        if of_link
+    )
+
+
+def _broadcast(sync: Broadcast) -> Iterator[str]:
+    yield (
+        f"  transfer        {sync.transfer:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
+        f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link})"
+    )
+    yield f"  loading         {sync.loading:.1f} s: {sync.tensors:,} tensors in {sync.buckets} buckets"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_vespo.arguments.train_settings import TrainSettings
@@ -12,7 +11,7 @@ from megatron_vespo.commands.simulate.rates import Cost, EngineRates, ModelCost,
 from megatron_vespo.commands.simulate.result import Result
 from megatron_vespo.commands.simulate.run import Settings, simulate
 from megatron_vespo.models.table import ModelShape
-from megatron_vespo.system.hardware import GLOO, Gpu
+from megatron_vespo.system.hardware import Gpu
 
 # of log-normal responses, as in `megatron-vespo simulate`
 LENGTH_SIGMA, PROMPT_SHARE = 0.8, 0.3
@@ -28,40 +27,6 @@ class Lengths:
     @property
     def sample(self) -> float:
         return self.prompt + self.completion
-
-
-# Seconds of a weight sync besides its transfer, bucket after bucket. The trainer converts Megatron's tensors
-# to HF and launches their gathers: 1.9 s for the 18,867 of Qwen3-30B-A3B, measured without a network.
-EXPORT_TENSOR = 1e-4
-# An engine rank looks up each tensor by its name (0.33 s for those 18,867, measured) and copies its part of
-# it (80 us in SGLang's weight loaders, an estimate).
-LOAD_TENSOR = 1e-4
-LOAD_BUCKET = 10e-3  # HTTP, JSON and SGLang's queues: an estimate
-CHECKSUMS = 0.3  # an estimate
-
-
-@dataclass(frozen=True)
-class WeightSync:
-    bytes: float
-    tensors: int
-    buckets: int
-    gathered: float  # bytes per second, like `broadcast`
-    broadcast: float
-    link: str  # name of the broadcast's link
-
-    @property
-    def transfer(self) -> float:
-        """Seconds to gather tensors from the ranks that share them, then to broadcast; stage after stage."""
-        return self.bytes / self.gathered + self.bytes / self.broadcast
-
-    @property
-    def loading(self) -> float:
-        """Seconds without network traffic: each bucket waits until the previous one is loaded."""
-        return self.tensors * (EXPORT_TENSOR + LOAD_TENSOR) + self.buckets * LOAD_BUCKET + CHECKSUMS
-
-    @property
-    def seconds(self) -> float:
-        return self.transfer + self.loading
 
 
 @dataclass(frozen=True)
@@ -80,37 +45,6 @@ class Speed:
     def training_seconds(self) -> float:
         """Part of `batch_seconds` in which the trainer is busy."""
         return self.batch_seconds * (1 - sum(self.result.trainer_idle.values()))
-
-
-def weight_sync(
-    settings: TrainSettings,
-    stage_parameters: Iterable[int],
-    tensors: int,
-    gpu: Gpu,
-    nodes: int,
-    gpus_per_node: int,
-    receivers: int,
-) -> WeightSync:
-    """The cost of a weight sync. With several nodes it broadcasts at the network's speed.
-
-    Tensors are gathered inside nodes if the groups that share them fit. With --colocate gloo broadcasts, hop
-    after hop down a binomial tree. `receivers` is the number of engine ranks.
-    """
-    item, bucket = 2 if settings.trainer.bf16 else 4, settings.sync.weight_sync_bucket_mb * 2**20
-    sizes = [parameters * item for parameters in stage_parameters]
-    broadcast, link = (gpu.network, "network") if nodes > 1 else (gpu.nvlink, "NVLink")
-    expert_tensor = (
-        settings.trainer.expert_tensor_parallel_size or settings.trainer.tensor_model_parallel_size
-    )
-    shared = max(
-        settings.trainer.tensor_model_parallel_size,
-        settings.trainer.expert_model_parallel_size * expert_tensor,
-    )
-    gathered = gpu.nvlink if shared <= gpus_per_node else gpu.network
-    if settings.sync.colocate:
-        broadcast, link = GLOO / math.ceil(math.log2(1 + receivers)), "gloo, through the hosts"
-    buckets = sum(math.ceil(size / bucket) for size in sizes)
-    return WeightSync(sum(sizes), tensors, buckets, gathered, broadcast, link)
 
 
 def model_cost(shape: ModelShape, parameters: int, top_k: int | None, item: int) -> ModelCost:

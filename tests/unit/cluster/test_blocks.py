@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from megatron_vespo.cluster.blocks import Run, block_sizes, fit, neighbours, requested
+from megatron_vespo.cluster.blocks import Run, block_sizes, neighbours, packed, requested
 from megatron_vespo.cluster.roles import ROLES
 from megatron_vespo.commands.plan.gpu_count import too_few_gpus
 
@@ -134,4 +134,8 @@ def test_the_order_of_bundles_does_not_matter():
     bundles = [{"CPU": 1, "GPU": gpus} for gpus in (8, 8, 4, 2, 2, 2, 2, 1, 1, 1, 1)]
     for seed in range(20):
         random.Random(seed).shuffle(bundles)
-        assert fit(bundles, nodes(8, 8, 8, 8)) and not fit(bundles, nodes(8, 8, 8, 7))
+        assert packed(bundles, nodes(8, 8, 8, 7)) is None
+        found = packed(bundles, nodes(8, 8, 8, 8))
+        assert found is not None
+        for node in range(4):
+            assert sum(bundle["GPU"] for bundle, at in zip(bundles, found, strict=True) if at == node) == 8
