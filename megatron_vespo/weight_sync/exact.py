@@ -22,8 +22,9 @@ from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.exact_sender import ExactSender, Handles, introduction
 from megatron_vespo.weight_sync.messages import Hello, Join, Load, Message, pack
 from megatron_vespo.weight_sync.outside_group import client_store, join_group, leave_group, meet, open_store
-from megatron_vespo.weight_sync.plan import MissingPartError, Plan, make_plan
+from megatron_vespo.weight_sync.plan import Plan, make_plan
 from megatron_vespo.weight_sync.reports import announce, failures, places, wait_until_staged
+from megatron_vespo.weight_sync.teams import teams_of
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 from megatron_vespo.weight_sync.wiring import EngineRank, Wiring
 
@@ -146,16 +147,25 @@ class Exact:
         return found
 
     def _plan(self, shards: Sequence[TrainerShard], engine_ranks: Sequence[EngineRank]) -> list[Wiring]:
-        """Engines get their weights from ranks of their own host, if these hold the whole model."""
-        source, plans = self._source, _Plans(self._source, shards)
-        by_sources: dict[tuple[TrainerShard, ...], list[EngineRank]] = {}
-        hosts = {rank.engine: rank.place.host for rank in engine_ranks if rank.rank == 0}
-        for rank in engine_ranks:
-            by_sources.setdefault(plans.sources(hosts[rank.engine]), []).append(rank)
-        return [
-            Wiring(plans.plan(sources), sources, ranks, source.dtype.itemsize)
-            for sources, ranks in by_sources.items()
-        ]
+        """One for each team. The plan of teams that hold the same parts is made once."""
+        size, known, found = self._source.layout.tp, {}, []
+        by_engine = [engine_ranks[start : start + size] for start in range(0, len(engine_ranks), size)]
+        for team in teams_of(shards, [[rank.place for rank in ranks] for ranks in by_engine]):
+            if team.parts not in known:
+                known[team.parts] = self._plan_of(team.numbered)
+            plan = known[team.parts].sent_by([shard.rank for shard in team.sources])
+            receivers = [rank for engine in team.engines for rank in by_engine[engine]]
+            found.append(Wiring(plan, team.sources, shards, receivers, self._source.dtype.itemsize))
+        return found
+
+    def _plan_of(self, shards: Sequence[TrainerShard]) -> Plan:
+        source = self._source
+        try:
+            return make_plan(
+                source.family, source.shape, shards, source.layout, source.dtype.itemsize, source.buffer_bytes
+            )
+        except ValueError as error:
+            raise NotExactError(str(error)) from error
 
     def _introduce(self, wirings: Sequence[Wiring], ring: int) -> None:
         # of each wiring: a rank may pack for several
@@ -292,39 +302,6 @@ class Exact:
     def _open_store(self) -> TCPStore:
         assert self._store is not None
         return self._store
-
-
-class _Plans:
-    """Makes each plan once."""
-
-    def __init__(self, source: ExactSource, shards: Sequence[TrainerShard]):
-        self._source, self._shards = source, tuple(shards)
-        self._made: dict[tuple[TrainerShard, ...], Plan] = {}
-
-    def sources(self, host: str) -> tuple[TrainerShard, ...]:
-        """Trainer ranks that serve engines on this host."""
-        here = tuple(shard for shard in self._shards if shard.place.host == host)
-        if not here or here == self._shards:
-            return self._shards
-        try:
-            self.plan(here)
-        except MissingPartError:
-            return self._shards
-        return here
-
-    def plan(self, shards: tuple[TrainerShard, ...]) -> Plan:
-        source = self._source
-        if shards not in self._made:
-            element = source.dtype.itemsize
-            try:
-                self._made[shards] = make_plan(
-                    source.family, source.shape, shards, source.layout, element, source.buffer_bytes
-                )
-            except MissingPartError:
-                raise
-            except ValueError as error:
-                raise NotExactError(str(error)) from error
-        return self._made[shards]
 
 
 def _started(operations: list[dist.P2POp]) -> list[dist.Work]:

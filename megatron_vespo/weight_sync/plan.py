@@ -76,6 +76,11 @@ class Plan:
     num_groups: int
     buffer_bytes: int  # of the fullest buffer
 
+    def sent_by(self, ranks: Sequence[int]) -> Plan:
+        """The same plan with trainer rank `ranks[n]` in the place of n; `ranks` are ascending."""
+        pieces = [replace(piece, source=ranks[piece.source]) for piece in self.pieces]
+        return replace(self, pieces=pieces)
+
 
 @dataclass(frozen=True, slots=True)
 class Flow:

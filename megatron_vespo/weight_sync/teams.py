@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vespo.models.part import ModelPart
 from megatron_vespo.weight_sync.places import Place
@@ -25,6 +25,16 @@ class Team:
 
     sources: Replica
     engines: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[ModelPart, ...]:
+        """Teams with the same parts have the same plan, but for the numbers of the ranks."""
+        return tuple(shard.part for shard in self.sources)
+
+    @property
+    def numbered(self) -> Replica:
+        """The sources with ranks 0, 1, ..."""
+        return tuple(replace(shard, rank=number) for number, shard in enumerate(self.sources))
 
 
 def teams_of(shards: Sequence[TrainerShard], engines: Sequence[Sequence[Place]]) -> list[Team]:

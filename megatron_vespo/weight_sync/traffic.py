@@ -91,11 +91,7 @@ def traffic(
     known: dict[tuple[ModelPart, ...], Totals] = {}
     found = []
     for team in teams_of(shards, engines):
-        parts = tuple(shard.part for shard in team.sources)
-        if parts not in known:
-            alike = [
-                TrainerShard(number, shard.place, shard.part) for number, shard in enumerate(team.sources)
-            ]
-            known[parts] = count(alike)
-        found.append(TeamTraffic(team, known[parts]))
+        if team.parts not in known:
+            known[team.parts] = count(team.numbered)
+        found.append(TeamTraffic(team, known[team.parts]))
     return Traffic(found, engines)

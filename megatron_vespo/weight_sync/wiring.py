@@ -63,11 +63,18 @@ class Wiring:
     """Of one plan, its trainer ranks and its engines, which all have the same layout."""
 
     def __init__(
-        self, plan: Plan, shards: Sequence[TrainerShard], engine_ranks: Sequence[EngineRank], element: int
+        self,
+        plan: Plan,
+        sources: Sequence[TrainerShard],
+        shards: Sequence[TrainerShard],
+        engine_ranks: Sequence[EngineRank],
+        element: int,
     ):
-        """`element` is the size of a weight in bytes."""
+        """`sources` are the plan's, `shards` all of the trainer's: every one may be a home. `element` is the
+        size of a weight in bytes.
+        """
         self.plan, self.engine_ranks, self._element = plan, list(engine_ranks), element
-        self._memory = {shard.rank: shard.place.memory for shard in shards}
+        self._memory = {shard.rank: shard.place.memory for shard in sources}
         homes: dict[str, list[int]] = {}
         for shard in shards:
             homes.setdefault(shard.place.memory, []).append(shard.rank)
