@@ -69,7 +69,7 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False, dtype: str = "
     if dense:
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(experts | shape)))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

@@ -14,7 +14,7 @@ from megatron_vespo.models.family import Family, ModelShape, family_of, shape_of
 from megatron_vespo.models.part import ModelPart
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.exact import ExactSource
-from megatron_vespo.weight_sync.places import place_of
+from megatron_vespo.weight_sync.places import Place, place_of
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
 
@@ -28,10 +28,13 @@ def whole(shape: ModelShape) -> ModelPart:
     return ModelPart(layers, first=True, last=True, experts=experts, tp=(0, 1), expert_tp=(0, 1))
 
 
-def exact_source(folder: Path, host: str, layout: EngineLayout, buffer_bytes: int) -> ExactSource:
+def exact_source(
+    folder: Path, host: str, layout: EngineLayout, buffer_bytes: int, place: Place | None = None
+) -> ExactSource:
+    """`place` may be made up."""
     family, shape = model_of(folder)
     device = torch.device("cpu")
-    shard = TrainerShard(0, place_of(device), whole(shape))
+    shard = TrainerShard(0, place or place_of(device), whole(shape))
     return ExactSource(family, shape, shard, layout, torch.float32, device, buffer_bytes, host)
 
 
