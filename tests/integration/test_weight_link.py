@@ -23,6 +23,7 @@ from megatron_vespo.weight_sync.broadcast import Broadcast
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.exact import Exact
+from megatron_vespo.weight_sync.places import Place
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
 from megatron_vespo.weight_sync.weight_link import WeightLink, Weights
 from tests.support.builders import make_prompt
@@ -44,17 +45,24 @@ def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLang
         engine.stop(timeout_s=0)
 
 
-@pytest.fixture(scope="module", params=["shard to shard", "broadcast"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "memory",
+        pytest.param("messages", marks=pytest.mark.slow),
+        pytest.param("broadcast", marks=pytest.mark.slow),
+    ],
+)
 def link(request, tiny_model, tmp_path_factory) -> Iterator[WeightLink]:
     """Of a trainer of one rank."""
     store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    place = Place("elsewhere", "elsewhere") if request.param == "messages" else None
+    exact = Exact(exact_source(tiny_model, HOST, EngineLayout(1), BUCKET_BYTES, place))
     yield WeightLink(
         rank=0,
         broadcast=Broadcast(0, 1, True, engine_size=1, host=HOST, backend="gloo"),
-        exact="no plan"
-        if request.param == "broadcast"
-        else Exact(exact_source(tiny_model, HOST, EngineLayout(1), BUCKET_BYTES)),
+        exact="no plan" if request.param == "broadcast" else exact,
         timeout_s=TIMEOUT_S,
         pause="retract",
     )
