@@ -93,18 +93,20 @@ class EngineAdmin:
     def finish(self, policy_version: int) -> None:
         """Close the engines' update, check that each now serves `policy_version`, and let requests go on."""
         self.call("/end_weight_update", {})
-        asked = [
-            self._threads.submit(get_json, url, "/model_info", self.timeout_s, self._api_key)
-            for url in self.urls
-        ]
-        answers = self.wait(asked)
-        for url, answer in zip(self.urls, answers, strict=True):
+        for url, answer in zip(self.urls, self.infos(), strict=True):
             found = answer.get("weight_version")
             if found != str(policy_version):
                 raise WeightSyncError(
                     f"engine {url} serves weight version {found} after the sync of version {policy_version}"
                 )
         self.go_on()
+
+    def infos(self) -> list[dict]:
+        """What each engine says of its model."""
+        return self.wait([
+            self._threads.submit(get_json, url, "/model_info", self.timeout_s, self._api_key)
+            for url in self.urls
+        ])  # fmt: skip
 
     def settle(self, path: str, payload: dict) -> None:
         """A call that engines may refuse because there is nothing to do. All must answer."""

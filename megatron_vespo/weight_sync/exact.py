@@ -94,10 +94,15 @@ class Exact:
         if self._leads:
             announce(self._open_store, self._num_staged)
         works = [work for group in range(self._num_groups) for work in self._prepare(group, held)]
-        error = _finished(works)
-        if any(gathered(error is not None)):
+        # with NCCL all work of this GPU would wait behind what is sent, also that of `gathered`
+        error = _finished(works) if self._source.backend == "gloo" else None
+        failed = any(gathered(error is not None))
+        if self._leads:
+            error = self._lost() if failed else self._staged()
+        if failed or any(gathered(error is not None)):
             self._leave()
-        agree(error or (self._staged() if self._leads else None))
+        agree(error)
+        agree(_finished(works))
 
     def send(self, held: Mapping[str, Tensor], policy_version: int) -> None:
         """All of the weights: a group is packed while the engines copy the one before; a collective.
@@ -113,16 +118,21 @@ class Exact:
         error: WeightSyncError | None = None
         for group in range(self._num_groups):
             started = self._prepare(group, held)
-            error = _finished(works) or self._result(calls)
+            error = error or self._result(calls)  # before `_finished`, as in `stage`
             if any(gathered(error is not None)):
                 self._leave()  # engines that wait for a part that will not come give up
                 break
+            error = _finished(works)
             works = started
             last = group == self._num_groups - 1
             calls = self._post(
                 lambda _, group=group: Load(group, group + 1, False), policy_version if last else None
             )
-        agree(error or _finished(works) or self._result(calls))
+        error = error or self._result(calls)
+        if any(gathered(error is not None)):
+            self._leave()
+        agree(error)
+        agree(_finished(works))
 
     def close(self) -> None:
         """Engines keep the memory that they have opened until they hear of another connection."""
@@ -279,6 +289,15 @@ class Exact:
             for url in (urls[slot // size] for slot in late)
         }
         return EnginesLostError(lost) if lost else None
+
+    def _lost(self) -> WeightSyncError | None:
+        """Engines that have reported a failure, or do not answer at all."""
+        try:
+            self._engines.infos()
+        except WeightSyncError as error:
+            return error
+        told = self._told()
+        return EnginesLostError(told) if told else None
 
     def _told(self) -> dict[str, str]:
         """What engine ranks have reported, by url."""

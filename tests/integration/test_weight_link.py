@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLang
     params=[
         "memory",
         pytest.param("messages", marks=pytest.mark.slow),
+        pytest.param("staged messages", marks=pytest.mark.slow),
         pytest.param("broadcast", marks=pytest.mark.slow),
     ],
 )
@@ -57,8 +59,9 @@ def link(request, tiny_model, tmp_path_factory) -> Iterator[WeightLink]:
     """Of a trainer of one rank."""
     store = f"file://{tmp_path_factory.mktemp('store') / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    place = Place("elsewhere", "elsewhere") if request.param == "messages" else None
-    exact = Exact(exact_source(tiny_model, HOST, EngineLayout(1), BUCKET_BYTES, place))
+    place = Place("elsewhere", "elsewhere") if "messages" in request.param else None
+    source = exact_source(tiny_model, HOST, EngineLayout(1), BUCKET_BYTES, place)
+    exact = Exact(replace(source, staging="staged" in request.param))
     yield WeightLink(
         rank=0,
         broadcast=Broadcast(0, 1, True, engine_size=1, host=HOST, backend="gloo"),
