@@ -100,8 +100,8 @@ class Trainer:
 
 
 class EngineSync:
-    def sync(self, version: int) -> float:
-        return 1.0  # seconds of the weight check
+    def sync(self, version: int) -> dict[str, float]:
+        return {"sync/weight_check_seconds": 1.0}
 
     def metrics(self) -> dict[str, float]:
         return {}

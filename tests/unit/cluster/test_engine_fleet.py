@@ -84,8 +84,9 @@ class Trainer:
         assert api_key == KEY
         self._call("connect", urls, fresh, number, engine_size)
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int) -> float:
         self._call("sync", version)
+        return 0.25
 
     def check_weights(self, version: int) -> float:
         self._call("check", version)
@@ -109,9 +110,10 @@ def test_engines_serve_when_they_have_the_weights(start):
     fleet.wait_until_ready()
     assert list(fleet.urls) == [None, None] and fleet.any_ready() and not fleet.any_serves()
     trainer, sync = trained(fleet, engine_size=2)
-    assert sync.sync(0) == 0.5
+    seconds = {"sync/pause_seconds": 0.25, "sync/weight_check_seconds": 0.5}
+    assert sync.sync(0) == seconds
     assert list(fleet.urls) == [A1, B1] and not fleet.any_ready()
-    assert sync.sync(4) == 0.5
+    assert sync.sync(4) == seconds
     # connected once
     assert trainer.calls == [
         ("connect", [A1, B1], [A1, B1], 1, 2), ("sync", 0), ("check", 0), ("sync", 4), ("check", 4),
@@ -321,7 +323,7 @@ def test_without_a_trainer_engines_serve_what_they_have_loaded(start):
     fleet.wait_until_ready()
     sync = EngineSync(fleet, 1, log=print)
     assert sync.is_wanted(while_others_serve=False)
-    assert sync.sync(0) == 0.0
+    assert sync.sync(0) == {}
     assert list(fleet.urls) == [A1]
 
 
