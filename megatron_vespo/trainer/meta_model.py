@@ -46,13 +46,17 @@ PLAIN = {
 def build_stages(args: Namespace) -> list[Stage]:
     """One entry per pipeline stage. ValueError for what Megatron refuses when it builds groups or model."""
     per_stage = args.world_size // args.pipeline_model_parallel_size
+    return [stage_of_rank(args, stage * per_stage) for stage in range(args.pipeline_model_parallel_size)]
+
+
+def stage_of_rank(args: Namespace, rank: int) -> Stage:
+    """As `build_stages`, with the part of this rank, which need not be the first of its stage."""
     assert not args.use_tp_pp_dp_mapping, "stages would not be runs of ranks"
     with planned_machine():
-        return [_built(args, stage * per_stage) for stage in range(args.pipeline_model_parallel_size)]
+        return _built(args, rank)
 
 
 def _built(args: Namespace, rank: int) -> Stage:
-    """The stage of `rank`."""
     dist.init_process_group("fake", world_size=args.world_size, rank=rank, store=FakeStore())
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):

@@ -25,7 +25,7 @@ from megatron_vespo.commands.plan.layer_activations import kept_by_layer
 from megatron_vespo.commands.plan.packs import pack_bytes
 from megatron_vespo.commands.plan.plan import memory_of, model_of
 from megatron_vespo.commands.plan.recomputation import margin, without_recomputation
-from megatron_vespo.commands.plan.speed import Lengths, model_cost, weight_sync
+from megatron_vespo.commands.plan.speed import model_cost
 from megatron_vespo.commands.plan.trainer_memory import (
     ENGINE_AT_REST,
     RESERVE,
@@ -36,7 +36,10 @@ from megatron_vespo.commands.plan.trainer_memory import (
     packs_in_flight_bytes,
     trainer_memory,
 )
-from megatron_vespo.system.hardware import GLOO, GPUS, ON_GPUS
+from megatron_vespo.commands.plan.weight_sync import trainer_shards
+from megatron_vespo.models.part import ModelPart
+from megatron_vespo.system.hardware import GPUS, ON_GPUS
+from megatron_vespo.weight_sync.places import Place
 from tests.support.published_config import QWEN3_30B_A3B
 from tests.support.settings import flat_settings
 
@@ -58,6 +61,7 @@ LAYOUTS = [
     (64, 2, 4, 3, 1, 4, 2),
     (1024, 2, 4, 1, 4, 32, 1),
 ]
+ALL_OF_IT = ModelPart(frozenset(range(LAYERS)), True, True, range(EXPERTS), (0, 1), (0, 1))
 PRECISE = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
 
 
@@ -128,6 +132,27 @@ def test_parameters_and_bytes_of_every_stage(plan, layout):
         expert_data = ranks // (expert_tensor * expert * pipeline)
         assert bytes_.optimizer == 12 * (dense / data + experts / expert_data)
         assert bytes_.host == 0
+
+
+def parts_here(flags: str, ranks: list[int]) -> tuple[list, list]:
+    """What these ranks hold: in Megatron's own models and groups, and by the numbers of the ranks."""
+    from megatron_vespo.trainer.meta_model import stage_of_rank
+
+    settings, stages = parsed([*ON_GPUS, *flags.split()])
+    shards = trainer_shards(settings, stages, [Place("", "")] * settings.trainer.trainer_ranks)
+    built = [stage_of_rank(settings.megatron, rank).part for rank in ranks]
+    return built, [shards[rank].part for rank in ranks]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parts_of_ranks_are_megatrons(child, checkpoint, layout):
+    ranks = sorted(
+        {0, 1, layout[0] // 3, layout[0] // 2 + 5, layout[0] - 3, layout[0] - 1} & {*range(layout[0])}
+    )
+    text = RUN.replace("  # nothing is there", "")
+    built, numbered = child(parts_here, f"--hf-checkpoint {checkpoint} {text} {flags_of(*layout)}", ranks)
+    assert built == numbered and len(set(built)) > 1
 
 
 @pytest.mark.long
@@ -256,7 +281,7 @@ def test_packs(replay, each):
     for steps in (1, 64):
         args.values.steps_per_rollout, args.values.rollout_batch_size = steps, 256 * steps
         assert packs_in_flight_bytes(args, LAYERS, 0) == 1000 * in_flight_bytes
-        stage = Stage(LAYERS, 0, 0, 0, 1, 1)
+        stage = Stage(ALL_OF_IT, 0, 0, 0, 1, 1)
         host = host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)
         assert host.packs == 256 * steps * 8 * 4096 * whole
         assert host.samples == pytest.approx(
@@ -271,7 +296,7 @@ def test_packs(replay, each):
 
 
 def test_host_memory():
-    stage = Stage(LAYERS, 10**9, 0, 10**9, 1, 1)
+    stage = Stage(ALL_OF_IT, 10**9, 0, 10**9, 1, 1)
 
     def host(**changes):
         args = model(**changes)
@@ -315,25 +340,6 @@ def test_engines(checkpoint):
     assert cost.cache_bytes == 48 * 4 * 128 * 2 * 2
 
 
-def test_weight_sync():
-    def sync_of(stages, nodes=1, gpus=8, **changes):
-        return weight_sync(model(**changes), stages, 18_867, GPUS["h100"], nodes, gpus, receivers=8)
-
-    sync = sync_of([PARAMETERS // 2, PARAMETERS // 2], nodes=4)
-    assert (sync.bytes, sync.link, sync.tensors) == (2 * PARAMETERS, "network", 18_867)
-    assert sync.buckets == 2 * -(-PARAMETERS // 2**29)
-    # gathered inside nodes; across them where the experts of 8 ranks lie on nodes of 4
-    assert sync.transfer == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 1 / 50e9))
-    assert sync_of([PARAMETERS], nodes=4, gpus=4).transfer == pytest.approx(2 * 2 * PARAMETERS / 50e9)
-    # 61 GB on 4 nodes: 6 to 7 s, most of it outside the network
-    assert sync.loading == pytest.approx(18_867 * 2e-4 + 114 * 0.01 + 0.3) and 6 < sync.seconds < 7
-    assert sync_of([PARAMETERS]).link == "NVLink"
-    # a binomial tree over the sender and eight receivers has four hops
-    shared = sync_of([PARAMETERS], colocate=True)
-    assert shared.transfer == pytest.approx(2 * PARAMETERS * (1 / 450e9 + 4 / GLOO))
-    assert Lengths(256, 3840).sample == 4096
-
-
 def command_here(words: list[str]) -> SimpleNamespace:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = run(["plan", *words])
@@ -362,6 +368,10 @@ def test_the_command(command, recipe):
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and done.stderr == ""
     assert "30,532,122,624 parameters over all ranks" in done.stdout
+    assert re.search(r"^weight sync       1\.\d s, shard to shard by NCCL", done.stdout, re.M)
+    assert re.search(
+        r"^  received        per engine rank, at most: 30\.5 GB over the network$", done.stdout, re.M
+    )
     assert "4 nodes x 8 h100" in done.stdout and "tp2, pp1, vpp1, cp1, dp8, ep8, etp1" in done.stdout
     assert done.stdout.rstrip().endswith("fits")
     suggested = "--recompute-granularity selective --recompute-modules layernorm moe"
@@ -378,7 +388,7 @@ def test_the_command(command, recipe):
 
 def test_uneven_routing_needs_a_larger_margin():
     """As much again as experts keep, unless it is computed again."""
-    stage, memory = Stage(LAYERS, 0, 0, 0, 1, 1), 80e9
+    stage, memory = Stage(ALL_OF_IT, 0, 0, 0, 1, 1), 80e9
     experts = 2 * 8 * (2048 + 3 * 768) + 8 * 128
     selective = {"recompute_granularity": "selective"}
     assert margin(model(), [stage], memory) == 8e9 + 1000 * 48 * experts
