@@ -25,6 +25,7 @@ class EngineMemory:
     cache: float  # KV cache; negative if the weights alone are too large
     rest: float  # for activations, CUDA graphs and the buckets of a weight sync
     bucket: float
+    sync: float  # of `rest`, during a weight sync
     token_bytes: float  # KV cache per token, on one GPU
 
     @property
@@ -41,6 +42,7 @@ def engine_memory(
     of a trainer rank on the same GPU, which starts later.
     """
     item = 2 if settings.trainer.bf16 else 4
+    bucket = settings.sync.weight_sync_bucket_mb * 2**20
     given = flag_value(settings.engines.sglang_flags, MEMORY_FRACTION)
     fraction = DEFAULT_STATIC_FRACTION if given is None else float(given)
     free, weights = gpu.memory - CONTEXT, parameters * item / size
@@ -54,6 +56,7 @@ def engine_memory(
         weights=weights,
         cache=fraction * free - weights,
         rest=(1 - fraction) * free - trainer,
-        bucket=settings.sync.weight_sync_bucket_mb * 2**20,
+        bucket=bucket,
+        sync=weights if settings.sync.weight_sync_staging else 2 * bucket,
         token_bytes=shape.num_layers * heads * shape.head_dim * 2 * cache_item,
     )

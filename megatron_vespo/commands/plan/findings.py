@@ -46,15 +46,17 @@ def _placement(plan: Plan) -> Iterator[str]:
 
 def _engines(plan: Plan) -> Iterator[str]:
     engine, longest = plan.engine, plan.longest
+    staging = plan.settings.sync.weight_sync_staging
     if engine.tokens < longest:
         yield (
             f"an engine holds keys and values of {engine.tokens:,} tokens, a request may have {longest:,}: "
             f"raise --sglang-mem-fraction-static {engine.fraction:g} or --sglang-tp-size {engine.size}"
         )
-    if engine.rest < 2 * engine.bucket and not plan.settings.sync.colocate:
+    if engine.rest < engine.sync and not plan.settings.sync.colocate:
         yield (
             f"--sglang-mem-fraction-static {engine.fraction:g} leaves {engine.rest / GIB:.1f} GiB, a weight "
-            f"sync alone takes {2 * engine.bucket / GIB:.1f}: lower it, or --weight-sync-bucket-mb"
+            f"sync alone takes {engine.sync / GIB:.1f}: lower it, or "
+            + ("leave out --weight-sync-staging" if staging else "--weight-sync-bucket-mb")
         )
 
 

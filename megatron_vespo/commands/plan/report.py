@@ -18,7 +18,7 @@ LINK_NAMES: dict[Link, str] = {
     "host": "over NVLink",
     "network": "over the network",
 }
-PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs")
+PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs", "sync_buffers")
 
 
 def format_memory(plan: Plan) -> str:
@@ -109,8 +109,8 @@ def _engine(plan: Plan) -> Iterator[str]:
     if plan.settings.sync.colocate:
         stays = "its weights and optimizer wait in CPU memory" if plan.offload else "weights and optimizer"
         yield f"  {'the trainer, at rest':<24}{plan.beside / GIB:16.2f}   {stays}"
-    bucket = f"with a weight sync's bucket of {engine.bucket / GIB:.2f}"
-    yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {bucket}"
+    sync = f"with {engine.sync / GIB:.2f} of a weight sync"
+    yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {sync}"
 
 
 def _speed(plan: Plan) -> Iterator[str]:
@@ -162,15 +162,17 @@ def _exact(exact: Exact) -> Iterator[str]:
         f"  sent            per trainer rank, at most: {_by_link(traffic.sent)}; {max(sent) / 1e9:.1f} GB in "
         f"all, {sum(sent) / 1e9 / exact.trainer_ranks:.1f} in the mean"
     )
+    buffer = max(each.buffer_bytes for each in totals) / GIB
+    landing = max(each.landing_bytes for each in totals) / GIB
     yield (
-        f"  calls           {traffic.calls} per engine, for {exact.pieces:,} pieces; two buffers of "
-        f"{max(each.buffer_bytes for each in totals) / GIB:.2f} GiB per trainer rank, two of "
-        f"{max(each.landing_bytes for each in totals) / GIB:.2f} per engine rank"
+        f"  buffers         {exact.ring} of {buffer:.2f} GiB per trainer rank, {exact.ring} of {landing:.2f} per "
+        f"engine rank; {traffic.calls} groups, {exact.pieces:,} pieces per engine"
     )
     rates = ", ".join(f"{exact.rate(over) / 1e9:.3g} GB/s {LINK_NAMES[over]}" for over in exact.links)
     yield (
-        f"  seconds         {exact.sending:.2f} to pack and send{rates and f' ({rates})'}, meanwhile "
-        f"{exact.loading:.2f} to load; {exact.around:.1f} for begin, end and checksums"
+        f"  seconds         {exact.sending:.2f} to pack and send{rates and f' ({rates})'}, "
+        f"{'then' if exact.staging else 'meanwhile'} {exact.loading:.2f} to load; {exact.around:.1f} for "
+        "begin, end and checksums"
     )
 
 

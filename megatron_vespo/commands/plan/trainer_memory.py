@@ -9,6 +9,7 @@ from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.commands.plan.layer_activations import kept_by_layer
 from megatron_vespo.commands.plan.packs import pack_bytes, replayed_bytes
 from megatron_vespo.models.stage import Stage
+from megatron_vespo.rollout.server_arguments import other_layout
 from megatron_vespo.system.hardware import GIB
 
 # CUDA's context, NCCL's buffers, libraries' workspaces, fragmentation: an allowance, not measured
@@ -28,7 +29,8 @@ class TrainerMemory:
     activations: float
     log_probs: float
     packs: float  # in flight
-    sync: float  # during a weight sync, when there are no activations
+    sync: float  # of a broadcast of weights, when there are no activations
+    sync_buffers: float  # of weights on their way shard to shard; always there
     host: float
     engine: float = 0.0  # of an offloaded engine on the same GPU
     offload: bool = False  # weights and optimizer are in host memory while that engine generates
@@ -36,17 +38,20 @@ class TrainerMemory:
     @property
     def total(self) -> float:
         at_once = max(self.activations + self.log_probs + self.packs, self.sync)
-        return self.weights + self.gradients + self.optimizer + at_once + self.engine + RESERVE
+        always = self.sync_buffers + self.engine + RESERVE
+        return self.weights + self.gradients + self.optimizer + at_once + always
 
     @property
     def at_rest(self) -> float:
         """Bytes that stay on the GPU while an engine on it generates."""
-        return RESERVE if self.offload else self.weights + self.optimizer + RESERVE
+        stays = 0.0 if self.offload else self.weights + self.optimizer
+        return stays + self.sync_buffers + RESERVE
 
     @property
     def in_sync(self) -> float:
         """Bytes during a weight sync, when only the engine's weights are on the GPU."""
-        return self.weights + (0.0 if self.offload else self.optimizer) + self.sync + RESERVE
+        sync = self.sync + self.sync_buffers
+        return self.weights + (0.0 if self.offload else self.optimizer) + sync + RESERVE
 
     @property
     def comes_back(self) -> float:
@@ -76,10 +81,23 @@ def trainer_memory(settings: TrainSettings, stage: Stage, index: int) -> Trainer
         else 0.0,
         packs=packs_in_flight_bytes(settings, stage.layers, index),
         sync=2 * settings.sync.weight_sync_bucket_mb * 2**20,  # a bucket, and its flattened copy
+        sync_buffers=sync_buffer_bytes(settings, stage),
         host=shard * host,
         engine=ENGINE_AT_REST if settings.sync.colocate else 0.0,
         offload=settings.sync.colocate and settings.sync.colocate_offload,
     )
+
+
+def sync_buffer_bytes(settings: TrainSettings, stage: Stage) -> float:
+    """Two buffers of what a rank sends; for a colocated engine rank two more of what others send it.
+
+    With --weight-sync-staging all that a rank sends is there at once: at most its weights.
+    """
+    if other_layout(settings.engines.sglang_flags) is not None:
+        return 0.0
+    if settings.sync.weight_sync_staging:
+        return stage.parameters * settings.trainer.params_dtype.itemsize
+    return (4 if settings.sync.colocate else 2) * settings.sync.weight_sync_bucket_mb * 2**20
 
 
 def optimizer_bytes(settings: TrainSettings) -> tuple[float, float]:

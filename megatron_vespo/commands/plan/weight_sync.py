@@ -16,6 +16,7 @@ from megatron_vespo.models.table import ModelShape
 from megatron_vespo.rollout.server_arguments import engine_size, expert_parallel_size, other_layout
 from megatron_vespo.system.hardware import GLOO, LINK_SHARE, Gpu
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
+from megatron_vespo.weight_sync.exact import BUFFERS
 from megatron_vespo.weight_sync.places import Place
 from megatron_vespo.weight_sync.plan import count
 from megatron_vespo.weight_sync.traffic import LINKS, Link, Traffic, traffic
@@ -67,6 +68,7 @@ class Exact:
     gpu: Gpu
     trainer_ranks: int
     colocate: bool
+    staging: bool
 
     @property
     def sending(self) -> float:
@@ -78,13 +80,20 @@ class Exact:
     def loading(self) -> float:
         """Seconds of an engine rank to copy its pieces into its parameters, call after call."""
         copying = 2 * max(self.received.values()) / self._memory_rate
-        return copying + self._pieces(1) * PIECE + self.traffic.calls * CALL
+        return copying + self._pieces(1) * PIECE + (1 if self.staging else self.traffic.calls) * CALL
 
     @property
     def seconds(self) -> float:
-        """The first group is packed and sent before anything is loaded."""
+        """The first group is packed and sent before anything is loaded, with staging all of them are."""
+        if self.staging:
+            return self.sending + self.loading + self.around
         first = self.sending / self.traffic.calls
         return first + max(self.sending, self.loading) + self.around
+
+    @property
+    def ring(self) -> int:
+        """Groups that are in buffers at once."""
+        return self.traffic.calls if self.staging else BUFFERS
 
     @property
     def around(self) -> float:
@@ -177,7 +186,11 @@ def weight_sync(
         moved = traffic(trainer_shards(settings, stages, trainer), engines, totals)
     except ValueError as error:
         return WeightSync(None, str(error), broadcast)
-    return WeightSync(Exact(moved, gpu, len(trainer), settings.sync.colocate), None, broadcast)
+    return WeightSync(
+        Exact(moved, gpu, len(trainer), settings.sync.colocate, settings.sync.weight_sync_staging),
+        None,
+        broadcast,
+    )
 
 
 def trainer_shards(

@@ -185,7 +185,7 @@ def model(**changes) -> SimpleNamespace:
         "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False, "colocate_offload": True,
         "expert_model_parallel_size": 8, "num_layers": LAYERS, "max_prompt_tokens": 1024,
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
-        "rollout_batch_size": 2048, "group_size": 8, "async_save": False, "old_policy": "current",
+        "weight_sync_staging": False, "rollout_batch_size": 2048, "group_size": 8, "async_save": False, "old_policy": "current",
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
         "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
         "accumulate_allreduce_grads_in_fp32": True,
@@ -429,13 +429,15 @@ def test_gpus_that_are_shared_in_turn(plan, command, checkpoint, recipe):
     [memory] = plan(f"{layout} {colocated} 0.5 --no-colocate-offload {FULL}")[1]
     [apart] = plan(f"{layout} {FULL}")[1]
     # training: all that it has apart, and an engine at rest
-    assert memory.total == offloading.total == apart.total + ENGINE_AT_REST
+    buffers = 2 * 512 * 2**20  # of what the rank sends; as much again of what others send to its GPU
+    assert (apart.sync_buffers, memory.sync_buffers) == (buffers, 2 * buffers)
+    assert memory.total == offloading.total == apart.total + ENGINE_AT_REST + buffers
     # generating: gradients and activations are given back, and what is offloaded
-    assert memory.at_rest == memory.weights + memory.optimizer + RESERVE
-    assert offloading.at_rest == RESERVE
+    assert memory.at_rest == memory.weights + memory.optimizer + 2 * buffers + RESERVE
+    assert offloading.at_rest == 2 * buffers + RESERVE
     # in a sync the weights are there
     assert memory.in_sync - offloading.in_sync == memory.optimizer
-    assert offloading.in_sync == memory.weights + RESERVE + 2 * 512 * 2**20
+    assert offloading.in_sync == memory.weights + RESERVE + 3 * buffers
     # for a save all but gradients comes back, for log-probs weights and activations
     forward = memory.activations + memory.log_probs + memory.packs
     assert memory.comes_back == forward

@@ -32,7 +32,7 @@ def model(**changes) -> Any:
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
         "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1, "trainer_ranks": 16, "bf16": True,
         "rollout_engines": 8, "sglang_flags": ["--tp-size", "1"], "colocate": False,
-        "weight_sync_bucket_mb": 512,
+        "weight_sync_bucket_mb": 512, "weight_sync_staging": False,
     }  # fmt: skip
     return flat_settings(**(plain | changes))
 
@@ -90,6 +90,13 @@ def test_exact_sync_apart():
         2 * shard / (0.5 * 3.35e12) + sync.traffic.calls * CALL + 18_964 * PIECE, rel=0.01
     )
     assert 1 < sync.seconds < 2 < synced(4, 2).broadcast.seconds
+
+
+def test_staged_weights_are_loaded_in_one_call():
+    staged, plain = exactly(4, 2, weight_sync_staging=True), exactly(4, 2)
+    assert (plain.ring, staged.ring) == (2, staged.traffic.calls)
+    assert plain.loading - staged.loading == pytest.approx((plain.traffic.calls - 1) * CALL)
+    assert staged.seconds == staged.sending + staged.loading + staged.around
 
 
 def test_exact_sync_of_colocated_engines():
