@@ -20,9 +20,11 @@ INSTALL_REQUIRES = [
     "math-verify==0.9.0",
     "matplotlib",
     "megatron-core==0.19.2",
+    "msgspec",
     "numpy",
     "psutil",  # megatron-core needs it to save a checkpoint and does not say so
     "pyarrow",
+    "pybase64",
     "ray[default]==2.60.0",
     "requests",
     "rich",

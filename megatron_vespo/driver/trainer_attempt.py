@@ -23,7 +23,7 @@ from megatron_vespo.driver.learner import Learner, LogProbBound, PolicyLearner
 from megatron_vespo.driver.services import Services
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engine_client import RouteShape
+from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.types import RunState
 

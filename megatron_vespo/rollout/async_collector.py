@@ -13,8 +13,8 @@ from typing import Any
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, InFlightGroup, RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engine_client import GenerateReplyError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
+from megatron_vespo.rollout.generate_reply import GenerateReplyError
 from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.rollout.sampler import RejectedDraws, Sampler, TooManyRejectedError
 from megatron_vespo.rollout.scoring import describe_failures

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from megatron_vespo.rollout.engine_client import EngineClient, RouteShape
+from megatron_vespo.rollout.engine_client import EngineClient
 from megatron_vespo.rollout.generate_function import GenerateFunction
+from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.router import LostRequests, OnRequests, Router
 from megatron_vespo.rollout.sampler import Check, RejectedDraws, Sampler
 from megatron_vespo.types import Completion, Prompt, SamplingParams

@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Callable
 
 from megatron_vespo.rollout.buffer import PartialCompletions
-from megatron_vespo.rollout.engine_client import NonFiniteLogProbsError
 from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
+from megatron_vespo.rollout.generate_reply import NonFiniteLogProbsError
 from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_vespo.rollout.engine_client import RouteShape
+from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.rollout.sglang_server import SGLangServer
 from megatron_vespo.system.ports import find_free_port

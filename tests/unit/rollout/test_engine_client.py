@@ -1,7 +1,6 @@
 """The rollout side without a server: replies, flags, seeds, error messages."""
 
 import asyncio
-import base64
 import sys
 import time
 from pathlib import Path
@@ -11,145 +10,19 @@ import pytest
 
 from megatron_vespo.algorithms.accuracy import mean_interval
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.engine_client import (
-    GenerateReplyError,
-    NonFiniteLogProbsError,
-    RouteShape,
-    generate_payload,
-    parse_generate_reply,
-)
+from megatron_vespo.rollout.engine_client import generate_payload
 from megatron_vespo.rollout.evaluate import evaluate
+from megatron_vespo.rollout.generate_reply import GenerateReplyError, NonFiniteLogProbsError
 from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.rollout.sampler import completion_seed
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
 from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Prompt, SamplingParams
 from tests.support.builders import make_completion, make_group
 from tests.support.refusals import check_refusal
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
 SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,))
-ROUTES = RouteShape(num_layers=2, topk=1)
-WHERE = r"^request r1 \(prompt 17\): "
-
-
-def encoded(experts) -> str:
-    return base64.b64encode(np.asarray(experts, dtype=np.int32).tobytes()).decode()
-
-
-def reply(**meta) -> dict:
-    """Two tokens after three, 2 layers, top-1: routed experts of 4 tokens."""
-    return {
-        "output_ids": [11, 1],
-        "meta_info": {
-            "id": "r1",
-            "finish_reason": {"type": "stop", "matched": 1},
-            "output_token_logprobs": [[-0.5, 11, None], [-1.25, 1, None]],
-            "weight_versions": [{"version": "3", "start": 0, "end": 2}],
-            "num_retractions": 0,
-            "routed_experts": encoded([[[0], [7]], [[1], [6]], [[2], [5]], [[3], [255]]]),
-            **meta,
-        },
-    }
-
-
-def parse(answer: dict, routes: RouteShape | None = ROUTES) -> Completion:
-    return parse_generate_reply(answer, PROMPT, 0.7, routes)
-
-
-def test_reply_becomes_a_completion():
-    completion = parse(reply())
-    assert completion.prompt is PROMPT
-    assert completion.token_ids == [11, 1]
-    assert completion.log_probs.dtype == np.float32 and completion.log_probs.tolist() == [-0.5, -1.25]
-    assert completion.policy_versions.dtype == np.int64 and completion.policy_versions.tolist() == [3, 3]
-    assert completion.routed_experts.dtype == np.uint8 and completion.routed_experts.shape == (4, 2, 1)
-    assert completion.routed_experts[:, :, 0].tolist() == [[0, 7], [1, 6], [2, 5], [3, 255]]
-    assert (completion.finish_reason, completion.temperature, completion.reward) == ("stop", 0.7, None)
-
-
-def test_routes_that_nobody_asked_for_are_not_looked_at():
-    assert parse(reply(routed_experts=None), None).routed_experts is None
-
-
-def test_routes_of_a_retracted_request_are_not_kept():
-    """They would be those of the pass that has computed keys and values anew, and of the right shape."""
-    kept, lost = parse(reply()), parse(reply(num_retractions=2))
-    assert (kept.num_retractions, kept.routed_experts.shape) == (0, (4, 2, 1))
-    assert (lost.num_retractions, lost.routed_experts) == (2, None)
-    assert lost.token_ids == kept.token_ids and (lost.log_probs == kept.log_probs).all()
-    assert parse(reply(num_retractions=2), None).num_retractions == 2
-
-
-def test_versions_of_a_completion_that_saw_an_update():
-    assert parse(reply(weight_versions=[span("3", 0, 1), span("4", 1, 2)])).policy_versions.tolist() == [3, 4]
-
-
-def test_soft_max_rounding_is_kept_as_it_came():
-    completion = parse(reply(output_token_logprobs=[[1.1920928955078125e-07, 11, None], [0.0, 1, None]]))
-    assert completion.log_probs.tolist() == [1.1920928955078125e-07, 0.0]
-
-
-def span(version: str, start: int, end: int) -> dict:
-    return {"version": version, "start": start, "end": end}
-
-
-SPANS = r"weight versions \[.*\] do not cover the 2 completion tokens$"
-MAGIC, ABORT = {"type": "magic"}, {"type": "abort"}
-NO_TOKENS = {"finish_reason": ABORT, "output_ids": [], "output_token_logprobs": []}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        # versions cover every token once, and are ours
-        *(({"weight_versions": spans}, SPANS) for spans in (
-            [], [span("3", 0, 1)], [span("3", 1, 2)], [span("3", 0, 3)], [span("3", 0, 2), span("4", 1, 2)],
-        )),
-        ({"weight_versions": [span("default", 0, 2)]},
-         "weight version 'default' is not one of ours, a number$"),
-        ({"output_token_logprobs": [[-0.5, 11, None], [0.01, 1, None]]},
-         r"log-prob 0.01 of completion token 1 \(1 bad of 2\)$"),
-        *(({"output_token_logprobs": scored}, f"2 output ids do not match {len(scored)} scored tokens$")
-          for scored in ([[-0.5, 11, None]], [[-0.5, 11, None], [-1.0, 2, None]])),
-        ({"finish_reason": MAGIC}, "unknown finish reason {'type': 'magic'}$"),
-        (NO_TOKENS, "no tokens, finish reason {'type': 'abort'}$"),
-        ({"routed_experts": encoded([0] * 6)}, "6 routed experts, expected 4 tokens x 2 layers x 1$"),
-        *(({"routed_experts": encoded([0] * 7 + [bad])},
-           rf"routed experts {low}\.\.{high} are not within 0\.\.255$")
-          for bad, low, high in ((256, 0, 256), (-1, -1, 0))),
-        ({"routed_experts": "AAA"}, "routed experts are not base64 int32"),
-    ],
-)  # fmt: skip
-def test_a_reply_that_cannot_be_used_is_refused_by_name(changes, message):
-    answer = reply(**changes)
-    answer["output_ids"] = changes.get("output_ids", answer["output_ids"])
-    with pytest.raises(GenerateReplyError, match=WHERE + message):
-        parse(answer)
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), float("inf")])
-def test_a_log_prob_that_is_not_finite_is_refused_as_such(value):
-    message = WHERE + rf"log-prob {value} of completion token 1 \(1 bad of 2\)$"
-    with pytest.raises(NonFiniteLogProbsError, match=message):
-        parse(reply(output_token_logprobs=[[-0.5, 11, None], [value, 1, None]]))
-
-
-def test_replaced_nan_token_is_refused():
-    with pytest.raises(
-        NonFiniteLogProbsError, match=WHERE + "the engine sampled a token outside the vocabulary"
-    ):
-        parse(reply(finish_reason={"type": "stop", "matched": "NaN happened"}))
-
-
-@pytest.mark.parametrize(
-    "field", ["weight_versions", "routed_experts", "output_token_logprobs", "num_retractions"]
-)
-def test_missing_field_is_named(field):
-    answer = reply()
-    del answer["meta_info"][field]
-    with pytest.raises(GenerateReplyError, match=f"^prompt 17: the reply has no '{field}'$"):
-        parse(answer)
 
 
 def test_payload_samples_the_untruncated_distribution():
@@ -157,6 +30,7 @@ def test_payload_samples_the_untruncated_distribution():
         "input_ids": [5, 9, 2],
         "return_logprob": True,
         "return_routed_experts": True,
+        "routed_experts_start_len": 0,
         "sampling_params": {
             "temperature": 0.7,
             "max_new_tokens": 8,

@@ -1,0 +1,181 @@
+"""Turns the body of one /generate reply into a checked Completion: from JSON straight to arrays.
+
+A reply of 4,096 tokens with the routes of a large model is 8.5 MB of JSON. The parser therefore skips fields
+that nobody needs, and makes no Python object per expert.
+
+Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pybase64
+
+from megatron_vespo.types import Completion, Prompt
+
+MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8
+LOG_PROB_ROUNDING = 1e-5  # a soft-max that rounds up to just above 1 gives a log-prob just above 0
+
+
+class GenerateReplyError(RuntimeError):
+    """A reply that cannot be trained on; the message names the request and the prompt."""
+
+
+class NonFiniteLogProbsError(GenerateReplyError):
+    """A completion whose log-probs are not finite; sampling it again may give a valid one."""
+
+
+class RouteShape(NamedTuple):
+    """Shape of the routes of one token: L and K."""
+
+    num_layers: int
+    topk: int
+
+
+class _Span(msgspec.Struct):
+    version: str | int
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: dict[str, Any]
+    id: Any = None
+    # a request that was aborted before its first token lacks some of these
+    output_token_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # [[log-prob, id, text], ...]
+    weight_versions: list[_Span] | msgspec.UnsetType = msgspec.UNSET
+    num_retractions: int | msgspec.UnsetType = msgspec.UNSET
+    routed_experts: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # base64 of int32 [entered, L, K]
+
+
+class _Reply(msgspec.Struct):
+    meta_info: _Meta
+    output_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+_REPLY = msgspec.json.Decoder(_Reply)
+_NUMBERS = msgspec.json.Decoder(list[float | None])
+
+
+def parse_generate_reply(
+    body: bytes, prompt: Prompt, temperature: float, routes: RouteShape | None, routes_start: int = 0
+) -> Completion | None:
+    """Check the body of one /generate reply and return it as a Completion; raises GenerateReplyError.
+
+    None: the request was aborted before it had a token with a log-prob (and routes). SGLang's log-probs are
+    those after temperature. Without `routes`, the reply's routes are skipped. Otherwise the request has asked
+    for those of the tokens from `routes_start` on.
+    """
+    try:
+        reply = _REPLY.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise GenerateReplyError(f"prompt {prompt.prompt_id}: not a reply of /generate: {error}") from error
+    meta, token_ids = reply.meta_info, reply.output_ids or []
+    finish, where = meta.finish_reason, f"request {meta.id} (prompt {prompt.prompt_id})"
+    if finish.get("type") not in ("stop", "length", "abort"):
+        raise GenerateReplyError(f"{where}: unknown finish reason {finish}")
+    # SGLang ends such a request with "stop", after replacing the sampled token by a stop token.
+    if finish.get("matched") == "NaN happened":
+        raise NonFiniteLogProbsError(
+            f"{where}: the engine sampled a token outside the vocabulary (NaN logits)"
+        )
+    scored = _scored(meta.output_token_logprobs or b"[]", where)
+    if finish["type"] == "abort" and (
+        not token_ids or len(scored) != 3 * len(token_ids) or (routes and not meta.routed_experts)
+    ):
+        return None
+    _require(meta, prompt, routes is not None)
+    if not token_ids:
+        raise GenerateReplyError(f"{where}: no tokens, finish reason {finish}")
+    if scored[1::3] != token_ids:
+        raise GenerateReplyError(
+            f"{where}: {len(token_ids)} output ids do not match {-(-len(scored) // 3)} scored tokens"
+        )
+    routed_experts = None
+    # After a retraction SGLang keeps tokens and log-probs, but returns the routes of the recomputation.
+    if routes is not None and meta.num_retractions == 0:
+        num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
+        shape = num_entering - routes_start, routes.num_layers, routes.topk
+        routed_experts = _routed_experts(meta.routed_experts, shape, where)
+    return Completion(
+        prompt=prompt,
+        token_ids=token_ids,
+        log_probs=_log_probs(scored[0::3], where),
+        policy_versions=_policy_versions(meta.weight_versions, len(token_ids), where),
+        routed_experts=routed_experts,
+        finish_reason=finish["type"],
+        temperature=temperature,
+        num_retractions=meta.num_retractions,
+    )
+
+
+def _require(meta: _Meta, prompt: Prompt, routed_experts: bool) -> None:
+    names = ["output_token_logprobs", "weight_versions", "num_retractions"]
+    for name in names + ["routed_experts"] * routed_experts:
+        if getattr(meta, name) is msgspec.UNSET:
+            raise GenerateReplyError(f"prompt {prompt.prompt_id}: the reply has no {name!r}")
+
+
+def _scored(entries: bytes, where: str) -> list[float | None]:
+    """The numbers of [[log-prob, token id, null], ...] in one flat list.
+
+    A list without the inner brackets is read in half the time. The token ids in it, which must equal the
+    output ids, prove that every entry had three parts.
+    """
+    flat = bytes(entries).translate(None, b"[]")
+    try:
+        return _NUMBERS.decode(b"[" + flat + b"]")
+    except msgspec.DecodeError as error:
+        raise GenerateReplyError(f"{where}: output_token_logprobs are not triples: {error}") from error
+
+
+def _log_probs(values: list[float | None], where: str) -> np.ndarray:
+    """[C] float32. JSON has no NaN or infinity: SGLang writes null."""
+    with np.errstate(over="ignore"):  # an infinity is refused below
+        log_probs = np.array(values, dtype=np.float32)
+    bad = np.flatnonzero(~(np.isfinite(log_probs) & (log_probs <= LOG_PROB_ROUNDING)))
+    if len(bad):
+        sound = np.isfinite(log_probs).all()
+        raise (GenerateReplyError if sound else NonFiniteLogProbsError)(
+            f"{where}: log-prob {values[bad[0]]} of completion token {bad[0]} "
+            f"({len(bad)} bad of {len(values)})"
+        )
+    return log_probs
+
+
+def _policy_versions(spans: list[_Span], length: int, where: str) -> np.ndarray:
+    """[C] int64 from spans, which must cover every token once."""
+    bounds = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != bounds[:-1] or bounds[-1] != length:
+        raise GenerateReplyError(
+            f"{where}: weight versions {spans} do not cover the {length} completion tokens"
+        )
+    versions = np.empty(length, dtype=np.int64)
+    for span in spans:
+        if not str(span.version).isdecimal():
+            raise GenerateReplyError(f"{where}: weight version {span.version!r} is not one of ours, a number")
+        versions[span.start : span.end] = int(span.version)
+    return versions
+
+
+def _routed_experts(encoded: msgspec.Raw, shape: tuple[int, int, int], where: str) -> np.ndarray:
+    """uint8 [entered, L, K] from a JSON string, base64 of int32; GenerateReplyError for anything else."""
+    text = memoryview(encoded)[1:-1]  # without the quotes, and without a copy
+    try:
+        experts = np.frombuffer(pybase64.b64decode(text, validate=True), dtype=np.uint32)
+    except ValueError as error:
+        raise GenerateReplyError(f"{where}: routed experts are not base64 int32 ({error})") from error
+    if experts.size != np.prod(shape):
+        raise GenerateReplyError(
+            f"{where}: {experts.size} routed experts, "
+            f"expected {shape[0]} tokens x {shape[1]} layers x {shape[2]}"
+        )
+    if experts.size and experts.max() > MAX_EXPERT_ID:  # a negative one is a large unsigned one
+        signed = experts.view(np.int32)
+        raise GenerateReplyError(
+            f"{where}: routed experts {signed.min()}..{signed.max()} are not within 0..{MAX_EXPERT_ID}"
+        )
+    return experts.astype(np.uint8).reshape(shape)
