@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import numpy as np
 
+from megatron_vespo.data.routes import repeats_expert
 from megatron_vespo.types import TrainingSample
 
 
@@ -68,7 +69,7 @@ def _check_routes(sample: TrainingSample, where: str, args: Namespace) -> None:
     if routes.max() >= args.num_experts:
         raise ValueError(f"{where} was routed to expert {routes.max()}, there are {args.num_experts}")
     # a repeated expert would be counted once and leave a share of the token unrouted
-    if (np.diff(np.sort(routes, axis=-1), axis=-1) == 0).any():
+    if repeats_expert(routes):
         raise ValueError(f"{where} has a token with the same expert twice in its routed_experts")
     if sample.routes_version != sample.policy_versions[-1]:
         raise ValueError(
