@@ -9,26 +9,126 @@ Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, Protocol
 
 import numpy as np
 
+TOKEN_ID = np.int32  # every vocabulary fits
 
-@dataclass(frozen=True)
+
+def token_array(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return `token_ids` as int32 [n], the same array if it is one. ValueError if an id does not fit."""
+    if isinstance(token_ids, np.ndarray) and token_ids.dtype == TOKEN_ID:
+        return token_ids
+    ids = np.asarray(token_ids, np.int64 if len(token_ids) == 0 else None)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers, not {ids.dtype}")
+    limits = np.iinfo(TOKEN_ID)
+    if ids.size and not limits.min <= ids.min() <= ids.max() <= limits.max:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit into {limits.bits} bits")
+    return ids.astype(TOKEN_ID)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpans:
+    """The policy version of each token of one response, stored as spans of equal versions.
+
+    Example: VersionSpans(versions=(3, 4), lengths=(2, 1)) stands for the tokens' versions [3, 3, 4]
+    """
+
+    versions: tuple[int, ...]  # neighbours differ
+    lengths: tuple[int, ...]  # tokens per span, at least 1
+
+    @classmethod
+    def of(cls, versions: VersionSpans | Sequence[int] | np.ndarray) -> VersionSpans:
+        """Return the spans of one version per token."""
+        if isinstance(versions, VersionSpans):
+            return versions
+        per_token = np.asarray(versions, np.int64)
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(per_token)) + 1])[: len(per_token)]
+        lengths = np.diff(starts, append=len(per_token))
+        return cls(tuple(per_token[starts].tolist()), tuple(lengths.tolist()))
+
+    @classmethod
+    def single(cls, version: int, length: int) -> VersionSpans:
+        """Return the spans of `length` tokens of one version."""
+        return cls((version,), (length,)) if length else cls((), ())
+
+    @classmethod
+    def joined(cls, parts: Iterable[VersionSpans]) -> VersionSpans:
+        """Return the spans of all tokens, part after part."""
+        spans = [span for part in parts for span in zip(part.versions, part.lengths, strict=True)]
+        merged = [(version, sum(n for _, n in run)) for version, run in groupby(spans, lambda span: span[0])]
+        return cls(tuple(version for version, _ in merged), tuple(length for _, length in merged))
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return sum(self.lengths)
+
+    @property
+    def oldest(self) -> int:
+        return min(self.versions)
+
+    @property
+    def newest(self) -> int:
+        return max(self.versions)
+
+    @property
+    def last(self) -> int:
+        """Version of the last token."""
+        return self.versions[-1]
+
+    def are_all(self, version: int) -> bool:
+        """Tell whether every token is of `version`."""
+        return set(self.versions) <= {version}
+
+    def total(self) -> int:
+        """Return the sum of the versions over all tokens."""
+        return sum(version * length for version, length in zip(self.versions, self.lengths, strict=True))
+
+    def array(self) -> np.ndarray:
+        """Return one version per token, int64 [C]."""
+        return np.repeat(np.array(self.versions, np.int64), self.lengths)
+
+
+class Routes(Protocol):
+    """Routes of one response that lie in another process; `fetch` brings them here."""
+
+    def fetch(self) -> np.ndarray:
+        """Return the routes, uint8 [P + C - 1, L, K]."""
+        ...
+
+
+def fetched(routes: np.ndarray | Routes) -> np.ndarray:
+    """Return the routes as an array, uint8 [P + C - 1, L, K], from wherever they are."""
+    return routes if isinstance(routes, np.ndarray) else routes.fetch()
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """One row of the prompt file, tokenised once.
+    """One row of the prompt file, tokenised once. `token_ids` may be given as a list.
 
     Example:
         Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?", metadata={})
     """
 
     prompt_id: int  # row number in the file, from 0: stable across epochs and resumes
-    token_ids: list[int]  # [P], chat template applied
+    token_ids: np.ndarray  # [P] int32, chat template applied; all responses share the array
     answer: str  # reference answer, as the reward function wants it
     text: str  # the user's message before the chat template, for people to read
     metadata: dict = field(default_factory=dict)  # the row's other columns, for custom rewards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", token_array(self.token_ids))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prompt):
+            return NotImplemented
+        ours, theirs = ({**vars(one), "token_ids": one.token_ids.tolist()} for one in (self, other))
+        return ours == theirs
 
 
 @dataclass(frozen=True)
@@ -49,18 +149,21 @@ class SamplingParams:
 class Completion:
     """One sampled response, as the engine made it; `reward` is filled in later.
 
+    `token_ids` and `policy_versions` may be given as lists or arrays, one entry per token.
+
     Example, two tokens made by policy version 3 of a 4-layer model with top-2 experts:
-        Completion(prompt=..., token_ids=[11, 1], log_probs=float32[2], policy_versions=int64[2] of 3,
-                   routed_experts=uint8[P + 1, 4, 2], finish_reason="stop", temperature=1.0)
+        Completion(prompt=..., token_ids=int32[2], log_probs=float32[2],
+                   policy_versions=VersionSpans((3,), (2,)), routed_experts=uint8[P + 1, 4, 2],
+                   finish_reason="stop", temperature=1.0)
     """
 
     prompt: Prompt
-    token_ids: list[int]  # [C], the stop token included when there is one
+    token_ids: np.ndarray  # [C] int32, the stop token included when there is one
     log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
-    policy_versions: np.ndarray  # [C] int64, the version of the weights that made each token
+    policy_versions: VersionSpans  # of C tokens, the version of the weights that made each
     # [P + C - 1, L, K] uint8, the choices of the passes that sampled (the last token never enters); None if
     # nobody asked, or if the engine has lost them: see `num_retractions`
-    routed_experts: np.ndarray | None
+    routed_experts: np.ndarray | Routes | None
     finish_reason: str  # "stop", "length", or "abort": a beginning, to be continued
     temperature: float
     reward: float | None = None  # the task's
@@ -70,6 +173,10 @@ class Completion:
     # How often the engine dropped its keys and values, for want of memory or for new weights. It computes
     # them anew from the tokens, in another kind of pass, and its routes are those of that pass.
     num_retractions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = token_array(self.token_ids)
+        self.policy_versions = VersionSpans.of(self.policy_versions)
 
     @property
     def shaped_reward(self) -> float:
@@ -82,23 +189,31 @@ class Completion:
 class TrainingSample:
     """One sequence to train on. Trained tokens are the completion's, positions [P, P + C).
 
+    `token_ids` and `policy_versions` may be given as lists or arrays, one entry per token.
+
     Example:
-        TrainingSample(token_ids=int64[P + C], prompt_length=P, behavior_log_probs=float32[C],
-                       policy_versions=int64[C], advantage=-0.25, reward=0.0, temperature=1.0, group_id=7)
+        TrainingSample(token_ids=int32[P + C], prompt_length=P, behavior_log_probs=float32[C],
+                       policy_versions=VersionSpans((3,), (C,)), advantage=-0.25, reward=0.0,
+                       temperature=1.0, group_id=7)
     """
 
-    token_ids: np.ndarray  # [P + C] int64
+    token_ids: np.ndarray  # [P + C] int32
     prompt_length: int
     behavior_log_probs: np.ndarray  # [C] float32, mu: what the engine said when it sampled
-    policy_versions: np.ndarray  # [C] int64
+    policy_versions: VersionSpans  # of C tokens
     advantage: float
     reward: float
     temperature: float
     group_id: int  # samples of one prompt in one rollout batch share it
     old_log_probs: np.ndarray | None = None  # [C] float32, pi_old: the trainer's, before the first update
-    routed_experts: np.ndarray | None = None  # [P + C - 1, L, K] uint8, what the engine chose
+    # [P + C - 1, L, K] uint8, what the engine chose
+    routed_experts: np.ndarray | Routes | None = None
     routes_version: int | None = None  # the policy version that chose them
     replays: bool = True  # False: no routes are known, and the routers choose in spite of R3
+
+    def __post_init__(self) -> None:
+        self.token_ids = token_array(self.token_ids)
+        self.policy_versions = VersionSpans.of(self.policy_versions)
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
-from megatron_vespo.types import Completion, Prompt
+from megatron_vespo.types import Completion, Prompt, VersionSpans
 
 CHUNK = 512  # sequences sampled at a time
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -50,7 +50,7 @@ def sample_responses(sampler: Sampler, prompts: Sequence[Prompt], seed: int) -> 
 
 
 def _sample(sampler: Sampler, prompts: Sequence[Prompt], generator: torch.Generator) -> list[Completion]:
-    tokens = torch.tensor([prompt.token_ids for prompt in prompts])
+    tokens = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts])).long()
     num_positions = tokens.shape[1] + running_sum.MAX_RESPONSE
     cache = qwen3_moe.Cache.empty(sampler.config, len(prompts), num_positions)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
@@ -77,14 +77,14 @@ def _completion(
 ) -> Completion:
     ends = np.flatnonzero(drawn == running_sum.EOS)
     length = int(ends[0]) + 1 if len(ends) else len(drawn)
-    token_ids = drawn[:length].tolist()
+    token_ids = drawn[:length].astype(np.int32)
     return Completion(
         prompt=prompt,
         token_ids=token_ids,
         log_probs=log_probs[:length],
-        policy_versions=np.full(length, sampler.version),
+        policy_versions=VersionSpans.single(sampler.version, length),
         routed_experts=routes[: len(prompt.token_ids) + length - 1],
         finish_reason="stop" if len(ends) else "length",
         temperature=1.0,
-        reward=running_sum.reward(prompt, token_ids),
+        reward=running_sum.reward(prompt, token_ids.tolist()),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, VersionSpans
 
 NUM_CANARIES = 8
 # In fp32 the largest difference per token is bounded: layouts differ by rounding, at most 1e-5 in the tests.
@@ -22,7 +22,7 @@ NUM_CANARIES = 8
 # 0.03 to 0.06, and routers may choose other experts.
 MAX_DIFFERENCE_FP32, MEAN_DIFFERENCE_BF16 = 1e-4, 0.05
 _NUMBERS = ("prompt_length", "advantage", "reward", "temperature", "group_id")
-_ARRAYS = ("token_ids", "behavior_log_probs", "policy_versions")
+_ARRAYS = ("token_ids", "behavior_log_probs")
 
 
 class CanaryMismatchError(RuntimeError):
@@ -45,6 +45,7 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
     }
     for i, (sample, values) in enumerate(zip(samples, log_probs, strict=True)):
         arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
+        arrays[f"policy_versions_{i}"] = sample.policy_versions.array()
         arrays[f"log_probs_{i}"] = values
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -59,6 +60,7 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
         TrainingSample(
             **{name: arrays[name][i].item() for name in _NUMBERS},
             **{name: arrays[f"{name}_{i}"] for name in _ARRAYS},
+            policy_versions=VersionSpans.of(arrays[f"policy_versions_{i}"]),
         )
         for i in range(len(arrays["prompt_length"]))
     ]

@@ -46,7 +46,7 @@ class PromptRecord:
             np.array([prompt.prompt_id for prompt in prompts], np.int64),
             # an answer may contain half of a surrogate pair
             _hashes(f"{prompt.text}\0{prompt.answer}".encode(errors="surrogatepass") for prompt in prompts),
-            _hashes(np.array(prompt.token_ids, np.int64).tobytes() for prompt in prompts),
+            _hashes(prompt.token_ids.astype(np.int64).tobytes() for prompt in prompts),
             seed,
             date,
             digest(eval_prompts) if eval_prompts else "",

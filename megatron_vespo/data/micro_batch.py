@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.host_memory import to_device
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, fetched
 
 
 @dataclass
@@ -137,13 +137,12 @@ def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_ex
     These tokens are padding and the last token of a sequence: no loss depends on their experts. `replays_S`
     is False for sequences without routes.
     """
-    routed = next(sample.routed_experts for sample in chosen if sample.replays)
-    assert routed is not None, "checked before, see check_sample"
-    num_layers, topk = routed.shape[1:]
+    known = [sample.routed_experts if sample.replays else None for sample in chosen]
+    arrays = [None if routes is None else fetched(routes) for routes in known]
+    num_layers, topk = next(array for array in arrays if array is not None).shape[1:]
     spread = (np.arange(total)[:, None] * topk + np.arange(topk)) % num_experts
     routes = np.repeat(spread[:, None].astype(np.uint8), num_layers, axis=1)
-    for sample, start in zip(chosen, starts[:-1], strict=True):
-        if not sample.replays:
-            continue
-        routes[start : start + sample.num_tokens - 1] = sample.routed_experts
+    for sample, array, start in zip(chosen, arrays, starts[:-1], strict=True):
+        if array is not None:
+            routes[start : start + sample.num_tokens - 1] = array
     return routes

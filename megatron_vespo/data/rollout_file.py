@@ -2,7 +2,7 @@
 
 G groups of K completions, P tokens per prompt:
 
-    prompt_ids int64 [G], prompt_lengths int64 [G], prompt_tokens int64 [sum P]
+    prompt_ids int64 [G], prompt_lengths int64 [G], prompt_tokens int32 [sum P]
     completion_arrays.py's arrays of the G K completions, group after group
     metric_names str, metric_values float64   over everything that was generated for the batch
     run str   a JSON object: the values that a run that trains on it must share, and consumed_prompts
@@ -53,7 +53,7 @@ def write_record(path: Path, record: RolloutRecord) -> None:
     arrays = {
         "prompt_ids": np.array([prompt.prompt_id for prompt in prompts], np.int64),
         "prompt_lengths": np.array([len(prompt.token_ids) for prompt in prompts], np.int64),
-        "prompt_tokens": end_to_end([prompt.token_ids for prompt in prompts], np.int64),
+        "prompt_tokens": end_to_end([prompt.token_ids for prompt in prompts], np.int32),
         **completion_arrays(completions),
         "metric_names": np.array(list(record.metrics), str),
         "metric_values": np.array(list(record.metrics.values()), np.float64),
@@ -68,7 +68,7 @@ def read_record(path: Path) -> RolloutRecord:
     arrays = _load(path)
     run = json.loads(str(arrays["run"]))
     prompts = [
-        Prompt(int(prompt_id), tokens.tolist(), answer="", text="")
+        Prompt(int(prompt_id), tokens, answer="", text="")
         for prompt_id, tokens in zip(
             arrays["prompt_ids"], split(arrays["prompt_tokens"], arrays["prompt_lengths"]), strict=True
         )

@@ -91,8 +91,7 @@ class PolicyLearner:
         for index, mini_batch in enumerate(mini_batches):
             with self.display.phase("train"):
                 steps.append(self.trainer.train_step(index))
-            lags = [self.state.iteration - sample.policy_versions for sample in mini_batch]
-            steps[-1]["lag"] = np.concatenate(lags).mean()
+            steps[-1]["lag"] = mean_lag(mini_batch, self.state.iteration)
             self.state.iteration += 1
             sums.update(after_step())
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
@@ -100,7 +99,7 @@ class PolicyLearner:
         metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)
         if pi_old_is_in_place(self.ratio_denominator, self.old_policy, mini_batches[0], version):
             metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
-        on_policy = all((sample.policy_versions == version).all() for sample in samples)
+        on_policy = all(sample.policy_versions.are_all(version) for sample in samples)
         if self.compares_engines and on_policy:
             metrics["check/max_logprob_difference"] = self._largest_log_mismatch(steps)
         return metrics
@@ -126,3 +125,9 @@ class PolicyLearner:
             log_w = self.trainer.log_w_floor([samples[i] for i in chosen])
             self.state.log_w_floor = floor_metrics(log_w, lengths[chosen])
         return self.state.log_w_floor
+
+
+def mean_lag(samples: list[TrainingSample], version: int) -> float:
+    """Return the mean over all tokens of `version` minus the version that made the token."""
+    tokens = sum(len(sample.policy_versions) for sample in samples)
+    return (version * tokens - sum(sample.policy_versions.total() for sample in samples)) / tokens

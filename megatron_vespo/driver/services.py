@@ -77,7 +77,7 @@ def load_task(settings: TrainSettings) -> Task:
 
 
 def _check_vocabulary(settings: TrainSettings, loaded: PromptSet) -> None:
-    largest = max(max(prompt.token_ids) for prompt in loaded.prompts)
+    largest = max(int(prompt.token_ids.max()) for prompt in loaded.prompts)
     if largest >= settings.trainer.vocab_size:  # SGLang's scheduler would die of it
         raise ValueError(
             f"--hf-checkpoint {settings.engines.hf_checkpoint}: its tokenizer makes token id {largest} of "

@@ -26,7 +26,7 @@ def training_sample(
     # routes are by far the largest part of a sample, so they are sent only where they are used
     replay = routing_replay == "R3" and completion.num_retractions == 0
     return TrainingSample(
-        token_ids=np.array(completion.prompt.token_ids + completion.token_ids, np.int64),
+        token_ids=np.concatenate([completion.prompt.token_ids, completion.token_ids]),
         prompt_length=len(completion.prompt.token_ids),
         behavior_log_probs=completion.log_probs,
         policy_versions=completion.policy_versions,
@@ -35,7 +35,7 @@ def training_sample(
         temperature=completion.temperature,
         group_id=group_id,
         routed_experts=completion.routed_experts if replay else None,
-        routes_version=int(completion.policy_versions[-1]) if replay else None,
+        routes_version=completion.policy_versions.last if replay else None,
         replays=completion.num_retractions == 0,
     )
 

@@ -47,7 +47,7 @@ def staleness_metrics(
     own optimizer step minus the version of its oldest token; RuntimeError if it exceeds the bound.
     """
     completions = [completion for group in groups for completion in group]
-    oldest, newest = np.array([(c.policy_versions.min(), c.policy_versions.max()) for c in completions]).T
+    oldest, newest = np.array([(c.policy_versions.oldest, c.policy_versions.newest) for c in completions]).T
     index = np.repeat(np.arange(mini_batches), len(completions) // mini_batches)
     lags = first_step + index - oldest
     if lags.max() > max_staleness or lags.min() < 0:
@@ -74,7 +74,7 @@ def pi_old_is_in_place(
     """
     if ratio_denominator != "recomputed" or old_policy == "ewma":
         return False
-    return old_policy == "current" or all((s.policy_versions == version).all() for s in mini_batch)
+    return old_policy == "current" or all(s.policy_versions.are_all(version) for s in mini_batch)
 
 
 def step_metrics(

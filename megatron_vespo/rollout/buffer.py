@@ -80,7 +80,7 @@ class Counts:
 
 
 def oldest_version(completions: Iterable[Completion]) -> int:
-    return min(int(completion.policy_versions.min()) for completion in completions)
+    return min(completion.policy_versions.oldest for completion in completions)
 
 
 class RolloutBuffer:

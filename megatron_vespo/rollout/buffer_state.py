@@ -74,4 +74,4 @@ def unpack_pending(packed: bytes, prompts: Mapping[int, Prompt]) -> list[Pending
 
 
 def _crc(prompt: Prompt) -> int:
-    return zlib.crc32(np.array(prompt.token_ids, np.int64).tobytes())
+    return zlib.crc32(prompt.token_ids.astype(np.int64).tobytes())

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_vespo.rollout.generate_reply import RouteShape, parse_generate_reply
 from megatron_vespo.system.http import EngineRequestError, auth_headers
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, Prompt, SamplingParams, VersionSpans, fetched
 
 
 class EngineClient:
@@ -44,9 +44,10 @@ class EngineClient:
         aiohttp.ClientError or, at the session's deadline, TimeoutError.
         """
         asked, left = _after(prompt, sampling, begun)
-        # routes of a beginning are known, or lost for good
-        known = 0 if begun is None or begun.routed_experts is None else len(begun.routed_experts)
-        routes = None if begun is not None and not known else self._routes
+        # the routes of a beginning are known, or lost for good
+        lost = begun is not None and begun.routed_experts is None
+        routes = None if lost else self._routes
+        known = 0 if begun is None or lost else len(asked.token_ids) - 1
         payload = generate_payload(asked, left, seed, routed_experts=routes is not None, routes_start=known)
         async with self._session.post(
             self.url + "/generate", json=payload, headers=self._headers
@@ -74,23 +75,22 @@ def _after(
     if begun is None:
         return prompt, sampling
     left = sampling.max_new_tokens - len(begun.token_ids)
-    return replace(prompt, token_ids=prompt.token_ids + begun.token_ids), replace(
+    return replace(prompt, token_ids=np.concatenate([prompt.token_ids, begun.token_ids])), replace(
         sampling, max_new_tokens=left
     )
 
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
-    old, routes = begun.routed_experts, rest.routed_experts
-    if routes is not None:
-        assert old is not None, "routes of a rest without those of its beginning"
-        routes = np.concatenate([old, routes])
+    routes = None
+    if begun.routed_experts is not None and rest.routed_experts is not None:
+        routes = np.concatenate([fetched(begun.routed_experts), fetched(rest.routed_experts)])
     return replace(
         rest,
         prompt=begun.prompt,
-        token_ids=begun.token_ids + rest.token_ids,
+        token_ids=np.concatenate([begun.token_ids, rest.token_ids]),
         log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
-        policy_versions=np.concatenate([begun.policy_versions, rest.policy_versions]),
+        policy_versions=VersionSpans.joined([begun.policy_versions, rest.policy_versions]),
         routed_experts=routes,
         num_retractions=begun.num_retractions + rest.num_retractions,
     )
@@ -115,7 +115,7 @@ def generate_payload(
     if seed is not None:
         sampling_params["sampling_seed"] = seed
     return {
-        "input_ids": prompt.token_ids,
+        "input_ids": prompt.token_ids.tolist(),
         "sampling_params": sampling_params,
         "return_logprob": True,
         "return_routed_experts": routed_experts,

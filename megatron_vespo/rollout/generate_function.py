@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,7 +61,7 @@ async def run_generate_function(
     problem = _problem(completion, prompt)
     if problem:
         raise GenerateFunctionError(f"the generate function returned for prompt {prompt.prompt_id} {problem}")
-    return completion
+    return replace(completion)  # lists that the function has assigned become arrays
 
 
 def _problem(completion: Completion, prompt: Prompt) -> str | None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pybase64
 
-from megatron_vespo.types import Completion, Prompt
+from megatron_vespo.types import Completion, Prompt, VersionSpans, token_array
 
 MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8
 LOG_PROB_ROUNDING = 1e-5  # a soft-max that rounds up to just above 1 gives a log-prob just above 0
@@ -102,7 +102,7 @@ def parse_generate_reply(
         routed_experts = _routed_experts(meta.routed_experts, shape, where)
     return Completion(
         prompt=prompt,
-        token_ids=token_ids,
+        token_ids=_token_ids(token_ids, where),
         log_probs=_log_probs(scored[0::3], where),
         policy_versions=_policy_versions(meta.weight_versions, len(token_ids), where),
         routed_experts=routed_experts,
@@ -132,6 +132,14 @@ def _scored(entries: bytes, where: str) -> list[float | None]:
         raise GenerateReplyError(f"{where}: output_token_logprobs are not triples: {error}") from error
 
 
+def _token_ids(token_ids: list[int], where: str) -> np.ndarray:
+    """[C] int32."""
+    try:
+        return token_array(token_ids)
+    except (ValueError, OverflowError) as error:
+        raise GenerateReplyError(f"{where}: {error}") from error
+
+
 def _log_probs(values: list[float | None], where: str) -> np.ndarray:
     """[C] float32. JSON has no NaN or infinity: SGLang writes null."""
     with np.errstate(over="ignore"):  # an infinity is refused below
@@ -146,19 +154,19 @@ def _log_probs(values: list[float | None], where: str) -> np.ndarray:
     return log_probs
 
 
-def _policy_versions(spans: list[_Span], length: int, where: str) -> np.ndarray:
-    """[C] int64 from spans, which must cover every token once."""
+def _policy_versions(spans: list[_Span], length: int, where: str) -> VersionSpans:
+    """From spans, which must cover every token once."""
     bounds = [0, *(span.end for span in spans)]
-    if [span.start for span in spans] != bounds[:-1] or bounds[-1] != length:
+    if [span.start for span in spans] != bounds[:-1] or bounds[-1] != length or sorted(bounds) != bounds:
         raise GenerateReplyError(
             f"{where}: weight versions {spans} do not cover the {length} completion tokens"
         )
-    versions = np.empty(length, dtype=np.int64)
+    parts = []
     for span in spans:
         if not str(span.version).isdecimal():
             raise GenerateReplyError(f"{where}: weight version {span.version!r} is not one of ours, a number")
-        versions[span.start : span.end] = int(span.version)
-    return versions
+        parts.append(VersionSpans.single(int(span.version), span.end - span.start))
+    return VersionSpans.joined(parts)
 
 
 def _routed_experts(encoded: msgspec.Raw, shape: tuple[int, int, int], where: str) -> np.ndarray:

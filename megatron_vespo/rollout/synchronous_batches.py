@@ -87,11 +87,11 @@ class SynchronousBatches:
         for completion in (c for group in groups for c in group):
             for rejection in completion.rejections:
                 self._display.message(f"sampled again: {rejection}")
-            versions = set(completion.policy_versions.tolist())
-            if versions != {self._policy_version}:
+            if not completion.policy_versions.are_all(self._policy_version):
+                versions = sorted(set(completion.policy_versions.versions))
                 raise RuntimeError(
-                    f"prompt {completion.prompt.prompt_id} was answered by policy versions "
-                    f"{sorted(versions)}, the current one is {self._policy_version}"
+                    f"prompt {completion.prompt.prompt_id} was answered by policy versions {versions}, "
+                    f"the current one is {self._policy_version}"
                 )
         return groups
 

@@ -48,7 +48,7 @@ class Versions:
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
         """Versions of the tokens that the micro-batch's `loss_positions` predict, int64 of their shape."""
-        flat = torch.from_numpy(np.concatenate([sample.policy_versions for sample in self.samples]))
+        flat = torch.from_numpy(np.concatenate([sample.policy_versions.array() for sample in self.samples]))
         starts = np.cumsum([0, *(sample.completion_length for sample in self.samples[:-1])])
         # the position before the first completion token predicts it
         offsets = starts + 1 - np.array([sample.prompt_length for sample in self.samples])
@@ -107,7 +107,7 @@ class Packer:
 
     def _versions(self, samples: Sequence[TrainingSample], bins: list[list[list[int]]]) -> Versions:
         in_packs = [
-            {version for pack in packs for i in pack for version in samples[i].policy_versions.tolist()}
+            {version for pack in packs for i in pack for version in samples[i].policy_versions.versions}
             for packs in zip(*bins, strict=True)
         ]
         return Versions(samples, in_packs, self._micro_batch_multiple)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.training.training import force_param_sync
@@ -79,7 +78,7 @@ class Snapshots:
         """Versions of the samples' tokens, ascending. ValueError names a sample of a version not kept."""
         for index, sample in enumerate(samples):
             self._check(index, sample)
-        return np.unique(np.concatenate([sample.policy_versions for sample in samples])).tolist()
+        return sorted({version for sample in samples for version in sample.policy_versions.versions})
 
     def weights(self, version: int) -> AbstractContextManager:
         """A pass inside computes log-probs of `version`, one of `versions`."""
@@ -93,7 +92,7 @@ class Snapshots:
                 f"{where} has {len(sample.policy_versions)} policy_versions for {sample.completion_length} "
                 "completion tokens"
             )
-        gone = sorted(set(sample.policy_versions.tolist()) - self._kept.keys())
+        gone = sorted(set(sample.policy_versions.versions) - self._kept.keys())
         if gone:
             raise ValueError(
                 f"{where} has tokens of policy version {gone[0]}, snapshots are kept of versions "

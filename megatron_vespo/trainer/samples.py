@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 
 from megatron_vespo.data.routes import repeats_expert
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, fetched
 
 
 def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_routes: bool) -> None:
@@ -57,9 +57,9 @@ def _check_log_probs(sample: TrainingSample, where: str, name: str, values: np.n
 
 
 def _check_routes(sample: TrainingSample, where: str, args: Namespace) -> None:
-    routes = sample.routed_experts
-    if routes is None:
+    if sample.routed_experts is None:
         raise ValueError(f"{where} has no routed_experts, --routing-replay R3 needs the engine's")
+    routes = fetched(sample.routed_experts)
     expected = (sample.num_tokens - 1, args.num_layers, args.moe_router_topk)
     if routes.dtype != np.uint8 or routes.shape != expected:
         raise ValueError(
@@ -71,8 +71,8 @@ def _check_routes(sample: TrainingSample, where: str, args: Namespace) -> None:
     # a repeated expert would be counted once and leave a share of the token unrouted
     if repeats_expert(routes):
         raise ValueError(f"{where} has a token with the same expert twice in its routed_experts")
-    if sample.routes_version != sample.policy_versions[-1]:
+    if sample.routes_version != sample.policy_versions.last:
         raise ValueError(
             f"{where} has routes of policy version {sample.routes_version}, its last token is of version "
-            f"{sample.policy_versions[-1]}"
+            f"{sample.policy_versions.last}"
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
+from megatron_vespo.types import VersionSpans
 from tests.support.random_task import VOCAB_SIZE
 
 LAYOUTS = {
@@ -77,7 +78,9 @@ class Chunk(torch.nn.Linear):
 
 
 def sample(*versions: int):
-    return SimpleNamespace(policy_versions=np.array(versions), completion_length=len(versions), group_id=7)
+    return SimpleNamespace(
+        policy_versions=VersionSpans.of(versions), completion_length=len(versions), group_id=7
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
+from megatron_vespo.types import VersionSpans
 from tests.support.builders import make_sample
 
 ARGS = Namespace(
@@ -19,7 +20,9 @@ ARGS = Namespace(
     num_experts=6,
 )
 ROUTES = np.tile(np.array([5, 0], np.uint8), (6, 2, 1))
-SAMPLE = make_sample(policy_versions=np.full(4, 3), group_id=9, routed_experts=ROUTES, routes_version=3)
+SAMPLE = make_sample(
+    policy_versions=VersionSpans.single(3, 4), group_id=9, routed_experts=ROUTES, routes_version=3
+)
 
 
 def repeated() -> np.ndarray:

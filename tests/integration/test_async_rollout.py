@@ -53,7 +53,7 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
     assert stream._messages == []
     mixed = 0
     for completion in completions:
-        versions = completion.policy_versions
+        versions = completion.policy_versions.array()
         assert np.isfinite(completion.log_probs).all()
         assert (np.diff(versions) >= 0).all() and set(versions.tolist()) <= {version - 1, version}
         mixed += versions[0] != versions[-1]
@@ -109,7 +109,7 @@ def test_responses_that_were_handed_back_go_on_as_if_they_had_not(engine, refere
         assert completion.finish_reason == "stop" or len(completion.token_ids) == SAMPLING.max_new_tokens
         expected = completion_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() < 1e-4
-        longer = make_prompt(0, completion.prompt.token_ids + completion.token_ids[:-1])
+        longer = make_prompt(0, np.concatenate([completion.prompt.token_ids, completion.token_ids[:-1]]))
         one = SamplingParams(1.0, 1, ())
         [[forced]] = whole.collect([longer], one, num_completions=1, seed=0)
         assert (np.sort(completion.routed_experts) == np.sort(forced.routed_experts)).all()

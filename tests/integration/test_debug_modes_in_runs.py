@@ -84,7 +84,9 @@ def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
         ours, theirs = read_record(rollouts / name), read_record(recorded / "rollouts" / name)
         assert ours.run == theirs.run
         assert [g[0].prompt for g in ours.groups] == [g[0].prompt for g in theirs.groups]
-        versions = [{v for g in r.groups for c in g for v in c.policy_versions} for r in (ours, theirs)]
+        versions = [
+            {v for g in r.groups for c in g for v in c.policy_versions.versions} for r in (ours, theirs)
+        ]
         assert versions == [{0}, {2 * batch}]
         assert all(c.routed_experts is not None for g in ours.groups for c in g)
     records = numbers(tmp_path / "out")

@@ -17,7 +17,7 @@ LAYOUT = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --expe
 
 def training_sample(completion: Completion, advantage: float) -> TrainingSample:
     return TrainingSample(
-        token_ids=np.array(completion.prompt.token_ids + completion.token_ids),
+        token_ids=np.concatenate([completion.prompt.token_ids, completion.token_ids]),
         prompt_length=len(completion.prompt.token_ids),
         behavior_log_probs=completion.log_probs,
         policy_versions=completion.policy_versions,
@@ -26,7 +26,7 @@ def training_sample(completion: Completion, advantage: float) -> TrainingSample:
         temperature=completion.temperature,
         group_id=completion.prompt.prompt_id,
         routed_experts=completion.routed_experts,
-        routes_version=int(completion.policy_versions[-1]),
+        routes_version=completion.policy_versions.last,
     )
 
 

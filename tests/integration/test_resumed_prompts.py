@@ -48,4 +48,4 @@ def test_an_asynchronous_run_whose_template_writes_the_date(tiny_model, tmp_path
     output = ended("second", moved, "--train-iters", "6")
     assert "resumed at optimizer step 4" in output, output
     groups = [group for number in range(3) for group in read_record(batch_path(rollouts, number)).groups]
-    assert len({tuple(group[0].prompt.token_ids[: len("235959")]) for group in groups}) == 1
+    assert len({tuple(group[0].prompt.token_ids[: len("235959")].tolist()) for group in groups}) == 1

@@ -344,15 +344,15 @@ MUTATIONS = [
     Mutation(
         "partial responses: what was begun is asked for again, and there twice",
         "rollout/engine_client.py",
-        "token_ids=prompt.token_ids + begun.token_ids), replace(",
+        "token_ids=np.concatenate([prompt.token_ids, begun.token_ids])), replace(",
         "token_ids=prompt.token_ids), replace(",
         ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(
         "partial responses: all tokens get the version that finished them",
         "rollout/engine_client.py",
-        "np.concatenate([begun.policy_versions, rest.policy_versions])",
-        "np.full(len(begun.token_ids) + len(rest.token_ids), rest.policy_versions[-1])",
+        "VersionSpans.joined([begun.policy_versions, rest.policy_versions])",
+        "VersionSpans.single(rest.policy_versions.last, len(begun.token_ids) + len(rest.token_ids))",
         ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(
@@ -400,8 +400,8 @@ MUTATIONS = [
     Mutation(
         "replay: routes lie one token late",
         "data/micro_batch.py",
-        "routes[start : start + sample.num_tokens - 1] = sample.routed_experts",
-        "routes[start + 1 : start + sample.num_tokens] = sample.routed_experts",
+        "routes[start : start + sample.num_tokens - 1] = array",
+        "routes[start + 1 : start + sample.num_tokens] = array",
         (REPLAY, "sent and one"),
     ),
     Mutation(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample
+from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample, VersionSpans, token_array
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
 
@@ -21,7 +21,7 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
 def make_prompt(number: int = 0, token_ids: Sequence[int] | None = None, **fields: Any) -> Prompt:
     """Its only token is its number, unless others are given."""
     values = {"answer": "", "text": ""} | fields
-    return Prompt(number, [number] if token_ids is None else list(token_ids), **values)
+    return Prompt(number, token_array([number] if token_ids is None else token_ids), **values)
 
 
 def make_completion(
@@ -32,14 +32,14 @@ def make_completion(
     **fields: Any,
 ) -> Completion:
     """`tokens` and `versions`: how many, or which; one version for all tokens."""
-    token_ids = list(tokens) if isinstance(tokens, Sequence) else [5] * int(tokens)
+    token_ids = token_array([5] * tokens if isinstance(tokens, int) else tokens)
     count = len(token_ids)
     values = {"log_probs": np.zeros(count, np.float32), "routed_experts": None, "temperature": 1.0} | fields
-    made_by = np.full(count, versions, np.int64) if isinstance(versions, int) else np.array(versions)
+    spans = VersionSpans.single(versions, count) if isinstance(versions, int) else VersionSpans.of(versions)
     return Completion(
         prompt=make_prompt() if prompt is None else prompt,
         token_ids=token_ids,
-        policy_versions=made_by,
+        policy_versions=spans,
         finish_reason=finish_reason,
         **values,
     )
@@ -54,13 +54,13 @@ Tokens = int | Sequence[int] | np.ndarray
 
 def make_sample(prompt: Tokens = 3, completion: Tokens = 4, **fields: Any) -> TrainingSample:
     """`prompt` and `completion`: how many tokens, or which; tokens are numbered where none are given."""
-    first = np.asarray(range(prompt) if isinstance(prompt, int) else prompt, np.int64)
+    first = token_array(range(prompt) if isinstance(prompt, int) else prompt)
     if isinstance(completion, int):
         completion = range(len(first), len(first) + completion)
-    rest = np.asarray(completion, np.int64)
+    rest = token_array(completion)
     values: dict[str, Any] = {
         "behavior_log_probs": np.zeros(len(rest), np.float32),
-        "policy_versions": np.zeros(len(rest), np.int64),
+        "policy_versions": VersionSpans.single(0, len(rest)),
         "advantage": 0.0,
         "reward": 0.0,
         "temperature": 1.0,

@@ -18,7 +18,9 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 
 def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
     """float32 [completion tokens]"""
-    prompt, token_ids = completion.prompt.token_ids, torch.tensor(completion.token_ids)
+    prompt, token_ids = (
+        torch.from_numpy(ids).long() for ids in (completion.prompt.token_ids, completion.token_ids)
+    )
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0].float() / temperature
+        logits = model(torch.cat([prompt, token_ids])[None]).logits[0].float() / temperature
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.data.jsonl import jsonl_rows, kind
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, VersionSpans
 
 REQUIRED_KEYS = ("token_ids", "prompt_length", "advantage")
 OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id")
@@ -80,7 +80,7 @@ def _make(token_ids: np.ndarray, prompt_length: int, **fields: Any) -> TrainingS
     return TrainingSample(
         token_ids=token_ids,
         prompt_length=prompt_length,
-        policy_versions=np.zeros(completion, np.int64),
+        policy_versions=VersionSpans.single(0, completion),
         **(defaults | fields),
     )
 

@@ -153,7 +153,7 @@ class _Evaluation:
         return f"{number} of {self._total} prompts are finished and kept: the same command goes on"
 
     def _record(self, name: str, prompt: Prompt, group: Sequence[Completion]) -> dict[str, Any]:
-        versions = [int(version) for completion in group for version in completion.policy_versions[[0, -1]]]
+        versions = [version for completion in group for version in completion.policy_versions.versions]
         record = {
             "set": name,
             "prompt": prompt.prompt_id,

@@ -8,7 +8,7 @@ import torch
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import build_micro_batch
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, VersionSpans
 
 MEASURED_TOKENS = 1024
 
@@ -58,10 +58,10 @@ def _sample(settings: TrainSettings) -> TrainingSample:
             (MEASURED_TOKENS - 1, settings.trainer.num_layers, settings.trainer.moe_router_topk), np.uint8
         )
     return TrainingSample(
-        token_ids=np.zeros(MEASURED_TOKENS, np.int64),
+        token_ids=np.zeros(MEASURED_TOKENS, np.int32),
         prompt_length=prompt,
         behavior_log_probs=np.zeros(completion, np.float32),
-        policy_versions=np.zeros(completion, np.int64),
+        policy_versions=VersionSpans.single(0, completion),
         advantage=0.0,
         reward=0.0,
         temperature=1.0,

@@ -29,7 +29,7 @@ class Batch:
     @classmethod
     def of(cls, groups: list[Group], first_step: int, steps_per_rollout: int, bound: int) -> Batch:
         completions = [completion for group in groups for completion in group]
-        oldest = np.array([completion.policy_versions[0] for completion in completions])
+        oldest = np.array([completion.policy_versions.versions[0] for completion in completions])
         steps = first_step + np.repeat(np.arange(steps_per_rollout), len(completions) // steps_per_rollout)
         lags = steps - oldest
         assert 0 <= lags.min() and lags.max() <= bound, f"lags {lags.min()} to {lags.max()}, bound {bound}"

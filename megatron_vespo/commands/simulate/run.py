@@ -6,7 +6,6 @@ import gc
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import cast
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from megatron_vespo.commands.simulate.lengths import Lengths
 from megatron_vespo.commands.simulate.pool import Pool
 from megatron_vespo.commands.simulate.rates import Rates
 from megatron_vespo.commands.simulate.result import Batch, Result
-from megatron_vespo.commands.simulate.stream import Stream
+from megatron_vespo.commands.simulate.stream import Stream, stand_in
 from megatron_vespo.rollout.buffer import Group, RolloutBuffer
 from megatron_vespo.types import Prompt
 
@@ -239,9 +238,7 @@ class _Run:
 
     def _next_prompt(self) -> Prompt:
         tokens, common = self._lengths.prompt(self._random)
-        return Prompt(
-            next(self._numbers), cast(list[int], range(tokens)), "", "", {"common": common}
-        )  # stands for the tokens: it has a length
+        return Prompt(next(self._numbers), stand_in(tokens), "", "", {"common": common})
 
     def _go_on(self) -> None:
         next(self._loop, None)

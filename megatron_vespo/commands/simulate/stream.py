@@ -12,7 +12,7 @@ from megatron_vespo.commands.simulate.engine import Request
 from megatron_vespo.commands.simulate.lengths import Lengths
 from megatron_vespo.commands.simulate.pool import Pool
 from megatron_vespo.rollout.buffer import Group, InFlightGroup, RolloutBuffer
-from megatron_vespo.types import Completion
+from megatron_vespo.types import Completion, VersionSpans
 
 
 @dataclass(slots=True)
@@ -143,10 +143,15 @@ class Stream:
 
 
 def _completion(in_flight: InFlightGroup, request: Request) -> Completion:
-    versions = np.array([request.first_version, request.last_version])
-    tokens = range(request.tokens)  # stands for the tokens: it has a length
-    return Completion(in_flight.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)  # type: ignore[arg-type]
+    versions = VersionSpans.of([request.first_version, request.last_version])
+    tokens = stand_in(request.tokens)
+    return Completion(in_flight.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)
+
+
+def stand_in(length: int) -> np.ndarray:
+    """Return token ids of this length that take no memory."""
+    return np.broadcast_to(np.int32(0), length)
 
 
 def _oldest(group: Group) -> int:
-    return min(int(completion.policy_versions[0]) for completion in group)
+    return min(completion.policy_versions.versions[0] for completion in group)

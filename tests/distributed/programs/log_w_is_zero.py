@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from common import hand_back, make_policy, read_samples, start_megatron
 
+from megatron_vespo.types import VersionSpans
+
 BATCHES = 2
 
 
@@ -38,7 +40,7 @@ def log_w(policy, samples: list) -> list[np.ndarray]:
     found = []
     for _ in range(BATCHES):
         batch = [
-            dataclasses.replace(s, policy_versions=np.full(s.completion_length, policy.iteration, np.int64))
+            dataclasses.replace(s, policy_versions=VersionSpans.single(policy.iteration, s.completion_length))
             for s in samples
         ]
         if policy.args.routing_replay == "R3":

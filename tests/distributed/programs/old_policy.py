@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from common import hand_back, start_policy
 
+from megatron_vespo.types import VersionSpans
+
 STEPS = 3
 # the version of a sample's first and second half, in turn; 0 is dropped when version 3 is kept
 VERSIONS = [(1, 1), (1, 3), (2, 3), (3, 3), (2, 2), (1, 2)]
@@ -27,7 +29,7 @@ def same(policy, before: list[torch.Tensor]) -> bool:
 
 def of_version(samples: list, version: int) -> list:
     return [
-        dataclasses.replace(s, policy_versions=np.full(s.completion_length, version, np.int64))
+        dataclasses.replace(s, policy_versions=VersionSpans.single(version, s.completion_length))
         for s in samples
     ]
 
@@ -75,7 +77,7 @@ def snapshots(policy, samples: list) -> dict:
     def remember() -> None:
         # packed as the mini-batch is: other packs would round otherwise
         for sample, row, target in zip(mixed, policy.log_probs(mixed), expected, strict=True):
-            mine = sample.policy_versions == policy.iteration
+            mine = sample.policy_versions.array() == policy.iteration
             target[mine] = row[mine]
 
     train(policy, samples, remember)

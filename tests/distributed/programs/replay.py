@@ -18,7 +18,7 @@ def give_random_routes(samples: list, args) -> None:
     for sample in samples:
         scores = draw.random((sample.num_tokens - 1, args.num_layers, args.num_experts))
         sample.routed_experts = scores.argsort(-1)[..., : args.moe_router_topk].astype(np.uint8)
-        sample.routes_version = int(sample.policy_versions[-1])
+        sample.routes_version = sample.policy_versions.last
 
 
 def lose_routes(samples: list) -> None:

@@ -12,7 +12,7 @@ from megatron_vespo.checkpoints.run_folder import entry_of
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
 from megatron_vespo.trainer.checkpoint import Stored
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import TrainingSample, VersionSpans
 from tests.support.builders import make_sample
 from tests.support.settings import flat_settings
 
@@ -23,7 +23,7 @@ def sample(prompt: int, completion: int) -> TrainingSample:
     return make_sample(
         *np.split(draw.integers(0, 99, prompt + completion), [prompt]),
         behavior_log_probs=-draw.random(completion, np.float32),
-        policy_versions=np.full(completion, 3),
+        policy_versions=VersionSpans.single(3, completion),
         advantage=-0.25,
         reward=0.5,
         temperature=0.7,
@@ -86,7 +86,8 @@ def test_canaries_do_not_hold_the_batch_that_they_come_from():
     assert len(worker._canaries) == NUM_CANARIES
     for kept, given in zip(worker._canaries, batch[1], strict=False):
         assert kept.routed_experts is None and given.routed_experts is not None
-        for name in ("token_ids", "behavior_log_probs", "policy_versions"):
+        assert kept.policy_versions == given.policy_versions
+        for name in ("token_ids", "behavior_log_probs"):
             ours, theirs = getattr(kept, name), getattr(given, name)
             np.testing.assert_array_equal(ours, theirs, strict=True)
             assert any(np.shares_memory(theirs, part) for part in stored), "the test sees views"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.commands.check_layout.sample_file import random_samples, read_samples, with_noisy_behavior
+from megatron_vespo.types import VersionSpans
 
 VOCAB_SIZE = 20
 ROW = {"token_ids": [5, 9, 2, 11, 19], "prompt_length": 3, "advantage": -0.25}
@@ -28,11 +29,11 @@ def test_a_line_becomes_a_sample(write):
     first, second = read_samples(write(ROW, "", ROW | full), VOCAB_SIZE)
 
     np.testing.assert_array_equal(first.token_ids, [5, 9, 2, 11, 19])
-    assert first.token_ids.dtype == np.int64
+    assert first.token_ids.dtype == np.int32
     assert (first.prompt_length, first.completion_length, first.advantage) == (3, 2, -0.25)
     assert (first.temperature, first.reward, first.group_id) == (1.0, 0.0, 0)
     assert np.isnan(first.behavior_log_probs).all() and first.behavior_log_probs.shape == (2,)
-    np.testing.assert_array_equal(first.policy_versions, [0, 0])
+    assert first.policy_versions == VersionSpans((0,), (2,))
 
     np.testing.assert_array_equal(second.behavior_log_probs, np.array([-1.0, -0.5], np.float32))
     assert second.behavior_log_probs.dtype == np.float32

@@ -62,7 +62,7 @@ def test_jsonl_string_prompt_becomes_a_user_message(tmp_path):
     assert loaded.path == path and loaded.num_overlong == 0
     first, second = loaded.prompts
     assert text_of(first) == "<user>6*7=?<assistant>"
-    assert type(first.token_ids) is list and type(first.token_ids[0]) is int
+    assert first.token_ids.dtype == "int32"
     assert (first.prompt_id, first.answer, first.text, first.metadata) == (0, "42", "6*7=?", {"level": 3})
     assert (second.prompt_id, second.answer, second.metadata) == (1, "y", {})
 
@@ -81,7 +81,7 @@ def test_without_chat_template_tokenises_the_text_itself(tmp_path):
         {"prompt": [{"role": "user", "content": "c"}], "answer": "2"},
     )
     loaded = load(path, PLAIN)
-    assert [prompt.token_ids for prompt in loaded.prompts] == [[97, 98], [99]]
+    assert [prompt.token_ids.tolist() for prompt in loaded.prompts] == [[97, 98], [99]]
 
 
 @pytest.mark.parametrize(

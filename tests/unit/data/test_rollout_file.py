@@ -18,6 +18,7 @@ from megatron_vespo.data.rollout_file import (
 )
 from megatron_vespo.types import Completion, Prompt
 from tests.support.builders import make_prompt
+from tests.support.earlier_arrays import as_before
 
 RUN = {"--group-size": 3, "number of experts": None}
 LAYERS, EXPERTS = 4, 2
@@ -28,7 +29,7 @@ def completion(draw: np.random.Generator, prompt: Prompt, moe: bool) -> Completi
     entering = len(prompt.token_ids) + length - 1
     return Completion(
         prompt=prompt,
-        token_ids=draw.integers(0, 2**40, length).tolist(),
+        token_ids=draw.integers(0, 2**31, length).astype(np.int32),
         log_probs=np.log(draw.random(length)).astype(np.float32),
         policy_versions=draw.integers(0, 9, length),
         routed_experts=draw.integers(0, 256, (entering, LAYERS, EXPERTS)).astype(np.uint8) if moe else None,
@@ -77,6 +78,20 @@ def test_every_bit_comes_back(tmp_path, moe):
     assert np.array_equal(list(written.metrics.values()), list(read.metrics.values()), equal_nan=True)
     assert list(read.metrics) == list(written.metrics)
     assert (read.consumed_prompts, read.run) == (12, RUN)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_records_of_earlier_versions_are_read(tmp_path, moe):
+    path = batch_path(tmp_path, 0)
+    write_record(path, record(moe=moe))
+    expected = read_record(path)
+    with np.load(path) as stored:
+        arrays = as_before(dict(stored))
+    np.savez(path, **arrays | {"prompt_tokens": arrays["prompt_tokens"].astype(np.int64)})
+    read = read_record(path)
+    for ours, theirs in zip(sum(expected.groups, []), sum(read.groups, []), strict=True):
+        for field in dataclasses.fields(Completion):
+            assert same(getattr(ours, field.name), getattr(theirs, field.name)), field.name
 
 
 def test_a_kill_leaves_the_old_file(path, monkeypatch):

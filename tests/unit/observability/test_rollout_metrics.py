@@ -13,7 +13,7 @@ from megatron_vespo.observability.rollout_metrics import (
     staleness_metrics,
     step_metrics,
 )
-from megatron_vespo.types import Completion
+from megatron_vespo.types import Completion, VersionSpans
 from tests.support.builders import make_completion, make_prompt
 
 
@@ -57,7 +57,7 @@ def test_rollout_metrics():
     ],
 )
 def test_where_log_w_must_be_0(denominator, old_policy, versions, in_place):
-    mini_batch = [SimpleNamespace(policy_versions=np.array([version] * 3)) for version in versions]
+    mini_batch = [SimpleNamespace(policy_versions=VersionSpans.of([version] * 3)) for version in versions]
     assert pi_old_is_in_place(denominator, old_policy, mini_batch, version=7) == in_place
 
 

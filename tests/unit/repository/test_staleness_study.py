@@ -167,7 +167,9 @@ def test_prompts_of_the_real_stack_are_those_of_the_study(tmp_path):
         overlong="error",
         flag="--prompt-data",
     ).prompts
-    assert [(one.token_ids, one.answer) for one in read] == [(one.token_ids, one.answer) for one in ours]
+    assert [(one.token_ids.tolist(), one.answer) for one in read] == [
+        (one.token_ids.tolist(), one.answer) for one in ours
+    ]
     assert len(tokenizer) == running_sum.VOCAB_SIZE and tokenizer.eos_token_id == running_sum.EOS
     # the prompts that a run of the study draws first
     draw = np.random.default_rng([REAL_TRIAL.seed, 1])
@@ -256,7 +258,9 @@ def test_completions_have_the_log_probs_and_routes_of_one_forward_pass(model):
     config, stacked, _ = model
     prompts = running_sum.prompts(running_sum.draw_digits(np.random.default_rng(0), 3))
     for completion in sampler.sample_responses(sampler.Sampler(stacked, config, 7), prompts, seed=1):
-        tokens = torch.tensor([completion.prompt.token_ids + completion.token_ids])
+        tokens = torch.from_numpy(np.concatenate([completion.prompt.token_ids, completion.token_ids]))[
+            None
+        ].long()
         routes: list[torch.Tensor] = []
         scores = qwen3_moe.logits(stacked, config, tokens[:, :-1], routes=routes)[0].log_softmax(-1)
         first = len(completion.prompt.token_ids) - 1
@@ -265,7 +269,7 @@ def test_completions_have_the_log_probs_and_routes_of_one_forward_pass(model):
         ours = np.sort(completion.routed_experts, axis=-1)
         theirs = np.sort(torch.stack(routes, dim=2)[0].numpy(), axis=-1)
         assert ours.shape == theirs.shape and (ours == theirs).mean() > 0.999
-        assert (completion.policy_versions == 7).all()
+        assert completion.policy_versions.are_all(7)
 
 
 def test_noisy_engines_differ_from_the_exact_one(model):

@@ -13,6 +13,7 @@ from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.router import CollectError
+from megatron_vespo.types import VersionSpans
 from tests.support.builders import SAMPLING, make_prompt
 from tests.support.engine_stub import EngineStub, sglang_reply
 from tests.support.waiting import until
@@ -111,8 +112,8 @@ def test_it_generates_ahead_as_far_as_the_bound_allows_and_no_further(engine, st
     run.weights_synced(2)
     until(lambda: metrics(run)["staleness/finished_groups"] == 8)
     second = run.take(10)
-    assert {int(c.policy_versions[0]) for group in second for c in group} == {0}
-    assert {int(c.policy_versions[0]) for group in run.take(10) for c in group} == {2}
+    assert {c.policy_versions.versions[0] for group in second for c in group} == {0}
+    assert {c.policy_versions.versions[0] for group in run.take(10) for c in group} == {2}
     with run.held() as buffer:
         assert buffer.pending() == []
     assert metrics(run)["staleness/in_flight_groups"] == 0
@@ -213,7 +214,9 @@ def test_responses_go_on_from_where_a_suspended_run_has_stopped(engine, start):
     run.suspend(5)
     with run.held() as buffer:
         [pending] = [p for p in buffer.pending() if p.serial == 2]
-    assert [(d.token_ids, d.finish_reason) for d in pending.partials] == [([3, 4], "abort")] * COMPLETIONS
+    assert [(d.token_ids.tolist(), d.finish_reason) for d in pending.partials] == [
+        ([3, 4], "abort")
+    ] * COMPLETIONS
     asked = len(engine.asked)
     time.sleep(0.1)
     assert len(engine.asked) == asked  # it rests
@@ -224,8 +227,9 @@ def test_responses_go_on_from_where_a_suspended_run_has_stopped(engine, start):
     assert engine.begun[asked : asked + COMPLETIONS] == [2] * COMPLETIONS
     [group] = [group for group in groups if group[0].prompt.prompt_id == 2]
     for completion in group:
-        assert completion.prompt.token_ids == [2] and completion.finish_reason == "stop"
-        assert completion.token_ids == [3, 4, 7] and completion.policy_versions.tolist() == [0, 0, 2]
+        assert completion.prompt.token_ids.tolist() == [2] and completion.finish_reason == "stop"
+        assert completion.token_ids.tolist() == [3, 4, 7]
+        assert completion.policy_versions == VersionSpans((0, 2), (2, 1))
         assert completion.log_probs == pytest.approx([-0.3, -0.4, -0.7])
 
 

@@ -1,11 +1,14 @@
 """A rollout buffer's state as bytes: everything comes back, and other prompts are refused."""
 
+import io
+
 import numpy as np
 import pytest
 
 from megatron_vespo.rollout.buffer import PendingGroup
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.types import Completion, Prompt
+from tests.support.earlier_arrays import as_before
 
 PROMPTS = {number: Prompt(number, [number, 1, 2], "42", "six by seven") for number in (3, 5, 8)}
 LAYERS, EXPERTS = 2, 2
@@ -31,7 +34,20 @@ def test_drafts_come_back_bit_by_bit_in_their_places(moe):
         PendingGroup(20, PROMPTS[8], 1, begun),
         PendingGroup(21, PROMPTS[8], 0, [None, None]),
     ]
-    back = unpack_pending(pack_pending(state), PROMPTS)
+    packed = pack_pending(state)
+    for stored in (packed, of_earlier_version(packed)):
+        compare(state, unpack_pending(stored, PROMPTS))
+
+
+def of_earlier_version(packed: bytes) -> bytes:
+    with np.load(io.BytesIO(packed)) as stored:
+        arrays = as_before(dict(stored))
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def compare(state: list[PendingGroup], back: list[PendingGroup]) -> None:
     assert [(p.serial, p.prompt, p.attempts, len(p.partials), p.is_finished) for p in back] == [
         (17, PROMPTS[3], 0, 2, True), (18, PROMPTS[5], 2, 0, False), (20, PROMPTS[8], 1, 2, False),
         (21, PROMPTS[8], 0, 2, False),

@@ -16,7 +16,7 @@ from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, Prompt, SamplingParams, VersionSpans
 from tests.support.builders import make_completion, make_prompt
 from tests.support.controllers import Tokenizer
 
@@ -106,7 +106,7 @@ class Engines:
         self.seeds.append(seed)
         groups = [[completion(p, length=1 + i * 7 // 3, seed=seed) for i in range(N)] for p in prompts]
         for member in (c for group in groups for c in group):
-            member.policy_versions += self.version
+            member.policy_versions = VersionSpans.single(self.version, len(member.token_ids))
         return groups
 
 
@@ -185,7 +185,7 @@ def test_a_resumed_run_goes_on_with_the_same_prompts_and_seeds():
     resumed.weights_synced(2)
     actual = resumed.next_batch(2)
     assert ids(actual.groups) == ids(expected.groups)
-    tokens = [[c.token_ids for group in batch.groups for c in group] for batch in (actual, expected)]
+    tokens = [[c.token_ids.tolist() for group in batch.groups for c in group] for batch in (actual, expected)]
     assert tokens[0] == tokens[1]
     assert actual.consumed_prompts == expected.consumed_prompts
 

@@ -14,7 +14,7 @@ from megatron_vespo.rollout.generate_reply import (
     RouteShape,
     parse_generate_reply,
 )
-from megatron_vespo.types import Completion, Prompt
+from megatron_vespo.types import Completion, Prompt, VersionSpans
 
 PROMPT = Prompt(prompt_id=17, token_ids=[5, 9, 2], answer="42", text="6 * 7 = ?")
 ROUTES = RouteShape(num_layers=2, topk=1)
@@ -50,9 +50,9 @@ def parse(answer: dict, routes: RouteShape | None = ROUTES) -> Completion:
 def test_reply_becomes_a_completion():
     completion = parse(reply())
     assert completion.prompt is PROMPT
-    assert completion.token_ids == [11, 1]
+    assert completion.token_ids.dtype == np.int32 and completion.token_ids.tolist() == [11, 1]
     assert completion.log_probs.dtype == np.float32 and completion.log_probs.tolist() == [-0.5, -1.25]
-    assert completion.policy_versions.dtype == np.int64 and completion.policy_versions.tolist() == [3, 3]
+    assert completion.policy_versions == VersionSpans((3,), (2,))
     assert completion.routed_experts.dtype == np.uint8 and completion.routed_experts.shape == (4, 2, 1)
     assert completion.routed_experts[:, :, 0].tolist() == [[0, 7], [1, 6], [2, 5], [3, 255]]
     assert (completion.finish_reason, completion.temperature, completion.reward) == ("stop", 0.7, None)
@@ -67,12 +67,13 @@ def test_routes_of_a_retracted_request_are_not_kept():
     kept, lost = parse(reply()), parse(reply(num_retractions=2))
     assert (kept.num_retractions, kept.routed_experts.shape) == (0, (4, 2, 1))
     assert (lost.num_retractions, lost.routed_experts) == (2, None)
-    assert lost.token_ids == kept.token_ids and (lost.log_probs == kept.log_probs).all()
+    assert (lost.token_ids == kept.token_ids).all() and (lost.log_probs == kept.log_probs).all()
     assert parse(reply(num_retractions=2), None).num_retractions == 2
 
 
 def test_versions_of_a_completion_that_saw_an_update():
-    assert parse(reply(weight_versions=[span("3", 0, 1), span("4", 1, 2)])).policy_versions.tolist() == [3, 4]
+    spans = [span("3", 0, 1), span("4", 1, 2)]
+    assert parse(reply(weight_versions=spans)).policy_versions == VersionSpans((3, 4), (1, 1))
 
 
 def test_soft_max_rounding_is_kept_as_it_came():
@@ -225,7 +226,7 @@ def test_every_reply_means_what_it_says_token_by_token(case):
     assert isinstance(expected, dict)
     assert list(completion.token_ids) == expected["tokens"]
     np.testing.assert_array_equal(completion.log_probs, np.array(expected["log_probs"], np.float32))
-    assert completion.policy_versions.tolist() == expected["versions"]
+    assert completion.policy_versions.array().tolist() == expected["versions"]
     experts = completion.routed_experts
     assert (experts if experts is None else experts.tolist()) == expected["experts"]
 
@@ -234,6 +235,12 @@ def test_every_reply_means_what_it_says_token_by_token(case):
 def test_what_is_no_reply_is_refused_by_the_prompts_name(body):
     with pytest.raises(GenerateReplyError, match="^prompt 17: not a reply of /generate: "):
         parse_generate_reply(body, PROMPT, 0.7, None)
+
+
+def test_a_token_id_of_more_than_32_bits_is_refused():
+    answer = reply(output_token_logprobs=[[-0.5, 2**31, None], [-1.25, 1, None]])
+    with pytest.raises(GenerateReplyError, match=WHERE + "token ids from 1 to 2147483648 do not fit"):
+        parse(answer | {"output_ids": [2**31, 1]})
 
 
 def test_entries_that_are_no_triples_are_refused():

@@ -149,7 +149,7 @@ class Simulation:
             assert len(batch) == self.steps_per_rollout * self.per_step
             for index in range(self.steps_per_rollout):
                 for group in batch[index * self.per_step : (index + 1) * self.per_step]:
-                    versions = np.concatenate([c.policy_versions for c in group])
+                    versions = np.concatenate([c.policy_versions.array() for c in group])
                     assert 0 <= step - versions.min() <= self.max_staleness
                     self.trained[group[0].prompt.prompt_id] += 1
                 self.train(step := step + 1)

@@ -64,7 +64,7 @@ def test_a_netrc_file_does_not_replace_the_key(engine, tmp_path, monkeypatch):
 def test_completions(proxy, engine):
     collector = Collector([engine.url], request_timeout_s=5.0, api_key=KEY)
     [[completion]] = collector.collect([make_prompt()], SAMPLING, num_completions=1, seed=0)
-    assert completion.token_ids == [5, 6] and not proxy
+    assert completion.token_ids.tolist() == [5, 6] and not proxy
 
 
 def test_weight_syncs(proxy, engine):
