@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pybase64
 
-from megatron_vespo.types import Completion, Prompt, VersionSpans, token_array
+from megatron_vespo.types import TOKEN_ID, Completion, Prompt, VersionSpans
 
 MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8
 LOG_PROB_ROUNDING = 1e-5  # a soft-max that rounds up to just above 1 gives a log-prob just above 0
@@ -57,7 +57,7 @@ class _Reply(msgspec.Struct):
 
 
 _REPLY = msgspec.json.Decoder(_Reply)
-_NUMBERS = msgspec.json.Decoder(list[float | None])
+_NUMBERS = msgspec.json.Decoder(list[int | float | None])
 
 
 def parse_generate_reply(
@@ -119,7 +119,7 @@ def _require(meta: _Meta, prompt: Prompt, routed_experts: bool) -> None:
             raise GenerateReplyError(f"prompt {prompt.prompt_id}: the reply has no {name!r}")
 
 
-def _scored(entries: bytes, where: str) -> list[float | None]:
+def _scored(entries: bytes, where: str) -> list[int | float | None]:
     """The numbers of [[log-prob, token id, null], ...] in one flat list.
 
     A list without the inner brackets is read in half the time. The token ids in it, which must equal the
@@ -135,12 +135,12 @@ def _scored(entries: bytes, where: str) -> list[float | None]:
 def _token_ids(token_ids: list[int], where: str) -> np.ndarray:
     """[C] int32."""
     try:
-        return token_array(token_ids)
-    except (ValueError, OverflowError) as error:
-        raise GenerateReplyError(f"{where}: {error}") from error
+        return np.array(token_ids, TOKEN_ID)
+    except OverflowError as error:
+        raise GenerateReplyError(f"{where}: token id {max(token_ids, key=abs)} is too large") from error
 
 
-def _log_probs(values: list[float | None], where: str) -> np.ndarray:
+def _log_probs(values: list[int | float | None], where: str) -> np.ndarray:
     """[C] float32. JSON has no NaN or infinity: SGLang writes null."""
     with np.errstate(over="ignore"):  # an infinity is refused below
         log_probs = np.array(values, dtype=np.float32)
