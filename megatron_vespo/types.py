@@ -23,11 +23,13 @@ def token_array(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return `token_ids` as int32 [n], the same array if it is one. ValueError if an id does not fit."""
     if isinstance(token_ids, np.ndarray) and token_ids.dtype == TOKEN_ID:
         return token_ids
-    ids = np.asarray(token_ids, np.int64 if len(token_ids) == 0 else None)
+    ids = np.asarray(token_ids)
+    if ids.size == 0:  # an empty list is float64
+        return np.empty(ids.shape, TOKEN_ID)
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"token ids must be integers, not {ids.dtype}")
     limits = np.iinfo(TOKEN_ID)
-    if ids.size and not limits.min <= ids.min() <= ids.max() <= limits.max:
+    if not limits.min <= ids.min() <= ids.max() <= limits.max:
         raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit into {limits.bits} bits")
     return ids.astype(TOKEN_ID)
 

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_vespo.data.located import located
 from megatron_vespo.data.rows import answer_text, file_rows, lookup, messages_of, user_text
 from megatron_vespo.data.tokenizer import ARGUMENTS_FLAG, ChatFormat
-from megatron_vespo.types import Prompt
+from megatron_vespo.types import Prompt, token_array
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def _prompt(
     cell = lookup(row, keys[1], f"{columns.flags}answer-key", where)
     answer = answer_text(cell, keys[1], pattern, where, f"{columns.flags}answer-pattern")
     metadata = {key: value for key, value in row.items() if key not in keys}
-    return Prompt(prompt_id, chat_format.tokens(messages), answer, user_text(messages), metadata)
+    token_ids = token_array(chat_format.tokens(messages))
+    return Prompt(prompt_id, token_ids, answer, user_text(messages), metadata)
 
 
 class PromptCursor:

@@ -32,7 +32,7 @@ def make_completion(
     **fields: Any,
 ) -> Completion:
     """`tokens` and `versions`: how many, or which; one version for all tokens."""
-    token_ids = token_array([5] * tokens if isinstance(tokens, int) else tokens)
+    token_ids = token_array(tokens if isinstance(tokens, Sequence | np.ndarray) else [5] * int(tokens))
     count = len(token_ids)
     values = {"log_probs": np.zeros(count, np.float32), "routed_experts": None, "temperature": 1.0} | fields
     spans = VersionSpans.single(versions, count) if isinstance(versions, int) else VersionSpans.of(versions)

@@ -143,6 +143,7 @@ class Stream:
 
 
 def _completion(in_flight: InFlightGroup, request: Request) -> Completion:
+    assert request.first_version is not None, "its tokens are made"
     versions = VersionSpans.of([request.first_version, request.last_version])
     tokens = stand_in(request.tokens)
     return Completion(in_flight.prompt, tokens, np.empty(0, np.float32), versions, None, "stop", 1.0)
