@@ -13,12 +13,14 @@ import ray
 
 from megatron_vespo.arguments.time_limits import check_timeout_s, sync_timeout_s
 from megatron_vespo.arguments.train_settings import TrainSettings
-from megatron_vespo.checkpoints.canary_file import CanaryMismatchError
+from megatron_vespo.checkpoints.canary_file import CanaryMismatchError, canaries_of
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
+from megatron_vespo.data.packing import PackingRule
+from megatron_vespo.data.shards import MiniBatchOutline, Shard
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.system.process_environment import exported_values
@@ -68,6 +70,10 @@ class TrainerGroup:
         timeout = self._settings.run.worker_start_timeout
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
         resumed = self._call("start", host, port, timeout_s=timeout)
+        with self._one_call:
+            places = self._answers("place", [()] * len(self._workers), timeout)
+        self._rule: PackingRule = places[0][0]
+        self._data_ranks = [rank for _, rank in places]  # of the trainer ranks
         if resumed is not None and self._settings.save.load == self._settings.save.save:
             self.saved_iteration = resumed.rollout_state["iteration"]
         return resumed
@@ -106,8 +112,21 @@ class TrainerGroup:
         return self._call("check_weights", policy_version, export, timeout_s=timeout_s)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
-        """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs."""
-        self._call("prepare", ray.put(mini_batches), timeout_s=self._timeout_s)
+        """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs.
+
+        Each data-parallel rank receives its own samples only, one mini-batch after another: Ray's object
+        store holds one mini-batch at a time. ValueError for a sample that cannot be trained on.
+        """
+        for index, samples in enumerate(mini_batches):
+            outline = MiniBatchOutline.of(samples, self._rule)
+            shards = [
+                ray.put(Shard.of(samples, outline.cut.of_rank(rank))) for rank in range(self._rule.num_ranks)
+            ]
+            outline_ref = ray.put(outline)
+            calls = [(index, outline_ref, shards[rank]) for rank in self._data_ranks]
+            with self._one_call:
+                self._calls("take", calls, self._timeout_s)
+        self._call("prepare", canaries_of(mini_batches[-1]), timeout_s=self._timeout_s)
 
     def train_step(self, index: int) -> dict[str, Any]:
         """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
@@ -185,16 +204,19 @@ class TrainerGroup:
             return self._calls(method, [arguments] * len(self._workers), timeout_s)
 
     def _calls(self, method: str, arguments: Sequence[tuple], timeout_s: float) -> Any:
-        """Each rank has its own arguments; `_one_call` is held."""
+        """Rank 0's answer. Each rank has its own arguments; `_one_call` is held."""
+        return self._answers(method, arguments, timeout_s)[0]
+
+    def _answers(self, method: str, arguments: Sequence[tuple], timeout_s: float) -> list:
+        """The answers of all ranks."""
         pairs = zip(self._workers, arguments, strict=True)
         refs = [worker.traced.remote(method, *own) for worker, own in pairs]
         answers = self._gather(refs, method, timeout_s)
         if self._on_calls is not None:
             for rank, (_, spans, _) in enumerate(answers):
                 self._on_calls(rank, spans)
-        result, _, reports = answers[0]
-        self._take_reports(reports)
-        return result
+        self._take_reports(answers[0][2])
+        return [result for result, _, _ in answers]
 
     def _take_reports(self, reports: list[SaveReport]) -> None:
         for report in reports:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from megatron_vespo.arguments.train_settings import TrainSettings
-from megatron_vespo.checkpoints.canary_file import canaries_of, compare, decode, encode
+from megatron_vespo.checkpoints.canary_file import compare, decode, encode
 from megatron_vespo.checkpoints.names import BUFFER_NAME, CANARY_NAME, OLD_CANARY_NAME, PROMPTS_NAME
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.logs import redirect_output
@@ -35,6 +36,8 @@ from megatron_vespo.system.process_environment import THREADS, apply_here, train
 from megatron_vespo.types import TrainingSample
 
 if TYPE_CHECKING:
+    from megatron_vespo.data.packing import PackingRule
+    from megatron_vespo.data.shards import MiniBatchOutline, Shard
     from megatron_vespo.trainer.checkpoint import Stored
     from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
@@ -141,12 +144,21 @@ class TrainerWorker:
 
         return describe(self._args)
 
-    def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
-        """Pack a rollout batch; pi_old's log-probs are computed for all of it before the first update."""
-        self._memory.onload()
-        self._canaries = canaries_of(mini_batches[-1])
+    def place(self) -> tuple[PackingRule, int]:
+        """How mini-batches are cut, and which data-parallel rank this is."""
+        return self.policy.packing_rule, self.policy.groups.dp.rank()
+
+    def take(self, index: int, outline: MiniBatchOutline, shard: Shard) -> None:
+        """Pack this rank's samples of mini-batch `index` of a rollout batch."""
+        if index == 0:
+            self._prepared = []
         with self._spans.span("pack"):
-            self._prepared = [self.policy.pack(samples) for samples in mini_batches]
+            self._prepared.append(self.policy.build(outline, shard.samples()))
+
+    def prepare(self, canaries: list[TrainingSample]) -> None:
+        """Compute pi_old's log-probs of all mini-batches, after `take` and before the first update."""
+        self._memory.onload()
+        self._canaries = copy.deepcopy(canaries)  # a view would pin its object in Ray's store
         if self._args.ratio_denominator != "rollout":
             with self._spans.span("old log-probs"):
                 for mini_batch in self._prepared:

@@ -9,7 +9,7 @@ position t is about token t + 1, except the routes, which are about the token th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    samples: Sequence[TrainingSample],
+    samples: Sequence[TrainingSample] | Mapping[int, TrainingSample],
     indices: Sequence[int],
     num_tokens: int,
     layout: TokenLayout,

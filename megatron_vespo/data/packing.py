@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vespo.data.context_parallel import TokenLayout
+
 
 @dataclass(frozen=True)
 class SequenceWork:
@@ -52,6 +54,45 @@ class PackingStats:
 
     padding_share: float  # padding / all tokens that run
     imbalance: float  # slowest rank's time of every step / mean time - 1: the wait of the ranks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A mini-batch's packs on all data-parallel ranks."""
+
+    bins: list[list[list[int]]]  # [rank][pack] -> indices of the samples
+    pack_tokens: list[list[int]]  # [rank][pack], with padding
+    stats: PackingStats
+
+    def of_rank(self, rank: int) -> list[int]:
+        """Return the indices of the samples of a data-parallel rank, pack after pack."""
+        return [index for pack in self.bins[rank] for index in pack]
+
+
+@dataclass(frozen=True)
+class PackingRule:
+    """Cuts a mini-batch into packs by the samples' lengths alone: the same result in every process."""
+
+    work: SequenceWork
+    num_ranks: int  # data-parallel
+    max_tokens: int  # of a pack, over all context-parallel ranks
+    layout: TokenLayout  # pads sequences and packs, any rank's
+    packs_multiple: int = 1  # the number of packs per rank is a multiple of this
+    equal_packs: bool = False  # the i-th packs of all ranks get the same number of tokens
+
+    def cut(self, lengths: Sequence[int]) -> Cut:
+        """Cut samples of `lengths` tokens. ValueError as in `pack_sequences`."""
+        padded = [self.layout.padded_length(length) for length in lengths]
+        bins = pack_sequences(padded, self.work, self.num_ranks, self.max_tokens, self.packs_multiple)
+        tokens = [[self.layout.padded_pack(sum(padded[i] for i in pack)) for pack in packs] for packs in bins]
+        if self.equal_packs:
+            tokens = [[max(step) for step in zip(*tokens, strict=True)]] * len(tokens)
+        return Cut(bins, tokens, packing_stats(bins, lengths, sum(map(sum, tokens)), self.work))
+
+    @property
+    def samples_multiple(self) -> int:
+        """With a multiple of this number of samples, every rank can get equally many in every pack."""
+        return self.num_ranks * self.packs_multiple
 
 
 def pack_sequences(

@@ -27,7 +27,8 @@ Span = tuple[str, int, int]  # name, start, end: nanoseconds since 1970
 DRIVER, TRAINER, ENGINES = "driver", "trainer", "engines"
 ROWS = (DRIVER, TRAINER, ENGINES)  # one process each in the viewer; its id is the index here
 
-TRAINING_CALLS = ("prepare", "train_step", "log_probs")  # a trainer rank works in these, waits in all others
+# a trainer rank works in these calls and waits in all others
+TRAINING_CALLS = ("take", "prepare", "train_step", "log_probs")
 # cause of a wait -> phases of the driver; if several are active, the first one is charged
 TRAINER_CAUSES = {
     "sync": ("sync",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
-from megatron_vespo.data.packing import PackingStats, SequenceWork, pack_sequences, packing_stats
+from megatron_vespo.data.packing import PackingRule, PackingStats, SequenceWork
+from megatron_vespo.data.shards import MiniBatchOutline, SampleOutline
 from megatron_vespo.trainer.initialize import device
-from megatron_vespo.trainer.samples import check_sample
+from megatron_vespo.trainer.samples import check_sample, with_routes
 from megatron_vespo.types import TrainingSample
 
 
@@ -35,10 +36,18 @@ class MiniBatch:
 class Versions:
     """Which policy version generated each token of a mini-batch."""
 
-    samples: Sequence[TrainingSample]  # all of the mini-batch, on every rank
+    samples: Sequence[SampleOutline]  # all of the mini-batch, on every rank
     # i -> the versions in the i-th pack of any rank: data-parallel ranks run their i-th packs side by side
     in_packs: list[set[int]]
     pack_multiple: int  # the schedule needs a multiple of this number of packs
+
+    @classmethod
+    def of_outline(cls, outline: MiniBatchOutline, pack_multiple: int) -> Versions:
+        in_packs = [
+            {v for pack in packs for i in pack for v in outline.samples[i].policy_versions.versions}
+            for packs in zip(*outline.cut.bins, strict=True)
+        ]
+        return cls(outline.samples, in_packs, pack_multiple)
 
     def packs_of(self, version: int) -> list[int]:
         """Packs to run for `version`, the same on every rank: those with one of its tokens on any rank."""
@@ -48,12 +57,14 @@ class Versions:
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
         """Versions of the tokens that the micro-batch's `loss_positions` predict, int64 of their shape."""
-        flat = torch.from_numpy(np.concatenate([sample.policy_versions.array() for sample in self.samples]))
-        starts = np.cumsum([0, *(sample.completion_length for sample in self.samples[:-1])])
+        own = [self.samples[i] for i in micro_batch.sample_indices]
+        flat = torch.from_numpy(np.concatenate([sample.policy_versions.array() for sample in own]))
+        starts = np.cumsum([0, *(sample.completion_length for sample in own[:-1])])
         # the position before the first completion token predicts it
-        offsets = starts + 1 - np.array([sample.prompt_length for sample in self.samples])
-        index, place = token_places(micro_batch, micro_batch.loss_positions)
-        return flat[torch.from_numpy(offsets)[index] + place]
+        offsets = torch.from_numpy(starts + 1 - np.array([sample.prompt_length for sample in own]))
+        positions = micro_batch.loss_positions
+        sequences, places = micro_batch.sequence_ids_T[positions], micro_batch.position_ids_T[positions]
+        return flat[offsets[sequences] + places]
 
 
 class Packer:
@@ -65,7 +76,7 @@ class Packer:
         self.layout = TokenLayout(
             groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
         )
-        self._work = SequenceWork.of_model(
+        work = SequenceWork.of_model(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             num_heads=args.num_attention_heads,
@@ -78,52 +89,72 @@ class Packer:
         )
         # the interleaved schedule feeds the stages in groups of micro-batches
         virtual = args.virtual_pipeline_model_parallel_size is not None
-        self._micro_batch_multiple = groups.pp.size() if virtual else 1
+        self.rule = PackingRule(
+            work,
+            num_ranks=groups.dp.size(),
+            max_tokens=args.max_tokens_per_gpu * self.layout.cp_size,
+            layout=self.layout,
+            packs_multiple=groups.pp.size() if virtual else 1,
+            # this dispatcher assumes that all ranks have the same number of tokens
+            equal_packs=args.moe_token_dispatcher_type == "allgather",
+        )
+
+    @property
+    def rank(self) -> int:
+        """Return this rank's number among the data-parallel ranks."""
+        return self._groups.dp.rank()
 
     def pack(self, samples: Sequence[TrainingSample], replay: bool = True) -> MiniBatch:
-        """This rank's packs of `samples`; without `replay` they leave out the engine's routes.
+        """This rank's packs of `samples`, which every rank has; see `build`."""
+        outline = MiniBatchOutline.of(samples, self.rule)
+        return self.build(outline, {i: samples[i] for i in outline.cut.of_rank(self.rank)}, replay)
 
-        ValueError on every rank for a sample that cannot be trained on, see `check_sample`.
+    def build(
+        self, outline: MiniBatchOutline, own: Mapping[int, TrainingSample], replay: bool = True
+    ) -> MiniBatch:
+        """This rank's packs of the mini-batch, from its `own` samples by their index: a collective.
+
+        Without `replay` the packs leave out the engine's routes. ValueError on every rank for a sample that
+        cannot be trained on, see `check_sample`.
         """
-        args, layout = self._args, self.layout
-        engine_routes = replay and args.routing_replay == "R3"
-        for index, sample in enumerate(samples):
-            check_sample(sample, f"sample {index}", args, engine_routes)
-        lengths = [sample.num_tokens for sample in samples]
-        padded = [layout.padded_length(length) for length in lengths]
-        budget = args.max_tokens_per_gpu * layout.cp_size
-        bins = pack_sequences(padded, self._work, self._groups.dp.size(), budget, self._micro_batch_multiple)
-        tokens = self._pack_lengths(bins, padded)
-        rank = self._groups.dp.rank()
-        num_experts = args.num_experts if engine_routes else None
-        micro_batches = [
-            build_micro_batch(samples, indices, num_tokens, layout, num_experts)
-            for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True)
-        ]
-        stats = packing_stats(bins, lengths, sum(map(sum, tokens)), self._work)
-        advantages = np.array([sample.advantage for sample in samples], np.float32)
-        versions = self._versions(samples, bins) if self._with_versions else None
-        return MiniBatch(len(samples), micro_batches, stats, advantages, versions)
+        engine_routes = replay and self._args.routing_replay == "R3"
+        num_experts = self._args.num_experts if engine_routes else None
+        cut, problems, micro_batches = outline.cut, {}, []
+        for indices, num_tokens in zip(cut.bins[self.rank], cut.pack_tokens[self.rank], strict=True):
+            # routes are fetched for one pack at a time
+            pack = {i: with_routes(own[i]) if engine_routes else own[i] for i in indices}
+            problems |= self._problems(pack, engine_routes)
+            if not problems:
+                micro_batches.append(build_micro_batch(pack, indices, num_tokens, self.layout, num_experts))
+        self._raise_everywhere(problems, len(outline.samples))
+        versions = Versions.of_outline(outline, self.rule.packs_multiple) if self._with_versions else None
+        return MiniBatch(len(outline.samples), micro_batches, cut.stats, outline.advantages, versions)
 
-    def _versions(self, samples: Sequence[TrainingSample], bins: list[list[list[int]]]) -> Versions:
-        in_packs = [
-            {version for pack in packs for i in pack for version in samples[i].policy_versions.versions}
-            for packs in zip(*bins, strict=True)
-        ]
-        return Versions(samples, in_packs, self._micro_batch_multiple)
+    def _problems(self, samples: Mapping[int, TrainingSample], engine_routes: bool) -> dict[int, str]:
+        problems = {}
+        for index, sample in samples.items():
+            try:
+                check_sample(sample, f"sample {index}", self._args, engine_routes)
+            except ValueError as error:
+                problems[index] = str(error)
+        return problems
 
-    def _pack_lengths(self, bins: list[list[list[int]]], padded: list[int]) -> list[list[int]]:
-        """Number of tokens of each rank's packs, in the order of `bins`."""
-        tokens = [[self.layout.padded_pack(sum(padded[i] for i in pack)) for pack in rank] for rank in bins]
-        if self._args.moe_token_dispatcher_type != "allgather":
-            return tokens
-        # this dispatcher assumes that all ranks have the same number of tokens
-        return [[max(step) for step in zip(*tokens, strict=True)]] * len(tokens)
+    def _raise_everywhere(self, problems: dict[int, str], num_samples: int) -> None:
+        """Raise the first sample's problem on all data-parallel ranks: only one of them has the sample."""
+        first = min(problems, default=num_samples)
+        if self._groups.dp.size() > 1:
+            lowest = torch.tensor([first], device=device())
+            dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._groups.dp)
+            if (first := int(lowest)) < num_samples:
+                found: list[dict[int, str]] = [{}] * self._groups.dp.size()
+                dist.all_gather_object(found, problems, group=self._groups.dp)
+                problems = {index: problem for part in found for index, problem in part.items()}
+        if first < num_samples:
+            raise ValueError(problems[first])
 
     def fill(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
         """Repeats the first sample until the ranks get equal shares; callers drop the surplus."""
-        multiple = self._groups.dp.size() * self._micro_batch_multiple
-        return [*samples, *[samples[0]] * (-len(samples) % multiple)]
+        return [*samples, *[samples[0]] * (-len(samples) % self.rule.samples_multiple)]
 
     def gather_sequences(
         self, mini_batch: MiniBatch, parts: Sequence[Tensor], num_rows: int = 1

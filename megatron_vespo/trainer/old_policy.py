@@ -16,7 +16,7 @@ from megatron.training.training import force_param_sync
 from torch import Tensor
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.data.shards import SampleOutline
 
 
 class CurrentWeights:
@@ -74,7 +74,7 @@ class Snapshots:
         self._complete()
         self._kept[version] = _copies(self._model)
 
-    def versions(self, samples: Sequence[TrainingSample]) -> list[int]:
+    def versions(self, samples: Sequence[SampleOutline]) -> list[int]:
         """Versions of the samples' tokens, ascending. ValueError names a sample of a version not kept."""
         for index, sample in enumerate(samples):
             self._check(index, sample)
@@ -85,7 +85,7 @@ class Snapshots:
         in_place = version == max(self._kept)
         return nullcontext() if in_place else swapped(self._model, self._kept[version])
 
-    def _check(self, index: int, sample: TrainingSample) -> None:
+    def _check(self, index: int, sample: SampleOutline) -> None:
         where = f"sample {index} (group {sample.group_id})"
         if len(sample.policy_versions) != sample.completion_length:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,8 @@ from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
+from megatron_vespo.data.packing import PackingRule
+from megatron_vespo.data.shards import MiniBatchOutline
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.models.part import ModelPart
@@ -119,6 +121,15 @@ class MegatronPolicy:
         ValueError on every rank for a sample that cannot be trained on, see `samples.check_sample`.
         """
         return self._packer.pack(samples)
+
+    def build(self, outline: MiniBatchOutline, own: Mapping[int, TrainingSample]) -> MiniBatch:
+        """The same from this rank's samples alone, by their index in the mini-batch."""
+        return self._packer.build(outline, own)
+
+    @property
+    def packing_rule(self) -> PackingRule:
+        """How `pack` cuts a mini-batch."""
+        return self._packer.rule
 
     @torch.no_grad()
     def compute_old_log_probs(self, mini_batch: MiniBatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_vespo.data.routes import repeats_expert
+from megatron_vespo.data.shards import check_length
 from megatron_vespo.types import TrainingSample, fetched
 
 
@@ -18,17 +20,7 @@ def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_route
     than the tokens, unless the sample says that it has no routes.
     """
     where = f"{name} (group {sample.group_id})"
-    if not 0 < sample.prompt_length < sample.num_tokens:
-        raise ValueError(
-            f"{where} has {sample.num_tokens} tokens, {sample.prompt_length} of them prompt: both prompt and "
-            "completion need at least one"
-        )
-    budget = args.max_tokens_per_gpu * args.context_parallel_size
-    if sample.num_tokens > budget:
-        raise ValueError(
-            f"{where} has {sample.num_tokens} tokens, more than --max-tokens-per-gpu x "
-            f"--context-parallel-size = {budget}: raise one of them or shorten the completions"
-        )
+    check_length(sample, where, args.max_tokens_per_gpu * args.context_parallel_size)
     _check_log_probs(sample, where, "behavior_log_probs", sample.behavior_log_probs)
     if sample.old_log_probs is not None:
         _check_log_probs(sample, where, "old_log_probs", sample.old_log_probs)
@@ -43,6 +35,13 @@ def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_route
         )
     if needs_routes and sample.replays:
         _check_routes(sample, where, args)
+
+
+def with_routes(sample: TrainingSample) -> TrainingSample:
+    """Return the sample with its routes in this process, if it has any."""
+    if sample.routed_experts is None or isinstance(sample.routed_experts, np.ndarray):
+        return sample
+    return replace(sample, routed_experts=fetched(sample.routed_experts))
 
 
 def _check_log_probs(sample: TrainingSample, where: str, name: str, values: np.ndarray) -> None:

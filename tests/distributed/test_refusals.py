@@ -73,8 +73,14 @@ SAMPLE_MESSAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def refused(on_task):
+    """Of two data-parallel ranks, of which one has the sample."""
+    return on_task("refused_samples.py", 2)
+
+
 @pytest.mark.parametrize("case", SAMPLE_MESSAGES)
-def test_sample_that_cannot_be_trained_on(task, result, case):
+def test_every_rank_is_told_of_a_sample_that_cannot_be_trained_on(task, refused, case):
     sample = task.samples[5]
     expected = SAMPLE_MESSAGES[case].format(
         tokens=sample.num_tokens,
@@ -83,8 +89,10 @@ def test_sample_that_cannot_be_trained_on(task, result, case):
         lowest=sample.token_ids[:-1].min(),
     )
     verb = "" if expected.startswith("was ") else "has "
-    assert result["good samples"] == "accepted"
-    assert result[case] == result[f"{case}, ratio"] == f"sample 5 (group 1) {verb}{expected}"
+    for result in refused:
+        assert result["good samples"] == "accepted"
+        assert result[case] == result[f"{case}, ratio"] == f"sample 5 (group 1) {verb}{expected}"
+        assert str(result["the first of two"]).startswith("sample 3 (group 0) has the advantage nan")
 
 
 FRESH = "--no-load-optim takes the weights alone and starts the optimizer afresh"

@@ -108,7 +108,7 @@ def test_the_timeline_of_a_run(recorded):
             ends[row] = event["ts"] + event["dur"]
     counts = {"generate": 3, "reward": 3, "log-probs": 3, "train": 6, "sync": 4}
     assert {name: spans["MainThread"].count(name) for name in counts} == counts
-    counts = {"pack": 3, "old log-probs": 3, "prepare": 3, "train_step": 6, "sync_weights": 4}
+    counts = {"pack": 6, "old log-probs": 3, "take": 6, "prepare": 3, "train_step": 6, "sync_weights": 4}
     for rank in ("rank 0", "rank 1"):
         assert {name: spans[rank].count(name) for name in counts} == counts
     assert spans["engine 0"] == ["generate"] * 4  # and a few completions after the last sync

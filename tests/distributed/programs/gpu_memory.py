@@ -72,6 +72,18 @@ def start_worker(folder: Path, flags: list[str]) -> TrainerWorker:
     return worker
 
 
+def prepare(worker: TrainerWorker, mini_batches: list) -> None:
+    """What TrainerGroup.prepare does on one rank."""
+    from megatron_vespo.checkpoints.canary_file import canaries_of
+    from megatron_vespo.data.shards import MiniBatchOutline, Shard
+
+    rule, rank = worker.place()
+    for index, samples in enumerate(mini_batches):
+        outline = MiniBatchOutline.of(samples, rule)
+        worker.take(index, outline, Shard.of(samples, outline.cut.of_rank(rank)))
+    worker.prepare(canaries_of(mini_batches[-1]))
+
+
 def packs_of_batches(worker: TrainerWorker, samples: list) -> dict:
     """Bytes on the device and on the host after `prepare`, and the most in between, for two sizes."""
     from megatron_vespo.data import micro_batch
@@ -89,7 +101,7 @@ def packs_of_batches(worker: TrainerWorker, samples: list) -> dict:
     ):
         for size in (1, 4):
             observed.peak = 0
-            worker.prepare([samples] * size)
+            prepare(worker, [samples] * size)
             packs = [pack for prepared in worker._prepared for pack in prepared.micro_batches]
             results |= {
                 f"{size}: device": observed.device_bytes(packs),
@@ -132,7 +144,7 @@ def turns(worker: TrainerWorker, samples: list, target: Path) -> dict:
         results.update({f"{when}: {name}": size for name, size in held(worker).items()})
 
     def steps() -> list[float]:
-        worker.prepare([samples, samples])
+        prepare(worker, [samples, samples])
         return [worker.train_step(index)["loss"] for index in range(2)]
 
     losses = steps()
@@ -182,7 +194,7 @@ def main() -> None:
     if worker.policy.iteration:  # resumed: what a checkpoint has brought is given back and taken, too
         worker.offload(keep_weights=False)
         note = held(worker)
-        worker.prepare([samples, samples])
+        prepare(worker, [samples, samples])
         losses = [worker.train_step(index)["loss"] for index in range(2)]
         hand_back(losses=losses, **note, **{"log-probs after": np.concatenate(worker.log_probs(samples))})
         return

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_vespo.checkpoints.canary_file import NUM_CANARIES, CanaryMismatchError, compare, decode, encode
+from megatron_vespo.checkpoints.canary_file import (
+    NUM_CANARIES,
+    CanaryMismatchError,
+    canaries_of,
+    compare,
+    decode,
+    encode,
+)
 from megatron_vespo.checkpoints.run_folder import entry_of
 from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
@@ -66,29 +73,25 @@ def test_canaries_of_older_checkpoints_are_compared_too(name, tmp_path):
     assert worker._check_canaries(Stored(tmp_path, {}, {}, {})) is None
 
 
-def test_canaries_do_not_hold_the_batch_that_they_come_from():
-    """As Ray hands a batch over: arrays are views into one object."""
+def test_a_rank_copies_the_canaries_it_is_given():
+    """Ray hands them over as views into an object of its store, which a view would keep there."""
     buffers: list[pickle.PickleBuffer] = []
-    packed = pickle.dumps(
-        [[sample(2, 5)], [sample(3 + n, 4) for n in range(NUM_CANARIES + 2)]],
-        protocol=5,
-        buffer_callback=buffers.append,
-    )
+    given = canaries_of([sample(3 + n, 4) for n in range(NUM_CANARIES + 2)])
+    packed = pickle.dumps(given, protocol=5, buffer_callback=buffers.append)
     store = [bytes(buffer) for buffer in buffers]
-    batch = pickle.loads(packed, buffers=store)
+    received = pickle.loads(packed, buffers=store)
     stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
     worker = object.__new__(TrainerWorker)
     worker._settings = flat_settings(ratio_denominator="rollout")
     worker._args = worker._settings.values
     worker._spans, worker._memory = Spans(), SimpleNamespace(onload=lambda: None)
-    worker.policy = SimpleNamespace(model=[], pack=lambda samples: samples)
-    worker.prepare(batch)
+    worker.prepare(received)
     assert len(worker._canaries) == NUM_CANARIES
-    for kept, given in zip(worker._canaries, batch[1], strict=False):
-        assert kept.routed_experts is None and given.routed_experts is not None
-        assert kept.policy_versions == given.policy_versions
+    for kept, view in zip(worker._canaries, received, strict=True):
+        assert kept.routed_experts is None
+        assert kept.policy_versions == view.policy_versions
         for name in ("token_ids", "behavior_log_probs"):
-            ours, theirs = getattr(kept, name), getattr(given, name)
+            ours, theirs = getattr(kept, name), getattr(view, name)
             np.testing.assert_array_equal(ours, theirs, strict=True)
             assert any(np.shares_memory(theirs, part) for part in stored), "the test sees views"
             assert not any(np.shares_memory(ours, part) for part in stored), name

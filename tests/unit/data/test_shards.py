@@ -1,0 +1,173 @@
+"""Shards of all data-parallel ranks: the packs that each rank cuts from all samples, from its own alone."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.micro_batch import build_micro_batch
+from megatron_vespo.data.packing import PackingRule, SequenceWork, pack_sequences, packing_stats
+from megatron_vespo.data.shards import MiniBatchOutline, Shard
+from megatron_vespo.types import TrainingSample, VersionSpans
+from tests.support.builders import make_sample
+
+WORK = SequenceWork(linear=7.0, attention=0.01)
+MAX_TOKENS = 128
+LENGTHS = {
+    "equal": lambda draw, n: np.full(n, 20),
+    "uniform": lambda draw, n: draw.integers(2, MAX_TOKENS, n),
+    "long tail": lambda draw, n: np.clip(draw.lognormal(2.5, 1.0, n), 2, MAX_TOKENS - 8).astype(int),
+    "short but for one": lambda draw, n: np.where(np.arange(n) == n // 2, MAX_TOKENS - 8, 3),
+    "full packs": lambda draw, n: draw.choice([MAX_TOKENS // 2, MAX_TOKENS // 4], n),
+}
+# (data-parallel ranks, context parallel, sequence parallel, multiple of packs, equal packs)
+LAYOUTS = [
+    (1, 1, 1, 1, False),
+    (2, 1, 1, 1, False),
+    (4, 1, 2, 1, True),
+    (2, 2, 2, 2, False),
+    (8, 4, 1, 1, True),
+]
+
+
+def rule(layout: tuple) -> PackingRule:
+    ranks, context, sequence, multiple, equal = layout
+    return PackingRule(WORK, ranks, MAX_TOKENS * context, TokenLayout(context, 0, sequence), multiple, equal)
+
+
+def samples(lengths: np.ndarray, draw: np.random.Generator, routes: bool = False) -> list[TrainingSample]:
+    made = []
+    for group, length in enumerate(lengths.tolist()):
+        prompt = int(draw.integers(1, length))
+        completion = length - prompt
+        made.append(
+            make_sample(
+                draw.integers(0, 1000, prompt),
+                draw.integers(0, 1000, completion),
+                behavior_log_probs=-draw.random(completion, np.float32),
+                policy_versions=VersionSpans.of(draw.integers(0, 3, completion)),
+                advantage=float(draw.normal()),
+                reward=float(draw.normal()),
+                temperature=float(draw.random()) + 0.5,
+                group_id=group // 4,
+                routed_experts=draw.integers(0, 8, (length - 1, 2, 2)).astype(np.uint8) if routes else None,
+                routes_version=3 if routes else None,
+                replays=bool(draw.integers(0, 2)),
+            )
+        )
+    return made
+
+
+def bins_before(lengths: list[int], layout: tuple) -> tuple[list, list]:
+    """The cut as the trainer made it when every rank had all samples."""
+    ranks, context, sequence, multiple, equal = layout
+    tokens_of = TokenLayout(context, 0, sequence)
+    padded = [tokens_of.padded_length(length) for length in lengths]
+    bins = pack_sequences(padded, WORK, ranks, MAX_TOKENS * context, multiple)
+    tokens = [[tokens_of.padded_pack(sum(padded[i] for i in pack)) for pack in rank] for rank in bins]
+    if equal:
+        tokens = [[max(step) for step in zip(*tokens, strict=True)]] * len(tokens)
+    return bins, tokens
+
+
+def received(shard: Shard) -> dict[int, TrainingSample]:
+    """The samples as a rank has them: out-of-band buffers are not copied."""
+    buffers: list[pickle.PickleBuffer] = []
+    packed = pickle.dumps(shard, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(packed, buffers=[bytes(buffer) for buffer in buffers]).samples()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("distribution", LENGTHS)
+@pytest.mark.parametrize("seed", range(4))
+def test_shards_give_the_packs_that_all_samples_gave(distribution, layout, seed):
+    draw = np.random.default_rng(seed)
+    lengths = LENGTHS[distribution](draw, 64)
+    routed = seed % 2 == 0
+    batch = samples(lengths, draw, routed)
+    outline = MiniBatchOutline.of(batch, rule(layout))
+    bins, tokens = bins_before(lengths.tolist(), layout)
+    assert (outline.cut.bins, outline.cut.pack_tokens) == (bins, tokens)
+    assert outline.cut.stats == packing_stats(bins, lengths.tolist(), sum(map(sum, tokens)), WORK)
+    placed = []
+    for rank in range(layout[0]):
+        own = received(Shard.of(batch, outline.cut.of_rank(rank)))
+        placed += own
+        context, experts = TokenLayout(layout[1], rank % layout[1], layout[2]), 8 if routed else None
+        for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True):
+            packs = [
+                build_micro_batch(whole, indices, num_tokens, context, 8 if routed else None)
+                for whole in (batch, own)
+            ]
+            compare(*map(vars, packs))
+    assert sorted(placed) == list(range(64)), "each sample is on one rank"
+
+
+def compare(before: dict, now: dict) -> None:
+    for name, value in before.items():
+        if hasattr(value, "numpy"):
+            np.testing.assert_array_equal(now[name].numpy(), value.numpy(), strict=True, err_msg=name)
+        else:
+            assert now[name] == value, name
+
+
+def test_every_field_of_a_sample_arrives():
+    batch = samples(np.array([5, 9, 4]), np.random.default_rng(0), routes=True)
+    batch[1].old_log_probs = np.float32([-0.5, -1.5])
+    arrived = received(Shard.of(batch, [2, 1]))
+    assert sorted(arrived) == [1, 2]
+    for index, sample in arrived.items():
+        for field in dataclasses.fields(TrainingSample):
+            ours, theirs = getattr(batch[index], field.name), getattr(sample, field.name)
+            np.testing.assert_array_equal(theirs, ours, err_msg=field.name)
+            assert type(theirs) is type(ours) and getattr(theirs, "dtype", 0) == getattr(ours, "dtype", 0)
+
+
+def test_every_rank_knows_a_few_numbers_of_all_samples():
+    batch = samples(np.array([5, 9, 4, 7]), np.random.default_rng(1))
+    outline = MiniBatchOutline.of(batch, rule((2, 1, 1, 1, False)))
+    for known, sample in zip(outline.samples, batch, strict=True):
+        for name in ("num_tokens", "prompt_length", "completion_length", "advantage", "group_id"):
+            assert getattr(known, name) == getattr(sample, name)
+        assert known.policy_versions == sample.policy_versions
+    expected = np.array([sample.advantage for sample in batch], np.float32)
+    np.testing.assert_array_equal(outline.advantages, expected, strict=True)
+
+
+def test_a_shard_has_eight_bytes_per_completion_token_and_four_per_prompt_token():
+    """Whatever the number of ranks, their shards together are the batch: nothing is sent twice."""
+    lengths = np.random.default_rng(2).integers(20, 100, 256)
+    batch = samples(lengths, np.random.default_rng(3))
+    expected = sum(4 * s.prompt_length + 8 * s.completion_length for s in batch)
+    for ranks in (1, 4, 16):
+        cut = MiniBatchOutline.of(batch, rule((ranks, 1, 1, 1, False))).cut
+        shards = [Shard.of(batch, cut.of_rank(rank)) for rank in range(ranks)]
+        assert sum(shard.nbytes for shard in shards) == expected
+        assert max(shard.nbytes for shard in shards) < 1.25 * expected / ranks
+        # beside the columns a sample has a few numbers
+        pickled = [len(pickle.dumps(shard, protocol=5, buffer_callback=lambda _: None)) for shard in shards]
+        assert sum(pickled) < 250 * len(batch) + 3000 * ranks
+
+
+def test_one_version_costs_the_same_at_any_length():
+    def size(length: int) -> int:
+        batch = [make_sample(1, length, policy_versions=VersionSpans.single(3, length))]
+        return len(pickle.dumps(Shard.of(batch, [0]), protocol=5, buffer_callback=lambda _: None))
+
+    assert size(10_000) - size(10) < 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        (0, 3, "sample 1 .group 9. has 3 tokens, 0 of them prompt: both"),
+        (3, 0, "sample 1 .group 9. has 3 tokens, 3 of them prompt: both"),
+        (100, 157, "sample 1 .group 9. has 257 tokens, more than --max-tokens-per-gpu x --context-parallel"),
+    ],
+)
+def test_a_length_that_cannot_be_trained_on_is_refused_before_anything_is_sent(prompt, completion, message):
+    batch = [make_sample(), make_sample(prompt, completion, group_id=9)]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MiniBatchOutline.of(batch, rule((1, 2, 1, 1, False)))
