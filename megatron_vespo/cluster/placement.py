@@ -36,7 +36,7 @@ from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 START_TIMEOUT_S = 120.0
 LOOPBACK = "127.0.0.1"
-# It holds batches of samples. Ray's default, 30% of memory, is too much beside trainer and engines.
+# It holds a mini-batch of samples. Ray's default, 30% of memory, is too much beside trainer and engines.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -89,6 +89,14 @@ def stop_ray() -> None:
 def node_resources() -> list[dict[str, float]]:
     """The resources that Ray has on each live node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def object_store_bytes() -> int:
+    """The capacity of Ray's object store on this node."""
+    here = ray.get_runtime_context().get_node_id()
+    return int(
+        next(node["Resources"]["object_store_memory"] for node in ray.nodes() if node["NodeID"] == here)
+    )
 
 
 def cluster_has_gpus() -> bool:

@@ -17,7 +17,7 @@ from megatron_vespo.checkpoints.canary_file import CanaryMismatchError, canaries
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.calls import TrainerError, gather
 from megatron_vespo.cluster.logs import log_tail
-from megatron_vespo.cluster.placement import Placement
+from megatron_vespo.cluster.placement import Placement, object_store_bytes
 from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
 from megatron_vespo.data.packing import PackingRule
 from megatron_vespo.data.shards import MiniBatchOutline, Shard
@@ -47,12 +47,14 @@ class TrainerGroup:
         on_calls: Callable[[int, list[Span]], None] | None = None,
         on_save: Callable[[SaveReport], None] | None = None,
         prompts: bytes | None = None,
+        log: Callable[[str], None] = print,
     ):
-        """`prompts` are what every checkpoint says of them, see `prompt_record`."""
+        """`prompts` are what every checkpoint says of them, see `prompt_record`; `log` gets remarks."""
         self._settings, self._log_dir, self._watch = settings, log_dir, watch
         self._timeout_s = settings.run.train_timeout
         self._prompts = prompts
-        self._on_calls, self._on_save = on_calls, on_save
+        self._on_calls, self._on_save, self._log = on_calls, on_save, log
+        self._told_of_the_store = False
         self._one_call = Lock()  # a collective of the ranks: all get their calls in the same order
         self._saving: int | None = None  # iteration of a save that has not ended
         self._last_save: SaveReport | None = None
@@ -70,13 +72,17 @@ class TrainerGroup:
         timeout = self._settings.run.worker_start_timeout
         [(host, port)] = self._gather([self._workers[0].rendezvous.remote()], "rendezvous", timeout)
         resumed = self._call("start", host, port, timeout_s=timeout)
-        with self._one_call:
-            places = self._answers("place", [()] * len(self._workers), timeout)
-        self._rule: PackingRule = places[0][0]
-        self._data_ranks = [rank for _, rank in places]  # of the trainer ranks
+        self.learn_places(timeout)
         if resumed is not None and self._settings.save.load == self._settings.save.save:
             self.saved_iteration = resumed.rollout_state["iteration"]
         return resumed
+
+    def learn_places(self, timeout_s: float) -> None:
+        """Ask all ranks how mini-batches are cut and which samples are theirs; `start` does so."""
+        with self._one_call:
+            places = self._answers("place", [()] * len(self._workers), timeout_s)
+        self._rule: PackingRule = places[0][0]
+        self._data_ranks: list[int] = [rank for _, rank in places]  # of the trainer ranks
 
     def describe(self) -> list[str]:
         """What runs each part of the model on rank 0's machine, for people."""
@@ -119,14 +125,28 @@ class TrainerGroup:
         """
         for index, samples in enumerate(mini_batches):
             outline = MiniBatchOutline.of(samples, self._rule)
-            shards = [
-                ray.put(Shard.of(samples, outline.cut.of_rank(rank))) for rank in range(self._rule.num_ranks)
-            ]
+            shards, num_bytes = [], 0
+            for rank in range(self._rule.num_ranks):
+                shard = Shard.of(samples, outline.cut.of_rank(rank))
+                shards.append(ray.put(shard))
+                num_bytes += shard.nbytes
+            self._check_store(num_bytes)
             outline_ref = ray.put(outline)
             calls = [(index, outline_ref, shards[rank]) for rank in self._data_ranks]
             with self._one_call:
                 self._calls("take", calls, self._timeout_s)
         self._call("prepare", canaries_of(mini_batches[-1]), timeout_s=self._timeout_s)
+
+    def _check_store(self, num_bytes: int) -> None:
+        """Say once that a mini-batch of this size does not fit into Ray's object store."""
+        if self._told_of_the_store or num_bytes <= (capacity := object_store_bytes()):
+            return
+        self._told_of_the_store = True
+        self._log(
+            f"a mini-batch has {num_bytes / 1e9:.2f} GB, Ray's object store on the driver's node "
+            f"{capacity / 1e9:.2f} GB: Ray writes the rest to disk, which is slow. Take more "
+            "--steps-per-rollout, or start Ray yourself with a larger --object-store-memory"
+        )
 
     def train_step(self, index: int) -> dict[str, Any]:
         """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""

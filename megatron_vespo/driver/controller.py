@@ -58,9 +58,7 @@ class Controller:
         self.evaluate_at_start()
         self.source.start()
         while self.state.iteration < self.settings.run.train_iters:
-            batch = self.next_batch()
-            samples = self.training_samples(batch.groups)
-            metrics = batch.metrics | self.learner.update(samples, self.sync_if_due)
+            metrics = self.train_on_a_batch()
             metrics |= self.maybe_evaluate()
             alarms = self.check_alarms(metrics)
             self.state.train_seconds = time.monotonic() - started
@@ -71,6 +69,13 @@ class Controller:
         self.source.stop()
         self.check_last_sync()
         return self.state
+
+    def train_on_a_batch(self) -> dict[str, float]:
+        """Take the steps of the next rollout batch. Nothing of it is kept while the next one is generated."""
+        batch = self.next_batch()
+        samples, metrics = self.training_samples(batch.groups), batch.metrics
+        del batch  # the samples have copies of its tokens
+        return metrics | self.learner.update(samples, self.sync_if_due)
 
     def next_batch(self) -> ScoredBatch:
         batch = self.source.next_batch(self.state.iteration)

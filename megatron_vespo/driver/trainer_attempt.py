@@ -93,7 +93,7 @@ class TrainerAttempt:
         )
         self._trainer = group(
             settings, services.placement, services.log_dir, services.engines.check, services.trace.calls,
-            self._on_save, services.task.record,
+            self._on_save, services.task.record, services.display.message,
         )  # fmt: skip
         self._stack.callback(self._trainer.stop)
         with services.display.phase("start Megatron"):

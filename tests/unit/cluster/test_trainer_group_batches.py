@@ -18,6 +18,7 @@ from tests.support.settings import flat_settings
 
 NUM_DATA_RANKS = 2
 RULE = PackingRule(SequenceWork(1.0, 0.0), NUM_DATA_RANKS, 64, TokenLayout())
+STORE = 5_000  # bytes
 DATA_RANKS = [0, 0, 1, 1]  # of four trainer ranks: two tensor-parallel ranks each
 
 
@@ -41,7 +42,9 @@ def group(monkeypatch, stored) -> TrainerGroup:
     monkeypatch.setattr(trainer_group, "gather", lambda refs, *others: refs)
     monkeypatch.setattr(trainer_group.ray, "put", put)
     group = TrainerGroup(flat_settings(train_timeout=1.0), SimpleNamespace(trainer=[]), None, lambda: None)
-    group._workers = [Rank() for _ in DATA_RANKS]
+    monkeypatch.setattr(trainer_group, "object_store_bytes", lambda: STORE)
+    group._workers, group.told = [Rank() for _ in DATA_RANKS], []
+    group._log = group.told.append
     group._rule, group._data_ranks = RULE, DATA_RANKS
     return group
 
@@ -93,3 +96,12 @@ def test_a_batch_that_cannot_be_cut_reaches_no_rank(group):
     with pytest.raises(ValueError, match=r"^sample 1 \(group 0\) has 74 tokens, more than --max-tokens"):
         group.prepare([[make_sample(), make_sample(4, 70)]])
     assert all(worker.calls == [] for worker in group._workers)
+
+
+def test_a_mini_batch_beyond_the_object_store_is_told_once(group):
+    small, large = ([make_sample(3, length) for _ in range(16)] for length in (30, 60))
+    group.prepare([small, small])
+    assert group.told == [], "4,032 bytes each, one after another"
+    group.prepare([large, large])
+    [line] = group.told
+    assert line.startswith("a mini-batch has 0.00 GB, Ray's object store on the driver's node 0.00 GB: Ray ")

@@ -98,8 +98,7 @@ def test_shards_give_the_packs_that_all_samples_gave(distribution, layout, seed)
         context, experts = TokenLayout(layout[1], rank % layout[1], layout[2]), 8 if routed else None
         for indices, num_tokens in zip(bins[rank], tokens[rank], strict=True):
             packs = [
-                build_micro_batch(whole, indices, num_tokens, context, 8 if routed else None)
-                for whole in (batch, own)
+                build_micro_batch(whole, indices, num_tokens, context, experts) for whole in (batch, own)
             ]
             compare(*map(vars, packs))
     assert sorted(placed) == list(range(64)), "each sample is on one rank"
