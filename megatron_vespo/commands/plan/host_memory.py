@@ -23,7 +23,7 @@ class HostMemory:
     given_back: float  # weights and optimizer, while engines generate on the GPU
     old_policies: float
     save: float  # copies that a background save writes
-    samples: float
+    samples: float  # of a rollout batch in the driver, and of one mini-batch in Ray's object store
     ranks: int  # on the node
 
     @property
@@ -54,7 +54,7 @@ def host_memory(
         given_back=weights + optimizer if settings.sync.colocate and settings.sync.colocate_offload else 0.0,
         old_policies=weights * _policies(settings),
         save=weights + optimizer + SAVED_SHARE * offloaded if settings.trainer.async_save else 0.0,
-        samples=tokens * sample_bytes(settings),
+        samples=tokens * (1 + 1 / settings.rollout.steps_per_rollout) * sample_bytes(settings),
         ranks=min(gpus_per_node, settings.trainer.trainer_ranks),
     )
 

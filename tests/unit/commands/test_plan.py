@@ -188,7 +188,7 @@ def model(**changes) -> SimpleNamespace:
         "weight_sync_staging": False, "rollout_batch_size": 2048, "group_size": 8, "async_save": False, "old_policy": "current",
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
         "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
-        "accumulate_allreduce_grads_in_fp32": True,
+        "accumulate_allreduce_grads_in_fp32": True, "steps_per_rollout": 1,
     }  # fmt: skip
     return flat_settings(**(plain | changes))
 
@@ -285,7 +285,7 @@ def test_packs(replay, each):
         host = host_memory(args, [stage], [trainer_memory(args, stage, 0)], 4096, 8)
         assert host.packs == 256 * steps * 8 * 4096 * whole
         assert host.samples == pytest.approx(
-            256 * steps * 8 * 4096 * (8 + 15 / 16 * 12 + (each if replay == "R3" else 0)), rel=1e-2
+            256 * (steps + 1) * 8 * 4096 * (4 + 15 / 16 * 4 + (each if replay == "R3" else 0)), rel=1e-2
         )
         assert host.node == 8 * host.packs + host.samples
     virtual = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
