@@ -15,6 +15,7 @@ from megatron_vespo.cluster.engine_fleet import EngineFleet, start_engines
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.gpu_sharing import GpuSharing
 from megatron_vespo.cluster.placement import Placement, place, start_ray, stop_ray
+from megatron_vespo.cluster.reply_collectors import ReplyCollectors
 from megatron_vespo.rollout.api_key import check_flags_with_key, new_api_key
 from megatron_vespo.rollout.server_arguments import engine_size
 
@@ -26,6 +27,7 @@ class StartedFleet:
     placement: Placement
     engines: EngineFleet
     sync: EngineSync
+    replies: ReplyCollectors
     api_key: str | None = None  # without it they answer nobody; logs and checkpoints do not have it
     gpu_sharing: GpuSharing | None = None  # where engines and trainer share GPUs
 
@@ -68,8 +70,11 @@ def start_fleet(
         check_flags_with_key(settings.sglang_flags)
     engines = start_engines(settings, placement, server_args, api_key, log_dir, log)
     stack.callback(engines.stop)
+    replies = ReplyCollectors(placement, log_dir, api_key)
+    stack.callback(replies.stop)
     if sharing is None:
-        return StartedFleet(placement, engines, EngineSync(engines, size, api_key, log=log), api_key)
+        sync = EngineSync(engines, size, api_key, log=log)
+        return StartedFleet(placement, engines, sync, replies, api_key)
     gpu_sharing = GpuSharing(engines, api_key, sharing.timeout_s, sharing.trace)
     sync = ColocatedSync(engines, size, api_key, gpu_sharing, log=log)
-    return StartedFleet(placement, engines, sync, api_key, gpu_sharing)
+    return StartedFleet(placement, engines, sync, replies, api_key, gpu_sharing)

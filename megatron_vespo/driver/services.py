@@ -123,7 +123,7 @@ class Services:
                 sharing=sharing,
             )
         self.placement, self.api_key = started.placement, started.api_key
-        self.engines = started.engines
+        self.engines, self.replies = started.engines, started.replies
         self.engine_sync = NullEngineSync() if settings.run.train_from else started.sync
         self.gpu_sharing = started.gpu_sharing
         self.generates = settings.engines.rollout_engines > 0

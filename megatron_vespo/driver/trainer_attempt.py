@@ -194,6 +194,7 @@ class TrainerAttempt:
             generate_function=self._services.task.generate,
             api_key=self._services.api_key,
             on_wait=partial(self._on_wait, False),
+            remote=self._services.replies,
         )
 
     def _on_wait(self, while_others_serve: bool) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
-import aiohttp
-
-from megatron_vespo.rollout.engine_client import EngineClient
+from megatron_vespo.rollout.engine_client import (
+    EngineClient,
+    HttpEngineClient,
+    MakeClient,
+    RemoteClients,
+    engine_session,
+)
 from megatron_vespo.rollout.generate_function import GenerateFunction
 from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.router import LostRequests, OnRequests, Router
 from megatron_vespo.rollout.sampler import Check, RejectedDraws, Sampler
 from megatron_vespo.types import Completion, Prompt, SamplingParams
-
-CONNECT_TIMEOUT_S = 30.0
 
 
 class Collector:
@@ -32,6 +34,7 @@ class Collector:
             was sent, `end` when the last was answered. A draw from `connect` calls it once per request.
         generate_function: a user's own function that makes a completion of several draws.
         on_wait: called every second while `collect` waits.
+        remote: processes that send the requests and read the replies; None: this process does.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Collector:
         lost: LostRequests | None = None,
         generate_function: GenerateFunction | None = None,
         on_wait: Callable[[], None] | None = None,
+        remote: RemoteClients | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
@@ -60,6 +64,7 @@ class Collector:
         self._api_key = api_key
         self._on_requests = on_requests
         self._generate_function = generate_function
+        self._remote = remote
 
     @property
     def max_requests(self) -> int:
@@ -98,18 +103,10 @@ class Collector:
     async def _connect(
         self, on_requests: OnRequests | None, routes: RouteShape | None
     ) -> AsyncIterator[Sampler]:
-        timeout = aiohttp.ClientTimeout(total=self._request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)  # `Router` bounds the requests in flight
-        # without the proxies of the environment, as in http.py
-        direct = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
-        async with direct as session:
-
-            def client(url: str) -> EngineClient:
-                return EngineClient(url, session, routes, self._api_key)
-
+        async with AsyncExitStack() as stack:
             router = Router(
                 self._urls,
-                client,
+                await self._clients(routes, stack),
                 max_requests=self.max_requests,
                 max_attempts=self._max_attempts,
                 timeout_s=self._request_timeout_s,
@@ -120,6 +117,16 @@ class Collector:
                 yield Sampler(router, self._lost, self._check, self._generate_function)
             finally:
                 self._lost.report()
+
+    async def _clients(self, routes: RouteShape | None, stack: AsyncExitStack) -> MakeClient:
+        if self._remote is not None:
+            return await stack.enter_async_context(self._remote.connect(routes, self._request_timeout_s))
+        session = await stack.enter_async_context(engine_session(self._request_timeout_s))
+
+        def client(number: int, url: str) -> EngineClient:
+            return HttpEngineClient(url, session, routes, self._api_key)
+
+        return client
 
     async def _collect(
         self, prompts, sampling, num_completions, seed, on_progress, routes

@@ -5,21 +5,81 @@ Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Protocol
 
 import aiohttp
 import numpy as np
 
+from megatron_vespo.data.routes import joined_routes
 from megatron_vespo.rollout.generate_reply import RouteShape, parse_generate_reply
 from megatron_vespo.system.http import EngineRequestError, auth_headers
-from megatron_vespo.types import Completion, Prompt, SamplingParams, VersionSpans, fetched
+from megatron_vespo.types import Completion, Prompt, SamplingParams, VersionSpans
+
+CONNECT_TIMEOUT_S = 30.0
 
 
-class EngineClient:
-    """Draws completions from the engine at `url`; usable only inside `session`'s event loop.
+class ConnectionLostError(RuntimeError):
+    """The connection to an engine broke, or the process that held it died; the request may be repeated."""
 
-    With `routes`, completions have the chosen experts: one megabyte per thousand tokens of a large model.
+
+class EngineClient(ABC):
+    """Draws completions from the engine at `url`; usable only inside one event loop.
+
+    If `wants_routes`, completions have the chosen experts: one megabyte per thousand tokens of a large model.
     """
+
+    def __init__(self, url: str, wants_routes: bool):
+        self.url, self._wants_routes = url, wants_routes
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int | None, begun: Completion | None = None
+    ) -> Completion | None:
+        """One sampled completion. `seed` has an effect if the engine runs --enable-deterministic-inference.
+
+        The completion continues from `begun`, a partial completion. Every token keeps the routes of the pass
+        that has sampled it. A result with finish reason "abort" is also partial; None means that no token was
+        generated.
+
+        Raises EngineRequestError if the engine refuses, GenerateReplyError for an unusable reply,
+        ConnectionLostError, and TimeoutError at the deadline.
+        """
+        if begun is None:
+            return await self.draw(prompt, sampling, seed, 0 if self._wants_routes else None)
+        asked = replace(prompt, token_ids=np.concatenate([prompt.token_ids, begun.token_ids]))
+        left = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(begun.token_ids))
+        # the routes of a beginning are known, or lost for good
+        keeps_routes = self._wants_routes and begun.routed_experts is not None
+        rest = await self.draw(asked, left, seed, len(asked.token_ids) - 1 if keeps_routes else None)
+        return begun if rest is None else _joined(begun, rest)
+
+    @abstractmethod
+    async def draw(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int | None, routes_start: int | None
+    ) -> Completion | None:
+        """One reply of the engine, with the routes of tokens from `routes_start` on, unless that is None."""
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Makes the engine return all its requests, with the tokens generated so far."""
+
+
+MakeClient = Callable[[int, str], EngineClient]  # number and url of an engine
+
+
+class RemoteClients(Protocol):
+    """Clients whose HTTP is done by other processes."""
+
+    def connect(self, routes: RouteShape | None, timeout_s: float) -> AbstractAsyncContextManager[MakeClient]:
+        """Makes clients for one event loop. `timeout_s` is the deadline of one request."""
+        ...
+
+
+class HttpEngineClient(EngineClient):
+    """Does HTTP in this process, within `session`'s event loop."""
 
     def __init__(
         self,
@@ -28,39 +88,30 @@ class EngineClient:
         routes: RouteShape | None,
         api_key: str | None = None,
     ):
-        self.url = url
+        super().__init__(url, routes is not None)
         self._session, self._routes = session, routes
         self._headers = auth_headers(api_key)
 
-    async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, seed: int | None, begun: Completion | None = None
+    async def draw(
+        self, prompt: Prompt, sampling: SamplingParams, seed: int | None, routes_start: int | None
     ) -> Completion | None:
-        """One sampled completion. `seed` has an effect if the engine runs --enable-deterministic-inference.
-
-        The completion continues from `begun`, a partial completion. A result with finish reason "abort" is
-        also partial; None means that no token was generated.
-
-        Raises EngineRequestError if the engine refuses, GenerateReplyError for an unusable reply, and
-        aiohttp.ClientError or, at the session's deadline, TimeoutError.
-        """
-        asked, left = _after(prompt, sampling, begun)
-        # the routes of a beginning are known, or lost for good
-        lost = begun is not None and begun.routed_experts is None
-        routes = None if lost else self._routes
-        known = 0 if begun is None or lost else len(asked.token_ids) - 1
-        payload = generate_payload(asked, left, seed, routed_experts=routes is not None, routes_start=known)
-        async with self._session.post(
-            self.url + "/generate", json=payload, headers=self._headers
-        ) as response:
-            if response.status != 200:
-                body = f"prompt {prompt.prompt_id}: {await response.text()}"
-                raise EngineRequestError(self.url, "/generate", response.status, body)
-            reply = await response.read()
-        rest = parse_generate_reply(reply, asked, sampling.temperature, routes, known)
-        return rest if begun is None else begun if rest is None else _joined(begun, rest)
+        payload = generate_payload(prompt, sampling, seed, routes_start)
+        try:
+            async with self._session.post(
+                self.url + "/generate", json=payload, headers=self._headers
+            ) as response:
+                if response.status != 200:
+                    body = f"prompt {prompt.prompt_id}: {await response.text()}"
+                    raise EngineRequestError(self.url, "/generate", response.status, body)
+                reply = await response.read()
+        except TimeoutError:  # also aiohttp's, which are ClientErrors too
+            raise
+        except aiohttp.ClientError as error:
+            raise ConnectionLostError(str(error)) from error
+        routes = None if routes_start is None else self._routes
+        return parse_generate_reply(reply, prompt, sampling.temperature, routes, routes_start or 0)
 
     async def abort(self) -> None:
-        """Makes the engine return all its requests, with the tokens generated so far."""
         async with self._session.post(
             self.url + "/abort_request", json={"abort_all": True}, headers=self._headers
         ) as response:
@@ -68,38 +119,30 @@ class EngineClient:
                 raise EngineRequestError(self.url, "/abort_request", response.status, await response.text())
 
 
-def _after(
-    prompt: Prompt, sampling: SamplingParams, begun: Completion | None
-) -> tuple[Prompt, SamplingParams]:
-    """The prompt and parameters with which an engine continues from `begun`."""
-    if begun is None:
-        return prompt, sampling
-    left = sampling.max_new_tokens - len(begun.token_ids)
-    return replace(prompt, token_ids=np.concatenate([prompt.token_ids, begun.token_ids])), replace(
-        sampling, max_new_tokens=left
-    )
+def engine_session(timeout_s: float) -> aiohttp.ClientSession:
+    """A session for any number of requests, each with this deadline; without the environment's proxies."""
+    timeout = aiohttp.ClientTimeout(total=timeout_s, connect=CONNECT_TIMEOUT_S)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False)
 
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
-    routes = None
-    if begun.routed_experts is not None and rest.routed_experts is not None:
-        routes = np.concatenate([fetched(begun.routed_experts), fetched(rest.routed_experts)])
+    lost = begun.routed_experts is None or rest.routed_experts is None
     return replace(
         rest,
         prompt=begun.prompt,
         token_ids=np.concatenate([begun.token_ids, rest.token_ids]),
         log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
         policy_versions=VersionSpans.joined([begun.policy_versions, rest.policy_versions]),
-        routed_experts=routes,
+        routed_experts=None if lost else joined_routes(begun.routed_experts, rest.routed_experts),
         num_retractions=begun.num_retractions + rest.num_retractions,
     )
 
 
 def generate_payload(
-    prompt: Prompt, sampling: SamplingParams, seed: int | None, routed_experts: bool, routes_start: int = 0
+    prompt: Prompt, sampling: SamplingParams, seed: int | None, routes_start: int | None
 ) -> dict:
-    """The body of one /generate request; it asks for the routes of the tokens from `routes_start` on.
+    """The body of one /generate request; it asks for the routes of the tokens from `routes_start` on, if any.
 
     It turns truncated sampling off for training, whatever the model's generation_config says. Otherwise the
     log-probs would not describe the sampled distribution.
@@ -114,10 +157,10 @@ def generate_payload(
     }
     if seed is not None:
         sampling_params["sampling_seed"] = seed
-    return {
+    payload = {
         "input_ids": prompt.token_ids.tolist(),
         "sampling_params": sampling_params,
         "return_logprob": True,
-        "return_routed_experts": routed_experts,
-        "routed_experts_start_len": routes_start,
+        "return_routed_experts": routes_start is not None,
     }
+    return payload | ({"routed_experts_start_len": routes_start} if routes_start else {})

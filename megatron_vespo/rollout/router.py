@@ -8,9 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-import aiohttp
-
-from megatron_vespo.rollout.engine_client import EngineClient
+from megatron_vespo.rollout.engine_client import ConnectionLostError, EngineClient, MakeClient
 from megatron_vespo.types import Completion
 
 # an engine that lost a request gets no other for this long: longer than detecting its death takes
@@ -78,7 +76,7 @@ class Router:
     def __init__(
         self,
         urls: Sequence[str | None],
-        make_client: Callable[[str], EngineClient],
+        make_client: MakeClient,
         *,
         max_requests: int,
         max_attempts: int,
@@ -118,7 +116,7 @@ class Router:
                 engine.gone.set_result(None)
             if url is not None and number not in self._engines:
                 gone = asyncio.get_running_loop().create_future()
-                self._engines[number] = _Engine(number, self._make_client(url), gone)
+                self._engines[number] = _Engine(number, self._make_client(number, url), gone)
 
     async def hold(self, timeout_s: float) -> None:
         """Makes engines return unfinished responses, and sends no request until `release`."""
@@ -168,7 +166,7 @@ class Router:
             return asking.result()
         except TimeoutError as error:
             raise _LostError(f"engine {url}: no completion of {what} within {self._timeout_s:g} s") from error
-        except aiohttp.ClientError as error:
+        except ConnectionLostError as error:
             raise _LostError(f"engine {url}: connection lost at {what} ({error})") from error
         finally:
             asking.cancel()

@@ -14,7 +14,11 @@ class EngineRequestError(RuntimeError):
         answered = f"answered {status}" if status is not None else "did not answer"
         self.reason = f"{path} {answered}: {body[:BODY_CHARACTERS]}"
         super().__init__(f"engine {url}: {self.reason}")
-        self.url, self.path, self.status = url, path, status
+        self.url, self.path, self.status, self._body = url, path, status, body
+
+    def __reduce__(self):
+        """Rebuild it in another process from the constructor's arguments."""
+        return type(self), (self.url, self.path, self.status, self._body)
 
 
 def auth_headers(api_key: str | None) -> dict[str, str]:

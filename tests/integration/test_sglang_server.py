@@ -74,7 +74,7 @@ def test_bytes_of_a_reply_without_routes(engine, prompts):
     """Of a real one, per token; a large vocabulary's ids have three digits more, twice, than these."""
 
     async def size(routes: bool, length: int) -> int:
-        body = generate_payload(prompts[1], sampling(length), None, routed_experts=routes)
+        body = generate_payload(prompts[1], sampling(length), None, routes_start=0 if routes else None)
         body["sampling_params"]["ignore_eos"] = True
         async with aiohttp.ClientSession() as session:
             async with session.post(engine.url + "/generate", json=body) as response:

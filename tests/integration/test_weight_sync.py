@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_vespo.rollout.engine_client import EngineClient
+from megatron_vespo.rollout.engine_client import HttpEngineClient
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from megatron_vespo.weight_sync import verify
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
@@ -27,7 +27,7 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=())
 def generate(url: str, prompt: Prompt) -> Completion:
     async def one() -> Completion:
         async with aiohttp.ClientSession() as session:
-            return await EngineClient(url, session, ROUTES).generate(prompt, SAMPLING, seed=None)
+            return await HttpEngineClient(url, session, ROUTES).generate(prompt, SAMPLING, seed=None)
 
     return asyncio.run(one())
 

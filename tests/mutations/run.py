@@ -344,8 +344,8 @@ MUTATIONS = [
     Mutation(
         "partial responses: what was begun is asked for again, and there twice",
         "rollout/engine_client.py",
-        "token_ids=np.concatenate([prompt.token_ids, begun.token_ids])), replace(",
-        "token_ids=prompt.token_ids), replace(",
+        "token_ids=np.concatenate([prompt.token_ids, begun.token_ids]))",
+        "token_ids=prompt.token_ids)",
         ("tests/unit/rollout/test_async_collector.py", "suspended"),
     ),
     Mutation(

@@ -26,11 +26,11 @@ SAMPLING = SamplingParams(temperature=0.7, max_new_tokens=8, stop_token_ids=(1,)
 
 
 def test_payload_samples_the_untruncated_distribution():
-    assert generate_payload(PROMPT, SAMPLING, 5, routed_experts=True) == {
+    assert generate_payload(PROMPT, SAMPLING, 5, routes_start=7) == {
         "input_ids": [5, 9, 2],
         "return_logprob": True,
         "return_routed_experts": True,
-        "routed_experts_start_len": 0,
+        "routed_experts_start_len": 7,
         "sampling_params": {
             "temperature": 0.7,
             "max_new_tokens": 8,
@@ -41,10 +41,10 @@ def test_payload_samples_the_untruncated_distribution():
             "sampling_seed": 5,
         },
     }
-    assert (
-        "sampling_seed"
-        not in generate_payload(PROMPT, SAMPLING, None, routed_experts=False)["sampling_params"]
-    )
+    plain = generate_payload(PROMPT, SAMPLING, None, routes_start=None)
+    assert "sampling_seed" not in plain["sampling_params"]
+    assert plain["return_routed_experts"] is False and "routed_experts_start_len" not in plain
+    assert generate_payload(PROMPT, SAMPLING, None, routes_start=0)["return_routed_experts"] is True
 
 
 def test_completion_seeds_differ_and_repeat():
@@ -159,7 +159,7 @@ class FaultyEngine:
 
 
 def collected(monkeypatch, faulty_indices, num_completions):
-    monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", FaultyEngine)
+    monkeypatch.setattr("megatron_vespo.rollout.collector.HttpEngineClient", FaultyEngine)
     FaultyEngine.faulty = {completion_seed(5, PROMPT.prompt_id, index) for index in faulty_indices}
     collector = Collector(["http://engine"], request_timeout_s=1.0)
     return collector.collect([PROMPT], SAMPLING, num_completions=num_completions, seed=5)[0]
@@ -198,7 +198,7 @@ class SlowEngine(FaultyEngine):
 
 @pytest.mark.parametrize("urls", [["http://a", "http://b"], ["http://a", "http://broken"]])
 def test_collector_says_when_each_engine_was_at_work(monkeypatch, urls):
-    monkeypatch.setattr("megatron_vespo.rollout.collector.EngineClient", SlowEngine)
+    monkeypatch.setattr("megatron_vespo.rollout.collector.HttpEngineClient", SlowEngine)
     seen = []
     collector = Collector(urls, request_timeout_s=1.0, on_requests=lambda *span: seen.append(span))
     before = time.time_ns()
