@@ -17,9 +17,10 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sync-interval", type=int, metavar="K",
         help="optimizer steps between weight syncs, a divisor or a multiple of --steps-per-rollout; default: "
         "--steps-per-rollout")  # fmt: skip
-    add("--on-weight-update", choices=("retract", "in-place", "abort"), default="retract",
+    add("--on-weight-update", choices=("retract", "in-place", "abort"),
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
-        "weights; with those they have, then without prefix cache; or as new requests")  # fmt: skip
+        "weights; with those they have, then without prefix cache; or as new requests; default: retract, "
+        "and abort with --routing-replay R3")  # fmt: skip
     add("--over-subscription", type=float, metavar="FACTOR",
         help="rollout batches in flight or waiting, at most; default: by --max-staleness")  # fmt: skip
     add("--stop-generation-while-training", dest="stop_generation", action="store_true",
@@ -41,6 +42,11 @@ def check_asynchronous(args: Namespace) -> None:
     )
     if args.max_staleness:
         _check_combinations(args)
+
+
+def default_on_weight_update(args: Namespace) -> str:
+    """The value of --on-weight-update if it is not given: the way that keeps what the run needs."""
+    return "abort" if args.max_staleness and args.routing_replay == "R3" else "retract"
 
 
 def check_staleness(
@@ -91,10 +97,15 @@ def _check_combinations(args: Namespace) -> None:
     for flag, given in {"--train-from": args.train_from, "--rollout-only": args.rollout_only}.items():
         if given:
             raise ValueError(f"{where} trains while engines generate, {flag} does one of them: leave one out")
-    if args.routing_replay:
+    if args.routing_replay == "R2":
         raise ValueError(
-            f"{where}: a response may have routes of several policies, --routing-replay replays those of "
-            "one: leave one out"
+            f"{where}: a response may have tokens of several policies, --routing-replay R2 replays the "
+            "routes of one: use R3"
+        )
+    if args.routing_replay == "R3" and args.on_weight_update == "retract":
+        raise ValueError(
+            "--on-weight-update retract: every weight sync would lose the routes of all running responses, "
+            "which --routing-replay R3 replays: use abort, the default with R3, or in-place"
         )
     if args.old_policy == "snapshot" and args.old_policy_snapshots <= args.max_staleness:
         raise ValueError(

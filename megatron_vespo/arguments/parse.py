@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 from megatron_vespo.algorithms.losses.table import METHODS
+from megatron_vespo.arguments.asynchronous import default_on_weight_update
 from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
@@ -322,6 +323,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     )
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
+    args.on_weight_update = args.on_weight_update or default_on_weight_update(args)
     args.loss_aggregation = args.loss_aggregation or METHODS[args.policy_loss].aggregation
 
 

@@ -91,7 +91,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     for name, value in SCALE.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N",
             help=f"default: {value}, or what --from-run had")  # fmt: skip
-    add("--on-weight-update", choices=("retract", "in-place", "abort"), default=default("on_weight_update"),
+    add("--on-weight-update", choices=("retract", "in-place", "abort"), default="retract",
         help="abort: requests come back and go on elsewhere (default: %(default)s)")  # fmt: skip
     add("--stale-groups", choices=("requeue", "drop"), default=default("stale_groups"))
     add("--over-subscription", type=float, metavar="FACTOR", help="default: all that the bound allows")

@@ -144,7 +144,10 @@ DEFAULTS = {
         ("--bf16 --distributed-backend nccl --transformer-impl local --optimizer-cpu-offload "
          "--use-precision-aware-optimizer --optimizer-offload-fraction 0.5",
          {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}),
-        ("--routing-replay R3", {"moe_enable_routing_replay": True}),
+        ("--routing-replay R3", {"moe_enable_routing_replay": True, "on_weight_update": "retract"}),
+        ("--routing-replay R3 --max-staleness 8", {"on_weight_update": "abort"}),
+        ("--routing-replay R3 --max-staleness 8 --on-weight-update in-place",
+         {"on_weight_update": "in-place"}),
         # the nominal length divides by context parallelism
         ("--trainer-ranks 3 --context-parallel-size 3 --rollout-batch-size 12", {"seq_length": 54}),
         ("--group-size 1 --advantage-estimator global --steps-per-rollout 1 --rollout-batch-size 8",

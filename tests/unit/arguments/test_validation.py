@@ -73,6 +73,8 @@ def layout(**changes) -> Namespace:
         "--max-staleness 8 --old-policy snapshot --old-policy-snapshots 9",
         "--max-staleness 8 --dynamic-sampling --over-subscription 1.5 --stop-generation-while-training",
         "--max-staleness 8 --on-weight-update abort",
+        "--max-staleness 8 --routing-replay R3",
+        "--max-staleness 8 --routing-replay R3 --on-weight-update in-place",
         "--sync-interval 8",
     ],
 )
@@ -168,7 +170,8 @@ DENOMINATOR = "--ratio-denominator"
         ("--over-subscription 0.5 --max-staleness 8",),
         ("--over-subscription=2", "--max-staleness 8"),
         ("--stop-generation-while-training", "--max-staleness 8"),
-        ("--max-staleness 8 --routing-replay R3", "--routing-replay"),
+        ("--max-staleness 8 --routing-replay R2", "--routing-replay R2", "R3"),
+        ("--on-weight-update retract --max-staleness 8 --routing-replay R3", "--routing-replay R3", "abort"),
         ("--old-policy-snapshots 4 --max-staleness 8 --old-policy snapshot", "9"),
     ],
 )  # fmt: skip
