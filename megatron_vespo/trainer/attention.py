@@ -14,20 +14,26 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout, gathered_order
+from megatron_vespo.data.host_memory import to_device
+from megatron_vespo.trainer.rotary import Rotation
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a pack, plus the index tensors that `PackedAttention` needs.
+    """Megatron's description of a pack, plus what `PackedSelfAttention` and `PackedAttention` need.
 
     Built once per micro-batch; every layer uses the same object.
     """
 
+    position_T: Tensor | None = None  # int64, of each of this rank's tokens in its sequence
+    rotation: Rotation | None = None  # of queries and keys; set by the first layer, None without RoPE
+    _angles: Tensor | None = None  # those of `rotation`
     query_slot_T: Tensor | None = None  # index of each of this rank's tokens in a padded [S, longest] batch
     key_slot_G: Tensor | None = None  # the same for all tokens of the pack
     key_order_G: Tensor | None = None  # index of each token after the gather over context parallelism
@@ -38,23 +44,38 @@ class PackedSequences(PackedSeqParams):
 
     @classmethod
     def of(
-        cls, cu_seqlens: Tensor, max_seqlen: int, layout: TokenLayout, use_kernel: bool
+        cls,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        layout: TokenLayout,
+        use_kernel: bool,
+        device: torch.device | None = None,
     ) -> PackedSequences:
-        """`cu_seqlens` int32 [S + 1] of the whole pack; `use_kernel`: see `PackedAttention.uses_kernel`."""
-        pack = packed(cls, cu_seqlens, max_seqlen)
-        if use_kernel and layout.cp_size == 1:
-            return pack  # the kernel needs no index tensors, so nothing waits for the GPU
+        """`cu_seqlens` int32 [S + 1] of the whole pack; `use_kernel`: see `PackedAttention.uses_kernel`.
+
+        All tensors will be on `device`, by default that of `cu_seqlens`. Boundaries in host memory save a
+        wait for the device.
+        """
+        device = cu_seqlens.device if device is None else device
         bounds = cu_seqlens.cpu().numpy()
-        indices: dict[str, np.ndarray] = {}
+        indices = {"position_T": _positions(bounds)[layout.local_indices(bounds)]}
         if layout.cp_size > 1:
             indices["key_order_G"] = gathered_order(bounds, layout.cp_size)
         if not use_kernel:
             indices |= _padded_batch(bounds, max_seqlen, layout)
-        else:
+        elif layout.cp_size > 1:
             indices |= _chunks(bounds, layout)
+        pack = packed(cls, to_device(cu_seqlens, device), max_seqlen)
         for name, values in indices.items():
-            setattr(pack, name, torch.from_numpy(values).to(cu_seqlens.device))
+            setattr(pack, name, to_device(torch.from_numpy(values), device))
         return pack
+
+    def rotate_by(self, angles: Tensor | None, scale: float, dtype: torch.dtype) -> None:
+        """Set `rotation`; layers of one model pass the same `angles`, so only the first one computes it."""
+        if angles is not self._angles:
+            assert self.position_T is not None
+            self._angles = angles
+            self.rotation = None if angles is None else Rotation.of(angles, self.position_T, scale, dtype)
 
 
 def packed[Params: PackedSeqParams](kind: type[Params], cu_seqlens: Tensor, max_seqlen: int) -> Params:
@@ -70,11 +91,16 @@ def packed[Params: PackedSeqParams](kind: type[Params], cu_seqlens: Tensor, max_
     )
 
 
+def _positions(bounds: np.ndarray) -> np.ndarray:
+    """Position of each token of the whole pack in its sequence, int64."""
+    return np.arange(bounds[-1]) - np.repeat(bounds[:-1].astype(np.int64), np.diff(bounds))
+
+
 def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict[str, np.ndarray]:
     """One row per sequence. Padding comes after the tokens, where causality hides it."""
     lengths = np.diff(bounds)
     sequence_G = np.repeat(np.arange(len(lengths)), lengths)
-    position_G = np.arange(bounds[-1]) - bounds[sequence_G]
+    position_G = _positions(bounds)
     key_slot_G = sequence_G * longest + position_G
     if layout.cp_size == 1:
         return {"query_slot_T": key_slot_G, "key_slot_G": key_slot_G}
@@ -106,6 +132,30 @@ def _chunks(bounds: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
         "chunk_cu_seqlens_k": boundaries([len(k) for k in keys]),
         "chunk_keys": np.concatenate(keys),
     }
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention, which leaves the rotation of queries and keys to `PackedAttention`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        **others,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Megatron's arguments; `rotary_pos_emb` [longest, 1, 1, R] are the angles by position."""
+        assert isinstance(packed_seq_params, PackedSequences), "only packed sequences run here"
+        assert not self.config.rotary_interleaved, "the rotation is of halves of a head"
+        packed_seq_params.rotate_by(rotary_pos_emb, self._yarn_concentration_factor, hidden_states.dtype)
+        return super().forward(
+            hidden_states,
+            attention_mask,  # pyright: ignore[reportArgumentType]
+            packed_seq_params=packed_seq_params,
+            **others,
+        )
 
 
 class PackedAttention(MegatronModule):
@@ -146,6 +196,8 @@ class PackedAttention(MegatronModule):
         """query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, heads * head_dim]."""
         pack = packed_seq_params
         assert isinstance(pack, PackedSequences) and attention_bias is None, "only packed sequences run here"
+        if pack.rotation is not None:
+            query, key = pack.rotation(query), pack.rotation(key)
         if self.cp_group.size() > 1:
             key, value = (
                 gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[pack.key_order_G]

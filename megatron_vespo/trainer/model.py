@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import core_transformer_config_from_args
 
-from megatron_vespo.trainer.attention import PackedAttention
+from megatron_vespo.trainer.attention import PackedAttention, PackedSelfAttention
 
 
 def model_config(args: Namespace) -> TransformerConfig:
@@ -37,7 +37,9 @@ def model_provider(args: Namespace, config: TransformerConfig):
         )
         if not use_te:
             for layer in spec.layer_specs:  # pyright: ignore[reportOptionalIterable]
-                layer.submodules.self_attention.submodules.core_attention = PackedAttention  # pyright: ignore[reportAttributeAccessIssue]
+                attention = layer.submodules.self_attention  # pyright: ignore[reportAttributeAccessIssue]
+                attention.module = PackedSelfAttention
+                attention.submodules.core_attention = PackedAttention
         model = GPTModel(
             config,
             spec,  # pyright: ignore[reportArgumentType]

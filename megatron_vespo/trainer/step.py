@@ -20,6 +20,7 @@ from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.token_sums import token_sums
 from megatron_vespo.algorithms.vespo import LogRatio, segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.host_memory import to_device
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.trainer.attention import PackedAttention, PackedSequences, packed
 from megatron_vespo.trainer.initialize import device
@@ -47,10 +48,10 @@ class Schedule:
         for chunk in self._model:
             chunk.eval() if forward_only else chunk.train()
         # each micro-batch moves to the GPU when its turn comes, once per model chunk of the rank
-        iterators = [(pack.on(device()) for pack in micro_batches) for _ in self._model]
+        iterators = [((pack.on(device()), self._packed(pack)) for pack in micro_batches) for _ in self._model]
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: self._forward_step(
-                next(iterator), model, loss, routing
+                *next(iterator), model, loss, routing
             ),
             data_iterator=iterators if len(self._model) > 1 else iterators[0],  # pyright: ignore[reportArgumentType]
             model=self._model,
@@ -60,13 +61,15 @@ class Schedule:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, micro_batch: MicroBatch, model, loss: LossFunction, routing: Routing):
+    def _forward_step(
+        self, micro_batch: MicroBatch, pack: PackedSeqParams, model, loss: LossFunction, routing: Routing
+    ):
         with routing(unwrap_model(model).vp_stage or 0, micro_batch):  # pyright: ignore[reportAttributeAccessIssue]
             output = model(
                 input_ids=micro_batch.tokens_T[None],
                 position_ids=micro_batch.position_ids_T[None],
                 attention_mask=None,
-                packed_seq_params=self._packed(micro_batch),
+                packed_seq_params=pack,
                 output_processor=output_log_probs,
                 output_processor_context=LogProbContext(
                     micro_batch, self._args.vocab_size, self._args.log_prob_chunk_size
@@ -76,11 +79,12 @@ class Schedule:
         return output, lambda log_probs_and_entropies: loss(micro_batch, *log_probs_and_entropies)
 
     def _packed(self, micro_batch: MicroBatch) -> PackedSeqParams:
+        """Describes a pack in host memory, with tensors on the GPU."""
         cu_seqlens, longest = micro_batch.cu_seqlens, micro_batch.max_seqlen
         if self._args.transformer_impl == "transformer_engine":
-            return packed(PackedSeqParams, cu_seqlens, longest)
-        use_kernel = PackedAttention.uses_kernel(self._args.params_dtype, cu_seqlens.device)
-        return PackedSequences.of(cu_seqlens, longest, self._layout, use_kernel)
+            return packed(PackedSeqParams, to_device(cu_seqlens, device()), longest)
+        use_kernel = PackedAttention.uses_kernel(self._args.params_dtype, device())
+        return PackedSequences.of(cu_seqlens, longest, self._layout, use_kernel, device())
 
 
 def log_prob_only(

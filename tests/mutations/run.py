@@ -57,9 +57,16 @@ MUTATIONS = [
     Mutation(
         "segment boundaries: positions are not restarted",
         "trainer/attention.py",
-        "cu_seqlens_q_padded=cu_seqlens,",
-        "cu_seqlens_q_padded=cu_seqlens[[0, -1]],",
+        '"position_T": _positions(bounds)[layout.local_indices(bounds)]',
+        '"position_T": np.minimum(layout.local_indices(bounds), max_seqlen - 1)',
         (LAYOUTS, "equal_transformers and one"),
+    ),
+    Mutation(
+        "RoPE: the backward pass rotates forward",
+        "trainer/rotary.py",
+        "*ctx.saved_tensors, torch.Tensor.sub_",
+        "*ctx.saved_tensors, torch.Tensor.add_",
+        ("tests/distributed/test_rotary.py", "megatrons"),
     ),
     Mutation(
         "context parallelism: log W is not summed over the ranks",
