@@ -412,6 +412,13 @@ MUTATIONS = [
         (REPLAY, "sent and one"),
     ),
     Mutation(
+        "shards: all data-parallel ranks receive the first one's samples",
+        "cluster/trainer_group.py",
+        "Shard.of(samples, outline.cut.of_rank(rank))",
+        "Shard.of(samples, outline.cut.of_rank(0))",
+        ("tests/unit/cluster/test_trainer_group_batches.py", "gets_its_samples"),
+    ),
+    Mutation(
         "log-probs: the temperature is ignored",
         "trainer/log_probs.py",
         "micro_batch.temperature_T[predicting],",
