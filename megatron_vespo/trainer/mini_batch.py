@@ -50,13 +50,13 @@ class Versions:
         return cls(outline.samples, in_packs, pack_multiple)
 
     def packs_of(self, version: int) -> list[int]:
-        """Packs to run for `version`, the same on every rank: those with one of its tokens on any rank."""
+        """Return the packs to run for `version`, the same on all ranks: any rank has a token of it there."""
         chosen = [i for i, versions in enumerate(self.in_packs) if version in versions]
         others = [i for i, versions in enumerate(self.in_packs) if version not in versions]
         return chosen + others[: -len(chosen) % self.pack_multiple]
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Versions of the tokens that the micro-batch's `loss_positions` predict, int64 of their shape."""
+        """Return the versions of the tokens that `loss_positions` predict, int64 of their shape."""
         own = [self.samples[i] for i in micro_batch.sample_indices]
         flat = torch.from_numpy(np.concatenate([sample.policy_versions.array() for sample in own]))
         starts = np.cumsum([0, *(sample.completion_length for sample in own[:-1])])
@@ -105,17 +105,17 @@ class Packer:
         return self._groups.dp.rank()
 
     def pack(self, samples: Sequence[TrainingSample], replay: bool = True) -> MiniBatch:
-        """This rank's packs of `samples`, which every rank has; see `build`."""
+        """Return this rank's packs of `samples`, which all ranks have; see `build`."""
         outline = MiniBatchOutline.of(samples, self.rule)
         return self.build(outline, {i: samples[i] for i in outline.cut.of_rank(self.rank)}, replay)
 
     def build(
         self, outline: MiniBatchOutline, own: Mapping[int, TrainingSample], replay: bool = True
     ) -> MiniBatch:
-        """This rank's packs of the mini-batch, from its `own` samples by their index: a collective.
+        """Return this rank's packs of a mini-batch. `own` has its samples by their index in the mini-batch.
 
-        Without `replay` the packs leave out the engine's routes. ValueError on every rank for a sample that
-        cannot be trained on, see `check_sample`.
+        All ranks call it together. Without `replay` the packs leave out the engine's routes. ValueError on
+        every rank for a sample that cannot be trained on, see `check_sample`.
         """
         engine_routes = replay and self._args.routing_replay == "R3"
         num_experts = self._args.num_experts if engine_routes else None
@@ -153,13 +153,13 @@ class Packer:
             raise ValueError(problems[first])
 
     def fill(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-        """Repeats the first sample until the ranks get equal shares; callers drop the surplus."""
+        """Repeat the first sample until all ranks get equal shares; callers drop the surplus."""
         return [*samples, *[samples[0]] * (-len(samples) % self.rule.samples_multiple)]
 
     def gather_sequences(
         self, mini_batch: MiniBatch, parts: Sequence[Tensor], num_rows: int = 1
     ) -> np.ndarray:
-        """Values of every sample, float32 [num_rows, num_samples], the same on every rank.
+        """Return values of every sample, float32 [num_rows, num_samples], the same on every rank.
 
         `parts` are this rank's, float32 [num_rows, S] per micro-batch on the last pipeline stage, else empty.
         """
@@ -181,7 +181,7 @@ class Packer:
                 dist.all_reduce(table, group=group)
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of this pipeline stage that hold different tokens of the mini-batch."""
+        """Return the sum over this pipeline stage's ranks that hold different tokens of the mini-batch."""
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(values, group=self._groups.dp_cp)
         return values
