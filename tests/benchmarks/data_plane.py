@@ -5,6 +5,7 @@
 Everything is a process of its own, and only processor seconds are compared, as others may use the machine:
 
     engine   a stub: real HTTP, SGLang's words, ready-made replies of random lengths. Not counted
+    replies  the ReplyCollector beside the engine, which parses what it says. Its seconds are not the driver's
     driver   Collector -> training_samples -> TrainerGroup.prepare; peak of its memory from start to end
     ranks    data-parallel, in Ray: receive their mini-batches and pack them with the trainer's Packer;
              there is no model
@@ -159,15 +160,17 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(field)) * 1024
 
 
-def drive(url: str, responses: int, ranks: int, routes: tuple[int, int] | None) -> None:
+def drive(url: str, responses: int, ranks: int, routes: tuple[int, int] | None, folder: Path) -> None:
     """The driver: prints what it and the ranks have used, as JSON."""
     import ray
 
+    from megatron_vespo.cluster.assignments import Assignment
     from megatron_vespo.cluster.placement import start_ray
+    from megatron_vespo.cluster.reply_collectors import ReplyCollectors
     from megatron_vespo.cluster.trainer_group import TrainerGroup
     from megatron_vespo.driver.training_samples import training_samples
     from megatron_vespo.rollout.collector import Collector
-    from megatron_vespo.rollout.engine_client import RouteShape
+    from megatron_vespo.rollout.generate_reply import RouteShape
     from megatron_vespo.system.ports import find_free_port
     from megatron_vespo.types import Prompt, SamplingParams, token_array
     from tests.support.settings import flat_settings
@@ -187,7 +190,11 @@ def drive(url: str, responses: int, ranks: int, routes: tuple[int, int] | None) 
         for number in range(responses // GROUP_SIZE)
     ]
     shape = RouteShape(*routes) if routes else None
-    collector = Collector([url], routes=shape, request_timeout_s=float(TIMEOUT_S), check=lambda: None)
+    here = SimpleNamespace(engines=[Assignment(0)], options=lambda assignment: {"num_cpus": 0})
+    replies = ReplyCollectors(here, folder, None)
+    collector = Collector(
+        [url], routes=shape, request_timeout_s=float(TIMEOUT_S), check=lambda: None, remote=replies
+    )
     before, seconds = memory("VmRSS"), [time.process_time()]
     sampling = SamplingParams(1.0, LONGEST, ())
     groups = collector.collect(prompts, sampling, num_completions=GROUP_SIZE, seed=0)
@@ -223,7 +230,7 @@ def measured(responses: int, ranks: int, routes: str, folder: Path) -> dict:
         try:
             assert engine.stdout is not None
             url = f"http://127.0.0.1:{int(engine.stdout.readline())}"
-            driver = [*command, "--responses", str(responses), "--drive", url]
+            driver = [*command, "--responses", str(responses), "--drive", url, "--folder", str(folder)]
             done = run(driver, environment, TIMEOUT_S, folder / "driver.log")
         finally:
             engine.kill()
@@ -247,6 +254,7 @@ def report(responses: int, routes: str, found: dict) -> list[str]:
         *(f"{seconds[name]:.2f}" for name in ("collect", "samples", "hand out")),
         f"{sum(seconds.values()):.2f}",
         f"{1e3 * sum(seconds.values()) / responses:.2f}",
+        f"{found['started'] / 1e9:.2f}",
         f"{found['peak'] / 1e9:.2f}",
         f"{max(rank['seconds'] for rank in ranks):.2f}",
         f"{max(rank['received'] for rank in ranks) / 1e6:.0f}",
@@ -257,7 +265,7 @@ def report(responses: int, routes: str, found: dict) -> list[str]:
 
 COLUMNS = (
     "responses", "routes", "M tokens", "collect s", "samples s", "hand out s", "driver s", "ms per response",
-    "driver peak GB", "rank s", "rank receives MB", "rank packs MB", "rank grows MB",
+    "driver GB before", "peak GB", "rank s", "rank receives MB", "rank packs MB", "rank grows MB",
 )  # fmt: skip
 
 
@@ -270,12 +278,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4, help="data-parallel")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--drive", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(route_shape(options.routes[0]))
         return
     if options.drive:
-        drive(options.drive, options.responses[0], options.ranks, route_shape(options.routes[0]))
+        routes, folder = route_shape(options.routes[0]), options.folder
+        drive(options.drive, options.responses[0], options.ranks, routes, folder)
         return
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     missed = []
