@@ -179,6 +179,7 @@ def _collector(options: EvaluateOptions, served: Serving) -> Collector:
         api_key=served.api_key,
         lost=served.lost,
         on_wait=served.on_wait,
+        remote=served.remote,
     )
 
 

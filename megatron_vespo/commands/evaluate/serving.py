@@ -18,6 +18,7 @@ from megatron_vespo.cluster.start import start_fleet
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
 from megatron_vespo.models.hf_config import read_unchecked
+from megatron_vespo.rollout.engine_client import RemoteClients
 from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.plugins import load_runtime_plugins
@@ -35,6 +36,7 @@ class Serving:
     check: Callable[[], None] | None = None
     on_wait: Callable[[], None] | None = None
     api_key: str | None = None
+    remote: RemoteClients | None = None
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Se
             if sync.is_wanted(while_others_serve=True):
                 sync.sync(0)
 
-        yield Serving(engines.urls, engines.lost, engines.check, on_wait, started.api_key)
+        yield Serving(engines.urls, engines.lost, engines.check, on_wait, started.api_key, started.replies)
 
 
 def engine_settings(options: EvaluateOptions, hf_folder: Path) -> EngineSettings:
