@@ -165,8 +165,8 @@ def _exact(exact: Exact) -> Iterator[str]:
     buffer = max(each.buffer_bytes for each in totals) / GIB
     landing = max(each.landing_bytes for each in totals) / GIB
     yield (
-        f"  buffers         {exact.ring} of {buffer:.2f} GiB per trainer rank, {exact.ring} of {landing:.2f} per "
-        f"engine rank; {traffic.calls} groups, {exact.pieces:,} pieces per engine"
+        f"  buffers         {exact.ring} of {buffer:.2f} GiB per trainer rank, {exact.ring} of {landing:.2f} "
+        f"per engine rank; {traffic.calls} groups, {exact.pieces:,} pieces per engine"
     )
     rates = ", ".join(f"{exact.rate(over) / 1e9:.3g} GB/s {LINK_NAMES[over]}" for over in exact.links)
     yield (

@@ -23,7 +23,8 @@ PAGES = [page for page in LISTED if page != "CHANGELOG.md" and (ROOT / page).is_
 FOREIGN = {
     "--recipe", "--help-megatron",
     "--check", "--directory", "--fast", "--serve",
-    "--dist-timeout", "--mem-fraction-static", "--watchdog-timeout", "--weight-version",
+    "--custom-weight-loader", "--dist-timeout", "--mem-fraction-static", "--watchdog-timeout",
+    "--weight-version",
     "--constraint", "--exclusive", "--export", "--gres", "--het-group", "--mem", "--ntasks-per-node",
     "--requeue", "--signal",
     "--test-only",

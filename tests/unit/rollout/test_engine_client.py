@@ -17,6 +17,7 @@ from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.rollout.sampler import completion_seed
 from megatron_vespo.rollout.server_arguments import known_flags, parse_sglang_flags, server_arguments
 from megatron_vespo.rollout.sglang_server import EngineError, SGLangServer
+from megatron_vespo.system.plugins import WEIGHT_LOADER
 from megatron_vespo.types import Prompt, SamplingParams
 from tests.support.builders import make_completion, make_group
 from tests.support.refusals import check_refusal
@@ -109,7 +110,8 @@ def test_server_arguments():
         ["--tp-size", "2"], device="cuda", routes=True, dtype="bfloat16", seed=3, longest_step_s=1800.0
     )
     assert " ".join(arguments) == (
-        "--skip-tokenizer-init --weight-version 0 --enable-return-routed-experts --device cuda "
+        "--skip-tokenizer-init --weight-version 0 --custom-weight-loader "
+        f"{WEIGHT_LOADER} --enable-return-routed-experts --device cuda "
         "--dtype bfloat16 --random-seed 3 --log-level warning --watchdog-timeout 1800 --dist-timeout 1800 "
         "--tp-size 2"
     )
@@ -123,7 +125,8 @@ def test_server_arguments():
         weight_version=7,
     )
     assert " ".join(arguments) == (
-        "--skip-tokenizer-init --weight-version 7 --device cpu --random-seed 3 --log-level warning "
+        "--skip-tokenizer-init --weight-version 7 --custom-weight-loader "
+        f"{WEIGHT_LOADER} --device cpu --random-seed 3 --log-level warning "
         "--watchdog-timeout 1 --dist-timeout 1 --attention-backend torch_native --max-running-requests 256 "
         "--max-total-tokens 32768 --sleep-on-idle --dtype bfloat16"
     )
