@@ -12,7 +12,7 @@ from megatron_vespo.system.wording import counted
 from megatron_vespo.weight_sync.traffic import Link
 
 # with --colocate, and without it
-WIRES = {True: "by CUDA IPC, and NCCL between trainer ranks", False: "by NCCL, point to point"}
+WIRES = {True: "by CUDA IPC, and NCCL between trainer ranks", False: "by NCCL from rank to rank"}
 LINK_NAMES: dict[Link, str] = {
     "memory": "on the same GPU",
     "host": "over NVLink",

@@ -186,11 +186,9 @@ def weight_sync(
         moved = traffic(trainer_shards(settings, stages, trainer), engines, totals)
     except ValueError as error:
         return WeightSync(None, str(error), broadcast)
-    return WeightSync(
-        Exact(moved, gpu, len(trainer), settings.sync.colocate, settings.sync.weight_sync_staging),
-        None,
-        broadcast,
-    )
+    sync = settings.sync
+    exact = Exact(moved, gpu, len(trainer), sync.colocate, sync.weight_sync_staging)
+    return WeightSync(exact, None, broadcast)
 
 
 def trainer_shards(
