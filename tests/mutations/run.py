@@ -25,6 +25,9 @@ MISMATCH = "tests/distributed/test_mismatch.py"
 OLD_POLICY = "tests/distributed/test_old_policy.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 BUDGET = "tests/unit/algorithms/test_vespo_budget.py"
+PLAN = "tests/unit/weight_sync/test_sync_plan.py"
+TRAFFIC = "tests/unit/weight_sync/test_traffic.py"
+PLAN_SYNC = "tests/unit/commands/test_plan_weight_sync.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -473,6 +476,34 @@ MUTATIONS = [
         "places - self.num_in_flight - self.num_finished",
         "places - self.num_in_flight",
         ("tests/unit/rollout/test_rollout_buffer.py", "room_is"),
+    ),
+    Mutation(
+        "weight sync: one trainer rank sends what all of them hold",
+        "weight_sync/plan.py",
+        "        source = min(candidates, key=self._sent.__getitem__)\n",
+        "        source = candidates[0]\n",
+        (PLAN, "replicas_share"),
+    ),
+    Mutation(
+        "weight sync: a group may be larger than an engine rank's buffer",
+        "weight_sync/plan.py",
+        "        if max(sizes) + size > self._limit:\n",
+        "        if sizes[0] + size > self._limit:\n",
+        (TRAFFIC, "totals"),
+    ),
+    Mutation(
+        "weight sync: all engines elsewhere are served by the same trainer ranks",
+        "weight_sync/teams.py",
+        "    number = math.gcd(len(replicas), len(engines))\n",
+        "    number = 1\n",
+        (TRAFFIC, "test_teams"),
+    ),
+    Mutation(
+        "plan: what an engine rank has on its own GPU is counted as sent",
+        "weight_sync/traffic.py",
+        "    if source == target:\n",
+        "    if False:\n",
+        (PLAN_SYNC, "colocated"),
     ),
 ]
 
