@@ -76,7 +76,7 @@ class Packer:
         self.layout = TokenLayout(
             groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
         )
-        work = SequenceWork.of_model(
+        self._work = SequenceWork.of_model(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             num_heads=args.num_attention_heads,
@@ -87,10 +87,15 @@ class Packer:
             num_experts=args.num_experts or 0,
             vocab_size=args.padded_vocab_size,
         )
+
+    @property
+    def rule(self) -> PackingRule:
+        """Return how mini-batches are cut, by the arguments as they are now."""
+        args, groups = self._args, self._groups
         # the interleaved schedule feeds the stages in groups of micro-batches
         virtual = args.virtual_pipeline_model_parallel_size is not None
-        self.rule = PackingRule(
-            work,
+        return PackingRule(
+            self._work,
             num_ranks=groups.dp.size(),
             max_tokens=args.max_tokens_per_gpu * self.layout.cp_size,
             layout=self.layout,
