@@ -22,7 +22,7 @@ NOT_COMPARED = (
     "time/",
     "train/tokens_per_second",
     "rollout/tokens_per_second",
-    "sync/weight_check_seconds",
+    "sync/",
 )
 FLAGS = "--train-iters 6 --steps-per-rollout 2 --routing-replay R3 --lr 1e-3 --no-hf-export "
 FLAGS += "--reward-function tests.support.run_rewards:first_letters"
