@@ -114,14 +114,11 @@ class Rank:
         alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
         groups = SimpleNamespace(dp=dist.group.WORLD, cp=alone, tp=alone, pp=alone)
         self._packer = Packer(packer_arguments(routes), groups)
-        self._prepared, self._seconds, self._bytes = [], 0.0, 0
-        self._before = memory("VmRSS")
+        self._prepared, self._bytes = [], 0
+        self._before, self._started = memory("VmRSS"), time.process_time()
 
     def traced(self, method: str, *arguments) -> tuple:
-        started = time.process_time()
-        result = getattr(self, method)(*arguments)
-        self._seconds += time.process_time() - started
-        return result, [], []
+        return getattr(self, method)(*arguments), [], []
 
     def place(self) -> tuple:
         return self._packer.rule, self._packer.rank
@@ -136,7 +133,7 @@ class Rank:
     def measured(self) -> dict[str, float]:
         packs = sum(pack.nbytes for batch in self._prepared for pack in batch.micro_batches)
         return {
-            "seconds": self._seconds,
+            "seconds": time.process_time() - self._started,
             "received": self._bytes,
             "peak": memory("VmHWM") - self._before,
             "packs": packs,
