@@ -68,6 +68,7 @@ class AsyncCollector:
         self._sampler: Sampler | None = None  # while the thread runs
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
+        self._ended: list[asyncio.Task] = []  # groups since the loop's last round
         self._scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
         self._rejected = RejectedDraws(0)
         # daemon: a program that ends with an error does not wait for it
@@ -167,18 +168,17 @@ class AsyncCollector:
             with self._changed:
                 self._sampler = sampler
             watch = asyncio.create_task(sampler.watch())
+            watch.add_done_callback(lambda _: self._wake.set())
             groups: dict[asyncio.Task, InFlightGroup] = {}
             try:
                 while not self._stopping:
                     self._wake.clear()
                     self._dispatch(sampler, groups)
-                    waking = asyncio.create_task(self._wake.wait())
-                    await asyncio.wait([watch, waking, *groups], return_when=asyncio.FIRST_COMPLETED)
-                    waking.cancel()
+                    await self._wake.wait()
                     if watch.done():
                         watch.result()
-                    done = {task: groups.pop(task) for task in list(groups) if task.done()}
-                    if self._settle(done):
+                    ended, self._ended = self._ended, []  # those that expired are no longer in `groups`
+                    if self._settle({task: groups.pop(task) for task in ended if task in groups}):
                         await asyncio.sleep(RETRY_PAUSE_S)
             finally:
                 tasks = [watch, *groups]
@@ -192,13 +192,20 @@ class AsyncCollector:
                 return
             expired = {in_flight.number for in_flight in self._buffer.expire()}
             fresh = [self._buffer.dispatch() for _ in range(self._buffer.room())]
-        for task, in_flight in list(groups.items()):
+        for task, in_flight in list(groups.items()) if expired else ():
             if in_flight.number in expired:
                 del groups[task]
                 task.cancel()
         for in_flight in fresh:
             self._rejected.total += self._num_completions
-            groups[asyncio.create_task(self._make_group(sampler, in_flight))] = in_flight
+            task = asyncio.create_task(self._make_group(sampler, in_flight))
+            # not asyncio.wait, which looks at every group in flight whenever one ends
+            task.add_done_callback(self._group_ended)
+            groups[task] = in_flight
+
+    def _group_ended(self, task: asyncio.Task) -> None:
+        self._ended.append(task)
+        self._wake.set()
 
     async def _make_group(
         self, sampler: Sampler, in_flight: InFlightGroup
