@@ -52,6 +52,7 @@ class ReplyCollectors:
         self._remote = ray.remote(ReplyCollector)
         self._lock = threading.Lock()  # an evaluation may run beside background generation
         self._actors: dict[int, Any] = {}
+        self._started: set[Any] = set()
         for number in range(len(placement.engines)):  # they start while the engines do
             self.actor(number)
 
@@ -65,9 +66,18 @@ class ReplyCollectors:
                 self._actors[number] = self._remote.options(**options).remote(log_path, self._api_key)
             return self._actors[number]
 
+    def opening_timeout_s(self, actor: Any) -> float:
+        """How long the actor may take to begin a session: longer if it is still importing its modules."""
+        return ANSWER_TIMEOUT_S if actor in self._started else IMPORT_TIMEOUT_S
+
+    def started(self, actor: Any) -> None:
+        """Note that the actor has answered."""
+        self._started.add(actor)
+
     def lose(self, number: int, actor: Any) -> None:
         """End an actor that does not answer."""
         with self._lock:
+            self._started.discard(actor)
             if self._actors.get(number) is actor:
                 del self._actors[number]
         ray.kill(actor)
@@ -76,6 +86,7 @@ class ReplyCollectors:
         """End all actors."""
         with self._lock:
             actors, self._actors = self._actors, {}
+            self._started.clear()
         for actor in actors.values():
             ray.kill(actor)
 
@@ -191,7 +202,8 @@ class _Mailbox:
     async def _listen(self) -> None:
         try:
             opening = self._actor.open.remote(self._name, self._routes, self._timeout_s)
-            await _answered(opening, IMPORT_TIMEOUT_S)
+            await _answered(opening, self._collectors.opening_timeout_s(self._actor))
+            self._collectors.started(self._actor)
             self._opened.set_result(None)
             while True:
                 answers = await _answered(self._actor.receive.remote(self._name), ANSWER_TIMEOUT_S)

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import ray
+from ray._private.internal_api import free
 from ray.experimental import get_object_locations
 
 from megatron_vespo.cluster import reply_collectors
@@ -204,6 +205,6 @@ def test_an_engine_that_does_not_answer_in_time(engines, replies):
 def test_routes_of_a_lost_object(replies):
     ref = ray.put(np.zeros(10**6, np.uint8))
     routes = StoredRoutes(ref)
-    ray.internal.free([ref])
+    free([ref])
     with pytest.raises(RoutesLostError, match="^routes of a response are lost with their node"):
         routes.fetch()

@@ -9,19 +9,20 @@ from itertools import count
 import numpy as np
 import pytest
 
+from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
 from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.types import SamplingParams
+from megatron_vespo.types import Completion, SamplingParams
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.builders import make_prompt
-from tests.support.references import completion_log_probs, transformers_model
+from tests.support.references import chosen_experts, completion_log_probs, transformers_model
 from tests.support.runs import finished, train_command, write_questions
 from tests.support.send_weights import send_weights
-from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, make_tiny_model
+from tests.support.servers import HOST, ROUTES, START_TIMEOUT_S, TOPK, make_tiny_model
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=300, stop_token_ids=())
 
@@ -63,8 +64,24 @@ def test_running_requests_go_on_with_the_new_weights(own_engine, tiny_model, tmp
             # keys and values of the old weights are what in_place goes on with
             if len(difference) and (mode != "in_place" or number < version):
                 assert difference.max() <= 1e-4, (number, versions)
+        check_routes(completion, models, mode, version)
     print(f"{mixed} of {len(completions)} completions were made by two policies")
     assert mixed > 0
+
+
+def check_routes(completion: Completion, models: dict, mode: str, version: int) -> None:
+    """Every token has the routes of the pass that made it, also where a later policy computed it again."""
+    versions = completion.policy_versions.array()
+    if mode == "retract" and versions[0] != versions[-1]:
+        assert completion.routed_experts is None and completion.num_retractions > 0
+        return
+    assert isinstance(completion.routed_experts, np.ndarray)
+    sent = np.sort(completion.routed_experts, axis=-1)
+    made_by = np.concatenate([np.repeat(versions[0], len(completion.prompt.token_ids) - 1), versions])
+    for number, model in models.items():
+        if mode != "in_place" or number < version:
+            own = made_by == number
+            np.testing.assert_array_equal(sent[own], chosen_experts(model, completion, TOPK)[own])
 
 
 @pytest.mark.timeout(300)
@@ -165,3 +182,32 @@ def test_a_resumed_run_generates_what_was_in_flight(asynchronous_run, tiny_model
     records = [r for r in read_metrics(folder / "again/metrics.jsonl") if "reward/mean" in r]
     assert [record["step"] for record in records] == [10, 12]
     assert all(record["staleness/total_max"] <= 4 for record in records)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("on_update", ["abort", "in-place"])
+def test_a_run_replays_the_routes_of_several_policies(tiny_model, tmp_path, on_update):
+    """The engines' routes of all responses, also of those that a checkpoint holds unfinished."""
+    questions = write_questions(tmp_path / "questions.jsonl", 64)
+    flags = "--steps-per-rollout 2 --max-staleness 3 --sync-interval 1 --max-completion-tokens 200"
+    flags += f" --routing-replay R3 --save {tmp_path / 'checkpoints'} --no-hf-export"
+    flags += f" --on-weight-update {on_update} --max-logprob-difference 1e-3"
+    for train_iters, more in ((4, ""), (8, f"--load {tmp_path / 'checkpoints'}")):
+        recorded = tmp_path / f"rollouts-{train_iters}"
+        now = f"{flags} --train-iters {train_iters} --save-rollouts {recorded} {more}".split()
+        output = finished(train_command(tiny_model, questions, tmp_path / "out", *now), tmp_path / "log")
+        assert "without routing replay" not in output
+    records = [r for r in read_metrics(tmp_path / "out/metrics.jsonl") if "reward/mean" in r]
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    mixed = 0
+    for batch in range(4):
+        record = read_record(batch_path(tmp_path / f"rollouts-{4 if batch < 2 else 8}", batch))
+        for completion in (completion for group in record.groups for completion in group):
+            entered = len(completion.prompt.token_ids) + len(completion.token_ids) - 1
+            assert completion.routed_experts.shape == (entered, *ROUTES)
+            mixed += len(completion.policy_versions.versions) > 1
+    floors = [{name: value for name, value in record.items() if "floor" in name} for record in records]
+    print(f"{mixed} responses of several policies; log W of rounding alone: {floors}")
+    assert mixed > 0
+    assert all(record["rollout/retracted_share"] == 0 for record in records)
+    assert all(abs(value) < 1e-3 for floor in floors for value in floor.values())

@@ -24,3 +24,11 @@ def completion_log_probs(model, completion: Completion, temperature: float = 1.0
     with torch.no_grad():
         logits = model(torch.cat([prompt, token_ids])[None]).logits[0].float() / temperature
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
+
+
+def chosen_experts(model, completion: Completion, topk: int) -> np.ndarray:
+    """int64 [P + C - 1, L, K], ascending: the experts of every token that enters a pass."""
+    entering = np.concatenate([completion.prompt.token_ids, completion.token_ids])[:-1]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(entering).long()[None], output_router_logits=True).router_logits
+    return torch.stack([layer.topk(topk).indices.sort().values for layer in logits], 1).numpy()
