@@ -34,7 +34,8 @@ class PackedSequences(PackedSeqParams):
     position_T: Tensor | None = None  # int64, of each of this rank's tokens in its sequence
     rotation: Rotation | None = None  # of queries and keys; set by the first layer, None without RoPE
     _angles: Tensor | None = None  # those of `rotation`
-    query_slot_T: Tensor | None = None  # index of each of this rank's tokens in a padded [S, longest] batch
+    # index of each of this rank's tokens in a padded [S, longest] batch; None if the batch has no padding
+    query_slot_T: Tensor | None = None
     key_slot_G: Tensor | None = None  # the same for all tokens of the pack
     key_order_G: Tensor | None = None  # index of each token after the gather over context parallelism
     mask: Tensor | None = None  # bool [S, 1, longest / cp_size, longest], None where is_causal suffices
@@ -102,8 +103,9 @@ def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict
     sequence_G = np.repeat(np.arange(len(lengths)), lengths)
     position_G = _positions(bounds)
     key_slot_G = sequence_G * longest + position_G
+    has_padding = bounds[-1] < len(lengths) * longest
     if layout.cp_size == 1:
-        return {"query_slot_T": key_slot_G, "key_slot_G": key_slot_G}
+        return {"query_slot_T": key_slot_G, "key_slot_G": key_slot_G} if has_padding else {}
     local_longest = longest // layout.cp_size
     held_T = layout.local_indices(bounds)
     offset_T = np.arange(len(held_T)) - bounds[sequence_G[held_T]] // layout.cp_size
@@ -112,7 +114,8 @@ def _padded_batch(bounds: np.ndarray, longest: int, layout: TokenLayout) -> dict
     query_position = np.zeros(len(lengths) * local_longest, np.int64)
     query_position[query_slot_T] = position_G[held_T]
     mask = query_position.reshape(len(lengths), 1, local_longest, 1) >= np.arange(longest)
-    return {"query_slot_T": query_slot_T, "key_slot_G": key_slot_G, "mask": mask}
+    slots = {"query_slot_T": query_slot_T, "key_slot_G": key_slot_G} if has_padding else {}
+    return slots | {"mask": mask}
 
 
 def _chunks(bounds: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
@@ -209,12 +212,14 @@ class PackedAttention(MegatronModule):
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         num_sequences, longest = len(pack.cu_seqlens_q) - 1, pack.max_seqlen_q
 
-        def padded(tensor: Tensor, slot: Tensor, length: int) -> Tensor:
-            batch = tensor.new_zeros(num_sequences * length, *tensor.shape[1:]).index_copy(0, slot, tensor)
-            return batch.view(num_sequences, length, *tensor.shape[1:]).transpose(1, 2)
+        def padded(tensor: Tensor, slot: Tensor | None, length: int) -> Tensor:
+            if slot is not None:
+                batch = tensor.new_zeros(num_sequences * length, *tensor.shape[1:])
+                tensor = batch.index_copy(0, slot, tensor)
+            return tensor.view(num_sequences, length, *tensor.shape[1:]).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            padded(query, pack.query_slot_T, longest // self.cp_group.size()),  # pyright: ignore[reportArgumentType]
+            padded(query, pack.query_slot_T, longest // self.cp_group.size()),  # pyright: ignore[reportOptionalOperand]
             padded(key, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
             padded(value, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
             attn_mask=pack.mask,
@@ -222,7 +227,8 @@ class PackedAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context.transpose(1, 2).flatten(0, 1).index_select(0, pack.query_slot_T)  # pyright: ignore[reportArgumentType]
+        context = context.transpose(1, 2).flatten(0, 1)
+        return context if pack.query_slot_T is None else context.index_select(0, pack.query_slot_T)
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # not in every torch; CUDA only

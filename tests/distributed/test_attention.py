@@ -13,7 +13,6 @@ from megatron_vespo.data.context_parallel import TokenLayout, gathered_order
 
 LENGTHS = [16, 8, 32, 8]
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
-BOUNDS = np.concatenate([[0], np.cumsum(LENGTHS)])
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,14 +47,16 @@ def torch_2_14(query, key, value, *places, enable_gqa=False, **options) -> Tenso
 
 @pytest.mark.parametrize("kernel", [None, torch_2_11, torch_2_14])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_values_and_gradients_are_those_of_a_loop(cp_size, kernel, monkeypatch):
+@pytest.mark.parametrize("lengths", [LENGTHS, [16] * 3], ids=["of all lengths", "of one length"])
+def test_values_and_gradients_are_those_of_a_loop(lengths, cp_size, kernel, monkeypatch):
     from megatron_vespo.trainer.attention import PackedAttention, PackedSequences
 
     use_kernel = kernel is not None
     if use_kernel:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch.manual_seed(0)
-    total = int(BOUNDS[-1])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    total = int(bounds[-1])
     query = torch.randn(total, HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     key, value = (
         torch.randn(total, GROUPS, HEAD_DIM, dtype=torch.float64, requires_grad=True) for _ in range(2)
@@ -64,21 +65,21 @@ def test_values_and_gradients_are_those_of_a_loop(cp_size, kernel, monkeypatch):
     expected = torch.cat(
         [
             causal(query[a:b], key[a:b], value[a:b])
-            for a, b in zip(BOUNDS[:-1].tolist(), BOUNDS[1:].tolist(), strict=True)
+            for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         ]
     )
     results = []
     for rank in range(cp_size):
         layout = TokenLayout(cp_size, rank)
         pack = PackedSequences.of(
-            torch.from_numpy(BOUNDS.astype(np.int32)), max(LENGTHS), layout, use_kernel=use_kernel
+            torch.from_numpy(bounds.astype(np.int32)), max(lengths), layout, use_kernel=use_kernel
         )
         groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: cp_size, rank=lambda rank=rank: rank))
         attention = PackedAttention(SimpleNamespace(kv_channels=HEAD_DIM), pg_collection=groups)
         attend = attention._kernel if use_kernel else attention._padded
         # keys and values as the gather over the ranks leaves them, in the pack's order
-        results.append(attend(query[layout.local_indices(BOUNDS)], key, value, pack))
-    whole = torch.cat(results)[gathered_order(BOUNDS, cp_size)]
+        results.append(attend(query[layout.local_indices(bounds)], key, value, pack))
+    whole = torch.cat(results)[gathered_order(bounds, cp_size)]
     torch.testing.assert_close(whole, expected)
     inputs = (query, key, value)
     for ours, reference in zip(
