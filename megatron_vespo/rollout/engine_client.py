@@ -127,14 +127,14 @@ def engine_session(timeout_s: float) -> aiohttp.ClientSession:
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
-    lost = begun.routed_experts is None or rest.routed_experts is None
+    old, new = begun.routed_experts, rest.routed_experts
     return replace(
         rest,
         prompt=begun.prompt,
         token_ids=np.concatenate([begun.token_ids, rest.token_ids]),
         log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
         policy_versions=VersionSpans.joined([begun.policy_versions, rest.policy_versions]),
-        routed_experts=None if lost else joined_routes(begun.routed_experts, rest.routed_experts),
+        routed_experts=None if old is None or new is None else joined_routes(old, new),
         num_retractions=begun.num_retractions + rest.num_retractions,
     )
 

@@ -35,6 +35,9 @@ class RouteShape(NamedTuple):
     topk: int
 
 
+_UNSET: Any = msgspec.UNSET
+
+
 class _Span(msgspec.Struct):
     version: str | int
     start: int
@@ -45,10 +48,10 @@ class _Meta(msgspec.Struct):
     finish_reason: dict[str, Any]
     id: Any = None
     # a request that was aborted before its first token lacks some of these
-    output_token_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # [[log-prob, id, text], ...]
-    weight_versions: list[_Span] | msgspec.UnsetType = msgspec.UNSET
-    num_retractions: int | msgspec.UnsetType = msgspec.UNSET
-    routed_experts: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # base64 of int32 [entered, L, K]
+    output_token_logprobs: msgspec.Raw = _UNSET  # [[log-prob, id, text], ...]
+    weight_versions: list[_Span] = _UNSET
+    num_retractions: int = _UNSET
+    routed_experts: msgspec.Raw = _UNSET  # base64 of int32 [entered, L, K]
 
 
 class _Reply(msgspec.Struct):

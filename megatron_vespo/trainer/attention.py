@@ -219,9 +219,9 @@ class PackedAttention(MegatronModule):
             return tensor.view(num_sequences, length, *tensor.shape[1:]).transpose(1, 2)
 
         context = F.scaled_dot_product_attention(
-            padded(query, pack.query_slot_T, longest // self.cp_group.size()),  # pyright: ignore[reportOptionalOperand]
-            padded(key, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
-            padded(value, pack.key_slot_G, longest),  # pyright: ignore[reportArgumentType]
+            padded(query, pack.query_slot_T, longest // self.cp_group.size()),
+            padded(key, pack.key_slot_G, longest),
+            padded(value, pack.key_slot_G, longest),
             attn_mask=pack.mask,
             is_causal=pack.mask is None,
             scale=self.softmax_scale,

@@ -37,7 +37,7 @@ class Rotation:
 
     def __call__(self, values_TND: Tensor) -> Tensor:
         """The rotated queries or keys; their last D - R elements stay as they are."""
-        return _Rotate.apply(values_TND, self.cos_T1R, self.sin_T1R)  # pyright: ignore[reportReturnType]
+        return _Rotate.apply(values_TND, self.cos_T1R, self.sin_T1R)
 
 
 class _Rotate(torch.autograd.Function):
@@ -52,7 +52,8 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TND):
         # the transpose of a rotation is the rotation by the opposite angle
-        return _rotated(grad_TND, *ctx.saved_tensors, torch.Tensor.sub_), None, None
+        cos_T1R, sin_T1R = ctx.saved_tensors
+        return _rotated(grad_TND, cos_T1R, sin_T1R, torch.Tensor.sub_), None, None
 
 
 def _rotated(values_TND: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, combine) -> Tensor:

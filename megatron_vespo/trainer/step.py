@@ -51,7 +51,7 @@ class Schedule:
         iterators = [((pack.on(device()), self._packed(pack)) for pack in micro_batches) for _ in self._model]
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, model: self._forward_step(
-                *next(iterator), model, loss, routing
+                next(iterator), model, loss, routing
             ),
             data_iterator=iterators if len(self._model) > 1 else iterators[0],  # pyright: ignore[reportArgumentType]
             model=self._model,
@@ -62,8 +62,9 @@ class Schedule:
         )
 
     def _forward_step(
-        self, micro_batch: MicroBatch, pack: PackedSeqParams, model, loss: LossFunction, routing: Routing
+        self, packed: tuple[MicroBatch, PackedSeqParams], model, loss: LossFunction, routing: Routing
     ):
+        micro_batch, pack = packed
         with routing(unwrap_model(model).vp_stage or 0, micro_batch):  # pyright: ignore[reportAttributeAccessIssue]
             output = model(
                 input_ids=micro_batch.tokens_T[None],

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vespo.checkpoints.buckets import buckets
+from megatron_vespo.system.plugins import load_runtime_plugins
 from megatron_vespo.system.ports import find_free_port
 from megatron_vespo.weight_sync.broadcast import Broadcast
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
@@ -42,6 +43,7 @@ from tests.support.whole_model import held_weights, model_of, tensors_of, whole
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 120.0
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def make_model(folder: Path, gigabytes: float, seed: int) -> Path:
@@ -66,8 +68,8 @@ def copy_out(handle: str, size: int, total: int, connection) -> None:
 def memcpy(total: int, size: int, rounds: int) -> list[float]:
     """Seconds for `total` bytes, of each round."""
     memory = ExportedMemory(2 * size, CPU)
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.Process(target=copy_out, args=(memory.handle, size, total, theirs))
+    ours, theirs = SPAWN.Pipe()
+    child = SPAWN.Process(target=copy_out, args=(memory.handle, size, total, theirs))
     child.start()
     data = torch.ones(total, dtype=torch.uint8)
     seconds = []
@@ -108,10 +110,9 @@ def exchange(rank: int, port: int, total: int, size: int, rounds: int, results) 
 
 
 def gloo(total: int, size: int, rounds: int) -> list[float]:
-    results, port = multiprocessing.Queue(), find_free_port(HOST)
+    results, port = SPAWN.Queue(), find_free_port(HOST)
     children = [
-        multiprocessing.Process(target=exchange, args=(rank, port, total, size, rounds, results))
-        for rank in range(2)
+        SPAWN.Process(target=exchange, args=(rank, port, total, size, rounds, results)) for rank in range(2)
     ]
     for child in children:
         child.start()
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bucket-mb", type=int, default=64)
     options = parser.parse_args()
+    load_runtime_plugins()  # without CUDA, what the engine inherits in its environment
     dist.init_process_group("gloo", init_method=f"tcp://{HOST}:{find_free_port(HOST)}", rank=0, world_size=1)
     print("| GB | variant | seconds | GB/s | of memcpy | of gloo |\n|---|---|---|---|---|---|")
     for gigabytes in options.gigabytes:

@@ -125,7 +125,7 @@ CONTRADICTIONS = [
     ("train", "--max-prompt-tokens 5000", ["--max-prompt-tokens"]),
     ("train", "--colocate --rollout-only", ["--colocate", "--rollout-only"]),
     ("train", "--old-policy ewma --ewma-decay 1", ["--ewma-decay"]),
-    ("evaluate", "--temperature 0 --group-size 4", ["--temperature"]),
+    ("evaluate", "--temperature 0 --num-completions 4", ["--temperature"]),
     ("evaluate", "--api-key-env NOTHING", ["--api-key-env"]),
     ("evaluate", "--data held.jsonl", ["--data"]),
     ("evaluate", "--data held=held.jsonl", ["--data"]),

@@ -23,6 +23,7 @@ ROUTES = (
     "/resume_memory_occupation",
     "/update_weights_from_disk",
     "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
     "/weights_checker",
 )
 # the fields that we fill in
@@ -37,6 +38,8 @@ _REQUESTS = {
     "UpdateWeightFromDiskReqInput": "model_path load_format flush_cache weight_version",
     "UpdateWeightsFromDistributedReqInput": "names dtypes shapes group_name load_format flush_cache "
     "weight_version",
+    "UpdateWeightsFromTensorReqInput": "serialized_named_tensors load_format flush_cache weight_version "
+    "selector",
 }
 _SAMPLING = {"temperature", "max_new_tokens", "stop_token_ids", "top_p", "top_k", "min_p", "sampling_seed"}
 # where Megatron-Core imports kernels of packages that we do not import ourselves
