@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 import ray
-from ray._private.internal_api import free
 from ray.experimental import get_object_locations
 
 from megatron_vespo.cluster import reply_collectors
@@ -202,9 +201,17 @@ def test_an_engine_that_does_not_answer_in_time(engines, replies):
         engines[0].waits.set()
 
 
-def test_routes_of_a_lost_object(replies):
-    ref = ray.put(np.zeros(10**6, np.uint8))
-    routes = StoredRoutes(ref)
-    free([ref])
-    with pytest.raises(RoutesLostError, match="^routes of a response are lost with their node"):
-        routes.fetch()
+class Owner:
+    """Its objects are lost with it, as those of the driver are with their node."""
+
+    def put(self) -> list[ray.ObjectRef]:
+        return [ray.put(np.zeros(10**6, np.uint8))]
+
+
+def test_routes_that_are_lost_say_so(placement):
+    owner = ray.remote(Owner).options(num_cpus=0).remote()
+    [ref] = ray.get(owner.put.remote(), timeout=LIMIT_S)
+    ray.kill(owner)
+    time.sleep(1.0)
+    with pytest.raises(RoutesLostError, match="^routes of a response are lost with their node: "):
+        StoredRoutes(ref).fetch()
