@@ -29,8 +29,9 @@ def gradient_norms(
     clips them in place. A collective of all ranks; all get the same result. Sums are float64. The root of the
     sum of all squares is the norm that Megatron clips by.
     """
-    names, squares = _squares(model_chunks, groups)
-    mine = list(zip(names, squares.tolist(), strict=True))
+    counted = [_counted(chunk, groups) for chunk in model_chunks]
+    names = [name for parameters in counted for name in parameters]
+    mine = list(zip(names, _squares(model_chunks, counted).tolist(), strict=True))
     everywhere: list = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     totals: dict[str, float] = defaultdict(float)
@@ -40,47 +41,59 @@ def gradient_norms(
     return {name: math.sqrt(total) for name, total in sorted(totals.items())}
 
 
-def group_gradient_norms(
-    model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, num_layers: int
-) -> Tensor:
-    """L2 norm of the gradient of each of GRADIENT_GROUPS, float64 [10], 0 for a group that the model lacks.
+class GroupGradientNorms:
+    """L2 norms of the gradients of GRADIENT_GROUPS. Which parameters form a group is found out once."""
 
-    Call it when and where `gradient_norms` is called. It needs one small reduction. The squares of PARTS add
-    up to the square of the whole norm.
-    """
-    names, squares = _squares(model_chunks, groups)
-    members = [
-        (GRADIENT_GROUPS.index(group), parameter)
-        for parameter, name in enumerate(names)
-        for group in (part_of(name), third_of(name, num_layers))
-        if group is not None
-    ]
-    totals = squares.new_zeros(len(GRADIENT_GROUPS))
-    if members:
-        group_indices, parameters = torch.tensor(members, device=squares.device).unbind(1)
-        totals.index_add_(0, group_indices, squares[parameters])
-    dist.all_reduce(totals)
-    return totals.sqrt()
+    def __init__(
+        self, model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, num_layers: int
+    ):
+        self._model_chunks = model_chunks
+        self._counted = [_counted(chunk, groups) for chunk in model_chunks]
+        names = [name for counted in self._counted for name in counted]
+        members = [
+            (GRADIENT_GROUPS.index(group), parameter)
+            for parameter, name in enumerate(names)
+            for group in (part_of(name), third_of(name, num_layers))
+            if group is not None
+        ]
+        table = torch.tensor(members, dtype=torch.int64, device=device()).view(-1, 2)
+        self._group_indices, self._parameters = table.unbind(1)
+
+    def __call__(self) -> Tensor:
+        """Return the norms, float64 [10] on the device, 0 for a group that the model lacks.
+
+        Call it when and where `gradient_norms` is called. It needs one small reduction. The squares of PARTS
+        add up to the square of the whole norm.
+        """
+        squares = _squares(self._model_chunks, self._counted)
+        totals = squares.new_zeros(len(GRADIENT_GROUPS))
+        totals.index_add_(0, self._group_indices, squares[self._parameters])
+        dist.all_reduce(totals)
+        return totals.sqrt()
+
+
+def _counted(chunk: DistributedDataParallel, groups: ProcessGroupCollection) -> dict[str, torch.nn.Parameter]:
+    """The parameters whose gradients this rank counts: one that several ranks hold is counted on one."""
+    return {
+        name: parameter
+        for name, parameter in global_parameters(unwrap_model(chunk), groups)  # pyright: ignore[reportArgumentType]
+        if param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter, groups.tp, groups.expt_tp)
+    }
 
 
 def _squares(
-    model_chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection
-) -> tuple[list[str], Tensor]:
-    """Names and squared norms, float64, of the gradient parts that this rank alone counts."""
-    names: list[str] = []
+    model_chunks: Sequence[DistributedDataParallel], counted: Sequence[dict[str, torch.nn.Parameter]]
+) -> Tensor:
+    """Squared norms, float64, of this rank's parts of the `counted` parameters' gradients, in their order."""
     squares: list[Tensor] = []
-    for chunk in model_chunks:
+    for chunk, parameters in zip(model_chunks, counted, strict=True):
         shards = _owned_gradients(chunk)
-        for name, parameter in global_parameters(unwrap_model(chunk), groups):  # pyright: ignore[reportArgumentType]
-            # a parameter that several ranks hold is counted on one of them
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
-                parameter, groups.tp, groups.expt_tp
-            ):
-                names.append(name)
-                squares.append(torch.linalg.vector_norm(shards[parameter], dtype=torch.float64).square())
-    if not squares:
-        return names, torch.zeros(0, dtype=torch.float64, device=device())
-    return names, torch.stack(squares)
+        squares += [
+            torch.linalg.vector_norm(shards[parameter], dtype=torch.float64).square()
+            for parameter in parameters.values()
+        ]
+    return torch.stack(squares) if squares else torch.zeros(0, dtype=torch.float64, device=device())
 
 
 def _owned_gradients(chunk: DistributedDataParallel) -> dict[torch.nn.Parameter, Tensor]:

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.host_memory import to_device
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
 from megatron_vespo.data.packing import PackingRule, PackingStats, SequenceWork
 from megatron_vespo.data.shards import MiniBatchOutline, SampleOutline
@@ -161,19 +162,18 @@ class Packer:
         """Repeat the first sample until all ranks get equal shares; callers drop the surplus."""
         return [*samples, *[samples[0]] * (-len(samples) % self.rule.samples_multiple)]
 
-    def gather_sequences(
-        self, mini_batch: MiniBatch, parts: Sequence[Tensor], num_rows: int = 1
-    ) -> np.ndarray:
-        """Return values of every sample, float32 [num_rows, num_samples], the same on every rank.
+    def gather_sequences(self, mini_batch: MiniBatch, values: Tensor | None, num_rows: int = 1) -> Tensor:
+        """Return values of every sample, float32 [num_rows, num_samples], on every rank's device.
 
-        `parts` are this rank's, float32 [num_rows, S] per micro-batch on the last pipeline stage, else empty.
+        `values` are this rank's, float32 [num_rows, S], S the sequences of all its micro-batches in order;
+        None before the last pipeline stage.
         """
         table = torch.zeros(num_rows, mini_batch.num_samples, device=device())
-        if parts:  # all indices in one transfer, as each transfer waits for the device
+        if values is not None:
             indices = [i for micro_batch in mini_batch.micro_batches for i in micro_batch.sample_indices]
-            table[:, indices] = torch.cat([*parts], dim=1)
+            table.index_copy_(1, to_device(torch.tensor(indices), device()), values)
         self.share(table)
-        return table.cpu().numpy()
+        return table
 
     def share(self, table: Tensor, *more_groups: dist.ProcessGroup) -> None:
         """Give every rank, in place, the entries that one data-parallel rank's last stage has set.

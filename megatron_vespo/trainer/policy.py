@@ -29,7 +29,7 @@ from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.models.part import ModelPart
 from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import ESTIMATED, STATE, AdaptiveKernel
-from megatron_vespo.trainer.gradient_norms import group_gradient_norms
+from megatron_vespo.trainer.gradient_norms import GroupGradientNorms
 from megatron_vespo.trainer.initialize import device, give_to_megatron, process_groups
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
@@ -82,6 +82,7 @@ class MegatronPolicy:
         self._old_policy = old_policy(
             settings, self.model, self.optimizer, self.iteration, args.overlap_param_gather
         )
+        self._gradient_norms = GroupGradientNorms(self.model, self.groups, args.num_layers)
         self._connect_schedule()
         self.saver = checkpoint.Saver(args, self.iteration)
 
@@ -195,7 +196,7 @@ class MegatronPolicy:
     def optimizer_step(self, mini_batch: MiniBatch, outputs: list[LossOutput]) -> StepResult:
         """Update the weights with the gradient of `forward_backward`."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        group_norms = group_gradient_norms(self.model, self.groups, self.args.num_layers)
+        gradient_norms = self._gradient_norms()
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise RuntimeError(
@@ -206,8 +207,8 @@ class MegatronPolicy:
         self._old_policy.advance(self.iteration)
 
         chooses_bounds = self._bound.loss.adapt is not None
-        loss = reduced(outputs, mini_batch, self._packer, self.groups, chooses_bounds)
-        sums = loss.sums
+        measured = reduced(outputs, mini_batch, self._packer, self.groups, chooses_bounds, gradient_norms)
+        sums = measured.sums
         return StepResult(
             loss=sums.loss / sums.loss_count,
             loss_terms=sums.loss_terms / sums.loss_count,
@@ -216,12 +217,12 @@ class MegatronPolicy:
             num_tokens=int(sums.num_tokens),
             zero_weight_share=sums.zero_weights / sums.num_tokens,
             entropy=sums.entropy / sums.num_tokens,
-            **loss.columns,
+            **measured.columns,
             ratio_sums=sums.ratio,
             log_mismatch_sums=sums.log_mismatch,
-            gradient_norms=group_norms.cpu().numpy(),
-            clip_bounds=loss.clip_bounds,
-            **self._adaptive_kernel.step(loss.columns["log_w"], mini_batch.advantages),
+            gradient_norms=measured.gradient_norms,
+            clip_bounds=measured.clip_bounds,
+            **self._adaptive_kernel.step(measured.columns["log_w"], mini_batch.advantages),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )
@@ -287,8 +288,8 @@ class MegatronPolicy:
         settings = replace(self.settings, ratio_denominator=denominator)
         loss = partial(ratio_only, settings=settings, cp_group=self.groups.cp)
         outputs = self._run(mini_batch.micro_batches, loss, True, routing)
-        [log_w] = self._packer.gather_sequences(mini_batch, [values_S[None] for values_S in outputs])
-        return log_w
+        log_w = torch.cat(outputs)[None] if outputs else None
+        return self._packer.gather_sequences(mini_batch, log_w)[0].cpu().numpy()
 
     @torch.no_grad()
     def chosen_experts(self, samples: Sequence[TrainingSample]) -> list[np.ndarray]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
-from megatron_vespo.algorithms.losses.output import NUM_SUMS, SEQUENCE_FIELDS, LossOutput, LossSums
+from megatron_vespo.algorithms.losses.output import MAXIMUM, NUM_SUMS, SEQUENCE_FIELDS, LossOutput, LossSums
 from megatron_vespo.algorithms.token_sums import TokenSums
 from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.mini_batch import MiniBatch, Packer
@@ -50,12 +51,13 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class ReducedLoss:
-    """The loss's outputs of one optimizer step, identical on every rank."""
+class Reduced:
+    """What an optimizer step measured, identical on every rank, in host memory."""
 
     columns: dict[str, np.ndarray]  # float32 [num_samples] each, by their names in StepResult
     sums: LossSums[float]
     clip_bounds: np.ndarray  # [2] float64; 0 if the loss chooses none
+    gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
 
 
 def reduced(
@@ -64,23 +66,29 @@ def reduced(
     packer: Packer,
     groups: ProcessGroupCollection,
     bounds_are_chosen: bool,
-) -> ReducedLoss:
-    """A collective of all ranks. `outputs` has one entry per micro-batch, none before the last stage."""
-    # context-parallel ranks share a sequence: its largest difference may be on any of them
-    for output in outputs:
-        dist.all_reduce(output.log_mismatch_abs_max_S, dist.ReduceOp.MAX, group=groups.cp)
-    parts = [output.per_sequence() for output in outputs]
-    rows = packer.gather_sequences(mini_batch, parts, len(SEQUENCE_FIELDS))
+    gradient_norms: Tensor,
+) -> Reduced:
+    """A collective of all ranks. `outputs` has one entry per micro-batch, none before the last stage.
+
+    `gradient_norms` is on the device. All numbers reach the host in one transfer: a step waits once for it.
+    """
+    rows = torch.cat([output.per_sequence() for output in outputs], dim=1) if outputs else None
+    if rows is not None:
+        # context-parallel ranks share a sequence: its largest difference may be on any of them
+        dist.all_reduce(rows[SEQUENCE_FIELDS.index(MAXIMUM)], dist.ReduceOp.MAX, group=groups.cp)
+    table = packer.gather_sequences(mini_batch, rows, len(SEQUENCE_FIELDS))
     sums = torch.zeros(NUM_SUMS + 2, dtype=torch.float64, device=device())
     for output in outputs:
-        for i, value in enumerate(output.sums.flat()):
-            sums[i] += value
+        sums[:NUM_SUMS] += torch.stack([value.double() for value in output.sums.flat()])
     if bounds_are_chosen and outputs and groups.dp_cp.rank() == 0:
-        sums[NUM_SUMS:] = torch.tensor(outputs[0].clip_bounds or (0.0, 0.0), dtype=torch.float64)
+        for i, bound in enumerate(outputs[0].clip_bounds or ()):
+            sums[NUM_SUMS + i] = bound
     packer.share(sums, groups.cp)
-    values = sums.tolist()
-    return ReducedLoss(
-        columns=dict(zip(SEQUENCE_FIELDS, rows, strict=True)),
-        sums=LossSums.of_flat(values[:NUM_SUMS]),
-        clip_bounds=np.array(values[NUM_SUMS:]),
+    values = torch.cat([table.double().flatten(), sums, gradient_norms]).cpu().numpy()
+    columns, sums, norms = np.split(values, [table.numel(), table.numel() + len(sums)])
+    return Reduced(
+        columns=dict(zip(SEQUENCE_FIELDS, columns.reshape(table.shape).astype(np.float32), strict=True)),
+        sums=LossSums.of_flat(sums[:NUM_SUMS].tolist()),
+        clip_bounds=sums[NUM_SUMS:],
+        gradient_norms=norms,
     )

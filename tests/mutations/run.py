@@ -249,7 +249,7 @@ MUTATIONS = [
     Mutation(
         "diagnostics: every rank keeps its own part of the gradient norms",
         "trainer/gradient_norms.py",
-        "    dist.all_reduce(totals)\n",
+        "        dist.all_reduce(totals)\n",
         "",
         ("tests/distributed/test_gradient_norms.py", "parts and ep2 and not cp2 and not vpp2 and not etp2"),
     ),

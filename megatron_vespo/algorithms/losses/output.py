@@ -72,3 +72,4 @@ class LossOutput:
 SEQUENCE_FIELDS = (
     "log_w", "weight", "correction", "rejected", "log_mismatch_in_w", "log_mismatch", "log_mismatch_abs_max",
 )  # fmt: skip
+MAXIMUM = "log_mismatch_abs_max"  # the field that context-parallel ranks have of their own tokens only
