@@ -352,6 +352,20 @@ MUTATIONS = [
         ("tests/unit/data/test_rollout_file.py", "every_bit"),
     ),
     Mutation(
+        "partial responses: the routes of a later pass replace those that sampled",
+        "rollout/engine_client.py",
+        "len(asked.token_ids) - 1 if keeps_routes else None",
+        "0 if keeps_routes else None",
+        ("tests/unit/rollout/test_continued_routes.py", "new_routes_only"),
+    ),
+    Mutation(
+        "replies: log-probs of other tokens are taken",
+        "rollout/generate_reply.py",
+        "if scored[1::3] != token_ids:",
+        "if len(scored) != 3 * len(token_ids):",
+        ("tests/unit/rollout/test_generate_reply.py", "token_by_token"),
+    ),
+    Mutation(
         "partial responses: what was begun is asked for again, and there twice",
         "rollout/engine_client.py",
         "token_ids=np.concatenate([prompt.token_ids, begun.token_ids]))",
