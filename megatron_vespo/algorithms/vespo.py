@@ -10,13 +10,15 @@ Shape suffixes: T packed tokens of a micro-batch, S its sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_vespo.algorithms.segments import boundaries, cached_runs, mask_of_some, segment_sums
 
 RatioDenominator = Literal["recomputed", "rollout", "decoupled", "decoupled-token"]
 RATIO_DENOMINATORS: tuple[RatioDenominator, ...] = get_args(RatioDenominator)
@@ -54,14 +56,14 @@ class GammaKernel:
 def segment_sum(
     values_T: Tensor, sequence_ids_T: Tensor, num_sequences: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Sum `values_T` [T, ...] per sequence, [S, ...] float32; `sequence_ids_T` [T] ascend.
+    """Sum `values_T` [T, ...] per sequence in float64, [S, ...] float32; `sequence_ids_T` [T] ascend.
 
-    The sum is in float64, as fp32 sums of 32k tokens drift, and in the order of the tokens. With `group`,
-    whose ranks hold parts of the same sequences, every rank gets the sums over all of them.
+    With `group`, whose ranks hold parts of the same sequences, every rank gets the sums over all of them.
     """
-    bounds = torch.arange(num_sequences + 1, device=sequence_ids_T.device)
-    offsets = torch.searchsorted(sequence_ids_T, bounds)
-    sums_S = torch.segment_reduce(values_T.double(), "sum", offsets=offsets, initial=0.0)
+    return _over_ranks(segment_sums(values_T, boundaries(sequence_ids_T, num_sequences)), group)
+
+
+def _over_ranks(sums_S: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None and group.size() > 1:
         dist.all_reduce(sums_S, group=group)
     return sums_S.float()
@@ -108,28 +110,25 @@ def sequence_log_ratio(
     `loss_mask_T` is 0 are ignored, whatever they hold. `rollout` does not need pi_old. `group` is the
     context-parallel group if sequences are split: one reduction gives its ranks the same values.
     """
-
-    ignored_T1 = loss_mask_T[:, None] == 0
-
-    def masked_sum(*terms_T: Tensor) -> Iterable[Tensor]:
-        # filled, not multiplied: masked entries may be NaN
-        chosen = torch.stack(terms_T, dim=1).masked_fill(ignored_T1, 0.0)
-        return segment_sum(chosen, sequence_ids_T, num_sequences, group).unbind(1)
-
     log_probs_T = log_probs_T.detach()
+    bounds = boundaries(sequence_ids_T, num_sequences)
     if old_log_probs_T is None:
         if denominator != "rollout":
             raise ValueError(
                 f"the ratio denominator {denominator} needs pi_old: call compute_old_log_probs first"
             )
-        [log_w_S] = masked_sum(log_probs_T - behavior_log_probs_T)
+        differences = [(log_probs_T, behavior_log_probs_T, math.inf)]
+        [log_w_S] = _over_ranks(_masked_sums(differences, loss_mask_T, bounds), group).unbind(1)
         unknown_S = torch.full_like(log_w_S, torch.nan)
         return LogRatio(log_w_S, unknown_S, unknown_S)
-    log_rho_T = old_log_probs_T - behavior_log_probs_T
     most = math.log(mismatch_truncation)
-    staleness_S, log_mismatch_S, truncated_S = masked_sum(
-        log_probs_T - old_log_probs_T, log_rho_T, log_rho_T.clamp(max=most)
-    )
+    differences = [
+        (log_probs_T, old_log_probs_T, math.inf),
+        (old_log_probs_T, behavior_log_probs_T, math.inf),
+        (old_log_probs_T, behavior_log_probs_T, most),
+    ]
+    sums_S3 = _over_ranks(_masked_sums(differences, loss_mask_T, bounds), group)
+    staleness_S, log_mismatch_S, truncated_S = sums_S3.unbind(1)
     if denominator == "recomputed":
         log_mismatch_in_w_S = torch.zeros_like(log_mismatch_S)
     elif denominator == "decoupled":
@@ -139,3 +138,35 @@ def sequence_log_ratio(
     else:
         log_mismatch_in_w_S = log_mismatch_S
     return LogRatio(staleness_S + log_mismatch_in_w_S, log_mismatch_in_w_S, log_mismatch_S)
+
+
+def _masked_sums(
+    differences: Sequence[tuple[Tensor, Tensor, float]], loss_mask_T: Tensor, bounds: Tensor
+) -> Tensor:
+    """For each (a, b, most) the sum of min(a - b, most) over a sequence's trained tokens, [S, K] float64."""
+
+    def sums(tokens: slice, mask_T: Tensor | None, bounds: Tensor) -> Tensor:
+        terms = [one_T[tokens] - other_T[tokens] for one_T, other_T, _ in differences]
+        terms = [
+            term_T if most == math.inf else term_T.clamp(max=most)
+            for term_T, (*_, most) in zip(terms, differences, strict=True)
+        ]
+        if len(terms) == 1 and mask_T is None:
+            return segment_sums(terms[0], bounds)[:, None]
+        terms_TK = torch.stack(terms, dim=1)
+        # filled, not multiplied: masked entries may be NaN
+        return segment_sums(
+            terms_TK if mask_T is None else terms_TK.masked_fill(mask_T[:, None] == 0, 0.0), bounds
+        )
+
+    if loss_mask_T.device.type != "cpu":
+        return sums(slice(None), loss_mask_T, bounds)
+    parts = [
+        sums(
+            tokens,
+            mask_of_some(loss_mask_T[tokens]),
+            bounds[sequences.start : sequences.stop + 1] - tokens.start,
+        )
+        for sequences, tokens in cached_runs(bounds.tolist())
+    ]
+    return torch.cat(parts)

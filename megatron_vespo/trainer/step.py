@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_vespo.algorithms.corrections import Mismatch
-from megatron_vespo.algorithms.losses.aggregation import count, weighted_sum
+from megatron_vespo.algorithms.losses.aggregation import count, summed_loss, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
 from megatron_vespo.algorithms.losses.output import LossOutput, LossSums
 from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
@@ -136,23 +136,25 @@ def policy_loss(
     log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
     reference_T = _reference(micro_batch, log_probs_T)
     inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, settings)
-    term = bound.loss(inputs)
-    unweighted_T = (term.weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
     correction_T = bound.correction(
         Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.log_mismatch_S, inputs, cp_group)
     )
-    term = TokenLoss(term.loss_T * correction_T, term.weight_T * correction_T)
-    loss_sum = weighted_sum(term.loss_T, inputs, bound.aggregation, longest)
+    terms: list[TokenLoss] = []
+    loss_sum = summed_loss(bound.loss, inputs, bound.aggregation, longest, correction_T, terms)
+    loss_T, weight_T = (
+        torch.cat(values) for values in zip(*((term.loss_T, term.weight_T) for term in terms), strict=True)
+    )
+    unweighted_T = (weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
     loss_count = count(inputs, bound.aggregation, cp_group.rank() == 0)
     weight_S, correction_S, rejected_S = _token_means(
-        term.weight_T, correction_T, micro_batch, inputs, cp_group
+        weight_T * correction_T, correction_T, micro_batch, inputs, cp_group
     )
     log_mismatch_T = reference_T - micro_batch.behavior_log_probs_T
     difference_T = log_mismatch_T.abs() * micro_batch.loss_mask_T
     sums = LossSums(
         # the schedule divides the loss in place: keep a copy
         loss=loss_sum.detach().clone(),
-        loss_terms=weighted_sum(term.loss_T.detach().abs(), inputs, bound.aggregation, longest),
+        loss_terms=weighted_sum((loss_T * correction_T).abs(), inputs, bound.aggregation, longest),
         loss_count=loss_count,
         entropy=entropies_T.detach().sum(),
         zero_weights=unweighted_T.sum(),

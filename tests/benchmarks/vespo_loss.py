@@ -25,25 +25,26 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_vespo.algorithms.losses.aggregation import weighted_sum
+from megatron_vespo.algorithms.losses.aggregation import summed_loss
 from megatron_vespo.algorithms.losses.inputs import LossInputs
-from megatron_vespo.algorithms.losses.weighted import vespo
+from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel, sequence_log_ratio
 
 KERNEL = GammaKernel()
+LOSS = METHODS["vespo"].bind(KERNEL)
 TIMEOUT_S = 120  # of one measurement
 TOKEN_NOISE = 0.03  # of log pi - log mu: log W of 8k tokens has a standard deviation of 2.7
 
 
 def packed(log_probs_T: Tensor, old_T: Tensor, mask_T: Tensor, ids_T: Tensor, advantages_S: Tensor):
-    """This package: loss per token, phi [S]."""
+    """This package: the loss in slices as a step computes it, phi [S]."""
     ratio = sequence_log_ratio(
         log_probs_T, old_T, None, mask_T, ids_T, len(advantages_S), "rollout", mismatch_truncation=2.0
     )
     num_tokens_S = torch.ones_like(advantages_S)  # neither VESPO nor a token mean looks at it
     log_ratio_T = log_probs_T.detach() - old_T
     inputs = LossInputs(log_probs_T, log_ratio_T, ratio.log_w_S, advantages_S, num_tokens_S, mask_T, ids_T)
-    loss_sum = weighted_sum(vespo(inputs, KERNEL).loss_T, inputs, "token-mean", longest=1)
+    loss_sum = summed_loss(LOSS, inputs, "token-mean", longest=1)
     return loss_sum / mask_T.sum(), KERNEL.phi(ratio.log_w_S, advantages_S)
 
 

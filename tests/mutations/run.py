@@ -130,8 +130,8 @@ MUTATIONS = [
     Mutation(
         "denominator: decoupled-token does not truncate",
         "algorithms/vespo.py",
-        "log_rho_T.clamp(max=most)",
-        "log_rho_T",
+        "(old_log_probs_T, behavior_log_probs_T, most),",
+        "(old_log_probs_T, behavior_log_probs_T, math.inf),",
         ("tests/unit/algorithms/test_vespo.py", "parts"),
     ),
     Mutation(
@@ -172,8 +172,8 @@ MUTATIONS = [
     Mutation(
         "mismatch: the correction does not reach the loss",
         "trainer/step.py",
-        "TokenLoss(term.loss_T * correction_T, ",
-        "TokenLoss(term.loss_T, ",
+        "longest, correction_T, terms)",
+        "longest, None, terms)",
         (MISMATCH, "closed_form"),
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""From one loss term a token to one number an optimizer step, the same however the step is cut up.
+"""From one loss term per token to one number per optimizer step, the same however the step is cut up.
 
 Each aggregation is a sum of weighted terms over a count, and both add up over micro-batches and ranks:
 
@@ -10,12 +10,16 @@ Each aggregation is a sum of weighted terms over a count, and both add up over m
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_vespo.algorithms.losses.inputs import LossInputs
+from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
+
+if TYPE_CHECKING:
+    from megatron_vespo.algorithms.losses.table import PolicyLoss
 
 Aggregation = Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "constant"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -27,7 +31,68 @@ def weighted_sum(loss_T: Tensor, inputs: LossInputs, aggregation: Aggregation, l
         loss_T = loss_T / inputs.per_token(inputs.lengths_S)
     elif aggregation == "constant":
         loss_T = loss_T / longest
-    return loss_T.masked_fill(inputs.loss_mask_T == 0, 0.0).sum()
+    return inputs.masked(loss_T).sum()
+
+
+def summed_loss(
+    loss: PolicyLoss,
+    inputs: LossInputs,
+    aggregation: Aggregation,
+    longest: int,
+    correction_T: Tensor | None = None,
+    terms: list[TokenLoss] | None = None,
+) -> Tensor:
+    """`weighted_sum` of the loss, a scalar with the gradient of log pi; computed slice by slice.
+
+    `correction_T` [T] multiplies the terms and is 0 on untrained tokens. `terms` collects the slices' terms,
+    not corrected. The gradient is known without autograd, see `TokenLoss`: the backward pass only scales it.
+    """
+    return _Summed.apply(  # pyright: ignore[reportReturnType]
+        inputs.log_probs_T, lambda: _sum_and_gradient(loss, inputs, aggregation, longest, correction_T, terms)
+    )
+
+
+class _Summed(torch.autograd.Function):
+    """A scalar whose gradient was computed with it."""
+
+    @staticmethod
+    def forward(ctx, log_probs_T, sum_and_gradient):
+        total, gradient_T = sum_and_gradient()
+        ctx.save_for_backward(gradient_T)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None
+
+
+def _sum_and_gradient(
+    loss: PolicyLoss,
+    inputs: LossInputs,
+    aggregation: Aggregation,
+    longest: int,
+    correction_T: Tensor | None,
+    terms: list[TokenLoss] | None,
+) -> tuple[Tensor, Tensor]:
+    gradient_T = torch.empty_like(inputs.log_probs_T)
+    totals = []
+    for tokens, part in inputs.slices():
+        term = loss(part)
+        by_log_prob_T = term.gradient_T
+        if by_log_prob_T is None:
+            by_log_prob_T = part.masked(-(term.weight_T * part.per_token(part.advantages_S)))
+        scale_T = None if correction_T is None else correction_T[tokens]
+        loss_T = term.loss_T if scale_T is None else term.loss_T * scale_T
+        if aggregation == "sequence-mean-token-mean":
+            by_log_prob_T = by_log_prob_T / part.per_token(part.lengths_S)
+        elif aggregation == "constant":
+            by_log_prob_T = by_log_prob_T / longest
+        gradient_T[tokens] = by_log_prob_T if scale_T is None else by_log_prob_T * scale_T
+        totals.append(weighted_sum(loss_T, part, aggregation, longest))
+        if terms is not None:
+            terms.append(term)
+    return sum(totals[1:], totals[0]), gradient_T
 
 
 def count(inputs: LossInputs, aggregation: Aggregation, first_context_rank: bool) -> Tensor:

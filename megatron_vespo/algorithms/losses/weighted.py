@@ -11,28 +11,37 @@ from megatron_vespo.algorithms.vespo import GammaKernel
 
 
 def weighted(inputs: LossInputs, weight_T: Tensor) -> TokenLoss:
-    """- weight A log pi, with a weight that is no path for gradient."""
+    """- weight A log pi, with a weight per token that is no path for gradient."""
     # an untrained token's weight may be NaN, and NaN times a gradient of 0 is not 0
-    weight_T = weight_T.detach().masked_fill(inputs.loss_mask_T == 0, 0.0)
-    coefficient_T = weight_T * inputs.per_token(inputs.advantages_S)
-    return TokenLoss(-coefficient_T * inputs.log_probs_T, weight_T)
+    weight_T = inputs.masked(weight_T.detach())
+    gradient_T = -(weight_T * inputs.per_token(inputs.advantages_S))
+    return TokenLoss(gradient_T * inputs.log_probs_T, weight_T, gradient_T)
+
+
+def weighted_response(inputs: LossInputs, weight_S: Tensor) -> TokenLoss:
+    """The same with one weight per response."""
+    weight_S = weight_S.detach()
+    gradient_T = inputs.masked(inputs.per_token(-(weight_S * inputs.advantages_S)))
+    return TokenLoss(
+        gradient_T * inputs.log_probs_T, lambda: inputs.masked(inputs.per_token(weight_S)), gradient_T
+    )
 
 
 def vespo(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """- phi(W) A log pi, phi = W^c1 exp(c2 (1 - W)) (VESPO, arXiv 2602.10693)."""
-    return weighted(inputs, inputs.per_token(kernel.phi(inputs.log_w_S, inputs.advantages_S)))
+    return weighted_response(inputs, kernel.phi(inputs.log_w_S, inputs.advantages_S))
 
 
 def vespo_mean(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """VESPO of log W / T, the geometric mean of the token ratios: an ablation of the paper."""
     log_w_S = inputs.log_w_S / inputs.lengths_S
-    return weighted(inputs, inputs.per_token(kernel.phi(log_w_S, inputs.advantages_S)))
+    return weighted_response(inputs, kernel.phi(log_w_S, inputs.advantages_S))
 
 
 def vespo_sqrt(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """VESPO of log W / sqrt(T): the paper's other ablation."""
     log_w_S = inputs.log_w_S / inputs.lengths_S.sqrt()
-    return weighted(inputs, inputs.per_token(kernel.phi(log_w_S, inputs.advantages_S)))
+    return weighted_response(inputs, kernel.phi(log_w_S, inputs.advantages_S))
 
 
 def reinforce(inputs: LossInputs) -> TokenLoss:
@@ -42,7 +51,7 @@ def reinforce(inputs: LossInputs) -> TokenLoss:
 
 def sequence_importance_sampling(inputs: LossInputs) -> TokenLoss:
     """- W A log pi: the unbiased gradient, with nothing against its variance; W stops at exp(20)."""
-    return weighted(inputs, inputs.per_token(inputs.log_w_S.clamp(max=MAX_LOG_RATIO).exp()))
+    return weighted_response(inputs, inputs.log_w_S.clamp(max=MAX_LOG_RATIO).exp())
 
 
 def topr(inputs: LossInputs) -> TokenLoss:
@@ -53,7 +62,7 @@ def topr(inputs: LossInputs) -> TokenLoss:
     its length, so that the default aggregation does, too.
     """
     tapered_S = inputs.log_w_S.clamp(max=0.0).exp()
-    return weighted(inputs, inputs.per_token(torch.where(inputs.advantages_S > 0, 1.0, tapered_S)))
+    return weighted_response(inputs, torch.where(inputs.advantages_S > 0, 1.0, tapered_S))
 
 
 def cispo(inputs: LossInputs, low: float, high: float) -> TokenLoss:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS, count, weighted_sum
+from megatron_vespo.algorithms.losses.aggregation import AGGREGATIONS, count, summed_loss, weighted_sum
 from megatron_vespo.algorithms.losses.inputs import LossInputs
 from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
@@ -122,6 +122,40 @@ def test_no_gradient_flows_through_weights_and_ratios(method):
     assert not term.weight_T.requires_grad
     gradients = torch.autograd.grad(term.loss_T.sum(), ratios, allow_unused=True)
     assert not any(gradient is not None and gradient.any() for gradient in gradients)
+
+
+@every_method
+@every_aggregation
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("size", [1, 12, 2**17])
+def test_slices_have_the_sum_and_the_gradient_of_the_whole(method, aggregation, corrected, size, monkeypatch):
+    monkeypatch.setattr("megatron_vespo.algorithms.segments.CACHED_TOKENS", size)
+    inputs = batch([3, 0, 5, 2, 9, 1], spread=0.4)
+    correction_T = (torch.arange(len(inputs.loss_mask_T)) % 3 * inputs.loss_mask_T).double()
+    loss = bound(method).adapted([inputs], reduce=lambda values: values)
+    terms: list = []
+    total = summed_loss(loss, inputs, aggregation, LONGEST, correction_T if corrected else None, terms)
+    [gradient_T] = torch.autograd.grad(3.0 * total, inputs.log_probs_T)
+    whole = loss(inputs)
+    loss_T = whole.loss_T * correction_T if corrected else whole.loss_T
+    expected = weighted_sum(loss_T, inputs, aggregation, LONGEST)
+    [expected_T] = torch.autograd.grad(3.0 * expected, inputs.log_probs_T)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient_T, expected_T, rtol=1e-6, atol=1e-12)
+    assert torch.equal(torch.cat([term.weight_T for term in terms]), whole.weight_T)
+    assert (len(terms) == 1) == (size == 2**17)
+
+
+def test_slices_of_trained_tokens_alone_are_those_of_a_mask():
+    """Where every token is trained nothing is masked, and the sums are the same."""
+    inputs = batch([3, 4, 5], [1.0, -1.0, 0.5])
+    alone = cut(inputs, [0, 1, 2], lambda t: inputs.loss_mask_T[t] > 0)
+    (_, masked), (_, unmasked) = next(inputs.slices()), next(alone.slices())
+    assert unmasked.all_trained and not masked.all_trained
+    loss = bound("vespo")
+    torch.testing.assert_close(
+        *(summed_loss(loss, part, "token-mean", LONGEST) for part in (inputs, alone)), rtol=1e-12, atol=0
+    )
 
 
 @every_method
