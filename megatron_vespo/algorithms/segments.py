@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # of one slice; a longer sequence is a slice of its own
-CACHED_TOKENS = 2**17
+CACHED_TOKENS = 2**18
 
 
 def boundaries(sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
@@ -43,12 +43,14 @@ def segment_sums(values_T: Tensor, bounds: Tensor) -> Tensor:
 
     The sum is in float64, as fp32 sums of 32k tokens drift.
     """
-    values_T = values_T.detach().double()
+    values_T = values_T.detach()
     if values_T.device.type != "cpu":
-        return torch.segment_reduce(values_T, "sum", offsets=bounds, initial=0.0)
+        return torch.segment_reduce(values_T.double(), "sum", offsets=bounds, initial=0.0)
+    if values_T.dtype != torch.float32 or values_T.dim() > 1:  # numpy widens plain float32 as it sums
+        values_T = values_T.double()
     starts, ends = bounds[:-1].numpy(), bounds[1:].numpy()
     sums = np.zeros((len(starts), *values_T.shape[1:]))
     has_tokens = ends > starts  # numpy takes an empty segment for one element
     if has_tokens.any():
-        sums[has_tokens] = np.add.reduceat(values_T.numpy(), starts[has_tokens], axis=0)
+        sums[has_tokens] = np.add.reduceat(values_T.numpy(), starts[has_tokens], axis=0, dtype=np.float64)
     return torch.from_numpy(sums)

@@ -57,14 +57,16 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_probs_T, sum_and_gradient):
-        total, gradient_T = sum_and_gradient()
-        ctx.save_for_backward(gradient_T)
+        total, ctx.gradient_T = sum_and_gradient()
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None
+        # scaled in place, as a pack may be long; a second backward pass fails, as it does in autograd
+        gradient_T, ctx.gradient_T = ctx.gradient_T, None
+        assert gradient_T is not None, "the gradient of a summed loss is taken once"
+        return gradient_T.mul_(grad), None
 
 
 def _sum_and_gradient(
