@@ -65,11 +65,13 @@ def _encoded(new: Elements, old: Elements) -> tuple[int, int, bytes, Elements]:
     # gaps take a byte for each changed element at least
     if min(number, bits_size) + number * new.itemsize >= new.nbytes:
         return number, _WHOLE, b"", new
+    positions = np.flatnonzero(changed)
+    values = new.take(positions)  # several times faster than new[changed]
     if number <= bits_size:
-        gaps = _gaps(np.flatnonzero(changed))
+        gaps = _gaps(positions)
         if len(gaps) <= bits_size:
-            return number, _GAPS, gaps, new[changed]
-    return number, _BITS, np.packbits(changed).tobytes(), new[changed]
+            return number, _GAPS, gaps, values
+    return number, _BITS, np.packbits(changed).tobytes(), values
 
 
 def _gaps(positions: NDArray[np.int64]) -> bytes:
