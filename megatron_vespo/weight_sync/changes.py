@@ -7,9 +7,9 @@ A part is cut into blocks of 65,536 elements. Each block takes the smallest of t
     bits    a bit for each element
     whole   every element counts as changed
 
-In front are, for each block, its form (uint8), the size of its gaps or bits and its number of changed elements
-(uint32, little-endian). Then come, block by block, gaps or bits and the new values. Values are compared as
-integers: NaN is equal to itself, and -0.0 differs from 0.0.
+In front are, for each block, its form (uint8), the size of its gaps or bits and its number of changed
+elements (uint32, little-endian). Then come, block by block, gaps or bits and the new values. Values are
+compared as integers: NaN is equal to itself, and -0.0 differs from 0.0.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _gaps(positions: NDArray[np.int64]) -> bytes:
 
 
 def decode(data: bytes | bytearray, length: int, itemsize: int) -> Changes:
-    """The inverse of `encode`, for a part of `length` elements. ValueError if `data` is none of its results."""
+    """The inverse of `encode`, for a part of `length` elements. ValueError if `data` is too short."""
     head = np.frombuffer(data, _HEAD, -(-length // BLOCK))
     end = head.nbytes
     positions, values, ranges = [np.zeros(0, np.int64)], [np.zeros(0, integers(itemsize))], []

@@ -14,7 +14,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from megatron_vespo.weight_sync.messages import Hello, Introduction, Join, Message, unpack
+from megatron_vespo.weight_sync.disk_receiver import DiskConnection
+from megatron_vespo.weight_sync.messages import (
+    DiskHello,
+    DiskLoad,
+    DiskPlan,
+    Hello,
+    Introduction,
+    Join,
+    Load,
+    unpack,
+)
 from megatron_vespo.weight_sync.outside_group import client_store, join_group, meet
 from megatron_vespo.weight_sync.places import place_of
 from megatron_vespo.weight_sync.receiver import Receiver
@@ -35,19 +45,19 @@ class _Connection:
         self._store = client_store(hello.host, hello.port, hello.timeout_s)
         report_place(self._store, hello.slot, place_of(device))
 
-    def take(self, message: Message, model: nn.Module) -> None:
+    def take(self, message: Introduction | Join | Load, model: nn.Module) -> None:
         try:
             self._take(message, model)
         except Exception as error:  # whatever it is, the trainer says it
             traceback.print_exc()
             report_failure(self._store, self._hello.slot, f"{type(error).__name__}: {error}")
 
-    def _take(self, message: Message, model: nn.Module) -> None:
+    def _take(self, message: Introduction | Join | Load, model: nn.Module) -> None:
         if isinstance(message, Introduction):
             self._receiver = Receiver(message, self._device)
             self._receiver.check(model)
             return
-        assert self._receiver is not None and not isinstance(message, Hello)
+        assert self._receiver is not None
         if isinstance(message, Join):
             if message.rank is None:
                 return
@@ -87,25 +97,31 @@ class _Connection:
             self._receiver.close()
 
 
-_connections: WeakKeyDictionary[nn.Module, _Connection] = WeakKeyDictionary()
+_connections: WeakKeyDictionary[nn.Module, _Connection | DiskConnection] = WeakKeyDictionary()
 
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """What SGLang calls with the message of its rank; see `messages`."""
     [(text, _)] = named_tensors
     message = unpack(text)
-    if isinstance(message, Hello):
+    if isinstance(message, Hello | DiskHello):
         _say_hello(message, model)
-    elif model in _connections:
-        _connections[model].take(message, model)
+        return
+    connection = _connections.get(model)
+    if isinstance(connection, DiskConnection) and isinstance(message, DiskPlan | DiskLoad):
+        connection.take(message, model)
+    elif isinstance(connection, _Connection) and isinstance(message, Introduction | Join | Load):
+        connection.take(message, model)
 
 
-def _say_hello(hello: Hello, model: nn.Module) -> None:
-    """A trainer that cannot be reached finds that this rank has not reported its place."""
+def _say_hello(hello: Hello | DiskHello, model: nn.Module) -> None:
+    """A trainer that cannot be reached finds that this rank has not reported its place, or not answered."""
     old = _connections.pop(model, None)
     try:
         if old is not None:
             old.close()
-        _connections[model] = _Connection(hello, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        is_disk = isinstance(hello, DiskHello)
+        _connections[model] = DiskConnection(hello, device) if is_disk else _Connection(hello, device)
     except Exception:
         traceback.print_exc()

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_vespo.models.table import Family, ModelShape
-from megatron_vespo.system.plugins import WEIGHT_LOADER
 from megatron_vespo.weight_sync.agreement import agree, from_rank_0, gathered, together
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostError, WeightSyncError
+from megatron_vespo.weight_sync.engine_calls import post_messages
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.exact_sender import ExactSender, Handles, introduction
-from megatron_vespo.weight_sync.messages import Hello, Join, Load, Message, pack
+from megatron_vespo.weight_sync.messages import Hello, Join, Load, Message
 from megatron_vespo.weight_sync.outside_group import client_store, join_group, leave_group, meet, open_store
 from megatron_vespo.weight_sync.plan import Plan, make_plan
 from megatron_vespo.weight_sync.reports import announce, failures, places, wait_until_staged
@@ -252,21 +252,7 @@ class Exact:
         """One call to each engine, by rank 0; its ranks get a message each, by slot."""
         if not self._leads:
             return []
-        payload: dict = {"load_format": WEIGHT_LOADER, "selector": "target"}
-        # what requests paused in place have in the cache is theirs; it cannot be flushed
-        payload["flush_cache"] = policy_version is not None and self._engines.pause != "in_place"
-        if policy_version is not None:
-            payload["weight_version"] = str(policy_version)
-        size = self._source.layout.tp
-        return [
-            self._engines.submit(
-                url,
-                "/update_weights_from_tensor",
-                payload
-                | {"serialized_named_tensors": [pack(message(number * size + rank)) for rank in range(size)]},
-            )
-            for number, url in enumerate(self._engines.urls)
-        ]
+        return post_messages(self._engines, self._source.layout.tp, message, policy_version)
 
     def _result(self, calls: list[Future]) -> WeightSyncError | None:
         """What went wrong in these calls. An engine that could not load is lost: its weights are mixed."""

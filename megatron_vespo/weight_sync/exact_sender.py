@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vespo.weight_sync.exported_memory import ExportedMemory
 from megatron_vespo.weight_sync.messages import Introduction
-from megatron_vespo.weight_sync.plan import Piece
+from megatron_vespo.weight_sync.packer import Packer
 from megatron_vespo.weight_sync.wiring import Arrival, EngineRank, Wiring
 
 OWN = -1  # in the place of a slot: the buffer that a rank packs into
@@ -21,13 +21,10 @@ class ExactSender:
     """Buffers hold `ring` groups each, and are filled in turn: engines read one while the next is filled."""
 
     def __init__(self, wiring: Wiring, rank: int, dtype: torch.dtype, device: torch.device, ring: int):
-        self._wiring, self._rank, self._dtype, self._ring = wiring, rank, dtype, ring
+        self._wiring, self._rank, self._ring = wiring, rank, ring
         self._size = wiring.plan.buffer_bytes
-        self._groups: dict[int, list[Piece]] = {}
-        for piece in wiring.plan.pieces:
-            if piece.source == rank:
-                self._groups.setdefault(piece.group, []).append(piece)
-        self._own = ExportedMemory(ring * self._size, device) if self._groups else None
+        self._packer = Packer(wiring.plan, rank, dtype)
+        self._own = ExportedMemory(ring * self._size, device) if self._packer.groups else None
         self._landings = {
             receiver: ExportedMemory(ring * landing.size, device)
             for receiver in wiring.engine_ranks
@@ -42,23 +39,9 @@ class ExactSender:
             found[self._rank, OWN] = self._own.handle
         return found
 
-    @torch.no_grad()
     def pack(self, group: int, held: Mapping[str, Tensor]) -> int:
-        """Copy the group's pieces out of `held`, this rank's parameters by their first HF tensor.
-
-        Returns the number of bytes.
-        """
-        targets, values, size = [], [], 0
-        for piece in self._groups.get(group, ()):
-            tensor = held[piece.tensor]
-            matrix = tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(-1, 1)
-            values.append(matrix[piece.row : piece.row + piece.rows, piece.col : piece.col + piece.cols])
-            end = piece.offset + piece.elements * self._dtype.itemsize
-            targets.append(self._packed(group)[piece.offset : end].view(self._dtype).view(piece.rows, -1))
-            size += end - piece.offset
-        if targets:
-            torch._foreach_copy_(targets, values)  # pyright: ignore[reportPrivateImportUsage]
-        return size
+        """Fill the group's part of the buffer, see `Packer`."""
+        return self._packer.pack(group, held, self._packed(group)) if group in self._packer.groups else 0
 
     def relayed(self, group: int) -> Iterator[dist.P2POp]:
         """Between ranks of the trainer: segments on their way to the homes of engine ranks."""

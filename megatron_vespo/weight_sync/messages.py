@@ -76,8 +76,44 @@ class Load:
     staged: bool
 
 
-Message = Hello | Introduction | Join | Load
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Hello, Introduction, Join, Load)}
+@dataclass(frozen=True)
+class DiskHello:
+    """Comes first where weights go through files. An engine rank that sees `run_folder` with this `token`
+    answers in `folder` under its `slot`, see `disk_version`.
+    """
+
+    run_folder: str
+    token: str
+    folder: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """What of the files goes where. The answer goes into `folder`.
+
+    `matrices` and `padding` are as in Introduction. `pieces` are [trainer rank, group, parameter, to_row,
+    to_col, rows, cols], in the order of their elements in the part of that rank and group.
+    """
+
+    folder: str
+    engine_rank: int
+    dtype: str
+    matrices: Sequence[tuple[str, int, int]]
+    pieces: Sequence[Sequence[int]]
+    padding: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class DiskLoad:
+    """Read the version in `folder`, whose manifest has this `checksum`, and answer there."""
+
+    folder: str
+    checksum: str
+
+
+Message = Hello | Introduction | Join | Load | DiskHello | DiskPlan | DiskLoad
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in Message.__args__}
 
 
 def pack(message: Message) -> str:

@@ -8,12 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_vespo.weight_sync.engine_parameters import EngineParameters
 from megatron_vespo.weight_sync.exported_memory import opened
 from megatron_vespo.weight_sync.messages import Introduction
 from megatron_vespo.weight_sync.outside_group import leave_group
-
-# of FusedMoE: the experts' matrices are transposed, or up comes before gate
-_OTHER_ORDER = ("use_triton_kernels", "load_up_proj_weight_first")
 
 
 class Receiver:
@@ -22,6 +20,7 @@ class Receiver:
     def __init__(self, told: Introduction, device: torch.device):
         self._told, self._device = told, device
         self._dtype: torch.dtype = getattr(torch, told.dtype)
+        self._parameters = EngineParameters(told.matrices)
         self._buffers = [
             opened(handle, size * told.ring, device)
             if handle
@@ -60,12 +59,8 @@ class Receiver:
             stream.synchronize()
 
     def check(self, model: nn.Module) -> None:
-        """ValueError if the model is another one than planned for, or keeps its experts in another order."""
-        self._matrices(model)
-        for name, module in model.named_modules():
-            for flag in _OTHER_ORDER:
-                if getattr(module, flag, False):
-                    raise ValueError(f"{name} has {flag}")
+        """ValueError if the model is another one than planned for, see `EngineParameters`."""
+        self._parameters.check(model)
 
     @torch.no_grad()
     def load(self, model: nn.Module, start: int, stop: int, staged: bool) -> None:
@@ -81,7 +76,7 @@ class Receiver:
             torch.cuda.current_stream(self._device).synchronize()
 
     def _copy(self, model: nn.Module, group: int) -> None:
-        matrices = self._matrices(model)
+        matrices = self._parameters.of(model)
         pointers = [matrix.data_ptr() for matrix in matrices]
         if pointers != self._pointers:  # at the first copy, or the engine has bound its parameters anew
             self._pointers, self._views = pointers, {}
@@ -124,20 +119,3 @@ class Receiver:
     def _wait(self, group: int) -> None:
         for work in self._posted.pop(group, ()):
             work.wait()
-
-    def _matrices(self, model: nn.Module) -> list[Tensor]:
-        """The parameters as they are now: an engine may bind them anew. ValueError if they are others."""
-        parameters = dict(model.named_parameters())
-        expected = {name: (rows, cols) for name, rows, cols in self._told.matrices}
-        if parameters.keys() != expected.keys():
-            name = min(parameters.keys() ^ expected.keys())
-            where = "in the plan only" if name in expected else "in the engine only"
-            raise ValueError(f"parameter {name} is {where}")
-        found = []
-        for name, (rows, cols) in expected.items():
-            tensor = parameters[name].data
-            matrix = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(-1, 1)
-            if matrix.shape != (rows, cols) or matrix.data_ptr() != tensor.data_ptr():
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, planned are {rows} x {cols}")
-            found.append(matrix)
-        return found

@@ -94,7 +94,7 @@ class Wiring:
         found: dict[int, list[Segment]] = {}
         keys = groupby(self.plan.pieces, lambda piece: (piece.source, piece.group, piece.engine_rank))
         for (source, group, rank), pieces in keys:
-            offset, size = _extent(list(pieces), self._element)
+            offset, size = extent(list(pieces), self._element)
             found.setdefault(rank, []).append(Segment(source, group, offset, size))
         for segments in found.values():
             segments.sort(key=lambda segment: (segment.group, segment.source))
@@ -151,7 +151,7 @@ class Wiring:
         }
 
 
-def _extent(pieces: Sequence[Piece], element: int) -> tuple[int, int]:
+def extent(pieces: Sequence[Piece], element: int) -> tuple[int, int]:
     """Offset and size of neighbouring pieces."""
     end = pieces[-1].offset + pieces[-1].elements * element
     return pieces[0].offset, end - pieces[0].offset
