@@ -28,7 +28,7 @@ class ColocatedTrainer(TrainerGroup):
         self._gpu_sharing.offload_engines()
         return super().start()
 
-    def connect_engines(self, *arguments: Any) -> str | None:
+    def connect_engines(self, *arguments: Any) -> str:
         return super().connect_engines(*arguments, loaded=self._gpu_sharing.loaded)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:

@@ -70,21 +70,16 @@ class EngineSync:
         if servers != self._connected:
             self._num_connections += 1
             urls, fresh = [e.url for e in endpoints], [e.url for e in endpoints if e.fresh]
-            why_broadcast = self._trainer.connect_engines(
+            way = self._trainer.connect_engines(
                 urls, fresh, self._num_connections, self._engine_size, self._api_key
             )
-            self._log_way(why_broadcast)
+            self._log_way(way)
             self._connected = servers
-        return {
-            "sync/pause_seconds": self._trainer.sync_weights(policy_version),
-            "sync/weight_check_seconds": self._trainer.check_weights(policy_version),
-        }
+        metrics = self._trainer.sync_weights(policy_version)
+        return metrics | {"sync/weight_check_seconds": self._trainer.check_weights(policy_version)}
 
-    def _log_way(self, why_broadcast: str | None) -> None:
+    def _log_way(self, way: str) -> None:
         """How weights travel; once, and again when it changes."""
-        line = "weights go to the engines shard to shard"
-        if why_broadcast is not None:
-            line = f"weights are broadcast to the engines: {why_broadcast}"
-        if line != self._logged:
-            self._log(line)
-            self._logged = line
+        if way != self._logged:
+            self._log(way)
+            self._logged = way

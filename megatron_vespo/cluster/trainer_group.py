@@ -25,6 +25,7 @@ from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.system.process_environment import exported_values
 from megatron_vespo.types import TrainingSample
+from megatron_vespo.weight_sync.disk_folder import export_folder, release, run_folder
 from megatron_vespo.weight_sync.engine_admin import EnginesLostError
 from megatron_vespo.weight_sync.verify import Sums
 
@@ -96,24 +97,24 @@ class TrainerGroup:
         engine_size: int,
         api_key: str | None,
         loaded: Mapping[str, Sums] | None = None,
-    ) -> str | None:
-        """Why weights are broadcast, None where they go shard to shard; see WeightLink.
+    ) -> str:
+        """How weights go to the engines, see WeightLink.
 
         This and the two that follow raise EnginesLostError; then they can be repeated.
         """
         arguments = urls, fresh, number, engine_size, api_key, loaded
         return self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
 
-    def sync_weights(self, policy_version: int) -> float:
+    def sync_weights(self, policy_version: int) -> dict[str, float]:
         """Every engine that is connected serves the current weights as `policy_version` afterwards.
 
-        Returns the seconds in which engines generated nothing.
+        Returns metrics, see `TrainerWorker.sync_weights`.
         """
         return self._call("sync_weights", policy_version, timeout_s=sync_timeout_s(self._settings.sync))
 
     def check_weights(self, policy_version: int) -> float:
         """Compares what the engines hold; the seconds that it took."""
-        export = (self._settings.run.output_dir / "weight-check").resolve()
+        export = weight_check_folder(self._settings).resolve()
         timeout_s = self._timeout_s + check_timeout_s(self._settings.sync)  # it may write an export, too
         return self._call("check_weights", policy_version, export, timeout_s=timeout_s)
 
@@ -209,6 +210,9 @@ class TrainerGroup:
     def stop(self) -> None:
         for worker in self._workers:
             ray.kill(worker)
+        sync = self._settings.sync
+        if sync.weight_sync_folder is not None:
+            release(run_folder(sync.weight_sync_folder, self._settings.run.output_dir))
 
     def wait_until_gone(self) -> None:
         """After `stop`: the processes have ended and their GPUs are free. RuntimeError if one will not go."""
@@ -255,3 +259,9 @@ class TrainerGroup:
 
     def _explain(self, rank: int) -> str:
         return log_tail(self._log_dir / f"trainer-{rank}.log")
+
+
+def weight_check_folder(settings: TrainSettings) -> Path:
+    """Where engines and trainer both see the export that an engine is compared with."""
+    shared, output_dir = settings.sync.weight_sync_folder, settings.run.output_dir
+    return output_dir / "weight-check" if shared is None else export_folder(shared, output_dir)

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from megatron_vespo.trainer.checkpoint import Stored
     from megatron_vespo.trainer.memory import GpuMemory
     from megatron_vespo.trainer.policy import MegatronPolicy
+    from megatron_vespo.weight_sync.disk import Disk
     from megatron_vespo.weight_sync.engine_admin import PauseMode
-    from megatron_vespo.weight_sync.exact import Exact
+    from megatron_vespo.weight_sync.exact import Exact, ExactSource
     from megatron_vespo.weight_sync.verify import Sums
     from megatron_vespo.weight_sync.weight_link import WeightLink
 
@@ -194,18 +195,18 @@ class TrainerWorker:
         engine_size: int,
         api_key: str | None,
         loaded: Mapping[str, Sums] | None,
-    ) -> str | None:
+    ) -> str:
         """Connect with the engines; `fresh` ones have to get a policy first.
 
-        `loaded` has the checksums of what those had loaded that were offloaded since. Returns why weights
-        are broadcast; None where they go shard to shard.
+        `loaded` has the checksums of what those had loaded that were offloaded since. Returns how weights go
+        to the engines.
         """
         if self._link is None:
             self._link = self._make_link(engine_size, api_key)
         self._link.loaded |= loaded or {}
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
-        return self._link.why_broadcast
+        return self._link.way
 
     def _make_link(self, engine_size: int, api_key: str | None) -> WeightLink:
         from megatron_vespo.trainer.initialize import device
@@ -220,35 +221,44 @@ class TrainerWorker:
             broadcast=Broadcast(
                 pp.rank(), pp.size(), self.policy.is_sender, engine_size, self._host, backend
             ),
-            exact=self._exact(engine_size),
+            exact=self._way(engine_size),
             timeout_s=sync.weight_sync_timeout,
             pause=cast("PauseMode", sync.on_weight_update.replace("-", "_")) if sync.max_staleness else None,
             api_key=api_key,
         )
 
-    def _exact(self, engine_size: int) -> Exact | str:
-        """Or the reason why weights cannot go shard to shard."""
+    def _way(self, engine_size: int) -> Exact | Disk | str:
+        """As --weight-sync says; or the reason why weights are broadcast."""
+        from megatron_vespo.weight_sync.disk import Disk
+        from megatron_vespo.weight_sync.disk_folder import run_folder
+        from megatron_vespo.weight_sync.exact import Exact
+
+        sync, why_no_plan = self._settings.sync, other_layout(self._settings.engines.sglang_flags)
+        if sync.weight_sync == "broadcast":
+            return "--weight-sync broadcast"
+        if sync.weight_sync == "disk":
+            assert sync.weight_sync_folder is not None, "checked"
+            folder = run_folder(sync.weight_sync_folder, self._settings.run.output_dir)
+            return Disk(self._source(engine_size), folder, self.export_hf, why_no_plan)
+        return why_no_plan or Exact(self._source(engine_size))
+
+    def _source(self, engine_size: int) -> ExactSource:
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.engine_layout import EngineLayout
-        from megatron_vespo.weight_sync.exact import Exact, ExactSource
+        from megatron_vespo.weight_sync.exact import ExactSource
         from megatron_vespo.weight_sync.places import place_of
         from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
-        flags = self._settings.engines.sglang_flags
-        if (reason := other_layout(flags)) is not None:
-            return reason
-        return Exact(
-            ExactSource(
-                family=self.policy.family,
-                shape=self.policy.shape,
-                shard=TrainerShard(self.rank, place_of(device()), self.policy.part),
-                layout=EngineLayout(engine_size, expert_parallel_size(flags)),
-                dtype=self._args.params_dtype,
-                device=device(),
-                buffer_bytes=self._bucket_bytes,
-                host=self._host,
-                staging=self._settings.sync.weight_sync_staging,
-            )
+        return ExactSource(
+            family=self.policy.family,
+            shape=self.policy.shape,
+            shard=TrainerShard(self.rank, place_of(device()), self.policy.part),
+            layout=EngineLayout(engine_size, expert_parallel_size(self._settings.engines.sglang_flags)),
+            dtype=self._args.params_dtype,
+            device=device(),
+            buffer_bytes=self._bucket_bytes,
+            host=self._host,
+            staging=self._settings.sync.weight_sync_staging,
         )
 
     @property
@@ -256,8 +266,11 @@ class TrainerWorker:
         assert self._link is not None, "connect_engines comes first"
         return self._link
 
-    def sync_weights(self, policy_version: int) -> float:
-        """Make every engine serve the current weights as `policy_version`; the seconds of their pause."""
+    def sync_weights(self, policy_version: int) -> dict[str, float]:
+        """Make every engine serve the current weights as `policy_version`.
+
+        Returns the seconds of their pause and, where weights go through files, the bytes written.
+        """
         from megatron_vespo.checkpoints.buckets import buckets
         from megatron_vespo.weight_sync.weight_link import Weights
 
@@ -266,7 +279,9 @@ class TrainerWorker:
             buckets=lambda: buckets(self.policy.named_hf_weights(), self._bucket_bytes),
             held=self.policy.held_weights,
         )
-        return self._engines.sync(weights, policy_version)
+        metrics = {"sync/pause_seconds": self._engines.sync(weights, policy_version)}
+        written = self._engines.written_bytes
+        return metrics if written is None else metrics | {"sync/bytes": float(written)}
 
     def check_weights(self, policy_version: int, export: Path) -> float:
         """All engines hold the same weights and, when that is due, a checkpoint's; the seconds it took.

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from megatron_vespo.weight_sync.places import place_of
 FLAG = "--weight-sync-folder"
 _OWNER = "owner.json"
 _PREFIX = "run-"
+_END_S = 5.0  # until a process that is killed has ended
+_POLL_S = 0.05
 
 
 class FolderError(WeightSyncError, ValueError):
@@ -52,7 +55,13 @@ class Owner:
 def run_folder(folder: Path, output_dir: Path) -> Path:
     """Below `folder`, for the run with this --output-dir."""
     path = os.path.realpath(output_dir)
-    return folder / f"{_PREFIX}{Path(path).name}-{xxhash.xxh3_64_hexdigest(path)[:8]}"
+    return folder / f"{_PREFIX}{Path(path).name}-{xxhash.xxh3_64_hexdigest(os.fsencode(path))[:8]}"
+
+
+def export_folder(folder: Path, output_dir: Path) -> Path:
+    """Below `folder`, for exports that an engine is compared with. It stays where weights differ."""
+    own = run_folder(folder, output_dir)
+    return own.with_name(own.name.replace(_PREFIX, "weight-check-", 1))
 
 
 def claim(folder: Path) -> str:
@@ -74,6 +83,18 @@ def claim(folder: Path) -> str:
         owner = Owner(_host(), os.getpid(), _started(os.getpid()) or 0, secrets.token_hex(8))
         write_atomically(folder / _OWNER, json.dumps(asdict(owner)))
         return owner.token
+
+
+def release(folder: Path) -> None:
+    """Remove the run's folder where this host has it, when the process that has claimed it has ended."""
+    deadline = time.monotonic() + _END_S
+    while (owner := _owner(folder)) is not None:
+        if not owner.runs():
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        if time.monotonic() > deadline:  # another run's with the same --output-dir
+            return
+        time.sleep(_POLL_S)
 
 
 def sees(folder: Path, token: str) -> bool:

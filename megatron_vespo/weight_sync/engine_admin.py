@@ -85,14 +85,16 @@ class EngineAdmin:
         if self.pause is not None:
             self.call("/continue_generation", {})
 
-    def begin(self) -> None:
-        """Open the engines for new weights."""
+    def begin(self, in_session: bool = True) -> None:
+        """Open the engines for new weights. A checkpoint that they read themselves needs no session."""
         self.stop_generation()
-        self.call("/begin_weight_update", {})
+        if in_session:
+            self.call("/begin_weight_update", {})
 
-    def finish(self, policy_version: int) -> None:
+    def finish(self, policy_version: int, in_session: bool = True) -> None:
         """Close the engines' update, check that each now serves `policy_version`, and let requests go on."""
-        self.call("/end_weight_update", {})
+        if in_session:
+            self.call("/end_weight_update", {})
         for url, answer in zip(self.urls, self.infos(), strict=True):
             found = answer.get("weight_version")
             if found != str(policy_version):

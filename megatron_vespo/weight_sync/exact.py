@@ -57,6 +57,9 @@ class ExactSource:
 class Exact:
     """One trainer rank's part. Rank 0 speaks to the engines."""
 
+    way = "weights go to the engines shard to shard"
+    in_session = True  # engines load between their begin and end of a weight update
+
     def __init__(self, source: ExactSource):
         self._source = source
         self._leads = source.shard.rank == 0

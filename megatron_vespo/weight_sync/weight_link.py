@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vespo.weight_sync.agreement import together
 from megatron_vespo.weight_sync.broadcast import Broadcast
+from megatron_vespo.weight_sync.disk import Disk
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin, PauseMode
 from megatron_vespo.weight_sync.exact import Exact, NotExactError
 from megatron_vespo.weight_sync.verify import Sums, forget_weights
@@ -33,8 +34,8 @@ class Weights:
 class WeightLink:
     """One rank's end. Rank 0 of the trainer makes the calls that go to all engines.
 
-    Weights go shard to shard where `exact` is an Exact and its plan holds for the engines; else they are
-    broadcast, and `why_broadcast` says why.
+    Weights take the way of `exact`: shard to shard, where its plan holds for the engines, or through files.
+    Else they are broadcast, and `why_broadcast` says why.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class WeightLink:
         *,
         rank: int,
         broadcast: Broadcast,
-        exact: Exact | str,
+        exact: Exact | Disk | str,
         timeout_s: float,
         pause: PauseMode | None,
         api_key: str | None = None,
     ):
         """`exact` may be the reason why there is none."""
         self._rank, self._broadcast = rank, broadcast
-        self._exact = exact if isinstance(exact, Exact) else None
+        self._exact = None if isinstance(exact, str) else exact
         self.why_broadcast = exact if isinstance(exact, str) else None
         self._timeout_s, self._api_key = timeout_s, api_key
         self._pause: PauseMode | None = pause
@@ -86,13 +87,26 @@ class WeightLink:
         if exact is not None:
             exact.stage(held)
         began = time.monotonic()
-        together(self._rank == 0, self.admin.begin)
+        in_session = exact is None or exact.in_session
+        together(self._rank == 0, self.admin.begin, in_session)
         if exact is not None:
             exact.send(held, policy_version)
         else:
             self._broadcast.send(weights.buckets(), policy_version)
-        together(self._rank == 0, self.admin.finish, policy_version)
+        together(self._rank == 0, self.admin.finish, policy_version, in_session)
         return time.monotonic() - began
+
+    @property
+    def way(self) -> str:
+        """How weights go to the engines that are connected, for people."""
+        if self._exact is not None and self.why_broadcast is None:
+            return self._exact.way
+        return f"weights are broadcast to the engines: {self.why_broadcast}"
+
+    @property
+    def written_bytes(self) -> int | None:
+        """What the last sync has written into files; None where weights take another way."""
+        return self._exact.written_bytes if isinstance(self._exact, Disk) else None
 
     def close(self) -> None:
         """Leave the engines as they are."""

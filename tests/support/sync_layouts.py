@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -110,4 +111,14 @@ def engine_weights(
             found[f"{module}.gate_up_proj.weight"] = torch.cat([tensor.chunk(tp)[rank], up.chunk(tp)[rank]])
         elif not name.endswith(("up_proj.weight", "k_proj.weight", "v_proj.weight")):
             found[name] = tensor
+    return found
+
+
+def changed_weights(family: Family, shape: ModelShape, steps: Sequence[float]) -> dict[str, Tensor]:
+    """The same in fp32 after some steps, of which each has changed its share of the elements."""
+    found = {name: tensor.float() for name, tensor in weights(family, shape).items()}
+    for number, share in enumerate(steps):
+        draw = torch.Generator().manual_seed(number)
+        for tensor in found.values():
+            tensor[torch.rand(tensor.shape, generator=draw) < share] += 0.5
     return found

@@ -80,13 +80,14 @@ class Trainer:
         if name in self.lose:
             raise EnginesLostError({url: f"engine {url}: gone" for url in self.lose.pop(name)})
 
-    def connect_engines(self, urls, fresh, number, engine_size, api_key) -> None:
+    def connect_engines(self, urls, fresh, number, engine_size, api_key) -> str:
         assert api_key == KEY
         self._call("connect", urls, fresh, number, engine_size)
+        return "weights go somehow"
 
-    def sync_weights(self, version: int) -> float:
+    def sync_weights(self, version: int) -> dict[str, float]:
         self._call("sync", version)
-        return 0.25
+        return {"sync/pause_seconds": 0.25}
 
     def check_weights(self, version: int) -> float:
         self._call("check", version)

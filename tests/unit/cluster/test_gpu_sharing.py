@@ -132,11 +132,11 @@ def made(monkeypatch):
         def offload(self, keep_weights: bool = False) -> None:
             base.did.append("offload all but weights" if keep_weights else "offload")
 
-        def sync_weights(self, version: int) -> float:
+        def sync_weights(self, version: int) -> dict[str, float]:
             for endpoint in fleet.running:
                 assert servers.offloaded.get(endpoint.url, set()) == {"kv_cache", "cuda_graph"}
             base.did.append(f"sync {version}")
-            return 0.0
+            return {"sync/pause_seconds": 0.0}
 
         def check_weights(self, version: int) -> float:
             return 0.0
