@@ -1,4 +1,4 @@
-"""Real engines get weights through files: exactly those that they would have loaded; damage makes one lost."""
+"""Real engines get weights through files: exactly those that they would have loaded, or they are lost."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_an_engine_that_sees_another_folder_is_named(engines, policies, tmp_path
     with pytest.raises(FolderError) as error:
         link.connect(first)
     assert str(error.value) == (
-        f"engine {first.url} does not see --weight-sync-folder /proc/self/cwd/files of the trainer, or cannot "
-        "write there: it needs the same file system"
+        f"engine {first.url} does not see --weight-sync-folder /proc/self/cwd/files of the trainer, or "
+        "cannot write there: it needs the same file system"
     )
     link.link.close()
