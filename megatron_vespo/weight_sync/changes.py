@@ -109,4 +109,4 @@ def _from_gaps(gaps: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def _from_bits(bits: NDArray[np.uint8], size: int) -> NDArray[np.int64]:
-    return np.flatnonzero(np.unpackbits(bits, count=size))
+    return np.flatnonzero(np.unpackbits(bits, count=size).view(bool))

@@ -111,6 +111,6 @@ class DiskReceiver:
             return torch.from_numpy(np.ascontiguousarray(array).view(dtype)).to(self._device)
 
         signed = f"<i{itemsize}"
-        integers[moved(changes.positions, "<i8")] = moved(changes.values, signed)
+        integers.scatter_(0, moved(changes.positions, "<i8"), moved(changes.values, signed))
         for start, values in changes.ranges:
             integers[start : start + len(values)] = moved(values.copy(), signed)

@@ -122,6 +122,13 @@ DENOMINATOR = "--ratio-denominator"
     "row",
     [
         ("--min-engines 5 --rollout-engines 4", "--rollout-engines 4"),
+        ("--weight-sync disk", "--weight-sync-folder"),
+        ("--weight-sync-folder x", "--weight-sync disk"),
+        ("--weight-sync disk --weight-sync-folder /dev/null/x", "/dev/null is not a folder"),
+        ("--weight-sync disk --weight-sync-folder x --colocate", "--colocate"),
+        ("--weight-sync broadcast --weight-sync-staging --max-staleness 8", "--weight-sync broadcast"),
+        ("--weight-sync disk --weight-sync-folder x --weight-sync-staging --max-staleness 8",
+         "--weight-sync-staging"),
         ("--eval-temperature 0 --eval-completions 4", "4 times"),
         ("--group-size 1", "group-mean", "global"),
         ("--group-size 1 --advantage-estimator leave-one-out", "leave-one-out", "global"),
