@@ -124,7 +124,7 @@ DENOMINATOR = "--ratio-denominator"
         ("--min-engines 5 --rollout-engines 4", "--rollout-engines 4"),
         ("--weight-sync disk", "--weight-sync-folder"),
         ("--weight-sync-folder x", "--weight-sync disk"),
-        ("--weight-sync disk --weight-sync-folder /dev/null/x", "/dev/null is not a folder"),
+        ("--weight-sync-folder /dev/null/x --weight-sync disk", "/dev/null is not a folder"),
         ("--weight-sync disk --weight-sync-folder x --colocate", "--colocate"),
         ("--weight-sync broadcast --weight-sync-staging --max-staleness 8", "--weight-sync broadcast"),
         ("--weight-sync disk --weight-sync-folder x --weight-sync-staging --max-staleness 8",
