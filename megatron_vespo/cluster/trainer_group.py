@@ -102,7 +102,7 @@ class TrainerGroup:
 
         This and the two that follow raise EnginesLostError; then they can be repeated.
         """
-        arguments = urls, fresh, number, engine_size, api_key, loaded
+        arguments = urls, fresh, number, engine_size, api_key, loaded, self._sync_files
         return self._call("connect_engines", *arguments, timeout_s=sync_timeout_s(self._settings.sync))
 
     def sync_weights(self, policy_version: int) -> dict[str, float]:
@@ -210,9 +210,8 @@ class TrainerGroup:
     def stop(self) -> None:
         for worker in self._workers:
             ray.kill(worker)
-        sync = self._settings.sync
-        if sync.weight_sync_folder is not None:
-            release(run_folder(sync.weight_sync_folder, self._settings.run.output_dir))
+        if self._sync_files is not None:
+            release(self._sync_files)
 
     def wait_until_gone(self) -> None:
         """After `stop`: the processes have ended and their GPUs are free. RuntimeError if one will not go."""
@@ -222,6 +221,12 @@ class TrainerGroup:
             raise RuntimeError(
                 f"trainer rank {calls.index(alive[0])} was killed, but is not gone after {STOP_TIMEOUT_S:g} s"
             )
+
+    @property
+    def _sync_files(self) -> Path | None:
+        """The run's folder of --weight-sync disk. Absolute: ranks may have another current folder."""
+        folder = self._settings.sync.weight_sync_folder
+        return None if folder is None else run_folder(folder, self._settings.run.output_dir)
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         with self._one_call:

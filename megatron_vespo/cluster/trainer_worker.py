@@ -195,20 +195,21 @@ class TrainerWorker:
         engine_size: int,
         api_key: str | None,
         loaded: Mapping[str, Sums] | None,
+        files: Path | None,
     ) -> str:
         """Connect with the engines; `fresh` ones have to get a policy first.
 
-        `loaded` has the checksums of what those had loaded that were offloaded since. Returns how weights go
-        to the engines.
+        `loaded` has the checksums of what those had loaded that were offloaded since. `files` is the
+        run's folder of --weight-sync disk. Returns how weights go to the engines.
         """
         if self._link is None:
-            self._link = self._make_link(engine_size, api_key)
+            self._link = self._make_link(engine_size, api_key, files)
         self._link.loaded |= loaded or {}
         self._link.connect(urls, fresh, number)
         self._all_fresh = set(fresh) == set(urls)
         return self._link.way
 
-    def _make_link(self, engine_size: int, api_key: str | None) -> WeightLink:
+    def _make_link(self, engine_size: int, api_key: str | None, files: Path | None) -> WeightLink:
         from megatron_vespo.trainer.initialize import device
         from megatron_vespo.weight_sync.broadcast import Broadcast
         from megatron_vespo.weight_sync.bucket_sender import sync_backend
@@ -221,25 +222,23 @@ class TrainerWorker:
             broadcast=Broadcast(
                 pp.rank(), pp.size(), self.policy.is_sender, engine_size, self._host, backend
             ),
-            exact=self._way(engine_size),
+            exact=self._way(engine_size, files),
             timeout_s=sync.weight_sync_timeout,
             pause=cast("PauseMode", sync.on_weight_update.replace("-", "_")) if sync.max_staleness else None,
             api_key=api_key,
         )
 
-    def _way(self, engine_size: int) -> Exact | Disk | str:
+    def _way(self, engine_size: int, files: Path | None) -> Exact | Disk | str:
         """As --weight-sync says; or the reason why weights are broadcast."""
         from megatron_vespo.weight_sync.disk import Disk
-        from megatron_vespo.weight_sync.disk_folder import run_folder
         from megatron_vespo.weight_sync.exact import Exact
 
         sync, why_no_plan = self._settings.sync, other_layout(self._settings.engines.sglang_flags)
         if sync.weight_sync == "broadcast":
             return "--weight-sync broadcast"
         if sync.weight_sync == "disk":
-            assert sync.weight_sync_folder is not None, "checked"
-            folder = run_folder(sync.weight_sync_folder, self._settings.run.output_dir)
-            return Disk(self._source(engine_size), folder, self.export_hf, why_no_plan)
+            assert files is not None
+            return Disk(self._source(engine_size), files, self.export_hf, why_no_plan)
         return why_no_plan or Exact(self._source(engine_size))
 
     def _source(self, engine_size: int) -> ExactSource:

@@ -55,7 +55,10 @@ class Owner:
 def run_folder(folder: Path, output_dir: Path) -> Path:
     """Below `folder`, for the run with this --output-dir."""
     path = os.path.realpath(output_dir)
-    return folder / f"{_PREFIX}{Path(path).name}-{xxhash.xxh3_64_hexdigest(os.fsencode(path))[:8]}"
+    return (
+        Path(os.path.abspath(folder))
+        / f"{_PREFIX}{Path(path).name}-{xxhash.xxh3_64_hexdigest(os.fsencode(path))[:8]}"
+    )
 
 
 def export_folder(folder: Path, output_dir: Path) -> Path:
