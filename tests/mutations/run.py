@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "RoPE: the backward pass rotates forward",
         "trainer/rotary.py",
-        "*ctx.saved_tensors, torch.Tensor.sub_",
-        "*ctx.saved_tensors, torch.Tensor.add_",
+        "sin_T1R, torch.Tensor.sub_",
+        "sin_T1R, torch.Tensor.add_",
         ("tests/distributed/test_rotary.py", "megatrons"),
     ),
     Mutation(

@@ -47,7 +47,7 @@ def summed_loss(
     `correction_T` [T] multiplies the terms and is 0 on untrained tokens. `terms` collects the slices' terms,
     not corrected. The gradient is known without autograd, see `TokenLoss`: the backward pass only scales it.
     """
-    return _Summed.apply(  # pyright: ignore[reportReturnType]
+    return _Summed.apply(
         inputs.log_probs_T, lambda: _sum_and_gradient(loss, inputs, aggregation, longest, correction_T, terms)
     )
 
