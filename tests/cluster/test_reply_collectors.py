@@ -22,6 +22,7 @@ from megatron_vespo.rollout.generate_reply import GenerateReplyError
 from megatron_vespo.rollout.router import CollectError, LostRequests
 from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import Completion, SamplingParams
+from tests.cluster.programs.owner import Owner
 from tests.support.builders import make_prompt
 from tests.support.engine_stub import EngineStub
 from tests.support.routed_engine import ROUTES, Engine, routes
@@ -171,13 +172,6 @@ def test_an_engine_that_does_not_answer_in_time(engines, replies):
             collected(engines[:1], replies, request_timeout_s=1.0, max_attempts=2)
     finally:
         engines[0].waits.set()
-
-
-class Owner:
-    """Its objects are lost with it, as those of the driver are with their node."""
-
-    def put(self) -> list[ray.ObjectRef]:
-        return [ray.put(np.zeros(10**6, np.uint8))]
 
 
 def test_routes_that_are_lost_say_so(placement):
