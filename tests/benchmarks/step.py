@@ -3,10 +3,11 @@
     python tests/benchmarks/step.py [--model tiny|100m] [--varied] [--sequences N ...] [--profile SIDE]
 
 Both sides start from the same random Qwen3-MoE in float32 and take optimizer steps of the VESPO loss by Adam,
-on the same samples, in one process and in turn, with one thread of a CPU. The numbers are medians of processor
-seconds, which other work on the machine changes less than the clock. transformers runs with each of its ways to
-compute experts, so that the fastest can be compared with. Sequences have one length, and transformers pads
-nothing; `--varied` draws lengths from 2 to twice the mean. Several `--sequences` give a growth curve.
+on the same samples, in one process and in turn, with one thread of a CPU. The numbers are medians of
+processor seconds, which other work on the machine changes less than the clock. transformers runs with each of
+its ways to compute experts, so that the fastest can be compared with. Sequences have one length, and
+transformers pads nothing; `--varied` draws lengths from 2 to twice the mean. Several `--sequences` give a
+growth curve.
 """
 
 from __future__ import annotations

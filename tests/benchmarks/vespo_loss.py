@@ -110,7 +110,7 @@ def status_bytes(field: str) -> int:
 
 
 def measure(variant: str, padding_share: float, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of forward and backward; bytes of the inputs, and of the peak beyond them."""
+    """Median processor seconds of forward and backward; bytes of the inputs, and of the peak beyond them."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     arguments = inputs(variant, sequence_lengths(options.sequences, options.longest, padding_share))
@@ -119,10 +119,10 @@ def measure(variant: str, padding_share: float, options: argparse.Namespace) -> 
     seconds = []
     for _ in range(options.repeats + 1):
         arguments[0].grad = None
-        started = time.perf_counter()
+        started = time.process_time()
         loss, _ = VARIANTS[variant](*arguments)
         loss.backward()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
         del loss
     return {
         "seconds": statistics.median(seconds[1:]),  # the first one warms up
@@ -184,7 +184,7 @@ def print_table(options: argparse.Namespace) -> None:
     print("\n| padding | variant | ms | x packed | inputs MB | peak beyond MB | sum MB | x packed |")
     print("|---|---|---|---|---|---|---|---|")
     for padding_share in (0.1, 0.5):
-        # in turn, so that a busy machine slows all variants alike; the fastest round counts
+        # in turn, as other work on the machine slows all variants; the fastest round counts
         rounds = [
             {variant: measure_in_process(variant, padding_share)["seconds"] for variant in VARIANTS}
             for _ in range(options.rounds)
