@@ -16,6 +16,11 @@ from torch import Tensor
 CACHED_TOKENS = 2**18
 
 
+def in_host_memory(tensor: Tensor) -> bool:
+    """Whether slices pay, and reading values waits for no device."""
+    return tensor.device.type == "cpu"
+
+
 def boundaries(sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
     """First token of every sequence and the end of the last one, int64 [S + 1]; `sequence_ids_T` ascend."""
     bounds = torch.arange(num_sequences + 1, device=sequence_ids_T.device)
@@ -44,7 +49,7 @@ def segment_sums(values_T: Tensor, bounds: Tensor) -> Tensor:
     The sum is in float64, as fp32 sums of 32k tokens drift.
     """
     values_T = values_T.detach()
-    if values_T.device.type != "cpu":
+    if not in_host_memory(values_T):
         return torch.segment_reduce(values_T.double(), "sum", offsets=bounds, initial=0.0)
     if values_T.dtype != torch.float32 or values_T.dim() > 1:  # numpy widens plain float32 as it sums
         values_T = values_T.double()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vespo.algorithms import segments
 from megatron_vespo.algorithms.segments import boundaries, cached_runs, mask_of_some, segment_sums
 
 RatioDenominator = Literal["recomputed", "rollout", "decoupled", "decoupled-token"]
@@ -159,7 +160,7 @@ def _masked_sums(
             terms_TK if mask_T is None else terms_TK.masked_fill(mask_T[:, None] == 0, 0.0), bounds
         )
 
-    if loss_mask_T.device.type != "cpu":
+    if not segments.in_host_memory(loss_mask_T):
         return sums(slice(None), loss_mask_T, bounds)
     parts = [
         sums(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vespo.algorithms import segments
 from megatron_vespo.algorithms.segments import boundaries, cached_runs, mask_of_some
 
 # the sum of a tensor over all ranks that hold parts of the optimizer step; they all get the same
@@ -44,7 +45,7 @@ class LossInputs:
         The log-probs of a slice carry no gradient.
         """
         log_probs_T = self.log_probs_T.detach()
-        if log_probs_T.device.type != "cpu":
+        if not segments.in_host_memory(log_probs_T):
             yield slice(None), replace(self, log_probs_T=log_probs_T)
             return
         bounds = boundaries(self.sequence_ids_T, len(self.advantages_S)).tolist()

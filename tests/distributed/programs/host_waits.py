@@ -78,6 +78,9 @@ def waits_of_a_step(policy, samples) -> tuple[int, Counter[str]]:
 
 def main() -> None:
     policy, samples = start_policy()
+    from megatron_vespo.algorithms import segments
+
+    segments.in_host_memory = lambda tensor: False  # as on a GPU
     results = {}
     for name, chosen in (("half", samples[: len(samples) // 2]), ("whole", samples)):
         number, places = waits_of_a_step(policy, chosen)
