@@ -54,9 +54,9 @@ def test_completions_against_transformers(engine, reference, prompts, temperatur
         [i] * 4 for i in range(5)
     ]
     for completion in (completion for group in groups for completion in group):
-        tokens = completion.prompt.token_ids + completion.token_ids
+        tokens = np.concatenate([completion.prompt.token_ids, completion.token_ids])
         with torch.no_grad():
-            output = reference(torch.tensor([tokens]), output_router_logits=True)
+            output = reference(torch.from_numpy(tokens).long()[None], output_router_logits=True)
         expected = completion_log_probs(reference, completion, temperature)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
         for layer in range(NUM_LAYERS):
