@@ -8,8 +8,8 @@ from megatron_vespo.observability.metrics import read_metrics
 from tests.support.interrupted import command, curve
 from tests.support.runs import finished
 
-# deterministic engines; a few steps
-FLAGS = "--train-iters 4 --save-interval 4 --weight-check-interval 2 --seed 3".split()
+# deterministic engines; a few steps, and responses that have room to end: others get no reward
+FLAGS = "--train-iters 4 --save-interval 4 --weight-check-interval 2 --max-completion-tokens 48".split()
 
 
 @pytest.mark.slow
