@@ -56,6 +56,10 @@ def _check_training(args: Namespace) -> None:
         )
     if args.fp16:
         raise ValueError("--fp16: policy and engines share fp32 or, with --bf16, bfloat16")
+    if args.rotary_interleaved:
+        raise ValueError(
+            "--rotary-interleaved: models of these families rotate the halves of a head: leave it out"
+        )
     if args.optimizer_cpu_offload and (args.distributed_backend == "gloo" or not args.bf16):
         raise ValueError(
             "--optimizer-cpu-offload moves the optimizer of a --bf16 model out of GPU memory: it needs both"

@@ -22,7 +22,8 @@ LAYOUT = {
     "min_lr": None, "lr_warmup_iters": 0, "lr_decay_iters": None, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "clip_grad": 1.0, "weight_decay": 0.0, "seq_length": 100, "max_prompt_tokens": 40,
     "max_completion_tokens": 60, "max_tokens_per_gpu": 100, "routing_replay": None,
-    "moe_router_fusion": False, "moe_router_topk": 2, "moe_aux_loss_coeff": [0.0], "moe_z_loss_coeff": None,
+    "moe_router_fusion": False, "rotary_interleaved": False, "moe_router_topk": 2,
+    "moe_aux_loss_coeff": [0.0], "moe_z_loss_coeff": None,
     "max_position_embeddings": 100, "global_batch_size": 32, "num_attention_heads": 8, "num_query_groups": 4,
     "num_experts": 8, "moe_ffn_hidden_size": 6, "ffn_hidden_size": 16, "num_layers": 4,
 }  # fmt: skip
@@ -253,6 +254,7 @@ LONGEST = "--max-prompt-tokens 40 + --max-completion-tokens 60 = 100"
         ({"optimizer_cpu_offload": True}, [OFFLOAD, "--bf16"]),
         ({"optimizer_cpu_offload": True, "bf16": True, "distributed_backend": "gloo"}, [OFFLOAD, "GPU"]),
         ({"fp16": True}, ["--fp16", "--bf16"]),
+        ({"rotary_interleaved": True}, ["--rotary-interleaved", "leave it out"]),
         ({"max_tokens_per_gpu": 99}, ["--max-tokens-per-gpu 99 x --context-parallel-size 1", LONGEST]),
         ({"context_parallel_size": 2, "max_tokens_per_gpu": 49, "seq_length": 99},
          ["--max-tokens-per-gpu 49 x --context-parallel-size 2", LONGEST]),
