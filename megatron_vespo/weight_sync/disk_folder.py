@@ -140,7 +140,7 @@ def _started(pid: int) -> int | None:
     """When the process has started; None without one."""
     try:
         # behind the name, which may have any character in it
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
 

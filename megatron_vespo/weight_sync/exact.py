@@ -98,14 +98,15 @@ class Exact:
             announce(self._open_store, self._num_staged)
         works = [work for group in range(self._num_groups) for work in self._prepare(group, held)]
         # with NCCL all work of this GPU would wait behind what is sent, also that of `gathered`
-        error = _finished(works) if self._source.backend == "gloo" else None
+        waits = self._source.backend == "gloo"
+        error = _finished(works) if waits else None
         failed = any(gathered(error is not None))
         if self._leads:
             error = self._lost() if failed else self._staged()
         if failed or any(gathered(error is not None)):
             self._leave()
         agree(error)
-        agree(_finished(works))
+        agree(None if waits else _finished(works))  # a second wait of gloo's would never end
 
     def send(self, held: Mapping[str, Tensor], policy_version: int) -> None:
         """All of the weights: a group is packed while the engines copy the one before; a collective.

@@ -34,10 +34,10 @@ class Admin:
     def __init__(self):
         self.error: WeightSyncError | None = None
 
-    def begin(self) -> None:
+    def begin(self, in_session: bool) -> None:
         pass
 
-    def finish(self, version: int) -> None:
+    def finish(self, version: int, in_session: bool) -> None:
         if self.error is not None:
             raise self.error
 
