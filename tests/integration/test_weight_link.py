@@ -150,7 +150,7 @@ def test_an_engine_that_is_dead_when_it_is_to_be_connected(engines, link, weight
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, policies, how):
+def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, policies, how, request):
     first, second = engines
     urls, number = [first.url, second.url], 10 * how
     restart(second)
@@ -174,7 +174,8 @@ def test_an_engine_that_is_lost_in_a_sync(engines, link, weights, policies, how)
     print(versions)
     # nothing was generated between the two, with a part of the weights
     assert all(seen <= {number, number + 1} for seen in versions)
-    assert any(len(seen) == 2 for seen in versions)
+    # engines generate while weights are staged: all may have ended before the hung one is noticed
+    assert "staged" in request.node.callspec.params["link"] or any(len(seen) == 2 for seen in versions)
     restart(second)
     link.connect(urls, [second.url], number + 2)
     link.sync(weights[1], number + 2)
