@@ -32,10 +32,10 @@ def together(mine: bool, action: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in the order of the group's ranks."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -21,7 +21,7 @@ from megatron_vespo.weight_sync.engine_admin import EngineAdmin, EnginesLostErro
 from megatron_vespo.weight_sync.engine_calls import post_messages
 from megatron_vespo.weight_sync.exact import ExactSource
 from megatron_vespo.weight_sync.messages import DiskHello, DiskLoad, DiskPlan
-from megatron_vespo.weight_sync.plan import Plan, make_plan
+from megatron_vespo.weight_sync.plan import Plan
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 
 # of the trainer with answers that another host has written: file systems may show them later
@@ -142,11 +142,8 @@ class Disk:
 
     def _plan(self, shards: Sequence[TrainerShard]) -> Plan | str:
         """Or the reason why there is none."""
-        source = self._source
         try:
-            return make_plan(
-                source.family, source.shape, shards, source.layout, source.dtype.itemsize, source.buffer_bytes
-            )
+            return self._source.plan(shards)
         except ValueError as error:
             return str(error)
 
@@ -249,29 +246,18 @@ class Disk:
 
 def disk_plan(plan: Plan, engine_rank: int, dtype: str, folder: Path) -> DiskPlan:
     """What one engine rank has to know."""
-    matrices = plan.matrices[engine_rank]
-    numbers = {name: number for number, name in enumerate(matrices)}
+    shard = plan.of_rank(engine_rank)
     return DiskPlan(
         folder=str(folder),
         engine_rank=engine_rank,
         dtype=dtype,
-        matrices=[(name, *size) for name, size in matrices.items()],
+        matrices=shard.matrices,
         pieces=[
             [
-                piece.source,
-                piece.group,
-                numbers[piece.parameter],
-                piece.to_row,
-                piece.to_col,
-                piece.rows,
-                piece.cols,
-            ]  # fmt: skip
-            for piece in plan.pieces
-            if piece.engine_rank == engine_rank
+                piece.source, piece.group, shard.numbers[piece.parameter], piece.to_row, piece.to_col,
+                piece.rows, piece.cols,
+            ]
+            for piece in shard.pieces
         ],
-        padding=[
-            [numbers[fill.parameter], fill.to_row, fill.rows]
-            for fill in plan.padding
-            if fill.engine_rank == engine_rank
-        ],
-    )
+        padding=shard.padding,
+    )  # fmt: skip

@@ -112,6 +112,8 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         connection.take(message, model)
     elif isinstance(connection, _Connection) and isinstance(message, Introduction | Join | Load):
         connection.take(message, model)
+    else:  # there is nobody to tell; the engine ends, and the trainer finds it lost
+        raise RuntimeError(f"{type(message).__name__} before a hello of the same kind")
 
 
 def _say_hello(hello: Hello | DiskHello, model: nn.Module) -> None:

@@ -49,6 +49,10 @@ class ExactSource:
     host: str  # the address of this rank's host
     staging: bool = False  # engines have room for all weights beside those that they use
 
+    def plan(self, shards: Sequence[TrainerShard]) -> Plan:
+        """From these trainer ranks. ValueError as in `make_plan`."""
+        return make_plan(self.family, self.shape, shards, self.layout, self.dtype.itemsize, self.buffer_bytes)
+
     @property
     def backend(self) -> str:
         return "nccl" if self.device.type == "cuda" else "gloo"
@@ -173,11 +177,8 @@ class Exact:
         return found
 
     def _plan_of(self, shards: Sequence[TrainerShard]) -> Plan:
-        source = self._source
         try:
-            return make_plan(
-                source.family, source.shape, shards, source.layout, source.dtype.itemsize, source.buffer_bytes
-            )
+            return self._source.plan(shards)
         except ValueError as error:
             raise NotExactError(str(error)) from error
 

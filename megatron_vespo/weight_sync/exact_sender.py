@@ -88,6 +88,7 @@ def introduction(
 ) -> Introduction:
     """What one engine rank has to know. `handles` are those of all trainer ranks."""
     plan, landing = wiring.plan, wiring.landing(receiver)
+    shard = plan.of_rank(receiver.rank)
     in_place = sorted(source for source in wiring.sources if wiring.reads_in_place(receiver, source))
     buffers = [(handles[source, OWN], plan.buffer_bytes) for source in in_place]
     numbers: dict[int | None, int] = {source: number for number, source in enumerate(in_place)}
@@ -95,28 +96,21 @@ def introduction(
         numbers[None] = len(buffers)
         handle = "" if landing.home is None else handles[landing.home, receiver.slot]
         buffers.append((handle, landing.size))
-    matrices = plan.matrices[receiver.rank]
-    parameters = {name: number for number, name in enumerate(matrices)}
     pieces = []
-    for piece in plan.pieces:
-        if piece.engine_rank == receiver.rank:
-            where, offset = wiring.place_of(piece, receiver)
-            pieces.append([
-                piece.group, numbers[where], offset, parameters[piece.parameter],
-                piece.to_row, piece.to_col, piece.rows, piece.cols,
-            ])  # fmt: skip
+    for piece in shard.pieces:
+        where, offset = wiring.place_of(piece, receiver)
+        pieces.append([
+            piece.group, numbers[where], offset, shard.numbers[piece.parameter],
+            piece.to_row, piece.to_col, piece.rows, piece.cols,
+        ])  # fmt: skip
     return Introduction(
         dtype=str(dtype).removeprefix("torch."),
         num_groups=plan.num_groups,
         ring=ring,
         buffers=buffers,
-        matrices=[(name, *size) for name, size in matrices.items()],
+        matrices=shard.matrices,
         pieces=pieces,
-        padding=[
-            [parameters[fill.parameter], fill.to_row, fill.rows]
-            for fill in plan.padding
-            if fill.engine_rank == receiver.rank
-        ],
+        padding=shard.padding,
         arrivals=[
             [group, source, *span] for (group, source), span in landing.spans.items() if landing.home is None
         ],

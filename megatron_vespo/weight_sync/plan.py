@@ -24,10 +24,6 @@ from megatron_vespo.weight_sync.engine_layout import (
 from megatron_vespo.weight_sync.trainer_layout import Held, Sources, TrainerShard
 
 
-class MissingPartError(ValueError):
-    """The given trainer ranks do not hold the whole model."""
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A rectangle of `rows` x `cols` elements on its way.
@@ -67,6 +63,19 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class EngineShard:
+    """What a plan says of one engine rank, in the form of `messages`.
+
+    `numbers` are the positions of SGLang's parameters in `matrices`, which are names, rows and columns.
+    """
+
+    numbers: dict[str, int]
+    matrices: list[tuple[str, int, int]]
+    pieces: list[Piece]
+    padding: list[list[int]]  # parameter, its first row of padding, number of rows
+
+
+@dataclass(frozen=True)
 class Plan:
     """Of one engine. Every engine with the same sources has the same plan, and reads the same buffers."""
 
@@ -75,6 +84,20 @@ class Plan:
     matrices: list[dict[str, tuple[int, int]]]  # by engine rank: SGLang's parameter -> its rows and columns
     num_groups: int
     buffer_bytes: int  # of the fullest buffer
+
+    def of_rank(self, engine_rank: int) -> EngineShard:
+        matrices = self.matrices[engine_rank]
+        numbers = {name: number for number, name in enumerate(matrices)}
+        return EngineShard(
+            numbers,
+            [(name, *size) for name, size in matrices.items()],
+            [piece for piece in self.pieces if piece.engine_rank == engine_rank],
+            [
+                [numbers[fill.parameter], fill.to_row, fill.rows]
+                for fill in self.padding
+                if fill.engine_rank == engine_rank
+            ],
+        )
 
     def sent_by(self, ranks: Sequence[int]) -> Plan:
         """The same plan with trainer rank `ranks[n]` in the place of n; `ranks` are ascending."""
@@ -125,7 +148,7 @@ def make_plan(
 ) -> Plan:
     """Pieces in groups: of each at most `buffer_bytes` leave a trainer rank or come to an engine rank.
 
-    MissingPartError if `shards` do not hold the whole model, ValueError if SGLang's layout is not known.
+    ValueError if `shards` do not hold the whole model, or if SGLang's layout is not known.
     """
     planner = _Planner(family, shape, shards, layout, element_bytes, buffer_bytes)
     pieces: list[Piece] = []
@@ -222,7 +245,7 @@ class _Planner:
         candidates = self._holders.of(kind.row, numbers)
         for copy, engine_rank, parameter, expert_row in kind.copies_of(numbers):
             if copy.tp_rank not in candidates:
-                raise MissingPartError(f"no trainer rank has {kind.tensor(numbers)}")
+                raise ValueError(f"no trainer rank has {kind.tensor(numbers)}")
             for share in self.buffers.place(candidates[copy.tp_rank], engine_rank, copy.rows, copy.cols):
                 yield copy, engine_rank, parameter, expert_row, share
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from megatron_vespo.weight_sync.engine_admin import EnginesLostError
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.verify import check_against_checkpoint, check_engines_agree
 from megatron_vespo.weight_sync.weight_link import WeightLink, Weights
-from tests.support.servers import HOST, make_tiny_model, tiny_engine
+from tests.support.servers import HOST, make_tiny_model, two_engines
 from tests.support.whole_model import exact_source, held_weights, tensors_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -33,13 +32,8 @@ BUFFER_BYTES = 300_000
 
 @pytest.fixture(scope="module")
 def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLangServer]]:
-    folder = tmp_path_factory.mktemp("disk")
-    first, second = (tiny_engine(tiny_model, folder / f"{number}.log") for number in (0, 1))
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(SGLangServer.start, (first, second)))
-    yield first, second
-    for engine in (first, second):
-        engine.stop(timeout_s=0)
+    with two_engines(tiny_model, tmp_path_factory.mktemp("disk")) as both:
+        yield both
 
 
 @pytest.fixture(scope="module", autouse=True)

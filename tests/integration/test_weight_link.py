@@ -27,7 +27,7 @@ from megatron_vespo.weight_sync.places import Place
 from megatron_vespo.weight_sync.verify import Sums, check_engines_agree, weight_sums
 from megatron_vespo.weight_sync.weight_link import WeightLink, Weights
 from tests.support.builders import make_prompt
-from tests.support.servers import HOST, ROUTES, make_tiny_model, tiny_engine
+from tests.support.servers import HOST, ROUTES, make_tiny_model, two_engines
 from tests.support.whole_model import exact_source, held_weights
 
 TIMEOUT_S = 20.0
@@ -36,13 +36,8 @@ BUCKET_BYTES = 100_000
 
 @pytest.fixture(scope="module")
 def engines(tiny_model, tmp_path_factory) -> Iterator[tuple[SGLangServer, SGLangServer]]:
-    folder = tmp_path_factory.mktemp("link")
-    first, second = (tiny_engine(tiny_model, folder / f"{number}.log") for number in (0, 1))
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(SGLangServer.start, (first, second)))
-    yield first, second
-    for engine in (first, second):
-        engine.stop(timeout_s=0)
+    with two_engines(tiny_model, tmp_path_factory.mktemp("link")) as both:
+        yield both
 
 
 @pytest.fixture(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vespo.rollout.generate_reply import RouteShape
@@ -81,6 +83,19 @@ def tiny_engine(model: Path, log_path: Path, *more: str, api_key: str | None = N
     )
     port = find_free_port(HOST)
     return SGLangServer(str(model), HOST, port, arguments, log_path, START_TIMEOUT_S, api_key)
+
+
+@contextmanager
+def two_engines(model: Path, folder: Path) -> Iterator[tuple[SGLangServer, SGLangServer]]:
+    """Started side by side."""
+    first, second = (tiny_engine(model, folder / f"{number}.log") for number in (0, 1))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(SGLangServer.start, (first, second)))
+    try:
+        yield first, second
+    finally:
+        for engine in (first, second):
+            engine.stop(timeout_s=0)
 
 
 def start_in_short_lived_thread(engine: SGLangServer) -> None:

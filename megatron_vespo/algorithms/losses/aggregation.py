@@ -27,11 +27,14 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
 def weighted_sum(loss_T: Tensor, inputs: LossInputs, aggregation: Aggregation, longest: int) -> Tensor:
     """The numerator's part of this micro-batch and rank; terms of untrained tokens may be NaN."""
+    return inputs.masked(_scaled(loss_T, inputs, aggregation, longest)).sum()
+
+
+def _scaled(values_T: Tensor, inputs: LossInputs, aggregation: Aggregation, longest: int) -> Tensor:
+    """Terms, or their gradients, as they stand in the numerator."""
     if aggregation == "sequence-mean-token-mean":
-        loss_T = loss_T / inputs.per_token(inputs.lengths_S)
-    elif aggregation == "constant":
-        loss_T = loss_T / longest
-    return inputs.masked(loss_T).sum()
+        return values_T / inputs.per_token(inputs.lengths_S)
+    return values_T / longest if aggregation == "constant" else values_T
 
 
 def summed_loss(
@@ -86,10 +89,7 @@ def _sum_and_gradient(
             by_log_prob_T = part.masked(-(term.weight_T * part.per_token(part.advantages_S)))
         scale_T = None if correction_T is None else correction_T[tokens]
         loss_T = term.loss_T if scale_T is None else term.loss_T * scale_T
-        if aggregation == "sequence-mean-token-mean":
-            by_log_prob_T = by_log_prob_T / part.per_token(part.lengths_S)
-        elif aggregation == "constant":
-            by_log_prob_T = by_log_prob_T / longest
+        by_log_prob_T = _scaled(by_log_prob_T, part, aggregation, longest)
         gradient_T[tokens] = by_log_prob_T if scale_T is None else by_log_prob_T * scale_T
         totals.append(weighted_sum(loss_T, part, aggregation, longest))
         if terms is not None:
