@@ -207,13 +207,17 @@ class SGLangServer:
 
 
 def group_members(process_group: int) -> list[int]:
-    """Ids of the group's processes that still run; zombies do not count."""
+    """Ids of the group's processes that still run; zombies do not count.
+
+    While other threads of a process end, it looks like a zombie, but still holds its ports.
+    """
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-        except (OSError, ValueError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            state, group, num_threads = fields[0], int(fields[2]), int(fields[17])
+        except (OSError, ValueError, IndexError):
             continue  # it has just ended
-        if int(group) == process_group and state != "Z":
+        if group == process_group and (state != "Z" or num_threads > 1):
             members.append(int(stat.parent.name))
     return members
