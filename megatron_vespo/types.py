@@ -4,15 +4,17 @@ One sample's life:
 
     Prompt --engine--> Completion --reward--> Completion.reward --advantages--> TrainingSample
 
-Shapes: P prompt tokens, C completion tokens, L layers, K experts per token.
+Shapes: P prompt tokens, C completion tokens, N of them sampled by the policy, L layers, K experts per token.
+N = C in a response of one turn. In a conversation, the other C - N tokens are given: an environment, a tool
+or the chat template wrote them. They have no log-prob and no policy version, and nothing trains on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -62,9 +64,7 @@ class VersionSpans:
     @classmethod
     def joined(cls, parts: Iterable[VersionSpans]) -> VersionSpans:
         """Return the spans of all tokens, part after part."""
-        spans = [span for part in parts for span in zip(part.versions, part.lengths, strict=True)]
-        merged = [(version, sum(n for _, n in run)) for version, run in groupby(spans, lambda span: span[0])]
-        return cls(tuple(version for version, _ in merged), tuple(length for _, length in merged))
+        return cls(*_merged(span for part in parts for span in zip(part.versions, part.lengths, strict=True)))
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -94,6 +94,58 @@ class VersionSpans:
     def array(self) -> np.ndarray:
         """Return one version per token, int64 [C]."""
         return np.repeat(np.array(self.versions, np.int64), self.lengths)
+
+
+def _merged[Value: Hashable](
+    spans: Iterable[tuple[Value, int]],
+) -> tuple[tuple[Value, ...], tuple[int, ...]]:
+    """Return values and lengths of the spans; neighbours of equal value become one, empty ones vanish."""
+    runs = groupby(((value, n) for value, n in spans if n), lambda span: span[0])
+    merged = [(value, sum(n for _, n in run)) for value, run in runs]
+    return tuple(value for value, _ in merged), tuple(length for _, length in merged)
+
+
+Writer = Literal["policy", "environment", "tool"]  # the last two include the chat template's tokens
+WRITERS: tuple[Writer, ...] = get_args(Writer)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Who wrote each token of one response, stored as spans. Tokens of "policy" are sampled, others given.
+
+    Example: Segments(writers=("policy", "tool", "policy"), lengths=(12, 5, 30)) has 47 tokens, 42 sampled
+    """
+
+    writers: tuple[Writer, ...]  # neighbours differ
+    lengths: tuple[int, ...]  # tokens per span, at least 1
+
+    @classmethod
+    def single(cls, writer: Writer, length: int) -> Segments:
+        """Return the segments of `length` tokens of one writer."""
+        return cls((writer,), (length,)) if length else cls((), ())
+
+    @classmethod
+    def joined(cls, parts: Iterable[Segments]) -> Segments:
+        """Return the segments of all tokens, part after part."""
+        return cls(*_merged(span for part in parts for span in zip(part.writers, part.lengths, strict=True)))
+
+    def __len__(self) -> int:
+        """Return the number of tokens, C."""
+        return sum(self.lengths)
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that the policy sampled, N."""
+        return sum(n for writer, n in zip(self.writers, self.lengths, strict=True) if writer == "policy")
+
+    @property
+    def num_turns(self) -> int:
+        """Number of spans that the policy sampled."""
+        return self.writers.count("policy")
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens the policy sampled, bool [C]."""
+        return np.repeat(np.array([writer == "policy" for writer in self.writers], bool), self.lengths)
 
 
 class Routes(Protocol):
@@ -161,8 +213,8 @@ class Completion:
 
     prompt: Prompt
     token_ids: np.ndarray  # [C] int32, the stop token included when there is one
-    log_probs: np.ndarray  # [C] float32, the engine's, at `temperature`
-    policy_versions: VersionSpans  # of C tokens, the version of the weights that made each
+    log_probs: np.ndarray  # [N] float32, the engine's, at `temperature`
+    policy_versions: VersionSpans  # of N tokens, the version of the weights that made each
     # [P + C - 1, L, K] uint8, the choices of the passes that sampled (the last token never enters); None if
     # nobody asked, or if the engine has lost them: see `num_retractions`
     routed_experts: np.ndarray | Routes | None
@@ -175,10 +227,23 @@ class Completion:
     # How often the engine dropped its keys and values, for want of memory or for new weights. It computes
     # them anew from the tokens, in another kind of pass, and its routes are those of that pass.
     num_retractions: int = 0
+    segments: Segments | None = None  # of C tokens; None: the policy sampled every token
+    turn_rewards: tuple[float, ...] = ()  # an environment's, one per step that gave one
+    environment_error: str = ""  # why the environment failed; the reward is then 0.0, its status "error"
+    # JSON values that a generate function or an environment hands to the reward function
+    reward_data: dict[str, Any] = field(default_factory=dict)
+    reward_parts: dict[str, float] = field(
+        default_factory=dict
+    )  # what a reward function names beside `reward`
 
     def __post_init__(self) -> None:
         self.token_ids = token_array(self.token_ids)
         self.policy_versions = VersionSpans.of(self.policy_versions)
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens that the policy sampled, N: the response's length in every length statistic."""
+        return len(self.token_ids) if self.segments is None else self.segments.num_sampled
 
     @property
     def shaped_reward(self) -> float:
@@ -189,7 +254,7 @@ class Completion:
 
 @dataclass
 class TrainingSample:
-    """One sequence to train on. Trained tokens are the completion's, positions [P, P + C).
+    """One sequence to train on. Trained tokens are those of positions [P, P + C) that the policy sampled.
 
     `token_ids` and `policy_versions` may be given as lists or arrays, one entry per token.
 
@@ -201,17 +266,18 @@ class TrainingSample:
 
     token_ids: np.ndarray  # [P + C] int32
     prompt_length: int
-    behavior_log_probs: np.ndarray  # [C] float32, mu: what the engine said when it sampled
-    policy_versions: VersionSpans  # of C tokens
+    behavior_log_probs: np.ndarray  # [N] float32, mu: what the engine said when it sampled
+    policy_versions: VersionSpans  # of N tokens
     advantage: float
     reward: float
     temperature: float
     group_id: int  # samples of one prompt in one rollout batch share it
-    old_log_probs: np.ndarray | None = None  # [C] float32, pi_old: the trainer's, before the first update
+    old_log_probs: np.ndarray | None = None  # [N] float32, pi_old: the trainer's, before the first update
     # [P + C - 1, L, K] uint8, what the engine chose
     routed_experts: np.ndarray | Routes | None = None
     routes_version: int | None = None  # the policy version that chose them
     replays: bool = True  # False: no routes are known, and the routers choose in spite of R3
+    segments: Segments | None = None  # of C tokens; None: the policy sampled every token
 
     def __post_init__(self) -> None:
         self.token_ids = token_array(self.token_ids)
@@ -223,7 +289,17 @@ class TrainingSample:
 
     @property
     def completion_length(self) -> int:
+        """Number of tokens after the prompt, C, given ones included."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens that the policy sampled, N: the only ones that a loss counts."""
+        return self.completion_length if self.segments is None else self.segments.num_sampled
+
+    def sampled_mask(self) -> np.ndarray:
+        """Return which tokens after the prompt the policy sampled, bool [C]."""
+        return np.ones(self.completion_length, bool) if self.segments is None else self.segments.mask()
 
 
 @dataclass
