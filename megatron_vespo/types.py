@@ -12,7 +12,7 @@ or the chat template wrote them. They have no log-prob and no policy version, an
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal, Protocol, get_args
 
@@ -127,16 +127,20 @@ class Segments:
     @classmethod
     def joined(cls, parts: Iterable[Segments]) -> Segments:
         """Return the segments of all tokens, part after part."""
-        return cls(*_merged(span for part in parts for span in zip(part.writers, part.lengths, strict=True)))
+        return cls(*_merged(span for part in parts for span in part.spans()))
 
     def __len__(self) -> int:
         """Return the number of tokens, C."""
         return sum(self.lengths)
 
+    def spans(self) -> list[tuple[Writer, int]]:
+        """Return writer and number of tokens of each span."""
+        return list(zip(self.writers, self.lengths, strict=True))
+
     @property
     def num_sampled(self) -> int:
         """Number of tokens that the policy sampled, N."""
-        return sum(n for writer, n in zip(self.writers, self.lengths, strict=True) if writer == "policy")
+        return sum(n for writer, n in self.spans() if writer == "policy")
 
     @property
     def num_turns(self) -> int:
@@ -244,6 +248,34 @@ class Completion:
     def num_sampled(self) -> int:
         """Number of tokens that the policy sampled, N: the response's length in every length statistic."""
         return len(self.token_ids) if self.segments is None else self.segments.num_sampled
+
+    @property
+    def num_given_at_end(self) -> int:
+        """Number of tokens after the last sampled one."""
+        given = 0
+        for writer, length in reversed(self.segments.spans() if self.segments else []):
+            if writer == "policy":
+                break
+            given += length
+        return given
+
+    def with_given(self, token_ids: np.ndarray, writer: Writer) -> Completion:
+        """Return a beginning that ends with `token_ids`, int32 [n], which the policy did not sample."""
+        old = self.segments or Segments.single("policy", len(self.token_ids))
+        return replace(
+            self,
+            token_ids=np.concatenate([self.token_ids, token_array(token_ids)]),
+            segments=Segments.joined([old, Segments.single(writer, len(token_ids))]),
+            finish_reason="abort",
+        )
+
+    def last_turn(self) -> np.ndarray:
+        """Return the last tokens that the policy sampled without a break, int32 [n]."""
+        end = len(self.token_ids) - self.num_given_at_end
+        length = end
+        if self.segments is not None:
+            length = next(n for writer, n in reversed(self.segments.spans()) if writer == "policy")
+        return self.token_ids[end - length : end]
 
     @property
     def shaped_reward(self) -> float:

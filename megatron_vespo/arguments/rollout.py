@@ -21,8 +21,6 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="sampling temperature, also of the trainer's log-probs",
     )
-    add("--generate-function", metavar="PATH",
-        help="package.module:function that makes a completion; default: one request")  # fmt: skip
     add("--dynamic-sampling", action="store_true",
         help="skip groups with equal rewards and generate further prompts")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
@@ -39,7 +37,6 @@ class RolloutSettings(Settings):
     max_prompt_tokens: int
     max_completion_tokens: int
     rollout_temperature: float
-    generate_function: str | None
     generate_timeout: float  # seconds
     max_request_retries: int
     dynamic_sampling: bool

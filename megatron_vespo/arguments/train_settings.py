@@ -10,6 +10,7 @@ from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.checkpoint import SaveSettings
 from megatron_vespo.arguments.data import DataSettings
 from megatron_vespo.arguments.engines import EngineSettings
+from megatron_vespo.arguments.environment import EnvironmentSettings
 from megatron_vespo.arguments.evaluation import EvalSettings
 from megatron_vespo.arguments.rewards import RewardSettings
 from megatron_vespo.arguments.rollout import RolloutSettings
@@ -29,6 +30,7 @@ class TrainSettings:
     trainer: TrainerSettings
     data: DataSettings
     rollout: RolloutSettings
+    responses: EnvironmentSettings
     rewards: RewardSettings
     eval: EvalSettings
     engines: EngineSettings
@@ -41,8 +43,9 @@ class TrainSettings:
     def of(cls, args: Namespace) -> TrainSettings:
         return cls(
             args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
-            RewardSettings.of(args), EvalSettings.of(args), EngineSettings.of(args), SyncSettings.of(args),
-            SaveSettings.of(args), RunSettings.of(args), LossSettings.of(args),
+            EnvironmentSettings.of(args), RewardSettings.of(args), EvalSettings.of(args),
+            EngineSettings.of(args), SyncSettings.of(args), SaveSettings.of(args), RunSettings.of(args),
+            LossSettings.of(args),
         )  # fmt: skip
 
     def as_run(self) -> TrainSettings:

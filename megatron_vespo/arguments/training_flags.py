@@ -12,6 +12,8 @@ from megatron_vespo.arguments.checkpoint import add_checkpoint_arguments
 from megatron_vespo.arguments.checks import check_folder, check_positive
 from megatron_vespo.arguments.data import add_data_arguments
 from megatron_vespo.arguments.engines import add_engine_arguments, check_engines
+from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRONMENTS
+from megatron_vespo.arguments.environment import add_environment_arguments, check_environment_flags
 from megatron_vespo.arguments.evaluation import add_eval_arguments, check_eval
 from megatron_vespo.arguments.loss import add_loss_arguments, check_loss
 from megatron_vespo.arguments.placement import add_placement_arguments
@@ -40,9 +42,10 @@ Most used of Megatron's: --train-iters (optimizer steps), --lr, --tensor-model-p
 def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds all of them to `parser`."""
     for add in (
-        add_data_arguments, add_rollout_arguments, add_reward_arguments, add_eval_arguments,
-        add_asynchronous_arguments, add_loss_arguments, add_placement_arguments, add_engine_arguments,
-        add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments, add_run_arguments,
+        add_data_arguments, add_rollout_arguments, add_environment_arguments, add_reward_arguments,
+        add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_placement_arguments,
+        add_engine_arguments, add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments,
+        add_run_arguments,
     ):  # fmt: skip
         add(parser)
     return parser
@@ -59,7 +62,8 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
         "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
     ).split()
-    check_positive(args, positive + [limit.name for limit in TIME_LIMITS])
+    check_positive(args, [*positive, *POSITIVE_OF_ENVIRONMENTS, *(limit.name for limit in TIME_LIMITS)])
+    check_environment_flags(args)
     check_engines(args)
     check_sync(args)
     check_eval(args)

@@ -81,12 +81,16 @@ class ChatFormat:
             raise ValueError("the tokenizer makes no tokens of the prompt")
         return list(token_ids)
 
-    def _templated(self, messages: list[dict]) -> list[int]:
+    def text(self, messages: list[dict]) -> str:
+        """Return what the chat template makes of the messages; ValueError if it refuses them."""
+        return self._templated(messages, tokenize=False)
+
+    def _templated(self, messages: list[dict], *, tokenize: bool = True) -> Any:
         from jinja2 import TemplateError
 
         try:
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False,
+                messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
                 strftime_now=self.date.strftime, **self.arguments,
             )  # fmt: skip
         except TemplateError as error:

@@ -19,10 +19,11 @@ from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
+from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
-from megatron_vespo.rollout.generate_function import GenerateFunction, load_generate_function
+from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.hardware import runs_on_gpus
@@ -39,7 +40,7 @@ class Task:
     prompts: PromptSet | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
     reward: Callable[..., float] | None = None
-    generate: GenerateFunction | None = None  # None: one request gives one completion
+    maker: Maker | None = None  # None: one request gives one completion
     record: bytes | None = None  # identifies the prompts in checkpoints
     remarks: list[str] = field(default_factory=list)  # log lines about the data
 
@@ -53,7 +54,7 @@ def load_task(settings: TrainSettings) -> Task:
     date = saved.date if saved else datetime.now().replace(microsecond=0)
     tokenizer = load_tokenizer(settings.engines.hf_checkpoint, "--hf-checkpoint")
     data = settings.data
-    form = chat_format(data, tokenizer, date)
+    form = with_tools(chat_format(data, tokenizer, date), settings.responses)
     path, overlong = data.prompt_data, data.overlong_prompts
     assert path is not None, "required, but for --train-from"
     prompts = prompt_data(data, path, form, overlong=overlong, flag="--prompt-data")
@@ -72,8 +73,8 @@ def load_task(settings: TrainSettings) -> Task:
     rollout = settings.rollout
     sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, stops)
     reward = load_reward_function(settings.rewards.reward_function)
-    generate = load_generate_function(rollout.generate_function) if rollout.generate_function else None
-    return Task(tokenizer, sampling, prompts, eval_prompts, reward, generate, record.encode(), remarks)
+    maker = make_maker(settings.responses, form, tokenizer, settings.engines.hf_checkpoint)
+    return Task(tokenizer, sampling, prompts, eval_prompts, reward, maker, record.encode(), remarks)
 
 
 def _check_vocabulary(settings: TrainSettings, loaded: PromptSet) -> None:

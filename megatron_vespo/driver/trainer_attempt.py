@@ -191,7 +191,7 @@ class TrainerAttempt:
             check=self._check,
             on_requests=self._services.trace.requests,
             lost=engines.lost,
-            generate_function=self._services.task.generate,
+            maker=self._services.task.maker,
             api_key=self._services.api_key,
             on_wait=partial(self._on_wait, False),
             remote=self._services.replies,

@@ -13,10 +13,9 @@ from megatron_vespo.rollout.engine_client import (
     RemoteClients,
     engine_session,
 )
-from megatron_vespo.rollout.generate_function import GenerateFunction
 from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.router import LostRequests, OnRequests, Router
-from megatron_vespo.rollout.sampler import Check, RejectedDraws, Sampler
+from megatron_vespo.rollout.sampler import Check, Maker, RejectedDraws, Sampler
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
 
@@ -32,7 +31,7 @@ class Collector:
         on_requests: called as (engine, start, end, number), times in nanoseconds since 1970. After every
             `collect` it gets the whole work of an engine: `start` is when the first of its `number` requests
             was sent, `end` when the last was answered. A draw from `connect` calls it once per request.
-        generate_function: a user's own function that makes a completion of several draws.
+        maker: makes a completion of several draws: a user's function, or episodes with an environment.
         on_wait: called every second while `collect` waits.
         remote: processes that send the requests and read the replies; None: this process does.
     """
@@ -49,7 +48,7 @@ class Collector:
         api_key: str | None = None,
         on_requests: OnRequests | None = None,
         lost: LostRequests | None = None,
-        generate_function: GenerateFunction | None = None,
+        maker: Maker | None = None,
         on_wait: Callable[[], None] | None = None,
         remote: RemoteClients | None = None,
     ):
@@ -63,7 +62,7 @@ class Collector:
         self._check = check
         self._api_key = api_key
         self._on_requests = on_requests
-        self._generate_function = generate_function
+        self._maker = maker
         self._remote = remote
 
     @property
@@ -90,19 +89,17 @@ class Collector:
         Raises the first failure, which names the engine, and cancels the other requests: CollectError,
         EngineRequestError, GenerateReplyError, or whatever `check` raises.
         """
-        routes = self._routes if for_training else None
-        return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress, routes))
+        return asyncio.run(self._collect(prompts, sampling, num_completions, seed, on_progress, for_training))
 
     @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Sampler]:
+    async def connect(self, for_training: bool = True) -> AsyncIterator[Sampler]:
         """A sampler for arbitrary draws."""
-        async with self._connect(self._on_requests, self._routes) as sampler:
+        async with self._connect(self._on_requests, for_training) as sampler:
             yield sampler
 
     @asynccontextmanager
-    async def _connect(
-        self, on_requests: OnRequests | None, routes: RouteShape | None
-    ) -> AsyncIterator[Sampler]:
+    async def _connect(self, on_requests: OnRequests | None, for_training: bool) -> AsyncIterator[Sampler]:
+        routes = self._routes if for_training else None
         async with AsyncExitStack() as stack:
             router = Router(
                 self._urls,
@@ -114,7 +111,7 @@ class Collector:
                 lost=self._lost,
             )
             try:
-                yield Sampler(router, self._lost, self._check, self._generate_function)
+                yield Sampler(router, self._lost, self._check, self._maker, not for_training)
             finally:
                 self._lost.report()
 
@@ -129,7 +126,7 @@ class Collector:
         return client
 
     async def _collect(
-        self, prompts, sampling, num_completions, seed, on_progress, routes
+        self, prompts, sampling, num_completions, seed, on_progress, for_training
     ) -> list[list[Completion]]:
         total, done = len(prompts) * num_completions, 0
         rejected = RejectedDraws(total)
@@ -148,7 +145,7 @@ class Collector:
             first, _, before = work.get(engine, (start, end, 0))
             work[engine] = first, end, before + number
 
-        async with self._connect(add_work, routes) as sampler:
+        async with self._connect(add_work, for_training) as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(sampler.watch(self.on_wait))

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_vespo.data.routes import joined_routes
 from megatron_vespo.rollout.generate_reply import RouteShape, parse_generate_reply
 from megatron_vespo.system.http import EngineRequestError, auth_headers
-from megatron_vespo.types import Completion, Prompt, SamplingParams, VersionSpans
+from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments, VersionSpans
 
 CONNECT_TIMEOUT_S = 30.0
 
@@ -40,8 +40,9 @@ class EngineClient(ABC):
     ) -> Completion | None:
         """One sampled completion. `seed` has an effect if the engine runs --enable-deterministic-inference.
 
-        The completion continues from `begun`, a partial completion. Every token keeps the routes of the pass
-        that has sampled it. A result with finish reason "abort" is also partial; None means that no token was
+        The completion continues from `begun`, a partial completion, which may end with given tokens. Every
+        sampled token keeps the routes of the pass that has sampled it. `sampling.max_new_tokens` bounds the
+        whole completion. A result with finish reason "abort" is also partial; None means that no token was
         generated.
 
         Raises EngineRequestError if the engine refuses, GenerateReplyError for an unusable reply,
@@ -53,7 +54,9 @@ class EngineClient(ABC):
         left = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(begun.token_ids))
         # the routes of a beginning are known, or lost for good
         keeps_routes = self._wants_routes and begun.routed_experts is not None
-        rest = await self.draw(asked, left, seed, len(asked.token_ids) - 1 if keeps_routes else None)
+        # given tokens, and the token before them, have not entered a pass yet
+        entered = len(asked.token_ids) - 1 - begun.num_given_at_end
+        rest = await self.draw(asked, left, seed, entered if keeps_routes else None)
         return begun if rest is None else _joined(begun, rest)
 
     @abstractmethod
@@ -128,9 +131,13 @@ def engine_session(timeout_s: float) -> aiohttp.ClientSession:
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
     old, new = begun.routed_experts, rest.routed_experts
+    segments = begun.segments
+    if segments is not None:
+        segments = Segments.joined([segments, Segments.single("policy", len(rest.token_ids))])
     return replace(
-        rest,
-        prompt=begun.prompt,
+        begun,
+        segments=segments,
+        finish_reason=rest.finish_reason,
         token_ids=np.concatenate([begun.token_ids, rest.token_ids]),
         log_probs=np.concatenate([begun.log_probs, rest.log_probs]),
         policy_versions=VersionSpans.joined([begun.policy_versions, rest.policy_versions]),

@@ -79,7 +79,7 @@ class _Stream:
         self.scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
 
     async def run(self, collector: Collector, prompts: Iterable[Prompt]) -> None:
-        async with collector.connect() as sampler:
+        async with collector.connect(for_training=False) as sampler:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(sampler.watch(collector.on_wait))

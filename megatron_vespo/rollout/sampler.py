@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 from megatron_vespo.rollout.buffer import PartialCompletions
-from megatron_vespo.rollout.generate_function import GenerateFunction, run_generate_function
+from megatron_vespo.rollout.episode import Episodes
+from megatron_vespo.rollout.generate_function import CustomGeneration
 from megatron_vespo.rollout.generate_reply import NonFiniteLogProbsError
 from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
@@ -16,6 +19,7 @@ CHECK_INTERVAL_S = 1.0
 # A rare overflow costs one draw. If it were frequent, the policy would train on a biased selection.
 MAX_REJECTED_SHARE = 0.03
 Check = Callable[[], None]
+Maker = Episodes | CustomGeneration
 
 
 class TooManyRejectedError(CollectError):
@@ -37,10 +41,22 @@ class RejectedDraws:
             ) from error
 
 
+class Seeds(NamedTuple):
+    """Seeds of one completion's draws."""
+
+    seed: int  # of the group
+    index: int  # of the completion in the group
+    num_completions: int  # of the group
+
+    def of(self, prompt_id: int, num_rejections: int) -> int:
+        """Return the sampling seed after `num_rejections` draws with non-finite log-probs."""
+        return completion_seed(self.seed, prompt_id, self.index + self.num_completions * num_rejections)
+
+
 class Sampler:
     """Draws from all engines by `router`; usable only inside one event loop.
 
-    `function` makes a completion from draws; without it, each draw is a completion.
+    `maker` makes a completion of several draws. Without it, each draw is a completion.
     """
 
     def __init__(
@@ -48,10 +64,11 @@ class Sampler:
         router: Router,
         lost: LostRequests,
         check: Check | None,
-        function: GenerateFunction | None,
+        maker: Maker | None = None,
+        is_evaluation: bool = False,
     ):
         self._router, self._lost, self._check = router, lost, check
-        self._function = function
+        self._maker, self._is_evaluation = maker, is_evaluation
 
     async def draw(
         self,
@@ -69,17 +86,35 @@ class Sampler:
         an engine returns unfinished continues after `release`.
         """
         known: PartialCompletions = [None] * num_completions if partials is None else partials
-        if self._function is None:
-            return await self._complete(prompt, sampling, seed, index, num_completions, rejected, known)
+        begun = known[index]
+        if begun is not None and begun.finish_reason != "abort":
+            return begun
 
-        async def ask(prompt: Prompt, sampling: SamplingParams, seed: int) -> Completion:
-            return await self._complete(prompt, sampling, seed, 0, 1, rejected, [None])
+        def keep(partial: Completion | None) -> None:
+            known[index] = partial
 
-        completion = known[index]
-        if completion is None:
+        def unfinished(partial: Completion | None) -> None:  # a turn that ends does not end the episode
+            known[index] = None if partial is None else replace(partial, finish_reason="abort")
+
+        async def turn(sampling: SamplingParams, begun: Completion | None) -> Completion:
+            unfinished(begun)
+            seeds = Seeds(seed, index, num_completions)
+            return await self._complete(prompt, sampling, seeds, rejected, begun, unfinished)
+
+        async def ask(
+            prompt: Prompt, sampling: SamplingParams, seed: int, begun: Completion | None = None
+        ) -> Completion:
+            return await self._complete(prompt, sampling, Seeds(seed, 0, 1), rejected, begun, lambda _: None)
+
+        if self._maker is None:
+            seeds = Seeds(seed, index, num_completions)
+            return await self._complete(prompt, sampling, seeds, rejected, begun, keep)
+        if isinstance(self._maker, Episodes):
+            completion = await self._maker.play(prompt, sampling, turn, begun)
+        else:
             own_seed = completion_seed(seed, prompt.prompt_id, index)
-            completion = await run_generate_function(self._function, ask, prompt, sampling, own_seed)
-            known[index] = completion
+            completion = await self._maker.run(ask, prompt, sampling, own_seed, self._is_evaluation)
+        keep(completion)
         return completion
 
     async def hold(self, timeout_s: float) -> None:
@@ -103,19 +138,18 @@ class Sampler:
         self,
         prompt: Prompt,
         sampling: SamplingParams,
-        seed: int,
-        index: int,
-        num_completions: int,
+        seeds: Seeds,
         rejected: RejectedDraws,
-        partials: PartialCompletions,
+        partial: Completion | None,
+        keep: Callable[[Completion | None], None],
     ) -> Completion:
+        """Draws until the engine has ended the completion; `keep` always has the tokens generated so far."""
         rejections: tuple[str, ...] = ()
-        while (partial := partials[index]) is None or partial.finish_reason == "abort":
-            number = index + num_completions * len(rejections)
+        while partial is None or partial.finish_reason == "abort":
+            seed = seeds.of(prompt.prompt_id, len(rejections))
             try:
-                partials[index] = await self._draw_once(
-                    prompt, sampling, completion_seed(seed, prompt.prompt_id, number), partial
-                )
+                partial = await self._draw_once(prompt, sampling, seed, partial)
+                keep(partial)
             except NonFiniteLogProbsError as error:
                 rejected.add(error)
                 rejections += (str(error),)

@@ -54,8 +54,15 @@ class Run:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            logs = self._logs()
             self.kill()
-            raise AssertionError(f"not finished within {timeout_s:g} s:\n{self.output}") from None
+            raise AssertionError(f"not finished within {timeout_s:g} s:\n{self.output}\n{logs}") from None
+
+    def _logs(self) -> str:
+        """The ends of the run's log files, which lie somewhere beside its output."""
+        paths = sorted(self.output_path.parent.glob("**/logs/*.log"))
+        ends = [(path, path.read_text(errors="replace").splitlines()[-10:]) for path in paths]
+        return "\n".join(f"{path.name}: {line[:300]}" for path, lines in ends for line in lines)
 
     def finish(self, timeout_s: float = START_S, code: int = 0) -> None:
         """It ends by itself, with this exit code, and leaves no process behind."""

@@ -5,7 +5,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-CONCERNS = ("trainer", "data", "rollout", "rewards", "engines", "sync", "save", "run", "loss", "megatron")
+CONCERNS = (
+    "trainer",
+    "data",
+    "rollout",
+    "responses",
+    "rewards",
+    "engines",
+    "sync",
+    "save",
+    "run",
+    "loss",
+    "megatron",
+)
 
 
 class flat_settings:  # noqa: N801: used like a function

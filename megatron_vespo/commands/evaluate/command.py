@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from megatron_vespo.arguments.checks import check_folder
 from megatron_vespo.arguments.data import PromptSettings
+from megatron_vespo.arguments.environment import EnvironmentSettings
 from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.report import (
@@ -30,12 +31,14 @@ from megatron_vespo.commands.evaluate.settings import (
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.driver.prompt_data import chat_format, prompt_data
+from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.driver.run_record import RunRecord, describe_run
 from megatron_vespo.observability.report import write_summary
 from megatron_vespo.rewards.pool import RewardPool, load_reward_function
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups
+from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, reward_statuses
 from megatron_vespo.system.preemption import EXIT_RESUME, EndedBySignal, Preempted, Preemption
 from megatron_vespo.types import Completion, Prompt, SamplingParams
@@ -58,7 +61,9 @@ def main(argv: list[str]) -> int:
     )
     results_path = options.output_dir / RESULTS_NAME
     date = start_date(results_path)
-    form = chat_format(PromptSettings.of(options), tokenizer, date)
+    responses = EnvironmentSettings.of(options)
+    form = with_tools(chat_format(PromptSettings.of(options), tokenizer, date), responses)
+    maker = make_maker(responses, form, tokenizer, folder)
     sets = {name: _prompts(options, path, form) for name, path in options.data.items()}
     reward = load_reward_function(options.reward_function)
     settings = comparable(evaluation_settings(options, stops, sets, date), results_path)
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> int:
         evaluation = _Evaluation(options, sets, results, tokenizer)
         if evaluation.left:
             RunRecord(options.output_dir, describe_run(vars(options), make_parser()))
-            evaluation.run(sampling, reward, preemption)
+            evaluation.run(sampling, reward, maker, preemption)
         _report(options, evaluation, settings, time.monotonic() - started)
     return 0
 
@@ -95,18 +100,22 @@ class _Evaluation:
             if (name, prompt.prompt_id) not in done
         ]
 
-    def run(self, sampling: SamplingParams, reward: RewardFunction, preemption: Preemption) -> None:
+    def run(
+        self, sampling: SamplingParams, reward: RewardFunction, maker: Maker | None, preemption: Preemption
+    ) -> None:
         """Runs until no prompt is left. Everything that it starts ends with it, whatever happens."""
         with ExitStack() as stack:
             try:
-                self._run(sampling, reward, stack)
+                self._run(sampling, reward, maker, stack)
             except EndedBySignal:
                 preemption.conclude(EXIT_RESUME)  # before the stack ends everything, which takes seconds
                 raise Preempted(f"ended by {preemption.signal}: {self._kept()}") from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
 
-    def _run(self, sampling: SamplingParams, reward: RewardFunction, stack: ExitStack) -> None:
+    def _run(
+        self, sampling: SamplingParams, reward: RewardFunction, maker: Maker | None, stack: ExitStack
+    ) -> None:
         options = self._options
         progress = Progress(self._total, self._total - len(self.left))
         stack.callback(progress.close)
@@ -136,7 +145,7 @@ class _Evaluation:
         prompts = [prompt for _, prompt in self.left]
         progress.start()
         stream_groups(
-            _collector(options, served), prompts, sampling, finish,
+            _collector(options, served, maker), prompts, sampling, finish,
             num_completions=options.num_completions, seed=options.seed,
         )  # fmt: skip
         check_some_worked(statuses)
@@ -170,7 +179,7 @@ class _Evaluation:
         return record
 
 
-def _collector(options: EvaluateOptions, served: Serving) -> Collector:
+def _collector(options: EvaluateOptions, served: Serving, maker: Maker | None) -> Collector:
     return Collector(
         served.urls,
         request_timeout_s=options.generate_timeout,
@@ -180,6 +189,7 @@ def _collector(options: EvaluateOptions, served: Serving) -> Collector:
         lost=served.lost,
         on_wait=served.on_wait,
         remote=served.remote,
+        maker=maker,
     )
 
 

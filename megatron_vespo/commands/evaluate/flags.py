@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_positive, check_seed
 from megatron_vespo.arguments.engines import check_retries
+from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRONMENTS
+from megatron_vespo.arguments.environment import EnvironmentSettings, check_environment_flags
 from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
@@ -28,6 +30,9 @@ SHARED = {
     "prompts": (
         "--prompt-key", "--answer-key", "--answer-pattern", "--no-chat-template",
         "--chat-template-arguments", "--max-prompt-tokens",
+    ),
+    "multi-turn responses": (
+        "--environment", "--max-turns", "--max-turn-tokens", "--environment-timeout", "--generate-function",
     ),
     "completions and rewards": (
         "--max-completion-tokens", "--generate-timeout", "--max-request-retries",
@@ -51,7 +56,8 @@ def parse_args(argv: list[str]) -> EvaluateOptions:
     args = make_parser().parse_args(rest)
     data = _named_files(args.data)
     options = EvaluateOptions.of(args, data=data, sglang_flags=tuple(sglang_flags))
-    check_positive(options, _POSITIVE)
+    check_positive(options, [*_POSITIVE, *POSITIVE_OF_ENVIRONMENTS])
+    check_environment_flags(EnvironmentSettings.of(options))
     check_seed(options.seed)
     _check_sampling(options)
     _check_engines(options)

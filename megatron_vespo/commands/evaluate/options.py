@@ -26,6 +26,12 @@ class EvaluateOptions(Settings):
     chat_template_arguments: Mapping[str, Any]
     max_prompt_tokens: int
     num_prompts: int | None  # of each set; None: all
+    # multi-turn responses
+    environment: str | None
+    max_turns: int
+    max_turn_tokens: int | None
+    environment_timeout: float  # seconds
+    generate_function: str | None
     # completions and rewards
     max_completion_tokens: int
     generate_timeout: float  # seconds

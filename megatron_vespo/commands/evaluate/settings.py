@@ -38,6 +38,10 @@ _FLAGS = {
     "--answer-pattern": "answer_pattern",
     "a chat template": "apply_chat_template",
     "--chat-template-arguments": "chat_template_arguments",
+    "--environment": "environment",
+    "--max-turns": "max_turns",
+    "--max-turn-tokens": "max_turn_tokens",
+    "--generate-function": "generate_function",
     "--reward-function": "reward_function",
     "--reward-timeout": "reward_timeout",
     "--save-responses": "save_responses",
@@ -73,7 +77,11 @@ def evaluation_settings(
 def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
     """`settings` without those that an older version did not write to `results`, if they change nothing."""
     before = made_with(results)
-    added = (DATE, TOKENS, *(() if settings["--chat-template-arguments"] else ["--chat-template-arguments"]))
+    added = [DATE, TOKENS]
+    for name in ("--chat-template-arguments", "--environment", "--generate-function"):
+        added += [] if settings[name] else [name]
+    if not settings["--environment"]:
+        added += ["--max-turns", "--max-turn-tokens"]
     return {
         name: value for name, value in settings.items() if not before or name in before or name not in added
     }

@@ -38,6 +38,7 @@ LAYOUT = {
 OF_THE_RUN = {
     "--hf-checkpoint", "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
     "--no-chat-template", "--overlong-prompts", "--generate-function",
+    "--environment", "--max-turns", "--max-turn-tokens", "--environment-timeout",
     "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers", "--pipeline-model-parallel-layout",
     "--max-prompt-tokens", "--max-completion-tokens", "--max-tokens-per-gpu", "--rollout-temperature",

@@ -110,8 +110,9 @@ class Run:
             apply_chat_template=True,
             chat_template_arguments={}, max_prompt_tokens=64, overlong_prompts="skip", vocab_size=128, seed=1,
             eval_prompt_key=None, eval_answer_key=None, eval_answer_pattern=None, eval_prompts=9,
-            reward_function="math", generate_function=None, rollout_temperature=1.0, max_completion_tokens=8,
-            train_from=None, rollout_only=False, load=str(self.folder / "saved"), ckpt_step=None,
+            reward_function="math", generate_function=None, environment=None, rollout_temperature=1.0,
+            max_completion_tokens=8, train_from=None, rollout_only=False, ckpt_step=None,
+            load=str(self.folder / "saved"),
         )  # fmt: skip
         return load_task(flat_settings(**vars(args.values) | changed))
 
