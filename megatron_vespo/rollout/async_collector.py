@@ -13,6 +13,7 @@ from typing import Any
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.buffer import Group, InFlightGroup, RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.episode import EnvironmentFailedError
 from megatron_vespo.rollout.generate_function import GenerateFunctionError
 from megatron_vespo.rollout.generate_reply import GenerateReplyError
 from megatron_vespo.rollout.router import CollectError
@@ -22,7 +23,13 @@ from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import Completion, SamplingParams
 
 # after one of these errors the next request may succeed
-FAILED_REQUEST = (CollectError, EngineRequestError, GenerateReplyError, GenerateFunctionError)
+FAILED_REQUEST = (
+    CollectError,
+    EngineRequestError,
+    GenerateReplyError,
+    GenerateFunctionError,
+    EnvironmentFailedError,
+)
 MAX_FAILURES_IN_A_ROW = 32  # groups; after this many, the cause is not a single request
 ON_WAIT_INTERVAL_S = 1.0
 RETRY_PAUSE_S = 0.5  # after a failure, so that an engine that refuses every request is not flooded

@@ -354,9 +354,16 @@ MUTATIONS = [
     Mutation(
         "partial responses: the routes of a later pass replace those that sampled",
         "rollout/engine_client.py",
-        "len(asked.token_ids) - 1 if keeps_routes else None",
+        "entered if keeps_routes else None",
         "0 if keeps_routes else None",
         ("tests/unit/rollout/test_continued_routes.py", "new_routes_only"),
+    ),
+    Mutation(
+        "multi-turn: the routes of given tokens are not asked for",
+        "rollout/engine_client.py",
+        "len(asked.token_ids) - 1 - begun.num_given_at_end",
+        "len(asked.token_ids) - 1",
+        ("tests/unit/rollout/test_continued_routes.py", "given_tokens"),
     ),
     Mutation(
         "replies: log-probs of other tokens are taken",
