@@ -22,8 +22,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
@@ -47,9 +47,9 @@ worker_main(int(sys.argv[1]))
 class RewardItem:
     """One response to score."""
 
-    response: str
+    response: str  # what the policy wrote in its last turn
     answer: str
-    metadata: dict
+    metadata: dict  # the row's, and the conversation's
     ended: bool  # False if the length limit cut the response: its reward is 0.0
 
 
@@ -60,12 +60,14 @@ class RewardResult:
     value: float
     status: Literal["ok", "timeout", "error"]
     detail: str
+    parts: Mapping[str, float] = field(default_factory=dict)  # what the function names beside the reward
 
 
 def load_reward_function(import_path: str) -> RewardFunction:
     """Return the reward function named "math" (built in) or "package.module:function".
 
-    A custom function is called as function(response, answer, metadata) and returns a finite number.
+    A custom function is called as function(response, answer, metadata). It returns a finite number, or a dict
+    of finite numbers: "reward", and any other names for its parts.
 
     Raises:
         ValueError: the module or function does not exist, or cannot be called this way.

@@ -9,11 +9,11 @@ import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-RewardFunction = Callable[[str, str, dict], float]
+RewardFunction = Callable[[str, str, dict], Any]  # of response, answer and metadata
 
 OUT_OF_MEMORY_STATUS = 77  # exit status of a worker whose function ran out of memory
 _ORPHAN_GRACE_S = 2.0
@@ -52,14 +52,7 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
     """Score one response and return the fields of a RewardResult."""
     signal.setitimer(signal.ITIMER_REAL, alarm_s)
     try:
-        reward = _scalar(function(response, answer, metadata))
-        if not isinstance(reward, numbers.Real):
-            return 0.0, "error", f"the reward function returned a {type(reward).__name__}, not a number"
-        if not math.isfinite(reward):
-            return 0.0, "error", f"the reward function returned {reward}"
-        if abs(reward) > _FLOAT32_MAX:  # pyright: ignore[reportOperatorIssue]
-            return 0.0, "error", f"the reward function returned {reward:g}, more than a float32 can hold"
-        return float(reward), "ok", ""
+        return _ok(function(response, answer, metadata))
     except MemoryError:
         os._exit(OUT_OF_MEMORY_STATUS)  # earlier items may have filled the memory: start a new process
     except Exception as error:  # a custom function may raise anything, and one item must not end the run
@@ -68,10 +61,42 @@ def _call(function: RewardFunction, response: str, answer: str, metadata: dict, 
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
+class _WrongRewardError(Exception):
+    """What the function returned is no reward; says why in one line."""
+
+
+def _ok(returned: Any) -> tuple:
+    """Return the fields of the RewardResult of what a reward function returned."""
+    if not isinstance(returned, Mapping):
+        return _number(returned, ""), "ok", ""
+    if "reward" not in returned:
+        names = ", ".join(map(repr, returned)) or "nothing"
+        raise _WrongRewardError(f"the reward function returned a dict with {names}, but without 'reward'")
+    for name in returned:
+        if not isinstance(name, str) or not name:
+            raise _WrongRewardError(f"the reward function returned a dict with the key {name!r}, not a name")
+    found = {name: _number(value, f" as {name!r}") for name, value in returned.items()}
+    return found.pop("reward"), "ok", "", found
+
+
+def _number(value: Any, role: str) -> float:
+    """Return `value` as a float; `role` says in an error what it was returned as."""
+    value = _scalar(value)
+    said = "the reward function returned"
+    if not isinstance(value, numbers.Real):
+        raise _WrongRewardError(f"{said} a {type(value).__name__}{role}, not a number")
+    if not math.isfinite(value):
+        raise _WrongRewardError(f"{said} {value}{role}")
+    if abs(value) > _FLOAT32_MAX:  # pyright: ignore[reportOperatorIssue]
+        raise _WrongRewardError(f"{said} {value:g}{role}, more than a float32 can hold")
+    return float(value)
+
+
 def _scalar(reward: Any) -> Any:
     """Return the Python number of a numpy or torch scalar, or of an array or tensor without dimensions."""
     return reward.item() if getattr(reward, "shape", None) == () and hasattr(reward, "item") else reward
 
 
 def _describe(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    name = "" if isinstance(error, _WrongRewardError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())[:300]

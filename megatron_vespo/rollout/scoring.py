@@ -1,38 +1,47 @@
-"""Scores completions: the reward function's results, and the length penalty."""
+"""Scores completions: the reward function's results or the environment's, and the length penalty."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import overlong_penalty
+from megatron_vespo.data.transcript import Turn, answer_text, transcripts
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.types import Completion
 
+TurnRewards = Literal["sum", "last"]  # how an environment's rewards become one
+TURNS_PART = "turns"  # the environment's reward, where a reward function gives the one to train on
+
 
 class Scorer:
-    """Decodes completions and scores them with `rewards`; several threads may use it.
+    """Scores completions with `rewards`; several threads may use it.
 
+    Without `rewards`, the environment's rewards count: `turn_rewards` says how its steps' become one.
     `longest` is --max-completion-tokens. Over the last `buffer` tokens before it, the penalty falls from 0 to
-    -`factor`.
+    -`factor`. The length of a response is the number of its sampled tokens.
     """
 
-    def __init__(self, tokenizer: Any, rewards: RewardPool, longest: int, buffer: int, factor: float):
+    def __init__(
+        self,
+        tokenizer: Any,
+        rewards: RewardPool | None,
+        longest: int,
+        buffer: int,
+        factor: float,
+        turn_rewards: TurnRewards = "sum",
+    ):
         self._tokenizer, self._rewards = tokenizer, rewards
         self._longest, self._buffer, self._factor = longest, buffer, factor
+        self._turn_rewards: TurnRewards = turn_rewards
 
     def score(self, completions: Sequence[Completion]) -> list[RewardResult]:
-        """Fills in rewards and penalties; returns the failed results, for example time-outs."""
-        texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-        items = [
-            RewardItem(text, c.prompt.answer, c.prompt.metadata, ended=c.finish_reason == "stop")
-            for text, c in zip(texts, completions, strict=True)
-        ]
-        results = self._rewards.score(items)
+        """Fills in rewards, their parts and penalties; returns the failed results, for example time-outs."""
+        results = self._results(completions)
         penalties = overlong_penalty(
-            np.array([len(completion.token_ids) for completion in completions]),
+            np.array([completion.num_sampled for completion in completions]),
             np.array([completion.finish_reason == "length" for completion in completions]),
             self._longest,
             self._buffer,
@@ -40,8 +49,38 @@ class Scorer:
         for completion, result, penalty in zip(completions, results, penalties, strict=True):
             completion.overlong_penalty = float(self._factor * penalty)
             completion.reward_status = result.status
+            completion.reward_parts = dict(result.parts)
+            if self._rewards is not None and completion.turn_rewards:
+                completion.reward_parts.setdefault(TURNS_PART, self._of_turns(completion))
             completion.reward = result.value  # last, because a completion with a reward is done
         return [result for result in results if result.status != "ok"]
+
+    def _results(self, completions: Sequence[Completion]) -> list[RewardResult]:
+        """Results in order. A failed environment has seen half an episode: nothing judges that."""
+        if self._rewards is None:
+            return [_failed_environment(c) or RewardResult(self._of_turns(c), "ok", "") for c in completions]
+        judged = [completion for completion in completions if not completion.environment_error]
+        turns = transcripts(self._tokenizer, judged)
+        results = iter(self._rewards.score([_item(c, t) for c, t in zip(judged, turns, strict=True)]))
+        return [_failed_environment(completion) or next(results) for completion in completions]
+
+    def _of_turns(self, completion: Completion) -> float:
+        rewards = completion.turn_rewards or (0.0,)
+        return float(sum(rewards) if self._turn_rewards == "sum" else rewards[-1])
+
+
+def _item(completion: Completion, turns: list[Turn]) -> RewardItem:
+    metadata = completion.prompt.metadata | completion.reward_data
+    if completion.segments is not None:
+        metadata["turns"] = [turn._asdict() for turn in turns]
+    ended = completion.finish_reason != "length"
+    return RewardItem(answer_text(turns), completion.prompt.answer, metadata, ended)
+
+
+def _failed_environment(completion: Completion) -> RewardResult | None:
+    if not completion.environment_error:
+        return None
+    return RewardResult(0.0, "error", f"the environment failed: {completion.environment_error}")
 
 
 def score_and_report(
@@ -64,8 +103,8 @@ def describe_failures(failures: Sequence[RewardResult]) -> str:
 
 
 def reward_statuses(completions: Sequence[Completion]) -> list[str]:
-    """Reward statuses of the completions that the reward function has judged."""
-    return [completion.reward_status for completion in completions if completion.finish_reason == "stop"]
+    """Reward statuses of the completions that were judged: those that the length limit has not cut."""
+    return [completion.reward_status for completion in completions if completion.finish_reason != "length"]
 
 
 def check_some_worked(statuses: Sequence[str], why: str = "") -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +20,7 @@ from megatron_vespo.rewards.answer_text import last_boxed
 from megatron_vespo.rewards.math import math_reward
 from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult, load_reward_function
 from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, reward_statuses
-from megatron_vespo.types import Prompt
+from megatron_vespo.types import Completion, Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -98,7 +97,7 @@ def pool(start):
 OK = RewardResult(1.0, "ok", "")
 
 
-OUT_OF_MEMORY = "the reward function ran out of memory"
+A_DICT = "the reward function returned a dict"
 
 
 def error(detail: str) -> RewardResult:
@@ -353,11 +352,37 @@ def test_a_worker_killed_while_idle_costs_nothing(pool):
         ("return 1e39", "the reward function returned 1e+39, more than a float32 can hold"),
         ("return __import__('numpy').zeros(2)", "the reward function returned a ndarray, not a number"),
         ("return 10**400", "OverflowError: int too large to convert to float"),
+        ("return {}", "the reward function returned a dict with nothing, but without 'reward'"),
+        ("return {'score': 1, 2: 3}", f"{A_DICT} with 'score', 2, but without 'reward'"),
+        ("return {'reward': 1, 2: 3}", f"{A_DICT} with the key 2, not a name"),
+        ("return {'reward': 1, '': 3}", f"{A_DICT} with the key '', not a name"),
+        ("return {'reward': None}", "the reward function returned a NoneType as 'reward', not a number"),
+        ("return {'reward': {'reward': 1}}", "the reward function returned a dict as 'reward', not a number"),
+        (
+            "return {'reward': 1, 'form': 'good'}",
+            "the reward function returned a str as 'form', not a number",
+        ),
+        ("return {'reward': 1, 'form': float('nan')}", "the reward function returned nan as 'form'"),
+        (
+            "return {'reward': -1e39, 'form': 0}",
+            "the reward function returned -1e+39 as 'reward', more than a float32 can hold",
+        ),
     ],
 )
 def test_bad_results_are_errors_with_a_reason(start, response, detail):
     pool = start(timeout_s=20.0)
     assert pool.score([item(response), item("return 0.25")]) == [error(detail), RewardResult(0.25, "ok", "")]
+
+
+def test_a_dict_is_a_reward_and_its_parts(start):
+    numpy = "__import__('numpy').float32(0.25)"
+    items = [
+        item(f"return {{'form': True, 'reward': {numpy}, 'tools/used': -2}}"),
+        item("return {'reward': 1}"),
+    ]
+    results = start(timeout_s=20.0).score([*items, item("return 1")])
+    assert results[0] == RewardResult(0.25, "ok", "", {"form": 1.0, "tools/used": -2.0})
+    assert results[1:] == [OK, OK]
 
 
 def test_scalars_of_numpy_are_numbers(start):
@@ -376,10 +401,7 @@ def test_a_batch_in_which_every_reward_failed_is_refused(pool):
 
     def batch(*numbers):
         prompt = Prompt(0, [1], "1", "question", {})
-        return [
-            SimpleNamespace(token_ids=[n], prompt=prompt, finish_reason="stop", reward_status="")
-            for n in numbers
-        ]
+        return [Completion(prompt, [n], [0.0], [0], None, "stop", 1.0) for n in numbers]
 
     some, none = batch(0, 1), batch(0, 0)
     scorer.score(some)
