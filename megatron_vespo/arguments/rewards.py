@@ -14,7 +14,7 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     add = group.add_argument
     add("--reward-function", default="math", metavar="PATH",
-        help="'math' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
+        help="'math', 'code' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes that compute rewards")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="memory limit per process of a worker; inf: no limit")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.checkpoint import SaveSettings
+from megatron_vespo.arguments.code_rewards import CodeRewardSettings
 from megatron_vespo.arguments.data import DataSettings
 from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.arguments.environment import EnvironmentSettings
@@ -32,6 +33,7 @@ class TrainSettings:
     rollout: RolloutSettings
     responses: EnvironmentSettings
     rewards: RewardSettings
+    code_rewards: CodeRewardSettings
     eval: EvalSettings
     engines: EngineSettings
     sync: SyncSettings
@@ -43,7 +45,8 @@ class TrainSettings:
     def of(cls, args: Namespace) -> TrainSettings:
         return cls(
             args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
-            EnvironmentSettings.of(args), RewardSettings.of(args), EvalSettings.of(args),
+            EnvironmentSettings.of(args), RewardSettings.of(args), CodeRewardSettings.of(args),
+            EvalSettings.of(args),
             EngineSettings.of(args), SyncSettings.of(args), SaveSettings.of(args), RunSettings.of(args),
             LossSettings.of(args),
         )  # fmt: skip

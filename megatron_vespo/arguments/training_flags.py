@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_vespo.arguments.asynchronous import add_asynchronous_arguments, check_asynchronous
 from megatron_vespo.arguments.checkpoint import add_checkpoint_arguments
 from megatron_vespo.arguments.checks import check_folder, check_positive
+from megatron_vespo.arguments.code_rewards import add_code_reward_arguments, check_code_reward
 from megatron_vespo.arguments.data import add_data_arguments
 from megatron_vespo.arguments.engines import add_engine_arguments, check_engines
 from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRONMENTS
@@ -43,6 +44,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Adds all of them to `parser`."""
     for add in (
         add_data_arguments, add_rollout_arguments, add_environment_arguments, add_reward_arguments,
+        add_code_reward_arguments,
         add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_placement_arguments,
         add_engine_arguments, add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments,
         add_run_arguments,
@@ -79,5 +81,6 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     if not 0 <= args.setup_seconds < math.inf:
         raise ValueError(f"--setup-seconds is {args.setup_seconds:g}, must be 0 or more, and finite")
     check_overlong(args)
+    check_code_reward(args)
     check_loss(args)
     check_asynchronous(args)

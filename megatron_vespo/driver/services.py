@@ -72,7 +72,7 @@ def load_task(settings: TrainSettings) -> Task:
     stops = stop_token_ids(settings.engines.hf_checkpoint, tokenizer.eos_token_id)
     rollout = settings.rollout
     sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, stops)
-    reward = load_reward_function(settings.rewards.reward_function)
+    reward = load_reward_function(settings.rewards.reward_function, settings.code_rewards.function())
     maker = make_maker(settings.responses, form, tokenizer, settings.engines.hf_checkpoint)
     return Task(tokenizer, sampling, prompts, eval_prompts, reward, maker, record.encode(), remarks)
 

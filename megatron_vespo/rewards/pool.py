@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
+from megatron_vespo.rewards.code import CodeReward
 from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
 from megatron_vespo.system.import_path import import_function
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
@@ -63,8 +64,10 @@ class RewardResult:
     parts: Mapping[str, float] = field(default_factory=dict)  # what the function names beside the reward
 
 
-def load_reward_function(import_path: str) -> RewardFunction:
-    """Return the reward function named "math" (built in) or "package.module:function".
+def load_reward_function(import_path: str, code_reward: CodeReward | None = None) -> RewardFunction:
+    """Return the reward function named "math" or "code" (built in), or "package.module:function".
+
+    "code" is `code_reward`, or the one with default settings; its sandbox must work on this machine.
 
     A custom function is called as function(response, answer, metadata). It returns a finite number, or a dict
     of finite numbers: "reward", and any other names for its parts.
@@ -72,10 +75,13 @@ def load_reward_function(import_path: str) -> RewardFunction:
     Raises:
         ValueError: the module or function does not exist, or cannot be called this way.
     """
-    builtin = "math"
-    if import_path == builtin:
+    if import_path == "code":
+        code_reward = code_reward or CodeReward()
+        code_reward.check()
+        return code_reward
+    if import_path == "math":
         import_path = "megatron_vespo.rewards.math:math_reward"
-    function = import_function(import_path, "reward function", builtin)
+    function = import_function(import_path, "reward function", builtin='"math", "code"')
     _check_signature(function, f"reward function {import_path!r}")
     return function
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 def import_function(import_path: str, what: str, builtin: str | None = None) -> Callable:
     """The function named "package.module:function".
 
-    Messages use `what`, the function's role, and `builtin`, the name of a built-in one.
+    Messages use `what`, the function's role, and `builtin`, the quoted names of built-in ones.
 
     Raises:
         ValueError: the module or the function does not exist, or it is not callable.
@@ -17,7 +17,7 @@ def import_function(import_path: str, what: str, builtin: str | None = None) -> 
     where = f"{what} {import_path!r}"
     module_name, _, name = import_path.partition(":")
     if not (module_name and name):
-        names = f'"{builtin}" or ' if builtin else ""
+        names = f"{builtin} or " if builtin else ""
         raise ValueError(f'{where}: write {names}"package.module:function"')
     try:
         module = importlib.import_module(module_name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_vespo.arguments.checks import check_folder
+from megatron_vespo.arguments.code_rewards import CodeRewardSettings
 from megatron_vespo.arguments.data import PromptSettings
 from megatron_vespo.arguments.environment import EnvironmentSettings
 from megatron_vespo.commands.evaluate.flags import make_parser, parse_args
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     form = with_tools(chat_format(PromptSettings.of(options), tokenizer, date), responses)
     maker = make_maker(responses, form, tokenizer, folder)
     sets = {name: _prompts(options, path, form) for name, path in options.data.items()}
-    reward = load_reward_function(options.reward_function)
+    reward = load_reward_function(options.reward_function, CodeRewardSettings.of(options).function())
     settings = comparable(evaluation_settings(options, stops, sets, date), results_path)
     with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(options, sets, results, tokenizer)

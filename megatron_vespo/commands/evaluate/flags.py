@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_vespo.arguments.checks import check_positive, check_seed
+from megatron_vespo.arguments.code_rewards import CODE_REWARD_FLAGS, check_code_reward
 from megatron_vespo.arguments.engines import check_retries
 from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRONMENTS
 from megatron_vespo.arguments.environment import EnvironmentSettings, check_environment_flags
@@ -37,6 +38,7 @@ SHARED = {
     "completions and rewards": (
         "--max-completion-tokens", "--generate-timeout", "--max-request-retries",
         "--reward-function", "--reward-workers", "--reward-timeout", "--reward-memory-gb",
+        *CODE_REWARD_FLAGS,
     ),
     "engines": (
         "--rollout-engines", "--rollout-port", "--engine-start-timeout", "--engine-health-timeout",
@@ -59,6 +61,7 @@ def parse_args(argv: list[str]) -> EvaluateOptions:
     check_positive(options, [*_POSITIVE, *POSITIVE_OF_ENVIRONMENTS])
     check_environment_flags(EnvironmentSettings.of(options))
     check_seed(options.seed)
+    check_code_reward(options)
     _check_sampling(options)
     _check_engines(options)
     return options

@@ -40,6 +40,11 @@ class EvaluateOptions(Settings):
     reward_workers: int
     reward_timeout: float  # seconds
     reward_memory_gb: float
+    code_reward: str  # "all" or "share"
+    code_timeout: float  # seconds, like the next one
+    code_test_timeout: float
+    code_memory_mb: int
+    code_sandbox_url: str | None
     num_completions: int  # per prompt
     temperature: float  # 0: greedy
     top_p: float
