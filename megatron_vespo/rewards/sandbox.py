@@ -41,6 +41,7 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 _MAX_TESTS, _MAX_REPORT = 2**20, 4096  # bytes
+_TRIAL = "import colorsys\nprint(6 * 7)"  # a module that the zygote has not loaded
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -77,6 +78,13 @@ class Sandbox:
     def __init__(self) -> None:
         self._process, self._connection = _start_zygote()
         self.close = weakref.finalize(self, _stop_zygote, self._process, self._connection)
+        try:
+            deadline = time.monotonic() + _START_DEADLINE_S
+            result = self.run_script(_TRIAL, "", Limits(), deadline)
+        except SandboxError as error:
+            raise _refused(str(error)) from error
+        if False and result.stdout != b"42\n":
+            raise _refused("a program cannot import Python's own modules: its folder must be readable by all")
 
     def run_script(self, source: str, stdin: str, limits: Limits, deadline: float) -> ScriptResult:
         """Run `source` as a script with this input until time.monotonic() reaches `deadline`."""
@@ -147,7 +155,10 @@ class _Guard:
             return None
         if not output.content:
             raise SandboxError("the sandbox's guard could not run the program")
-        return json.loads(output.content)
+        report = json.loads(output.content.splitlines()[0])
+        if "error" in report:
+            raise SandboxError(f"the sandbox could not start the program: {report['error']}")
+        return report
 
     def end(self) -> None:
         """Kill the program and wait until nothing is left of it."""
@@ -223,11 +234,15 @@ def _start_zygote() -> tuple[subprocess.Popen, socket.socket]:
         message = {"error": f"not ready after {_START_DEADLINE_S:g} s"}
     if "error" in message:
         _stop_zygote(process, ours)
-        raise ValueError(
-            f"no sandbox for code rewards: {message['error']}; the kernel must allow user namespaces to this "
-            "user (a container may forbid them), or --code-sandbox-url must name a sandbox server"
-        )
+        raise _refused(message["error"])
     return process, ours
+
+
+def _refused(why: str) -> ValueError:
+    return ValueError(
+        f"no sandbox for code rewards: {why}; the kernel must allow user namespaces to this user (a "
+        "container may forbid them), or --code-sandbox-url must name a sandbox server"
+    )
 
 
 def _stop_zygote(process: subprocess.Popen, connection: socket.socket) -> None:

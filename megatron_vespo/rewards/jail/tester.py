@@ -105,7 +105,7 @@ def _run_asserts(tests: dict, program: _Program) -> Iterator[bool]:
 
 
 def same(value: Any, expected: Any) -> bool:
-    """Whether a result is the expected JSON value. Tuples are lists; floats may differ by RELATIVE_TOLERANCE."""
+    """Whether a result is the expected JSON value; tuples are lists, floats agree roughly."""
     if isinstance(expected, list):
         if not isinstance(value, list | tuple) or len(value) != len(expected):
             return False

@@ -18,8 +18,9 @@ import resource
 import select
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_vespo.rewards.jail import call_filter, kernel, program, root, tester
 
@@ -87,10 +88,8 @@ class _Zygote:
 
     def start(self, request: Request, fds: list[int]) -> None:
         if os.fork() == 0:
-            try:
+            with _reported(fds[1]):
                 _guard(request, fds, self._proc, self._filter)
-            finally:
-                os._exit(1)
 
     def reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -116,18 +115,27 @@ def _guard(request: Request, fds: list[int], proc: int, instructions: bytes) -> 
     alive, held = os.pipe()  # ends when this process does
     child = os.fork()
     if child == 0:
-        try:
+        with _reported(status):
             os.close(held)
-            _become_program(request, own, alive, proc, instructions)
-        finally:
-            os._exit(1)
+            run = _become_program(request, own, status, alive, proc, instructions)
+        os._exit(run())
     for fd in own:
         os.close(fd)
     _wait_for_end(child, life)
     _, wait_status, usage = os.wait4(child, 0)
     report = {"exit": os.waitstatus_to_exitcode(wait_status), "cpu_s": usage.ru_utime + usage.ru_stime}
-    os.write(status, json.dumps(report).encode())
+    os.write(status, json.dumps(report).encode() + b"\n")
     os._exit(0)
+
+
+@contextlib.contextmanager
+def _reported(status: int) -> Iterator[None]:
+    """Report an exception as {"error": why} and end the process."""
+    try:
+        yield
+    except BaseException as error:
+        os.write(status, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        os._exit(1)
 
 
 def _wait_for_end(child: int, life: int) -> None:
@@ -141,31 +149,40 @@ def _wait_for_end(child: int, life: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def _become_program(request: Request, own: list[int], alive: int, proc: int, instructions: bytes) -> None:
+def _become_program(
+    request: Request, own: list[int], status: int, alive: int, proc: int, instructions: bytes
+) -> Callable[[], int]:
+    """Close the sandbox around this process; return what runs the program and gives the exit status."""
     kernel.set_process_option(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if select.select([alive], [], [], 0)[0]:  # the guard ended before it could be watched
-        return
+    if select.select([alive], [], [], 0)[0]:
+        raise RuntimeError("the guard ended before it could be watched")
     os.setsid()
     os.chdir(root.SCRATCH)
     _choose_for_out_of_memory(proc)
     _limit(request, _address_space(proc))
     source = _read_all(own[0])
-    _arrange_descriptors(own[1:] if request.role == "script" else [None, None, None, *own[1:]])
+    wanted = [*own[1:], None] if request.role == "script" else [None, None, None, *own[1:]]
+    _arrange_descriptors([*wanted, status])
     kernel.set_process_option(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.set_process_option(kernel.PR_SET_DUMPABLE, 0)
     kernel.drop_capabilities()
-    kernel.install_filter(instructions)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    kernel.install_filter(instructions)
+    os.close(len(wanted))  # the status: from here on it belongs to the guard alone
+    return partial(_run, request, source)
+
+
+def _run(request: Request, source: str) -> int:
     if request.role == "script":
-        os._exit(program.run_script(source))
+        return program.run_script(source)
     if request.role == "program":
         program.serve_functions(source, _CHANNEL_FD)
-        os._exit(0)
+        return 0
     results = tester.run_tests(
         json.loads(source), _CHANNEL_FD, request.call_timeout_s, request.stop_at_failure
     )
     tester.report(results, _RESULTS_FD)
-    os._exit(0)
+    return 0
 
 
 def _choose_for_out_of_memory(proc: int) -> None:
@@ -210,9 +227,8 @@ def _read_all(fd: int) -> str:
 
 
 def _arrange_descriptors(wanted: Sequence[int | None]) -> None:
-    """Make `wanted` the descriptors from 0 on and close all others; None and what is missing is /dev/null."""
+    """Make `wanted` the descriptors from 0 on and close all others; None is /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
-    wanted = [*wanted, *[None] * (3 - len(wanted))]
     copies = [fcntl.fcntl(null if fd is None else fd, fcntl.F_DUPFD, _FD_LIMIT // 2) for fd in wanted]
     for target, copy in enumerate(copies):
         os.dup2(copy, target)

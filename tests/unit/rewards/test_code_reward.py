@@ -11,7 +11,7 @@ SUM = {"type": "stdin", "cases": [["1 2\n", "3\n"], ["-5 5\n", "0\n"], ["7 8", "
 ADD = {"type": "calls", "function": "add", "cases": [[[1, 2], 3], [[-5, 5], 0], [["a", "b"], "ab"]]}
 ASSERTS = {
     "type": "asserts",
-    "setup": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate([1], [2]) == [1, 2]\n",
+    "setup": "def check(f):\n    assert f(1, 2) == 3\n    assert f([1], [2]) == [1, 2]\n",
     "tests": ["check(candidate)"],
     "functions": {"candidate": "add"},
 }
@@ -65,9 +65,7 @@ def test_functions(tests):
 
 def test_the_share_of_calls_that_pass():
     assert reward("def add(a, b):\n    return 3", ADD, share=True) == pytest.approx(1 / 3)
-    assert reward("def add(a, b):\n    return a - b if a < 0 else a + b", ADD, share=True) == pytest.approx(
-        2 / 3
-    )
+    assert reward("def add(a, b):\n    return int(a) + int(b)", ADD, share=True) == pytest.approx(2 / 3)
 
 
 def test_in_reward_workers():
