@@ -39,6 +39,7 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # an arena of each thread would take address space, which is limited
 }
 _MAX_TESTS, _MAX_REPORT = 2**20, 4096  # bytes
 _TRIAL = "import colorsys\nprint(6 * 7)"  # a module that the zygote has not loaded
