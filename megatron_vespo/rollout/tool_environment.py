@@ -16,9 +16,11 @@ the episode.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -100,7 +102,7 @@ class ToolEnvironment:
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
-                result = await asyncio.to_thread(function, **arguments)
+                result = await _in_thread(function, arguments)
             return _as_text(result)
         except Exception as error:  # a tool may raise anything; the policy learns from it
             self.num_failed_calls += 1
@@ -124,6 +126,36 @@ def read_call(call: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a tool call must be an object")
     return parsed["name"], arguments
+
+
+async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call a function that may block.
+
+    Its thread is a daemon. The threads of asyncio.to_thread are not: one that never returns would keep the
+    program from ending.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if done.done():  # nobody waits any more
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def main() -> None:
+        result, failure = None, None
+        try:
+            result = function(**arguments)
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=main, name=f"tool {function.__name__}", daemon=True).start()
+    return await done
 
 
 def _as_text(result: Any) -> str:
