@@ -284,15 +284,32 @@ class Completion:
         return self.reward + self.overlong_penalty
 
 
+class PartlySampled:
+    """Which tokens after the prompt the policy sampled, for classes with these two fields."""
+
+    __slots__ = ()
+    completion_length: int  # tokens after the prompt, C, given ones included
+    segments: Segments | None  # of C tokens; None: the policy sampled every token
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens that the policy sampled, N: the only ones that a loss counts."""
+        return self.completion_length if self.segments is None else self.segments.num_sampled
+
+    def sampled_mask(self) -> np.ndarray:
+        """Return which tokens after the prompt the policy sampled, bool [C]."""
+        return np.ones(self.completion_length, bool) if self.segments is None else self.segments.mask()
+
+
 @dataclass
-class TrainingSample:
+class TrainingSample(PartlySampled):
     """One sequence to train on. Trained tokens are those of positions [P, P + C) that the policy sampled.
 
     `token_ids` and `policy_versions` may be given as lists or arrays, one entry per token.
 
     Example:
-        TrainingSample(token_ids=int32[P + C], prompt_length=P, behavior_log_probs=float32[C],
-                       policy_versions=VersionSpans((3,), (C,)), advantage=-0.25, reward=0.0,
+        TrainingSample(token_ids=int32[P + C], prompt_length=P, behavior_log_probs=float32[N],
+                       policy_versions=VersionSpans((3,), (N,)), advantage=-0.25, reward=0.0,
                        temperature=1.0, group_id=7)
     """
 
@@ -323,15 +340,6 @@ class TrainingSample:
     def completion_length(self) -> int:
         """Number of tokens after the prompt, C, given ones included."""
         return len(self.token_ids) - self.prompt_length
-
-    @property
-    def num_trained(self) -> int:
-        """Number of tokens that the policy sampled, N: the only ones that a loss counts."""
-        return self.completion_length if self.segments is None else self.segments.num_sampled
-
-    def sampled_mask(self) -> np.ndarray:
-        """Return which tokens after the prompt the policy sampled, bool [C]."""
-        return np.ones(self.completion_length, bool) if self.segments is None else self.segments.mask()
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.types import TrainingSample, VersionSpans
+from megatron_vespo.types import Segments, TrainingSample, VersionSpans
 
 NUM_CANARIES = 8
 # In fp32 the largest difference per token is bounded: layouts differ by rounding, at most 1e-5 in the tests.
@@ -34,7 +34,7 @@ def canaries_of(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
 
 
 def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -> bytes:
-    """The content of an .npz file; `log_probs` is one float32 [C] per sample, C completion tokens."""
+    """The content of an .npz file; `log_probs` is one float32 [N] per sample, N sampled tokens."""
     arrays: dict[str, Any] = {
         name: np.array([getattr(sample, name) for sample in samples]) for name in _NUMBERS
     }
@@ -42,6 +42,9 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
         arrays |= {f"{name}_{i}": getattr(sample, name) for name in _ARRAYS}
         arrays[f"policy_versions_{i}"] = sample.policy_versions.array()
         arrays[f"log_probs_{i}"] = values
+        if sample.segments is not None:
+            arrays[f"segment_writers_{i}"] = np.array(sample.segments.writers, str)
+            arrays[f"segment_lengths_{i}"] = np.array(sample.segments.lengths, np.int64)
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
@@ -56,10 +59,17 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
             **{name: arrays[name][i].item() for name in _NUMBERS},
             **{name: arrays[f"{name}_{i}"] for name in _ARRAYS},
             policy_versions=VersionSpans.of(arrays[f"policy_versions_{i}"]),
+            segments=_segments(arrays, i),
         )
         for i in range(len(arrays["prompt_length"]))
     ]
     return samples, [arrays[f"log_probs_{i}"] for i in range(len(samples))]
+
+
+def _segments(arrays: dict[str, np.ndarray], i: int) -> Segments | None:
+    if f"segment_writers_{i}" not in arrays:
+        return None
+    return Segments(*(tuple(arrays[f"segment_{name}_{i}"].tolist()) for name in ("writers", "lengths")))
 
 
 def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:

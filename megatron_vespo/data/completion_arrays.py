@@ -1,26 +1,32 @@
 """Converts completions to plain arrays and back, bit-exact.
 
-Fields of variable length are concatenated. N completions; per completion C tokens, and P tokens of its
-prompt; L layers, E experts per token:
+Fields of variable length are concatenated. M completions; per completion C tokens, N of them sampled, and
+P tokens of its prompt; L layers, E experts per token:
 
-    completion_lengths int64 [N], completion_tokens int32 [sum C], log_probs float32 [sum C]
-    span_counts int64 [N], span_versions int64, span_lengths int64 [sum of counts]   policy versions, as spans
-    rewards (NaN: not scored yet), overlong_penalties, temperatures float64 [N]
-    finish_reasons, reward_statuses str [N]
-    num_retractions int64 [N], routed bool [N]
+    completion_lengths int64 [M], completion_tokens int32 [sum C], log_probs float32 [sum N]
+    span_counts int64 [M], span_versions int64, span_lengths int64 [sum of counts]   policy versions, as spans
+    rewards (NaN: not scored yet), overlong_penalties, temperatures float64 [M]
+    finish_reasons, reward_statuses str [M]
+    num_retractions int64 [M], routed bool [M]
     routes uint8 [sum (P + C - 1) of the routed completions, L, E], absent if no completion is routed
+    segment_counts int64 [M], segment_writers str, segment_lengths int64 [sum of counts]   0: all sampled
+    extras uint8   JSON in UTF-8: an object per completion with those of EXTRAS that it has
 
-Earlier versions wrote int64 completion_tokens, and policy_versions int64 [sum C] instead of the spans.
+The last two lines are absent if no completion has any, as in what earlier versions wrote. These also wrote
+int64 completion_tokens, and policy_versions int64 [sum C] instead of the spans.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from megatron_vespo.types import Completion, Prompt, VersionSpans, fetched
+from megatron_vespo.types import Completion, Prompt, Segments, VersionSpans, fetched
+
+EXTRAS = ("turn_rewards", "environment_error", "reward_data", "reward_parts")  # fields of Completion
 
 
 def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
@@ -41,26 +47,29 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
     if arrays["routed"].any():
         routes = [c.routed_experts for c in completions if c.routed_experts is not None]
         arrays["routes"] = np.concatenate([fetched(one) for one in routes])
-    return arrays
+    return arrays | _segment_arrays(completions) | _extra_arrays(completions)
 
 
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
     """Restore the completions; `prompts` has one prompt per completion."""
-    lengths = arrays["completion_lengths"]
+    lengths, segments = arrays["completion_lengths"], _segments(arrays)
+    sampled = [
+        length if one is None else one.num_sampled for length, one in zip(lengths, segments, strict=True)
+    ]
     rows = zip(
-        prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], lengths),
+        prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], sampled),
         _versions(arrays), _routes(arrays, prompts), arrays["finish_reasons"],
         arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"], arrays["overlong_penalties"],
-        arrays["num_retractions"], strict=True,
+        arrays["num_retractions"], segments, _extras(arrays), strict=True,
     )  # fmt: skip
     return [
         Completion(
             prompt, tokens, log_probs, versions, experts, str(finish), float(temperature),
             None if np.isnan(reward) else float(reward), str(status), float(penalty),
-            num_retractions=int(retractions),
+            num_retractions=int(retractions), segments=segment, **extra,
         )
         for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty,
-        retractions in rows
+        retractions, segment, extra in rows
     ]  # fmt: skip
 
 
@@ -81,6 +90,44 @@ def spans_of(arrays: Mapping[str, np.ndarray]) -> list[VersionSpans]:
         VersionSpans(tuple(versions[start:end]), tuple(lengths[start:end]))
         for start, end in pairwise([0, *ends])
     ]
+
+
+def _segment_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    segments = [c.segments for c in completions]
+    if not any(segments):
+        return {}
+    spans = [one.spans() if one is not None else [] for one in segments]
+    return {
+        "segment_counts": np.array([len(one) for one in spans], np.int64),
+        "segment_writers": np.array([writer for one in spans for writer, _ in one], str),
+        "segment_lengths": np.array([length for one in spans for _, length in one], np.int64),
+    }
+
+
+def _segments(arrays: Mapping[str, np.ndarray]) -> list[Segments | None]:
+    if "segment_counts" not in arrays:
+        return [None] * len(arrays["completion_lengths"])
+    writers, lengths = arrays["segment_writers"].tolist(), arrays["segment_lengths"].tolist()
+    ends = np.cumsum(arrays["segment_counts"]).tolist()
+    return [
+        Segments(tuple(writers[start:end]), tuple(lengths[start:end])) if end > start else None
+        for start, end in pairwise([0, *ends])
+    ]
+
+
+def _extra_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    extras = [{name: value for name in EXTRAS if (value := getattr(c, name))} for c in completions]
+    return {"extras": np.frombuffer(json.dumps(extras).encode(), np.uint8)} if any(extras) else {}
+
+
+def _extras(arrays: Mapping[str, np.ndarray]) -> list[dict]:
+    if "extras" not in arrays:
+        return [{} for _ in arrays["completion_lengths"]]
+    extras = json.loads(arrays["extras"].tobytes())
+    for extra in extras:
+        if "turn_rewards" in extra:  # JSON has lists alone
+            extra["turn_rewards"] = tuple(extra["turn_rewards"])
+    return extras
 
 
 def _versions(arrays: Mapping[str, np.ndarray]) -> list[VersionSpans]:

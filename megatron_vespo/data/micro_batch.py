@@ -29,7 +29,7 @@ class MicroBatch:
     tokens_T: Tensor  # int64
     labels_T: Tensor  # int64, the next token; 0 where the mask is 0
     position_ids_T: Tensor  # int64, from 0 in every sequence; padding continues the numbers of its sequence
-    loss_mask_T: Tensor  # float32, 1 on positions that predict a completion token
+    loss_mask_T: Tensor  # float32, 1 on positions that predict a sampled token
     sequence_ids_T: Tensor  # int64; padding at the end belongs to the last sequence
     temperature_T: Tensor  # float32, sampling temperature of the sequence; 1 on padding
     behavior_log_probs_T: Tensor  # float32, 0 where the mask is 0
@@ -94,7 +94,7 @@ def build_micro_batch(
     fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
     if num_experts is not None and not replays_S.all():
         fields["replays_S"] = replays_S
-    fields["num_tokens_S"] = np.array([sample.completion_length for sample in chosen], np.float32)
+    fields["num_tokens_S"] = np.array([sample.num_trained for sample in chosen], np.float32)
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in fields.items()}
     return MicroBatch(
         **tensors,
@@ -118,9 +118,10 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
     ends = [*starts[1:-1], total]  # the padding at the end of the pack belongs to the last sequence
     for s, (sample, start, end) in enumerate(zip(chosen, starts[:-1], ends, strict=True)):
         tokens = slice(start, start + sample.num_tokens)
-        predicting = slice(start + sample.prompt_length - 1, start + sample.num_tokens - 1)
+        sampled = np.flatnonzero(sample.sampled_mask())  # given tokens enter the model, none is a label
+        predicting = start + sample.prompt_length - 1 + sampled
         fields["tokens_T"][tokens] = sample.token_ids
-        fields["labels_T"][predicting] = sample.token_ids[sample.prompt_length :]
+        fields["labels_T"][predicting] = sample.token_ids[sample.prompt_length :][sampled]
         fields["position_ids_T"][start:end] = np.arange(end - start)
         fields["sequence_ids_T"][start:end] = s
         fields["loss_mask_T"][predicting] = 1.0

@@ -15,23 +15,24 @@ import numpy as np
 
 from megatron_vespo.data.completion_arrays import end_to_end, split
 from megatron_vespo.data.packing import Cut, PackingRule
-from megatron_vespo.types import TOKEN_ID, TrainingSample, VersionSpans
+from megatron_vespo.types import TOKEN_ID, PartlySampled, Segments, TrainingSample, VersionSpans
 
 NO_TOKENS, NO_LOG_PROBS = np.empty(0, TOKEN_ID), np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class SampleOutline:
+class SampleOutline(PartlySampled):
     """What every rank knows of a sample."""
 
     num_tokens: int  # P + C
     prompt_length: int  # P
     advantage: float
     group_id: int
-    policy_versions: VersionSpans
+    policy_versions: VersionSpans  # of N tokens
+    segments: Segments | None  # of C tokens
 
     @property
-    def completion_length(self) -> int:
+    def completion_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.num_tokens - self.prompt_length
 
 
@@ -48,7 +49,9 @@ class MiniBatchOutline:
         for index, sample in enumerate(samples):
             check_length(sample, f"sample {index} (group {sample.group_id})", rule.max_tokens)
         outlines = [
-            SampleOutline(s.num_tokens, s.prompt_length, s.advantage, s.group_id, s.policy_versions)
+            SampleOutline(
+                s.num_tokens, s.prompt_length, s.advantage, s.group_id, s.policy_versions, s.segments
+            )
             for s in samples
         ]
         return cls(rule.cut([outline.num_tokens for outline in outlines]), outlines)
@@ -103,12 +106,19 @@ class Shard:
 
 
 def check_length(sample: TrainingSample, where: str, max_tokens: int) -> None:
-    """ValueError if the sample, which the message calls `where`, has no completion or fits no pack."""
+    """ValueError if the sample, which the message calls `where`, has nothing to train on or fits no pack."""
     if not 0 < sample.prompt_length < sample.num_tokens:
         raise ValueError(
             f"{where} has {sample.num_tokens} tokens, {sample.prompt_length} of them prompt: both prompt and "
             "completion need at least one"
         )
+    if sample.segments is not None and len(sample.segments) != sample.completion_length:
+        raise ValueError(
+            f"{where} has segments of {len(sample.segments)} tokens for {sample.completion_length} tokens "
+            "after the prompt"
+        )
+    if sample.num_trained == 0:
+        raise ValueError(f"{where} has no token that the policy sampled: nothing of it can be trained on")
     if sample.num_tokens > max_tokens:
         raise ValueError(
             f"{where} has {sample.num_tokens} tokens, more than --max-tokens-per-gpu x "

@@ -95,7 +95,7 @@ class PolicyLearner:
             self.state.iteration += 1
             sums.update(after_step())
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
-        lengths = np.array([sample.completion_length for sample in samples])
+        lengths = np.array([sample.num_trained for sample in samples])
         metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)
         if pi_old_is_in_place(self.ratio_denominator, self.old_policy, mini_batches[0], version):
             metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
@@ -118,7 +118,7 @@ class PolicyLearner:
         """
         due = self.state.iteration % (FLOOR_INTERVAL * self.steps_per_rollout) == 0
         if self.state.log_w_floor is None or due:
-            lengths = np.array([sample.completion_length for sample in samples])
+            lengths = np.array([sample.num_trained for sample in samples])
             number = min(FLOOR_RESPONSES, max(len(samples) // FLOOR_SHARE, 2), len(samples))
             ranks = np.linspace(0, len(samples) - 1, number).round().astype(int)
             chosen = np.argsort(lengths, kind="stable")[ranks]

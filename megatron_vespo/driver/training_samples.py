@@ -37,6 +37,7 @@ def training_sample(
         routed_experts=completion.routed_experts if replay else None,
         routes_version=completion.policy_versions.last if replay else None,
         replays=completion.num_retractions == 0,
+        segments=completion.segments,
     )
 
 

@@ -24,8 +24,8 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
     rewards = np.array([[completion.reward for completion in group] for group in groups])
     shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
     completions = [completion for group in groups for completion in group]
-    lengths = np.array([len(completion.token_ids) for completion in completions])
-    return {
+    lengths = np.array([completion.num_sampled for completion in completions])
+    metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/error_count": float(sum(c.reward_status == "error" for c in completions)),
         "reward/timeout_count": float(sum(c.reward_status == "timeout" for c in completions)),
@@ -38,6 +38,29 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
         "rollout/nonfinite_log_probs": float(sum(len(c.rejections) for c in completions)),
         "rollout/retracted_share": float(np.mean([c.num_retractions > 0 for c in completions])),
     }
+    return metrics | _turn_metrics(completions) | _reward_parts(completions)
+
+
+def _turn_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Metrics of multi-turn responses: only a batch with given tokens has them."""
+    if not any(completion.segments for completion in completions):
+        return {}
+    turns = [1 if c.segments is None else c.segments.num_turns for c in completions]
+    given = [len(c.token_ids) - c.num_sampled for c in completions]
+    return {
+        "response/turns_mean": float(np.mean(turns)),
+        "response/turns_max": float(max(turns)),
+        "response/given_tokens_mean": float(np.mean(given)),
+    }
+
+
+def _reward_parts(completions: list[Completion]) -> dict[str, float]:
+    """Return the mean of each named part of the rewards, over the responses that have it."""
+    values: dict[str, list[float]] = {}
+    for completion in completions:
+        for name, value in completion.reward_parts.items():
+            values.setdefault(name, []).append(value)
+    return {f"reward/part/{name}": float(np.mean(values[name])) for name in sorted(values)}
 
 
 def staleness_metrics(

@@ -19,7 +19,7 @@ class Evaluation:
     accuracy: float  # mean reward, avg@K
     interval: tuple[float, float]
     passes: dict[int, tuple[float, float, float]]  # k > 1 -> pass@k and its interval
-    mean_length: float  # completion tokens
+    mean_length: float  # sampled tokens
 
     def metrics(self) -> dict[str, float]:
         low, high = self.interval
@@ -69,5 +69,5 @@ def evaluate(
         accuracy=float(rewards_PK.mean()),
         interval=mean_interval(rewards_PK.mean(axis=1), num_completions),
         passes=passes,
-        mean_length=sum(len(completion.token_ids) for completion in completions) / len(completions),
+        mean_length=sum(completion.num_sampled for completion in completions) / len(completions),
     )

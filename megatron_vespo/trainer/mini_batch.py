@@ -59,13 +59,15 @@ class Versions:
     def of(self, micro_batch: MicroBatch) -> Tensor:
         """Return the versions of the tokens that `loss_positions` predict, int64 of their shape."""
         own = [self.samples[i] for i in micro_batch.sample_indices]
-        flat = torch.from_numpy(np.concatenate([sample.policy_versions.array() for sample in own]))
-        starts = np.cumsum([0, *(sample.completion_length for sample in own[:-1])])
+        masks = [sample.sampled_mask() for sample in own]
+        per_token = np.zeros(sum(map(len, masks)), np.int64)  # of all C tokens of each sample
+        per_token[np.concatenate(masks)] = np.concatenate([s.policy_versions.array() for s in own])
+        starts = np.cumsum([0, *map(len, masks[:-1])])
         # the position before the first completion token predicts it
         offsets = torch.from_numpy(starts + 1 - np.array([sample.prompt_length for sample in own]))
         positions = micro_batch.loss_positions
         sequences, places = micro_batch.sequence_ids_T[positions], micro_batch.position_ids_T[positions]
-        return flat[offsets[sequences] + places]
+        return torch.from_numpy(per_token)[offsets[sequences] + places]
 
 
 class Packer:

@@ -87,10 +87,10 @@ class Snapshots:
 
     def _check(self, index: int, sample: SampleOutline) -> None:
         where = f"sample {index} (group {sample.group_id})"
-        if len(sample.policy_versions) != sample.completion_length:
+        if len(sample.policy_versions) != sample.num_trained:
             raise ValueError(
-                f"{where} has {len(sample.policy_versions)} policy_versions for {sample.completion_length} "
-                "completion tokens"
+                f"{where} has {len(sample.policy_versions)} policy_versions for {sample.num_trained} "
+                "sampled tokens"
             )
         gone = sorted(set(sample.policy_versions.versions) - self._kept.keys())
         if gone:

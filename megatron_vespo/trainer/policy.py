@@ -229,7 +229,7 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def log_probs(self, samples: Sequence[TrainingSample], replay: bool = True) -> list[np.ndarray]:
-        """log pi of every completion token at its sampling temperature, float32 [C]; same on every rank.
+        """log pi of every sampled token at its sampling temperature, float32 [N]; same on every rank.
 
         Without `replay` the routers choose for themselves, whatever --routing-replay says.
         """
@@ -249,7 +249,10 @@ class MegatronPolicy:
             table[row, column] = output[position].float()
         self._packer.share(table, self.groups.cp)
         rows = table[: len(samples)].cpu().numpy()
-        return [row[: sample.completion_length] for row, sample in zip(rows, samples, strict=True)]
+        return [
+            row[: sample.completion_length][sample.sampled_mask()]
+            for row, sample in zip(rows, samples, strict=True)
+        ]
 
     @torch.no_grad()
     def sequence_log_ratio(

@@ -45,12 +45,12 @@ def with_routes(sample: TrainingSample) -> TrainingSample:
 
 
 def _check_log_probs(sample: TrainingSample, where: str, name: str, values: np.ndarray) -> None:
-    if len(values) != sample.completion_length:
-        raise ValueError(f"{where} has {len(values)} {name} for {sample.completion_length} completion tokens")
+    if len(values) != sample.num_trained:
+        raise ValueError(f"{where} has {len(values)} {name} for {sample.num_trained} sampled tokens")
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise ValueError(
-            f"{where} has {len(bad)} non-finite {name}, the first one is {values[bad[0]]} at completion "
+            f"{where} has {len(bad)} non-finite {name}, the first one is {values[bad[0]]} at sampled "
             f"token {bad[0]}"
         )
 

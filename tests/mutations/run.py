@@ -165,8 +165,8 @@ MUTATIONS = [
     Mutation(
         "denominator: a response's length is that of its part on the rank",
         "data/micro_batch.py",
-        "[sample.completion_length for sample in chosen], np.float32)",
-        "[max(1, sample.completion_length // layout.cp_size) for sample in chosen], np.float32)",
+        "[sample.num_trained for sample in chosen], np.float32)",
+        "[max(1, sample.num_trained // layout.cp_size) for sample in chosen], np.float32)",
         ("tests/distributed/test_policy_losses.py", "cp2"),
     ),
     Mutation(

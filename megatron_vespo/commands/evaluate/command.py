@@ -168,7 +168,7 @@ class _Evaluation:
             "set": name,
             "prompt": prompt.prompt_id,
             "rewards": [completion.reward for completion in group],
-            "lengths": [len(completion.token_ids) for completion in group],
+            "lengths": [completion.num_sampled for completion in group],
             "finish_reasons": [completion.finish_reason for completion in group],
             "statuses": [completion.reward_status for completion in group],
             "policy_versions": [min(versions), max(versions)],

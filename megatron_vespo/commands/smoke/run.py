@@ -160,7 +160,7 @@ class SmokeRun:
         completions = [completion for group in groups for completion in group]
         for completion in completions:
             completion.reward = float(self._draw.normal())
-        tokens = sum(len(completion.token_ids) for completion in completions)
+        tokens = sum(completion.num_sampled for completion in completions)
         row.detail = f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} per second"
         estimator, replay = self._settings.loss.advantage_estimator, self._settings.rollout.routing_replay
         return training_samples(groups, estimator, replay)
