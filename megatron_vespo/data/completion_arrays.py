@@ -53,9 +53,10 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
     """Restore the completions; `prompts` has one prompt per completion."""
     lengths, segments = arrays["completion_lengths"], _segments(arrays)
-    sampled = [
-        length if one is None else one.num_sampled for length, one in zip(lengths, segments, strict=True)
-    ]
+    sampled = lengths.copy()
+    for i, one in enumerate(segments):
+        if one is not None:
+            sampled[i] = one.num_sampled
     rows = zip(
         prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], sampled),
         _versions(arrays), _routes(arrays, prompts), arrays["finish_reasons"],

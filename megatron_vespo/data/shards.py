@@ -32,7 +32,7 @@ class SampleOutline(PartlySampled):
     segments: Segments | None  # of C tokens
 
     @property
-    def completion_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def completion_length(self) -> int:
         return self.num_tokens - self.prompt_length
 
 

@@ -73,7 +73,7 @@ def test_pi_old_of_the_policy_is_corrected_too(task, one_rank):
     samples = task.samples[:NUM_SAMPLES]
     now = one_rank["log_probs"].astype(np.float64)
     mu = np.concatenate([sample.behavior_log_probs for sample in samples])
-    advantage = np.concatenate([np.full(s.completion_length, s.advantage) for s in samples])
+    advantage = np.concatenate([np.full(s.num_trained, s.advantage) for s in samples])
     expected = -np.mean(np.minimum(np.exp(now - mu), 1.1) * advantage * now)  # W is 1, and so is phi
     assert one_rank["tis recomputed vespo computed"][0] == pytest.approx(expected, rel=1e-4)
 

@@ -78,9 +78,7 @@ class Chunk(torch.nn.Linear):
 
 
 def sample(*versions: int):
-    return SimpleNamespace(
-        policy_versions=VersionSpans.of(versions), completion_length=len(versions), group_id=7
-    )
+    return SimpleNamespace(policy_versions=VersionSpans.of(versions), num_trained=len(versions), group_id=7)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +126,8 @@ def test_a_version_that_is_not_kept(old_policy, version):
 def test_versions_that_are_missing(old_policy):
     kept = old_policy.Snapshots([Chunk(0.0)], 2, version=0, complete=lambda: None)
     short = sample(0, 0)
-    short.completion_length = 3
-    with pytest.raises(ValueError, match="has 2 policy_versions for 3 completion tokens"):
+    short.num_trained = 3
+    with pytest.raises(ValueError, match="has 2 policy_versions for 3 sampled tokens"):
         kept.versions([short])
 
 

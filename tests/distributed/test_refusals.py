@@ -62,13 +62,15 @@ def test_model_that_config_json_does_not_describe(result, case):
 
 
 SAMPLE_MESSAGES = {
-    "nan log-prob": "2 non-finite behavior_log_probs, the first one is nan at completion token 1",
-    "infinite log-prob": "2 non-finite behavior_log_probs, the first one is -inf at completion token 1",
-    "missing log-prob": "{fewer} behavior_log_probs for {completion} completion tokens",
+    "nan log-prob": "2 non-finite behavior_log_probs, the first one is nan at sampled token 1",
+    "infinite log-prob": "2 non-finite behavior_log_probs, the first one is -inf at sampled token 1",
+    "missing log-prob": "{fewer} behavior_log_probs for {completion} sampled tokens",
     "nan advantage": "the advantage nan, it must be finite",
     "temperature 0": "was sampled at temperature 0.0, it must be positive",
     "no prompt": "{tokens} tokens, 0 of them prompt: both prompt and completion need at least one",
     "no completion": "{tokens} tokens, {tokens} of them prompt: both prompt and completion need at least one",
+    "short segments": "segments of {fewer} tokens for {completion} tokens after the prompt",
+    "nothing sampled": "no token that the policy sampled: nothing of it can be trained on",
     "unknown token": "token ids from {lowest} to 131, the vocabulary has 0 to 130",
 }
 

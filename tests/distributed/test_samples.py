@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.types import VersionSpans
-from tests.support.builders import make_sample
+from tests.support.builders import make_sample, make_segments
 
 ARGS = Namespace(
     max_tokens_per_gpu=4,
@@ -43,6 +43,8 @@ def test_a_sound_sample_passes(check):
     check(dataclasses.replace(SAMPLE, routed_experts=None), "sample 0", ARGS, needs_routes=False)
     lost = dataclasses.replace(SAMPLE, routed_experts=None, routes_version=None, replays=False)
     check(lost, "sample 0", ARGS, needs_routes=True)
+    holes = {"segments": make_segments(0, 1, 2, 1), "behavior_log_probs": np.zeros(2, np.float32)}
+    check(dataclasses.replace(SAMPLE, **holes), "sample 0", ARGS, needs_routes=True)
     longest = {"token_ids": np.arange(8), "prompt_length": 4}
     check(dataclasses.replace(SAMPLE, **longest), "sample 0", ARGS, needs_routes=False)
 
@@ -57,11 +59,23 @@ def test_a_sound_sample_passes(check):
         ),
         (
             {"old_log_probs": np.zeros(3, np.float32)},
-            "has 3 old_log_probs for 4 completion tokens",
+            "has 3 old_log_probs for 4 sampled tokens",
         ),
         (
             {"old_log_probs": np.array([0, np.nan, 0, 0], np.float32)},
-            "has 1 non-finite old_log_probs, the first one is nan at completion token 1",
+            "has 1 non-finite old_log_probs, the first one is nan at sampled token 1",
+        ),
+        (
+            {"segments": make_segments(1, 1, 1)},
+            "has segments of 3 tokens for 4 tokens after the prompt",
+        ),
+        (
+            {"segments": make_segments(0, 4)},
+            "has no token that the policy sampled: nothing of it can be trained on",
+        ),
+        (
+            {"segments": make_segments(1, 1, 2)},
+            "has 4 behavior_log_probs for 3 sampled tokens",
         ),
         ({"routed_experts": None}, "has no routed_experts, --routing-replay R3 needs the engine's"),
         (

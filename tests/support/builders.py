@@ -4,6 +4,7 @@ Example:
     make_completion(make_prompt(3), 5, reward=1.0)   # 5 tokens for prompt 3, log-probs 0, version 0
     make_group(make_prompt(3), [2, 4])               # two completions, of 2 and 4 tokens
     make_sample(3, 4, advantage=-0.5)                # 3 prompt tokens, 4 completion tokens
+    make_sample(3, 9, segments=make_segments(2, 3, 4))   # 2 sampled, 3 given, 4 sampled
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.types import Completion, Prompt, SamplingParams, TrainingSample, VersionSpans, token_array
+from megatron_vespo.types import (
+    Completion,
+    Prompt,
+    SamplingParams,
+    Segments,
+    TrainingSample,
+    VersionSpans,
+    token_array,
+)
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=())
 
@@ -31,9 +40,10 @@ def make_completion(
     finish_reason: str = "stop",
     **fields: Any,
 ) -> Completion:
-    """`tokens` and `versions`: how many, or which; one version for all tokens."""
+    """`tokens` and `versions`: how many, or which; one version for all sampled tokens."""
     token_ids = token_array(tokens if isinstance(tokens, Sequence | np.ndarray) else [5] * int(tokens))
-    count = len(token_ids)
+    segments = fields.get("segments")
+    count = len(token_ids) if segments is None else segments.num_sampled
     values = {"log_probs": np.zeros(count, np.float32), "routed_experts": None, "temperature": 1.0} | fields
     spans = VersionSpans.single(versions, count) if isinstance(versions, int) else VersionSpans.of(versions)
     return Completion(
@@ -49,6 +59,12 @@ def make_group(prompt: Prompt, lengths: Iterable[int], **fields: Any) -> list[Co
     return [make_completion(prompt, length, **fields) for length in lengths]
 
 
+def make_segments(*lengths: int) -> Segments:
+    """Tokens of the policy and of a tool in turn; 0 leaves a span out."""
+    writers = ("policy", "tool")
+    return Segments.joined(Segments.single(writers[i % 2], length) for i, length in enumerate(lengths))
+
+
 Tokens = int | Sequence[int] | np.ndarray
 
 
@@ -58,9 +74,11 @@ def make_sample(prompt: Tokens = 3, completion: Tokens = 4, **fields: Any) -> Tr
     if isinstance(completion, int):
         completion = range(len(first), len(first) + completion)
     rest = token_array(completion)
+    segments = fields.get("segments")
+    sampled = len(rest) if segments is None else segments.num_sampled
     values: dict[str, Any] = {
-        "behavior_log_probs": np.zeros(len(rest), np.float32),
-        "policy_versions": VersionSpans.single(0, len(rest)),
+        "behavior_log_probs": np.zeros(sampled, np.float32),
+        "policy_versions": VersionSpans.single(0, sampled),
         "advantage": 0.0,
         "reward": 0.0,
         "temperature": 1.0,

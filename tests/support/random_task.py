@@ -9,19 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import Segments, TrainingSample
 from tests.support.builders import make_sample
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
 VOCAB_SIZE = 131
 NUM_SAMPLES = 48
+HOLES_EVERY = 3
 # what the engine's log-probs differ by; large enough that some sequences reach the truncation of `decoupled`
 ENGINE_NOISE = 0.1
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model folder, samples (also as a file), and transformers' log-probs of their completion tokens."""
+    """A model folder, samples (also as a file), and transformers' log-probs of their sampled tokens."""
 
     model: Path
     samples_file: Path
@@ -30,7 +31,7 @@ class Task:
 
 
 def transformers_log_probs(model: Path, samples_file: Path, *flags: str) -> np.ndarray:
-    """Of every completion token, by an interpreter that has not imported Megatron."""
+    """Of every sampled token, by an interpreter that has not imported Megatron."""
     arguments = ["--model", str(model), "--samples", str(samples_file), *flags]
     program = PROGRAMS / "transformers_log_probs.py"
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +54,8 @@ def make_task(folder: Path, kind: str = "qwen3 moe") -> Task:
 def random_samples(
     num_samples: int = NUM_SAMPLES, max_prompt: int = 20, max_completion: int = 30
 ) -> list[TrainingSample]:
-    draw = np.random.default_rng(0)
+    """One of HOLES_EVERY has given tokens, which may also come first and last."""
+    draw, draw_holes = np.random.default_rng(0), np.random.default_rng(2)
     samples = []
     for i in range(num_samples):
         prompt = int(draw.integers(1, max_prompt + 1))
@@ -64,11 +66,21 @@ def random_samples(
                 advantage=float(draw.normal()),
                 temperature=(1.0, 0.7)[i % 2],
                 group_id=i // 4,
+                segments=random_segments(draw_holes, completion) if i % HOLES_EVERY == 1 else None,
             )
         )
     return samples
 
 
+def random_segments(draw: np.random.Generator, length: int) -> Segments:
+    """Runs of tokens of the policy and of others; at least one token is the policy's."""
+    cuts = np.flatnonzero(draw.random(length - 1) < 0.25) + 1
+    turns = np.diff([0, *cuts, length]).tolist()
+    first = int(draw.integers(0, 2)) if len(turns) > 1 else 0
+    writers = ("policy", "tool" if draw.random() < 0.5 else "environment")
+    return Segments.joined(Segments.single(writers[(first + i) % 2], n) for i, n in enumerate(turns))
+
+
 def split(values: np.ndarray, samples: list[TrainingSample]) -> list[np.ndarray]:
-    """Per-token values of all samples, one array a sample."""
-    return np.split(values, np.cumsum([sample.completion_length for sample in samples])[:-1])
+    """Values per sampled token of all samples, one array per sample."""
+    return np.split(values, np.cumsum([sample.num_trained for sample in samples])[:-1])

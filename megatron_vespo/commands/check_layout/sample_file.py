@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.data.jsonl import jsonl_rows, kind
-from megatron_vespo.types import TrainingSample, VersionSpans
+from megatron_vespo.types import WRITERS, Segments, TrainingSample, VersionSpans
 
 REQUIRED_KEYS = ("token_ids", "prompt_length", "advantage")
-OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id")
+OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id", "segments")
+GIVEN_EVERY = 3  # one of so many random samples has given tokens
 
 
 def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
     """Samples of a JSONL file, one object per line.
 
     Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`. Optional keys and defaults:
-    `behavior_log_probs` (one per completion token), `temperature` (1), `reward` (0), `group_id` (0).
+    `behavior_log_probs` (one per sampled token), `temperature` (1), `reward` (0), `group_id` (0),
+    `segments` (who wrote the tokens after the prompt, pairs of writer and number of tokens; the policy).
     Without `behavior_log_probs` a sample has NaN there, see `with_noisy_behavior`.
 
-    Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 3, "advantage": -0.25}
+    Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 2, "advantage": -0.25,
+              "segments": [["policy", 1], ["tool", 1], ["policy", 1]]}
 
     Raises:
         ValueError: one line that names the file and the wrong line, counted from 1.
@@ -43,7 +46,8 @@ def random_samples(
 ) -> list[TrainingSample]:
     """Samples of random tokens, random lengths and advantages of both signs; behavior log-probs are NaN.
 
-    Advantages have the mean 0.5, so that the terms of a loss do not cancel and losses can be compared.
+    Advantages have the mean 0.5, so that the terms of a loss do not cancel and losses can be compared. One
+    of GIVEN_EVERY samples has given tokens between sampled ones, if it has room for them.
     """
     draw = np.random.default_rng(seed)
     samples = []
@@ -51,7 +55,13 @@ def random_samples(
         prompt = int(draw.integers(1, max_prompt_tokens + 1))
         completion = int(draw.integers(1, max_completion_tokens + 1))
         token_ids = draw.integers(0, vocab_size, prompt + completion)
-        samples.append(_make(token_ids, prompt, advantage=float(draw.normal(0.5)), group_id=i))
+        advantage = float(draw.normal(0.5))
+        segments = None
+        if i % GIVEN_EVERY == 0 and completion >= 3:
+            start, end = sorted(draw.choice(np.arange(1, completion), 2, replace=False).tolist())
+            turns = (start, end - start, completion - end)
+            segments = Segments(("policy", "environment", "policy"), turns)
+        samples.append(_make(token_ids, prompt, segments, advantage=advantage, group_id=i))
     return samples
 
 
@@ -60,7 +70,7 @@ def with_noisy_behavior(
 ) -> list[TrainingSample]:
     """The samples, with NaN behavior log-probs replaced by `log_probs` plus normal noise.
 
-    `log_probs` are a policy's, float32 [C] per sample. The noise has the standard `deviation` per token; it
+    `log_probs` are a policy's, float32 [N] per sample. The noise has the standard `deviation` per token; it
     makes W differ from 1.
     """
     draw = np.random.default_rng(seed)
@@ -73,14 +83,17 @@ def with_noisy_behavior(
     return filled
 
 
-def _make(token_ids: np.ndarray, prompt_length: int, **fields: Any) -> TrainingSample:
-    completion = len(token_ids) - prompt_length
-    unknown = np.full(completion, np.nan, np.float32)
+def _make(
+    token_ids: np.ndarray, prompt_length: int, segments: Segments | None, **fields: Any
+) -> TrainingSample:
+    sampled = len(token_ids) - prompt_length if segments is None else segments.num_sampled
+    unknown = np.full(sampled, np.nan, np.float32)
     defaults = {"behavior_log_probs": unknown, "temperature": 1.0, "reward": 0.0, "group_id": 0}
     return TrainingSample(
         token_ids=token_ids,
         prompt_length=prompt_length,
-        policy_versions=VersionSpans.single(0, completion),
+        policy_versions=VersionSpans.single(0, sampled),
+        segments=segments,
         **(defaults | fields),
     )
 
@@ -116,18 +129,42 @@ def _sample(row: dict, where: str, vocab_size: int) -> TrainingSample:
         if not _is_integer(row["group_id"]):
             raise ValueError(f"{where}: group_id must be an integer, it is {kind(row['group_id'])}")
         fields["group_id"] = row["group_id"]
+    completion = len(token_ids) - prompt_length
+    segments = _segments(row["segments"], completion, where) if "segments" in row else None
     if "behavior_log_probs" in row:
-        fields["behavior_log_probs"] = _log_probs(
-            row["behavior_log_probs"], len(token_ids) - prompt_length, where
+        sampled = completion if segments is None else segments.num_sampled
+        fields["behavior_log_probs"] = _log_probs(row["behavior_log_probs"], sampled, where)
+    return _make(np.array(token_ids, np.int64), prompt_length, segments, **fields)
+
+
+def _segments(value: Any, length: int, where: str) -> Segments:
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise ValueError(
+            f"{where}: segments must be a list of pairs of a writer and its number of tokens, for example "
+            '[["policy", 12], ["tool", 5]]'
         )
-    return _make(np.array(token_ids, np.int64), prompt_length, **fields)
+    for writer, tokens in value:
+        if writer not in WRITERS:
+            raise ValueError(f"{where}: a writer of segments is one of {', '.join(WRITERS)}, not {writer!r}")
+        if not _is_integer(tokens) or tokens < 1:
+            raise ValueError(
+                f"{where}: the tokens of a segment must be an integer from 1, here is {kind(tokens)}"
+            )
+    segments = Segments.joined(Segments.single(writer, tokens) for writer, tokens in value)
+    if len(segments) != length:
+        raise ValueError(
+            f"{where}: segments have {len(segments)} tokens, token_ids has {length} after the prompt"
+        )
+    if segments.num_sampled == 0:
+        raise ValueError(f"{where}: no token of segments is the policy's: there is nothing to train on")
+    return segments
 
 
 def _log_probs(values: Any, length: int, where: str) -> np.ndarray:
     if not isinstance(values, list) or len(values) != length:
         found = f"a list of {len(values)}" if isinstance(values, list) else kind(values)
         raise ValueError(
-            f"{where}: behavior_log_probs must be a list of {length} numbers, one a completion token, it is "
+            f"{where}: behavior_log_probs must be a list of {length} numbers, one per sampled token, it is "
             f"{found}"
         )
     return np.array([_number(value, "behavior_log_probs", where) for value in values], np.float32)

@@ -40,7 +40,7 @@ def log_w(policy, samples: list) -> list[np.ndarray]:
     found = []
     for _ in range(BATCHES):
         batch = [
-            dataclasses.replace(s, policy_versions=VersionSpans.single(policy.iteration, s.completion_length))
+            dataclasses.replace(s, policy_versions=VersionSpans.single(policy.iteration, s.num_trained))
             for s in samples
         ]
         if policy.args.routing_replay == "R3":

@@ -57,7 +57,7 @@ def main() -> None:
     step("tis recomputed vespo computed", mini_batch)
 
     for sample in samples:
-        noise = draw.normal(0, TOKEN_NOISE, sample.completion_length)
+        noise = draw.normal(0, TOKEN_NOISE, sample.num_trained)
         sample.old_log_probs = (sample.behavior_log_probs + noise).astype(np.float32)
     results["old_log_probs"] = np.concatenate([sample.old_log_probs for sample in samples])
     for denominator, loss in CASES:

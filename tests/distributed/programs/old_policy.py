@@ -29,13 +29,12 @@ def same(policy, before: list[torch.Tensor]) -> bool:
 
 def of_version(samples: list, version: int) -> list:
     return [
-        dataclasses.replace(s, policy_versions=VersionSpans.single(version, s.completion_length))
-        for s in samples
+        dataclasses.replace(s, policy_versions=VersionSpans.single(version, s.num_trained)) for s in samples
     ]
 
 
 def old_log_probs(mini_batch, samples: list) -> np.ndarray:
-    """float32 [all completion tokens]; NaN where this rank has none."""
+    """float32 [all sampled tokens]; NaN where this rank has none."""
     rows = [np.full(sample.completion_length, np.nan, np.float32) for sample in samples]
     for micro_batch in mini_batch.micro_batches:
         if micro_batch.old_log_probs_T is None:  # the log-probs of a pass are the last pipeline stage's
@@ -44,7 +43,9 @@ def old_log_probs(mini_batch, samples: list) -> np.ndarray:
             i = micro_batch.sample_indices[micro_batch.sequence_ids_T[position]]
             place = int(micro_batch.position_ids_T[position]) + 1 - samples[i].prompt_length
             rows[i][place] = float(micro_batch.old_log_probs_T[position])
-    return np.concatenate(rows)
+    masks = [sample.sampled_mask() for sample in samples]
+    assert all(np.isnan(row[~mask]).all() for row, mask in zip(rows, masks, strict=True))
+    return np.concatenate([row[mask] for row, mask in zip(rows, masks, strict=True)])
 
 
 def refused(action) -> str:
@@ -69,10 +70,10 @@ def snapshots(policy, samples: list) -> dict:
     mixed = []
     for i, sample in enumerate(samples):
         first, second = VERSIONS[i % len(VERSIONS)]
-        half = sample.completion_length // 2
-        versions = np.array([first] * half + [second] * (sample.completion_length - half), np.int64)
+        half = sample.num_trained // 2
+        versions = np.array([first] * half + [second] * (sample.num_trained - half), np.int64)
         mixed.append(dataclasses.replace(sample, policy_versions=versions))
-    expected = [np.full(sample.completion_length, np.nan, np.float32) for sample in mixed]
+    expected = [np.full(sample.num_trained, np.nan, np.float32) for sample in mixed]
 
     def remember() -> None:
         # packed as the mini-batch is: other packs would round otherwise

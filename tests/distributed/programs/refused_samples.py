@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from common import hand_back, start_program
 
-from megatron_vespo.types import TrainingSample
+from megatron_vespo.types import Segments, TrainingSample
 
 
 def message(call, *arguments) -> str:
@@ -32,6 +32,8 @@ def broken_samples(sample: TrainingSample, vocab_size: int) -> dict[str, Trainin
         "temperature 0": replace(sample, temperature=0.0),
         "no prompt": replace(sample, prompt_length=0),
         "no completion": replace(sample, prompt_length=sample.num_tokens),
+        "short segments": replace(sample, segments=Segments.single("policy", sample.completion_length - 1)),
+        "nothing sampled": replace(sample, segments=Segments.single("tool", sample.completion_length)),
         "unknown token": replace(sample, token_ids=np.append(sample.token_ids[:-1], vocab_size)),
     }
 

@@ -1,4 +1,4 @@
-"""Log-probs of every completion token by transformers, the reference; no Megatron in this process.
+"""Log-probs of every sampled token by transformers, the reference; no Megatron in this process.
 
 With --make-model a random model of that kind is written to the folder first, with --sizes in other sizes.
 """
@@ -65,7 +65,8 @@ def log_probs(model: torch.nn.Module, sample: TrainingSample) -> np.ndarray:
     tokens = torch.from_numpy(sample.token_ids)
     logits = model(tokens[None]).logits[0].float() / sample.temperature
     predicting = logits[sample.prompt_length - 1 : -1].log_softmax(-1)
-    return predicting.gather(1, tokens[sample.prompt_length :, None])[:, 0].numpy()
+    of_tokens = predicting.gather(1, tokens[sample.prompt_length :, None])[:, 0]
+    return of_tokens[torch.from_numpy(sample.sampled_mask())].numpy()
 
 
 def main() -> None:
