@@ -22,7 +22,8 @@ from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_dat
 from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments

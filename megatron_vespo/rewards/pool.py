@@ -2,6 +2,7 @@
 
 A hanging reward function cannot be interrupted from within (sympy and regular expressions stay in C). So each
 worker is a process that reports results one by one. If it is late or dies, only its current response is lost.
+An asynchronous function works on many responses at once; the current one is that whose code ran last.
 
 Workers start as fresh interpreters. Forking a parent with threads, gRPC or CUDA is unsafe. With spawn and
 forkserver of multiprocessing, every worker would import the parent's main program again, including torch.
@@ -10,9 +11,9 @@ forkserver of multiprocessing, every worker would import the parent's main progr
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
+import mmap
 import os
 import pickle
 import signal
@@ -27,20 +28,21 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
 from typing import Literal
 
-from megatron_vespo.rewards.code import CodeReward
-from megatron_vespo.rewards.worker import OUT_OF_MEMORY_STATUS, RewardFunction
-from megatron_vespo.system.import_path import import_function
+from megatron_vespo.rewards.outcomes import OUT_OF_MEMORY_STATUS
+from megatron_vespo.rewards.worker import BOARD_BYTES, RewardFunction, is_async
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
 
 _START_DEADLINE_S = IMPORT_TIMEOUT_S  # time to import the function's module, e.g. with sympy
 _STOP_DEADLINE_S = 10.0
 _MAX_CHUNK = 32
+_MAX_ASYNC_CHUNK = 512  # more than are in work at once: a slow response then holds up fewer others
+_ASYNC_MARGIN_S = 1.0  # a worker answers itself for coroutines that are late
 _WORKER_COMMAND = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from megatron_vespo.system.import_path import import_function
 from megatron_vespo.rewards.worker import worker_main
-worker_main(int(sys.argv[1]))
+worker_main(int(sys.argv[1]), int(sys.argv[3]))
 """
 
 
@@ -64,45 +66,6 @@ class RewardResult:
     parts: Mapping[str, float] = field(default_factory=dict)  # what the function names beside the reward
 
 
-def load_reward_function(import_path: str, code_reward: CodeReward | None = None) -> RewardFunction:
-    """Return the reward function named "math" or "code" (built in), or "package.module:function".
-
-    "code" is `code_reward`, or the one with default settings; its sandbox must work on this machine.
-
-    A custom function is called as function(response, answer, metadata). It returns a finite number, or a dict
-    of finite numbers: "reward", and any other names for its parts.
-
-    Raises:
-        ValueError: the module or function does not exist, or cannot be called this way.
-    """
-    if import_path == "code":
-        code_reward = code_reward or CodeReward()
-        code_reward.check()
-        return code_reward
-    if import_path == "math":
-        import_path = "megatron_vespo.rewards.math:math_reward"
-    function = import_function(import_path, "reward function", builtin='"math", "code"')
-    _check_signature(function, f"reward function {import_path!r}")
-    return function
-
-
-def _check_signature(function: RewardFunction, where: str) -> None:
-    right = "it is called as function(response, answer, metadata) and returns a float"
-    if inspect.isclass(function):
-        raise ValueError(f"{where}: is a class, not a function; {right}")
-    if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):  # noqa: B004
-        raise ValueError(f"{where}: is async; {right}")
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        return  # a function written in C may have no signature
-    try:
-        signature.bind("response", "answer", {})
-    except TypeError as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise ValueError(f"{where}: {name}{signature} does not fit ({error}); {right}") from error
-
-
 class RewardPool:
     """`num_workers` processes that score responses with one function, each within `timeout_s` seconds.
 
@@ -117,21 +80,54 @@ class RewardPool:
     ) -> None:
         assert num_workers >= 1 and timeout_s > 0 and memory_gb > 0, (num_workers, timeout_s, memory_gb)
         self._setup = _pickle_setup(function, timeout_s, memory_gb)
-        self._timeout_s = timeout_s
-        self._lock = threading.Lock()
+        self._timeout_s, self._is_async = timeout_s, is_async(function)
+        self._lock = threading.Lock()  # of the workers
+        self._waiting: deque[_Request] = deque()
         self._workers = [_Worker(self._setup) for _ in range(num_workers)]
         self.close = weakref.finalize(self, _stop_all, self._workers)  # at interpreter exit at the latest
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """Score the items and return results in the same order. Thread-safe; one batch runs at a time.
+        """Score the items and return results in the same order.
+
+        Thread-safe. What several threads ask for while a batch runs becomes the next batch.
 
         Raises:
             RuntimeError: the pool is closed, or a worker cannot start.
         """
         if not self.close.alive:
             raise RuntimeError("the reward pool is closed")
+        request = _Request(items)
+        self._waiting.append(request)
         with self._lock:
-            return _Batch(items, self._workers, self._setup, self._timeout_s).run()
+            if not request.is_done:
+                self._serve([self._waiting.popleft() for _ in range(len(self._waiting))])
+        if request.error is not None:
+            raise request.error
+        return request.results
+
+    def _serve(self, requests: list[_Request]) -> None:
+        items = [item for request in requests for item in request.items]
+        try:
+            batch = _Batch(items, self._workers, self._setup, self._timeout_s, self._is_async)
+            results = iter(batch.run())
+            for request in requests:
+                request.results = [next(results) for _ in request.items]
+        except BaseException as error:
+            for request in requests:
+                request.error = error
+        finally:
+            for request in requests:
+                request.is_done = True
+
+
+@dataclass
+class _Request:
+    """One call of RewardPool.score."""
+
+    items: Sequence[RewardItem]
+    results: list[RewardResult] = field(default_factory=list)
+    error: BaseException | None = None
+    is_done: bool = False
 
 
 class _Worker:
@@ -139,28 +135,40 @@ class _Worker:
 
     def __init__(self, setup: bytes) -> None:
         self.connection, child = Pipe()
-        with child:
-            arguments = [str(child.fileno()), json.dumps(_absolute_sys_path())]
+        board = os.memfd_create("reward-worker")
+        try:
+            os.ftruncate(board, BOARD_BYTES)
+            self.board = mmap.mmap(board, BOARD_BYTES)
+            arguments = [str(child.fileno()), json.dumps(_absolute_sys_path()), str(board)]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER_COMMAND, *arguments],
-                pass_fds=(child.fileno(),),
+                pass_fds=(child.fileno(), board),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # killed as a group, with processes that a custom function started
             )
+        finally:
+            child.close()
+            os.close(board)
         self.connection.send_bytes(setup)
         self.started = False
-        self.assigned: deque[int] = deque()  # indices of items sent but not answered yet, in order
+        self.assigned: list[int] = []  # indices of items sent but not answered yet, in order
         self.deadline = time.monotonic() + _START_DEADLINE_S
 
     @property
     def is_awaited(self) -> bool:
         return bool(self.assigned) or not self.started
 
+    def current(self) -> int:
+        """Return the assigned item whose code runs, or ran last."""
+        shown = int.from_bytes(self.board[:])
+        return shown if shown in self.assigned else self.assigned[0]
+
     def kill(self) -> None:
         self.connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=_STOP_DEADLINE_S)
+        self.board.close()
 
     def exit_status(self) -> int | None:
         """Return the exit status of a process whose connection has ended; None if it is still alive."""
@@ -174,16 +182,25 @@ class _Batch:
     """One call of RewardPool.score: deals items out to workers and replaces those that hang or die."""
 
     def __init__(
-        self, items: Sequence[RewardItem], workers: list[_Worker], setup: bytes, timeout_s: float
+        self,
+        items: Sequence[RewardItem],
+        workers: list[_Worker],
+        setup: bytes,
+        timeout_s: float,
+        is_async: bool,
     ) -> None:
         self.items = items
         self.workers = workers
         self.setup = setup
         self.timeout_s = timeout_s
+        # The deadline runs from the last answer on. Coroutines that begin together end within one time-out.
+        self.patience_s = timeout_s + (_ASYNC_MARGIN_S if is_async else 0.0)
         self.results = [RewardResult(0.0, "ok", "the response did not end")] * len(items)
         self.queue = deque(index for index, item in enumerate(items) if item.ended)
-        # Small enough that the last chunks finish together, large enough that pipes do not dominate.
-        self.chunk = max(1, min(_MAX_CHUNK, len(self.queue) // (4 * len(workers))))
+        if is_async:  # as many at once as possible: they wait for others
+            self.chunk = min(_MAX_ASYNC_CHUNK, -(-len(self.queue) // len(workers)))
+        else:  # small enough that the last chunks finish together, large enough that pipes do not dominate
+            self.chunk = max(1, min(_MAX_CHUNK, len(self.queue) // (4 * len(workers))))
 
     def run(self) -> list[RewardResult]:
         try:
@@ -202,15 +219,17 @@ class _Batch:
     def assign(self, slot: int) -> None:
         worker = self.workers[slot]
         indices = [self.queue.popleft() for _ in range(min(self.chunk, len(self.queue)))]
-        items = [self.items[index] for index in indices]
+        items = [(index, self.items[index]) for index in indices]
         try:
-            worker.connection.send([(item.response, item.answer, item.metadata) for item in items])
+            worker.connection.send(
+                [(index, (item.response, item.answer, item.metadata)) for index, item in items]
+            )
         except ConnectionError:  # it died while idle, for example by the machine's out-of-memory killer
             self.queue.extendleft(reversed(indices))
             self.replace(slot)
             return
         worker.assigned.extend(indices)
-        worker.deadline = time.monotonic() + self.timeout_s
+        worker.deadline = time.monotonic() + self.patience_s
 
     def collect(self) -> None:
         """Wait for the next answers or the next deadline, whichever comes first."""
@@ -240,8 +259,10 @@ class _Batch:
                 self.lose(slot, "error", f"the reward function ended its process, exit status {exit_status}")
             return
         if worker.started:
-            self.results[worker.assigned.popleft()] = RewardResult(*message)
-            worker.deadline = time.monotonic() + self.timeout_s
+            index, result = message
+            worker.assigned.remove(index)
+            self.results[index] = RewardResult(*result)
+            worker.deadline = time.monotonic() + self.patience_s
         elif message is None:
             worker.started = True
         else:
@@ -253,7 +274,9 @@ class _Batch:
         if not worker.started:
             why = detail if status == "error" else f"not ready after {_START_DEADLINE_S:g} s"
             raise RuntimeError(f"a reward worker did not start: {why}")
-        self.results[worker.assigned.popleft()] = RewardResult(0.0, status, detail)
+        current = worker.current()
+        worker.assigned.remove(current)
+        self.results[current] = RewardResult(0.0, status, detail)
         self.queue.extendleft(reversed(worker.assigned))
         self.replace(slot)
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-import numbers
+import mmap
 import os
 import pickle
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_vespo.rewards.coroutines import Coroutines
+from megatron_vespo.rewards.outcomes import describe, failure_outcome, reward_outcome
+
 RewardFunction = Callable[[str, str, dict], Any]  # of response, answer and metadata
 
-OUT_OF_MEMORY_STATUS = 77  # exit status of a worker whose function ran out of memory
+BOARD_BYTES = 8  # shared memory with the index of the item whose code runs
 _ORPHAN_GRACE_S = 2.0
-_FLOAT32_MAX = 2.0**128 - 2.0**104  # advantages are stored as float32
 
 
-def worker_main(fd: int) -> None:
+def is_async(function: RewardFunction) -> bool:
+    """Return whether `function` gives coroutines."""
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+
+
+def worker_main(fd: int, board_fd: int) -> None:
     """Main function of a worker process: load the reward function, then answer every item of every chunk."""
     os.set_inheritable(fd, False)
+    board = mmap.mmap(board_fd, BOARD_BYTES)
+    os.close(board_fd)
     # If the parent is killed, a hanging worker never sees its pipe end: the kernel's alarm ends it instead.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(fd)
@@ -32,13 +42,24 @@ def worker_main(fd: int) -> None:
             _limit_memory(int(memory_gb * 2**30))
         function = pickle.loads(setup)
     except Exception as error:  # importing a custom module may raise anything; the parent reports it
-        connection.send(_describe(error))
+        connection.send(describe(error))
         return
+
+    def show(index: int) -> None:
+        board[:] = index.to_bytes(BOARD_BYTES)
+
+    alarm_s = timeout_s + _ORPHAN_GRACE_S
+    coroutines = Coroutines(function, timeout_s, alarm_s, show) if is_async(function) else None
     with contextlib.suppress(EOFError, ConnectionError):
         connection.send(None)
         while True:
-            for response, answer, metadata in connection.recv():
-                connection.send(_call(function, response, answer, metadata, timeout_s + _ORPHAN_GRACE_S))
+            chunk = connection.recv()
+            if coroutines is not None:
+                coroutines.answer(chunk, connection.send)
+                continue
+            for index, item in chunk:
+                show(index)
+                connection.send((index, _call(function, item, alarm_s)))
 
 
 def _limit_memory(num_bytes: int) -> None:
@@ -48,55 +69,12 @@ def _limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _call(function: RewardFunction, response: str, answer: str, metadata: dict, alarm_s: float) -> tuple:
-    """Score one response and return the fields of a RewardResult."""
+def _call(function: RewardFunction, item: tuple[str, str, dict], alarm_s: float) -> tuple:
+    """Score one item."""
     signal.setitimer(signal.ITIMER_REAL, alarm_s)
     try:
-        return _ok(function(response, answer, metadata))
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY_STATUS)  # earlier items may have filled the memory: start a new process
+        return reward_outcome(function(*item))
     except Exception as error:  # a custom function may raise anything, and one item must not end the run
-        return 0.0, "error", _describe(error)
+        return failure_outcome(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-
-
-class _WrongRewardError(Exception):
-    """What the function returned is no reward; says why in one line."""
-
-
-def _ok(returned: Any) -> tuple:
-    """Return the fields of the RewardResult of what a reward function returned."""
-    if not isinstance(returned, Mapping):
-        return _number(returned, ""), "ok", ""
-    if "reward" not in returned:
-        names = ", ".join(map(repr, returned)) or "nothing"
-        raise _WrongRewardError(f"the reward function returned a dict with {names}, but without 'reward'")
-    for name in returned:
-        if not isinstance(name, str) or not name:
-            raise _WrongRewardError(f"the reward function returned a dict with the key {name!r}, not a name")
-    found = {name: _number(value, f" as {name!r}") for name, value in returned.items()}
-    return found.pop("reward"), "ok", "", found
-
-
-def _number(value: Any, role: str) -> float:
-    """Return `value` as a float; `role` says in an error what it was returned as."""
-    value = _scalar(value)
-    said = "the reward function returned"
-    if not isinstance(value, numbers.Real):
-        raise _WrongRewardError(f"{said} a {type(value).__name__}{role}, not a number")
-    if not math.isfinite(value):
-        raise _WrongRewardError(f"{said} {value}{role}")
-    if abs(value) > _FLOAT32_MAX:  # pyright: ignore[reportOperatorIssue]
-        raise _WrongRewardError(f"{said} {value:g}{role}, more than a float32 can hold")
-    return float(value)
-
-
-def _scalar(reward: Any) -> Any:
-    """Return the Python number of a numpy or torch scalar, or of an array or tensor without dimensions."""
-    return reward.item() if getattr(reward, "shape", None) == () and hasattr(reward, "item") else reward
-
-
-def _describe(error: BaseException) -> str:
-    name = "" if isinstance(error, _WrongRewardError) else f"{type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())[:300]

@@ -35,7 +35,8 @@ from megatron_vespo.driver.prompt_data import chat_format, prompt_data
 from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.driver.run_record import RunRecord, describe_run
 from megatron_vespo.observability.report import write_summary
-from megatron_vespo.rewards.pool import RewardPool, load_reward_function
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.evaluation_stream import stream_groups

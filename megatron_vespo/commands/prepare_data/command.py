@@ -15,7 +15,8 @@ from megatron_vespo.commands.prepare_data.known_files import download, rows_of, 
 from megatron_vespo.commands.prepare_data.known_sets import KNOWN_SETS
 from megatron_vespo.commands.prepare_data.prepare import Counts, Problem, check_usable, prepare, question_of
 from megatron_vespo.commands.prepare_data.same_question import HeldOut
-from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardItem, RewardPool
 from megatron_vespo.system.disk import write_atomically
 from megatron_vespo.system.paths import user_path
 from megatron_vespo.system.settings import Settings

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from megatron_vespo.rewards import math as math_rewards
 from megatron_vespo.rewards.answer_text import last_boxed
+from megatron_vespo.rewards.loading import load_reward_function
 from megatron_vespo.rewards.math import math_reward
-from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult, load_reward_function
+from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.rollout.scoring import Scorer, check_some_worked, describe_failures, reward_statuses
 from megatron_vespo.types import Completion, Prompt
 
@@ -43,7 +44,7 @@ def by_command(response, answer, metadata):
 def compute_score(solution_str, ground_truth):
     return 1.0
 
-async def later(response, answer, metadata):
+async def later(response):
     return 1.0
 
 class Scored:
@@ -60,7 +61,7 @@ if "FAIL_IN_WORKER" in os.environ and "pytest" not in sys.modules:
 
 
 HANG_IN_C = "return re.match(r'(a+)+$', 'a' * 60 + 'b')"
-CALLED = "it is called as function(response, answer, metadata) and returns a float"
+CALLED = "it is called as function(response, answer, metadata) and returns a float or a dict"
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_load_reward_function_names(custom):
         ("custom_rewards:f", "custom_rewards has no 'f'"),
         ("custom_rewards:CONSTANT", "is a int, not a function"),
         ("custom_rewards:compute_score", f"compute_score(solution_str, ground_truth) {TOO_MANY}; {CALLED}"),
-        ("custom_rewards:later", f"is async; {CALLED}"),
+        ("custom_rewards:later", f"later(response) {TOO_MANY}; {CALLED}"),
         ("custom_rewards:Scored", f"is a class, not a function; {CALLED}"),
     ],
 )
@@ -480,7 +481,8 @@ def read_or_empty(path: Path) -> str:
 DRIVER = """
 import sys, time
 import threading
-from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardItem, RewardPool
 function = load_reward_function("custom_rewards:by_command")
 pool = RewardPool(function, num_workers=1, timeout_s=float(sys.argv[1]))
 print(int(pool.score([RewardItem("return os.getpid()", "", {}, True)])[0].value), flush=True)
