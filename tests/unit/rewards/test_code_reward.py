@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_vespo.rewards.code import CodeReward, extract_program
-from megatron_vespo.rewards.pool import RewardItem, RewardPool, load_reward_function
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardItem, RewardPool
 
 SUM = {"type": "stdin", "cases": [["1 2\n", "3\n"], ["-5 5\n", "0\n"], ["7 8", "15"]]}
 ADD = {"type": "calls", "function": "add", "cases": [[[1, 2], 3], [[-5, 5], 0], [["a", "b"], "ab"]]}
