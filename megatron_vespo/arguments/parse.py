@@ -26,6 +26,7 @@ from megatron_vespo.arguments.layout import check_layout, check_ranks_start, che
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.arguments.resume import resolve_load
+from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.sbatch_options import check_words
 from megatron_vespo.arguments.time_limits import collective_timeout_minutes
 from megatron_vespo.arguments.train_settings import TrainSettings
@@ -323,6 +324,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     )
     tensor = args.tensor_model_parallel_size
     args.padded_vocab_size = -(-args.vocab_size // tensor) * tensor
+    args.reward_function = resolved_reward_function(args)
     args.on_weight_update = args.on_weight_update or default_on_weight_update(args)
     args.loss_aggregation = args.loss_aggregation or METHODS[args.policy_loss].aggregation
 

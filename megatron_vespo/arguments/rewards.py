@@ -6,15 +6,21 @@ import argparse
 import math
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_vespo.rewards.loading import ENVIRONMENT
+from megatron_vespo.rollout.scoring import TURN_REWARDS, TurnRewards
 from megatron_vespo.system.settings import Settings
 
 
 def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     add = group.add_argument
-    add("--reward-function", default="math", metavar="PATH",
-        help="'math', 'code' or package.module:function(response, answer, metadata) -> float")  # fmt: skip
+    add("--reward-function", metavar="NAME",
+        help="'math', 'code', package.module:function(response, answer, metadata), an endpoint's URL, or "
+        "'environment': the rewards of --environment, with which it is the default; else 'math'")  # fmt: skip
+    add("--turn-rewards", choices=TURN_REWARDS, default="sum",
+        help="how the rewards that an environment gives in an episode become one")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes that compute rewards")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="memory limit per process of a worker; inf: no limit")  # fmt: skip
@@ -27,6 +33,16 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FACTOR",
         help="largest reduction by --overlong-buffer",
     )
+
+
+def resolved_reward_function(args: Any) -> str:
+    """Return the reward function's name from parsed flags; ValueError if they contradict each other."""
+    name = args.reward_function or (ENVIRONMENT if args.environment else "math")
+    if name == ENVIRONMENT and not (args.environment or args.generate_function):
+        raise ValueError(
+            "--reward-function environment: no environment gives rewards, --environment names one"
+        )
+    return name
 
 
 def check_overlong(args: Namespace) -> None:
@@ -42,6 +58,7 @@ def check_overlong(args: Namespace) -> None:
 @dataclass(frozen=True)
 class RewardSettings(Settings):
     reward_function: str
+    turn_rewards: TurnRewards
     reward_workers: int
     reward_timeout: float  # seconds
     reward_memory_gb: float  # GiB; inf: no limit

@@ -18,7 +18,7 @@ from megatron_vespo.arguments.environment import add_environment_arguments, chec
 from megatron_vespo.arguments.evaluation import add_eval_arguments, check_eval
 from megatron_vespo.arguments.loss import add_loss_arguments, check_loss
 from megatron_vespo.arguments.placement import add_placement_arguments
-from megatron_vespo.arguments.rewards import add_reward_arguments, check_overlong
+from megatron_vespo.arguments.rewards import add_reward_arguments, check_overlong, resolved_reward_function
 from megatron_vespo.arguments.rollout import add_rollout_arguments
 from megatron_vespo.arguments.run import add_run_arguments
 from megatron_vespo.arguments.time_limits import TIME_LIMITS, add_time_limit_arguments
@@ -80,6 +80,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         )
     if not 0 <= args.setup_seconds < math.inf:
         raise ValueError(f"--setup-seconds is {args.setup_seconds:g}, must be 0 or more, and finite")
+    resolved_reward_function(args)
     check_overlong(args)
     check_code_reward(args)
     check_loss(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,8 +21,9 @@ from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_dat
 from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
-from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.loading import load_rewards, reward_remarks
 from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
@@ -40,10 +40,10 @@ class Task:
     sampling: SamplingParams | None = None
     prompts: PromptSet | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
-    reward: Callable[..., float] | None = None
+    reward: RewardFunction | None = None  # None: the environment gives the rewards
     maker: Maker | None = None  # None: one request gives one completion
     record: bytes | None = None  # identifies the prompts in checkpoints
-    remarks: list[str] = field(default_factory=list)  # log lines about the data
+    remarks: list[str] = field(default_factory=list)  # log lines about data and rewards
 
 
 def load_task(settings: TrainSettings) -> Task:
@@ -73,7 +73,8 @@ def load_task(settings: TrainSettings) -> Task:
     stops = stop_token_ids(settings.engines.hf_checkpoint, tokenizer.eos_token_id)
     rollout = settings.rollout
     sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, stops)
-    reward = load_reward_function(settings.rewards.reward_function, settings.code_rewards.function())
+    reward = load_rewards(settings.rewards.reward_function, settings.code_rewards.function())
+    remarks += reward_remarks(reward)
     maker = make_maker(settings.responses, form, tokenizer, settings.engines.hf_checkpoint)
     return Task(tokenizer, sampling, prompts, eval_prompts, reward, maker, record.encode(), remarks)
 
@@ -102,14 +103,15 @@ class Services:
         self.task, self.display, self.trace, self.preemption = task, display, trace, preemption
         self.log_dir = (settings.run.output_dir / "logs").resolve()
         self.scorer: Scorer | None = None
-        if task.reward is not None:
-            flags = settings.rewards
-            rewards = RewardPool(
-                task.reward, flags.reward_workers, flags.reward_timeout, flags.reward_memory_gb
-            )
-            stack.callback(rewards.close)
+        if not settings.run.train_from:
+            flags, rewards = settings.rewards, None
+            if task.reward is not None:
+                rewards = RewardPool(
+                    task.reward, flags.reward_workers, flags.reward_timeout, flags.reward_memory_gb
+                )
+                stack.callback(rewards.close)
             lengths = flags.max_completion_tokens, flags.overlong_buffer, flags.overlong_penalty
-            self.scorer = Scorer(task.tokenizer, rewards, *lengths)
+            self.scorer = Scorer(task.tokenizer, rewards, *lengths, flags.turn_rewards)
         with display.phase("start Ray"):
             sharing = (
                 Sharing(settings.sync.weight_sync_timeout, trace.phase) if settings.sync.colocate else None

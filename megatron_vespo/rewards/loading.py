@@ -5,12 +5,26 @@ from __future__ import annotations
 import inspect
 
 from megatron_vespo.rewards.code import CodeReward
+from megatron_vespo.rewards.http import HttpReward
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.system.import_path import import_function
 
+ENVIRONMENT = "environment"  # its rewards count, and nothing is called
+
+
+def load_rewards(name: str, code_reward: CodeReward | None = None) -> RewardFunction | None:
+    """Return the reward function, see `load_reward_function`; None if the environment gives the rewards."""
+    return None if name == ENVIRONMENT else load_reward_function(name, code_reward)
+
+
+def reward_remarks(function: RewardFunction | None) -> list[str]:
+    """Return log lines about what may go wrong with the reward function."""
+    problem = function.unreachable() if isinstance(function, HttpReward) else None
+    return [problem] if problem else []
+
 
 def load_reward_function(name: str, code_reward: CodeReward | None = None) -> RewardFunction:
-    """Return the reward function named "math" or "code" (built in), or "package.module:function".
+    """Return the reward function named "math" or "code" (built in), "package.module:function", or a URL.
 
     "code" is `code_reward`, or the one with default settings; its sandbox must work on this machine.
 
@@ -18,14 +32,16 @@ def load_reward_function(name: str, code_reward: CodeReward | None = None) -> Re
     returns a finite number, or a dict of finite numbers: "reward", and any other names for its parts.
 
     Raises:
-        ValueError: the module or function does not exist, or cannot be called this way.
+        ValueError: the module or function does not exist, or cannot be called this way; a wrong URL.
     """
     if name == "code":
         code_reward = code_reward or CodeReward()
         code_reward.check()
         return code_reward
+    if name.startswith(("http:", "https:")):
+        return HttpReward(name)
     path = "megatron_vespo.rewards.math:math_reward" if name == "math" else name
-    function = import_function(path, "reward function", builtin='"math", "code"')
+    function = import_function(path, "reward function", builtin='"math", "code", "environment", a URL')
     _check_signature(function, f"reward function {name!r}")
     return function
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.types import Completion
 
 TurnRewards = Literal["sum", "last"]  # how an environment's rewards become one
+TURN_REWARDS: tuple[TurnRewards, ...] = get_args(TurnRewards)
 TURNS_PART = "turns"  # the environment's reward, where a reward function gives the one to train on
 
 

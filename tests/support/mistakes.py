@@ -111,6 +111,8 @@ CONTRADICTIONS = [
     ("train", "--generate-function nothing", ["generate function"]),
     ("train", "--reward-function no.such:thing", ["reward function"]),
     ("train", "--reward-function held:thing", ["reward function"]),
+    ("train", "--reward-function http://", ["reward function"]),
+    ("train", "--reward-function environment", ["--reward-function"]),
     ("train", "--prompt-key nothing", ["--prompt-key"]),
     ("train", "--answer-pattern (", ["--answer-pattern"]),
     ("train", "--answer-pattern nothing", ["--answer-pattern"]),

@@ -35,7 +35,7 @@ from megatron_vespo.driver.prompt_data import chat_format, prompt_data
 from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.driver.run_record import RunRecord, describe_run
 from megatron_vespo.observability.report import write_summary
-from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.loading import load_rewards, reward_remarks
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.collector import Collector
@@ -67,7 +67,9 @@ def main(argv: list[str]) -> int:
     form = with_tools(chat_format(PromptSettings.of(options), tokenizer, date), responses)
     maker = make_maker(responses, form, tokenizer, folder)
     sets = {name: _prompts(options, path, form) for name, path in options.data.items()}
-    reward = load_reward_function(options.reward_function, CodeRewardSettings.of(options).function())
+    reward = load_rewards(options.reward_function, CodeRewardSettings.of(options).function())
+    for remark in reward_remarks(reward):
+        print(remark, file=sys.stderr)
     settings = comparable(evaluation_settings(options, stops, sets, date), results_path)
     with ResultFile(results_path, settings) as results:
         evaluation = _Evaluation(options, sets, results, tokenizer)
@@ -103,7 +105,11 @@ class _Evaluation:
         ]
 
     def run(
-        self, sampling: SamplingParams, reward: RewardFunction, maker: Maker | None, preemption: Preemption
+        self,
+        sampling: SamplingParams,
+        reward: RewardFunction | None,
+        maker: Maker | None,
+        preemption: Preemption,
     ) -> None:
         """Runs until no prompt is left. Everything that it starts ends with it, whatever happens."""
         with ExitStack() as stack:
@@ -116,16 +122,14 @@ class _Evaluation:
                 raise KeyboardInterrupt(f"interrupted: {self._kept()}") from None
 
     def _run(
-        self, sampling: SamplingParams, reward: RewardFunction, maker: Maker | None, stack: ExitStack
+        self, sampling: SamplingParams, reward: RewardFunction | None, maker: Maker | None, stack: ExitStack
     ) -> None:
         options = self._options
         progress = Progress(self._total, self._total - len(self.left))
         stack.callback(progress.close)
         if progress.done:
             progress.message(f"{progress.done} of {self._total} prompts were finished before")
-        rewards = RewardPool(reward, options.reward_workers, options.reward_timeout, options.reward_memory_gb)
-        stack.callback(rewards.close)
-        scorer = Scorer(self._tokenizer, rewards, options.max_completion_tokens, 0, 1.0)
+        scorer = self._scorer(reward, stack)
         served = stack.enter_context(serving(options, progress.message))
 
         statuses: list[str] = []
@@ -152,6 +156,15 @@ class _Evaluation:
         )  # fmt: skip
         check_some_worked(statuses)
         keep()  # if all responses were truncated, no reward function has judged any
+
+    def _scorer(self, reward: RewardFunction | None, stack: ExitStack) -> Scorer:
+        options, pool = self._options, None
+        if reward is not None:
+            limits = options.reward_timeout, options.reward_memory_gb
+            pool = RewardPool(reward, options.reward_workers, *limits)
+            stack.callback(pool.close)
+        lengths = options.max_completion_tokens, 0, 1.0
+        return Scorer(self._tokenizer, pool, *lengths, options.turn_rewards)
 
     def by_set(self) -> dict[str, list[dict]]:
         return {

@@ -14,6 +14,7 @@ from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRON
 from megatron_vespo.arguments.environment import EnvironmentSettings, check_environment_flags
 from megatron_vespo.arguments.evaluation import check_temperature
 from megatron_vespo.arguments.parser import FlagParser
+from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.training_flags import add_vespo_arguments
 from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.rollout.server_arguments import parse_sglang_flags
@@ -37,7 +38,7 @@ SHARED = {
     ),
     "completions and rewards": (
         "--max-completion-tokens", "--generate-timeout", "--max-request-retries",
-        "--reward-function", "--reward-workers", "--reward-timeout", "--reward-memory-gb",
+        "--reward-function", "--turn-rewards", "--reward-workers", "--reward-timeout", "--reward-memory-gb",
         *CODE_REWARD_FLAGS,
     ),
     "engines": (
@@ -57,7 +58,12 @@ def parse_args(argv: list[str]) -> EvaluateOptions:
     sglang_flags, rest = parse_sglang_flags(argv)
     args = make_parser().parse_args(rest)
     data = _named_files(args.data)
-    options = EvaluateOptions.of(args, data=data, sglang_flags=tuple(sglang_flags))
+    options = EvaluateOptions.of(
+        args,
+        data=data,
+        sglang_flags=tuple(sglang_flags),
+        reward_function=resolved_reward_function(args),
+    )
     check_positive(options, [*_POSITIVE, *POSITIVE_OF_ENVIRONMENTS])
     check_environment_flags(EnvironmentSettings.of(options))
     check_seed(options.seed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.rollout.scoring import TurnRewards
 from megatron_vespo.system.settings import Settings
 
 
@@ -37,6 +38,7 @@ class EvaluateOptions(Settings):
     generate_timeout: float  # seconds
     max_request_retries: int
     reward_function: str
+    turn_rewards: TurnRewards
     reward_workers: int
     reward_timeout: float  # seconds
     reward_memory_gb: float

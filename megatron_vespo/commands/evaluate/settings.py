@@ -43,6 +43,7 @@ _FLAGS = {
     "--max-turn-tokens": "max_turn_tokens",
     "--generate-function": "generate_function",
     "--reward-function": "reward_function",
+    "--turn-rewards": "turn_rewards",
     "--reward-timeout": "reward_timeout",
     "--save-responses": "save_responses",
     "SGLang's flags": "sglang_flags",
@@ -81,7 +82,7 @@ def comparable(settings: Mapping[str, Any], results: Path) -> dict[str, Any]:
     for name in ("--chat-template-arguments", "--environment", "--generate-function"):
         added += [] if settings[name] else [name]
     if not settings["--environment"]:
-        added += ["--max-turns", "--max-turn-tokens"]
+        added += ["--max-turns", "--max-turn-tokens", "--turn-rewards"]
     return {
         name: value for name, value in settings.items() if not before or name in before or name not in added
     }

@@ -37,7 +37,7 @@ LAYOUT = {
 # flags of a whole run: its model's depth, data, lengths, batches, steps, time limits, files, fault tolerance
 OF_THE_RUN = {
     "--hf-checkpoint", "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
-    "--no-chat-template", "--overlong-prompts", "--generate-function",
+    "--no-chat-template", "--overlong-prompts", "--generate-function", "--turn-rewards",
     "--environment", "--max-turns", "--max-turn-tokens", "--environment-timeout",
     "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers", "--pipeline-model-parallel-layout",

@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_vespo.arguments.layout import check_layout
+from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.time_limits import TIME_LIMITS
 from megatron_vespo.arguments.training_flags import add_vespo_arguments, check_flags
 from tests.support.refusals import check_refusal
@@ -77,6 +78,8 @@ def layout(**changes) -> Namespace:
         "--max-staleness 8 --routing-replay R3",
         "--max-staleness 8 --routing-replay R3 --on-weight-update in-place",
         "--sync-interval 8",
+        "--environment my:Game --reward-function environment --turn-rewards last",
+        "--generate-function my:agent --reward-function environment",
     ],
 )
 def test_sound_flags_pass(parse, argv):
@@ -115,6 +118,20 @@ def test_a_value_is_out_of_range(refusal, argv):
     check_refusal(refusal(argv), argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ("", "math"),
+        ("--environment my:Game", "environment"),
+        ("--environment my:Game --reward-function math", "math"),
+        ("--generate-function my:agent", "math"),
+        ("--reward-function http://host/score", "http://host/score"),
+    ],
+)
+def test_an_environment_rewards_unless_a_function_is_named(parse, argv, name):
+    assert resolved_reward_function(parse(argv)) == name
+
+
 VESPO, GRPO, BAPO = (f"--policy-loss {name}" for name in ("vespo", "grpo", "bapo"))
 DENOMINATOR = "--ratio-denominator"
 
@@ -123,6 +140,7 @@ DENOMINATOR = "--ratio-denominator"
     "row",
     [
         ("--min-engines 5 --rollout-engines 4", "--rollout-engines 4"),
+        ("--reward-function environment", "--environment"),
         ("--weight-sync disk", "--weight-sync-folder"),
         ("--weight-sync-folder x", "--weight-sync disk"),
         ("--weight-sync-folder /dev/null/x --weight-sync disk", "/dev/null is not a folder"),

@@ -242,8 +242,8 @@ def test_load_reward_function_names(custom):
 @pytest.mark.parametrize(
     ("import_path", "message"),
     [
-        ("maths", """write "math", "code" or "package.module:function\""""),
-        ("a.b:", """write "math", "code" or "package.module:function\""""),
+        ("maths", """write "math", "code", "environment", a URL or "package.module:function\""""),
+        ("a.b:", """write "math", "code", "environment", a URL or "package.module:function\""""),
         ("no_such_module:f", f"cannot import no_such_module (No module named 'no_such_module'); {SEARCHED}"),
         ("custom_rewards:f", "custom_rewards has no 'f'"),
         ("custom_rewards:CONSTANT", "is a int, not a function"),
