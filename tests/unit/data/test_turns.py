@@ -30,7 +30,18 @@ FIRST_ANSWER_ONLY = (
 )
 NO_TOOLS = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}~ {% endfor %}"
+    "<{{ m.role }}>{{ m.content }}~ {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+IGNORES_TOOLS = "{% for m in messages %}{% if m.role != 'tool' %}" + APPENDS.partition("%}")[2].replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+# writes empty thinking into the answers after the last question alone, as Qwen3.6's template does
+EMPTY_THINKING = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think> </think> {% endif %}{{ m.content }}~ {% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think> {% endif %}"
 )
 
 
@@ -64,12 +75,32 @@ def test_results_of_several_tools_are_rendered_together():
     assert text_of(template(THINKING, "tool").next_turn(results, ord("~"))) == " <user>[4][7]~ <assistant>"
 
 
+def test_empty_thinking_that_the_template_adds_is_no_rewriting():
+    made = template(EMPTY_THINKING, "user", "tool")
+    for role in ("user", "tool"):
+        given = text_of(made.next_turn([{"role": role, "content": "Why?"}], ord("~")))
+        assert given == f" <{role}>Why?~ <assistant><think> "
+
+
+def test_a_role_is_checked_when_it_first_appears():
+    made = template(NO_TOOLS)
+    with pytest.raises(ValueError, match="the chat template refuses the messages: no tools here"):
+        made.next_turn([{"role": "tool", "content": "7"}], ord("~"))
+
+
+def test_an_observation_may_say_what_the_stand_in_says():
+    text = "Stand-in answer 0. Stand-in observation. 7cut7 7cut77"
+    given = template(APPENDS).next_turn([{"role": "user", "content": text}], ord("~"))
+    assert text_of(given) == f" <user>{text}~ <assistant>"
+
+
 @pytest.mark.parametrize(
     ("text", "role", "message"),
     [
         (COUNTS_TURNS, "user", "rewrites earlier turns when a message of role 'user' follows"),
         (TOOLS_AT_THE_END, "user", "rewrites earlier turns when a message of role 'user' follows"),
-        (FIRST_ANSWER_ONLY, "user", "writes an earlier answer 0 times"),
+        (FIRST_ANSWER_ONLY, "user", "leaves out an earlier answer"),
+        (IGNORES_TOOLS, "tool", "leaves out messages of role 'tool' that follow an answer"),
         (NO_TOOLS, "tool", "the chat template refuses the messages: no tools here"),
     ],
 )
