@@ -52,12 +52,13 @@ class CodeReward:
 
     def _passed(self, program: str, tests: Tests, deadline: float) -> list[bool]:
         sandbox = _sandbox(self.server_url)
-        limits = Limits(self.test_timeout_s, self.memory_mb * 2**20)
         if tests.functions is not None:
+            limits = Limits(self.timeout_s, self.memory_mb * 2**20)  # one process for all calls
             return sandbox.run_tests(
-                program, tests.functions, limits, deadline, call_timeout_s=self.test_timeout_s,
-                stop_at_failure=not self.share,
+                [tests.prefix, program], tests.functions, limits, deadline,
+                call_timeout_s=self.test_timeout_s, stop_at_failure=not self.share,
             )  # fmt: skip
+        limits = Limits(self.test_timeout_s, self.memory_mb * 2**20)
         passed: list[bool] = []
         for stdin, expected in tests.cases:
             now = time.monotonic()

@@ -4,7 +4,8 @@
     {"type": "calls", "function": "add", "cases": [[[1, 2], 3], ...]}      arguments and the value to return
     {"type": "asserts", "setup": "import math", "tests": ["assert f(1) == 2", ...], "functions": {"f": "f"}}
 
-`functions` maps names that the tests call to names that the program defines.
+`functions` maps names that the tests call to names that the program defines. Tests of functions may have a
+"prefix", code that runs before the program: imports that it may rely on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Tests:
     """The tests of one row; `len(tests)` is their number."""
 
     cases: tuple[tuple[str, str], ...] = ()  # of a script: (stdin, expected stdout)
+    prefix: str = ""
     functions: dict[str, Any] | None = None  # the JSON object of tests of functions
 
     def __len__(self) -> int:
@@ -40,10 +42,13 @@ def parse_tests(answer: str) -> Tests:
     kind = data.get("type") if isinstance(data, dict) else None
     if kind == "stdin" and _is_list(data.get("cases"), _is_text_pair):
         return Tests(cases=tuple((stdin, expected) for stdin, expected in data["cases"]))
-    if kind == "calls" and isinstance(data.get("function"), str) and _is_list(data.get("cases"), _is_call):
-        return Tests(functions=data)
-    if kind == "asserts" and _is_list(data.get("tests"), _is_text) and _has_functions(data):
-        return Tests(functions={"setup": "", **data})
+    calls = (
+        kind == "calls" and isinstance(data.get("function"), str) and _is_list(data.get("cases"), _is_call)
+    )
+    asserts = kind == "asserts" and _is_list(data.get("tests"), _is_text) and _has_functions(data)
+    if (calls or asserts) and all(map(_is_text, (data.get("prefix", ""), data.get("setup", "")))):
+        prefix = data.pop("prefix", "")  # of the program: the tests do not need it
+        return Tests(prefix=prefix, functions={"setup": "", **data})
     raise ValueError(f"the answer {answer[:60]!r} {_RIGHT}")
 
 
@@ -65,5 +70,4 @@ def _is_call(item: Any) -> bool:
 
 def _has_functions(data: dict[str, Any]) -> bool:
     functions = data.get("functions")
-    named = isinstance(functions, dict) and bool(functions) and all(map(_is_text, functions.values()))
-    return named and isinstance(data.get("setup", ""), str)
+    return isinstance(functions, dict) and bool(functions) and all(map(_is_text, functions.values()))

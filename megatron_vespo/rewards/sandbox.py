@@ -104,18 +104,19 @@ class Sandbox:
             return ScriptResult(status, None, output.content)
 
     def run_tests(
-        self, source: str, tests: dict, limits: Limits, deadline: float, *, call_timeout_s: float,
+        self, sources: list[str], tests: dict, limits: Limits, deadline: float, *, call_timeout_s: float,
         stop_at_failure: bool,
     ) -> list[bool]:  # fmt: skip
-        """Test functions of `source`: whether each test passed, without those that were not run.
+        """Test functions of `sources`: whether each test passed, without those that were not run.
 
-        `tests` have the form that jail/tester.py describes. The program has `call_timeout_s` for each call.
+        `tests` have the form that jail/tester.py describes. The sources share a namespace. The
+        program has `call_timeout_s` for each call.
         """
         with contextlib.ExitStack() as stack:
             results, write_end = _pipe(stack)
             sides = [stack.enter_context(side) for side in socket.socketpair()]
             request = _request("program", limits)
-            program = self._start(request, [_file_of(source, stack), sides[0]], stack)
+            program = self._start(request, [_file_of(json.dumps(sources), stack), sides[0]], stack)
             request = _request("tester", limits, call_timeout_s, stop_at_failure)
             inputs = [_file_of(json.dumps(tests), stack), sides[1], write_end]
             tester = self._start(request, inputs, stack)

@@ -29,7 +29,7 @@ for name in ("megatron_vespo", "megatron_vespo.rewards", {jail!r}):
     add(name)
 for name, text in {modules!r}:
     add(name, text)
-sys.modules[{jail!r} + ".remote"].main({source!r})
+sys.modules[{jail!r} + ".remote"].main({sources!r})
 """
 
 
@@ -66,7 +66,7 @@ class SandboxServer:
         return ScriptResult("ended", status if isinstance(status, int) else int(not finished), stdout)
 
     def run_tests(
-        self, source: str, tests: dict, limits: Limits, deadline: float, *, call_timeout_s: float,
+        self, sources: list[str], tests: dict, limits: Limits, deadline: float, *, call_timeout_s: float,
         stop_at_failure: bool,
     ) -> list[bool]:  # fmt: skip
         """As Sandbox.run_tests."""
@@ -77,7 +77,7 @@ class SandboxServer:
             "call_timeout_s": call_timeout_s,
             "stop_at_failure": stop_at_failure,
         }
-        script = _SCRIPT.format(jail=_JAIL, modules=self._modules, source=source)
+        script = _SCRIPT.format(jail=_JAIL, modules=self._modules, sources=sources)
         found = self._run(script, json.dumps(request), limits, deadline)
         _, _, results = str(found.get("stdout") or "").rpartition("\n" + nonce)
         return [letter == "1" for letter in results.strip()]

@@ -212,7 +212,12 @@ for kind in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_CPU, res
 
 WHAT_IS_OUTSIDE = {
     "reads a secret file": "print('escaped' if open('SECRET_FILE').read() else '')",
-    "follows a symlink to a secret": "import os\nos.symlink('SECRET_FILE', 'x')\nopen('x').read()\nprint('escaped')",
+    "follows a symlink to a secret": """
+import os
+os.symlink('SECRET_FILE', 'x')
+open('x').read()
+print('escaped')
+""",
     "climbs out of its root": """
 import os
 for depth in range(1, 40):
@@ -334,17 +339,31 @@ print("escaped")
 import ctypes
 print("escaped" if ctypes.CDLL(None).syscall(0x40000000 + 39) > 0 else "")
 """,
-    "runs a shell": "import subprocess\nprint(subprocess.run('echo escaped', shell=True, capture_output=True, text=True).stdout)",
+    "runs a shell": """
+import subprocess
+print(subprocess.run('echo escaped', shell=True, capture_output=True, text=True).stdout)
+""",
     "becomes a shell": "import os\nos.execv('/bin/sh', ['sh', '-c', 'echo escaped'])",
-    "becomes another Python": "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'print(\"escaped\")'])",
+    "becomes another Python": """
+import os, sys
+os.execv(sys.executable, [sys.executable, '-c', 'print("escaped")'])
+""",
     "system": "import os\nif os.system('true') == 0:\n    print('escaped')",
 }
 
 NETWORK = {
-    "connects to the host": "import socket\nsocket.create_connection(('127.0.0.1', TCP_PORT), 1)\nprint('escaped')",
+    "connects to the host": """
+import socket
+socket.create_connection(('127.0.0.1', TCP_PORT), 1)
+print('escaped')
+""",
     "connects to the world": "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)\nprint('escaped')",
     "asks for names": "import socket\nsocket.getaddrinfo('example.com', 80)\nprint('escaped')",
-    "fetches a page": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:TCP_PORT', timeout=1)\nprint('escaped')",
+    "fetches a page": """
+import urllib.request
+urllib.request.urlopen('http://127.0.0.1:TCP_PORT', timeout=1)
+print('escaped')
+""",
     "raw packets": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)\nprint('escaped')",
     "an abstract socket of the host": """
 import socket
@@ -364,7 +383,12 @@ print("escaped")
 
 PROCESSES = {
     "kills everything": "import os, signal\nos.kill(-1, signal.SIGKILL)\nprint('survived')",
-    "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)\nos.kill(0, signal.SIGKILL)\nprint('survived')",
+    "kills its group": """
+import os, signal
+os.killpg(0, signal.SIGKILL)
+os.kill(0, signal.SIGKILL)
+print('survived')
+""",
     "kills the host's processes": """
 import os, signal
 for pid in [VICTIM_PID, *range(2, 5000)]:

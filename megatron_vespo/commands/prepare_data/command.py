@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("--revision is of the hub, --source is not from there: leave one out")
     files = source_files(known, options.source or download(known, options.revision))
     rows = chain.from_iterable(rows_of(path) for path in files)
-    problems, counts = prepare(rows, options.name, known, held_out, _same_answers)
+    same = _same_answers if known.code_format is None else _no_answer_contradicts
+    problems, counts = prepare(rows, options.name, known, held_out, same)
     check_usable(counts, options.max_unusable, ", ".join(map(str, files)))
     write_atomically(options.out, "".join(_line(problem, options.instruction) for problem in problems))
     print("\n".join(_report(options, counts, len(held_out))))
@@ -113,6 +114,11 @@ def _line(problem: Problem, instruction: str | None) -> str:
     question = problem.question + _ending(instruction)
     row = {"question": question, "answer": problem.answer, "source": problem.source}
     return json.dumps(row) + "\n"  # ASCII, because U+2028 ends a line for some readers
+
+
+def _no_answer_contradicts(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Other tests of the same code problem may be right as well: the first ones are kept."""
+    return [True] * len(pairs)
 
 
 def _same_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:

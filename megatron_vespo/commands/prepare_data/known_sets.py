@@ -15,12 +15,14 @@ class KnownSet:
     repo: str
     split: str
     files: str
-    question: tuple[str, ...]  # text or chat messages, of which the user's last one is taken
-    answer: tuple[str, ...]
+    question: tuple[str, ...] = ()  # text or chat messages, of which the user's last one is taken
+    answer: tuple[str, ...] = ()
     identity: tuple[str, ...] = ()  # the row's own id; (): its number
     question_pattern: str | None = None  # its group 1 is the problem without the set's instructions
     answer_pattern: str | None = None  # its group 1 is the answer inside the cell
     num_problems: int | None = None  # distinct problems, if well known
+    code_format: str | None = None  # of a code set, in rewards/code_formats.py: the answer is the tests
+    only: tuple[str, str] | None = None  # column and value of the rows that belong to the set
 
 
 # the set has every problem a hundred times, between two sentences about how to answer
@@ -58,5 +60,20 @@ KNOWN_SETS = {
     "gsm8k-test": KnownSet(
         "openai/gsm8k", "test", "main/test*", _PROBLEM, _ANSWER, answer_pattern=r"####\s*(.+)",
         num_problems=1319,
+    ),
+    "humaneval-plus": KnownSet(
+        "evalplus/humanevalplus", "test", "*test*", identity=("task_id",), num_problems=164,
+        code_format="humaneval",
+    ),
+    "mbpp-plus": KnownSet(
+        "evalplus/mbppplus", "test", "*test*", identity=("task_id",), num_problems=378, code_format="mbpp"
+    ),
+    "livecodebench-v6": KnownSet(
+        "livecodebench/code_generation_lite", "test", "test6.jsonl", identity=("question_id",),
+        num_problems=175, code_format="livecodebench",
+    ),
+    "eurus-2-code": KnownSet(
+        "PRIME-RL/Eurus-2-RL-Data", "train", "*train*", identity=("extra_info.index",),
+        code_format="eurus", only=("ability", "code"),
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 from megatron_vespo.commands.prepare_data.known_sets import KnownSet
 from megatron_vespo.commands.prepare_data.same_question import HeldOut, normalised
 from megatron_vespo.data.rows import Absent, answer_text, lookup, messages_of, user_text
+from megatron_vespo.rewards.code_formats import CODE_FORMATS
+from megatron_vespo.rewards.code_tests import parse_tests
 
 # pairs of answers that are written differently -> for each, whether they mean the same
 SameAnswers = Callable[[Sequence[tuple[str, str]]], list[bool]]
@@ -50,6 +53,8 @@ def prepare(
     groups: dict[str, list[Problem]] = {}
     seen: set[tuple[str, str]] = set()
     for where, row in rows:
+        if known.only is not None and _cell(row, known.only[0]) != known.only[1]:
+            continue
         number, counts.read = counts.read, counts.read + 1
         try:
             problem = _problem(row, where, name, known, number)
@@ -88,6 +93,28 @@ def question_of(row: dict, columns: Sequence[str], where: str) -> str:
 
 
 def _problem(row: dict, where: str, name: str, known: KnownSet, number: int) -> Problem:
+    identity = next(
+        (_cell(row, column) for column in known.identity if _cell(row, column) is not None), number
+    )
+    code = known.code_format is not None
+    question, answer = _code(row, where, known) if code else _question_and_answer(row, where, known)
+    return Problem(question, answer, f"{name}/{identity}")
+
+
+def _code(row: dict, where: str, known: KnownSet) -> tuple[str, str]:
+    """The question and its tests as JSON."""
+    layout = CODE_FORMATS[str(known.code_format)]
+    try:
+        question, answer = layout.question(row), json.dumps(layout.tests(row))
+        parse_tests(answer)
+    except KeyError as error:
+        raise ValueError(f"{where}: no column or field {error}, it has {', '.join(row)}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{where}: no usable tests: {error}") from error
+    return question, answer
+
+
+def _question_and_answer(row: dict, where: str, known: KnownSet) -> tuple[str, str]:
     question = question_of(row, known.question, where)
     if known.question_pattern is not None:
         question = _part(question, known.question_pattern, f"{where}: no problem")
@@ -95,10 +122,7 @@ def _problem(row: dict, where: str, name: str, known: KnownSet, number: int) -> 
     answer = answer_text(cell, column, None, where)
     if known.answer_pattern is not None:
         answer = _part(answer, known.answer_pattern, f"{where}: no answer")
-    identity = next(
-        (_cell(row, column) for column in known.identity if _cell(row, column) is not None), number
-    )
-    return Problem(question, answer, f"{name}/{identity}")
+    return question, answer
 
 
 def _part(text: str, pattern: str, missing: str) -> str:

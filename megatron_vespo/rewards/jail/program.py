@@ -18,7 +18,7 @@ def run_script(source: str) -> int:
     _open_standard_streams()
     status = 0
     try:
-        _execute(source, "__main__")
+        _execute([source], "__main__")
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]  # what the interpreter does at its end
     except SystemExit as end:
         status = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
@@ -31,8 +31,8 @@ def run_script(source: str) -> int:
     return status & 0xFF
 
 
-def serve_functions(source: str, channel: int) -> None:
-    """Run `source`, then answer calls of its functions until the channel ends.
+def serve_functions(sources: list[str], channel: int) -> None:
+    """Run `sources` in one namespace, then answer calls of its functions until the channel ends.
 
     A request is [name, arguments]. An answer is {"value": ...} or
     {"error": name of the exception, "text": ...}.
@@ -40,7 +40,7 @@ def serve_functions(source: str, channel: int) -> None:
     """
     _open_standard_streams()
     try:
-        namespace = _execute(source, "solution")
+        namespace = _execute(sources, "solution")
     except BaseException as error:
         values.send(channel, _failure(error))
         return
@@ -62,20 +62,21 @@ def _open_standard_streams() -> None:
     sys.argv = ["program.py"]
 
 
-def _execute(source: str, name: str) -> dict[str, Any]:
+def _execute(sources: list[str], name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module  # dataclasses and pickle look their module up
     module.__dict__["__builtins__"] = builtins
-    exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
+    for source in sources:
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
 
 def _function(namespace: dict[str, Any], name: str) -> Callable:
-    """The program's function, or the method of its class Solution (the form of LeetCode)."""
+    """The method of the program's class Solution (the form of LeetCode), or else its function."""
+    if hasattr(namespace.get("Solution"), name):
+        return getattr(namespace["Solution"](), name)
     if name in namespace:
         return namespace[name]
-    if "Solution" in namespace:
-        return getattr(namespace["Solution"](), name)
     raise NameError(f"the program defines no {name}")
 
 

@@ -17,15 +17,15 @@ import sys
 from megatron_vespo.rewards.jail import kernel, program, tester
 
 
-def main(source: str) -> None:
-    """Run `source`. stdin: JSON of nonce, tests, call_timeout_s, stop_at_failure. Prints a nonce, results."""
+def main(sources: list[str]) -> None:
+    """Run `sources`. stdin: JSON of nonce, tests, call_timeout_s, stop_at_failure. Print nonce, results."""
     kernel.set_process_option(kernel.PR_SET_DUMPABLE, 0)  # the program cannot read this process
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
         try:
             ours.close()
-            _become_program(source, theirs)
+            _become_program(sources, theirs)
         finally:
             os._exit(1)
     theirs.close()
@@ -39,11 +39,11 @@ def main(source: str) -> None:
     print(f"\n{request['nonce']}{text}", flush=True)
 
 
-def _become_program(source: str, channel: socket.socket) -> None:
+def _become_program(sources: list[str], channel: socket.socket) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
     kernel.set_process_option(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     kernel.set_process_option(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.drop_capabilities()  # those of root allow to read any process
-    program.serve_functions(source, channel.fileno())
+    program.serve_functions(sources, channel.fileno())

@@ -44,7 +44,8 @@ _ALL_NAMESPACES = (
 class Request:
     """One program to start; the message brings file descriptors along: life, status, and those of its role.
 
-    role "script": source, stdin, stdout. "program": source, channel. "tester": tests, channel, results.
+    role "script": source, stdin, stdout. "program": JSON list of sources, channel.
+    "tester": tests, channel, results.
     """
 
     role: str
@@ -176,7 +177,7 @@ def _run(request: Request, source: str) -> int:
     if request.role == "script":
         return program.run_script(source)
     if request.role == "program":
-        program.serve_functions(source, _CHANNEL_FD)
+        program.serve_functions(json.loads(source), _CHANNEL_FD)
         return 0
     results = tester.run_tests(
         json.loads(source), _CHANNEL_FD, request.call_timeout_s, request.stop_at_failure

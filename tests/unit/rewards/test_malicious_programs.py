@@ -120,7 +120,8 @@ def test_a_script_cannot_know_what_it_should_print(sandbox):
     source = """
 import gc
 words = "the expected"
-print(words + (" output" if any(words + " output" in repr(o) for o in gc.get_objects() if type(o) in (str, dict, list, tuple)) else ""))
+texts = [repr(o) for o in gc.get_objects() if type(o) in (str, dict, list, tuple)]
+print(words + (" output" if any(words + " output" in text for text in texts) else ""))
 """
     assert score(sandbox, source, tests) == 0.0
 
