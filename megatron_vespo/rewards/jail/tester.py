@@ -23,7 +23,7 @@ class ProgramError(Exception):
 
 
 class _Lost(BaseException):
-    """The program ended or was late: no test may catch this."""
+    """The program ended or was late: no later test can pass."""
 
 
 def run_tests(tests: dict, channel: int, call_timeout_s: float, stop_at_failure: bool) -> Iterator[bool]:
@@ -37,8 +37,8 @@ def run_tests(tests: dict, channel: int, call_timeout_s: float, stop_at_failure:
         program.answer()  # to the start of the program
         run = _run_cases if tests["type"] == "calls" else _run_asserts
         for passed in run(tests, program):
-            yield passed
-            if stop_at_failure and not passed:
+            yield passed and not program.is_lost  # a test may have caught the exception
+            if program.is_lost or stop_at_failure and not passed:
                 return
     except (_Lost, ProgramError, Exception):
         yield False
@@ -49,13 +49,14 @@ class _Program:
 
     def __init__(self, channel: int, call_timeout_s: float) -> None:
         self._channel, self._timeout_s = channel, call_timeout_s
+        self.is_lost = False
 
     def function(self, name: str) -> Callable:
         def call(*arguments: Any) -> Any:
             try:
                 values.send(self._channel, [name, [values.encode(argument) for argument in arguments]])
             except OSError as error:
-                raise _Lost from error
+                raise self._lost() from error
             return self.answer()
 
         return call
@@ -63,20 +64,24 @@ class _Program:
     def answer(self) -> Any:
         ready, _, _ = select.select([self._channel], [], [], self._timeout_s)
         if not ready:
-            raise _Lost
+            raise self._lost()
         try:
             message = values.receive(self._channel)
             if isinstance(message, dict) and message.keys() == {"value"}:
                 return values.decode(message["value"])
         except (values.Unreadable, RecursionError) as error:
-            raise _Lost from error
+            raise self._lost() from error
+        if not isinstance(message, dict) or not isinstance(message.get("error"), str):
+            raise self._lost()
         raise _exception(message)
 
+    def _lost(self) -> _Lost:
+        self.is_lost = True
+        return _Lost()
 
-def _exception(message: Any) -> Exception:
+
+def _exception(message: dict) -> Exception:
     """The exception of a failed call; tests of wrong arguments expect Python's own."""
-    if not isinstance(message, dict) or not isinstance(message.get("error"), str):
-        raise _Lost
     kind = getattr(builtins, message["error"], None)
     if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
         return kind(str(message.get("text")))
@@ -88,7 +93,7 @@ def _run_cases(tests: dict, program: _Program) -> Iterator[bool]:
     for arguments, expected in tests["cases"]:
         try:
             yield same(function(*arguments), expected)
-        except Exception:
+        except (Exception, _Lost):
             yield False
 
 
@@ -100,7 +105,7 @@ def _run_asserts(tests: dict, program: _Program) -> Iterator[bool]:
         try:
             exec(compile(code, f"test_{number}.py", "exec", dont_inherit=True), namespace)
             yield True
-        except Exception:
+        except (Exception, _Lost):
             yield False
 
 

@@ -63,7 +63,7 @@ def main(socket_fd: int) -> None:
     try:
         zygote = _Zygote()
     except Exception as error:
-        connection.send(json.dumps({"error": f"{error}"}).encode())
+        connection.send(json.dumps({"error": getattr(error, "strerror", None) or str(error)}).encode())
         return
     connection.send(b'{"ready": true}')
     while True:
@@ -73,7 +73,6 @@ def main(socket_fd: int) -> None:
         zygote.start(Request(**json.loads(message)), fds)
         for fd in fds:
             os.close(fd)
-        zygote.reap()
 
 
 class _Zygote:
@@ -86,16 +85,12 @@ class _Zygote:
         os.umask(0o022)
         gc.collect()
         gc.freeze()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guards become no zombies
 
     def start(self, request: Request, fds: list[int]) -> None:
         if os.fork() == 0:
             with _reported(fds[1]):
                 _guard(request, fds, self._proc, self._filter)
-
-    def reap(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
 
 
 def _preload() -> None:
@@ -106,6 +101,7 @@ def _preload() -> None:
 
 def _guard(request: Request, fds: list[int], proc: int, instructions: bytes) -> None:
     """Start the program and report {"exit": status, "cpu_s": seconds} when nothing of it is left."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     life, status, *own = fds
     root.become_nobody()
     outside = os.geteuid(), os.getegid()

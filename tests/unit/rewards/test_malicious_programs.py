@@ -19,6 +19,7 @@ from tests.support.malicious_programs import CHEATS, ESCAPED, SCRIPTS, Targets
 ADD = {"type": "calls", "function": "add", "cases": [[[1, 2], 3], [[-5, 5], 0], [["a", "b"], "ab"]]}
 REWARD = CodeReward(timeout_s=1.5, test_timeout_s=1.0, memory_mb=256)
 MARGIN_S = 2.0  # to end everything, on a busy machine
+NOBODY = 65534  # runs programs where this process is root
 LEAVING_S = 5.0  # the kernel ends namespaces in the background
 
 
@@ -57,33 +58,37 @@ def targets(tmp_path_factory):
 def sandbox(targets):
     """The sandbox that all programs share; at the end nothing of them is left."""
     code._sandbox.cache_clear()
-    before = Traces.now()
+    before = traces()
     sandbox = code._sandbox(None)
     yield sandbox
     assert sandbox._process.poll() is None, "one program ended the zygote"
     sandbox.close()
     code._sandbox.cache_clear()
-    assert Traces.now() == before
+    assert traces() == before
 
 
-class Traces:
+def traces() -> dict:
     """What a program could leave on this machine."""
+    orphans = [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if process.info["ppid"] == 1 and any("jail.zygote" in word for word in process.info["cmdline"] or ())
+    ]
+    folders = [Path("/tmp"), Path("/dev/shm"), Path("/")]
+    return {
+        "processes": sorted(child.pid for child in psutil.Process().children(recursive=True)),
+        "orphans": orphans,
+        "mounts": Path("/proc/self/mountinfo").read_text(),
+        "files": sorted(str(path) for folder in folders for path in folder.iterdir() if is_of_nobody(path)),
+        "shared memory": Path("/proc/sysvipc/shm").read_text(),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+    }
 
-    @staticmethod
-    def now() -> dict:
-        own = psutil.Process()
-        return {
-            "processes": sorted(child.pid for child in own.children(recursive=True)),
-            "orphans": sorted(
-                process.pid
-                for process in psutil.process_iter(["cmdline", "ppid"])
-                if process.info["ppid"] == 1
-                and any("jail.zygote" in word for word in process.info["cmdline"] or ())
-            ),
-            "mounts": Path("/proc/self/mountinfo").read_text(),
-            "files": sorted(os.listdir("/tmp")) if os.path.isdir("/tmp") else [],
-            "descriptors": len(os.listdir("/proc/self/fd")),
-        }
+
+def is_of_nobody(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_uid == NOBODY
+    return False
 
 
 def score(sandbox, source: str, tests: dict) -> float:
