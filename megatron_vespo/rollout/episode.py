@@ -101,18 +101,18 @@ class Episodes:
                 return self._finished(environment, completion, rewards)
             try:
                 step = await self._step(environment, completion, sampling.stop_token_ids)
+                rewards += () if step.reward is None else (float(step.reward),)
+                if step.done:
+                    return self._finished(environment, completion, rewards)
+                if _num_turns(completion) >= self.limits.max_turns:
+                    return self._finished(environment, replace(completion, finish_reason="turns"), rewards)
+                state = self._observed(completion, step)
             except _Failure as failure:
                 failed = replace(completion, environment_error=str(failure))
                 return self._finished(environment, failed, rewards)
-            rewards += () if step.reward is None else (float(step.reward),)
-            if step.done:
-                return self._finished(environment, completion, rewards)
-            state = self._observed(completion, step)
             start = len(state.token_ids)
             if start >= sampling.max_new_tokens:  # no room for another turn
                 return self._finished(environment, replace(completion, finish_reason="length"), rewards)
-            if _num_turns(completion) >= self.limits.max_turns:
-                return self._finished(environment, replace(completion, finish_reason="turns"), rewards)
 
     async def _turn(
         self, sampling: SamplingParams, turn: Turn, state: Completion | None, start: int
@@ -130,7 +130,10 @@ class Episodes:
 
     def _observed(self, completion: Completion, step: Step) -> Completion:
         messages = messages_of_step(step)
-        given = self.turns.next_turn(messages, int(completion.token_ids[-1]))
+        try:
+            given = self.turns.next_turn(messages, int(completion.token_ids[-1]))
+        except ValueError as error:
+            raise _Failure(str(error)) from error
         return completion.with_given(given, writer_of(messages))
 
     async def _step(

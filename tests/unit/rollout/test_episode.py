@@ -252,3 +252,18 @@ def test_a_limit_that_was_reached_before_the_interruption_holds():
         engine, episodes(Replayable, max_turn_tokens=3), begun, make_prompt(7, [ord("q")], answer="3")
     )
     assert completion.finish_reason == "length" and engine.asked == []
+
+
+class AnswersAsTool(Counts):
+    async def step(self, text):
+        return [{"role": "tool", "content": "a result"}], 0.0, False
+
+
+def test_a_message_that_the_template_refuses_is_a_failure():
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    template += "<{{ m.role }}>{{ m.content }}~{% endfor %}"
+    turns = TurnTemplate(ChatFormat(letters(template)), "the model")
+    made = replace(episodes(AnswersAsTool), turns=turns)
+    completion = play(Engine(["one~"]), made)
+    assert "the chat template refuses the messages: no tools" in completion.environment_error
+    assert completion.turn_rewards == (0.0,) and completion.num_given_at_end == 0
