@@ -93,10 +93,12 @@ def test_loss_and_gradient_are_those_of_trls_formulas(method, aggregation, their
 
 
 def test_phi_is_trls_own():
-    trl = pytest.importorskip("trl", reason="TRL is compared with where it is installed")
-    gamma_weights_of_trl = getattr(trl.GRPOTrainer, "get_gamma_weights", None)
+    trainer = pytest.importorskip(
+        "trl.trainer.grpo_trainer", reason="TRL is compared with where all that it needs is installed"
+    )
+    gamma_weights_of_trl = getattr(trainer.GRPOTrainer, "get_gamma_weights", None)
     if gamma_weights_of_trl is None:
-        pytest.skip(f"TRL {trl.__version__} has no VESPO")
+        pytest.skip("this TRL has no VESPO")
     inputs = tokens(0.1)
     log_ratio_SN, mask_SN = padded(inputs.log_ratio_T), padded(inputs.loss_mask_T)
     theirs_S1 = gamma_weights_of_trl(
