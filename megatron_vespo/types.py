@@ -239,6 +239,7 @@ class Completion:
     reward_parts: dict[str, float] = field(
         default_factory=dict
     )  # what a reward function names beside `reward`
+    reward_error: str = ""  # why there is no reward, for people to read
 
     def __post_init__(self) -> None:
         self.token_ids = token_array(self.token_ids)

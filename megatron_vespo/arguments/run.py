@@ -18,7 +18,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-hf-export", dest="hf_export", action="store_false", help="do not export the final policy")
     add("--on-alarm", choices=("warn", "stop", "checkpoint-and-stop"), default="warn",
         help="what happens at an alarm, see docs/reference/alarms.md; the last one needs --save")  # fmt: skip
-    add("--save-rollouts", type=user_path, metavar="DIR", help="record every rollout batch")
+    add("--save-rollouts", type=user_path, metavar="DIR",
+        help="record every rollout batch: a .npz for --train-from, a .jsonl for people")  # fmt: skip
     add("--train-from", type=user_path, metavar="DIR",
         help="train on the batches of --save-rollouts; no engines")  # fmt: skip
     add("--rollout-only", action="store_true",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.set_aside import set_aside
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.data.response_records import RESPONSES_SUFFIX, write_responses
 from megatron_vespo.data.rollout_file import (
     RolloutRecord,
     batch_path,
@@ -50,24 +52,31 @@ class NullEngineSync:
 
 
 class Recorder:
-    """--save-rollouts: one file per batch; a resumed run continues the numbering.
+    """--save-rollouts: two files per batch, one of them for people; a resumed run continues the numbering.
 
     When a run goes back to an older checkpoint, files of later batches are set aside like its checkpoints.
     """
 
-    def __init__(self, settings: TrainSettings, iteration: int):
+    def __init__(self, settings: TrainSettings, iteration: int, tokenizer: Any):
         assert settings.run.save_rollouts is not None
+        self._tokenizer = tokenizer
         self._folder, self._run = settings.run.save_rollouts, recorded_run(settings)
         self._batch = iteration // settings.rollout.steps_per_rollout
         self._goes_back = settings.save.ckpt_step is not None
 
     def __call__(self, batch: ScoredBatch) -> None:
         path = batch_path(self._folder, self._batch)
-        if self._goes_back and (later := [old for old in path.parent.glob("batch-*.npz") if old >= path]):
+        if self._goes_back and (later := [old for old in _batch_files(path.parent) if old.stem >= path.stem]):
             set_aside(path.parent, later)
         self._goes_back = False
+        # first, so that every recorded batch has it
+        write_responses(path.with_suffix(RESPONSES_SUFFIX), self._tokenizer, batch.groups)
         write_record(path, RolloutRecord(batch.groups, batch.metrics, batch.consumed_prompts, self._run))
         self._batch += 1
+
+
+def _batch_files(folder: Path) -> list[Path]:
+    return [*folder.glob("batch-*.npz"), *folder.glob(f"batch-*{RESPONSES_SUFFIX}")]
 
 
 def recorded_run(settings: TrainSettings) -> dict[str, Any]:

@@ -153,9 +153,12 @@ class TrainerAttempt:
             state=state,
             # alarms compare with earlier batches, also with those before a resume into the same folder
             history=batch_records(read_metrics(settings.run.output_dir / "metrics.jsonl")),
-            record=Recorder(settings, state.iteration) if settings.run.save_rollouts else None,
+            record=self._recorder(state) if settings.run.save_rollouts else None,
             preemption=services.preemption,
         )
+
+    def _recorder(self, state: RunState) -> Recorder:
+        return Recorder(self._settings, state.iteration, self._services.task.tokenizer)
 
     def _generation(self, state: RunState) -> Generation | None:
         task = self._services.task

@@ -50,6 +50,7 @@ class Scorer:
         for completion, result, penalty in zip(completions, results, penalties, strict=True):
             completion.overlong_penalty = float(self._factor * penalty)
             completion.reward_status = result.status
+            completion.reward_error = "" if result.status == "ok" else result.detail
             completion.reward_parts = dict(result.parts)
             if self._rewards is not None and completion.turn_rewards:
                 completion.reward_parts.setdefault(TURNS_PART, self._of_turns(completion))

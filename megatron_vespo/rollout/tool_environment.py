@@ -19,19 +19,16 @@ import asyncio
 import contextlib
 import inspect
 import json
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from megatron_vespo.data.located import located
+from megatron_vespo.data.tool_calls import OPEN_TAG, read_call, tool_calls
 from megatron_vespo.data.turns import Message
 from megatron_vespo.rollout.environment import Step
 from megatron_vespo.types import Prompt
 
-OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPEN_TAG}(.*?)(?:{CLOSE_TAG}|\Z)", re.DOTALL)
-_THINKING = re.compile(r"\A.*</think>", re.DOTALL)  # calls that a model only thinks of are not made
 _MAX_RESULT_CHARS = 4096
 
 
@@ -107,25 +104,6 @@ class ToolEnvironment:
         except Exception as error:  # a tool may raise anything; the policy learns from it
             self.num_failed_calls += 1
             return f"Error: {type(error).__name__}: {error}"[:_MAX_RESULT_CHARS]
-
-
-def tool_calls(text: str) -> list[str]:
-    """Return the contents of all tool calls in a turn's text, outside of its thinking."""
-    return [match.group(1).strip() for match in _CALL.finditer(_THINKING.sub("", text))]
-
-
-def read_call(call: str) -> tuple[str, dict[str, Any]]:
-    """Return name and arguments of a tool call; ValueError says what is wrong with it."""
-    try:
-        parsed = json.loads(call)
-    except ValueError as error:
-        raise ValueError(f"the tool call is not JSON: {error}") from None
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("name"), str):
-        raise ValueError('a tool call is an object: {"name": ..., "arguments": {...}}')
-    arguments = parsed.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a tool call must be an object")
-    return parsed["name"], arguments
 
 
 async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

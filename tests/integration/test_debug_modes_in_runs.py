@@ -11,6 +11,7 @@ import pytest
 
 from megatron_vespo.data.rollout_file import read_record
 from megatron_vespo.observability.metrics import batch_records, read_metrics
+from tests.support.run_rewards import first_letters
 from tests.support.runs import ROOT, finished, train_command, write_questions
 
 pytestmark = pytest.mark.timeout(900)
@@ -72,6 +73,25 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
     assert summary["layout"]["engines"] == 0 and list(summary["idle"]) == ["trainer"]
 
 
+def test_recorded_responses_can_be_read_by_people(recorded, questions):
+    asked = [json.loads(line) for line in questions.read_text().splitlines()]
+    for path in sorted((recorded / "rollouts").glob("*.npz")):
+        completions = [c for group in read_record(path).groups for c in group]
+        lines = path.with_suffix(".jsonl").read_text().splitlines()
+        for line, completion in zip(map(json.loads, lines), completions, strict=True):
+            row = asked[completion.prompt.prompt_id]
+            assert (line["prompt_id"], line["prompt"]) == (completion.prompt.prompt_id, row["question"])
+            assert (line["answer"], line["reward"]) == (row["answer"], completion.reward)
+            assert (line["sampled_tokens"], line["given_tokens"]) == (len(completion.token_ids), 0)
+            versions = completion.policy_versions
+            assert line["policy_versions"] == [versions.oldest, versions.newest]
+            assert line["mean_log_prob"] == pytest.approx(float(completion.log_probs.mean()), rel=1e-5)
+            (turn,) = line["turns"]
+            assert turn["writer"] == "policy" and isinstance(turn["text"], str)
+            if line["finish_reason"] == "stop":
+                assert line["reward"] == first_letters(turn["text"], line["answer"], {})
+
+
 @pytest.mark.slow
 def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     rollouts = tmp_path / "rollouts"
@@ -79,7 +99,8 @@ def test_rollouts_alone(recorded, tiny_model, questions, tmp_path):
     said = finished(train_command(tiny_model, questions, tmp_path / "out", *flags), tmp_path / "log")
     assert "start Megatron" not in said and not list((tmp_path / "out/logs").glob("trainer*"))
     names = [f"batch-00000{batch}.npz" for batch in range(3)]
-    assert sorted(path.name for path in rollouts.iterdir()) == names
+    of_people = [Path(name).with_suffix(".jsonl").name for name in names]
+    assert sorted(path.name for path in rollouts.iterdir()) == sorted([*names, *of_people])
     for batch, name in enumerate(names):
         ours, theirs = read_record(rollouts / name), read_record(recorded / "rollouts" / name)
         assert ours.run == theirs.run

@@ -52,7 +52,8 @@ def test_a_run_that_goes_back_repeats_what_followed(tiny_model, trained, tmp_pat
     assert saved_steps(saved) == [4, 8, 12, 16] and newest_step(saved) == STEPS
     assert saved_steps(saved / "set-aside-001") == [12, 16]
     aside = folder / "rollouts/set-aside-001"
-    assert [path.name for path in sorted(aside.iterdir())] == [f"batch-{i:06d}.npz" for i in range(4, 8)]
+    later = [f"batch-{i:06d}.{suffix}" for i in range(4, 8) for suffix in ("jsonl", "npz")]
+    assert [path.name for path in sorted(aside.iterdir())] == later
     for path in aside.iterdir():
         assert path.read_bytes() == (folder / "rollouts" / path.name).read_bytes()
 

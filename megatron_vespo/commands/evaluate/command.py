@@ -29,6 +29,7 @@ from megatron_vespo.commands.evaluate.settings import (
     start_date,
     tokenizer_folder,
 )
+from megatron_vespo.data.response_records import response_records
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.driver.prompt_data import chat_format, prompt_data
@@ -189,9 +190,15 @@ class _Evaluation:
             "drawn_anew": sum(len(completion.rejections) for completion in group),
         }
         if self._options.save_responses:
-            tokens = [completion.token_ids for completion in group]
-            record["responses"] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            record["responses"] = self._responses(group)
         return record
+
+    def _responses(self, group: Sequence[Completion]) -> list[str] | list[dict[str, Any]]:
+        """Return text, or where a response may have turns, records."""
+        if self._options.environment or self._options.generate_function:
+            return response_records(self._tokenizer, group)
+        tokens = [completion.token_ids for completion in group]
+        return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def _collector(options: EvaluateOptions, served: Serving, maker: Maker | None) -> Collector:

@@ -111,7 +111,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add("--pass-reward", type=float, default=1.0, metavar="R",
         help="a completion is correct, for pass@k, if it earns so much")  # fmt: skip
     add("--seed", type=int, default=1)
-    add("--save-responses", action="store_true", help="keep their text, too")
+    add("--save-responses", action="store_true", help="keep their text, and their turns if there are any")
 
 
 def _named_files(given: list[str]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ class Recording:
         self.state = RunState(iteration=iteration, consumed_prompts=iteration // 2 * SIZE)
         self.source = synchronous(generation(args, Engines(self.state), self.state), RunDisplay("test", 1))
         self.source.weights_synced(iteration)
-        self._record = Recorder(args, iteration)
+        self._record = Recorder(args, iteration, Tokenizer())
 
     def batch(self) -> ScoredBatch:
         """The next one; two optimizer steps follow it."""
@@ -135,7 +136,7 @@ def rollout_only(args: flat_settings) -> Controller:
         engine_sync=EngineSync(),
         log_prob_bound=LogProbBound(None, state),
         state=state,
-        record=Recorder(args, 0) if args.values.save_rollouts else None,
+        record=Recorder(args, 0, Tokenizer()) if args.values.save_rollouts else None,
     )
 
 
@@ -163,9 +164,12 @@ def test_a_replay_trains_on_the_same_samples(tmp_path):
             assert one.routed_experts is not None
             for name, value in vars(one).items():
                 np.testing.assert_array_equal(value, getattr(other, name), strict=True, err_msg=name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        batch_path(tmp_path, batch).name for batch in range(BATCHES)
-    ]
+    of_programs = [batch_path(tmp_path, batch) for batch in range(BATCHES)]
+    of_people = [path.with_suffix(".jsonl") for path in of_programs]
+    assert sorted(tmp_path.iterdir()) == sorted([*of_programs, *of_people])
+    for programs, people in zip(of_programs, of_people, strict=True):
+        rewards = [c.reward for group in read_record(programs).groups for c in group]
+        assert [json.loads(line)["reward"] for line in people.read_text().splitlines()] == rewards
 
 
 def test_a_replay_that_has_trained_nothing_keeps_its_place(tmp_path):
@@ -195,7 +199,8 @@ def test_a_recording_that_goes_back_sets_later_batches_aside(recorded):
         run.batch()
     assert batch_path(recorded, 0).read_bytes() == earlier
     aside = recorded / "set-aside-001"
-    assert sorted(aside.iterdir()) == [batch_path(aside, 1), batch_path(aside, 2)]
+    moved = [batch_path(aside, batch) for batch in (1, 2)]
+    assert sorted(aside.iterdir()) == sorted([*moved, *(path.with_suffix(".jsonl") for path in moved)])
     assert batch_path(aside, 2).read_bytes() == later
     assert batch_path(recorded, 1).is_file() and not (recorded / "set-aside-002").exists()
 

@@ -107,6 +107,7 @@ def test_a_failed_environment_earns_nothing_and_is_not_judged(with_function):
     results = scorer(rewards).score([failed, good])
     assert results == [RewardResult(0.0, "error", "the environment failed: step: KeyError: 'x'")]
     assert (failed.reward, failed.reward_status, good.reward) == (0.0, "error", 0.5)
+    assert (failed.reward_error, good.reward_error) == (results[0].detail, "")
     assert rewards is None or len(rewards.items) == 1
     lines = []
     with pytest.raises(RuntimeError, match="all 1 rewards of a batch failed: .*the environment failed"):
