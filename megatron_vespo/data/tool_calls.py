@@ -12,13 +12,17 @@ import re
 from typing import Any
 
 OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPEN_TAG}(.*?)(?:{CLOSE_TAG}|\Z)", re.DOTALL)
-_THINKING = re.compile(r"\A.*</think>", re.DOTALL)  # calls that a model only thinks of are not made
+# Calls that a model only thinks of are not made. The prompt may have opened the thinking already.
+_OPENED_BEFORE = re.compile(r"\A(?:(?!<think>).)*?</think>", re.DOTALL)
+_THINKING_OR_CALL = re.compile(
+    rf"<think>.*?(?:</think>|\Z)|{OPEN_TAG}(?P<call>.*?)(?:{CLOSE_TAG}|\Z)", re.DOTALL
+)
 
 
 def tool_calls(text: str) -> list[str]:
     """Return the contents of all tool calls in a turn's text, outside of its thinking."""
-    return [match.group(1).strip() for match in _CALL.finditer(_THINKING.sub("", text))]
+    found = (match["call"] for match in _THINKING_OR_CALL.finditer(_OPENED_BEFORE.sub("", text)))
+    return [call.strip() for call in found if call is not None]
 
 
 def read_call(call: str) -> tuple[str, dict[str, Any]]:

@@ -21,12 +21,15 @@ from megatron_vespo.rollout.sampler import Maker
 def with_tools(form: ChatFormat, settings: EnvironmentSettings) -> ChatFormat:
     """Return the format with the environment's tools, which the chat template describes in every prompt.
 
-    ValueError if the template does not read `tools`. Tools of --chat-template-arguments come first.
+    ValueError if the template does not read `tools`, or if the environment refuses it. Tools of
+    --chat-template-arguments come first.
     """
-    if settings.environment is None:
+    if settings.environment is None or not form.apply_template:
         return form
-    tools = getattr(load_environment(settings.environment), "tools", None)
-    if tools is None or not form.apply_template:
+    environment = load_environment(settings.environment)
+    if (check := getattr(environment, "check_template", None)) is not None:
+        check(form.tokenizer.get_chat_template())
+    if (tools := getattr(environment, "tools", None)) is None:
         return form
     return replace(form, arguments={"tools": tools()} | dict(form.arguments))
 
@@ -40,9 +43,6 @@ def make_maker(settings: EnvironmentSettings, form: ChatFormat, tokenizer: Any, 
     name = f"--hf-checkpoint {folder}"
     if settings.environment is not None:
         environment = load_environment(settings.environment)
-        check = getattr(environment, "check_template", None)
-        if check is not None and form.apply_template:
-            check(form.tokenizer.get_chat_template())
         turns = TurnTemplate(form, name, getattr(environment, "roles", ("user",)))
         limits = EpisodeLimits(settings.max_turns, settings.max_turn_tokens, settings.environment_timeout)
         return Episodes(environment, turns, tokenizer, limits)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -65,14 +65,26 @@ def load_environment(import_path: str) -> type[Environment]:
     found = import_function(import_path, "environment")
     if not inspect.isclass(found):
         raise ValueError(f"{where}: must be a class, it is a {type(found).__name__}")
-    for name, argument in (("reset", "prompt"), ("step", "text")):
-        if not inspect.iscoroutinefunction(getattr(found, name, None)):
-            raise ValueError(f"{where}: needs a method `async def {name}(self, {argument})`")
+    for name, *arguments in (("reset", "prompt"), ("step", "text"), ("close",)):
+        method = getattr(found, name, None)
+        if method is None and name == "close":
+            continue
+        if not (inspect.iscoroutinefunction(method) and _takes(method, ["self", *arguments])):
+            signature = ", ".join(["self", *arguments])
+            raise ValueError(f"{where}: needs a method `async def {name}({signature})`")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
         raise ValueError(f"{where}: is made without arguments, but {error}") from error
     return cast(type[Environment], found)
+
+
+def _takes(method: Callable[..., Any], arguments: Sequence[str]) -> bool:
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def messages_of_step(step: Step) -> list[Message]:

@@ -65,12 +65,17 @@ class Episodes:
         ("turns"). If the environment fails, the completion says so in `environment_error`.
         Raises EnvironmentFailedError if it fails before the first turn, and what `turn` raises.
         """
-        environment = self.make_environment()
         try:
-            return await self._play(environment, prompt, sampling, turn, begun)
+            environment = self.make_environment()
+        except Exception as error:  # a user's code may raise anything
+            raise EnvironmentFailedError(
+                f"the environment failed at prompt {prompt.prompt_id}: {_one_line(error)}"
+            ) from error
+        try:
+            completion = await self._play(environment, prompt, sampling, turn, begun)
         finally:
-            if (close := getattr(environment, "close", None)) is not None:
-                await asyncio.wait_for(close(), self.limits.timeout_s)
+            problem = await self._close(environment)
+        return replace(completion, environment_error=completion.environment_error or problem)
 
     async def _play(
         self,
@@ -94,7 +99,9 @@ class Episodes:
                 rewards, start = await self._replay(environment, state, sampling.stop_token_ids)
         except _Failure as failure:
             assert state is not None
-            return replace(state, finish_reason="stop", environment_error=f"replay: {failure}")
+            end = len(state.token_ids) - state.num_given_at_end  # given tokens at the end have no routes
+            begun = _beginning(state, end) if state.segments else state
+            return replace(begun, finish_reason="stop", environment_error=f"replay: {failure}")
         while True:
             completion = await self._turn(sampling, turn, state, start)
             if completion.finish_reason == "length":
@@ -132,8 +139,8 @@ class Episodes:
         messages = messages_of_step(step)
         try:
             given = self.turns.next_turn(messages, int(completion.token_ids[-1]))
-        except ValueError as error:
-            raise _Failure(str(error)) from error
+        except Exception as error:  # what a template or a tokenizer refuses
+            raise _Failure(f"its observation cannot follow: {_one_line(error)}") from error
         return completion.with_given(given, writer_of(messages))
 
     async def _step(
@@ -171,7 +178,17 @@ class Episodes:
         except TimeoutError:
             raise _Failure(f"it did not answer within {self.limits.timeout_s:g} s") from None
         except Exception as error:  # a user's code may raise anything, and one episode must not end the run
-            raise _Failure(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
+            raise _Failure(_one_line(error)) from error
+
+    async def _close(self, environment: Environment) -> str:
+        """Let the environment free what it holds; return what went wrong."""
+        if (close := getattr(environment, "close", None)) is None:
+            return ""
+        try:
+            await self._answer(close())
+        except _Failure as failure:
+            return f"close: {failure}"
+        return ""
 
     def _finished(
         self, environment: Environment, completion: Completion, rewards: tuple[float, ...]
@@ -185,6 +202,10 @@ class Episodes:
         )
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def _reward_data(environment: Environment) -> tuple[dict[str, Any], str]:
     """Return what the environment hands to the reward function, and what is wrong with it."""
     get = getattr(environment, "reward_data", None)
@@ -193,7 +214,7 @@ def _reward_data(environment: Environment) -> tuple[dict[str, Any], str]:
     try:
         data = json.loads(json.dumps(get()))
     except Exception as error:  # a user's code may raise anything
-        return {}, f"reward_data: {type(error).__name__}: {error}"
+        return {}, f"reward_data: {_one_line(error)}"
     return (data, "") if isinstance(data, dict) else ({}, "reward_data must return a dict")
 
 

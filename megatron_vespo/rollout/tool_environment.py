@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,8 @@ from megatron_vespo.data.turns import Message
 from megatron_vespo.rollout.environment import Step
 from megatron_vespo.types import Prompt
 
+# as Qwen3's template shows it to the model; other families have other formats between the same tags
+_FORMAT = re.compile(rf"""{OPEN_TAG}(\\n|\s)*\{{\\?["'](name|arguments)""")
 _MAX_RESULT_CHARS = 4096
 
 
@@ -57,19 +60,23 @@ class ToolEnvironment:
 
         if not cls.functions:
             raise ValueError(f"{cls.__name__}.functions is empty: a tool environment needs functions")
-        schemas = []
+        schemas: dict[str, dict[str, Any]] = {}
         for function in cls.functions:
-            with located(f"{cls.__name__}: the tool {function.__name__}"):
-                schemas.append(get_json_schema(function))
-        return schemas
+            name = getattr(function, "__name__", None)
+            if name is None or name in schemas:
+                problem = "two functions have one name" if name else "a tool needs a name, so use def"
+                raise ValueError(f"{cls.__name__}.functions has {name or function!r}: {problem}")
+            with located(f"{cls.__name__}: the tool {name}"):
+                schemas[name] = get_json_schema(function)
+        return list(schemas.values())
 
     @classmethod
     def check_template(cls, template: str) -> None:
         """ValueError if the chat template does not describe this tool format to the model."""
-        if OPEN_TAG not in template:
+        if _FORMAT.search(template) is None:
             raise ValueError(
-                f"{cls.__name__} reads tool calls as {OPEN_TAG}, which the chat template does not know: its "
-                "model has another tool format, so write an environment for it"
+                f'{cls.__name__} reads tool calls as {OPEN_TAG}{{"name": ...}}{CLOSE_TAG}, which the chat '
+                "template does not show: its model has another tool format, so write an environment for it"
             )
 
     async def reset(self, prompt: Prompt) -> None:
@@ -101,9 +108,9 @@ class ToolEnvironment:
             else:
                 result = await _in_thread(function, arguments)
             return _as_text(result)
-        except Exception as error:  # a tool may raise anything; the policy learns from it
+        except (Exception, SystemExit) as error:  # a tool may raise anything; the policy learns from it
             self.num_failed_calls += 1
-            return f"Error: {type(error).__name__}: {error}"[:_MAX_RESULT_CHARS]
+            return _as_text(f"Error: {type(error).__name__}: {error}")
 
 
 async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -113,29 +120,29 @@ async def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) ->
     program from ending.
     """
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
+    done: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 
-    def settle(result: Any, error: Exception | None) -> None:
-        if done.done():  # nobody waits any more
-            return
-        if error is None:
-            done.set_result(result)
-        else:
-            done.set_exception(error)
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not done.done():  # else nobody waits any more
+            done.set_result((result, error))  # not every exception may be a future's
 
     def main() -> None:
         result, failure = None, None
         try:
             result = function(**arguments)
-        except Exception as error:
+        except BaseException as error:
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=main, name=f"tool {function.__name__}", daemon=True).start()
-    return await done
+    result, error = await done
+    if error is not None:
+        raise error
+    return result
 
 
 def _as_text(result: Any) -> str:
-    text = result if isinstance(result, str) else json.dumps(result, default=str)
+    text = result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair is no text
     return text if len(text) <= _MAX_RESULT_CHARS else text[:_MAX_RESULT_CHARS] + " ..."

@@ -17,7 +17,7 @@ from tests.support.builders import make_completion, make_prompt
 from tests.support.letter_tokenizer import letters
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}~{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}~{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TOKENIZER = letters(TEMPLATE)
@@ -149,6 +149,21 @@ class GivesWrongMessages(Counts):
         return [{"role": "assistant", "content": "I am you"}], 0.0, False
 
 
+class AnswersInHalfALetter(Counts):
+    async def step(self, text):
+        return "\ud83d", 0.0, False
+
+
+class TakesAnUnknownRole(Counts):
+    async def step(self, text):
+        return [{"role": "tool", "content": "7"}], 0.0, False
+
+
+class CannotClose(Counts):
+    async def close(self):
+        raise OSError("the door is locked")
+
+
 class HandsOverNoJson(Counts):
     def reward_data(self):
         return {"a set": {1}}
@@ -162,6 +177,11 @@ class HandsOverNoJson(Counts):
         (AnswersWrongly, "step must return (observation, reward, done), not 'only text'"),
         (GivesNan, "step returned the reward nan, which must be a finite number"),
         (GivesWrongMessages, "'role' must be one of user, tool, system, 'content' text"),
+        (AnswersInHalfALetter, "its observation cannot follow: "),
+        (
+            TakesAnUnknownRole,
+            "its observation cannot follow: ValueError: the model: its chat template leaves",
+        ),
     ],
 )
 def test_a_failure_is_kept_with_the_episode(environment, message):
@@ -173,6 +193,22 @@ def test_a_failure_is_kept_with_the_episode(environment, message):
 def test_data_that_are_no_json_are_a_failure():
     completion = play(Engine(["one~", "two~"]), episodes(HandsOverNoJson))
     assert "reward_data: TypeError" in completion.environment_error and completion.reward_data == {}
+
+
+def test_an_environment_that_cannot_be_closed_says_so():
+    completion = play(Engine(["one~", "two~"]), episodes(CannotClose))
+    assert completion.environment_error == "close: OSError: the door is locked"
+    assert completion.turn_rewards == (1.0, 2.0)
+
+
+class CannotBeMade(Counts):
+    def __init__(self):
+        raise OSError("no such game")
+
+
+def test_an_environment_that_cannot_be_made_names_the_prompt():
+    with pytest.raises(EnvironmentFailedError, match="failed at prompt 7: OSError: no such game"):
+        play(Engine([]), episodes(CannotBeMade))
 
 
 def test_an_environment_that_cannot_begin_names_the_prompt():
@@ -243,6 +279,22 @@ def test_an_environment_that_does_not_repeat_itself_is_named():
     assert completion.environment_error.startswith(
         "replay: the environment is `replayable`, but gave another"
     )
+
+
+def test_a_failed_replay_keeps_no_observation_that_entered_no_pass():
+    """R3 has no routes of it."""
+    begun = interrupted(Engine(["one~"]), 1, "two~")
+    end = len(begun.token_ids) - 4
+    observed = replace(
+        begun,
+        token_ids=begun.token_ids[:end],
+        log_probs=begun.log_probs[:-4],
+        policy_versions=VersionSpans.single(0, 4),
+        segments=Segments(("policy", "environment"), (4, end - 4)),
+    )
+    completion = play(Engine([]), episodes(Replayable), observed, make_prompt(7, [ord("q")], answer="9"))
+    assert completion.environment_error and text_of(completion) == "one~"
+    assert completion.segments == Segments.single("policy", 4) and completion.num_sampled == 4
 
 
 def test_a_limit_that_was_reached_before_the_interruption_holds():
