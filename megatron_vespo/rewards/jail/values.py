@@ -17,6 +17,7 @@ import struct
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+_READ_BYTES = 2**16
 MAX_ITEMS = 1_000_000  # of an iterator
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
 _SIZE = struct.Struct("<Q")
@@ -124,23 +125,24 @@ def receive(fd: int) -> Any:
     Raises:
         Unreadable: the other side ended, or sent no JSON or too much of it.
     """
-    (size,) = _SIZE.unpack(_read(fd, _SIZE.size))
+    received = bytearray(_read(fd))  # the other side waits for an answer: no second message can follow
+    while len(received) < _SIZE.size:
+        received += _read(fd)
+    (size,) = _SIZE.unpack_from(received)
     if size > MAX_MESSAGE_BYTES:
         raise Unreadable(f"{size} bytes are too many")
+    while len(received) < _SIZE.size + size:
+        received += _read(fd)
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(_read(fd, size))
+        return json.loads(received[_SIZE.size :])
     raise Unreadable("no JSON")
 
 
-def _read(fd: int, size: int) -> bytes:
-    parts = []
-    while size > 0:
-        try:
-            part = os.read(fd, min(size, 2**20))
-        except OSError as error:
-            raise Unreadable(str(error)) from error
-        if not part:
-            raise Unreadable("the other side ended")
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+def _read(fd: int) -> bytes:
+    try:
+        part = os.read(fd, _READ_BYTES)
+    except OSError as error:
+        raise Unreadable(str(error)) from error
+    if not part:
+        raise Unreadable("the other side ended")
+    return part
