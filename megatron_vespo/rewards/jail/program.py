@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import os
 import sys
 import threading
 import types
@@ -46,7 +45,10 @@ def serve_functions(sources: list[str], channel: int) -> None:
         return
     values.send(channel, {"value": None})
     while True:
-        name, arguments = values.receive(channel)
+        try:
+            name, arguments = values.receive(channel)
+        except values.Unreadable:
+            return
         try:
             answer = {"value": values.encode(_function(namespace, name)(*map(values.decode, arguments)))}
             values.send(channel, answer)
@@ -87,6 +89,3 @@ def _failure(error: BaseException) -> dict[str, str]:
         text = ""
     return {"error": type(error).__name__, "text": text}
 
-
-def exit_now(status: int) -> None:
-    os._exit(status)

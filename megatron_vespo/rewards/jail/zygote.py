@@ -115,7 +115,10 @@ def _guard(request: Request, fds: list[int], proc: int, instructions: bytes) -> 
         with _reported(status):
             os.close(held)
             run = _become_program(request, own, status, alive, proc, instructions)
-        os._exit(run())
+        try:
+            os._exit(run())
+        finally:
+            os._exit(1)  # whatever a program raises, it never returns into the zygote's code
     for fd in own:
         os.close(fd)
     _wait_for_end(child, life)
