@@ -48,6 +48,12 @@ _FLAGS = {
     "--save-responses": "save_responses",
     "SGLang's flags": "sglang_flags",
 }
+_CODE_FLAGS = {
+    "--code-reward": "code_reward",
+    "--code-timeout": "code_timeout",
+    "--code-test-timeout": "code_test_timeout",
+    "--code-memory-mb": "code_memory_mb",
+}
 
 
 def start_date(results: Path) -> datetime:
@@ -63,7 +69,8 @@ def evaluation_settings(
 
     The token ids of `sets` stand for tokenizer and chat template.
     """
-    settings: dict[str, Any] = {name: getattr(options, attribute) for name, attribute in _FLAGS.items()}
+    flags = _FLAGS | (_CODE_FLAGS if options.reward_function == "code" else {})
+    settings: dict[str, Any] = {name: getattr(options, attribute) for name, attribute in flags.items()}
     settings["end tokens"] = list(stops)
     settings["prompt sets"] = {name: f"{path.name} {_digest(path)}" for name, path in options.data.items()}
     settings[DATE] = date.isoformat()

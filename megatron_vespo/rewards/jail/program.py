@@ -88,4 +88,3 @@ def _failure(error: BaseException) -> dict[str, str]:
     except BaseException:
         text = ""
     return {"error": type(error).__name__, "text": text}
-

@@ -142,6 +142,38 @@ def test_numbers_against_a_count_by_hand(checkpoint, tmp_path, engine, sets, cap
 
 
 @pytest.mark.long
+def test_pass_at_10_of_programs(checkpoint, tmp_path, capsys):
+    """Ten programs per prompt, of which three and none are right; a changed limit is another evaluation."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["\n"] = ord("\n")
+    tokenizer["decoder"] = {"type": "Fuse"}  # no spaces between characters
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    right = {"a": "yyynnnnnnn", "b": "nnnnnnnnnn"}
+    by_turns = ByTurns(right)
+
+    def program(body: dict) -> tuple[list[int], str]:
+        letters, end = by_turns(body)
+        operator = "+" if letters == tokens("y") else "-"
+        return tokens(f"```python\ndef f(a, b):\n    return a {operator} b\n```"), end
+
+    data = tmp_path / "code.jsonl"
+    tests = json.dumps({"type": "calls", "function": "f", "cases": [[[1, 2], 3], [[5, 5], 10]]})
+    data.write_text("".join(json.dumps({"question": q, "answer": tests}) + "\n" for q in right))
+    flags = ["--data", f"code={data}", "--num-completions", "10", "--reward-function", "code"]
+    flags += ["--reward-timeout", "10", "--max-completion-tokens", "64"]
+    with EngineStub(program) as engine:
+        line = command(model, tmp_path / "out", engine.url, *flags)
+        assert run(line) == 0
+        assert "pass@10" in capsys.readouterr().out
+        assert run([*line, "--code-test-timeout", "2"]) == 2
+        assert "was made with --code-test-timeout 4.0, now it is 2.0" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out/summary.json").read_text())["sets"]["code"]
+    assert found["pass"]["1"] == pytest.approx(0.15) and found["pass"]["10"] == 0.5
+    assert found["reward_errors"] == found["reward_timeouts"] == 0
+
+
+@pytest.mark.long
 def test_it_goes_on_where_it_was_ended(checkpoint, tmp_path, sets, capsys):
     out, by_turns = tmp_path / "out", ByTurns(EASY | HARD)
     path = out / "prompts.jsonl"
@@ -311,6 +343,10 @@ def test_an_engine_that_is_gone_ends_in_one_line(checkpoint, tmp_path, engine, s
         ("--num-prompts 0", "--num-prompts is 0, must be positive"),
         ("--generate-timeout 0", "--generate-timeout is 0, must be positive"),
         ("--api-key-env NOT_THERE", "--api-key-env NOT_THERE: no such environment variable, or"),
+        (
+            "--reward-function code --code-timeout 1",
+            "--code-timeout 1 must be less than --reward-timeout 0.5: ",
+        ),
         ("--sglang-tp-size 2", "--sglang-tp-size is for engines that are started; those at"),
         ("--engine-url host:1", "--engine-url host:1: write http://HOST:PORT"),
     ],
