@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from megatron_vespo.data.located import located
-from megatron_vespo.data.tool_calls import OPEN_TAG, read_call, tool_calls
+from megatron_vespo.data.tool_calls import CLOSE_TAG, OPEN_TAG, read_call, tool_calls
 from megatron_vespo.data.turns import Message
 from megatron_vespo.rollout.environment import Step
 from megatron_vespo.types import Prompt
