@@ -259,7 +259,7 @@ def test_as_an_ordinary_user(tmp_path):
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux")
 def test_a_kernel_that_makes_no_namespaces_is_refused():
-    command = "from megatron_vespo.rewards.pool import load_reward_function\nload_reward_function('code')"
+    command = "from megatron_vespo.rewards.loading import load_reward_function\nload_reward_function('code')"
     script = 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"'
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "sh", "-c", script, "sh", sys.executable, "-c", command],
