@@ -32,6 +32,14 @@ def on_task(task, tmp_path_factory) -> Callable[..., list[Result]]:
 
 
 @pytest.fixture(scope="session")
+def naive_steps(task, tmp_path_factory) -> Result:
+    """What programs/naive_steps.py finds."""
+    arguments = ["--model", str(task.model), "--samples", str(task.samples_file)]
+    folder = tmp_path_factory.mktemp("naive")
+    return launch(PROGRAMS / "naive_steps.py", 1, arguments, TIMEOUT_S, folder, preloaded=False)[0]
+
+
+@pytest.fixture(scope="session")
 def train(on_task) -> Callable[..., list[Result]]:
     """Run programs/train.py at a layout of LAYOUTS, with further flags."""
 

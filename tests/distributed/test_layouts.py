@@ -87,6 +87,21 @@ def test_training_does_not_depend_on_the_layout(training_run, layout):
         np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_step_is_the_naive_reference(task, naive_steps, training_run, layout):
+    """Of transformers, token by token; a third of the samples has given tokens."""
+    assert any(sample.num_trained < sample.completion_length for sample in task.samples)
+    run = training_run(layout)[0]
+    loss, grad_norm, terms = naive_steps["first step"]
+    worst = {
+        "log_w": np.abs(run["log_w"][0] - naive_steps["first log_w"]).max(),
+        "loss": abs(run["loss"][0] - loss) / terms,
+        "grad_norm": abs(run["grad_norm"][0] / grad_norm - 1),
+    }
+    print(f"{layout}: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+    assert worst["log_w"] <= 1e-5 and worst["loss"] <= 1e-5 and worst["grad_norm"] <= 1e-5
+
+
 def test_training_changes_the_ratios(training_run):
     """Else the comparison of layouts would compare zeros."""
     run = training_run("one rank")[0]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
+
+from tests.support import named_layouts
 
 LAYOUTS = {
     "small packs": (1, "--max-tokens-per-gpu 64"),
@@ -14,21 +18,53 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+OTHERS = {
+    name: layout for name, layout in named_layouts.LAYOUTS.items() if name not in {"one rank", *LAYOUTS}
+}
+
+
 @pytest.fixture(scope="module")
 def run(on_task):
     return lambda num_ranks, flags: on_task("losses.py", num_ranks, *flags.split())
 
 
 @pytest.fixture(scope="module")
-def one_rank(run):
-    return run(1, "")[0]
+def result_of(run):
+    """Every rank's results at a layout, run once."""
+    return cache(lambda layout: run(*(OTHERS | LAYOUTS).get(layout, (1, ""))))
+
+
+@pytest.fixture(scope="module")
+def one_rank(result_of):
+    return result_of("one rank")[0]
+
+
+@pytest.mark.parametrize(
+    "layout", ["one rank", *LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
+    """Of transformers, token by token; a third of the samples has given tokens."""
+    assert any(sample.num_trained < sample.completion_length for sample in task.samples)
+    worst = np.zeros(2)
+    assert len(naive_steps) == 16 + 3
+    for result in result_of(layout):
+        np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
+        for case in set(result) & set(naive_steps) - {"log_w"}:
+            found, (loss, grad_norm, terms) = result[case], naive_steps[case]
+            errors = [abs(found[0] - loss) / terms, abs(found[1] / grad_norm - 1)]
+            assert max(errors) <= 1e-5, f"{case}: loss {errors[0]:.1e}, grad_norm {errors[1]:.1e}"
+            worst = np.maximum(worst, errors)
+    print(f"{layout}: loss {worst[0]:.1e} of its terms, grad_norm {worst[1]:.1e}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_do_not_depend_on_the_layout(one_rank, run, layout):
+def test_losses_do_not_depend_on_the_layout(one_rank, result_of, layout):
     worst = np.zeros(3)
-    for result in run(*LAYOUTS[layout]):
+    for result in result_of(layout):
         for case, values in one_rank.items():
+            if case == "log_w":
+                np.testing.assert_allclose(result[case], values, rtol=0, atol=1e-5)
+                continue
             if case.endswith("weight"):
                 np.testing.assert_allclose(result[case], values, rtol=2e-5, atol=1e-6, err_msg=case)
                 continue
@@ -53,6 +89,10 @@ def test_what_losses_have_chosen_is_known(one_rank):
 
 def test_the_losses_differ(one_rank):
     """Else one would have been run under many names."""
-    norms = {case: values[1] for case, values in one_rank.items() if not case.endswith(("weight", "chosen"))}
+    norms = {
+        case: values[1]
+        for case, values in one_rank.items()
+        if not case.endswith(("weight", "chosen", "log_w"))
+    }
     ordered = sorted(norms.values())
     assert len(norms) == 16 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -120,13 +120,13 @@ OWN_AGGREGATION = {"dr-grpo": "constant"} | dict.fromkeys(
 )
 
 
-def naive_total(terms_by_response, aggregation):
+def naive_total(terms_by_response, aggregation, longest=LONGEST):
     sums, lengths = [sum(terms) for terms in terms_by_response], [len(terms) for terms in terms_by_response]
     if aggregation == "token-mean":
         return sum(sums) / sum(lengths)
     if aggregation == "sequence-mean-token-mean":
         sums = [total / max(length, 1) for total, length in zip(sums, lengths, strict=True)]
-    return sum(sums) / (len(sums) * (LONGEST if aggregation == "constant" else 1))
+    return sum(sums) / (len(sums) * (longest if aggregation == "constant" else 1))
 
 
 def naive_terms(method, responses, kernel, target, **capped):

@@ -44,9 +44,9 @@ def make_task(folder: Path, kind: str = "qwen3 moe") -> Task:
     samples_file = folder / "samples.pkl"
     samples_file.write_bytes(pickle.dumps(samples))
     log_probs = transformers_log_probs(folder / "model", samples_file, "--make-model", kind)
-    noise = np.random.default_rng(1).normal(0, ENGINE_NOISE, log_probs.shape)
-    for sample, behavior in zip(samples, split(log_probs + noise, samples), strict=True):
-        sample.behavior_log_probs = behavior.astype(np.float32)
+    draw = np.random.default_rng(1)
+    for sample, of_sample in zip(samples, split(log_probs, samples), strict=True):
+        sample.behavior_log_probs = (of_sample + token_noise(draw, ENGINE_NOISE, sample)).astype(np.float32)
     samples_file.write_bytes(pickle.dumps(samples))
     return Task(folder / "model", samples_file, samples, log_probs)
 
@@ -66,7 +66,7 @@ def random_samples(
                 advantage=float(draw.normal()),
                 temperature=(1.0, 0.7)[i % 2],
                 group_id=i // 4,
-                segments=random_segments(draw_holes, completion) if i % HOLES_EVERY == 1 else None,
+                segments=random_segments(draw_holes, completion) if i % HOLES_EVERY == 0 else None,
             )
         )
     return samples
@@ -79,6 +79,11 @@ def random_segments(draw: np.random.Generator, length: int) -> Segments:
     first = int(draw.integers(0, 2)) if len(turns) > 1 else 0
     writers = ("policy", "tool" if draw.random() < 0.5 else "environment")
     return Segments.joined(Segments.single(writers[(first + i) % 2], n) for i, n in enumerate(turns))
+
+
+def token_noise(draw: np.random.Generator, deviation: float, sample: TrainingSample) -> np.ndarray:
+    """Normal noise of the sampled tokens [N]; given tokens use up draws, too."""
+    return draw.normal(0, deviation, sample.completion_length)[sample.sampled_mask()]
 
 
 def split(values: np.ndarray, samples: list[TrainingSample]) -> list[np.ndarray]:

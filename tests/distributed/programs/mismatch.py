@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 from common import hand_back, start_policy
 
+from tests.support.random_task import token_noise
+
 TOKEN_NOISE = 0.1  # of pi_old against mu
 # tight enough that a part is rejected and a part is kept at that noise
 BOUNDS = {
@@ -57,7 +59,7 @@ def main() -> None:
     step("tis recomputed vespo computed", mini_batch)
 
     for sample in samples:
-        noise = draw.normal(0, TOKEN_NOISE, sample.num_trained)
+        noise = token_noise(draw, TOKEN_NOISE, sample)
         sample.old_log_probs = (sample.behavior_log_probs + noise).astype(np.float32)
     results["old_log_probs"] = np.concatenate([sample.old_log_probs for sample in samples])
     for denominator, loss in CASES:

@@ -1,0 +1,112 @@
+"""Losses and gradient norms of steps by transformers and the naive formulas; no Megatron in this process.
+
+Which token was sampled is read from the segments one token after the other. The steps are those of
+programs/losses.py, and the first one of programs/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import FLAGS, hand_back, read_samples
+from losses import TARGETS, cases, old_noise
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_vespo.algorithms.vespo import GammaKernel
+from megatron_vespo.types import TrainingSample
+from tests.support.naive_losses import naive_terms, naive_total, phi, score
+
+MINI_BATCH = 24
+LONGEST = int(FLAGS[FLAGS.index("--max-completion-tokens") + 1])
+KERNEL = GammaKernel()
+
+
+def places_sampled(sample: TrainingSample) -> list[int]:
+    """Indices of the sampled tokens in `token_ids`."""
+    if sample.segments is None:
+        return list(range(sample.prompt_length, sample.num_tokens))
+    places, place = [], sample.prompt_length
+    for writer, length in zip(sample.segments.writers, sample.segments.lengths, strict=True):
+        for _ in range(length):
+            if writer == "policy":
+                places.append(place)
+            place += 1
+    return places
+
+
+def log_probs(model: torch.nn.Module, sample: TrainingSample) -> list[Tensor]:
+    """Of the sampled tokens, with gradient."""
+    tokens = torch.from_numpy(sample.token_ids).long()
+    logits = model(tokens[None]).logits[0].double() / sample.temperature
+    return [logits[place - 1].log_softmax(-1)[tokens[place]] for place in places_sampled(sample)]
+
+
+class Reference:
+    """Loss, gradient norm over all parameters, and the loss if no terms cancelled."""
+
+    def __init__(self, model: torch.nn.Module, samples: list[TrainingSample]):
+        self.samples = samples
+        self.pi = [log_probs(model, sample) for sample in samples]
+        self._flat = [value for of_sample in self.pi for value in of_sample]
+        self._parameters = list(model.parameters())
+
+    def of(self, terms: list[list[Tensor]], aggregation: str) -> np.ndarray:
+        loss = naive_total(terms, aggregation, LONGEST)
+        sizes = [[abs(term.item()) for term in of_response] for of_response in terms]
+        by_pi = torch.autograd.grad(loss, self._flat, retain_graph=True, allow_unused=True)
+        used = [
+            (pi, gradient) for pi, gradient in zip(self._flat, by_pi, strict=True) if gradient is not None
+        ]
+        gradients = torch.autograd.grad(
+            [pi for pi, _ in used], self._parameters, [gradient for _, gradient in used],
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        square = sum(g.double().square().sum().item() for g in gradients if g is not None)
+        return np.array([loss.item(), math.sqrt(square), naive_total(sizes, aggregation, LONGEST)])
+
+    def losses(self) -> dict[str, np.ndarray]:
+        noise = old_noise(self.samples)
+        old = [
+            [p.item() + n for p, n in zip(*pair, strict=True)] for pair in zip(self.pi, noise, strict=True)
+        ]
+        advantages = [sample.advantage for sample in self.samples]
+        responses = list(zip(self.pi, old, advantages, strict=True))
+        steps = {
+            f"{name} {aggregation}": self.of(
+                naive_terms(name, responses, KERNEL, TARGETS.get(name)), aggregation
+            )
+            for name, aggregation in cases()
+        }
+        return steps | {"log_w": np.array([-values.sum() for values in noise])}
+
+    def first_step(self) -> dict[str, np.ndarray]:
+        """VESPO, `decoupled`, pi_old = pi."""
+        behavior = [sample.behavior_log_probs.tolist() for sample in self.samples]
+        log_w = [
+            min(sum(p.item() - b for p, b in zip(pi, mu, strict=True)), math.log(2.0))
+            for pi, mu in zip(self.pi, behavior, strict=True)
+        ]
+        terms = [
+            score(pi, sample.advantage, phi(math.exp(w), sample.advantage, KERNEL))
+            for pi, sample, w in zip(self.pi, self.samples, log_w, strict=True)
+        ]
+        return {"first step": self.of(terms, "token-mean"), "first log_w": np.array(log_w)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--samples", type=Path, required=True)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    reference = Reference(model, read_samples(options.samples)[:MINI_BATCH])
+    hand_back(**reference.losses(), **reference.first_step())
+
+
+if __name__ == "__main__":
+    main()
