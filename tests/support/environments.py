@@ -27,6 +27,14 @@ class CountsLettersAnew(CountsLetters):
     replayable = False
 
 
+class RewardsTurns(CountsLetters):
+    """The n-th turn earns n."""
+
+    async def step(self, text: str) -> tuple[str, float, bool]:
+        observation, _, done = await super().step(text)
+        return observation, float(self.turns), done
+
+
 class FailsSometimes(CountsLetters):
     async def step(self, text: str) -> tuple[str, float, bool]:
         if len(text) % 3 == 0:

@@ -174,6 +174,26 @@ def test_pass_at_10_of_programs(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("turn_rewards", "reward"), [("sum", 6.0), ("last", 3.0)])
+def test_episodes_are_kept_with_their_turns(checkpoint, tmp_path, turn_rewards, reward):
+    out, data = tmp_path / "out", write_set(tmp_path / "x.jsonl", {"count": ""})
+    flags = ["--data", f"x={data}", "--num-completions", "2", "--max-completion-tokens", "100"]
+    flags += ["--environment", "tests.support.environments:RewardsTurns", "--reward-function", "environment"]
+    with EngineStub(lambda body: (tokens("four"), "stop")) as engine:
+        flags += ["--turn-rewards", turn_rewards, "--save-responses"]
+        assert run(command(checkpoint, out, engine.url, *flags)) == 0
+    record = json.loads((out / "prompts.jsonl").read_text().splitlines()[1])
+    assert record["rewards"] == [reward] * 2
+    assert record["lengths"] == [15] * 2  # three turns of four letters and the end
+    for response in record["responses"]:
+        assert [turn["writer"] for turn in response["turns"]] == [*["policy", "environment"] * 2, "policy"]
+        assert [turn["text"] for turn in response["turns"][::2]] == ["f o u r"] * 3
+        assert response["turn_rewards"] == [1.0, 2.0, 3.0] and response["reward"] == reward
+        assert (response["sampled_tokens"], response["finish_reason"]) == (15, "stop")
+        assert response["given_tokens"] > 20
+
+
+@pytest.mark.long
 def test_it_goes_on_where_it_was_ended(checkpoint, tmp_path, sets, capsys):
     out, by_turns = tmp_path / "out", ByTurns(EASY | HARD)
     path = out / "prompts.jsonl"
