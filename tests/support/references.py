@@ -17,13 +17,14 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 
 
 def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
-    """float32 [completion tokens]"""
+    """float32 [N]: of the tokens that the policy sampled."""
     prompt, token_ids = (
         torch.from_numpy(ids).long() for ids in (completion.prompt.token_ids, completion.token_ids)
     )
     with torch.no_grad():
         logits = model(torch.cat([prompt, token_ids])[None]).logits[0].float() / temperature
-    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
+    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
+    return log_probs if completion.segments is None else log_probs[completion.segments.mask()]
 
 
 def chosen_experts(model, completion: Completion, topk: int) -> np.ndarray:

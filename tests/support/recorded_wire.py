@@ -1,0 +1,52 @@
+"""What went over HTTP to the engines and back, seen below the program's own client."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from megatron_vespo.types import token_array
+
+
+class Wire:
+    """All answered /generate requests since `attach`."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self._replies: dict[bytes, list[dict[str, Any]]] = defaultdict(list)
+
+    def attach(self, monkeypatch) -> Wire:
+        post = aiohttp.ClientSession.post
+
+        def recorded(session, url, **arguments):
+            request = post(session, url, **arguments)
+            return _Recorded(request, arguments["json"], self) if str(url).endswith("/generate") else request
+
+        monkeypatch.setattr(aiohttp.ClientSession, "post", recorded)
+        return self
+
+    def add(self, payload: dict[str, Any], reply: dict[str, Any]) -> None:
+        self.num_requests += 1
+        self._replies[token_array(payload["input_ids"]).tobytes()].append(reply)
+
+    def replies(self, token_ids: np.ndarray) -> list[dict[str, Any]]:
+        """Return the replies to requests whose input was exactly `token_ids`."""
+        return self._replies[token_array(token_ids).tobytes()]
+
+
+class _Recorded:
+    def __init__(self, request: Any, payload: dict[str, Any], wire: Wire):
+        self._request, self._payload, self._wire = request, payload, wire
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        response = await self._request.__aenter__()
+        if response.status == 200:
+            self._wire.add(self._payload, json.loads(await response.read()))  # kept for a second read
+        return response
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._request.__aexit__(*error)
