@@ -143,6 +143,16 @@ class Segments:
         return sum(n for writer, n in self.spans() if writer == "policy")
 
     @property
+    def num_given_at_end(self) -> int:
+        """Number of tokens after the last sampled one."""
+        given = 0
+        for writer, length in reversed(self.spans()):
+            if writer == "policy":
+                break
+            given += length
+        return given
+
+    @property
     def num_turns(self) -> int:
         """Number of spans that the policy sampled."""
         return self.writers.count("policy")
@@ -253,12 +263,7 @@ class Completion:
     @property
     def num_given_at_end(self) -> int:
         """Number of tokens after the last sampled one."""
-        given = 0
-        for writer, length in reversed(self.segments.spans() if self.segments else []):
-            if writer == "policy":
-                break
-            given += length
-        return given
+        return self.segments.num_given_at_end if self.segments else 0
 
     def with_given(self, token_ids: np.ndarray, writer: Writer) -> Completion:
         """Return a beginning that ends with `token_ids`, int32 [n], which the policy did not sample."""

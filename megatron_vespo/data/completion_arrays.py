@@ -8,7 +8,8 @@ P tokens of its prompt; L layers, E experts per token:
     rewards (NaN: not scored yet), overlong_penalties, temperatures float64 [M]
     finish_reasons, reward_statuses str [M]
     num_retractions int64 [M], routed bool [M]
-    routes uint8 [sum (P + C - 1) of the routed completions, L, E], absent if no completion is routed
+    routes uint8 [sum (P + C - 1) of the routed completions, L, E], absent if no completion is routed. Given
+                 tokens at the end of an unfinished response, G of them, have none: P + C - G - 1
     segment_counts int64 [M], segment_writers str, segment_lengths int64 [sum of counts]   0: all sampled
     extras uint8   JSON in UTF-8: an object per completion with those of EXTRAS that it has
 
@@ -59,7 +60,7 @@ def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) 
             sampled[i] = one.num_sampled
     rows = zip(
         prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], sampled),
-        _versions(arrays), _routes(arrays, prompts), arrays["finish_reasons"],
+        _versions(arrays), _routes(arrays, prompts, segments), arrays["finish_reasons"],
         arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"], arrays["overlong_penalties"],
         arrays["num_retractions"], segments, _extras(arrays), strict=True,
     )  # fmt: skip
@@ -138,10 +139,13 @@ def _versions(arrays: Mapping[str, np.ndarray]) -> list[VersionSpans]:
     return spans_of(arrays)
 
 
-def _routes(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[np.ndarray | None]:
+def _routes(
+    arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt], segments: Sequence[Segments | None]
+) -> list[np.ndarray | None]:
     if "routes" not in arrays:
         return [None] * len(prompts)
     entering = np.array([len(prompt.token_ids) for prompt in prompts]) + arrays["completion_lengths"] - 1
+    entering -= np.array([one.num_given_at_end if one is not None else 0 for one in segments])
     parts = iter(split(arrays["routes"], entering[arrays["routed"]]))
     return [next(parts) if routed else None for routed in arrays["routed"]]
 

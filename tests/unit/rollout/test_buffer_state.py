@@ -74,3 +74,15 @@ def test_other_prompts_and_broken_bytes_are_refused():
             unpack_pending(packed, prompts)
     with pytest.raises(ValueError, match="^the checkpoint's rollout buffer cannot be read"):
         unpack_pending(packed[:-30], PROMPTS)
+
+
+def test_an_episode_that_ends_with_an_observation_keeps_its_routes():
+    """The observation has entered no pass yet, and the next response's routes follow in the file."""
+    observed = partial(PROMPTS[3], 4, "abort", None, True).with_given(np.array([7, 8], np.int32), "tool")
+    pending = [PendingGroup(17, PROMPTS[3], 0, [observed, partial(PROMPTS[3], 2, "stop", None, True)])]
+    [back] = unpack_pending(pack_pending(pending), PROMPTS)
+    for before, after in zip(pending[0].partials, back.partials, strict=True):
+        assert before is not None and after is not None and before.segments == after.segments
+        np.testing.assert_array_equal(before.routed_experts, after.routed_experts)
+        np.testing.assert_array_equal(before.token_ids, after.token_ids)
+        np.testing.assert_array_equal(before.log_probs, after.log_probs)

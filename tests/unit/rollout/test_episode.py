@@ -314,6 +314,7 @@ class AnswersAsTool(Counts):
 def test_a_message_that_the_template_refuses_is_a_failure():
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     template += "<{{ m.role }}>{{ m.content }}~{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     turns = TurnTemplate(ChatFormat(letters(template)), "the model")
     made = replace(episodes(AnswersAsTool), turns=turns)
     completion = play(Engine(["one~"]), made)
