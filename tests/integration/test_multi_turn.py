@@ -1,14 +1,17 @@
 """Episodes on a real server, with the tokenizers and chat templates of published models.
 
-The models are random: they end a turn after a few tokens, and write control tokens where no trained model would.
+The models are random: they end a turn after a few tokens, and write control tokens where no trained model
+would.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,12 @@ import pytest
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.data.turns import TurnTemplate
 from megatron_vespo.driver.training_samples import training_sample
+from megatron_vespo.rollout.async_collector import AsyncCollector
+from megatron_vespo.rollout.buffer import PendingGroup, RolloutBuffer
+from megatron_vespo.rollout.buffer_state import pack_pending, unpack_pending
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.episode import EpisodeLimits, Episodes
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments
 from megatron_vespo.weight_sync.bucket_sender import BucketSender
 from megatron_vespo.weight_sync.engine_admin import EngineAdmin
 from tests.support.real_tokenizers import Model, real_model
@@ -119,16 +125,16 @@ def talking_engine(talks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(talking_engine) -> Callable[[Talk], int]:
+def loaded(talking_engine) -> Callable[..., int]:
     """Call it with a talk: its weights are in the engine then, with the version that it returns."""
-    admin = EngineAdmin([talking_engine.url], START_TIMEOUT_S, "abort")
-    sender = BucketSender(admin, 1, "talks", HOST, "gloo")
-    version = 0
+    senders: dict[str, BucketSender] = {}
+    versions = count(1)
 
-    def load(talk: Talk) -> int:
-        nonlocal version
-        version += 1
-        send_weights(sender, talk.folder, version)
+    def load(talk: Talk, mode: str = "abort") -> int:
+        if mode not in senders:
+            admin = EngineAdmin([talking_engine.url], START_TIMEOUT_S, mode)
+            senders[mode] = BucketSender(admin, 1, f"talks_{mode}", HOST, "gloo")
+        send_weights(senders[mode], talk.folder, version := next(versions))
         return version
 
     return load
@@ -156,20 +162,20 @@ def test_trained_tokens_are_the_sampled_ones(talks, talking_engine, loaded, monk
         given = sum(len(e.token_ids) - e.num_sampled for e in episodes)
         sampled = sum(e.num_sampled for e in episodes)
         for episode in episodes:
-            check_tokens(episode, wire, version)
+            check_tokens(episode, wire)
+            assert episode.policy_versions.are_all(version)
         check_texts(talk, episodes)
-        check_passes(talk, episodes[:NUM_COMPARED])
-        print(
-            f"{talk.name}: {len(episodes)} episodes of {turns} turns in {seconds:.0f} s, {sampled} sampled and "
-            f"{given} given tokens"
-        )
+        check_passes(episodes[:NUM_COMPARED], {version: talk.folder})
+        print(f"{talk.name}: {len(episodes)} episodes, {turns} turns, {seconds:.0f} s")
+        print(f"{talk.name}: {sampled} sampled and {given} given tokens")
     assert total >= (1000 if number > 100 else 100)
 
 
-def check_tokens(episode: Completion, wire: Wire, version: int) -> None:
+def check_tokens(episode: Completion, wire: Wire) -> None:
     """The sample has the tokens and log-probs of the engine's replies, at the places where they were made."""
     sample = training_sample(episode, 0.5, 0, "R3")
     assert episode.environment_error == ""
+    assert episode.finish_reason in ("stop", "length", "turns") and episode.num_given_at_end == 0
     tokens, position = sample.token_ids, sample.prompt_length
     np.testing.assert_array_equal(tokens[:position], episode.prompt.token_ids)
     spans = [("policy", len(episode.token_ids))] if sample.segments is None else sample.segments.spans()
@@ -177,18 +183,22 @@ def check_tokens(episode: Completion, wire: Wire, version: int) -> None:
     for writer, length in spans:
         end = position + length
         while writer == "policy" and position < end:
-            [reply] = wire.replies(tokens[:position])  # it was asked with these tokens
-            made = reply["output_ids"]
-            assert made and tokens[position : position + len(made)].tolist() == made
-            log_probs += [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
-            position += len(made)
+            # it was asked with these tokens; an abort may have made it ask again
+            replies = [r for r in wire.replies(tokens[:position]) if r["output_ids"]]
+            [made] = [
+                r for r in replies if tokens[position:].tolist()[: len(r["output_ids"])] == r["output_ids"]
+            ]
+            log_probs += [entry[0] for entry in made["meta_info"]["output_token_logprobs"]]
+            position += len(made["output_ids"])
         position = max(position, end)
         assert position == end
     assert position == len(tokens)
     assert sample.behavior_log_probs.tolist() == np.float32(log_probs).tolist()
     assert sample.num_trained == len(log_probs) == sample.sampled_mask().sum()
-    assert sample.policy_versions.are_all(version) and len(sample.policy_versions) == len(log_probs)
-    assert sample.routed_experts is not None and sample.routed_experts.shape == (len(tokens) - 1, *ROUTES)
+    assert len(sample.policy_versions) == len(log_probs)
+    if episode.num_retractions == 0:
+        assert sample.routed_experts is not None
+        assert sample.routed_experts.shape == (len(tokens) - 1, *ROUTES)
 
 
 def check_texts(talk: Talk, episodes: list[Completion]) -> None:
@@ -217,11 +227,143 @@ def check_texts(talk: Talk, episodes: list[Completion]) -> None:
     assert compared >= (1 if talk.name == "llama3_1" else len(episodes) // 2)
 
 
-def check_passes(talk: Talk, episodes: list[Completion]) -> None:
-    """Log-probs and routes are transformers', those of given tokens included."""
-    reference = transformers_model(talk.folder)
+def check_passes(episodes: list[Completion], folders: dict[int, Path]) -> None:
+    """Log-probs and routes are those of transformers with each version's weights, given tokens included."""
+    references = {version: transformers_model(folder) for version, folder in folders.items()}
     for episode in episodes:
-        assert np.abs(episode.log_probs - completion_log_probs(reference, episode)).max() <= 1e-4
-        assert isinstance(episode.routed_experts, np.ndarray)
-        sent = np.sort(episode.routed_experts, axis=-1)
-        np.testing.assert_array_equal(sent, chosen_experts(reference, episode, TOPK))
+        versions = episode.policy_versions.array()
+        entered = versions_of_passes(episode)
+        assert set(versions) <= set(references)
+        for version in set(versions):
+            difference = np.abs(episode.log_probs - completion_log_probs(references[version], episode))
+            assert difference[versions == version].max() <= 1e-4
+            if episode.num_retractions == 0:
+                assert isinstance(episode.routed_experts, np.ndarray)
+                sent = np.sort(episode.routed_experts, axis=-1)[entered == version]
+                expected = chosen_experts(references[version], episode, TOPK)[entered == version]
+                np.testing.assert_array_equal(sent, expected)
+
+
+def versions_of_passes(episode: Completion) -> np.ndarray:
+    """Return the version of the pass that each token entered, int64 [P + C - 1]: the next sampled token's."""
+    per_token, after = [], 0
+    versions = iter(reversed(episode.policy_versions.array()))
+    segments = episode.segments or Segments.single("policy", len(episode.token_ids))
+    for sampled in reversed(segments.mask()):
+        after = next(versions) if sampled else after
+        per_token.append(after)
+    first = [after] * (len(episode.prompt.token_ids) - 1)
+    return np.array([*first, *reversed(per_token)])
+
+
+class Slow(Partner):
+    """Gives the weights time to change in the middle of episodes."""
+
+    async def step(self, text: str):
+        await asyncio.sleep(0.3)
+        return await super().step(text)
+
+
+class Unrepeatable(Slow):
+    replayable = False
+    begun = 0
+
+    async def reset(self, prompt: Prompt) -> None:
+        await super().reset(prompt)
+        Unrepeatable.begun += 1
+
+
+def stream_of(
+    talk: Talk,
+    engine,
+    environment,
+    version: int,
+    prompts: Iterator[Prompt],
+    state: Sequence[PendingGroup] = (),
+) -> AsyncCollector:
+    buffer = RolloutBuffer(
+        lambda: next(prompts), batch_size=8, steps_per_rollout=1, max_staleness=1, requeue=True,
+        max_attempts=2, policy_version=version,
+    )  # fmt: skip
+    buffer.restore(list(state))
+    collector = Collector(
+        [engine.url], routes=ROUTES, request_timeout_s=120.0, maker=talk.episodes(environment)
+    )
+    stream = AsyncCollector(collector, buffer, talk.sampling, lambda group: [], num_completions=2, seed=1)
+    stream.start()
+    return stream
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("mode", "place"), [("abort", 0), ("retract", 1)])
+def test_weights_change_in_the_middle_of_episodes(
+    talks, talking_engine, loaded, monkeypatch, tmp_path, mode, place
+):
+    talk = talks[place]
+    wire = Wire().attach(monkeypatch)
+    other = replace(talk, folder=make_talkative_model(tmp_path / "other", 1, talk.model))
+    version = loaded(talk)
+    stream = stream_of(talk, talking_engine, Slow, version, map(talk.prompt, count()))
+    try:
+        time.sleep(1)
+        loaded(other, mode)
+        stream.weights_synced(version + 1)
+        groups = stream.take(120) + stream.take(120)  # all that were in flight
+    finally:
+        stream.stop(10)
+    episodes = [episode for group in groups for episode in group]
+    assert stream._messages == []
+    for episode in episodes:
+        check_tokens(episode, wire)
+        assert (np.diff(episode.policy_versions.array()) >= 0).all()
+    check_passes(episodes, {version: talk.folder, version + 1: other.folder})
+    mixed = [episode for episode in episodes if len(episode.policy_versions.versions) > 1]
+    retracted = sum(episode.num_retractions > 0 for episode in episodes)
+    print(f"{mode}: {len(mixed)} of {len(episodes)} episodes are of two policies, {retracted} were retracted")
+    assert mixed and any(episode.segments is not None for episode in mixed)
+    assert mode == "retract" or retracted == 0
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("environment", [Slow, Unrepeatable])
+def test_episodes_go_on_after_a_resume(talks, talking_engine, loaded, monkeypatch, environment):
+    """Replayable ones in the middle of a turn, others anew; twice through the bytes of a checkpoint."""
+    talk = talks[2]
+    wire = Wire().attach(monkeypatch)
+    version = loaded(talk)
+    prompts = {number: talk.prompt(number) for number in range(100)}
+    unused = iter(prompts.values())
+    state: list[PendingGroup] = []
+    stops: list[dict[tuple[int, int], Completion]] = []
+    Unrepeatable.begun = 0
+    for _ in range(2):
+        stream = stream_of(talk, talking_engine, environment, version, unused, state)
+        time.sleep(1)
+        stream.suspend(30)
+        with stream.held() as buffer:
+            state = unpack_pending(pack_pending(buffer.pending()), prompts)
+        stream.stop(10)
+        stops.append({(p.serial, i): c for p in state for i, c in enumerate(p.partials) if c})
+    stream = stream_of(talk, talking_engine, environment, version, unused, state)
+    try:
+        groups = stream.take(120)
+    finally:
+        stream.stop(10)
+    assert stream._messages == []
+    episodes = [episode for group in groups for episode in group]
+    for episode in episodes:
+        check_tokens(episode, wire)
+        said = sum(writer != "policy" for writer, _ in episode.segments.spans()) if episode.segments else 0
+        assert said <= len(episode.reward_data["said"]) <= said + 1
+    check_passes(episodes, {version: talk.folder})
+    unfinished = [{k: c for k, c in stop.items() if c.finish_reason == "abort"} for stop in stops]
+    observed = sum(c.num_given_at_end > 0 for stop in unfinished for c in stop.values())
+    print(f"{[len(stop) for stop in unfinished]} unfinished episodes, {observed} ended with an observation")
+    assert all(any(c.segments for c in stop.values()) for stop in unfinished)
+    if environment is Slow:
+        for key, before in unfinished[0].items():
+            after = stops[1].get(key)
+            if after is not None:
+                np.testing.assert_array_equal(after.token_ids[: len(before.token_ids)], before.token_ids)
+    else:
+        assert Unrepeatable.begun > len(episodes)

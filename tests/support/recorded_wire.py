@@ -33,9 +33,19 @@ class Wire:
         self.num_requests += 1
         self._replies[token_array(payload["input_ids"]).tobytes()].append(reply)
 
-    def replies(self, token_ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return the replies to requests whose input was exactly `token_ids`."""
-        return self._replies[token_array(token_ids).tobytes()]
+    def reply(self, asked: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
+        """Return a reply to a request whose input was exactly `asked`, and whose output `kept` begins with.
+
+        An abort may have made the client ask with the same input again.
+        """
+        replies = self._replies[token_array(asked).tobytes()]
+        made = [
+            reply
+            for reply in replies
+            if (ids := reply.get("output_ids")) and ids == kept[: len(ids)].tolist()
+        ]
+        assert made, f"{len(replies)} replies to these {len(asked)} tokens, none with {kept}"
+        return max(made, key=lambda reply: len(reply["output_ids"]))
 
 
 class _Recorded:

@@ -1,4 +1,4 @@
-"""A tiny random model with a published tokenizer, which ends its turns and writes control tokens by itself."""
+"""A tiny random model with a published tokenizer, which ends its turns and writes control tokens."""
 
 from __future__ import annotations
 
