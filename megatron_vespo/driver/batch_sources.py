@@ -117,6 +117,7 @@ def _async_collector(
         score,
         num_completions=settings.rollout.group_size,
         seed=settings.rollout.seed,
+        scored_at_once=scorer.groups_at_once,
         on_wait=on_wait,
         on_change=lambda buffer: trace.count(
             "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished

@@ -36,6 +36,7 @@ _START_DEADLINE_S = IMPORT_TIMEOUT_S  # time to import the function's module, e.
 _STOP_DEADLINE_S = 10.0
 _MAX_CHUNK = 32
 _MAX_ASYNC_CHUNK = 512  # more than are in work at once: a slow response then holds up fewer others
+_ASYNC_BATCHES = 32  # while one runs, the others become the next one
 _ASYNC_MARGIN_S = 1.0  # a worker answers itself for coroutines that are late
 _WORKER_COMMAND = """
 import json, sys
@@ -85,6 +86,11 @@ class RewardPool:
         self._waiting: deque[_Request] = deque()
         self._workers = [_Worker(self._setup) for _ in range(num_workers)]
         self.close = weakref.finalize(self, _stop_all, self._workers)  # at interpreter exit at the latest
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many calls of `score` at once keep the workers busy."""
+        return _ASYNC_BATCHES if self._is_async else 1
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """Score the items and return results in the same order.

@@ -59,6 +59,7 @@ class AsyncCollector:
         num_completions: int,
         seed: int,
         max_failures: int = MAX_FAILURES_IN_A_ROW,
+        scored_at_once: int = 1,  # groups
         on_wait: Callable[[], None] = lambda: None,
         on_change: Callable[[RolloutBuffer], None] | None = None,
     ):
@@ -76,7 +77,7 @@ class AsyncCollector:
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._ended: list[asyncio.Task] = []  # groups since the loop's last round
-        self._scoring = ThreadPoolExecutor(1, "scoring")  # the reward workers take one batch at a time
+        self._scoring = ThreadPoolExecutor(scored_at_once, "scoring")
         self._rejected = RejectedDraws(0)
         # daemon: a program that ends with an error does not wait for it
         self._thread = threading.Thread(target=self._main, name="async-rollout", daemon=True)

@@ -38,6 +38,11 @@ class Scorer:
         self._longest, self._buffer, self._factor = longest, buffer, factor
         self._turn_rewards: TurnRewards = turn_rewards
 
+    @property
+    def groups_at_once(self) -> int:
+        """From how many threads groups should be scored."""
+        return 1 if self._rewards is None else self._rewards.batches_at_once
+
     def score(self, completions: Sequence[Completion]) -> list[RewardResult]:
         """Fills in rewards, their parts and penalties; returns the failed results, for example time-outs."""
         results = self._results(completions)

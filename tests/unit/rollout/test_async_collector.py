@@ -1,6 +1,7 @@
 """Background generation against a server of our own that is slow, fails and changes its version."""
 
 import asyncio
+import threading
 import time
 from itertools import count
 
@@ -243,6 +244,19 @@ def test_groups_are_scored_in_the_background_and_failures_said_once(engine, star
     assert {c.reward for group in run.take(10) for c in group} == {2.0}
     until(lambda: metrics(run)["staleness/finished_groups"] == 4)
     assert run.messages() == ["8 rewards failed, the first one: timeout no reward within 1 s"]
+
+
+def test_groups_may_be_scored_at_once(engine, start):
+    together = threading.Barrier(4, timeout=5.0)
+
+    def score(group):
+        together.wait()
+        for completion in group:
+            completion.reward = 2.0
+        return []
+
+    run = start(score=score, scored_at_once=4)
+    assert {c.reward for group in run.take(10) for c in group} == {2.0}
 
 
 def test_an_error_of_the_reward_pool_ends_it(start):

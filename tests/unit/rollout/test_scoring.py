@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_vespo.rewards.pool import RewardItem, RewardResult
+from megatron_vespo.rewards.loading import load_reward_function
+from megatron_vespo.rewards.pool import RewardItem, RewardPool, RewardResult
 from megatron_vespo.rollout.scoring import Scorer, check_some_worked, reward_statuses, score_and_report
 from megatron_vespo.types import Completion, Prompt, Segments
 
@@ -67,6 +68,16 @@ def test_the_prompts_metadata_stays_what_it_was():
     one = response(*TURNS, reward_data={"level": 3})
     scorer(Rewards()).score([one])
     assert one.prompt.metadata == {"level": 2, "turns": "a column"}
+
+
+@pytest.mark.parametrize(
+    ("function", "many"), [("run_rewards:first_letters", False), ("async_rewards:judge", True)]
+)
+def test_asynchronous_functions_score_many_groups_at_once(function, many):
+    pool = RewardPool(load_reward_function(f"tests.support.{function}"), num_workers=1, timeout_s=1.0)
+    assert (scorer(pool).groups_at_once > 8) == many
+    assert scorer(None).groups_at_once == 1
+    pool.close()
 
 
 def test_only_the_length_limit_cuts_a_response():
