@@ -58,11 +58,30 @@ def check(completion) -> int:
     return 1 if segments is None else segments.num_turns
 
 
+def check_records(folder: Path, batches: int) -> None:
+    """What people read of the episodes is what was recorded of them."""
+    lines = [
+        json.loads(line)
+        for batch in range(batches)
+        for line in batch_path(folder, batch).with_suffix(".jsonl").read_text().splitlines()
+    ]
+    for line, completion in zip(lines, completions(folder, batches), strict=True):
+        writers = completion.segments.writers if completion.segments else ("policy",)
+        assert [turn["writer"] for turn in line["turns"]] == list(writers)
+        told = [turn["text"] for turn in line["turns"] if turn["writer"] == "environment"]
+        said = [turn["text"] for turn in line["turns"] if turn["writer"] == "policy"]
+        assert all(f"{len(text)} letters." in answer for text, answer in zip(said, told, strict=False))
+        assert line["turn_rewards"] == list(completion.turn_rewards)
+        assert (line["reward"], line["sampled_tokens"]) == (completion.reward, completion.num_sampled)
+        assert line["given_tokens"] == len(completion.token_ids) - completion.num_sampled
+
+
 @pytest.mark.timeout(400)
 def test_a_run_trains_on_the_turns_of_the_policy(model, tmp_path):
     """Engine and trainer agree on every sampled token, so the given tokens between them are the same."""
     run(model, tmp_path, "CountsLetters", "--save-rollouts", str(tmp_path / "rollouts"))
     turns = [check(completion) for completion in completions(tmp_path / "rollouts", 3)]
+    check_records(tmp_path / "rollouts", 3)
     print("turns:", np.bincount(turns))
     assert max(turns) == 3
     records = [r for r in read_metrics(tmp_path / "out/metrics.jsonl") if "reward/mean" in r]
