@@ -17,11 +17,8 @@ def same_output(printed: str, expected: str) -> bool:
 
 
 def _lines(text: str) -> list[list[str]]:
-    """The words of each line, without empty lines at the end."""
-    lines = [line.split() for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    """The words of each line, without empty lines at the ends."""
+    return [line.split() for line in text.strip().split("\n")]
 
 
 def _same_line(ours: list[str], theirs: list[str]) -> bool:

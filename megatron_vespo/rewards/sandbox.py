@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vespo.rewards.jail.root import SCRATCH
 from megatron_vespo.rewards.jail.zygote import Request
 
 _START_DEADLINE_S = 60.0  # the first import of numpy from a slow disk
@@ -32,7 +33,8 @@ main(int(sys.argv[1]))
 """
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
-    "HOME": "/tmp",
+    "HOME": SCRATCH,
+    "TMPDIR": SCRATCH,
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # a program's reward is the same every time
     "PYTHONDONTWRITEBYTECODE": "1",

@@ -308,7 +308,7 @@ for folder in sys.path:
 """,
     "changes modes and owners": """
 import os, sys
-for path in ("/", "/tmp/..", sys.prefix, os.__file__):
+for path in ("/", "/tmp/../", sys.prefix, os.__file__):
     try:
         os.chmod(path, 0o777)
         print("escaped")
@@ -331,6 +331,8 @@ print("escaped")
     "opens files by handle": _TRY_CALLS
     + "worked(304, -100, bytes(128), 0)\nworked(303, -100, b'/', bytes(128), bytes(8), 0)",
     "mounts with the new calls": _TRY_CALLS + "worked(430, b'tmpfs', 0)\nworked(428, -100, b'/', 1)",
+    "slows the disks of the machine": _TRY_CALLS
+    + "worked(162)\nworked(306, 0)\nworked(206, 65536, bytes(8))",
     "asks for keys": _TRY_CALLS + "worked(250, 0, -3, 0)\nworked(248, b'user', b'x', b'y', 1, -4)",
     "loads code into the kernel": _TRY_CALLS + "worked(321, 0, bytes(128), 128)\nworked(313, 0, b'', 0)",
     "opens rings and faults": _TRY_CALLS

@@ -4,6 +4,7 @@ Namespaces and resource limits are the sandbox. The filter closes what they leav
 * processes: memory limits hold per process, so that a program may have threads but no further process;
 * memory that no limit counts: System V shared memory, memfd_create;
 * what would undo the sandbox's own settings: the parent-death signal, core dumps;
+* what all processes of the machine share: writing disks back, asynchronous I/O;
 * parts of the kernel that no solution of a task needs, and that have had many security bugs.
 """
 
@@ -28,6 +29,7 @@ _REFUSED = {
     "mknodat": (259, 33), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "sync": (162, 81), "syncfs": (306, 267), "io_setup": (206, 0),
     "fanotify_init": (300, 262), "inotify_init": (253, None), "inotify_init1": (294, 26),
     "kcmp": (312, 272), "personality": (135, 92), "syslog": (103, 116), "acct": (163, 89),
     "swapon": (167, 224), "reboot": (169, 142), "kexec_load": (246, 104), "init_module": (175, 105),

@@ -12,7 +12,7 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/usr/share/zoneinfo",
               "/etc/ld.so.cache")  # fmt: skip
 _NOBODY = 65534  # the user that programs run as if this process is root
-SCRATCH = "/tmp"  # the only writable folder of a program
+SCRATCH = "/scratch"  # the only writable folder of a program; also named /tmp, unless Python itself is there
 
 
 def enter_outer_user_namespace() -> None:
@@ -101,6 +101,8 @@ def enter_read_only_root() -> int:
             kernel.restrict_mount(root + path, _RESTRICTED, recursive=True)
     for name, source in devices.items():
         _show(source, proc, f"{root}/dev/{name}")
+    if not os.path.exists(f"{root}/tmp"):
+        os.symlink(SCRATCH, f"{root}/tmp")
     kernel.restrict_mount(root, _RESTRICTED, recursive=False)
     for fd in (*sources.values(), *devices.values()):
         os.close(fd)

@@ -54,6 +54,8 @@ def call(sandbox, source: str, tests: dict, **settings) -> list[bool]:
         ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 3\nprint(A().x)", "", "3\n"),
         ("from __future__ import annotations\nprint(3)", "", "3\n"),
         ("open('x', 'w').write('3')\nprint(open('x').read())", "", "3\n"),
+        ("open('/tmp/x', 'w').write('3')\nprint(open('/tmp/x').read())", "", "3\n"),
+        ("import tempfile\nwith tempfile.TemporaryFile() as file:\n    print(file.write(b'abc'))", "", "3\n"),
         (
             "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**26)\n"
             "def f(n):\n    return n and 1 + f(n - 1)\nt = threading.Thread(target=lambda: print(f(50000)))\n"
@@ -161,6 +163,41 @@ def f(n):
 """
     found = call(sandbox, source, {"type": "asserts", "setup": "", "tests": tests, "functions": {"f": "f"}})
     assert found == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "passes"), [("2.0", True), ("2.0 + 1e-9", True), ("[]", False), ("[2.0]", False)]
+)
+def test_an_empty_list_is_close_to_no_number(sandbox, value, passes):
+    """Public sets compare floats by numpy.allclose, whose broadcasting a policy would exploit."""
+    tests = {
+        "type": "asserts",
+        "setup": "import numpy as np\nfrom numpy import allclose",
+        "tests": ["assert np.allclose(f(), 2.0, rtol=1e-07, atol=1e-06)", "assert allclose(f(), 2.0)"],
+        "functions": {"f": "f"},
+    }
+    assert call(sandbox, f"def f():\n    return {value}", tests) == [passes] * 2
+
+
+def test_python_below_tmp(tmp_path):
+    """A virtual environment in /tmp is not hidden by the folder that programs may write to."""
+    assert str(tmp_path).startswith("/tmp/")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    packages = next((tmp_path / "venv/lib").glob("python*/site-packages"))
+    (packages / "own_package.py").write_text("NUMBER = 7\n")
+    command = f"""
+import sys, time
+sys.path.insert(0, {os.getcwd()!r})
+from megatron_vespo.rewards.sandbox import Limits, Sandbox
+source = "import own_package\\nopen('x', 'w').close()\\nprint(own_package.NUMBER)"
+print(Sandbox().run_script(source, "", Limits(), time.monotonic() + 10).stdout)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(tmp_path / "venv/bin/python"), "-c", command],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.stdout == "b'7\\n'\n", done.stderr
 
 
 @pytest.mark.parametrize("who", ["worker", "group"])
