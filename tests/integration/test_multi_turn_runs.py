@@ -120,7 +120,7 @@ def test_failures_of_an_environment_are_counted(model, tmp_path):
     failed = [c for c in completions(tmp_path / "rollouts", 3) if c.environment_error]
     records = [r for r in read_metrics(tmp_path / "out/metrics.jsonl") if "reward/mean" in r]
     assert len(failed) == sum(record["reward/error_count"] for record in records) > 0
-    assert {c.environment_error for c in failed} == {"RuntimeError: a third of all lengths"}
+    assert {c.environment_error for c in failed} == {"RuntimeError: a quarter of all lengths"}
     assert {(c.reward, c.reward_status) for c in failed} == {(0.0, "error")}
 
 

@@ -37,8 +37,8 @@ class RewardsTurns(CountsLetters):
 
 class FailsSometimes(CountsLetters):
     async def step(self, text: str) -> tuple[str, float, bool]:
-        if len(text) % 3 == 0:
-            raise RuntimeError("a third of all lengths")
+        if len(text.split()) % 4 == 3:
+            raise RuntimeError("a quarter of all lengths")
         return await super().step(text)
 
 
