@@ -18,9 +18,10 @@ import shutil
 import string
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import task
 import torch
@@ -43,6 +44,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 RECIPE_FILE = "recipe.json"  # inside base/: one rename publishes the model and the proof that it is complete
+SOURCES = (Path(__file__), Path(task.__file__))
 
 
 @dataclass(frozen=True)
@@ -173,22 +175,21 @@ def sampled_accuracy(
     return sum(right) / len(right), sum(";" in text for text in texts) / len(texts)
 
 
-def warm_start(
+def supervise(
     model: Qwen3MoeForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
-    rng: random.Random,
-    held_out: list[task.Problem],
-) -> float:
-    """Supervised steps in place; returns the sampled held-out accuracy at the end."""
+    draw_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    report: Callable[[], str],
+) -> None:
+    """Supervised steps in place, on batches as `demonstrations` returns them; prints a report every 50."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
     )
-    start, accuracy = time.monotonic(), 0.0
+    start = time.monotonic()
     for step in range(1, recipe.steps + 1):
         decay = (recipe.steps - step + 1) / (recipe.steps - recipe.warmup_steps + 1)
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(step / recipe.warmup_steps, decay)
-        token_ids, weights = demonstrations(recipe, tokenizer, rng)
+        token_ids, weights = draw_batch()
         logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.transpose(1, 2), token_ids[:, 1:], reduction="none")
         loss = (losses * weights[:, 1:]).sum()
@@ -197,30 +198,46 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimizer.step()
         if step % 50 == 0 or step == recipe.steps:
-            accuracy, showing_work = sampled_accuracy(model, tokenizer, held_out, recipe.max_new_tokens)
             print(
-                f"warm start: step {step}/{recipe.steps}  loss {loss.item():.3f}"
-                f"  sampled accuracy {accuracy:.3f}  showing work {showing_work:.3f}"
+                f"warm start: step {step}/{recipe.steps}  loss {loss.item():.3f}  {report()}"
                 f"  {time.monotonic() - start:.0f} s",
                 flush=True,
             )
+
+
+def warm_start(
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    rng: random.Random,
+    held_out: list[task.Problem],
+) -> float:
+    """Supervised steps in place; returns the sampled held-out accuracy at the end."""
+    accuracy = 0.0
+
+    def report() -> str:
+        nonlocal accuracy
+        accuracy, showing_work = sampled_accuracy(model, tokenizer, held_out, recipe.max_new_tokens)
+        return f"sampled accuracy {accuracy:.3f}  showing work {showing_work:.3f}"
+
+    supervise(model, recipe, lambda: demonstrations(recipe, tokenizer, rng), report)
     return accuracy
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """Changes with the recipe and with the source of this example."""
+def fingerprint(recipe: Recipe, sources: Sequence[Path] = SOURCES) -> str:
+    """Changes with the recipe and with the sources of the example."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-    for source in (Path(__file__), Path(task.__file__)):
+    for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
-def is_complete(output: Path, recipe: Recipe) -> bool:
+def is_complete(output: Path, recipe: Recipe, sources: Sequence[Path] = SOURCES) -> bool:
     """Whether `output` holds exactly what this recipe makes."""
     stamp = output / "base" / RECIPE_FILE
     if not all(path.is_file() for path in (stamp, output / "train.jsonl", output / "heldout.jsonl")):
         return False
-    return json.loads(stamp.read_text())["fingerprint"] == fingerprint(recipe)
+    return json.loads(stamp.read_text())["fingerprint"] == fingerprint(recipe, sources)
 
 
 def write_problems(path: Path, problems: Iterable[task.Problem]) -> None:
@@ -245,16 +262,33 @@ def build(directory: Path, recipe: Recipe) -> None:
         )
     write_problems(directory / "train.jsonl", train)
     write_problems(directory / "heldout.jsonl", held_out)
+    save_base(directory, model, tokenizer, recipe, SOURCES, {"sampled_accuracy": accuracy})
+
+
+def save_base(
+    directory: Path,
+    model: Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    sources: Sequence[Path],
+    figures: dict[str, float],
+) -> None:
+    """Writes base/ with what proves that it is complete."""
     base = directory / "base"
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    stamp = {"fingerprint": fingerprint(recipe), "sampled_accuracy": accuracy, "recipe": asdict(recipe)}
+    stamp = {"fingerprint": fingerprint(recipe, sources), **figures, "recipe": asdict(recipe)}
     (base / RECIPE_FILE).write_text(json.dumps(stamp, indent=2) + "\n")
 
 
-def make(output: Path, recipe: Recipe) -> None:
+def make(
+    output: Path,
+    recipe: Recipe,
+    build: Callable[[Path, Any], None] = build,
+    sources: Sequence[Path] = SOURCES,
+) -> None:
     """Builds in a temporary folder beside the result and publishes base/, which marks completion, last."""
-    if is_complete(output, recipe):
+    if is_complete(output, recipe, sources):
         print(f"{output}/base is up to date", flush=True)
         return
     base = output / "base"
@@ -271,20 +305,26 @@ def make(output: Path, recipe: Recipe) -> None:
     print(f"wrote {base}, {output}/train.jsonl and {output}/heldout.jsonl", flush=True)
 
 
-def main() -> None:
+def main(
+    description: str = __doc__ or "",
+    recipe: type[Recipe] = Recipe,
+    build: Callable[[Path, Any], None] = build,
+    sources: Sequence[Path] = SOURCES,
+) -> None:
+    """The command, also that of examples with another recipe and task."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for base/, train.jsonl and heldout.jsonl"
     )
     parser.add_argument(
-        "--seed", type=int, default=Recipe.seed, help="of the weights, the data and the steps"
+        "--seed", type=int, default=recipe.seed, help="of the weights, the data and the steps"
     )
     arguments = parser.parse_args()
     disable_progress_bar()
     torch.set_num_threads(min(2, os.cpu_count() or 1))  # more threads only wait for each other at this size
-    make(arguments.output, Recipe(seed=arguments.seed))
+    make(arguments.output, recipe(seed=arguments.seed), build, sources)
 
 
 if __name__ == "__main__":
