@@ -10,9 +10,9 @@ work=examples/calculator/work
 
 SECONDS=0
 bash patches/cpu/setup_env.sh
-# calculator.py has the environment; teach.py makes its model with parts of the tiny example
+# calculator.py has the environment; make_calculator_model.py makes its model with parts of the tiny example
 export PYTHONPATH=examples/calculator:examples/tiny${PYTHONPATH:+:$PYTHONPATH}
-.venv/bin/python examples/calculator/teach.py --output "$work"
+.venv/bin/python examples/calculator/make_calculator_model.py --output "$work"
 
 # Tensor x pipeline parallel over four processes, experts split between the tensor-parallel ones.
 layout=(
@@ -23,7 +23,7 @@ layout=(
     --expert-tensor-parallel-size 1
 )
 algorithm=(
-    --train-iters 60
+    --train-iters 80
     --steps-per-rollout 4
     --rollout-batch-size 32
     --group-size 16
@@ -47,7 +47,7 @@ exec .venv/bin/megatron-vespo train \
     --output-dir "$work/run" \
     --save "$work/run/checkpoints" \
     --save-interval 40 \
-    --eval-interval 2 \
+    --eval-interval 3 \
     --max-logprob-difference 1e-4 \
     --setup-seconds "$SECONDS" \
     "${layout[@]}" "${algorithm[@]}" "${episodes[@]}" "$@"

@@ -1,6 +1,6 @@
 """Make the calculator example's base model and data: a Qwen3-MoE that knows its tools but mostly guesses.
 
-    PYTHONPATH=examples/tiny python teach.py --output DIR [--seed 0]
+    PYTHONPATH=examples/tiny python make_calculator_model.py --output DIR [--seed 0]
 
 writes DIR/base (a Hugging Face checkpoint folder), DIR/train.jsonl and DIR/heldout.jsonl. Supervised steps
 teach the model three ways to answer: to guess at once, to guess after one tool call, and to make both calls.
@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import string
 from dataclasses import dataclass
 from pathlib import Path
 
 import calculator
 import make_base_model as tiny
+import pair_tokenizer
 import torch
+from pair_tokenizer import END, START, train_tokenizer
 from torch.nn.utils.rnn import pad_sequence
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
-from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.data.turns import TurnTemplate
 
-PAD, UNK, START, END = "<pad>", "<unk>", "<|im_start|>", "<|im_end|>"
 BOX = "\\boxed{"
 WORDS = ("<tool_call>", "</tool_call>", BOX)  # one token each, and part of what a decoder prints
-VOCAB_SIZE = 512
 CHAT_TEMPLATE = (
     "{% if tools %}"
     "{{ '<|im_start|>system\\nFunctions:\\n' }}"
@@ -43,7 +39,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SOURCES = (Path(__file__), Path(calculator.__file__), Path(tiny.__file__))
+SOURCES = (
+    Path(__file__),
+    *(Path(module.__file__ or "") for module in (calculator, tiny, pair_tokenizer)),
+)
 
 
 @dataclass(frozen=True)
@@ -79,39 +78,19 @@ def system_text() -> str:
     """The chat template's description of the tools."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template([[]], tools=calculator.Calculator.tools(), chat_template=CHAT_TEMPLATE)
+    rendered, _ = render_jinja_template(
+        [[]], tools=calculator.Calculator.tools(), chat_template=CHAT_TEMPLATE
+    )
     return rendered[0]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters and their most frequent pairs; digits stay alone. <unk> is everything else."""
-    backend = Tokenizer(models.BPE(unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d"), behavior="isolated")
-    backend.decoder = Fuse()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(WORDS),
-        special_tokens=[PAD, UNK, START, END],
-        initial_alphabet=["\n", *(c for c in string.printable if c.isprintable())],
-        limit_alphabet=200,
-        show_progress=False,
-    )
+    """Trained on this task's conversations: what is the same in all of them becomes one token."""
     rng = random.Random(0)
     problems = [calculator.draw(rng, held_out=False) for _ in range(1000)]
     texts = [turn for problem in problems for turn in (problem.question, *turns_of(problem, 2))]
-    texts += [system_text(), f"{START}user\n", f"{START}assistant\n", f"{START}tool\n"] * len(problems)
-    between = re.compile("|".join(map(re.escape, (START, END, *WORDS))))
-    backend.train_from_iterator((piece for text in texts for piece in between.split(text)), trainer)
-    backend.add_tokens([AddedToken(word, normalized=False) for word in WORDS])  # not special: decoding keeps them
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNK,
-        additional_special_tokens=[START],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=tiny.MAX_LENGTH,
-    )
+    texts += [system_text(), *(f"{START}{role}\n" for role in ("user", "assistant", "tool"))] * len(problems)
+    return train_tokenizer(texts, WORDS, CHAT_TEMPLATE)
 
 
 class Demonstrations:
