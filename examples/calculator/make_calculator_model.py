@@ -31,8 +31,7 @@ CHAT_TEMPLATE = (
     "{% if tools %}"
     "{{ '<|im_start|>system\\nFunctions:\\n' }}"
     "{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}"
-    "{{ 'To call one, write <tool_call>, a line of JSON with its name and arguments, </tool_call>.' }}"
-    "{{ '<|im_end|>\\n' }}"
+    '{{ \'Calls:\\n<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n\' }}'
     "{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

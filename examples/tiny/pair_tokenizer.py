@@ -1,4 +1,4 @@
-"""A tokenizer for models of examples that write more than a few characters: byte-pair encoding of one task."""
+"""A tokenizer for the other examples that make a model: byte-pair encoding of one task's texts."""
 
 from __future__ import annotations
 
