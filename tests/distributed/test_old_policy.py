@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
+from megatron_vespo.data.context_parallel import TokenLayout
+from megatron_vespo.data.micro_batch import build_micro_batch
 from megatron_vespo.types import VersionSpans
+from tests.support.builders import make_sample, make_segments
 from tests.support.random_task import VOCAB_SIZE
 
 LAYOUTS = {
@@ -108,6 +111,30 @@ def test_a_version_runs_the_packs_that_hold_it_on_any_rank():
     assert [versions.packs_of(version) for version in (6, 7, 8)] == [[0, 1], [1, 3], [2]]
     in_pairs = Versions((), [{6}, {6, 7}, {8}, {7}], pack_multiple=2)
     assert [in_pairs.packs_of(version) for version in (6, 7, 8)] == [[0, 1], [1, 3], [2, 0]]
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_versions_are_those_of_the_sampled_tokens(context):
+    from megatron_vespo.trainer.mini_batch import Versions
+
+    samples = [
+        make_sample(2, 5, segments=make_segments(1, 2, 2), policy_versions=VersionSpans((6, 7), (2, 1))),
+        make_sample(1, 3, policy_versions=VersionSpans((8, 9), (1, 2))),
+    ]
+    versions = Versions(samples, [], pack_multiple=1)
+    found = []
+    for rank in range(context):
+        layout = TokenLayout(context, rank)
+        length = layout.padded_pack(sum(layout.padded_length(s.num_tokens) for s in samples))
+        pack = build_micro_batch(samples, [1, 0], length, layout)
+        rows = (
+            pack.sequence_ids_T[pack.loss_positions],
+            pack.labels_T[pack.loss_positions],
+            versions.of(pack),
+        )
+        found += zip(*(row.tolist() for row in rows), strict=True)
+    # tokens are numbered: (sequence of the pack, token, its version)
+    assert sorted(found) == [(0, 1, 8), (0, 2, 9), (0, 3, 9), (1, 2, 6), (1, 5, 6), (1, 6, 7)]
 
 
 @pytest.mark.parametrize("version", [5, 9])

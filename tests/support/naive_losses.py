@@ -159,14 +159,19 @@ def naive(inputs: LossInputs, method: str, aggregation: str, kernel: GammaKernel
     return loss.item(), gradient_T, naive_total(sizes, aggregation)
 
 
-def batch(lengths=LENGTHS, advantages=ADVANTAGES, seed=0, spread=0.4, log_ratio=None, dtype=torch.float64):
+def batch(
+    lengths=LENGTHS, advantages=ADVANTAGES, seed=0, spread=0.4, log_ratio=None, dtype=torch.float64, given=()
+):
     """Responses of these lengths behind prompts of two tokens, and padding of three, the last one's.
 
-    Token log-ratios have standard deviation `spread`, or all are `log_ratio`.
+    Token log-ratios have standard deviation `spread`, or all are `log_ratio`. `given`: how many given tokens
+    follow each sampled token of a response, in turn.
     """
     generator = torch.Generator().manual_seed(seed)
-    mask_T = torch.tensor([m for n in lengths for m in [0.0] * 2 + [1.0] * n] + [0.0] * 3)
-    ids = [s for s, n in enumerate(lengths) for _ in range(n + 2)] + [len(lengths) - 1] * 3
+    holes = [[0.0] * number for number in given] or [[]]
+    masks = [[0.0] * 2 + [m for i in range(n) for m in [1.0, *holes[i % len(holes)]]] for n in lengths]
+    mask_T = torch.tensor([m for mask in masks for m in mask] + [0.0] * 3)
+    ids = [s for s, mask in enumerate(masks) for _ in mask] + [len(lengths) - 1] * 3
     log_ratio_T = spread * torch.randn(len(ids), generator=generator, dtype=dtype)
     if log_ratio is not None:
         log_ratio_T = torch.full_like(log_ratio_T, log_ratio)

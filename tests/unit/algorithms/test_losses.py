@@ -90,6 +90,29 @@ def test_response_without_trained_tokens_is_counted_and_has_no_gradient(method, 
     check_against_paper(batch([0, 2, 0], [1.0, 0.5, -2.0], spread=1e-4), method, aggregation)
 
 
+@every_method
+@every_aggregation
+def test_given_tokens_are_outside_log_w_the_loss_and_the_length(method, aggregation):
+    """Equal to the naive formulas, and to the loss of the sampled tokens alone."""
+    inputs = batch(given=(0, 3, 1))
+    is_sampled_T = inputs.loss_mask_T > 0
+    inputs.log_ratio_T[~is_sampled_T] = math.nan
+    check_against_paper(inputs, method, aggregation)
+    alone = replace(
+        inputs,
+        log_probs_T=inputs.log_probs_T.detach()[is_sampled_T].requires_grad_(),
+        **{
+            name: getattr(inputs, name)[is_sampled_T]
+            for name in ("log_ratio_T", "loss_mask_T", "sequence_ids_T")
+        },
+    )
+    loss, gradient_T = loss_and_gradient(inputs, method, aggregation)
+    expected, expected_T = loss_and_gradient(alone, method, aggregation)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradient_T[is_sampled_T], expected_T)
+    assert not gradient_T[~is_sampled_T].any()
+
+
 @pytest.mark.parametrize(
     ("method", "low", "high"), [("grpo", 0.8, 1.28), ("dr-grpo", 0.8, 1.2), ("gspo", 0.9997, 1.0004)]
 )

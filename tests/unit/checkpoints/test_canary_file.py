@@ -20,7 +20,7 @@ from megatron_vespo.cluster.trainer_worker import TrainerWorker
 from megatron_vespo.observability.tracing import Spans
 from megatron_vespo.trainer.checkpoint import Stored
 from megatron_vespo.types import TrainingSample, VersionSpans
-from tests.support.builders import make_sample
+from tests.support.builders import make_sample, make_segments
 from tests.support.settings import flat_settings
 
 
@@ -41,8 +41,9 @@ def sample(prompt: int, completion: int) -> TrainingSample:
 
 
 def test_they_come_back_bit_for_bit_but_for_routes():
-    samples = [sample(2, 5), sample(7, 1)]
-    log_probs = [-np.random.default_rng(9).random(n, np.float32) for n in (5, 1)]
+    conversation = make_sample(3, 6, segments=make_segments(1, 3, 2))
+    samples = [sample(2, 5), conversation, sample(7, 1)]
+    log_probs = [-np.random.default_rng(9).random(n, np.float32) for n in (5, 3, 1)]
     found, found_log_probs = decode(encode(samples, log_probs))
     for expected, actual in zip(samples, found, strict=True):
         assert actual.routed_experts is None and actual.routes_version is None

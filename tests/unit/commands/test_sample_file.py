@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.commands.check_layout.sample_file import random_samples, read_samples, with_noisy_behavior
-from megatron_vespo.types import VersionSpans
+from megatron_vespo.types import Segments, VersionSpans
 
 VOCAB_SIZE = 20
 ROW = {"token_ids": [5, 9, 2, 11, 19], "prompt_length": 3, "advantage": -0.25}
@@ -49,7 +49,7 @@ def test_a_line_becomes_a_sample(write):
         (ROW | {"behaviour_log_probs": [-1, -1]},
          "no key 'behaviour_log_probs' is known; did you mean 'behavior_log_probs'?"),
         (ROW | {"zzz": 1}, "no key 'zzz' is known; known are token_ids, prompt_length, advantage, "
-                           "behavior_log_probs, temperature, reward, group_id"),
+                           "behavior_log_probs, temperature, reward, group_id, segments"),
         (ROW | {"token_ids": [5, 20]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, -1]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, 1.0]}, "token_ids must be a list of integers from 0 to 19"),
@@ -64,11 +64,25 @@ def test_a_line_becomes_a_sample(write):
         (ROW | {"temperature": 0}, "temperature must be positive, it is the number 0"),
         (ROW | {"group_id": 1.5}, "group_id must be an integer, it is the number 1.5"),
         (ROW | {"behavior_log_probs": [-1]},
-         "behavior_log_probs must be a list of 2 numbers, one a completion token, it is a list of 1"),
+         "behavior_log_probs must be a list of 2 numbers, one per sampled token, it is a list of 1"),
         (ROW | {"behavior_log_probs": None},
-         "behavior_log_probs must be a list of 2 numbers, one a completion token, it is null"),
+         "behavior_log_probs must be a list of 2 numbers, one per sampled token, it is null"),
         (ROW | {"behavior_log_probs": [-1, "x"]},
          "behavior_log_probs must be a finite number, here is a string"),
+        (ROW | {"segments": {"policy": 2}}, "segments must be a list of pairs of a writer and its number of "
+                                            'tokens, for example [["policy", 12], ["tool", 5]]'),
+        (ROW | {"segments": [["policy", 1], "tool"]}, "segments must be a list of pairs of a writer"),
+        (ROW | {"segments": [["policy", 1], ["user", 1]]},
+         "a writer of segments is one of policy, environment, tool, not 'user'"),
+        (ROW | {"segments": [["policy", 2], ["tool", 0]]},
+         "the tokens of a segment must be an integer from 1, here is the number 0"),
+        (ROW | {"segments": [["policy", True], ["tool", 1]]},
+         "the tokens of a segment must be an integer from 1"),
+        (ROW | {"segments": [["policy", 1]]}, "segments have 1 tokens, token_ids has 2 after the prompt"),
+        (ROW | {"segments": [["tool", 2]]},
+         "no token of segments is the policy's: there is nothing to train on"),
+        (ROW | {"segments": [["policy", 1], ["tool", 1]], "behavior_log_probs": [-1, -1]},
+         "behavior_log_probs must be a list of 1 numbers, one per sampled token, it is a list of 2"),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_named(write, row, message):
@@ -101,6 +115,25 @@ def test_random_samples_cover_their_ranges():
     assert set(np.concatenate([s.token_ids for s in samples])) == set(range(VOCAB_SIZE))
     assert {s.advantage > 0 for s in samples} == {True, False}
     assert {s.temperature for s in samples} == {1.0}
+
+
+def test_some_random_samples_have_given_tokens_between_sampled_ones():
+    samples = random_samples(90, VOCAB_SIZE, 4, 6, seed=0)
+    given = [s for s in samples if s.segments is not None]
+    assert 15 <= len(given) <= 30
+    for s in given:
+        assert s.segments.writers == ("policy", "environment", "policy")
+        assert len(s.segments) == s.completion_length
+        assert len(s.behavior_log_probs) == len(s.policy_versions) == s.num_trained < s.completion_length
+
+
+def test_segments_say_which_tokens_the_policy_sampled(write):
+    row = ROW | {"prompt_length": 1, "behavior_log_probs": [-1, -2]}
+    row["segments"] = [["policy", 1], ["tool", 1], ["tool", 1], ["policy", 1]]
+    [sample] = read_samples(write(row), VOCAB_SIZE)
+    assert sample.segments == Segments(("policy", "tool", "policy"), (1, 2, 1))
+    assert sample.behavior_log_probs.tolist() == [-1.0, -2.0]
+    assert sample.policy_versions == VersionSpans((0,), (2,))
 
 
 def test_only_missing_behavior_is_made(write):

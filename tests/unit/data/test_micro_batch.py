@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
-from megatron_vespo.types import TrainingSample
-from tests.support.builders import make_sample
+from megatron_vespo.types import WRITERS, Segments, TrainingSample
+from tests.support.builders import make_sample, make_segments
 
 
 def sample(prompt: list[int], completion: list[int], log_probs=None, **fields) -> TrainingSample:
@@ -88,6 +88,89 @@ def training_samples(draw):
         log_probs = [-float(token) for token in tokens[prompt_length:]]
         made.append(sample(tokens[:prompt_length], tokens[prompt_length:], log_probs, advantage=len(made)))
     return made
+
+
+HOLES = [
+    sample([11, 12], [13, 14, 15, 16, 17], [-0.25, -0.5, -0.75], segments=make_segments(1, 2, 2)),
+    sample([21], [22, 23, 24], [-2.0], segments=make_segments(0, 1, 1, 1)),
+]
+
+
+def test_given_tokens_enter_and_are_no_labels():
+    pack = pack_of(HOLES, [1, 0])
+    #                                 prompt, given, sampled, given | 2 prompt, sampled, 2 given, 2 sampled
+    assert pack.tokens_T.tolist() == [21, 22, 23, 24, 11, 12, 13, 14, 15, 16, 17]
+    assert pack.labels_T.tolist() == [0, 23, 0, 0, 0, 13, 0, 0, 16, 17, 0]
+    assert pack.loss_mask_T.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0]
+    assert pack.behavior_log_probs_T.tolist() == [0, -2.0, 0, 0, 0, -0.25, 0, 0, -0.5, -0.75, 0]
+    assert pack.position_ids_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]
+    assert pack.loss_positions.tolist() == [1, 5, 8, 9]
+    assert pack.num_tokens_S.tolist() == [1, 3]
+    assert (pack.num_sequences, pack.num_loss_tokens) == (2, 4)
+
+
+def test_context_parallelism_cuts_given_tokens_like_others():
+    parts = [pack_of(HOLES, [1, 0], layout=TokenLayout(2, rank)) for rank in range(2)]
+    # 4 tokens need no padding, 7 are padded to 8; rank 0 has the outer quarters
+    assert parts[0].tokens_T.tolist() == [21, 24, 11, 12, 17, 0]
+    assert parts[1].tokens_T.tolist() == [22, 23, 13, 14, 15, 16]
+    assert parts[0].labels_T.tolist() == [0, 0, 0, 13, 0, 0]
+    assert parts[1].labels_T.tolist() == [23, 0, 0, 0, 16, 17]
+    assert parts[0].loss_positions.tolist() == [3]
+    assert parts[1].loss_positions.tolist() == [0, 4, 5]
+    assert parts[1].behavior_log_probs_T.tolist() == [-2.0, 0, 0, 0, -0.5, -0.75]
+    for part in parts:
+        assert part.num_tokens_S.tolist() == [1, 3]  # of the whole sequences
+
+
+spans = st.lists(st.tuples(st.sampled_from(WRITERS), st.integers(1, 4)), min_size=1, max_size=6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), spans), min_size=1, max_size=4),
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+)
+def test_fields_of_samples_with_holes_are_those_placed_by_hand(shapes, layout):
+    samples, by_hand = (
+        [],
+        [],
+    )  # of each token but a sequence's first: (position in the sample, field -> value)
+    for number, (prompt, of_sample) in enumerate(shapes):
+        segments = Segments.joined([Segments.single("policy", 1), *(Segments.single(*s) for s in of_sample)])
+        writers = ["policy"] + [writer for writer, length in of_sample for _ in range(length)]
+        sampled = [prompt + i for i, writer in enumerate(writers) if writer == "policy"]
+        tokens = [1000 * (number + 1) + i for i in range(prompt + len(writers))]
+        made = sample(
+            tokens[:prompt],
+            tokens[prompt:],
+            [-float(t) for t in sampled],
+            segments=segments,
+            advantage=number,
+        )
+        made.old_log_probs = np.array([-0.5 * t for t in sampled], np.float32)
+        samples.append(made)
+        by_hand += [(tokens[t - 1], tokens[t], -float(t), -0.5 * t) for t in sampled]
+    context, sequence = layout
+    packs = [
+        pack_of(samples, range(len(samples)), layout=TokenLayout(context, rank, sequence))
+        for rank in range(context)
+    ]
+    found = []
+    for pack in packs:
+        trained = pack.loss_mask_T > 0
+        assert pack.loss_positions.equal(trained.nonzero()[:, 0])
+        rows = (pack.tokens_T, pack.labels_T, pack.behavior_log_probs_T, pack.old_log_probs_T)
+        found += zip(*(row[trained].tolist() for row in rows), strict=True)
+        for row in rows[1:]:
+            assert not row[~trained].any()
+        assert pack.num_tokens_S.tolist() == [len(s.behavior_log_probs) for s in samples]
+    assert sorted(found) == sorted(by_hand)
+
+
+def test_log_probs_for_given_tokens_do_not_pass():
+    broken = sample([1, 2], [3, 4, 5], log_probs=[-1.0, -1.0, -1.0], segments=make_segments(1, 1, 1))
+    with pytest.raises(ValueError, match="broadcast"):
+        pack_of([broken], [0])
 
 
 @given(training_samples(), st.sampled_from([1, 2, 8]))

@@ -14,10 +14,11 @@ from megatron_vespo.data.rollout_file import (
     batch_path,
     check_record,
     read_record,
+    recorded_lengths,
     write_record,
 )
-from megatron_vespo.types import Completion, Prompt
-from tests.support.builders import make_prompt
+from megatron_vespo.types import Completion, Prompt, VersionSpans
+from tests.support.builders import make_completion, make_prompt, make_segments
 from tests.support.earlier_arrays import as_before
 
 RUN = {"--group-size": 3, "number of experts": None}
@@ -78,6 +79,62 @@ def test_every_bit_comes_back(tmp_path, moe):
     assert np.array_equal(list(written.metrics.values()), list(read.metrics.values()), equal_nan=True)
     assert list(read.metrics) == list(written.metrics)
     assert (read.consumed_prompts, read.run) == (12, RUN)
+
+
+def conversation(prompt: Prompt, **fields) -> Completion:
+    """Two sampled tokens, three given, one sampled, one given."""
+    return make_completion(
+        prompt,
+        [5, 6, 7, 8, 9, 10, 11],
+        [3, 3, 4],
+        log_probs=np.array([-0.1, -0.2, -0.3], np.float32),
+        segments=make_segments(2, 3, 1, 1),
+        reward=0.1,
+        **fields,
+    )
+
+
+EXTRAS = {
+    "turn_rewards": (0.1 + 0.2, -1e-300),
+    "environment_error": "it said: “no”\n",
+    "reward_data": {"tool_calls": 3, "nested": [{"a": None}, 0.1], "text": "\udc80 é"},
+    "reward_parts": {"accuracy": 1 / 3, "format": math.inf},
+}
+
+
+@pytest.mark.parametrize("chosen", [[], *([name] for name in EXTRAS), list(EXTRAS)])
+def test_what_conversations_have_comes_back(tmp_path, chosen):
+    prompts = [make_prompt(i, [1] * (i + 2)) for i in range(2)]
+    extras = {name: EXTRAS[name] for name in chosen}
+    routed = {"routed_experts": np.arange(8 * 4, dtype=np.uint8).reshape(8, 2, 2)}
+    groups = [
+        [conversation(prompts[0], **extras, **routed), make_completion(prompts[0], 3, reward=0.0)],
+        [make_completion(prompts[1], 0, reward=0.0), conversation(prompts[1])],
+    ]
+    path = batch_path(tmp_path, 0)
+    write_record(path, RolloutRecord(groups, {}, 2, RUN))
+    for ours, theirs in zip(sum(groups, []), sum(read_record(path).groups, []), strict=True):
+        for field in dataclasses.fields(Completion):
+            assert same(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+    prompt_tokens, response_tokens = recorded_lengths(tmp_path)
+    assert (prompt_tokens.tolist(), response_tokens.tolist()) == ([2, 3], [[7, 3], [0, 7]])
+
+
+def test_files_without_given_tokens_have_nothing_of_them(path):
+    with np.load(path) as stored:
+        assert not {"segment_counts", "segment_writers", "segment_lengths", "extras"} & set(stored.files)
+
+
+def test_a_given_token_costs_a_record_its_id_alone(tmp_path):
+    prompt = make_prompt(0)
+    sizes = []
+    for given in (1, 1001):
+        path = batch_path(tmp_path, given)
+        one = make_completion(prompt, given + 2, segments=make_segments(1, given, 1), reward=0.0)
+        assert one.policy_versions == VersionSpans((0,), (2,))
+        write_record(path, RolloutRecord([[one]], {}, 1, RUN))
+        sizes.append(path.stat().st_size)
+    assert sizes[1] - sizes[0] == 4 * 1000
 
 
 @pytest.mark.parametrize("moe", [False, True])

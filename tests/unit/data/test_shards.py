@@ -11,7 +11,7 @@ from megatron_vespo.data.micro_batch import build_micro_batch
 from megatron_vespo.data.packing import PackingRule, SequenceWork, pack_sequences, packing_stats
 from megatron_vespo.data.shards import MiniBatchOutline, Shard
 from megatron_vespo.types import TrainingSample, VersionSpans
-from tests.support.builders import make_sample
+from tests.support.builders import make_sample, make_segments
 
 WORK = SequenceWork(linear=7.0, attention=0.01)
 MAX_TOKENS = 128
@@ -57,7 +57,19 @@ def samples(lengths: np.ndarray, draw: np.random.Generator, routes: bool = False
                 replays=bool(draw.integers(0, 2)),
             )
         )
-    return made
+    return [with_hole(one) if i % 3 == 0 and one.completion_length > 2 else one for i, one in enumerate(made)]
+
+
+def with_hole(sample: TrainingSample) -> TrainingSample:
+    """Its second token and the last are given."""
+    segments = make_segments(1, 1, sample.completion_length - 3, 1)
+    number = segments.num_sampled
+    return dataclasses.replace(
+        sample,
+        segments=segments,
+        behavior_log_probs=sample.behavior_log_probs[:number],
+        policy_versions=VersionSpans.of(sample.policy_versions.array()[:number]),
+    )
 
 
 def bins_before(lengths: list[int], layout: tuple) -> tuple[list, list]:
@@ -115,6 +127,8 @@ def compare(before: dict, now: dict) -> None:
 def test_every_field_of_a_sample_arrives():
     batch = samples(np.array([5, 9, 4]), np.random.default_rng(0), routes=True)
     batch[1].old_log_probs = np.float32([-0.5, -1.5])
+    batch[1] = with_hole(dataclasses.replace(batch[1], prompt_length=2))
+    assert batch[1].num_trained < batch[1].completion_length
     arrived = received(Shard.of(batch, [2, 1]))
     assert sorted(arrived) == [1, 2]
     for index, sample in arrived.items():
@@ -128,18 +142,37 @@ def test_every_rank_knows_a_few_numbers_of_all_samples():
     batch = samples(np.array([5, 9, 4, 7]), np.random.default_rng(1))
     outline = MiniBatchOutline.of(batch, rule((2, 1, 1, 1, False)))
     for known, sample in zip(outline.samples, batch, strict=True):
-        for name in ("num_tokens", "prompt_length", "completion_length", "advantage", "group_id"):
+        for name in ("num_tokens", "prompt_length", "completion_length", "advantage", "group_id", "segments"):
             assert getattr(known, name) == getattr(sample, name)
+        assert known.num_trained == sample.num_trained
+        assert known.sampled_mask().tolist() == sample.sampled_mask().tolist()
         assert known.policy_versions == sample.policy_versions
     expected = np.array([sample.advantage for sample in batch], np.float32)
     np.testing.assert_array_equal(outline.advantages, expected, strict=True)
 
 
-def test_a_shard_has_eight_bytes_per_completion_token_and_four_per_prompt_token():
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (make_segments(1, 1, 1), "sample 1 (group 0) has segments of 3 tokens for 4 tokens after the prompt"),
+        (
+            make_segments(0, 4),
+            "sample 1 (group 0) has no token that the policy sampled: nothing of it can be",
+        ),
+    ],
+)
+def test_samples_without_a_sampled_token_are_refused_before_they_are_sent(segments, message):
+    batch = [make_sample(3, 4), make_sample(3, 4, segments=segments)]
+    with pytest.raises(ValueError) as raised:
+        MiniBatchOutline.of(batch, rule(LAYOUTS[0]))
+    assert str(raised.value).startswith(message)
+
+
+def test_a_shard_has_eight_bytes_per_sampled_token_and_four_per_other_one():
     """Whatever the number of ranks, their shards together are the batch: nothing is sent twice."""
     lengths = np.random.default_rng(2).integers(20, 100, 256)
     batch = samples(lengths, np.random.default_rng(3))
-    expected = sum(4 * s.prompt_length + 8 * s.completion_length for s in batch)
+    expected = sum(4 * s.num_tokens + 4 * s.num_trained for s in batch)
     for ranks in (1, 4, 16):
         cut = MiniBatchOutline.of(batch, rule((ranks, 1, 1, 1, False))).cut
         shards = [Shard.of(batch, cut.of_rank(rank)) for rank in range(ranks)]

@@ -14,7 +14,7 @@ from megatron_vespo.observability.rollout_metrics import (
     step_metrics,
 )
 from megatron_vespo.types import Completion, VersionSpans
-from tests.support.builders import make_completion, make_prompt
+from tests.support.builders import make_completion, make_prompt, make_segments
 
 
 def completion(reward: float, length: int, finish_reason: str = "stop") -> Completion:
@@ -42,6 +42,30 @@ def test_rollout_metrics():
         "rollout/tokens": 32.0,
         "rollout/nonfinite_log_probs": 3.0,
         "rollout/retracted_share": 2 / 8,
+    }
+
+
+def test_given_tokens_are_in_no_length_and_counted_by_themselves():
+    groups = [
+        [
+            make_completion(make_prompt(), 12, segments=make_segments(2, 5, 3, 1, 1), reward=1.0),
+            make_completion(make_prompt(), 4, reward=0.0),
+        ]
+    ]
+    metrics = rollout_metrics(groups, "group-mean")
+    assert (metrics["response/length_mean"], metrics["rollout/tokens"]) == (5.0, 10.0)
+    assert metrics["response/turns_mean"] == 2.0 and metrics["response/turns_max"] == 3.0
+    assert metrics["response/given_tokens_mean"] == 3.0
+
+
+def test_parts_of_rewards_are_metrics():
+    groups = [[completion(1.0, 4), completion(0.0, 8)], [completion(0.5, 1), completion(0.5, 3)]]
+    groups[0][0].reward_parts = {"format": 1.0, "accuracy": 0.5}
+    groups[1][1].reward_parts = {"format": 0.0}
+    metrics = rollout_metrics(groups, "group-mean")
+    assert {name: value for name, value in metrics.items() if "part" in name} == {
+        "reward/part/accuracy": 0.5,
+        "reward/part/format": 0.5,
     }
 
 
