@@ -28,6 +28,8 @@ BUDGET = "tests/unit/algorithms/test_vespo_budget.py"
 PLAN = "tests/unit/weight_sync/test_sync_plan.py"
 TRAFFIC = "tests/unit/weight_sync/test_traffic.py"
 PLAN_SYNC = "tests/unit/commands/test_plan_weight_sync.py"
+SCORING = "tests/unit/rollout/test_scoring.py"
+ASYNC_REWARDS = "tests/unit/rewards/test_async_rewards.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -553,6 +555,41 @@ MUTATIONS = [
         "    if source == target:\n",
         "    if False:\n",
         (PLAN_SYNC, "colocated"),
+    ),
+    Mutation(
+        "rewards: a tool's output is the response",
+        "data/transcript.py",
+        'if turn.writer == "policy"), "")',
+        'if turn), "")',
+        (SCORING, "what_a_tool_wrote"),
+    ),
+    Mutation(
+        "rewards: the whole conversation is the response",
+        "rollout/scoring.py",
+        "    return RewardItem(answer_text(turns), ",
+        '    return RewardItem("".join(turn.text for turn in turns), ',
+        (SCORING, "what_a_tool_wrote"),
+    ),
+    Mutation(
+        "rewards: given tokens count for the penalty of length",
+        "rollout/scoring.py",
+        "np.array([completion.num_sampled for",
+        "np.array([len(completion.token_ids) for",
+        (SCORING, "length_penalty"),
+    ),
+    Mutation(
+        "rewards: a failed environment's episode is judged",
+        "rollout/scoring.py",
+        "if not completion.environment_error]\n",
+        "]\n",
+        (SCORING, "failed_environment"),
+    ),
+    Mutation(
+        "rewards: a coroutine that blocks is not known to the parent",
+        "rewards/coroutines.py",
+        "        self._show(index)\n",
+        "",
+        (ASYNC_REWARDS, "blocks_the_loop"),
     ),
 ]
 
