@@ -396,6 +396,27 @@ MUTATIONS = [
         ("tests/unit/rollout/test_continued_routes.py", "given_tokens"),
     ),
     Mutation(
+        "multi-turn: a saved episode's last observation has routes",
+        "data/completion_arrays.py",
+        "one.num_given_at_end if one is not None else 0 for one in segments",
+        "0 for one in segments",
+        ("tests/unit/rollout/test_buffer_state.py", "ends_with_an_observation"),
+    ),
+    Mutation(
+        "multi-turn: an observation forges control tokens",
+        "data/turns.py",
+        "[self._without_control(m, cut) for m in messages]",
+        "messages",
+        ("tests/unit/data/test_real_templates.py", "forges"),
+    ),
+    Mutation(
+        "multi-turn: the end of an answer is repeated",
+        "data/turns.py",
+        "token_ids[1:] if token_ids[:1] == [last_token] else",
+        "",
+        ("tests/unit/data/test_turns.py", "follows_an_answer"),
+    ),
+    Mutation(
         "replies: log-probs of other tokens are taken",
         "rollout/generate_reply.py",
         "if scored[1::3] != token_ids:",
