@@ -34,7 +34,7 @@ def _follows_file(tokenizer: Any, folder: Path) -> bool:
     """Tell whether the tokenizer cuts text as the folder's tokenizer.json does, if there is one.
 
     transformers makes some classes, LlamaTokenizer for one, without the file's rules of cutting. Folders may
-    name such a class over rules of their own, as DeepSeek's distilled models do. Then prompts lose all blanks.
+    name such a class over rules of their own, as DeepSeek's distilled models do. Prompts would lose blanks.
     """
     from tokenizers import Tokenizer
 

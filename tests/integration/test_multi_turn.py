@@ -183,13 +183,9 @@ def check_tokens(episode: Completion, wire: Wire) -> None:
     for writer, length in spans:
         end = position + length
         while writer == "policy" and position < end:
-            # it was asked with these tokens; an abort may have made it ask again
-            replies = [r for r in wire.replies(tokens[:position]) if r["output_ids"]]
-            [made] = [
-                r for r in replies if tokens[position:].tolist()[: len(r["output_ids"])] == r["output_ids"]
-            ]
-            log_probs += [entry[0] for entry in made["meta_info"]["output_token_logprobs"]]
-            position += len(made["output_ids"])
+            reply = wire.reply(tokens[:position], tokens[position:end])
+            log_probs += [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
+            position += len(reply["output_ids"])
         position = max(position, end)
         assert position == end
     assert position == len(tokens)
