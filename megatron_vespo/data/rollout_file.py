@@ -84,7 +84,10 @@ def read_record(path: Path) -> RolloutRecord:
 
 
 def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return token counts of the prompts [groups] and completions [groups, n] of all batches in `folder`."""
+    """Return token counts of the prompts [groups] and completions [groups, n] of all batches in `folder`.
+
+    Given tokens are included: these are the lengths that must fit into memory.
+    """
     prompts, completions = [], []
     for path in sorted(folder.glob("batch-*.npz")):
         arrays = _load(path, "prompt_lengths", "completion_lengths")

@@ -88,7 +88,7 @@ class Trainer:
         }
 
     def log_probs(self, samples: list) -> list[np.ndarray]:
-        return [np.zeros(sample.completion_length, np.float32) for sample in samples]
+        return [np.zeros(sample.num_trained, np.float32) for sample in samples]
 
     def log_w_floor(self, samples: list) -> np.ndarray:
         self.floors_measured += 1
