@@ -30,6 +30,8 @@ TRAFFIC = "tests/unit/weight_sync/test_traffic.py"
 PLAN_SYNC = "tests/unit/commands/test_plan_weight_sync.py"
 SCORING = "tests/unit/rollout/test_scoring.py"
 ASYNC_REWARDS = "tests/unit/rewards/test_async_rewards.py"
+SANDBOX = "tests/unit/rewards/test_sandbox.py"
+ATTACKS = "tests/unit/rewards/test_malicious_programs.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -611,6 +613,55 @@ MUTATIONS = [
         "        self._show(index)\n",
         "",
         (ASYNC_REWARDS, "blocks_the_loop"),
+    ),
+    Mutation(
+        "sandbox: a program may make any system call",
+        "rewards/jail/zygote.py",
+        "    kernel.install_filter(instructions)\n",
+        "",
+        (ATTACKS, "attack and another and Python"),
+    ),
+    Mutation(
+        "sandbox: a program keeps the zygote's descriptors",
+        "rewards/jail/zygote.py",
+        '    os.closerange(len(wanted), os.sysconf("SC_OPEN_MAX"))\n',
+        "",
+        (ATTACKS, "descriptors"),
+    ),
+    Mutation(
+        "sandbox: a program has the run's environment variables",
+        "rewards/sandbox.py",
+        "            env=_ENVIRONMENT,\n",
+        "            env=dict(os.environ) | _ENVIRONMENT,\n",
+        (ATTACKS, "environment and secrets"),
+    ),
+    Mutation(
+        "code rewards: a test that catches the program's end passes",
+        "rewards/jail/tester.py",
+        "            yield passed and not program.is_lost  # a test may have caught the exception\n",
+        "            yield passed\n",
+        (SANDBOX, "exceptions"),
+    ),
+    Mutation(
+        "code rewards: an empty list is close to every number",
+        "rewards/jail/tester.py",
+        "    _make_allclose_strict()\n",
+        "",
+        (SANDBOX, "close_to_no_number"),
+    ),
+    Mutation(
+        "code rewards: a script that printed everything may crash",
+        "rewards/code.py",
+        "            passed.append(result.exit_status == 0 and same_output(printed, expected))\n",
+        "            passed.append(same_output(printed, expected))\n",
+        ("tests/unit/rewards/test_code_reward.py", "scripts"),
+    ),
+    Mutation(
+        "code rewards: a data set's pickle may name functions",
+        "rewards/code_formats.py",
+        '        raise pickle.UnpicklingError(f"the pickle names {module}.{name}")\n',
+        "        return super().find_class(module, name)\n",
+        ("tests/unit/rewards/test_code_formats.py", "run_nothing"),
     ),
 ]
 
