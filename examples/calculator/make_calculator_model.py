@@ -45,7 +45,7 @@ SOURCES = (
 
 
 @dataclass(frozen=True)
-class Recipe(tiny.Recipe):
+class Recipe(tiny.ModelRecipe):
     """Everything the result depends on besides the source."""
 
     steps: int = 350

@@ -32,7 +32,7 @@ SOURCES = (Path(__file__), *(Path(module.__file__ or "") for module in (function
 
 
 @dataclass(frozen=True)
-class Recipe(tiny.Recipe):
+class Recipe(tiny.ModelRecipe):
     """Everything the result depends on besides the source."""
 
     num_held_out: int = 256

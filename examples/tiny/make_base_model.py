@@ -48,8 +48,8 @@ SOURCES = (Path(__file__), Path(task.__file__))
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything the result depends on besides the source."""
+class ModelRecipe:
+    """What the base models of several examples depend on."""
 
     seed: int = 0
     num_train: int = 4096
@@ -60,11 +60,17 @@ class Recipe:
     moe_intermediate_size: int = 64
     steps: int = 250
     warmup_steps: int = 20
+    learning_rate: float = 3e-3  # peak; linear decay to zero lets the shares of answers settle
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe(ModelRecipe):
+    """Everything the result depends on besides the source."""
+
     worked_per_step: int = 64  # demonstrations
     direct_per_step: int = 16
     direct_share: float = 0.83  # of the answers that the model learns to give
-    learning_rate: float = 3e-3  # peak; linear decay to zero lets the share settle at `direct_share`
-    gradient_clip: float = 1.0
     max_new_tokens: int = 32
     max_accuracy: float = 0.35  # a better start leaves reinforcement learning little to show
 
@@ -89,7 +95,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+def make_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     """Randomly initialised, fp32, on the CPU."""
     special_ids = {
         "bos_token_id": None,
@@ -177,7 +183,7 @@ def sampled_accuracy(
 
 def supervise(
     model: Qwen3MoeForCausalLM,
-    recipe: Recipe,
+    recipe: ModelRecipe,
     draw_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     report: Callable[[], str],
 ) -> None:
@@ -224,7 +230,7 @@ def warm_start(
     return accuracy
 
 
-def fingerprint(recipe: Recipe, sources: Sequence[Path] = SOURCES) -> str:
+def fingerprint(recipe: ModelRecipe, sources: Sequence[Path] = SOURCES) -> str:
     """Changes with the recipe and with the sources of the example."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for source in sources:
@@ -232,7 +238,7 @@ def fingerprint(recipe: Recipe, sources: Sequence[Path] = SOURCES) -> str:
     return digest.hexdigest()
 
 
-def is_complete(output: Path, recipe: Recipe, sources: Sequence[Path] = SOURCES) -> bool:
+def is_complete(output: Path, recipe: ModelRecipe, sources: Sequence[Path] = SOURCES) -> bool:
     """Whether `output` holds exactly what this recipe makes."""
     stamp = output / "base" / RECIPE_FILE
     if not all(path.is_file() for path in (stamp, output / "train.jsonl", output / "heldout.jsonl")):
@@ -269,7 +275,7 @@ def save_base(
     directory: Path,
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
+    recipe: ModelRecipe,
     sources: Sequence[Path],
     figures: dict[str, float],
 ) -> None:
@@ -283,7 +289,7 @@ def save_base(
 
 def make(
     output: Path,
-    recipe: Recipe,
+    recipe: ModelRecipe,
     build: Callable[[Path, Any], None] = build,
     sources: Sequence[Path] = SOURCES,
 ) -> None:
@@ -307,7 +313,7 @@ def make(
 
 def main(
     description: str = __doc__ or "",
-    recipe: type[Recipe] = Recipe,
+    recipe: type[ModelRecipe] = Recipe,
     build: Callable[[Path, Any], None] = build,
     sources: Sequence[Path] = SOURCES,
 ) -> None:
