@@ -359,8 +359,8 @@ import socket
 socket.create_connection(('127.0.0.1', TCP_PORT), 1)
 print('escaped')
 """,
-    "connects to the world": "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)\nprint('escaped')",
-    "asks for names": "import socket\nsocket.getaddrinfo('example.com', 80)\nprint('escaped')",
+    "connects to the world": "import socket\nsocket.create_connection(('192.0.2.1', 53), 1)\nprint('escaped')",
+    "asks for names": "import socket\nsocket.getaddrinfo('host.invalid', 80)\nprint('escaped')",
     "fetches a page": """
 import urllib.request
 urllib.request.urlopen('http://127.0.0.1:TCP_PORT', timeout=1)
