@@ -51,6 +51,7 @@ def _turn_metrics(completions: list[Completion]) -> dict[str, float]:
         "response/turns_mean": float(np.mean(turns)),
         "response/turns_max": float(max(turns)),
         "response/given_tokens_mean": float(np.mean(given)),
+        "response/turn_limit_share": float(np.mean([c.finish_reason == "turns" for c in completions])),
     }
 
 

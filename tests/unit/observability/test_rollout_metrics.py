@@ -56,6 +56,9 @@ def test_given_tokens_are_in_no_length_and_counted_by_themselves():
     assert (metrics["response/length_mean"], metrics["rollout/tokens"]) == (5.0, 10.0)
     assert metrics["response/turns_mean"] == 2.0 and metrics["response/turns_max"] == 3.0
     assert metrics["response/given_tokens_mean"] == 3.0
+    assert metrics["response/turn_limit_share"] == 0.0
+    groups[0][0].finish_reason = "turns"
+    assert rollout_metrics(groups, "group-mean")["response/turn_limit_share"] == 0.5
 
 
 def test_parts_of_rewards_are_metrics():
