@@ -45,7 +45,9 @@ class TurnTemplate:
                 "a conversation of several turns needs a chat template: leave out --no-chat-template"
             )
         self._form, self._name = form, name
-        self._control_texts: dict[str, list[str]] = {}  # of the roles that were checked
+        # of the roles that were checked; the second: the template's first token after an answer, or none
+        self._control_texts: dict[str, list[str]] = {}
+        self._end_tokens: dict[str, list[int]] = {}
         for role in roles:
             self._check(role)
 
@@ -60,7 +62,8 @@ class TurnTemplate:
         cut = _unused_text(messages)
         first, *others = self._split(1, [self._without_control(m, cut) for m in messages])[1].split(cut)
         token_ids = self._encode(first.lstrip())
-        token_ids = token_ids[1:] if token_ids[:1] == [last_token] else self._encode(first)
+        is_there = token_ids[:1] == [last_token] == self._end_tokens[messages[0]["role"]]
+        token_ids = token_ids[1:] if is_there else self._encode(first)
         for other in others:
             token_ids += self._encode(other)
         return token_array(token_ids)
@@ -104,6 +107,7 @@ class TurnTemplate:
                 f"{self._name}: its chat template leaves out messages of role {role!r} that follow an answer"
             )
         self._control_texts[role] = self._control_texts_in(before + after)
+        self._end_tokens[role] = self._encode(after.partition(_SAMPLE)[0].lstrip())[:1]
 
     def _control_texts_in(self, text: str) -> list[str]:
         """Return the control tokens' texts, `text` being what the template makes of a conversation."""

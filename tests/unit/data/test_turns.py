@@ -65,6 +65,13 @@ def test_a_message_follows_an_answer(last, expected):
     assert text_of(made) == expected and made.dtype.name == "int32"
 
 
+def test_an_observation_may_begin_with_the_last_token():
+    """The template writes no end of an answer, so nothing of the observation may stand for it."""
+    bare = template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    made = bare.next_turn([{"role": "user", "content": "39 letters"}], ord("3"))
+    assert text_of(made) == "39 letters"
+
+
 def test_thinking_that_the_template_drops_is_no_rewriting():
     made = template(THINKING, "user", "tool").next_turn([{"role": "user", "content": "Why?"}], ord("~"))
     assert text_of(made) == " <user>Why?~ <assistant>"
