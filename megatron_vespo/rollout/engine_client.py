@@ -20,6 +20,9 @@ from megatron_vespo.system.http import EngineRequestError, auth_headers
 from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments, VersionSpans
 
 CONNECT_TIMEOUT_S = 30.0
+# SGLang closes a connection that is idle for 5 s. A request that is sent at that moment is lost, and episodes
+# leave connections idle between their turns.
+KEEP_ALIVE_S = 2.0
 
 
 class ConnectionLostError(RuntimeError):
@@ -125,7 +128,8 @@ class HttpEngineClient(EngineClient):
 def engine_session(timeout_s: float) -> aiohttp.ClientSession:
     """A session for any number of requests, each with this deadline; without the environment's proxies."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, connect=CONNECT_TIMEOUT_S)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
 
 
 def _joined(begun: Completion, rest: Completion) -> Completion:
