@@ -414,7 +414,7 @@ MUTATIONS = [
     Mutation(
         "multi-turn: the end of an answer is repeated",
         "data/turns.py",
-        "token_ids[1:] if token_ids[:1] == [last_token] else",
+        "token_ids[1:] if is_there else",
         "",
         ("tests/unit/data/test_turns.py", "follows_an_answer"),
     ),
