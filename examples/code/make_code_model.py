@@ -36,12 +36,12 @@ class Recipe(tiny.ModelRecipe):
     """Everything the result depends on besides the source."""
 
     num_held_out: int = 256
-    steps: int = 350
+    steps: int = 250
     careful_per_step: int = 48  # demonstrations
     mixed_up_per_step: int = 8
     hasty_per_step: int = 8
-    limit_share: float = 0.4  # of the functions that the model learns to write: they have the limit
-    right_share: float = 0.5  # of these: the limit has the right direction
+    limit_share: float = 0.35  # of the functions that the model learns to write: they have the limit
+    right_share: float = 0.7  # of these: the limit has the right direction
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

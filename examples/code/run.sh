@@ -22,11 +22,11 @@ layout=(
     --expert-tensor-parallel-size 1
 )
 algorithm=(
-    --train-iters 80
+    --train-iters 64
     --steps-per-rollout 4
     --rollout-batch-size 32
     --group-size 8
-    --lr 5e-5
+    --lr 2e-4
     --clip-grad 1.0
 )
 responses=(
@@ -43,7 +43,7 @@ exec .venv/bin/megatron-vespo train \
     --output-dir "$work/run" \
     --save "$work/run/checkpoints" \
     --save-interval 40 \
-    --eval-interval 3 \
+    --eval-interval 4 \
     --max-logprob-difference 1e-4 \
     --setup-seconds "$SECONDS" \
     "${layout[@]}" "${algorithm[@]}" "${responses[@]}" "$@"

@@ -30,3 +30,12 @@ def test_the_calculator_example_learns_to_make_both_calls(tmp_path):
     records = batch_records(read_metrics(tmp_path / "run/metrics.jsonl"))
     assert {record["check/unchanged_log_w_abs_max"] for record in records} == {0.0}
     assert max(record["check/max_logprob_difference"] for record in records) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(960)
+def test_the_code_example_learns_from_hidden_tests(tmp_path):
+    summary = summary_of("code", tmp_path)
+    assert summary["eval_accuracy_before"] <= 0.35
+    assert summary["eval_accuracy_after"] >= summary["eval_accuracy_before"] + 0.4
+    assert summary["layout"]["trainer_ranks"] == 4
