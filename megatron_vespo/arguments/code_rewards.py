@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.rewards.code import CodeReward
+from megatron_vespo.system.http import is_http_url
 from megatron_vespo.system.settings import Settings
 
 CODE_REWARD_FLAGS = (
@@ -45,7 +46,7 @@ def check_code_reward(args: Any) -> None:
             f"{args.code_timeout:g}, the time of all tests"
         )
     url = args.code_sandbox_url
-    if url is not None and not url.startswith(("http://", "https://")):
+    if url is not None and not is_http_url(url):
         raise ValueError(f"--code-sandbox-url {url}: write http://HOST:PORT")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_vespo.arguments.environment import EnvironmentSettings
 from megatron_vespo.data.tokenizer import ChatFormat
 from megatron_vespo.data.turns import TurnTemplate
-from megatron_vespo.rollout.environment import load_environment
+from megatron_vespo.rollout.environment import load_environment, tools_of
 from megatron_vespo.rollout.episode import EpisodeLimits, Episodes
 from megatron_vespo.rollout.generate_function import (
     CustomGeneration,
@@ -29,9 +29,9 @@ def with_tools(form: ChatFormat, settings: EnvironmentSettings) -> ChatFormat:
     environment = load_environment(settings.environment)
     if (check := getattr(environment, "check_template", None)) is not None:
         check(form.tokenizer.get_chat_template())
-    if (tools := getattr(environment, "tools", None)) is None:
+    if (tools := tools_of(environment)) is None:
         return form
-    return replace(form, arguments={"tools": tools()} | dict(form.arguments))
+    return replace(form, arguments={"tools": tools} | dict(form.arguments))
 
 
 def make_maker(settings: EnvironmentSettings, form: ChatFormat, tokenizer: Any, folder: Any) -> Maker | None:

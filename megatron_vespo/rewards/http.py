@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from megatron_vespo.rewards.coroutines import MAX_CONCURRENT
+from megatron_vespo.system.http import is_http_url
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # between tries; each is up to twice as long as the one before
 _BODY_CHARACTERS = 150  # quoted from a refused reply in an error
@@ -49,13 +50,9 @@ class HttpReward:
     url: str
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        try:
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # of the port
-            usable = False
-        if not usable:
+        if not is_http_url(self.url):
             raise ValueError(f"reward function {self.url!r}: write http://HOST:PORT/PATH, or https://")
+        parts = urlsplit(self.url)
         if parts.username or parts.password:
             raise ValueError("reward function: its URL holds a password, which logs would show; leave it out")
 

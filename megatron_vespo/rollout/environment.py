@@ -72,11 +72,40 @@ def load_environment(import_path: str) -> type[Environment]:
         if not (inspect.iscoroutinefunction(method) and _takes(method, ["self", *arguments])):
             signature = ", ".join(["self", *arguments])
             raise ValueError(f"{where}: needs a method `async def {name}({signature})`")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"{where}: is abstract, it leaves out {missing}")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
         raise ValueError(f"{where}: is made without arguments, but {error}") from error
+    roles = getattr(found, "roles", ("user",))
+    if not isinstance(roles, (list, tuple)) or not roles or not {*roles} <= {*ROLES}:
+        raise ValueError(f"{where}: roles = {_short(roles)}, must be a tuple of {', '.join(ROLES)}")
     return cast(type[Environment], found)
+
+
+def tools_of(environment: type[Environment]) -> Sequence[Any] | None:
+    """Return what the environment's `tools()` gives; None if it has none.
+
+    ValueError in one line if it cannot be called on the class, or does not return a list.
+    """
+    if (get := getattr(environment, "tools", None)) is None:
+        return None
+    where = f"--environment: {environment.__name__}.tools()"
+    if not inspect.ismethod(get) and not isinstance(
+        inspect.getattr_static(environment, "tools"), staticmethod
+    ):
+        raise ValueError(f"{where} must be a class method")
+    try:
+        tools = get()
+    except ValueError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"{where} returned {_short(tools)}, must be a list of JSON schemas")
+    return tools
 
 
 def _takes(method: Callable[..., Any], arguments: Sequence[str]) -> bool:
@@ -106,11 +135,18 @@ def checked_step(answer: object) -> Step:
     step = Step(*answer)
     if not isinstance(step.done, bool):
         raise ValueError(f"step returned done = {_short(step.done)}, which must be True or False")
-    if step.reward is not None and not (isinstance(step.reward, Real) and math.isfinite(step.reward)):
+    if step.reward is not None and not (isinstance(step.reward, Real) and _is_finite(step.reward)):
         raise ValueError(f"step returned the reward {_short(step.reward)}, which must be a finite number")
     if not step.done:
         _check_observation(step.observation)
     return step
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def _check_observation(observation: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -177,7 +178,12 @@ class Episodes:
             return await asyncio.wait_for(answer, self.limits.timeout_s)
         except TimeoutError:
             raise _Failure(f"it did not answer within {self.limits.timeout_s:g} s") from None
-        except Exception as error:  # a user's code may raise anything, and one episode must not end the run
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # the episode itself is cancelled
+            raise _Failure(_one_line(error)) from error
+        except (Exception, SystemExit) as error:  # a user's code may raise anything; the run must go on
             raise _Failure(_one_line(error)) from error
 
     async def _close(self, environment: Environment) -> str:
@@ -194,6 +200,8 @@ class Episodes:
         self, environment: Environment, completion: Completion, rewards: tuple[float, ...]
     ) -> Completion:
         data, problem = _reward_data(environment)
+        if not math.isfinite(sum(rewards)):
+            problem, rewards = f"its rewards add up to {sum(rewards)}", ()
         return replace(
             completion,
             turn_rewards=rewards,
@@ -202,7 +210,7 @@ class Episodes:
         )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import requests
 
 BODY_CHARACTERS = 300  # quoted from a refused reply in an error
@@ -19,6 +21,15 @@ class EngineRequestError(RuntimeError):
     def __reduce__(self):
         """Rebuild it in another process from the constructor's arguments."""
         return type(self), (self.url, self.path, self.status, self._body)
+
+
+def is_http_url(url: str) -> bool:
+    """Return whether `url` has the form http://HOST or https://HOST, with or without port and path."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:  # of the host or the port
+        return False
 
 
 def auth_headers(api_key: str | None) -> dict[str, str]:

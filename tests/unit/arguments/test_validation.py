@@ -155,7 +155,8 @@ DENOMINATOR = "--ratio-denominator"
         ("--code-test-timeout 9 --reward-function code", "--code-timeout 8"),
         ("--code-timeout 0 --reward-function code", "must be positive"),
         ("--code-memory-mb 0 --reward-function code", "must be positive"),
-        ("--code-sandbox-url host:80 --reward-function code", "http://HOST:PORT"),
+        *((f"--code-sandbox-url {url} --reward-function code", "http://HOST:PORT")
+          for url in ("host:80", "http://", "http://host:99999", "http://[")),
         ("--group-size 1", "group-mean", "global"),
         ("--group-size 1 --advantage-estimator leave-one-out", "leave-one-out", "global"),
         ("--group-size 1 --advantage-estimator global --dynamic-sampling", "--dynamic-sampling"),

@@ -125,6 +125,7 @@ def test_an_endpoint_that_starts_later_is_found(endpoint):
     [
         ("http://", "write http://HOST:PORT/PATH, or https://"),
         ("http:/localhost/x", "write http://HOST:PORT/PATH, or https://"),
+        ("http://[::1", "write http://HOST:PORT/PATH, or https://"),
         ("https://host:70000/x", "write http://HOST:PORT/PATH, or https://"),
         ("http://name:secret@host/x", "its URL holds a password, which logs would show; leave it out"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from megatron_vespo.rollout.environment import (
     checked_step,
     load_environment,
     messages_of_step,
+    tools_of,
     writer_of,
 )
 
@@ -46,6 +49,23 @@ class NeedsSize(Good):
     def __init__(self, size): ...
 
 
+class Abstract(Good, abc.ABC):
+    @abc.abstractmethod
+    def rules(self): ...
+
+
+class NoRoles(Good):
+    roles = None
+
+
+class OneRole(Good):
+    roles = "user"
+
+
+class OtherRole(Good):
+    roles = ("user", "assistant")
+
+
 number = 7
 HERE = __name__
 
@@ -70,6 +90,10 @@ def test_an_environment_is_a_class():
         (f"{HERE}:StepWithTwo", "needs a method `async def step(self, text)`"),
         (f"{HERE}:ResetWithNone", "needs a method `async def reset(self, prompt)`"),
         (f"{HERE}:PlainClose", "needs a method `async def close(self)`"),
+        (f"{HERE}:Abstract", "is abstract, it leaves out rules"),
+        (f"{HERE}:NoRoles", "roles = None, must be a tuple of user, tool, system"),
+        (f"{HERE}:OneRole", "roles = 'user', must be a tuple"),
+        (f"{HERE}:OtherRole", "roles = ('user', 'assistant'), must be a tuple"),
         (f"{HERE}:NeedsSize", "is made without arguments, but missing a required argument: 'size'"),
     ],
 )
@@ -78,6 +102,46 @@ def test_what_is_no_environment_is_refused_in_one_line(path, message):
         load_environment(path)
     text = str(refused.value)
     assert message in text and path in text and "\n" not in text
+
+
+class ToolsOfObjects(Good):
+    def tools(self): ...
+
+
+class ToolsRaise(Good):
+    @classmethod
+    def tools(cls):
+        return {}["no key"]
+
+
+class ToolsAreNumber(Good):
+    @classmethod
+    def tools(cls):
+        return 3
+
+
+class ToolsStatic(Good):
+    @staticmethod
+    def tools():
+        return []
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ToolsOfObjects, "ToolsOfObjects.tools() must be a class method"),
+        (ToolsRaise, "ToolsRaise.tools() raised KeyError: 'no key'"),
+        (ToolsAreNumber, "ToolsAreNumber.tools() returned 3, must be a list"),
+    ],
+)
+def test_wrong_tools_are_refused_in_one_line(environment, message):
+    with pytest.raises(ValueError) as refused:
+        tools_of(environment)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_tools_are_optional():
+    assert (tools_of(Good), tools_of(ToolsStatic)) == (None, [])
 
 
 MESSAGE = {"role": "tool", "content": "7"}
@@ -108,6 +172,7 @@ def test_answers_of_steps(answer, step):
         (("text", 1.0, 1), "done = 1, which must be True or False"),
         (("text", "1.0", False), "the reward '1.0', which must be a finite number"),
         (("text", float("inf"), False), "the reward inf"),
+        (("text", 10**400, False), "which must be a finite number"),
         ((None, 1.0, False), "the observation None, neither text nor messages"),
         (([], 1.0, False), "the observation [], neither text nor messages"),
         (({"role": "user", "content": "7"}, 1.0, False), "neither text nor messages"),

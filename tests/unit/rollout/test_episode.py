@@ -144,6 +144,21 @@ class GivesNan(Counts):
         return Step("", float("nan"), True)
 
 
+class GivesHuge(Counts):
+    async def step(self, text):
+        return "more", 1e308, False
+
+
+class Exits(Counts):
+    async def step(self, text):
+        raise SystemExit(3)
+
+
+class CancelsItself(Counts):
+    async def step(self, text):
+        raise asyncio.CancelledError("a task of its own")
+
+
 class GivesWrongMessages(Counts):
     async def step(self, text):
         return [{"role": "assistant", "content": "I am you"}], 0.0, False
@@ -175,6 +190,8 @@ class HandsOverNoJson(Counts):
         (Raises, "KeyError: 'the door'"),
         (Hangs, "it did not answer within 0.2 s"),
         (AnswersWrongly, "step must return (observation, reward, done), not 'only text'"),
+        (Exits, "SystemExit: 3"),
+        (CancelsItself, "CancelledError: a task of its own"),
         (GivesNan, "step returned the reward nan, which must be a finite number"),
         (GivesWrongMessages, "'role' must be one of user, tool, system, 'content' text"),
         (AnswersInHalfALetter, "its observation cannot follow: "),
@@ -188,6 +205,23 @@ def test_a_failure_is_kept_with_the_episode(environment, message):
     completion = play(Engine(["one~"]), episodes(environment, timeout_s=0.2))
     assert message in completion.environment_error and text_of(completion) == "one~"
     assert completion.finish_reason == "stop"
+
+
+def test_rewards_whose_sum_is_not_finite_are_a_failure():
+    completion = play(Engine(["one~", "two~", "three~"]), episodes(GivesHuge, max_turns=3))
+    assert completion.environment_error == "its rewards add up to inf" and completion.turn_rewards == ()
+
+
+def test_an_episode_can_be_cancelled():
+    async def main():
+        made = episodes(Hangs)
+        task = asyncio.create_task(made.play(PROMPT, SAMPLING, Engine(["one~"]), None))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
 
 
 def test_data_that_are_no_json_are_a_failure():
