@@ -290,7 +290,7 @@ def test_zeros_of_a_reward_function_that_never_works_are_not_kept(checkpoint, tm
     broken = [*line, "--reward-function", "tests.support.evaluation_rewards:fails"]
     for _ in range(2):
         assert run(broken) == 1
-        assert "the reward function or the environment does not work" in capsys.readouterr().err.splitlines()[-1]
+        assert "the environment does not work" in capsys.readouterr().err.splitlines()[-1]
     assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 1
 
 
