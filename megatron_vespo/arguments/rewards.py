@@ -42,6 +42,10 @@ def resolved_reward_function(args: Any) -> str:
         raise ValueError(
             "--reward-function environment: no environment gives rewards, --environment names one"
         )
+    if args.turn_rewards != "sum" and not (args.environment or args.generate_function):
+        raise ValueError(
+            f"--turn-rewards {args.turn_rewards}: no environment gives rewards, --environment names one"
+        )
     return name
 
 

@@ -62,7 +62,7 @@ class Environment(Protocol):
 def load_environment(import_path: str) -> type[Environment]:
     """Return the class named "package.module:Class"; ValueError if it is not an environment."""
     where = f"--environment {import_path}"
-    found = import_function(import_path, "environment")
+    found = import_function(import_path, "environment", kind="class")
     if not inspect.isclass(found):
         raise ValueError(f"{where}: must be a class, it is a {type(found).__name__}")
     for name, *arguments in (("reset", "prompt"), ("step", "text"), ("close",)):

@@ -119,5 +119,6 @@ def check_some_worked(statuses: Sequence[str], why: str = "") -> None:
     if statuses and "ok" not in statuses:
         reason = f" ({why})" if why else ""
         raise RuntimeError(
-            f"all {len(statuses)} rewards of a batch failed: the reward function or the environment does not work{reason}"
+            f"all {len(statuses)} rewards of a batch failed: the reward function or the environment does not "
+            f"work{reason}"
         )

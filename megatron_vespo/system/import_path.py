@@ -6,10 +6,13 @@ import importlib
 from collections.abc import Callable
 
 
-def import_function(import_path: str, what: str, builtin: str | None = None) -> Callable:
+def import_function(
+    import_path: str, what: str, builtin: str | None = None, kind: str = "function"
+) -> Callable:
     """The function named "package.module:function".
 
-    Messages use `what`, the function's role, and `builtin`, the quoted names of built-in ones.
+    Messages use `what`, the function's role, and `builtin`, the quoted names of built-in ones. With `kind`
+    "class", they ask for a class; the caller checks that it is one.
 
     Raises:
         ValueError: the module or the function does not exist, or it is not callable.
@@ -18,7 +21,7 @@ def import_function(import_path: str, what: str, builtin: str | None = None) -> 
     module_name, _, name = import_path.partition(":")
     if not (module_name and name):
         names = f"{builtin} or " if builtin else ""
-        raise ValueError(f'{where}: write {names}"package.module:function"')
+        raise ValueError(f'{where}: write {names}"package.module:{kind}"')
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -30,5 +33,5 @@ def import_function(import_path: str, what: str, builtin: str | None = None) -> 
     if function is None:
         raise ValueError(f"{where}: {module_name} has no {name!r}")
     if not callable(function):
-        raise ValueError(f"{where}: is a {type(function).__name__}, not a function")
+        raise ValueError(f"{where}: is a {type(function).__name__}, not a {kind}")
     return function

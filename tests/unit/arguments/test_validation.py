@@ -143,6 +143,7 @@ DENOMINATOR = "--ratio-denominator"
     [
         ("--min-engines 5 --rollout-engines 4", "--rollout-engines 4"),
         ("--reward-function environment", "--environment"),
+        ("--turn-rewards last", "--environment"),
         ("--weight-sync disk", "--weight-sync-folder"),
         ("--weight-sync-folder x", "--weight-sync disk"),
         ("--weight-sync-folder /dev/null/x --weight-sync disk", "/dev/null is not a folder"),

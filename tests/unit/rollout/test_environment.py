@@ -80,10 +80,10 @@ def test_an_environment_is_a_class():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("Good", 'write "package.module:function"'),
+        ("Good", 'write "package.module:class"'),
         ("no_such_module:Good", "cannot import no_such_module"),
         (f"{HERE}:Missing", f"{HERE} has no 'Missing'"),
-        (f"{HERE}:number", "is a int, not a function"),
+        (f"{HERE}:number", "is a int, not a class"),
         (f"{HERE}:function", "must be a class, it is a function"),
         (f"{HERE}:NoReset", "needs a method `async def reset(self, prompt)`"),
         (f"{HERE}:PlainStep", "needs a method `async def step(self, text)`"),
