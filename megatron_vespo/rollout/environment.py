@@ -73,7 +73,7 @@ def load_environment(import_path: str) -> type[Environment]:
             signature = ", ".join(["self", *arguments])
             raise ValueError(f"{where}: needs a method `async def {name}({signature})`")
     if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise ValueError(f"{where}: is abstract, it leaves out {missing}")
     try:
         inspect.signature(found).bind()

@@ -359,7 +359,7 @@ import socket
 socket.create_connection(('127.0.0.1', TCP_PORT), 1)
 print('escaped')
 """,
-    "connects to the world": "import socket\nsocket.create_connection(('192.0.2.1', 53), 1)\nprint('escaped')",
+    "connects to the world": "import socket\nsocket.create_connection(('192.0.2.1', 9), 1)\nprint('escaped')",
     "asks for names": "import socket\nsocket.getaddrinfo('host.invalid', 80)\nprint('escaped')",
     "fetches a page": """
 import urllib.request
