@@ -79,6 +79,8 @@ def load_environment(import_path: str) -> type[Environment]:
         inspect.signature(found).bind()
     except TypeError as error:
         raise ValueError(f"{where}: is made without arguments, but {error}") from error
+    if not isinstance(replayable := getattr(found, "replayable", False), bool):
+        raise ValueError(f"{where}: replayable = {_short(replayable)}, must be True or False")
     roles = getattr(found, "roles", ("user",))
     if not isinstance(roles, (list, tuple)) or not roles or not {*roles} <= {*ROLES}:
         raise ValueError(f"{where}: roles = {_short(roles)}, must be a tuple of {', '.join(ROLES)}")

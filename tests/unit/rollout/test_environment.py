@@ -54,6 +54,10 @@ class Abstract(Good, abc.ABC):
     def rules(self): ...
 
 
+class PerhapsReplayable(Good):
+    replayable = "no"
+
+
 class NoRoles(Good):
     roles = None
 
@@ -91,6 +95,7 @@ def test_an_environment_is_a_class():
         (f"{HERE}:ResetWithNone", "needs a method `async def reset(self, prompt)`"),
         (f"{HERE}:PlainClose", "needs a method `async def close(self)`"),
         (f"{HERE}:Abstract", "is abstract, it leaves out rules"),
+        (f"{HERE}:PerhapsReplayable", "replayable = 'no', must be True or False"),
         (f"{HERE}:NoRoles", "roles = None, must be a tuple of user, tool, system"),
         (f"{HERE}:OneRole", "roles = 'user', must be a tuple"),
         (f"{HERE}:OtherRole", "roles = ('user', 'assistant'), must be a tuple"),
