@@ -16,8 +16,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and failures, beside Megatron's --save, --async-save ...")
     add = group.add_argument
     add("--trainer-restarts", type=int, default=3, metavar="N",
-        help="restart all trainer ranks from the newest checkpoint when one dies, at most N times without a "
-        "new checkpoint")  # fmt: skip
+        help="restarts of all trainer ranks between two checkpoints")  # fmt: skip
 
 
 def check_checkpoints(args: Namespace) -> None:

@@ -19,7 +19,7 @@ CODE_REWARD_FLAGS = (
 def add_code_reward_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("code rewards, for --reward-function code").add_argument
     add("--code-reward", choices=("all", "share"), default="all",
-        help="all: 1 if all tests pass, else 0; share: the share of the tests that pass")  # fmt: skip
+        help="1 if all tests pass, else 0; or the share that passes")  # fmt: skip
     add("--code-timeout", type=float, default=CodeReward.timeout_s, metavar="SECONDS",
         help="for all tests of a response; less than --reward-timeout")  # fmt: skip
     add("--code-test-timeout", type=float, default=CodeReward.test_timeout_s, metavar="SECONDS",
@@ -27,7 +27,7 @@ def add_code_reward_arguments(parser: argparse.ArgumentParser) -> None:
     add("--code-memory-mb", type=int, default=CodeReward.memory_mb, metavar="MiB",
         help="memory that a program may allocate")  # fmt: skip
     add("--code-sandbox-url", metavar="URL",
-        help="a server with SandboxFusion's /run_code; default: a sandbox of Linux namespaces")  # fmt: skip
+        help="a server with SandboxFusion's /run_code; default: Linux namespaces")  # fmt: skip
 
 
 def check_code_reward(args: Any) -> None:

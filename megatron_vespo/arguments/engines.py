@@ -20,11 +20,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--rollout-port",
         type=int,
         default=0,
-        help="HTTP port of the first engine, the others follow; 0: free ports",
+        help="port of the first engine, the others follow; 0: free ports",
     )
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
     add("--engine-restarts", type=int, default=3, metavar="N",
-        help="restarts per engine; a restarted one serves after the next weight sync")  # fmt: skip
+        help="restarts per engine, which serves after the next weight sync")  # fmt: skip
     add("--engine-api-key", choices=API_KEY_CHOICES, default="auto",
         help="engines answer this run only, by a key that it draws; auto: where they listen off "
         "loopback")  # fmt: skip

@@ -13,12 +13,12 @@ def add_environment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("multi-turn responses")
     add = group.add_argument
     add("--environment", metavar="PATH",
-        help="package.module:Class that answers the policy's turns; default: a single turn")  # fmt: skip
+        help="package.module:Class that answers the turns; default: a single turn")  # fmt: skip
     add("--max-turns", type=int, default=16, metavar="N", help="longest episode, in turns of the policy")
     add("--max-turn-tokens", type=int, metavar="N",
-        help="longest turn; default: --max-completion-tokens, which bounds the whole episode")  # fmt: skip
+        help="longest turn; default: only --max-completion-tokens, of an episode")  # fmt: skip
     add("--environment-timeout", type=float, default=60.0, metavar="SECONDS",
-        help="for one answer of the environment; a later one fails the episode")  # fmt: skip
+        help="until the environment answers, else the episode fails")  # fmt: skip
     add("--generate-function", metavar="PATH",
         help="package.module:function that makes a completion of several requests")  # fmt: skip
 

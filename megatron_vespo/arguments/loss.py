@@ -49,9 +49,9 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
         "average; a resumed run begins both anew")  # fmt: skip
     add("--old-policy-snapshots", type=int, default=default.old_policy_snapshots, metavar="K",
-        help="policy versions that snapshot keeps in CPU memory; older tokens: error")  # fmt: skip
+        help="policy versions that snapshot keeps in CPU memory")  # fmt: skip
     add("--ewma-decay", type=float, default=default.ewma_decay,
-        help="what a step leaves of older weights' share in the average (ewma)")  # fmt: skip
+        help="share of older weights in ewma's average after a step")  # fmt: skip
     add("--mismatch-truncation", type=float, default=default.mismatch_truncation,
         help="upper bound of that engine ratio")  # fmt: skip
     add("--mismatch-correction", choices=CORRECTIONS, default=default.mismatch_correction,

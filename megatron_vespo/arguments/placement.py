@@ -23,7 +23,7 @@ def add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep weights and optimizer on the GPU during generation",
     )
     add("--max-tokens-per-gpu", type=int, default=8192,
-        help="token budget of a packed micro-batch; context parallelism multiplies it")  # fmt: skip
+        help="tokens of a packed micro-batch per context-parallel rank")  # fmt: skip
     add("--log-prob-chunk-size", type=int, default=1024, metavar="TOKENS",
         help="compute logits for this many tokens at a time")  # fmt: skip
 

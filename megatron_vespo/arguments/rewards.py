@@ -17,15 +17,15 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     add = group.add_argument
     add("--reward-function", metavar="NAME",
-        help="'math', 'code', package.module:function(response, answer, metadata), an endpoint's URL, or "
-        "'environment': the rewards of --environment, with which it is the default; else 'math'")  # fmt: skip
+        help="'math', 'code', package.module:function, an endpoint's URL, or 'environment', the default with "
+        "--environment; else 'math'")  # fmt: skip
     add("--turn-rewards", choices=TURN_REWARDS, default="sum",
-        help="how the rewards that an environment gives in an episode become one")  # fmt: skip
+        help="how the rewards of an episode's turns become one")  # fmt: skip
     add("--reward-workers", type=int, default=1, help="processes that compute rewards")
     add("--reward-memory-gb", type=float, default=4.0, metavar="GiB",
         help="memory limit per process of a worker; inf: no limit")  # fmt: skip
     add("--overlong-buffer", type=int, default=0, metavar="TOKENS",
-        help="reduce the reward over the last TOKENS before the length limit; 0: off")  # fmt: skip
+        help="reduce the reward near the limit, over TOKENS; 0: off")  # fmt: skip
     add(
         "--overlong-penalty",
         type=float,

@@ -24,7 +24,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-sampling", action="store_true",
         help="skip groups with equal rewards and generate further prompts")  # fmt: skip
     add("--dynamic-sampling-max-batches", type=int, default=10,
-        help="generate at most N batches of prompts; skipped groups then fill the batch")  # fmt: skip
+        help="at most N batches of prompts; skipped groups then fill up")  # fmt: skip
 
 
 @dataclass(frozen=True)

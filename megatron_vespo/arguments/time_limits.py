@@ -38,7 +38,7 @@ TIME_LIMITS = (
         "61 GB from a shared disk, kernels that are compiled at the first start, CUDA graphs",
     ),
     TimeLimit(
-        "--worker-start-timeout", 1800.0, "Megatron has started on all ranks and loaded the weights",
+        "--worker-start-timeout", 1800.0, "Megatron has started and loaded the weights",
         "imports, weights or a whole checkpoint from a shared disk",
     ),
     TimeLimit(
@@ -46,7 +46,7 @@ TIME_LIMITS = (
         "the longest response at the engine's slowest, so it depends on --max-completion-tokens",
     ),
     TimeLimit(
-        "--train-timeout", 7200.0, "a rollout batch has come, a call to the trainer has ended",
+        "--train-timeout", 7200.0, "a rollout batch is there, a trainer's call has ended",
         "the longest are a batch's log-probs and, in asynchronous runs, the wait for a batch",
     ),
     TimeLimit(
@@ -54,7 +54,7 @@ TIME_LIMITS = (
         "a bucket or a checksum takes seconds, the first NCCL connection of many nodes a minute or two",
     ),
     TimeLimit(
-        "--weight-check-timeout", 1200.0, "an engine has loaded an export that it is compared with",
+        "--weight-check-timeout", 1200.0, "an engine has loaded an export to compare with",
         "61 GB from a shared disk, with requests paused: see --weight-check-interval",
     ),
     TimeLimit(

@@ -20,15 +20,15 @@ def add_sync_arguments(parser: argparse.ArgumentParser) -> None:
         help="shard to shard, or by broadcast where that is not possible; always by broadcast; through "
         "files, for engines that only HTTP and a file system reach")  # fmt: skip
     add("--weight-sync-folder", type=user_path, metavar="DIR",
-        help="where --weight-sync disk writes: a folder that all trainer ranks and engines see")  # fmt: skip
+        help="folder of --weight-sync disk, which trainer and engines see")  # fmt: skip
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB", help="size of a bucket of weights")
     add(
         "--weight-sync-staging",
         action="store_true",
-        help="send weights while engines generate, into memory beside those in use; engines pause for a copy",
+        help="send weights while engines generate, which pause for a copy only",
     )
     add("--weight-check-interval", type=int, default=50, metavar="SYNCS",
-        help="compare an engine with an export every N syncs; 0: on resumes only")  # fmt: skip
+        help="compare an engine with an export every N syncs; 0: on resumes")  # fmt: skip
 
 
 def check_sync(args: Namespace) -> None:
