@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 from megatron_vespo.rewards.code import CodeReward
-from megatron_vespo.rewards.http import HttpReward
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.system.import_path import import_function
 
@@ -19,7 +18,8 @@ def load_rewards(name: str, code_reward: CodeReward | None = None) -> RewardFunc
 
 def reward_remarks(function: RewardFunction | None) -> list[str]:
     """Return log lines about what may go wrong with the reward function."""
-    problem = function.unreachable() if isinstance(function, HttpReward) else None
+    unreachable = getattr(function, "unreachable", None)  # only an endpoint's function has it
+    problem = unreachable() if unreachable is not None else None
     return [problem] if problem else []
 
 
@@ -39,6 +39,8 @@ def load_reward_function(name: str, code_reward: CodeReward | None = None) -> Re
         code_reward.check()
         return code_reward
     if name.startswith(("http:", "https:")):
+        from megatron_vespo.rewards.http import HttpReward  # aiohttp, which a trainer's rank can do without
+
         return HttpReward(name)
     path = "megatron_vespo.rewards.math:math_reward" if name == "math" else name
     function = import_function(path, "reward function", builtin='"math", "code", "environment", a URL')

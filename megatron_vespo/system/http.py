@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-import requests
-
 BODY_CHARACTERS = 300  # quoted from a refused reply in an error
 
 
@@ -52,6 +50,8 @@ def get_json(url: str, path: str, timeout_s: float, api_key: str | None = None) 
 def _call(
     method: str, url: str, path: str, payload: dict | None, timeout_s: float, api_key: str | None
 ) -> dict:
+    import requests  # not for whoever only reads flags: the trainer's ranks can do without it
+
     try:
         with requests.Session() as session:
             session.trust_env = False  # no proxy, which would see the engine's key
