@@ -21,7 +21,12 @@ from tests.support.recipes import CONFIGS, RECIPES
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
 # script -> (runs, trainer ranks) of each
-SCRIPTS = {"tiny/run.sh": (1, 4), "asynchronous/run.sh": (6, 1)}
+SCRIPTS = {
+    "tiny/run.sh": (1, 4),
+    "asynchronous/run.sh": (6, 1),
+    "calculator/run.sh": (1, 4),
+    "code/run.sh": (1, 4),
+}
 PYTHON_PROGRAMS = {"staleness_study/run.sh"}  # its runs are a table's, see below
 NOTES = '#!/bin/bash\nprintf "%s\\0" "$@" >>"${0%/*}/given"; echo >>"${0%/*}/given"\n'
 
