@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.learner import Learner, LogProbBound
+from megatron_vespo.driver.trained_step import StepObserver, TrainedStep
 from megatron_vespo.driver.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
@@ -49,6 +51,7 @@ class Controller:
     state: RunState = field(default_factory=RunState)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of all rollout batches so far
     record: Callable[[ScoredBatch], None] | None = None  # gets every rollout batch before it is trained on
+    observers: Sequence[StepObserver] = ()
     policy_version: int = 0  # of the engines' weights
     preemption: Preemption = field(default_factory=Preemption)
 
@@ -74,8 +77,16 @@ class Controller:
         """Take the steps of the next rollout batch. Nothing of it is kept while the next one is generated."""
         batch = self.next_batch()
         samples, metrics = self.training_samples(batch.groups), batch.metrics
-        del batch  # the samples have copies of its tokens
-        return metrics | self.learner.update(samples, self.sync_if_due)
+        # for observers alone: the samples have copies of the tokens
+        completions = [one for group in batch.groups for one in group] if self.observers else []
+        del batch
+
+        def after_step(part: slice, result: dict[str, Any]) -> dict[str, float]:
+            for observe in self.observers:
+                observe(TrainedStep(self.state.iteration, completions[part], samples[part], result))
+            return self.sync_if_due()
+
+        return metrics | self.learner.update(samples, after_step)
 
     def next_batch(self) -> ScoredBatch:
         batch = self.source.next_batch(self.state.iteration)
@@ -100,7 +111,7 @@ class Controller:
         return metrics
 
     def sync_if_due(self) -> dict[str, float]:
-        """Called after an optimizer step: syncs every --sync-interval steps and after the last one."""
+        """Syncs every --sync-interval optimizer steps and after the last one."""
         interval = self.settings.rollout.sync_interval or self.settings.rollout.steps_per_rollout
         due = self.state.iteration - self.policy_version >= interval
         return self.sync_weights() if due or self.state.iteration >= self.settings.run.train_iters else {}

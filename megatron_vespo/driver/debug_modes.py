@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_vespo.data.rollout_file import (
     check_record,
     write_record,
 )
+from megatron_vespo.driver.learner import AfterStep
 from megatron_vespo.rollout.batch_source import ScoredBatch
 from megatron_vespo.types import RunState, TrainingSample
 
@@ -28,9 +28,7 @@ class NullLearner:
     def __init__(self, state: RunState, steps_per_rollout: int):
         self._state, self._steps_per_rollout = state, steps_per_rollout
 
-    def update(
-        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
+    def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
         self._state.iteration += self._steps_per_rollout
         return {}
 

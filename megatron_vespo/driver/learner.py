@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from megatron_vespo.types import RunState, TrainingSample
 FLOOR_INTERVAL, FLOOR_RESPONSES, FLOOR_SHARE = 20, 32, 8
 
 
+# Called after every optimizer step with its part of the samples and its StepResult's fields; returns metrics
+AfterStep = Callable[[slice, dict[str, Any]], dict[str, float]]
+
+
 class Learner(Protocol):
     """The training loop's interface: `PolicyLearner` trains, `NullLearner` only counts."""
 
@@ -28,10 +32,8 @@ class Learner(Protocol):
         """The version of the weights that a weight sync sends."""
         ...
 
-    def update(
-        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
-        """Trains on a rollout batch and returns its metrics; `after_step` is called after every step."""
+    def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
+        """Trains on a rollout batch and returns its metrics."""
         ...
 
 
@@ -74,9 +76,7 @@ class PolicyLearner:
     def policy_version(self) -> int:
         return self.state.iteration
 
-    def update(
-        self, samples: list[TrainingSample], after_step: Callable[[], dict[str, float]]
-    ) -> dict[str, float]:
+    def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
         """Take the steps of one rollout batch. A group stays together in one mini-batch.
 
         The values that `after_step` returns are summed into the metrics.
@@ -93,7 +93,7 @@ class PolicyLearner:
                 steps.append(self.trainer.train_step(index))
             steps[-1]["lag"] = mean_lag(mini_batch, self.state.iteration)
             self.state.iteration += 1
-            sums.update(after_step())
+            sums.update(after_step(slice(index * size, (index + 1) * size), steps[-1]))
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
         lengths = np.array([sample.num_trained for sample in samples])
         metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)

@@ -20,7 +20,9 @@ from megatron_vespo.driver.batch_sources import make_batch_source
 from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_recorded
 from megatron_vespo.driver.learner import Learner, LogProbBound, PolicyLearner
+from megatron_vespo.driver.sample_responses import SampleResponses
 from megatron_vespo.driver.services import Services
+from megatron_vespo.driver.trained_step import StepObserver
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.generate_reply import RouteShape
@@ -154,8 +156,16 @@ class TrainerAttempt:
             # alarms compare with earlier batches, also with those before a resume into the same folder
             history=batch_records(read_metrics(settings.run.output_dir / "metrics.jsonl")),
             record=self._recorder(state) if settings.run.save_rollouts else None,
+            observers=self._observers(state),
             preemption=services.preemption,
         )
+
+    def _observers(self, state: RunState) -> list[StepObserver]:
+        settings, tokenizer = self._settings.run, self._services.task.tokenizer
+        if tokenizer is None or self._trainer is None:
+            return []
+        kept = state.iteration or None
+        return [SampleResponses(settings.output_dir, tokenizer, settings.train_iters, kept)]
 
     def _recorder(self, state: RunState) -> Recorder:
         return Recorder(self._settings, state.iteration, self._services.task.tokenizer)
