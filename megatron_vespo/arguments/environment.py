@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 from megatron_vespo.system.settings import Settings
 
+# without an environment, another value would be ignored
+DEFAULTS = {"max_turns": 16, "max_turn_tokens": None, "environment_timeout": 60.0}
+
 
 def add_environment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("multi-turn responses")
     add = group.add_argument
+    group.set_defaults(**DEFAULTS)
     add("--environment", metavar="PATH",
         help="package.module:Class that answers the turns; default: a single turn")  # fmt: skip
-    add("--max-turns", type=int, default=16, metavar="N", help="longest episode, in turns of the policy")
+    add("--max-turns", type=int, metavar="N", help="longest episode, in turns of the policy")
     add("--max-turn-tokens", type=int, metavar="N",
         help="longest turn; default: only --max-completion-tokens, of an episode")  # fmt: skip
-    add("--environment-timeout", type=float, default=60.0, metavar="SECONDS",
+    add("--environment-timeout", type=float, metavar="SECONDS",
         help="until the environment answers, else the episode fails")  # fmt: skip
     add("--generate-function", metavar="PATH",
         help="package.module:function that makes a completion of several requests")  # fmt: skip
@@ -32,7 +36,7 @@ class EnvironmentSettings(Settings):
     generate_function: str | None
 
 
-POSITIVE = ("max_turns", "max_turn_tokens", "environment_timeout")
+POSITIVE = tuple(DEFAULTS)
 
 
 def check_environment_flags(args: Namespace | EnvironmentSettings) -> None:
@@ -42,3 +46,8 @@ def check_environment_flags(args: Namespace | EnvironmentSettings) -> None:
             f"--environment {args.environment} and --generate-function {args.generate_function} both make "
             "responses: leave one out"
         )
+    if args.environment is None:
+        for name, default in DEFAULTS.items():
+            if (value := getattr(args, name)) != default:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {value}: there are no turns without --environment")
