@@ -54,6 +54,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
+    package_data={"megatron_vespo.commands.view": ["page/*", "page/vendor/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES},
     entry_points={"console_scripts": ["megatron-vespo = megatron_vespo.commands.main:main"]},

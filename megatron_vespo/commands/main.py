@@ -24,6 +24,7 @@ commands:
   doctor          check a machine, or by srun all nodes (megatron-vespo doctor --help)
   smoke           every part of a run once, with a small model (megatron-vespo smoke --help)
   submit          a training run as a SLURM job (megatron-vespo submit --help)
+  view            runs on a local web page, also while they go on (megatron-vespo view --help)
   args            the Megatron flags of an HF checkpoint's model (megatron-vespo args --help)
 """
 
@@ -161,6 +162,12 @@ def _submit(argv: list[str]) -> int:
     return submit(argv)
 
 
+def _view(argv: list[str]) -> int:
+    from megatron_vespo.commands.view.command import main as view
+
+    return view(argv)
+
+
 def _args(argv: list[str]) -> int:
     from megatron_vespo.commands.args import main as args
 
@@ -178,6 +185,7 @@ COMMANDS = {
     "doctor": _doctor,
     "smoke": _smoke,
     "submit": _submit,
+    "view": _view,
     "args": _args,
 }
 

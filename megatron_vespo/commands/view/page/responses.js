@@ -1,0 +1,5 @@
+export async function mount(element, context) {
+  element.append("nothing here yet");
+}
+
+export function unmount() {}
