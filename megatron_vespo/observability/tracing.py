@@ -137,15 +137,7 @@ class Trace:
         with self._lock:
             phases = {name: _pairs(times) for name, times in self._phases.items()}
             busy = {kind: [_pairs(t) for t in rows.values()] for kind, rows in self._busy.items()}
-        causes = {TRAINER: TRAINER_CAUSES, ENGINES: ENGINE_CAUSES}
-        result = {}
-        for kind, rows in busy.items():
-            if rows:
-                known = {cause: _joined(phases, names) for cause, names in causes[kind].items()}
-                if kind == ENGINES:  # while one engine works, the others wait only for it
-                    known = {SLOWER_ENGINES: np.concatenate(rows)} | known
-                result[kind] = idle_shares(rows, known, start, end)
-        return result
+        return idle_by_cause(phases, busy, start, end)
 
     def _write(self, kind: str, row: str, spans: list[Span], **details: int) -> None:
         if self._file.closed:  # a thread of the driver may outlive the run for a moment
@@ -160,6 +152,24 @@ class Trace:
             events.append(event | times | ({"args": details} if details else {}))
         self._file.write("".join(",\n" + json.dumps(event) for event in events))
         self._file.flush()
+
+
+def idle_by_cause(
+    phases: dict[str, np.ndarray], busy: dict[str, list[np.ndarray]], start: int, end: int
+) -> dict[str, dict[str, float]]:
+    """As Trace.idle, from intervals, int64 [n, 2] each.
+
+    `phases` are those of the driver by name, `busy` the work of each row of "trainer" and "engines".
+    """
+    causes = {TRAINER: TRAINER_CAUSES, ENGINES: ENGINE_CAUSES}
+    result = {}
+    for kind, rows in busy.items():
+        if rows:
+            known = {cause: _joined(phases, names) for cause, names in causes[kind].items()}
+            if kind == ENGINES:  # while one engine works, the others wait only for it
+                known = {SLOWER_ENGINES: np.concatenate(rows)} | known
+            result[kind] = idle_shares(rows, known, start, end)
+    return result
 
 
 def idle_shares(

@@ -23,6 +23,22 @@ class Run:
     def gone(self) -> bool:
         return not self.path.is_dir()
 
+    @property
+    def modified(self) -> float | None:
+        """When metrics were last written, Unix seconds; None if there are none yet."""
+        try:
+            return (self.path / METRICS).stat().st_mtime
+        except OSError:
+            return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the summary is that of these metrics: a run that goes on after its end has an old one."""
+        try:
+            return (self.path / SUMMARY).stat().st_mtime >= (self.modified or 0.0)
+        except OSError:
+            return False
+
     def records(self) -> list[Path]:
         """run-001.json, run-002.json ...: one for each start."""
         found = [path for path in self.path.glob("run-*.json") if _RECORD.fullmatch(path.name)]

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from megatron_vespo.commands.view import compare_api, metrics_api
 from megatron_vespo.commands.view.replies import error_reply, json_reply
-from megatron_vespo.commands.view.runs import METRICS, RESPONSES, SUMMARY, Run, Runs
+from megatron_vespo.commands.view.runs import RESPONSES, Run, Runs
 
 PAGE = Path(__file__).parent / "page"
 APIS = (metrics_api, compare_api)  # modules with `routes(runs) -> list[web.RouteDef]`
@@ -55,21 +55,13 @@ def make_app(runs: Runs, token: str, host: str = "127.0.0.1") -> web.Application
 
 
 def describe(run: Run) -> dict:
-    """What the page says about a run; "modified" is the age of its metrics, in Unix seconds."""
-    metrics = run.path / METRICS
-    try:
-        modified = metrics.stat().st_mtime
-        summary = run.path / SUMMARY
-        # a run that goes on after its end has the summary of then
-        finished = summary.is_file() and summary.stat().st_mtime >= modified
-    except OSError:
-        modified, finished = None, False
+    """What the page says about a run."""
     return {
         "id": run.id,
         "path": str(run.path),
         "gone": run.gone,
-        "finished": finished,
-        "modified": modified,
+        "finished": run.finished,
+        "modified": run.modified,
         "starts": len(run.records()),
         "has_responses": (run.path / RESPONSES).is_dir(),
     }
