@@ -26,7 +26,8 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy-loss", choices=METHODS, default=default.policy_loss, help="see docs/guides/losses.md")
     add("--loss-aggregation", choices=AGGREGATIONS, help="default: " + _default_aggregations())
     add("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="ratios are clipped to 1 - LOW .. 1 + HIGH; default: " + _defaults_of("clip_range"))  # fmt: skip
+        help="ratios are clipped to 1 - LOW .. 1 + HIGH; dppo: largest divergence where A < 0, A > 0; "
+        "default: " + _defaults_of("clip_range"))  # fmt: skip
     add("--dual-clip", type=float, metavar="C",
         help="where A < 0, ratios above C get no gradient, 3 in verl; default: none")  # fmt: skip
     add("--sapo-tau", type=float, nargs=2, metavar=("POSITIVE", "NEGATIVE"),
@@ -80,9 +81,12 @@ def _default_aggregations() -> str:
 
 
 def _defaults_of(option: str, table: Mapping[str, Any] = METHODS) -> str:
-    """The default of an option for each entry of `table`, as text."""
-    values = {name: getattr(entry, option) for name, entry in table.items()}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value)
+    """The default of an option for each entry of `table`, as text; equal ones stand together."""
+    names: dict[str, list[str]] = {}
+    for name, entry in table.items():
+        if value := getattr(entry, option):
+            names.setdefault(_plain(value), []).append(name)
+    return "; ".join(f"{', '.join(of_value)} {value}" for value, of_value in names.items())
 
 
 def _plain(value: float | tuple[float, float]) -> str:

@@ -46,7 +46,7 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
     """Of transformers, token by token; a third of the samples has given tokens."""
     assert any(sample.num_trained < sample.completion_length for sample in task.samples)
     worst = np.zeros(2)
-    assert len(naive_steps) == 16 + 3
+    assert len(naive_steps) == 18 + 3
     for result in result_of(layout):
         np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
         for case in set(result) & set(naive_steps) - {"log_w"}:
@@ -79,10 +79,11 @@ def test_losses_do_not_depend_on_the_layout(one_rank, result_of, layout):
 
 
 def test_what_losses_have_chosen_is_known(one_rank):
-    """TARGETS of the program are such that c_high is raised once and M2PO masks a part of the tokens."""
+    """The program's targets raise c_high once, and make M2PO and DPPO mask a part of the tokens."""
     chosen = {case.split()[0]: values for case, values in one_rank.items() if case.endswith("chosen")}
     np.testing.assert_allclose(chosen.pop("bapo")[1:], [0.6, 1.25])
     assert 0.0 < chosen["m2po"][0] < 0.5 and 0.0 < chosen["grpo"][0] < 0.5
+    assert 0.0 < chosen["dppo-tv"][0] < 0.5 and 0.0 < chosen["dppo-kl"][0] < 0.5
     assert chosen["reinforce"][0] == 0.0
     assert not any(values[1:].any() for values in chosen.values())
 
@@ -95,4 +96,4 @@ def test_the_losses_differ(one_rank):
         if not case.endswith(("weight", "chosen", "log_w"))
     }
     ordered = sorted(norms.values())
-    assert len(norms) == 16 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
+    assert len(norms) == 18 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

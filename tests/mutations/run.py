@@ -356,6 +356,20 @@ MUTATIONS = [
         ("tests/unit/algorithms/test_losses.py", "m2po"),
     ),
     Mutation(
+        "divergences: DPPO masks tokens that return to the old policy",
+        "algorithms/losses/dppo.py",
+        "(log_ratio_T < 0) & (",
+        "(log_ratio_T != 0) & (",
+        ("tests/unit/algorithms/test_losses.py", "dppo"),
+    ),
+    Mutation(
+        "divergences: DPPO's KL is that of pi against mu",
+        "algorithms/losses/dppo.py",
+        "return log_pi_T - inputs.log_ratio_T, log_pi_T",
+        "return log_pi_T, log_pi_T - inputs.log_ratio_T",
+        ("tests/unit/algorithms/test_losses.py", "dppo"),
+    ),
+    Mutation(
         "adaptive losses: the pass they adapt by routes freely",
         "trainer/policy.py",
         "batch = self._run(mini_batch.micro_batches, measure, True, routing)",

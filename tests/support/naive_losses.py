@@ -62,6 +62,30 @@ def cispo(pi, old, a):
     return [-min(r.item(), 1.28) * a * p for p, r in zip(pi, ratios(pi, old), strict=True)]
 
 
+def bernoulli_kl(p, q) -> float:
+    """KL between coins that show the sampled token with probability p and q."""
+    p, q = min(p, 1 - 1e-6), min(q, 1 - 1e-6)
+    heads = p * (math.log(p) - math.log(q)) if p > 0 else 0.0
+    return heads + (1 - p) * (math.log(1 - p) - math.log(1 - q))
+
+
+def dppo(divergence, thresholds):
+    low, high = thresholds
+
+    def terms(pi, old, a, thresholds=None):
+        below, above = thresholds or (low, high)
+        values = []
+        for p, o in zip(pi, old, strict=True):
+            now, before = math.exp(p.item()), min(math.exp(min(o, 0.0)), 1.0)
+            ratio = math.exp(min(p.item() - o, CAP))
+            leaves = ratio > 1 if a > 0 else ratio < 1
+            masked = leaves and divergence(before, now) > (above if a > 0 else below)
+            values.append(-(0.0 if masked else min(ratio, 20.0)) * a * p)
+        return values
+
+    return terms
+
+
 KERNEL_POWERS = {"vespo": lambda n: 1.0, "vespo-mean": lambda n: 1 / n, "vespo-sqrt": lambda n: n**-0.5}
 PAPERS = {
     "grpo": lambda pi, old, a, dual_clip=None: ppo(ratios(pi, old), a, 0.2, 0.28, dual_clip),
@@ -69,6 +93,8 @@ PAPERS = {
     "gspo": gspo,
     "sapo": sapo,
     "cispo": cispo,
+    "dppo-tv": dppo(lambda mu, pi: abs(mu - pi), (0.15, 0.15)),
+    "dppo-kl": dppo(bernoulli_kl, (0.05, 0.05)),
     "topr": lambda pi, old, a: score(pi, a, 1.0 if a > 0 else min(whole(pi, old), 1.0)),
     "sequence-is": lambda pi, old, a: score(pi, a, min(whole(pi, old), math.exp(CAP))),
     "reinforce": lambda pi, old, a: score(pi, a, 1.0),

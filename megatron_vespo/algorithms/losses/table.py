@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_vespo.algorithms.losses import bapo, clipped, m2po, weighted
+from megatron_vespo.algorithms.losses import bapo, clipped, dppo, m2po, weighted
 from megatron_vespo.algorithms.losses.aggregation import Aggregation
 from megatron_vespo.algorithms.losses.inputs import LossInputs, Reduce, TokenLoss
 from megatron_vespo.algorithms.vespo import GammaKernel
@@ -53,6 +53,7 @@ class Method:
     loss: Callable[..., TokenLoss]
     aggregation: Aggregation = "token-mean"
     clip_range: tuple[float, float] | None = None  # (low, high) of 1 - low, 1 + high
+    clip_options: tuple[str, str] = ("low", "high")  # the function's names for them; DPPO's are divergences
     tau: tuple[float, float] | None = None  # where A > 0, elsewhere
     adapt: Callable[..., dict[str, Any]] | None = None
     target: float | None = None  # what `adapt` aims at
@@ -73,7 +74,7 @@ class Method:
         if self.uses_kernel:
             options["kernel"] = kernel
         if self.clip_range is not None:
-            options["low"], options["high"] = clip_range or self.clip_range
+            options |= zip(self.clip_options, clip_range or self.clip_range, strict=True)
         if self.tau is not None:
             options["tau_positive"], options["tau_negative"] = tau or self.tau
         if self.target is not None:
@@ -84,6 +85,7 @@ class Method:
 
 
 MEAN_OF_MEANS: Aggregation = "sequence-mean-token-mean"
+DIVERGENCES = ("delta_low", "delta_high")
 
 # lower bounds of 1 are none: a ratio is never below 0
 METHODS: dict[str, Method] = {
@@ -99,6 +101,8 @@ METHODS: dict[str, Method] = {
     "cispo": Method(weighted.cispo, clip_range=(1.0, 0.28), token_ratio=True),
     "bapo": Method(clipped.grpo, adapt=bapo.bounds, target=0.4, dual_clip=True, token_ratio=True),
     "m2po": Method(m2po.m2po, adapt=m2po.smallest_masked, target=0.04, token_ratio=True),
+    "dppo-tv": Method(dppo.dppo_tv, clip_range=(0.15, 0.15), clip_options=DIVERGENCES, token_ratio=True),
+    "dppo-kl": Method(dppo.dppo_kl, clip_range=(0.05, 0.05), clip_options=DIVERGENCES, token_ratio=True),
     "topr": Method(weighted.topr, aggregation=MEAN_OF_MEANS),
     "sequence-is": Method(weighted.sequence_importance_sampling),
     "reinforce": Method(weighted.reinforce),

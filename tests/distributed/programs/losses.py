@@ -14,6 +14,8 @@ TOKEN_NOISE = 0.1  # of pi against pi_old: some tokens are clipped, some respons
 # of the losses that adapt; parts of the step would choose otherwise than the whole of it: of 24 samples the
 # positive share is 0.1519, and 0.1522 with c_high raised once; M2PO masks a part of the tokens
 TARGETS = {"bapo": 0.152, "m2po": 0.005}
+# DPPO's thresholds: the model knows nothing, its probabilities are small, and so are divergences
+CLIP_RANGES = {"dppo-tv": (5e-4, 1e-3), "dppo-kl": (2e-5, 4e-5)}
 
 
 def cases() -> list[tuple[str, str]]:
@@ -38,9 +40,14 @@ def main() -> None:
         sample.old_log_probs = (log_probs[i] + noise[i]).astype(np.float32)
     results = {}
     for name, aggregation in cases():
-        target = TARGETS.get(name)
         policy.use_loss(
-            replace(policy.settings, policy_loss=name, loss_aggregation=aggregation, loss_target=target)
+            replace(
+                policy.settings,
+                policy_loss=name,
+                loss_aggregation=aggregation,
+                loss_target=TARGETS.get(name),
+                clip_range=CLIP_RANGES.get(name),
+            )
         )
         step = policy.train_step(policy.pack(samples))
         results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])

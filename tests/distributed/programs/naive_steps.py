@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FLAGS, hand_back, read_samples
-from losses import TARGETS, cases, old_noise
+from losses import CLIP_RANGES, TARGETS, cases, old_noise
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -76,12 +76,11 @@ class Reference:
         ]
         advantages = [sample.advantage for sample in self.samples]
         responses = list(zip(self.pi, old, advantages, strict=True))
-        steps = {
-            f"{name} {aggregation}": self.of(
-                naive_terms(name, responses, KERNEL, TARGETS.get(name)), aggregation
-            )
-            for name, aggregation in cases()
-        }
+        steps = {}
+        for name, aggregation in cases():
+            thresholds = {"thresholds": CLIP_RANGES[name]} if name in CLIP_RANGES else {}
+            terms = naive_terms(name, responses, KERNEL, TARGETS.get(name), **thresholds)
+            steps[f"{name} {aggregation}"] = self.of(terms, aggregation)
         return steps | {"log_w": np.array([-values.sum() for values in noise])}
 
     def first_step(self) -> dict[str, np.ndarray]:

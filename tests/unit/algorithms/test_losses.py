@@ -57,11 +57,21 @@ def loss_and_gradient(inputs: LossInputs, method: str, aggregation=None, **optio
 
 
 def check_against_paper(
-    inputs: LossInputs, method: str, aggregation=None, kernel=KERNEL, target=None, tolerance=1e-6, **capped
+    inputs: LossInputs,
+    method: str,
+    aggregation=None,
+    kernel=KERNEL,
+    target=None,
+    tolerance=1e-6,
+    clip_range=None,
+    **capped,
 ):
+    """`clip_range` is only for losses whose naive formula takes it."""
     aggregation = aggregation or METHODS[method].aggregation
-    loss, gradient_T = loss_and_gradient(inputs, method, aggregation, kernel=kernel, target=target, **capped)
-    expected, expected_T, size = naive(inputs, method, aggregation, kernel, target, **capped)
+    options = {"kernel": kernel, "target": target, "clip_range": clip_range} | capped
+    loss, gradient_T = loss_and_gradient(inputs, method, aggregation, **options)
+    naive_options = capped if clip_range is None else capped | {"thresholds": clip_range}
+    expected, expected_T, size = naive(inputs, method, aggregation, kernel, target, **naive_options)
     # relative to what is summed: terms of both signs cancel, and log W and phi are float32
     assert loss == pytest.approx(expected, rel=0, abs=max(tolerance * size, TINY))
     allowed = max(tolerance * expected_T.abs().max().item(), SATURATED.get(method, TINY))
@@ -353,6 +363,45 @@ def test_m2po_masks_the_largest_until_their_mean_is_small(target, dtype):
 def test_m2po_keeps_all_where_there_is_nothing_to_mask():
     for options in ({"spread": 1e-3}, {"log_ratio": 0.0}, {"advantages": [0.0] * 6}):
         assert token_loss(batch(**options), "m2po").weight_T.all()
+
+
+@pytest.mark.parametrize("method", ["dppo-tv", "dppo-kl"])
+@pytest.mark.parametrize("seed", range(5))
+@both_dtypes
+def test_dppo_masks_tokens_that_leave_the_trust_region(method, seed, dtype):
+    inputs = batch(seed=seed, spread=0.8, dtype=dtype)
+    thresholds = (0.02, 0.1)
+    check_against_paper(inputs, method, clip_range=thresholds)
+    weight_T, trained_T = token_loss(inputs, method, clip_range=thresholds).weight_T, inputs.loss_mask_T > 0
+    leaves_T = inputs.per_token(inputs.advantages_S) * inputs.log_ratio_T > 0
+    masked_T = (weight_T == 0) & trained_T
+    # A = 0 has no direction: the rule for A < 0 is as good as the other
+    assert not (masked_T & ~leaves_T & (inputs.per_token(inputs.advantages_S) != 0)).any()
+    assert masked_T.any() and (leaves_T & trained_T & ~masked_T).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "mu", "pi", "advantage", "weight"),
+    [
+        ("dppo-tv", 0.5, 0.66, 1.0, 0.0),  # r is 1.32, TV 0.16
+        ("dppo-tv", 0.5, 0.64, 1.0, 1.28),
+        ("dppo-tv", 0.5, 0.66, -1.0, 1.32),  # the update brings pi back to mu
+        ("dppo-tv", 0.5, 0.34, -1.0, 0.0),
+        ("dppo-tv", 0.5, 0.34, 1.0, 0.68),
+        ("dppo-tv", 0.001, 0.01, 1.0, 10.0),  # PPO would clip it
+        ("dppo-tv", 0.001, 0.1, 1.0, 20.0),  # r is 100
+        ("dppo-tv", 0.95, 0.75, -1.0, 0.0),  # PPO would allow it, at 0.79
+        ("dppo-kl", 0.5, 0.66, 1.0, 0.0),  # KL(mu || pi) is 0.054, KL(pi || mu) 0.052
+        ("dppo-kl", 0.5, 0.65, 1.0, 1.3),
+        ("dppo-kl", 0.95, 0.85, -1.0, 0.0),  # 0.0507, the other way round 0.0707
+        ("dppo-kl", 0.6, 0.76, 1.0, 0.0),  # 0.0625
+        ("dppo-kl", 0.02, 0.0001, -1.0, 0.0),  # 0.086, the other way round 0.019
+    ],
+)
+def test_dppo_by_hand(method, mu, pi, advantage, weight):
+    inputs = batch([1], [advantage], log_ratio=math.log(pi / mu))
+    inputs.log_probs_T.data.fill_(math.log(pi))
+    assert token_loss(inputs, method).weight_T[2].item() == pytest.approx(weight, rel=1e-6)
 
 
 def test_a_loss_that_adapts_must_have_been_adapted():
