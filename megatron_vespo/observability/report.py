@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vespo.observability.mean_rewards import are_shares, mean_reward
 from megatron_vespo.observability.metrics import batch_records, dump_json
 from megatron_vespo.observability.progress import PHASE_COLUMNS
 from megatron_vespo.system.disk import write_atomically
@@ -55,7 +56,8 @@ def _line(axes: Axes, metrics: list[dict], name: str, label: str | None, color: 
 
 
 def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("Accuracy")
+    rewards = [value for name in ("reward/mean", "eval/accuracy") for value in _series(metrics, name)[1]]
+    axes.set_title("Accuracy" if are_shares(rewards) else "Mean reward")
     _line(axes, metrics, "reward/mean", "training reward", ORANGE, linewidth=1.2)
     _line(axes, metrics, "eval/accuracy", "held-out accuracy", BLUE, marker="o", markersize=5)
     steps, values = _series(metrics, "eval/accuracy")
@@ -63,10 +65,11 @@ def _plot_accuracy(axes: Axes, metrics: list[dict]) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for index, offset, side in ((0, (2, -15), "left"), (-1, (2, -17), "right")) if len(steps) > 1 else ():
         axes.annotate(
-            f"{values[index]:.0%}", (steps[index], values[index]), offset, textcoords="offset points",
-            ha=side, color=BLUE, weight="bold", bbox=box,
+            mean_reward(values[index], rewards, 0), (steps[index], values[index]), offset,
+            textcoords="offset points", ha=side, color=BLUE, weight="bold", bbox=box,
         )  # fmt: skip
-    axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.05, axes.get_ylim()[1]))
+    if are_shares(rewards):
+        axes.set_ylim(0.0, 1.05)
 
 
 def _plot_length(axes: Axes, metrics: list[dict]) -> None:
@@ -224,24 +227,25 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _accuracy(share: float, interval: list[float], num_prompts: int) -> str:
-    low, high = interval
-    return f"{share:6.1%}   95% interval {low:.1%} to {high:.1%} ({num_prompts} prompts)"
+def _accuracy(when: str, summary: dict) -> str:
+    both = [summary.get(f"eval_accuracy_{time}", 0.0) for time in ("before", "after")]
+    numbers = [summary[f"eval_accuracy_{when}"], *summary[f"eval_interval_{when}"]]
+    mean, low, high = (mean_reward(number, both + numbers) for number in numbers)
+    return f"{mean:>6}   95% interval {low} to {high} ({summary['eval_prompts']} prompts)"
 
 
 def format_summary(summary: dict) -> str:
     """One screen of aligned text about a run; keys missing in `summary` are skipped.
 
-    Known keys: eval_accuracy_before, eval_accuracy_after (shares), with these eval_interval_before,
+    Known keys: eval_accuracy_before, eval_accuracy_after (mean rewards), with these eval_interval_before,
     eval_interval_after (their bounds) and eval_prompts; steps, train_seconds, setup_seconds,
     max_logprob_difference, exported_max_logprob_difference, layout (name -> size), idle (who -> cause ->
     share) and paths (label -> path).
     """
     lines: list[tuple[str, str]] = []
     for when in ("before", "after"):
-        if (share := summary.get(f"eval_accuracy_{when}")) is not None:
-            interval = summary[f"eval_interval_{when}"]
-            lines.append((f"held-out accuracy {when}", _accuracy(share, interval, summary["eval_prompts"])))
+        if summary.get(f"eval_accuracy_{when}") is not None:
+            lines.append((f"held-out accuracy {when}", _accuracy(when, summary)))
     if (steps := summary.get("steps")) is not None:
         lines.append(("steps", str(steps)))
     if (seconds := summary.get("train_seconds")) is not None:

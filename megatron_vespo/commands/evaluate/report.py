@@ -14,6 +14,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 
 from megatron_vespo.algorithms.accuracy import mean_interval, passes_at_k, repeat_error, shown_ks
+from megatron_vespo.observability.mean_rewards import mean_reward
 from megatron_vespo.observability.progress import clock
 
 PLAIN_INTERVAL_S = 30.0  # seconds between lines of progress if the output is no terminal
@@ -66,14 +67,15 @@ def format_table(sets: dict[str, dict[str, Any]]) -> str:
     heading = ["set", "prompts", f"avg@{num_completions}", "95% interval", *(f"pass@{k}" for k in ks)]
     heading += ["tokens", "truncated", "errors", "time-outs"]
     rows = [heading]
+    averages = [value for found in sets.values() for value in (found["avg"], *found["avg_interval"])]
     for name, found in sets.items():
         low, high = found["avg_interval"]
         rows.append(
             [
                 name,
                 str(found["prompts"]),
-                _share(found["avg"]),
-                f"{_share(low)} to {_share(high)}",
+                mean_reward(found["avg"], averages),
+                f"{mean_reward(low, averages)} to {mean_reward(high, averages)}",
                 *(_share(found["pass"][str(k)]) for k in ks),
                 f"{found['length_mean']:,.0f}",
                 _share(found["truncated_share"]),

@@ -367,6 +367,15 @@ def test_panels_plot_the_values(tmp_path):
     assert bars == [(0.0, 2.0), (2.0, 3.0), (5.0, 1.0)]  # each stands on those before
 
 
+def test_the_picture_shows_mean_rewards_that_are_no_shares():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    PANELS[0][0](axes, [{"step": step, "eval/accuracy": value} for step, value in ((0, -3.0), (4, 5.0))])
+    assert [text.get_text() for text in axes.texts] == ["-3.00", "5.00"]
+    assert axes.get_title() == "Mean reward" and axes.get_ylim()[0] < -3.0 and axes.get_ylim()[1] > 5.0
+
+
 def test_alarms_are_marked_where_they_come_on(tmp_path):
     from matplotlib.figure import Figure
 
@@ -419,6 +428,15 @@ def test_format_summary():
         "max log-prob difference   3.1e-06 (engine and trainer)",
         "metrics                   runs/tiny/metrics.jsonl",
         "TensorBoard               runs/tiny/tensorboard",
+    ]
+
+
+def test_a_mean_reward_that_is_no_share_is_a_number():
+    rewards = {"eval_accuracy_before": -0.5, "eval_interval_before": [-0.61, -0.39]}
+    lines = format_summary(SUMMARY | rewards).splitlines()
+    assert lines[:2] == [
+        "held-out accuracy before  -0.500   95% interval -0.610 to -0.390 (200 prompts)",
+        "held-out accuracy after    0.950   95% interval 0.910 to 0.973 (200 prompts)",
     ]
 
 
