@@ -27,9 +27,10 @@ def parse(page: str) -> dict[str, str]:
             continue
         names, meaning = re.findall(r"`([^`]+)`", cells[0]), _plain(cells[1])
         if "the same" in meaning:
-            meaning += f" (the line before it: {before})"
+            meaning += f" (as for {before})"
+        else:
+            before = f"{', '.join(names)}: {meaning}"
         found |= dict.fromkeys(names, meaning)
-        before = f"{', '.join(names)}: {meaning}"
     return found
 
 

@@ -2,8 +2,8 @@
 
 GET /api/runs/{id}/curves?name=A&name=B&generation=G&from=I
     the records from index I on, if the file is still that of generation G, else all:
-    {"generation", "from", "records": how many there are in all, "started", "bad_lines", "names": of all metrics,
-     "step", "time", "tokens": lists, one value for each record from "from" on,
+    {"generation", "from", "records": how many there are in all, "started", "bad_lines",
+     "names": of all metrics, "step", "time", "tokens": lists, one value for each record from "from" on,
      "series": {name: {"at": indices of records, "value": [..]}}, "events": all, see MetricsLog.events}
 GET /api/runs/{id}/idle
     {"source": "summary.json", "trace.json" or null, "idle": see Trace.idle, "parts": the same over time}

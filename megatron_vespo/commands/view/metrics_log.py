@@ -132,7 +132,8 @@ class MetricsLog:
             index = next((i for i, time in enumerate(self.time) if time >= started), len(self))
             step, tokens = (self.step[index - 1], self.tokens[index - 1]) if index else (0, 0.0)
             name = f"start {number}"
-            if source := record.get("resumed_from") or record.get("went_back_to"):
+            source = record.get("resumed_from") or record.get("went_back_to")
+            if source:
                 verb = "went back to" if record.get("went_back_to") else "resumed from"
                 name += f": {verb} {Path(str(source)).name}"
             yield {"kind": "restart", "name": name, "step": step, "time": started, "tokens": tokens}
@@ -149,6 +150,10 @@ class MetricsLog:
             if started is not None and (first is None or started <= first):
                 return started
         return first
+
+
+def _float(value: Any) -> float:
+    return NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
 def start_records(run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
