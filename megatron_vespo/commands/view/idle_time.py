@@ -37,7 +37,7 @@ class IdleTime:
         self._end = 0
 
     def read(self) -> dict[str, Any]:
-        """{"source", "idle", "parts"}, see metrics_api; a part has "start" and "end", in seconds, and "idle"."""
+        """See metrics_api; a part has "start" and "end", in seconds, and "idle"."""
         with self._lock:
             parts = self._from_trace()
         summary = self._from_summary()

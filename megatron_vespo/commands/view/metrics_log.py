@@ -78,9 +78,7 @@ class MetricsLog:
     def _add(self, record: dict[str, Any]) -> None:
         step, time = int(record["step"]), float(record["time"])
         values = {
-            name.replace("heldout/", "eval/"): float(
-                NON_FINITE.get(value, value)
-            )  # version 0.1 wrote heldout/
+            name.replace("heldout/", "eval/"): _float(value)  # so called by version 0.1
             for name, value in record.items()
             if name not in ("step", "time")
         }
