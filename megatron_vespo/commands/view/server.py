@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from megatron_vespo.commands.view import compare_api, metrics_api
+from megatron_vespo.commands.view import compare_api, metrics_api, responses_api
 from megatron_vespo.commands.view.replies import error_reply, json_reply
 from megatron_vespo.commands.view.runs import RESPONSES, Run, Runs
 
 PAGE = Path(__file__).parent / "page"
-APIS = (metrics_api, compare_api)  # modules with `routes(runs) -> list[web.RouteDef]`
+APIS = (metrics_api, responses_api, compare_api)  # modules with `routes(runs) -> list[web.RouteDef]`
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     # uPlot sets styles of its elements by script, which style-src does not concern
