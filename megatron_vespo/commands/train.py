@@ -14,6 +14,7 @@ from megatron_vespo.driver.debug_modes import check_modes
 from megatron_vespo.driver.finished import Wanted, why_finished
 from megatron_vespo.driver.resume import find_checkpoint
 from megatron_vespo.driver.run import Run
+from megatron_vespo.driver.run_end import end_early, record_end
 from megatron_vespo.driver.run_record import RunRecord, describe_run
 from megatron_vespo.driver.services import Services, load_task
 from megatron_vespo.driver.summary import plot, summarize
@@ -48,25 +49,31 @@ def main(argv: list[str]) -> None:
     origin = {"resumed_from": str(found.folder), "went_back_to": settings.save.ckpt_step} if found else {}
     record = RunRecord(settings.run.output_dir, describe_run(vars(settings.megatron), full_parser()) | origin)
 
-    with ExitStack() as stack:
-        trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
-        title = f"VESPO: {settings.engines.hf_checkpoint}"
-        display = stack.enter_context(RunDisplay(title, settings.run.train_iters, on_phase=trace.phase))
-        for remark in task.remarks:
-            display.message(remark)
-        for change in found.changes if found else ():
-            display.message(change)
-        services = Services(settings, task, display, trace, preemption, stack)
-        record.add(nodes=nodes_of_the_cluster())
-        run = Run(settings, services, settings.run.setup_seconds - started)
-        try:
-            state = run.train()
-        except StoppedByAlarm:
-            plot(settings)  # shows what led to the alarm
-            raise
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            # not the user's mistake: the paths were valid when the run started, and may be valid again
-            raise RuntimeError(f"the run broke: {error}") from error
+    run = None
+    try:
+        with ExitStack() as stack:
+            trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
+            title = f"VESPO: {settings.engines.hf_checkpoint}"
+            display = stack.enter_context(RunDisplay(title, settings.run.train_iters, on_phase=trace.phase))
+            for remark in task.remarks:
+                display.message(remark)
+            for change in found.changes if found else ():
+                display.message(change)
+            services = Services(settings, task, display, trace, preemption, stack)
+            record.add(nodes=nodes_of_the_cluster())
+            run = Run(settings, services, settings.run.setup_seconds - started)
+            try:
+                state = run.train()
+            except StoppedByAlarm:
+                plot(settings)  # shows what led to the alarm
+                raise
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                # not the user's mistake: the paths were valid when the run started, and may be valid again
+                raise RuntimeError(f"the run broke: {error}") from error
+    except BaseException as error:
+        end_early(settings.run.output_dir, record, run, error)
+        raise
+    record_end(record, run, None)
     print(summarize(settings, state, len(task.eval_prompts), run.setup_seconds, run.idle))

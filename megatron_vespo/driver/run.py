@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_vespo.arguments.resume import how_to_go_on, resumed_folder
@@ -26,7 +27,19 @@ class Run:
         self._settings, self._services = settings, services
         self.setup_seconds = setup_seconds
         self.idle: dict[str, dict] = {}
+        self.restarts: list[str] = []  # of the trainer: when, and the log's line
         self._training_since: int | None = None  # nanoseconds since 1970
+
+    @property
+    def has_started(self) -> bool:
+        """Whether training has begun, and with it the files of this run."""
+        return self._training_since is not None
+
+    def idle_so_far(self) -> dict[str, dict]:
+        """The shares of `Trace.idle` from the start of training until its end, or until now."""
+        if self.idle or self._training_since is None:
+            return self.idle
+        return self._services.trace.idle(self._training_since, time.time_ns())
 
     def train(self) -> RunState:
         restarts, settings, number = Restarts(self._settings), self._settings, 0
@@ -43,6 +56,7 @@ class Run:
                     raise
                 settings, message = restarts.next(error)
                 self._services.display.message(message)
+                self.restarts.append(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}")
             attempt.wait_until_gone()
             number += 1
 

@@ -1,6 +1,7 @@
 """Records what was run as run-001.json in the output folder; a resume writes run-002.json, and so on.
 
 started     UTC
+folder      the working directory, from which the command's relative paths start
 command     as it was typed; keys and passwords are left out, here and below
 recipes     the flags in every file of --recipe
 resumed_from, went_back_to   the checkpoint, if any
@@ -11,6 +12,8 @@ packages    every installed package with its version; `patches` says whether thi
 machine     where the command was started; `nodes` are those of the Ray cluster
 environment the exported variables of process_environment.TABLE, and what trainer ranks and engines get
 arguments   all arguments, also derived ones
+outcome     at the end: how (finished, alarm, preempted, interrupted or failed), message, ended (UTC)
+idle, trainer_restarts   at the end: what trainer and engines waited for; when and why the trainer restarted
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ def describe_run(args: Mapping[str, Any], parser: argparse.ArgumentParser) -> di
     saver = args.get("colocate", False) and runs_on_gpus(args["distributed_backend"])
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": os.getcwd(),
         "command": shlex.join(without_secrets(sys.argv)),
         "recipes": _recipes(sys.argv),
         "changed": {

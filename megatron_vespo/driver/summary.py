@@ -1,4 +1,4 @@
-"""Writes summary.json, the plots and the printed summary at the end of a run."""
+"""Writes summary.json, the plots, the report and the printed summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.driver.run_end import leave_report
+from megatron_vespo.observability.html_report import REPORT_NAME
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
 from megatron_vespo.types import RunState
@@ -22,11 +24,12 @@ def plot(settings: TrainSettings) -> Path:
 def summarize(
     settings: TrainSettings, state: RunState, num_eval: int, setup_seconds: float, idle: dict[str, dict]
 ) -> str:
-    """Writes summary.json and curves.png of a finished run; returns the summary as text.
+    """Writes summary.json, curves.png and report.html of a finished run; returns the summary as text.
 
     `idle` holds the shares of time in which trainer and engines had no work, see `Trace.idle`.
     """
     paths = {
+        "report": settings.run.output_dir / REPORT_NAME,
         "metrics": settings.run.output_dir / "metrics.jsonl",
         "TensorBoard": settings.run.output_dir / "tensorboard",
         "picture": plot(settings),
@@ -52,6 +55,7 @@ def summarize(
         "paths": {label: str(path) for label, path in paths.items()},
     }
     write_summary(settings.run.output_dir / "summary.json", summary)
+    leave_report(settings.run.output_dir)
     return format_summary(summary)
 
 

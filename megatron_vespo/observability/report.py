@@ -218,7 +218,8 @@ def write_summary(path: Path, summary: dict) -> None:
     write_atomically(path, dump_json(summary, indent=2) + "\n")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Example: 750.2 -> "12 min 30 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, second = divmod(round(seconds), 60)
@@ -250,9 +251,9 @@ def format_summary(summary: dict) -> str:
         lines.append(("steps", str(steps)))
     if (seconds := summary.get("train_seconds")) is not None:
         a_step = f" ({seconds / steps:.2f} s a step)" if steps else ""
-        lines.append(("training", _duration(seconds) + a_step))
+        lines.append(("training", duration(seconds) + a_step))
     if (seconds := summary.get("setup_seconds")) is not None:
-        lines.append(("set-up", _duration(seconds)))
+        lines.append(("set-up", duration(seconds)))
     for who, shares in summary.get("idle", {}).items():
         causes = sorted((cause for cause in shares if shares[cause] >= 0.001), key=shares.get, reverse=True)
         parts = ", ".join(f"{cause} {shares[cause]:.1%}" for cause in causes)
