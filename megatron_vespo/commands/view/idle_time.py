@@ -15,7 +15,7 @@ from megatron_vespo.commands.view.runs import SUMMARY, Run
 from megatron_vespo.observability.tracing import ENGINES, ROWS, TRAINER, TRAINING_CALLS, idle_by_cause
 
 TRACE = "trace.json"
-PARTS = 40  # of the time, each with its own shares
+PARTS = 24  # of the time, each with its own shares
 FIRST = ("evaluate", "generate", "train")  # the phases of a run that has begun
 
 

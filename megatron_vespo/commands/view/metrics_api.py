@@ -1,7 +1,8 @@
 """The API of the tab Curves.
 
 GET /api/runs/{id}/curves?name=A&name=B&generation=G&from=I
-    the records from index I on, if the file is still that of generation G, else all:
+    the records from index I on, if the file is still that of generation G, else all; "time/*" stands for all
+    metrics that begin so:
     {"generation", "from", "records": how many there are in all, "started", "bad_lines",
      "names": of all metrics, "step", "time", "tokens": lists, one value for each record from "from" on,
      "series": {name: {"at": indices of records, "value": [..]}}, "events": all, see MetricsLog.events}
@@ -14,6 +15,7 @@ GET /api/metrics
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from aiohttp import web
@@ -70,7 +72,7 @@ def read_curves(log: MetricsLog, names: list[str], generation: int, first: int) 
         if generation != log.generation or not 0 <= first <= len(log):
             first = 0
         series = {}
-        for name in names:
+        for name in _written_out(names, log.columns):
             if name in log.columns:
                 at, value = log.columns[name].since(first)
                 series[name] = {"at": at, "value": value}
@@ -87,6 +89,14 @@ def read_curves(log: MetricsLog, names: list[str], generation: int, first: int) 
             "series": series,
             "events": log.events(),
         }
+
+
+def _written_out(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        every = [other for other in known if other.startswith(name[:-1])] if name.endswith("*") else [name]
+        found |= dict.fromkeys(every)
+    return list(found)
 
 
 def _number(request: web.Request, name: str) -> int:

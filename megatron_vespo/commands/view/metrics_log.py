@@ -108,8 +108,8 @@ class MetricsLog:
         for name, column in self.columns.items():
             if name.startswith(_ALARM):
                 on = {index for index, value in column if value}
-                for index in sorted(on):
-                    if before.get(index) not in on:
+                for index in batches:
+                    if index in on and before.get(index) not in on:
                         yield self._event("alarm", name.removeprefix(_ALARM), index)
 
     def _engine_restarts(self) -> Iterator[dict[str, Any]]:

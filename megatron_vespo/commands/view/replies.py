@@ -24,9 +24,9 @@ def error_reply(status: int, line: str) -> web.Response:
     return json_reply({"error": " ".join(line.split())}, status)
 
 
-def run_of(runs: Runs, request: web.Request) -> Run:
-    """The run of /api/runs/{id}/...; 404 where there is none, 410 where its folder has gone."""
-    id_ = request.match_info["id"]
+def run_of(runs: Runs, request: web.Request, id_: str | None = None) -> Run:
+    """The run `id_`, or that of /api/runs/{id}/...; 404 if there is none, 410 if its folder has gone."""
+    id_ = request.match_info["id"] if id_ is None else id_
     try:
         run = runs[id_]
     except KeyError:

@@ -5,7 +5,6 @@ import { el, number } from "./dom.js";
 
 const HEIGHT = 190;
 const DASHES = [[], [6, 4], [2, 3], [9, 3, 2, 3]];
-const LABEL_PX = 92; // room of an event's name
 
 export function dash(index) {
   return DASHES[index % DASHES.length];
@@ -66,7 +65,7 @@ export class Chart {
     this.plot = new uPlot({
       width, height: HEIGHT, legend: { show: false }, padding: [14, 8, 0, 0],
       cursor: { sync: sync ? { key: sync } : undefined, points: { size: 6 }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: yRange ?? undefined } },
+      scales: { x: { time: false, range: stacked ? barRange : undefined }, y: { distr: log ? 3 : 1, range: yRange ?? undefined } },
       axes: [
         { ...axis, size: 30, values: (_, splits) => splits.map(compact) },
         { ...axis, size: 52, values: (_, splits) => splits.map((v) => (v === null ? "" : compact(v))) },
@@ -98,13 +97,16 @@ export class Chart {
     const x = this.data[0];
     const at = index === null || index === undefined ? null : x[index];
     const entries = [];
-    this.series.forEach((one, i) => {
+    const shown = this.series.map((one, i) => [one, i]);
+    if (this.series[0]?.bars) shown.reverse(); // as they lie on each other, from below
+    shown.forEach(([one, i]) => {
       if (one.hidden || one.faint) return;
       const column = one.values ?? this.data[i + 1];
-      const value = at === null ? last(column) : near(column, index);
+      const value = at !== null ? near(column, index) : one.bars ? mean(column) : last(column);
       entries.push(el("span", { class: "entry", "data-series": one.label }, swatch(one), one.label, " ",
         el("b", { class: "value", "data-value": value === null ? "" : String(value) }, number(value))));
     });
+    if (at === null && this.series[0]?.bars) entries.unshift(el("span", { class: "entry quiet" }, "mean"));
     if (at !== null && at !== undefined) entries.unshift(el("span", { class: "entry quiet" }, `at ${number(at)}`));
     this.legend.replaceChildren(...entries);
   }
@@ -117,6 +119,8 @@ export class Chart {
     ctx.beginPath();
     ctx.rect(bbox.left, 0, bbox.width, bbox.top + bbox.height);
     ctx.clip();
+    ctx.textAlign = "left";
+    ctx.textBaseline = "alphabetic";
     ctx.font = `${10 * ratio}px system-ui, sans-serif`;
     for (const event of [...this.events].sort((a, b) => a.x - b.x)) {
       const x = Math.round(u.valToPos(event.x, "x", true));
@@ -129,10 +133,11 @@ export class Chart {
       ctx.lineTo(x, bbox.top + bbox.height);
       ctx.stroke();
       if (x < free) continue;
-      const width = ctx.measureText(event.name).width;
-      const left = Math.min(x, bbox.left + bbox.width - width);
-      ctx.fillText(event.name, Math.max(bbox.left, left), bbox.top - 3 * ratio);
-      free = left + Math.max(width, 0) + 8 * ratio;
+      const name = event.name.split(":")[0];
+      const width = ctx.measureText(name).width;
+      const left = Math.max(bbox.left, Math.min(x, bbox.left + bbox.width - width));
+      ctx.fillText(name, left, bbox.top - 3 * ratio);
+      free = left + width + 8 * ratio;
     }
     ctx.restore();
   }
@@ -158,6 +163,17 @@ export class Chart {
     this.plot?.destroy();
     this.plot = null;
   }
+}
+
+// Room for half a bar at both ends.
+function barRange(u, min, max) {
+  const x = u.data[0];
+  const half = x.length > 1 ? (x.at(-1) - x[0]) / (x.length - 1) / 2 : 0.5;
+  return [min - half, max + half];
+}
+
+function mean(column) {
+  return column.reduce((sum, value) => sum + value, 0) / column.length;
 }
 
 function last(column) {

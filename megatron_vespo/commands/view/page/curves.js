@@ -124,10 +124,7 @@ function remove(mine, key) {
 
 // Fetches what is new, and draws if there was anything.
 async function refresh(mine, always) {
-  const names = [...new Set([
-    ...mine.settings.show.flatMap((key) => metricsOf(panelOf(key))),
-    ...mine.context.selectedRuns.flatMap((run) => known.get(run.id)?.names ?? []).filter((name) => name.startsWith("time/")),
-  ])];
+  const names = [...new Set(mine.settings.show.flatMap((key) => metricsOf(panelOf(key)))), "time/*"];
   let changed = always;
   for (const run of mine.context.selectedRuns) {
     if (!known.has(run.id)) known.set(run.id, new RunData(run.id));

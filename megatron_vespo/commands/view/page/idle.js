@@ -1,17 +1,18 @@
 // Where the seconds went: phases of each rollout batch, and idle time by cause.
 
 import { Chart } from "./chart.js";
-import { COLORS, el } from "./dom.js";
+import { el } from "./dom.js";
 
-const PHASES = ["generate", "reward", "log-probs", "train", "sync", "evaluate", "save"];
-const CAUSES = ["generation", "slower engines", "training", "rewards", "sync", "evaluation", "saving", "calls", "other"];
-const MORE = ["#7a5195", "#a05d2c", "#4b5a6b"]; // beyond Okabe and Ito's
-
-function colorsOf(names) {
-  return Object.fromEntries(names.map((name, index) => [name, [...COLORS.slice(0, 6), ...MORE][index % 9]]));
-}
-
-const PHASE_COLOR = colorsOf(PHASES), CAUSE_COLOR = colorsOf(CAUSES);
+// A phase, and waiting for it, have the same colour. The last three are beyond Okabe and Ito's.
+const PHASE_COLOR = {
+  generate: "#0072b2", reward: "#d55e00", "log-probs": "#cc79a7", train: "#009e73", sync: "#e69f00",
+  evaluate: "#56b4e9", save: "#7a5195",
+};
+const CAUSE_COLOR = {
+  generation: "#0072b2", "slower engines": "#a05d2c", training: "#009e73", rewards: "#d55e00", sync: "#e69f00",
+  evaluation: "#56b4e9", saving: "#7a5195", calls: "#4b5a6b", other: "#999999",
+};
+const PHASES = Object.keys(PHASE_COLOR), CAUSES = Object.keys(CAUSE_COLOR);
 
 export async function mountIdle(element, context, dataOf) {
   const view = new Idle(element, context, dataOf);
@@ -58,7 +59,7 @@ class Idle {
       const by = new Map(x.map((place, index) => [place, y[index]]));
       return xs.map((place) => by.get(place) ?? 0);
     });
-    return this.stacked(`${run.id} phases`, "Seconds of a rollout batch by phase", names, xs, columns, (name) => PHASE_COLOR[name] ?? "#888888", "optimizer step");
+    return this.stacked(`${run.id} phases`, "Seconds of a rollout batch by phase", names, xs, columns, (name) => PHASE_COLOR[name] ?? "#888888", "optimizer step", (_, least, most) => [0, 1.05 * most]);
   }
 
   drawParts(run, who, parts) {
