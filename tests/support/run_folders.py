@@ -1,4 +1,4 @@
-"""Output folders of runs as a training writes them, for tests of the viewer. Only their numbers are made up."""
+"""Output folders of runs as a training writes them, for tests of the viewer; their numbers are made up."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ function accuracy(mine) {
   const rows = ["a", "b"].flatMap((side) => {
     const every = found[side];
     return [
-      line(side, "at the last common step", every.findLast((one) => one.step === step)),
+      line(side, "common step", every.findLast((one) => one.step === step)),
       line(side, "newest", every.at(-1)),
     ];
   });
@@ -177,10 +177,11 @@ function differing(title, rows, mine, flags = false) {
     el("thead", {}, el("tr", {}, el("th", {}, "name"), el("th", {}, `a: ${mine.a}`), el("th", {}, `b: ${mine.b}`))),
     el("tbody", {}, ...some.map((row) => el("tr", { "data-name": row.name }, el("td", {}, row.name), el("td", {}, shown(row.a)), el("td", {}, shown(row.b)))))));
   return el("div", {}, el("h2", {}, title), own.length ? table(own) : el("p", { class: "quiet" }, "none"),
-    derived.length ? el("details", {}, el("summary", {}, `${derived.length} arguments that follow from these or are defaults`), table(derived)) : null);
+    derived.length ? el("details", {}, el("summary", {}, `others, which follow from these or are defaults: ${derived.length}`), table(derived)) : null);
 }
 
 function shown(value) {
   if (value === null || value === undefined) return "–";
+  if (typeof value === "number" && value !== 0 && Math.abs(value) < 1e-3) return value.toExponential();
   return typeof value === "string" ? value : JSON.stringify(value);
 }
