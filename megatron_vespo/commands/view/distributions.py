@@ -86,7 +86,10 @@ def what_if(responses: Responses, kernel: Kernel, mini_batches: int | None = Non
     The weight is phi(W) times the recorded weight of --mismatch-correction.
     """
     chosen = responses if mini_batches is None else responses.first_mini_batches(mini_batches)
-    return _described(chosen, weights_under(chosen, kernel), kernel)
+    return _described(chosen, weights_under(chosen, kernel), kernel) | {
+        # phi at the centres of the histogram of all of `responses`, to be drawn over it
+        "phi_over": _log_w_histogram(responses.rows[np.isfinite(responses.rows["log_w"])], kernel)["phi"]
+    }
 
 
 def weights_under(responses: Responses, kernel: Kernel) -> np.ndarray:

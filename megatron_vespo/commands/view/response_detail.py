@@ -102,6 +102,7 @@ def _numbers(record: StepRecord, index: int, completion: Completion) -> dict[str
     return {
         "step": record.step,
         "index": index,
+        "responses": len(record.completions),  # of the optimizer step
         "group": int(record.group_ids[index]),
         "mini_batch": record.mini_batch,
         "prompt_id": completion.prompt.prompt_id,
