@@ -15,6 +15,7 @@ from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.cluster.engine_actor import EngineActor
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint, State, SupervisedEngine
+from megatron_vespo.observability.activity import EngineStates
 from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.sglang_server import EngineError
 from megatron_vespo.system.process_environment import exported_values
@@ -157,6 +158,23 @@ class EngineFleet:
             if self._held:
                 self._quiet -= 1
             self._held = False
+
+    def states(self) -> EngineStates:
+        """The engines as they are now, for the display. Never waits: an engine may change meanwhile."""
+        engines, states = self._engines, [engine.state for engine in self._engines]
+        starting = [
+            (engine.number, max(engine.num_starts - 1 + (state is State.WAITING), 0))
+            for engine, state in zip(engines, states, strict=True)
+            if state in (State.STARTING, State.WAITING)
+        ]
+        return EngineStates(
+            number=len(engines),
+            serving=states.count(State.SERVING),
+            running=states.count(State.SERVING) + states.count(State.READY),
+            starting=tuple(starting),
+            restarts=self._restarts,
+            lost=tuple(e.number for e, state in zip(engines, states, strict=True) if state is State.GONE),
+        )
 
     def metrics(self) -> dict[str, float]:
         """The number of serving engines, and the restarts and lost requests of the run so far."""

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
             for change in found.changes if found else ():
                 display.message(change)
             services = Services(settings, task, display, trace, preemption, stack)
+            display.watch_engines(services.engines.states)
             record.add(nodes=nodes_of_the_cluster())
             run = Run(settings, services, settings.run.setup_seconds - started)
             try:

@@ -103,6 +103,10 @@ def _async_collector(
     trace, scorer = services.trace, generation.scorer
     assert scorer is not None
 
+    def changed(buffer: RolloutBuffer) -> None:
+        trace.count("groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished)
+        services.display.background(buffer.num_finished, settings.rollout.rollout_batch_size)
+
     def score(group: list[Completion]) -> Sequence[RewardResult]:
         start = time.time_ns()
         try:
@@ -119,9 +123,7 @@ def _async_collector(
         seed=settings.rollout.seed,
         scored_at_once=scorer.groups_at_once,
         on_wait=on_wait,
-        on_change=lambda buffer: trace.count(
-            "groups", in_flight=buffer.num_in_flight, finished=buffer.num_finished
-        ),
+        on_change=changed,
     )
 
 

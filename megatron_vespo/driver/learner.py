@@ -90,6 +90,7 @@ class PolicyLearner:
         steps, sums = [], Counter()
         for index, mini_batch in enumerate(mini_batches):
             with self.display.phase("train"):
+                self.display.progress(index, len(mini_batches))
                 steps.append(self.trainer.train_step(index))
             steps[-1]["lag"] = mean_lag(mini_batch, self.state.iteration)
             self.state.iteration += 1

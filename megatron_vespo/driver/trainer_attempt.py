@@ -125,6 +125,7 @@ class TrainerAttempt:
         if report.problem is None:
             seconds = {"checkpoint/seconds": report.seconds, "checkpoint/bytes": float(report.num_bytes)}
             self._metrics.write(report.iteration, seconds)
+            self._services.display.saved(report.iteration)
             return
         newest = newest_save(Path(self._settings.save.save)) or "no checkpoint"
         self._services.display.message(
@@ -207,6 +208,7 @@ class TrainerAttempt:
             maker=self._services.task.maker,
             api_key=self._services.api_key,
             on_wait=partial(self._on_wait, False),
+            on_progress=self._services.display.progress,
             remote=self._services.replies,
         )
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_vespo.observability.display_rows import PHASE_COLUMNS
 from megatron_vespo.observability.html_charts import Curve, Panel, Points
 from megatron_vespo.observability.mean_rewards import are_shares
-from megatron_vespo.observability.progress import PHASE_COLUMNS
 
 LARGEST = 1e300  # larger numbers would overflow on the way to the picture
 PHASE_COLORS = dict(zip(PHASE_COLUMNS, ("c1", "c5", "c6", "c2", "c3", "c8", "c4"), strict=True))

@@ -7,86 +7,57 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import isfinite
 from threading import Lock
 from time import monotonic, time_ns
-from typing import TextIO
+from typing import Any, TextIO
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.control import Control
 from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-
-@dataclass(frozen=True)
-class Row:
-    """One displayed metric. Plain mode keeps the width in `format`; the live panel strips the padding."""
-
-    metric: str
-    label: str  # in the live panel
-    format: str
-    column: str = ""  # heading in plain mode; rows without one are on the live panel only
-    spread: str = ""  # metric shown after "±"; in plain mode a column of its own, "std"
-
-    @property
-    def spread_format(self) -> str:
-        return self.format.lstrip("+")
-
-
-ROWS = (
-    Row("reward/mean", "reward", "7.3f", "reward"),
-    Row("eval/accuracy", "held-out accuracy", "8.1%", "held-out"),
-    Row("response/length_mean", "response length", "7.1f", "length"),
-    Row("response/truncated_share", "truncated", "6.1%"),
-    Row("ratio/log_w_mean", "log W", "+8.4f", "logW", spread="ratio/log_w_std"),
-    Row("weight/mean", "weight", "6.3f", "weight"),
-    Row("weight/mean/positive", "weight, advantage > 0", "6.3f", "wght+"),
-    Row("weight/mean/negative", "weight, advantage < 0", "6.3f", "wght-"),
-    Row("weight/ess", "effective sample size", "6.3f", "ESS"),
-    Row("weight/dead_share", "dead (weight near 0)", "6.1%", "dead"),
-    Row("policy/lag_mean", "policy lag", "5.2f", "lag"),
-    Row("train/grad_norm", "gradient norm", "7.3f"),
-    Row("train/tokens_per_second", "tokens/s trained", "8,.0f", "trained/s"),
-    Row("rollout/tokens_per_second", "tokens/s generated", "8,.0f", "sampled/s"),
-    Row("check/max_logprob_difference", "max log-prob difference", "8.1e", "maxdiff"),
-    Row("reward/error_count", "reward errors", "6.0f"),
-    Row("reward/timeout_count", "reward time-outs", "6.0f"),
+from megatron_vespo.observability.activity import (
+    NO_ENGINES,
+    Background,
+    EngineStates,
+    Noteworthy,
+    OpenPhase,
+    sentence,
 )
-PHASE_COLUMNS = {  # phase of a step -> heading in plain mode; every other phase is start-up
-    "generate": "gen",
-    "reward": "rew",
-    "log-probs": "logp",
-    "train": "train",
-    "sync": "sync",
-    "save": "save",
-    "evaluate": "eval",
-}
-PHASE_FORMAT = "5.1f"
+from megatron_vespo.observability.display_rows import (
+    ACCURACY,
+    PHASE_COLUMNS,
+    PHASE_FORMAT,
+    ROWS,
+    clock,
+    plain_cell,
+)
+from megatron_vespo.observability.live_panel import Snapshot, draw
 
 HEADER_INTERVAL = 20  # plain lines between headers
 REFRESHES_PER_SECOND = 2
 HISTORY = 40  # values a sparkline can show
-FIXED_WIDTH = 76  # of the panel without the sparklines
-BLOCKS = "▁▂▃▄▅▆▇█"
+RECENT = 30  # messages that come back after the terminal's size has changed
 
 
-def sparkline(values: list[float]) -> str:
-    """One block per value, scaled to the range of the finite ones; a gap for NaN and infinities."""
-    finite = [value for value in values if isfinite(value)]
-    if not finite:
-        return " " * len(values)
-    low, span = min(finite), max(finite) - min(finite)
-    scale = (len(BLOCKS) - 1) / span if span else 0.0
-    return "".join(BLOCKS[round((value - low) * scale)] if isfinite(value) else " " for value in values)
+class ResizableLive(Live):
+    """A live display that starts on a clean screen when the terminal's size has changed.
 
+    A terminal wraps old lines at its new width. Where they start is then not known.
+    """
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 3723.0 -> "1:02:03"."""
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+    def __init__(self, renderable: RunDisplay, recent: deque[str], **options: Any):
+        super().__init__(renderable, **options)
+        self._recent, self._size = recent, self.console.size
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        processed = super().process_renderables(renderables)
+        size = self.console.size
+        if size != self._size:
+            self._size = size
+            # the first one moves the cursor to the old panel
+            processed[:1] = [Control.clear(), Control.home(), *(Text(text) for text in list(self._recent))]
+        return processed
 
 
 class RunDisplay:
@@ -111,19 +82,29 @@ class RunDisplay:
     ) -> None:
         self._title, self._total_steps, self._on_phase = title, total_steps, on_phase
         self._stream = sys.stdout if stream is None else stream
+        self._recent: deque[str] = deque(maxlen=RECENT)
         # isatty, not rich's own test, which obeys variables that CI systems set for colour in their logs.
         self._console = Console(file=self._stream, force_terminal=self._stream.isatty())
         can_draw = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
         if can_draw and not self._console.options.ascii_only:
-            self._live = Live(self, console=self._console, refresh_per_second=REFRESHES_PER_SECOND)
+            self._live = ResizableLive(
+                self,
+                self._recent,
+                console=self._console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                vertical_overflow="crop",
+            )
 
         # The refresh thread reads the attributes below. The console has its own lock: never call it holding
         # this one.
         self._lock = Lock()
         self._history: dict[str, deque[float]] = {}
         self._updates: deque[tuple[int, float]] = deque(maxlen=20)  # (step, when)
-        self._phases: list[str] = []  # the open ones, innermost last
+        self._noteworthy = Noteworthy()
+        self._engines: Callable[[], EngineStates] = lambda: NO_ENGINES
+        self._background: Background | None = None
+        self._phases: list[OpenPhase] = []  # innermost last
         self._phase_seconds: dict[str, float] = {}
         self._started_at = self._charged_at = monotonic()
         self._lines_printed = 0
@@ -156,7 +137,7 @@ class RunDisplay:
             self._print(f"[{clock(monotonic() - self._started_at)}] {name} ...")
         with self._lock:
             self._charge()
-            self._phases.append(name)
+            self._phases.append(OpenPhase(name))
         started = time_ns()
         try:
             yield
@@ -166,6 +147,26 @@ class RunDisplay:
                 self._phases.pop()
             if self._on_phase is not None:
                 self._on_phase(name, started, time_ns())
+
+    def progress(self, done: int, total: int) -> None:
+        """Counts in the innermost phase. Any thread may call it, at any rate."""
+        with self._lock:
+            if self._phases:
+                self._phases[-1].done, self._phases[-1].total = done, total
+
+    def background(self, ready: int, wanted: int) -> None:
+        """Counts the groups that generation beside training has ready for the next batch. Any thread may."""
+        with self._lock:
+            self._background = Background(ready, wanted)
+
+    def watch_engines(self, states: Callable[[], EngineStates]) -> None:
+        """`states` is called whenever the panel is drawn, so it must not block."""
+        self._engines = states
+
+    def saved(self, step: int) -> None:
+        """Shows `step` as that of the last checkpoint."""
+        with self._lock:
+            self._noteworthy.saved = step, monotonic()
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds per phase since the last call, by name; counting restarts from zero."""
@@ -178,6 +179,7 @@ class RunDisplay:
         """Values known before the first `update`; the live panel shows them until newer ones come."""
         with self._lock:
             self._remember(metrics)
+            self._noteworthy.evaluated(metrics)
 
     def _remember(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -188,6 +190,7 @@ class RunDisplay:
         with self._lock:
             self._updates.append((step, monotonic()))
             self._remember(metrics)
+            self._noteworthy.update(step, metrics)
         if self._live is None:
             self._print_line(step, metrics)
 
@@ -197,11 +200,12 @@ class RunDisplay:
             self._print(text)
         else:
             self._console.print(text, markup=False, highlight=False)
+            self._recent.append(text)
 
     def _charge(self) -> None:
         now = monotonic()
         if self._phases:
-            phase = self._phases[-1]
+            phase = self._phases[-1].name
             self._phase_seconds[phase] = self._phase_seconds.get(phase, 0.0) + now - self._charged_at
         self._charged_at = now
 
@@ -212,7 +216,9 @@ class RunDisplay:
         if step == first_step:
             return "-"
         left = (last_time - first_time) / (step - first_step) * (self._total_steps - step)
-        return clock(max(0.0, left - (monotonic() - last_time)))
+        # a slow batch takes no time from those after it
+        a_batch = (last_time - first_time) / (len(self._updates) - 1)
+        return clock(max(0.0, left - min(monotonic() - last_time, a_batch)))
 
     # Plain mode
 
@@ -224,11 +230,12 @@ class RunDisplay:
         cells = [("step", f"{step:{digits}d}/{self._total_steps}"), ("left", f"{self._time_left():>7}")]
         for row in ROWS:
             if row.column:
-                cells.append(_plain_cell(row.column, row.format, metrics.get(row.metric)))
+                spec = row.format_for(self._noteworthy.accuracies) if row is ACCURACY else row.format
+                cells.append(plain_cell(row.column, spec, metrics.get(row.metric)))
             if row.spread:
-                cells.append(_plain_cell("std", row.spread_format, metrics.get(row.spread)))
+                cells.append(plain_cell("std", row.spread_format, metrics.get(row.spread)))
         for phase, heading in PHASE_COLUMNS.items():
-            cells.append(_plain_cell(heading, PHASE_FORMAT, metrics.get(f"time/{phase}")))
+            cells.append(plain_cell(heading, PHASE_FORMAT, metrics.get(f"time/{phase}")))
         if self._lines_printed % HEADER_INTERVAL == 0:
             self._print(" ".join(f"{heading:>{len(value)}}" for heading, value in cells))
         self._print(" ".join(value for _, value in cells))
@@ -237,58 +244,29 @@ class RunDisplay:
     # Live mode
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
+        shown = self._snapshot(self._engines())
+        yield draw(console, shown, options.max_width, options.size.height)
+
+    def _snapshot(self, engines: EngineStates) -> Snapshot:
         with self._lock:
-            tables = Table.grid(padding=(0, 4))
-            tables.add_row(self._metrics_table(num_blocks=max(0, width - FIXED_WIDTH)), self._phases_table())
-            group = Group(self._progress_line(width), "", tables, "", self._status_line())
-        yield Panel(group, title=Text(self._title, "bold"), border_style="dim", padding=(0, 1), width=width)
-
-    def _progress_line(self, width: int) -> Table:
-        step = self._updates[-1][0] if self._updates else 0
-        counts = Text(f"step {step}/{self._total_steps}", "bold")
-        times = Text(f"{clock(monotonic() - self._started_at)} passed, {self._time_left()} left", "dim")
-        bar_width = max(10, width - len(counts) - len(times) - 8)  # 8: the panel's edges and the gaps
-        line = Table.grid(padding=(0, 2))
-        line.add_row(counts, ProgressBar(self._total_steps, step, width=bar_width), times)
-        return line
-
-    def _metrics_table(self, num_blocks: int) -> Table:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(justify="right", no_wrap=True, min_width=16)
-        table.add_column(style="cyan", no_wrap=True, min_width=num_blocks)
-        for row in ROWS:
-            history = list(self._history.get(row.metric, ()))
-            value = format(history[-1], row.format).strip() if history else "-"
-            if row.spread in self._history:
-                value += f" ± {format(self._history[row.spread][-1], row.spread_format).strip()}"
-            recent = history[len(history) - min(len(history), num_blocks) :]
-            table.add_row(row.label, Text(value, "bold" if history else "dim"), sparkline(recent))
-        return table
-
-    def _phases_table(self) -> Table:
-        """Seconds per phase in the newest step that had it; the current phase is marked."""
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_row(Text("  phase", "dim"), Text("seconds", "dim"))
-        for phase in PHASE_COLUMNS:
-            history = self._history.get(f"time/{phase}")
-            seconds = Text(format(history[-1], PHASE_FORMAT), "bold") if history else Text("-", "dim")
-            is_current = phase in self._phases[-1:]
-            table.add_row(Text(f"▶ {phase}", "green") if is_current else Text(f"  {phase}", "dim"), seconds)
-        return table
-
-    def _status_line(self) -> Text:
-        if not self._phases:
-            return Text("")
-        phase = self._phases[-1]
-        seconds = self._phase_seconds.get(phase, 0.0) + monotonic() - self._charged_at
-        return Text(f"▶ {phase} {seconds:.1f} s", "green")
-
-
-def _plain_cell(heading: str, format_spec: str, value: float | None) -> tuple[str, str]:
-    """The heading, and the value (or "-") padded to the wider of heading and format."""
-    width = max(len(heading), len(format(0.0, format_spec)))
-    return heading, f"{'-' if value is None else format(value, format_spec):>{width}}"
+            now, activity, phase = monotonic(), "", ""
+            if self._phases:
+                phase = self._phases[-1].name
+                seconds = self._phase_seconds.get(phase, 0.0) + now - self._charged_at
+                activity = f"{sentence(self._phases[-1], engines, self._background)} ({seconds:.1f} s)"
+            facts = [self._noteworthy.accuracy(), self._noteworthy.checkpoint(now), engines.condition()]
+            if self._background is not None and phase != "generate":
+                ready, wanted = self._background.ready, self._background.wanted
+                facts.append(f"in the background: {ready} of {wanted} groups of the next batch are ready")
+            return Snapshot(
+                title=self._title,
+                step=self._updates[-1][0] if self._updates else 0,
+                total_steps=self._total_steps,
+                passed=clock(now - self._started_at),
+                left=self._time_left(),
+                activity=activity,
+                phase=phase,
+                facts=facts,
+                warnings=self._noteworthy.warnings(),
+                history={name: list(values) for name, values in self._history.items()},
+            )

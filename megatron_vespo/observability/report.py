@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vespo.observability.display_rows import PHASE_COLUMNS
 from megatron_vespo.observability.mean_rewards import are_shares, mean_reward
 from megatron_vespo.observability.metrics import batch_records, dump_json
-from megatron_vespo.observability.progress import PHASE_COLUMNS
 from megatron_vespo.system.disk import write_atomically
 
 if TYPE_CHECKING:

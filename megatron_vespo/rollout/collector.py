@@ -33,6 +33,7 @@ class Collector:
             was sent, `end` when the last was answered. A draw from `connect` calls it once per request.
         maker: makes a completion of several draws: a user's function, or episodes with an environment.
         on_wait: called every second while `collect` waits.
+        on_progress: called as (done, total) when `collect` begins and after every completion.
         remote: processes that send the requests and read the replies; None: this process does.
     """
 
@@ -50,11 +51,12 @@ class Collector:
         lost: LostRequests | None = None,
         maker: Maker | None = None,
         on_wait: Callable[[], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
         remote: RemoteClients | None = None,
     ):
         if not urls:
             raise ValueError("a collector needs at least one engine url")
-        self.on_wait = on_wait
+        self.on_wait, self._on_progress = on_wait, on_progress
         self._urls, self._max_attempts, self._lost = urls, max_attempts, lost or LostRequests()
         self._routes = routes
         self._request_timeout_s = request_timeout_s
@@ -130,13 +132,16 @@ class Collector:
     ) -> list[list[Completion]]:
         total, done = len(prompts) * num_completions, 0
         rejected = RejectedDraws(total)
+        listeners = [listen for listen in (on_progress, self._on_progress) if listen is not None]
+        if self._on_progress is not None:
+            self._on_progress(0, total)
 
         async def draw(sampler: Sampler, prompt: Prompt, index: int) -> Completion:
             nonlocal done
             completion = await sampler.draw(prompt, sampling, seed, index, num_completions, rejected)
             done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+            for listen in listeners:
+                listen(done, total)
             return completion
 
         work: dict[int, tuple[int, int, int]] = {}  # engine -> start, end, number of requests

@@ -67,6 +67,7 @@ class SynchronousBatches:
             groups = self.generate(num_prompts, seed)
             with self._display.phase("reward"), self._preemption.interruptible():
                 completions = [completion for group in groups for completion in group]
+                self._display.progress(0, len(completions))
                 self._generation.score(completions, self._display.message)
             batch.add(groups)
             seed += ROUND_SEEDS

@@ -14,8 +14,8 @@ from typing import Any, TextIO, cast
 import numpy as np
 
 from megatron_vespo.algorithms.accuracy import mean_interval, passes_at_k, repeat_error, shown_ks
+from megatron_vespo.observability.display_rows import clock
 from megatron_vespo.observability.mean_rewards import mean_reward
-from megatron_vespo.observability.progress import clock
 
 PLAIN_INTERVAL_S = 30.0  # seconds between lines of progress if the output is no terminal
 TERMINAL_INTERVAL_S = 0.5

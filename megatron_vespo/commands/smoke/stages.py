@@ -14,7 +14,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from megatron_vespo.observability.progress import clock
+from megatron_vespo.observability.display_rows import clock
 from megatron_vespo.rollout.sglang_server import EngineError
 
 OK, FAIL, NOT_RUN = "ok", "FAIL", "not run"

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from megatron_vespo.algorithms.alarms import RULES
-from megatron_vespo.observability import progress
 from megatron_vespo.observability.metrics import MetricsWriter, read_metrics
-from megatron_vespo.observability.progress import HEADER_INTERVAL, ROWS, RunDisplay, clock, sparkline
 from megatron_vespo.observability.report import (
     PANELS,
     _fits,
@@ -139,180 +135,6 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON record"):
         read_metrics(path)
-
-
-# The display
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def now(monkeypatch):
-    """A clock that stands still until the test moves it: now[0] is the time in seconds."""
-    now = [1000.0]
-    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
-    return now
-
-
-def test_sparkline():
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert sparkline([-1.0, math.nan, 1.0, math.inf]) == "▁ █ "
-    assert sparkline([3.0, 3.0]) == "▁▁"
-    assert sparkline([math.nan]) == " "
-    assert sparkline([]) == ""
-
-
-def test_clock():
-    assert [clock(seconds) for seconds in (0.9, 61, 90000)] == ["0:00:00", "0:01:01", "25:00:00"]
-
-
-def test_plain_mode_text(now):
-    stream = io.StringIO()
-    with RunDisplay("tiny", 100, stream) as display:
-        now[0] += 2
-        with display.phase("start engines"):
-            now[0] += 60
-        display.message("1 engine is [ready]")
-        with display.phase("generate"):
-            now[0] += 3
-        display.update(8, STEP_METRICS)
-        now[0] += 10
-        display.update(10, {"reward/mean": math.nan, "not/shown": 1.0})
-    assert stream.getvalue().splitlines() == [
-        "tiny: 100 steps",
-        "[0:00:02] start engines ...",
-        "1 engine is [ready]",
-        "   step    left  reward held-out  length     logW      std weight  wght+  wght-    ESS   dead   lag"
-        " trained/s sampled/s  maxdiff   gen   rew  logp train  sync  save  eval",
-        "  8/100       -   0.500    93.8%    21.2  -0.0123   0.0456  0.980  0.991  0.962  0.875  12.5%  1.50"
-        "     1,234       987  3.1e-06   3.1     -     -  12.0     -     -     -",
-        " 10/100 0:07:30     nan        -       -        -        -      -      -      -      -      -     -"
-        "         -         -        -     -     -     -     -     -     -     -",
-    ]
-
-
-def test_plain_mode_repeats_the_header(now):
-    stream = io.StringIO()
-    with RunDisplay("tiny", 50, stream) as display:
-        for step in range(1, 2 * HEADER_INTERVAL + 2):
-            display.update(step, STEP_METRICS)
-    lines = stream.getvalue().splitlines()[1:]
-    headers = [index for index, line in enumerate(lines) if line.split()[0] == "step"]
-    assert headers == [0, HEADER_INTERVAL + 1, 2 * HEADER_INTERVAL + 2]
-    assert len({len(line) for line in lines}) == 1  # aligned
-
-
-def test_a_log_file_gets_no_control_characters_even_where_colour_is_forced(monkeypatch, now):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
-    with RunDisplay("tiny", 10, stream) as display, display.phase("start engines"):
-        display.update(1, STEP_METRICS)
-        display.message("done")
-    assert all(character.isprintable() or character == "\n" for character in stream.getvalue())
-    assert stream.getvalue().isascii()
-
-
-def test_phases_are_measured_exclusively_and_reset(now):
-    display = RunDisplay("tiny", 10, io.StringIO())
-    with display.phase("generate"):
-        now[0] += 3
-        with display.phase("reward"):
-            now[0] += 1
-        now[0] += 0.5
-    now[0] += 100  # in no phase
-    with pytest.raises(RuntimeError), display.phase("train"):
-        now[0] += 2
-        raise RuntimeError
-    with display.phase("generate"):
-        now[0] += 0.25
-        assert display.phase_seconds() == {"generate": 3.75, "reward": 1.0, "train": 2.0}
-        now[0] += 4
-    assert display.phase_seconds() == {"generate": 4.0}
-    assert display.phase_seconds() == {}
-
-
-def rendered_lines(display, width=100):
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    console.print(display)
-    return console.file.getvalue().splitlines()
-
-
-def test_live_panel(now):
-    display = RunDisplay("tiny run", 100, Terminal())
-    display.update(8, STEP_METRICS | {"weight/ess": 0.5, "ratio/log_w_mean": 0.5})
-    now[0] += 10
-    display.update(10, {name: value for name, value in STEP_METRICS.items() if name != "eval/accuracy"})
-    with display.phase("generate"):
-        now[0] += 3.1
-        lines = rendered_lines(display)
-    text = "\n".join(lines)
-    assert "tiny run" in lines[0]
-    assert "step 10/100" in lines[1] and "0:00:13 passed, 0:07:26 left" in lines[1]  # 450 s less 3.1
-    for expected in (
-        r"held-out accuracy                   93.8%  ▁  ",  # the newest there is
-        r"log W                    -0.0123 ± 0.0456  █▁",
-        r"effective sample size               0.875  ▁█",
-        r"max log-prob difference           3.1e-06",
-        r"tokens/s trained                    1,234",
-        r"truncated                               -",
-        "▶ generate       3.1",
-        "  train         12.0",
-        "  save             -",
-    ):
-        assert expected in text
-    assert "▶ generate 3.1 s" in lines[-2]
-    assert all(row.label in text for row in ROWS)
-    assert {len(line) for line in lines} == {100}
-    assert len(lines) <= 24
-    assert "▶" not in "\n".join(rendered_lines(display))  # the phase is over
-
-
-def test_what_is_known_before_the_first_step_is_shown(now):
-    display = RunDisplay("tiny run", 100, Terminal())
-    display.recall({"eval/accuracy": 0.25})
-    assert "step 0/100" in rendered_lines(display)[1]
-    assert any("held-out accuracy                   25.0%" in line for line in rendered_lines(display))
-    display.update(8, STEP_METRICS)
-    assert any("held-out accuracy                   93.8%  ▁█" in line for line in rendered_lines(display))
-
-
-def test_live_panel_fits_a_narrow_terminal(now):
-    display = RunDisplay("tiny run", 100, Terminal())
-    for step in range(50):
-        display.update(step, STEP_METRICS)
-    lines = rendered_lines(display, width=80)
-    assert {len(line) for line in lines} == {80} and len(lines) <= 24
-    assert any("max log-prob difference           3.1e-06  ▁▁▁▁  " in line for line in lines)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_live_mode_gives_the_terminal_back(monkeypatch, error):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    display = RunDisplay("tiny", 10, stream)
-    with pytest.raises(error), display, display.phase("generate"):
-        display.update(1, STEP_METRICS)
-        display.message("a line of its [own]")
-        raise error
-    hide_cursor, show_cursor = "\x1b[?25l", "\x1b[?25h"
-    assert 0 <= stream.getvalue().rfind(hide_cursor) < stream.getvalue().rfind(show_cursor)
-    assert "a line of its [own]" in stream.getvalue()
-    assert "93.8%" in stream.getvalue()
-    display.stop()  # a second time
-
-
-@pytest.mark.parametrize("terminal, encoding", [("dumb", "utf-8"), ("xterm", "ascii")])
-def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch, terminal, encoding):
-    monkeypatch.setenv("TERM", terminal)
-    buffer = io.BytesIO()
-    stream = io.TextIOWrapper(buffer, encoding=encoding)
-    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    with RunDisplay("tiny", 10, stream) as display:
-        display.message("ready")
-    assert buffer.getvalue() == b"tiny: 10 steps\nready\n"
 
 
 # The report

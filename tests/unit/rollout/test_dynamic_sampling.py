@@ -92,6 +92,9 @@ class Display:
     def phase(self, name):
         yield
 
+    def progress(self, done: int, total: int) -> None:
+        pass
+
     def message(self, text):
         self.messages.append(text)
 

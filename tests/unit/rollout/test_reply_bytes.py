@@ -69,7 +69,10 @@ def collector(replay: str | None, engine: EngineStub) -> Collector:
     """As a run makes it."""
     engines = SimpleNamespace(urls=[engine.url], lost=LostRequests(), check=lambda: None)
     trace, task = SimpleNamespace(requests=None), SimpleNamespace(maker=None)
-    services = SimpleNamespace(engines=engines, trace=trace, task=task, api_key=None, replies=None)
+    display = SimpleNamespace(progress=lambda done, total: None)
+    services = SimpleNamespace(
+        engines=engines, trace=trace, task=task, api_key=None, replies=None, display=display
+    )
     made = TrainerAttempt(arguments(replay), services, 0)._collector()
     made.on_wait = None  # the attempt has not started
     return made
