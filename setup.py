@@ -43,6 +43,13 @@ GPU_REQUIRES = [
     "sglang==0.5.23",
     "transformer-engine[core-cu13,pytorch]==2.20.2",
 ]
+# Of --tracker and --prometheus-port; the same as in observability/trackers/packages.py.
+TRACKERS = {
+    "wandb": ["wandb>=0.21"],
+    "mlflow": ["mlflow-skinny>=3.1"],
+    "swanlab": ["swanlab>=0.10"],
+    "prometheus": ["prometheus_client>=0.20"],
+}
 DEV_REQUIRES = ["hypothesis", "pyright[nodejs]", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
@@ -56,6 +63,6 @@ setup(
     packages=find_packages(include=["megatron_vespo", "megatron_vespo.*"]),
     package_data={"megatron_vespo.commands.view": ["page/*", "page/vendor/*"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES},
+    extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES, **TRACKERS},
     entry_points={"console_scripts": ["megatron-vespo = megatron_vespo.commands.main:main"]},
 )

@@ -51,6 +51,9 @@ bash patches/cpu/setup_env.sh
 for folder in tests/te tests/browser tests/slurm; do
     case " ${paths[*]}" in *" $folder"*) bash "$folder/install.sh" ;; esac
 done
+case " ${paths[*]}" in # the packages of --tracker
+    *" tests/integration"* | *" tests/unit/observability"*) bash tests/trackers/install.sh ;;
+esac
 export OMP_NUM_THREADS=1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks the network for a newer version
 for check in "${checks[@]}"; do

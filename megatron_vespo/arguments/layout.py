@@ -164,8 +164,8 @@ def check_ranks_start(args: Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {given}: no such file")
     if args.wandb_project:
         raise ValueError(
-            f"--wandb-project {args.wandb_project}: nothing of a run would get there, metrics are in "
-            "--output-dir, for TensorBoard too: leave it out"
+            f"--wandb-project {args.wandb_project}: Megatron's own writer gets nothing of a run: give "
+            f"--tracker wandb --tracker-project {args.wandb_project} instead"
         )
 
 

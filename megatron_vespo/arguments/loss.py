@@ -46,7 +46,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
         "engine ratio truncated whole, or per token")  # fmt: skip
     add("--old-policy", choices=get_args(OldPolicyName), default=default.old_policy,
-        help="where the trainer's policy before the first update comes from: the weights when a batch is "
+        help="the trainer's policy before the first update: the weights when a batch is "
         "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
         "average; a resumed run begins both anew")  # fmt: skip
     add("--old-policy-snapshots", type=int, default=default.old_policy_snapshots, metavar="K",
@@ -56,14 +56,14 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mismatch-truncation", type=float, default=default.mismatch_truncation,
         help="upper bound of that engine ratio")  # fmt: skip
     add("--mismatch-correction", choices=CORRECTIONS, default=default.mismatch_correction,
-        help="weight or mask by rho = pi_old / engine, per token or response")  # fmt: skip
+        help="weight or mask by pi_old / engine, per token or response")  # fmt: skip
     add("--mismatch-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="of that correction; default: " + _defaults_of("bounds", CORRECTIONS))  # fmt: skip
     add("--routing-replay", choices=("R2", "R3"),
         help="replay expert choices of pi_old (R2) or of the engine (R3)")  # fmt: skip
     add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default=default.advantage_estimator,
         help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
-        "rollout batch's mean, over the batch's std")  # fmt: skip
+        "batch's mean, over its std")  # fmt: skip
     add(
         "--max-logprob-difference",
         type=float,

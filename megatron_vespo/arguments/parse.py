@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +29,7 @@ from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.sbatch_options import check_words
 from megatron_vespo.arguments.time_limits import collective_timeout_minutes
+from megatron_vespo.arguments.tracking import TITLE as TRACKERS
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.arguments.training_flags import (
     DESCRIPTION,
@@ -121,7 +122,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 class _OwnHelp(argparse.RawDescriptionHelpFormatter):
-    """Shows numbers as N, so that most flags fit on a line with their help."""
+    """Shows numbers as N, so that most flags fit on a line with their help.
+
+    Groups in BRIEF show their description alone; docs/reference/flags.md has their flags.
+    """
+
+    BRIEF = (TRACKERS,)
+    _heading: str | None = None
+
+    def start_section(self, heading: str | None) -> None:
+        self._heading = heading
+        super().start_section(heading)
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        if self._heading not in self.BRIEF:
+            super().add_arguments(actions)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)

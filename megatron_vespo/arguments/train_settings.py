@@ -16,6 +16,7 @@ from megatron_vespo.arguments.evaluation import EvalSettings
 from megatron_vespo.arguments.rewards import RewardSettings
 from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.run import RunSettings
+from megatron_vespo.arguments.tracking import TrackingSettings
 from megatron_vespo.arguments.trainer import TrainerSettings
 from megatron_vespo.arguments.weight_sync import SyncSettings
 
@@ -40,6 +41,7 @@ class TrainSettings:
     save: SaveSettings
     run: RunSettings
     loss: LossSettings
+    tracking: TrackingSettings
 
     @classmethod
     def of(cls, args: Namespace) -> TrainSettings:
@@ -48,7 +50,7 @@ class TrainSettings:
             EnvironmentSettings.of(args), RewardSettings.of(args), CodeRewardSettings.of(args),
             EvalSettings.of(args),
             EngineSettings.of(args), SyncSettings.of(args), SaveSettings.of(args), RunSettings.of(args),
-            LossSettings.of(args),
+            LossSettings.of(args), TrackingSettings.of(args),
         )  # fmt: skip
 
     def as_run(self) -> TrainSettings:

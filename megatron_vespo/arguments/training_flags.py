@@ -22,6 +22,7 @@ from megatron_vespo.arguments.rewards import add_reward_arguments, check_overlon
 from megatron_vespo.arguments.rollout import add_rollout_arguments
 from megatron_vespo.arguments.run import add_run_arguments
 from megatron_vespo.arguments.time_limits import TIME_LIMITS, add_time_limit_arguments
+from megatron_vespo.arguments.tracking import add_tracking_arguments, check_tracking
 from megatron_vespo.arguments.weight_sync import add_sync_arguments, check_sync
 
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
@@ -47,7 +48,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         add_code_reward_arguments,
         add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_placement_arguments,
         add_engine_arguments, add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments,
-        add_run_arguments,
+        add_run_arguments, add_tracking_arguments,
     ):  # fmt: skip
         add(parser)
     return parser
@@ -85,3 +86,4 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     check_code_reward(args)
     check_loss(args)
     check_asynchronous(args)
+    check_tracking(args)

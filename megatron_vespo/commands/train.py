@@ -8,6 +8,8 @@ from typing import cast
 
 from megatron_vespo.arguments.checks import check_folder
 from megatron_vespo.arguments.parse import full_parser, parse_settings
+from megatron_vespo.arguments.tracking import check_tracker_packages
+from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.cluster.placement import has_gpus, nodes_of_the_cluster
 from megatron_vespo.driver.controller import StoppedByAlarm
 from megatron_vespo.driver.debug_modes import check_modes
@@ -18,9 +20,11 @@ from megatron_vespo.driver.run_end import end_early, record_end
 from megatron_vespo.driver.run_record import RunRecord, describe_run
 from megatron_vespo.driver.services import Services, load_task
 from megatron_vespo.driver.summary import plot, summarize
+from megatron_vespo.driver.tracking import Tracking
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.system.preemption import Preemption
+from megatron_vespo.types import RunState
 
 
 def main(argv: list[str]) -> None:
@@ -30,6 +34,7 @@ def main(argv: list[str]) -> None:
     preemption = Preemption(settings.run.preemption_deadline)
     preemption.listen()
     check_modes(settings)
+    check_tracker_packages(settings.tracking)
     for flag, folder in (
         ("--output-dir", settings.run.output_dir),
         ("--save", settings.save.save),
@@ -47,34 +52,39 @@ def main(argv: list[str]) -> None:
     settings = settings.as_run()
     settings.run.output_dir.mkdir(parents=True, exist_ok=True)
     origin = {"resumed_from": str(found.folder), "went_back_to": settings.save.ckpt_step} if found else {}
-    record = RunRecord(settings.run.output_dir, describe_run(vars(settings.megatron), full_parser()) | origin)
-
+    content = describe_run(vars(settings.megatron), full_parser()) | origin
+    record = RunRecord(settings.run.output_dir, content)
+    trace = Trace(settings.run.output_dir / "trace.json")
+    title = f"VESPO: {settings.engines.hf_checkpoint}"
+    display = RunDisplay(title, settings.run.train_iters, on_phase=trace.phase)
     run = None
+    with Tracking(settings, content, resumes=found is not None, say=display.message) as tracking:
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(trace)
+                stack.enter_context(display)
+                for remark in (*task.remarks, *(found.changes if found else ())):
+                    display.message(remark)
+                services = Services(settings, task, display, trace, preemption, stack, tracking)
+                display.watch_engines(services.engines.states)
+                record.add(nodes=nodes_of_the_cluster())
+                run = Run(settings, services, settings.run.setup_seconds - started)
+                state = _train(run, settings)
+        except BaseException as error:
+            end_early(settings.run.output_dir, record, run, error)
+            raise
+        record_end(record, run, None)
+        print(summarize(settings, state, len(task.eval_prompts), run.setup_seconds, run.idle), flush=True)
+
+
+def _train(run: Run, settings: TrainSettings) -> RunState:
     try:
-        with ExitStack() as stack:
-            trace = stack.enter_context(Trace(settings.run.output_dir / "trace.json"))
-            title = f"VESPO: {settings.engines.hf_checkpoint}"
-            display = stack.enter_context(RunDisplay(title, settings.run.train_iters, on_phase=trace.phase))
-            for remark in task.remarks:
-                display.message(remark)
-            for change in found.changes if found else ():
-                display.message(change)
-            services = Services(settings, task, display, trace, preemption, stack)
-            display.watch_engines(services.engines.states)
-            record.add(nodes=nodes_of_the_cluster())
-            run = Run(settings, services, settings.run.setup_seconds - started)
-            try:
-                state = run.train()
-            except StoppedByAlarm:
-                plot(settings)  # shows what led to the alarm
-                raise
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                # not the user's mistake: the paths were valid when the run started, and may be valid again
-                raise RuntimeError(f"the run broke: {error}") from error
-    except BaseException as error:
-        end_early(settings.run.output_dir, record, run, error)
+        return run.train()
+    except StoppedByAlarm:
+        plot(settings)  # shows what led to the alarm
         raise
-    record_end(record, run, None)
-    print(summarize(settings, state, len(task.eval_prompts), run.setup_seconds, run.idle))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # not the user's mistake: the paths were valid when the run started, and may be valid again
+        raise RuntimeError(f"the run broke: {error}") from error

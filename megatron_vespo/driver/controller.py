@@ -52,6 +52,7 @@ class Controller:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of all rollout batches so far
     record: Callable[[ScoredBatch], None] | None = None  # gets every rollout batch before it is trained on
     observers: Sequence[StepObserver] = ()
+    on_alarm: Callable[[int, Alarm], None] | None = None  # gets the alarms that are reported
     policy_version: int = 0  # of the engines' weights
     preemption: Preemption = field(default_factory=Preemption)
 
@@ -175,6 +176,8 @@ class Controller:
         for alarm in alarms:
             if is_news(alarm, self.history):
                 self.display.message(f"alarm {alarm.name} at optimizer step {self.state.iteration}: {alarm}")
+                if self.on_alarm is not None:
+                    self.on_alarm(self.state.iteration, alarm)
         metrics |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
         self.history.append(metrics)
         return alarms

@@ -19,6 +19,7 @@ from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
 from megatron_vespo.driver.responses import make_maker, with_tools
+from megatron_vespo.driver.tracking import Tracking
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.loading import load_rewards, reward_remarks
@@ -99,7 +100,9 @@ class Services:
         trace: Trace,
         preemption: Preemption,
         stack: ExitStack,
+        tracking: Tracking | None = None,
     ):
+        self.tracking = tracking
         self.task, self.display, self.trace, self.preemption = task, display, trace, preemption
         self.log_dir = (settings.run.output_dir / "logs").resolve()
         self.scorer: Scorer | None = None
@@ -131,6 +134,8 @@ class Services:
         self.engine_sync = NullEngineSync() if settings.run.train_from else started.sync
         self.gpu_sharing = started.gpu_sharing
         self.generates = settings.engines.rollout_engines > 0
+        if tracking is not None:
+            tracking.watch(lambda: display.current_phase, self.engines)
 
     def wait_for_engines(self) -> None:
         """Blocks until the engines have started."""

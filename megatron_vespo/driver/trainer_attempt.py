@@ -8,7 +8,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from megatron_vespo.algorithms.alarms import Alarm
 from megatron_vespo.arguments.resume import describe
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.run_folder import SaveReport, newest_save, repair_tracker
@@ -24,6 +26,7 @@ from megatron_vespo.driver.sample_responses import SampleResponses
 from megatron_vespo.driver.services import Services
 from megatron_vespo.driver.trained_step import StepObserver
 from megatron_vespo.observability.metrics import MetricsWriter, batch_records, read_metrics
+from megatron_vespo.observability.trackers.tracker import sample_text
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.generation import Generation
@@ -71,13 +74,22 @@ class TrainerAttempt:
         if settings.run.train_from:
             check_recorded(settings, state.iteration)
         goes_back = self._number == 0 and settings.save.ckpt_step is not None
-        self._metrics = MetricsWriter(settings.run.output_dir, self._kept_step(resumed), keep_cut=goes_back)
+        tracking = services.tracking
+        self._metrics = MetricsWriter(
+            settings.run.output_dir,
+            self._kept_step(resumed),
+            keep_cut=goes_back,
+            tensorboard=tracking is None or tracking.tensorboard,
+            on_record=None if tracking is None else tracking.record,
+        )
         self._stack.callback(self._metrics.close)
         if resumed:
             self._log_resumed(state, resumed)
         for line in describe(settings.save, state.iteration):
             services.display.message(line)
         self.controller = self._make_controller(state, resumed.rollout_buffer if resumed else None)
+        if tracking is not None:
+            tracking.attempt_started(self._number, state.iteration)
         services.display.phase_seconds()  # start-up phases end here
 
     def _start_trainer(self) -> Resumed | None:
@@ -158,6 +170,7 @@ class TrainerAttempt:
             history=batch_records(read_metrics(settings.run.output_dir / "metrics.jsonl")),
             record=self._recorder(state) if settings.run.save_rollouts else None,
             observers=self._observers(state),
+            on_alarm=self._on_alarm,
             preemption=services.preemption,
         )
 
@@ -166,7 +179,21 @@ class TrainerAttempt:
         if tokenizer is None or self._trainer is None:
             return []
         kept = state.iteration or None
-        return [SampleResponses(settings.output_dir, tokenizer, settings.train_iters, kept)]
+        return [
+            SampleResponses(settings.output_dir, tokenizer, settings.train_iters, kept, self._on_sample_rows)
+        ]
+
+    def _on_sample_rows(self, step: int, rows: list[dict[str, Any]]) -> None:
+        assert self._metrics is not None
+        self._metrics.write_text(step, "samples", sample_text(rows))
+        if self._services.tracking is not None:
+            self._services.tracking.samples(step, rows)
+
+    def _on_alarm(self, step: int, alarm: Alarm) -> None:
+        assert self._metrics is not None
+        self._metrics.write_text(step, f"alarm/{alarm.name}", str(alarm))
+        if self._services.tracking is not None:
+            self._services.tracking.alarm(step, alarm.name, str(alarm))
 
     def _recorder(self, state: RunState) -> Recorder:
         return Recorder(self._settings, state.iteration, self._services.task.tokenizer)

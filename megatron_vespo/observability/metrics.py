@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import (
-    Event,  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes it when it is imported
-    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
+from megatron_vespo.observability.trackers.tensorboard import TensorBoardEvents
 from megatron_vespo.system.disk import write_atomically
 
 # JSON has no word for these three; they are written as strings and read back as floats.
@@ -77,15 +71,26 @@ def _lines(records: Iterable[dict]) -> str:
     return "".join(dump_json(record) + "\n" for record in records)
 
 
+# Gets every record: the optimizer step, Unix seconds and the metrics. It must return at once.
+RecordObserver = Callable[[int, float, Mapping[str, float]], None]
+
+
 class MetricsWriter:
-    """Appends every step's metrics to `directory`/metrics.jsonl and `directory`/tensorboard.
+    """Appends every step's metrics to `directory`/metrics.jsonl and, if wanted, `directory`/tensorboard.
 
     `resume_step` is the last step that the run keeps: points of later steps are dropped in both places. None
     starts afresh; an existing metrics.jsonl then becomes metrics.previous.jsonl. `keep_cut` appends dropped
     records to that file, because a run that goes back will write different ones.
     """
 
-    def __init__(self, directory: Path, resume_step: int | None, keep_cut: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        resume_step: int | None,
+        keep_cut: bool = False,
+        tensorboard: bool = True,
+        on_record: RecordObserver | None = None,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path, previous = directory / "metrics.jsonl", directory / "metrics.previous.jsonl"
         if path.exists():
@@ -99,12 +104,9 @@ class MetricsWriter:
                     with previous.open("a", encoding="utf-8") as stream:
                         stream.write(_lines(cut))
                 write_atomically(path, _lines(kept))
-        self._lines = path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(directory / "tensorboard"))
-        # TensorBoard forgets the points of earlier event files from this step on.
+        self._lines, self._on_record = path.open("a", encoding="utf-8"), on_record
         first_step = 0 if resume_step is None else resume_step + 1
-        start = SessionLog(status=SessionLog.START)
-        self._events.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._events = TensorBoardEvents(directory / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records `metrics` for `step`. Both files are flushed, so that a killed run loses nothing."""
@@ -113,10 +115,17 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.write(dump_json({"step": step, "time": now, **values}) + "\n")
         self._lines.flush()
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
-        self._events.flush()
+        if self._events is not None:
+            self._events.scalars(step, now, values)
+        if self._on_record is not None:
+            self._on_record(step, now, values)
+
+    def write_text(self, step: int, tag: str, markdown: str) -> None:
+        """Adds a text for people to TensorBoard."""
+        if self._events is not None:
+            self._events.text(step, tag, markdown)
 
     def close(self) -> None:
         self._lines.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()

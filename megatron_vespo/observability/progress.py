@@ -168,6 +168,12 @@ class RunDisplay:
         with self._lock:
             self._noteworthy.saved = step, monotonic()
 
+    @property
+    def current_phase(self) -> str:
+        """The innermost phase of this moment, "" between phases. Any thread may ask."""
+        with self._lock:
+            return self._phases[-1].name if self._phases else ""
+
     def phase_seconds(self) -> dict[str, float]:
         """Seconds per phase since the last call, by name; counting restarts from zero."""
         with self._lock:
