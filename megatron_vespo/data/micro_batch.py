@@ -44,6 +44,9 @@ class MicroBatch:
     replays_S: Tensor | None = None  # bool, has the engine's routes; None: all have, or routes are unused
     # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
     old_routes: dict[int, Tensor] = field(default_factory=dict)
+    # set by the trainer where it records tokens: per model chunk int32 [R], how many of the imposed experts
+    # its routers would not have chosen for the token that enters
+    expert_differences: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -60,7 +63,7 @@ class MicroBatch:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     def on(self, device: torch.device) -> MicroBatch:
-        """Return the pack with its tensors copied asynchronously to `device`; both share `old_routes`."""
+        """Return the pack with its tensors copied asynchronously to `device`; both share the dicts."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: to_device(tensor, device) for name, tensor in tensors.items()})
 

@@ -123,7 +123,9 @@ def read_step(path: Path) -> StepRecord:
 def _arrays(record: StepRecord) -> dict[str, np.ndarray]:
     prompts, prompt_of = _distinct_prompts(record.completions)
     info = [{"text": p.text, "answer": p.answer, "source": _source(p)} for p in prompts]
-    plain = [replace(one, routed_experts=None) for one in record.completions]
+    plain = [
+        one if one.routed_experts is None else replace(one, routed_experts=None) for one in record.completions
+    ]
     arrays = {
         "prompt_of": prompt_of,
         "prompt_ids": np.array([prompt.prompt_id for prompt in prompts], np.int64),

@@ -21,6 +21,8 @@ from megatron_vespo.trainer.initialize import device
 from megatron_vespo.trainer.samples import check_sample, with_routes
 from megatron_vespo.types import TrainingSample
 
+Sample = TrainingSample | SampleOutline
+
 
 @dataclass
 class MiniBatch:
@@ -31,6 +33,7 @@ class MiniBatch:
     packing: PackingStats
     advantages: np.ndarray  # float32 [num_samples], of all samples on every rank
     versions: Versions | None = None  # of the tokens; only with --old-policy snapshot
+    outlines: Sequence[SampleOutline] = ()  # of all samples; only if values of tokens are recorded
 
 
 @dataclass
@@ -59,23 +62,22 @@ class Versions:
     def of(self, micro_batch: MicroBatch) -> Tensor:
         """Return the versions of the tokens that `loss_positions` predict, int64 of their shape."""
         own = [self.samples[i] for i in micro_batch.sample_indices]
-        masks = [sample.sampled_mask() for sample in own]
-        per_token = np.zeros(sum(map(len, masks)), np.int64)  # of all C tokens of each sample
-        per_token[np.concatenate(masks)] = np.concatenate([s.policy_versions.array() for s in own])
-        starts = np.cumsum([0, *map(len, masks[:-1])])
-        # the position before the first completion token predicts it
-        offsets = torch.from_numpy(starts + 1 - np.array([sample.prompt_length for sample in own]))
-        positions = micro_batch.loss_positions
-        sequences, places = micro_batch.sequence_ids_T[positions], micro_batch.position_ids_T[positions]
-        return torch.from_numpy(per_token)[offsets[sequences] + places]
+        return at_loss_positions(micro_batch, own, [one.policy_versions.array() for one in own])
 
 
 class Packer:
     """Cuts samples the same way on every rank and builds this rank's packs."""
 
-    def __init__(self, args: Namespace, groups: ProcessGroupCollection, with_versions: bool = False):
+    def __init__(
+        self,
+        args: Namespace,
+        groups: ProcessGroupCollection,
+        with_versions: bool = False,
+        with_outlines: bool = False,
+    ):
         """`with_versions`: mini-batches know which policy version generated each token."""
-        self._args, self._groups, self._with_versions = args, groups, with_versions
+        self._args, self._groups = args, groups
+        self._with_versions, self._with_outlines = with_versions, with_outlines
         self.layout = TokenLayout(
             groups.cp.size(), groups.cp.rank(), groups.tp.size() if args.sequence_parallel else 1
         )
@@ -136,7 +138,10 @@ class Packer:
                 micro_batches.append(build_micro_batch(pack, indices, num_tokens, self.layout, num_experts))
         self._raise_everywhere(problems, len(outline.samples))
         versions = Versions.of_outline(outline, self.rule.packs_multiple) if self._with_versions else None
-        return MiniBatch(len(outline.samples), micro_batches, cut.stats, outline.advantages, versions)
+        outlines = outline.samples if self._with_outlines else ()
+        return MiniBatch(
+            len(outline.samples), micro_batches, cut.stats, outline.advantages, versions, outlines
+        )
 
     def _problems(self, samples: Mapping[int, TrainingSample], engine_routes: bool) -> dict[int, str]:
         problems = {}
@@ -192,6 +197,39 @@ class Packer:
         if self._groups.dp_cp.size() > 1:
             dist.all_reduce(values, group=self._groups.dp_cp)
         return values
+
+
+def at_loss_positions(micro_batch: MicroBatch, own: Sequence[Sample], values: Sequence[np.ndarray]) -> Tensor:
+    """Return the values of the tokens that `loss_positions` predict, in the shape of `loss_positions`.
+
+    `own` are the samples of the pack's sequences, `values` has an array [N] of their sampled tokens for each.
+    """
+    masks = [sample.sampled_mask() for sample in own]
+    per_token = np.zeros(sum(map(len, masks)), np.int64)  # of all C tokens of each sample
+    per_token[np.concatenate(masks)] = np.concatenate(values)
+    starts = np.cumsum([0, *map(len, masks[:-1])])
+    # the position before the first completion token predicts it
+    offsets = torch.from_numpy(starts + 1 - np.array([sample.prompt_length for sample in own]))
+    positions = micro_batch.loss_positions
+    sequences, places = micro_batch.sequence_ids_T[positions], micro_batch.position_ids_T[positions]
+    return torch.from_numpy(per_token)[offsets[sequences] + places]
+
+
+def sampled_places(micro_batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> list[Tensor]:
+    """Return, for each pack, the places of the tokens that `loss_positions` predict, int64.
+
+    Places count the sampled tokens of all `samples`, the whole mini-batch, from 0, sample after sample.
+    """
+    lengths = [sample.num_trained for sample in samples]
+    starts = np.cumsum([0, *lengths])
+    return [
+        at_loss_positions(
+            micro_batch,
+            [samples[i] for i in micro_batch.sample_indices],
+            [np.arange(starts[i], starts[i + 1]) for i in micro_batch.sample_indices],
+        )
+        for micro_batch in micro_batches
+    ]
 
 
 def token_places(micro_batch: MicroBatch, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from megatron_vespo.algorithms.losses.output import LossOutput
 from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.checkpoints.run_folder import SaveReport
+from megatron_vespo.data.completion_arrays import split
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.data.packing import PackingRule
 from megatron_vespo.data.shards import MiniBatchOutline
+from megatron_vespo.data.token_values import TokenValues
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.models.part import ModelPart
@@ -31,7 +33,7 @@ from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import ESTIMATED, STATE, AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import GroupGradientNorms
 from megatron_vespo.trainer.initialize import device, give_to_megatron, process_groups
-from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
+from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, sampled_places, token_places
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
 from megatron_vespo.trainer.rounding import rounded_otherwise
 from megatron_vespo.trainer.routing_replay import Routing, RoutingReplay, free_routing
@@ -45,6 +47,7 @@ from megatron_vespo.trainer.step import (
     ratio_only,
 )
 from megatron_vespo.trainer.step_result import StepResult, reduced
+from megatron_vespo.trainer.token_values import token_values
 from megatron_vespo.trainer.weights import held_weights, iterate_hf_weights, load_hf_weights, model_part
 from megatron_vespo.types import TrainingSample
 
@@ -56,9 +59,11 @@ class MegatronPolicy:
     `args.hf_checkpoint`. `args` are copied: Megatron reads the copy from now on, and this class does not
     write to it. `rollout_state` is what the last `save` stored, None for a fresh start. `iteration` is the
     number of optimizer steps done, which is the policy version.
+
+    With `records_tokens`, `recorded` has the values of this rank's tokens in the last optimizer step.
     """
 
-    def __init__(self, args: Namespace, settings: LossSettings):
+    def __init__(self, args: Namespace, settings: LossSettings, records_tokens: bool = False):
         resuming = checkpoint.exists(args)
         self.stored = checkpoint.stored(args) if resuming else None
         self.args = args = give_to_megatron(args, **(self.stored.schedule if self.stored else {}))
@@ -72,7 +77,8 @@ class MegatronPolicy:
         self.model, self.optimizer, self.scheduler, self.iteration = set_up(args)
         # one rank per pipeline stage sends full tensors to the engines, or writes them in an export
         self.is_sender = self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0
-        self._packer = Packer(args, self.groups, with_versions=settings.old_policy == "snapshot")
+        self._records_tokens, self.recorded = records_tokens, cast("TokenValues | None", None)
+        self._packer = Packer(args, self.groups, settings.old_policy == "snapshot", records_tokens)
         self._schedule = Schedule(self.model, args, self._packer.layout)
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
@@ -178,8 +184,10 @@ class MegatronPolicy:
             settings=self.settings,
             longest=self.args.max_completion_tokens,
             cp_group=self.groups.cp,
+            keeps_log_probs=self._records_tokens,
         )
-        return self._run(mini_batch.micro_batches, loss, False, routing)
+        with self._replay.comparing() if self._records_tokens else nullcontext():
+            return self._run(mini_batch.micro_batches, loss, False, routing)
 
     def _adapted_loss(self, mini_batch: MiniBatch, routing: Routing) -> BoundLoss:
         """The policy loss for this mini-batch. A loss that adapts to it costs one more forward pass."""
@@ -208,6 +216,8 @@ class MegatronPolicy:
 
         chooses_bounds = self._bound.loss.adapt is not None
         measured = reduced(outputs, mini_batch, self._packer, self.groups, chooses_bounds, gradient_norms)
+        if self._records_tokens:
+            self.recorded = token_values(mini_batch, outputs, self._replay, self.groups)
         sums = measured.sums
         return StepResult(
             loss=sums.loss / sums.loss_count,
@@ -235,24 +245,18 @@ class MegatronPolicy:
         """
         filled = self._packer.fill(samples)
         mini_batch = self._packer.pack(filled, replay)
-        longest = max(sample.completion_length for sample in samples)
-        table = torch.zeros(len(filled), longest, device=device())
-        prompt_lengths = torch.tensor([sample.prompt_length for sample in filled])
+        lengths = np.array([sample.num_trained for sample in filled])
+        values = torch.zeros(int(lengths.sum()), device=device())
         outputs = self._run(
             mini_batch.micro_batches, log_prob_only, True, self._routing if replay else free_routing
         )
-        for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
-            predicting = micro_batch.loss_positions
-            index, place = token_places(micro_batch, predicting)
-            cells = torch.stack([index, place + 1 - prompt_lengths[index], predicting])
-            row, column, position = to_device(cells, device())
-            table[row, column] = output[position].float()
-        self._packer.share(table, self.groups.cp)
-        rows = table[: len(samples)].cpu().numpy()
-        return [
-            row[: sample.completion_length][sample.sampled_mask()]
-            for row, sample in zip(rows, samples, strict=True)
-        ]
+        places = sampled_places(mini_batch.micro_batches, filled)
+        for micro_batch, output, place in zip(mini_batch.micro_batches, outputs, places, strict=False):
+            cells = torch.stack([place, micro_batch.loss_positions])
+            there, position = to_device(cells, device())
+            values[there] = output[position].float()
+        self._packer.share(values, self.groups.cp)
+        return split(values.cpu().numpy(), lengths)[: len(samples)]
 
     @torch.no_grad()
     def sequence_log_ratio(

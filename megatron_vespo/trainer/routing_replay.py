@@ -34,6 +34,7 @@ class PartialReplay(RouterReplay):
     """Megatron's slot of one router. If `leaves_free`, its target may hold FREE for some tokens."""
 
     leaves_free = False
+    differences: Tensor | None = None  # int32 [R], see `RoutingReplay.comparing`; counted if not None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """Megatron's arguments: scores [R, experts]. Returns the chosen scores [R, K] and their experts."""
@@ -42,6 +43,10 @@ class PartialReplay(RouterReplay):
             _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)  # pyright: ignore[reportCallIssue]
             # the pass that recomputes this one makes the same choice, whatever its rounding
             self.target_topk_idx = self.replay_backward_list[-1] = torch.where(target == FREE, own, target)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if self.differences is not None and self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
+            _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)  # pyright: ignore[reportCallIssue]
+            shared = (self.target_topk_idx[:, :, None] == own[:, None, :]).any(2)  # pyright: ignore[reportOptionalSubscript]
+            self.differences = (~shared).sum(1, dtype=torch.int32)
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
 
@@ -57,6 +62,7 @@ class RoutingReplay:
             if router.router_replay is not None:
                 router.router_replay.__class__ = PartialReplay
         self._slices = (groups.tp.rank(), groups.tp.size()) if sequence_parallel else (0, 1)
+        self._compares = False
 
     @contextmanager
     def record(self, chunk: int, micro_batch: MicroBatch) -> Iterator[None]:
@@ -81,8 +87,35 @@ class RoutingReplay:
             router.router_replay.leaves_free = micro_batch.replays_S is not None  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         self._set_action(chunk, RouterReplayAction.REPLAY_FORWARD)
         yield
+        if self._compares:
+            micro_batch.expert_differences[chunk] = self._take_differences(chunk, micro_batch)
         # from here to the next forward pass, routers compute only for backward passes
         self._set_action(chunk, RouterReplayAction.REPLAY_BACKWARD)
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Inside, passes that replay also count the imposed experts that the routers would not have chosen.
+
+        The counts become the micro-batches' `expert_differences`.
+        """
+        slots: list[Any] = [router.router_replay for chunk in self._routers for router in chunk]
+        slots = [slot for slot in slots if slot is not None]
+        self._compares = True
+        for slot in slots:
+            slot.differences = torch.zeros(0)
+        try:
+            yield
+        finally:
+            self._compares = False
+            for slot in slots:
+                slot.differences = None
+
+    def _take_differences(self, chunk: int, micro_batch: MicroBatch) -> Tensor:
+        """The sum over the chunk's layers, int32 [R]."""
+        slots: list[Any] = [router.router_replay for router in self._routers[chunk]]
+        tokens_R = self.seen(micro_batch.tokens_T)
+        none_R = torch.zeros(len(tokens_R), dtype=torch.int32, device=tokens_R.device)
+        return sum((slot.differences for slot in slots), none_R)
 
     def finish(self) -> None:
         """Let the routers choose for themselves again, and drop the routes of the last schedule."""
@@ -109,6 +142,11 @@ class RoutingReplay:
     def local_layers(self, chunk: int) -> list[int]:
         """Global numbers, from 0, of the layers whose routers are in the chunk."""
         return [router.layer_number - 1 for router in self._routers[chunk]]  # pyright: ignore[reportOptionalOperand]
+
+    @property
+    def sees_a_slice(self) -> bool:
+        """Whether the routers of other tensor-parallel ranks see other tokens."""
+        return self._slices[1] > 1
 
     def seen(self, values_T: Tensor) -> Tensor:
         """The slice of a per-token field that this rank's routers see."""

@@ -131,6 +131,7 @@ def policy_loss(
     settings: LossSettings,
     longest: int,
     cp_group: dist.ProcessGroup,
+    keeps_log_probs: bool = False,
 ) -> tuple[Tensor, Tensor, LossOutput]:
     """The policy loss on one micro-batch. `longest` is the longest response allowed, in tokens."""
     log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
@@ -174,6 +175,7 @@ def policy_loss(
         ),
         sums=sums,
         clip_bounds=bound.loss.clip_bounds,
+        log_probs=log_probs_T.detach()[micro_batch.loss_positions].float() if keeps_log_probs else None,
     )
     return loss_sum, loss_count.int(), output
 

@@ -22,7 +22,6 @@ SETTINGS = {
     "vespo_negative": [3.0, 2.0],
     "clip_range": None,
     "steps_per_rollout": 4,
-    "kernel_c2": None,
     "clip_bounds": None,
 }
 _LETTERS = string.printable.encode()

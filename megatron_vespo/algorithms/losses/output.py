@@ -63,6 +63,7 @@ class LossOutput:
     log_mismatch_abs_max_S: Tensor
     sums: LossSums[Tensor]  # this rank's
     clip_bounds: tuple[float, float] | None  # of the ratio; None for a loss that has none
+    log_probs: Tensor | None = None  # float32 [num_loss_tokens], log pi of this rank's; None: not recorded
 
     def per_sequence(self) -> Tensor:
         """The fields with the suffix S as rows [SEQUENCE_FIELDS, S]."""
