@@ -20,6 +20,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="what happens at an alarm, see docs/reference/alarms.md; the last one needs --save")  # fmt: skip
     add("--save-rollouts", type=user_path, metavar="DIR",
         help="record every rollout batch: a .npz for --train-from, a .jsonl for people")  # fmt: skip
+    add("--record-responses", action="store_true",
+        help="keep all responses with log pi per token, for `view`")  # fmt: skip
     add("--train-from", type=user_path, metavar="DIR",
         help="train on the batches of --save-rollouts; no engines")  # fmt: skip
     add("--rollout-only", action="store_true",
@@ -38,6 +40,7 @@ class RunSettings(Settings):
     on_alarm: Literal["warn", "stop", "checkpoint-and-stop"]
     max_logprob_difference: float | None
     save_rollouts: Path | None
+    record_responses: bool
     train_from: Path | None
     rollout_only: bool
     setup_seconds: float

@@ -21,6 +21,7 @@ from megatron_vespo.cluster.placement import Placement, object_store_bytes
 from megatron_vespo.cluster.trainer_worker import Resumed, TrainerWorker
 from megatron_vespo.data.packing import PackingRule
 from megatron_vespo.data.shards import MiniBatchOutline, Shard
+from megatron_vespo.data.token_values import TOKENS
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span
 from megatron_vespo.system.process_environment import exported_values
@@ -150,8 +151,15 @@ class TrainerGroup:
         )
 
     def train_step(self, index: int) -> dict[str, Any]:
-        """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult."""
-        return self._call("train_step", index, timeout_s=self._timeout_s)
+        """One optimizer step on mini-batch `index` of the prepared batch: the fields of StepResult.
+
+        If values of tokens are recorded, TOKENS has those of every rank that has some.
+        """
+        with self._one_call:
+            results = self._answers("train_step", [(index,)] * len(self._workers), self._timeout_s)
+        if TOKENS in results[0]:
+            results[0][TOKENS] = [one[TOKENS] for one in results if one[TOKENS] is not None]
+        return results[0]
 
     def offload(self, keep_weights: bool = False) -> None:
         """Free the GPUs until a method needs them; with --no-colocate-offload weights and optimizer stay."""

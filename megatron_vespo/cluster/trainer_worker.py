@@ -21,6 +21,7 @@ from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.cluster.logs import redirect_output
 from megatron_vespo.cluster.placement import cores_of_a_gpu, host_address
 from megatron_vespo.cluster.visible_gpus import check_visible_gpus
+from megatron_vespo.data.token_values import TOKENS
 from megatron_vespo.observability.layout_report import LayoutMeasurement
 from megatron_vespo.observability.tracing import Span, Spans
 from megatron_vespo.rollout.server_arguments import (
@@ -120,7 +121,8 @@ class TrainerWorker:
         check_router(self._args, where)
         # this process sees its own GPU only, so the local rank is always 0
         self._args = initialize(self._args, self.rank, 0, master_address, master_port)
-        self.policy = MegatronPolicy(self._args, self._settings.loss)
+        records = self._settings.run.record_responses
+        self.policy = MegatronPolicy(self._args, self._settings.loss, records_tokens=records)
         self._memory = GpuMemory(
             self.policy.model, self.policy.optimizer, self._settings.sync.colocate_offload
         )
@@ -166,8 +168,9 @@ class TrainerWorker:
                     self.policy.compute_old_log_probs(mini_batch)
 
     def train_step(self, index: int) -> dict:
-        """One optimizer step; the fields of StepResult."""
-        return vars(self.policy.train_step(self._prepared[index]))
+        """One optimizer step; the fields of StepResult and, if they are recorded, this rank's TOKENS."""
+        result = vars(self.policy.train_step(self._prepared[index]))
+        return result | ({TOKENS: self.policy.recorded} if self._settings.run.record_responses else {})
 
     def offload(self, keep_weights: bool) -> None:
         """Free the GPU for an engine, until a method needs it."""

@@ -105,6 +105,11 @@ def check_modes(settings: TrainSettings) -> None:
         if not settings.save.load:
             check_recorded(settings, 0)
     if settings.run.rollout_only:
+        if settings.run.record_responses:
+            raise ValueError(
+                "--record-responses keeps what optimizer steps measure, --rollout-only takes none: leave one "
+                "out; --save-rollouts records responses without a trainer"
+            )
         for flag, given in {"--load": settings.save.load, "--save": settings.save.save}.items():
             if given:
                 raise ValueError(

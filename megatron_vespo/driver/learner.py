@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vespo.algorithms.diagnostics import floor_metrics
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.data.token_values import TOKENS
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import pi_old_is_in_place, step_metrics
 from megatron_vespo.types import RunState, TrainingSample
@@ -95,6 +96,7 @@ class PolicyLearner:
             steps[-1]["lag"] = mean_lag(mini_batch, self.state.iteration)
             self.state.iteration += 1
             sums.update(after_step(slice(index * size, (index + 1) * size), steps[-1]))
+            steps[-1].pop(TOKENS, None)  # large, and for observers alone
         sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
         lengths = np.array([sample.num_trained for sample in samples])
         metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)

@@ -22,6 +22,7 @@ from megatron_vespo.driver.batch_sources import make_batch_source
 from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_recorded
 from megatron_vespo.driver.learner import Learner, LogProbBound, PolicyLearner
+from megatron_vespo.driver.response_recorder import make_recorder
 from megatron_vespo.driver.sample_responses import SampleResponses
 from megatron_vespo.driver.services import Services
 from megatron_vespo.driver.trained_step import StepObserver
@@ -176,12 +177,21 @@ class TrainerAttempt:
 
     def _observers(self, state: RunState) -> list[StepObserver]:
         settings, tokenizer = self._settings.run, self._services.task.tokenizer
-        if tokenizer is None or self._trainer is None:
+        if self._trainer is None:
             return []
+        observers: list[StepObserver] = []
         kept = state.iteration or None
-        return [
-            SampleResponses(settings.output_dir, tokenizer, settings.train_iters, kept, self._on_sample_rows)
-        ]
+        if tokenizer is not None:
+            told = self._on_sample_rows
+            observers.append(
+                SampleResponses(settings.output_dir, tokenizer, settings.train_iters, kept, told)
+            )
+        if settings.record_responses:
+            kept = kept or (FROM_THE_BEGINNING if self._number else None)
+            recorder = make_recorder(self._settings, tokenizer, kept, self._services.display.message)
+            self._stack.callback(recorder.close)
+            observers.append(recorder)
+        return observers
 
     def _on_sample_rows(self, step: int, rows: list[dict[str, Any]]) -> None:
         assert self._metrics is not None

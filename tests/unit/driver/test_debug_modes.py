@@ -52,6 +52,7 @@ def arguments(**changes) -> flat_settings:
         ckpt_step=None,
         train_from=None,
         rollout_only=False,
+        record_responses=False,
     )
     assert not changes.keys() - flags.keys()
     return flat_settings(**flags | changes)
@@ -241,6 +242,9 @@ def test_contradictions(mode, other):
 def test_what_may_be_recorded_where(recorded):
     check_modes(arguments())
     check_modes(arguments(rollout_only=True))
+    check_modes(arguments(record_responses=True))
+    with pytest.raises(ValueError, match="--rollout-only takes none: leave one out"):
+        check_modes(arguments(rollout_only=True, record_responses=True))
     check_modes(arguments(save_rollouts=recorded / "other"))
     check_modes(arguments(save_rollouts=recorded, load="checkpoint"))
     with pytest.raises(ValueError, match="has recorded batches: name another folder$"):
