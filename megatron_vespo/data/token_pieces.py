@@ -40,8 +40,11 @@ class TokenPieces:
         return self._pieces[token_id]
 
     def of(self, token_ids: np.ndarray) -> dict[int, bytes]:
-        """Return the pieces of the distinct tokens of an integer array, in ascending order of ids."""
-        return {token_id: self[token_id] for token_id in np.unique(token_ids).tolist()}
+        """Return the pieces of the distinct tokens of an array of ids, in ascending order of ids."""
+        # `np.unique` would sort millions of tokens
+        there = np.zeros(int(token_ids.max(initial=0)) + 1, bool)
+        there[token_ids] = True
+        return {token_id: self[token_id] for token_id in np.flatnonzero(there).tolist()}
 
     def _piece(self, token_id: int) -> bytes:
         token = self._tokenizer.convert_ids_to_tokens(token_id)

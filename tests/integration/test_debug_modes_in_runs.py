@@ -1,4 +1,7 @@
-"""Recorded batches give the recording run's numbers again, without engines; rollouts without a trainer."""
+"""Recorded batches give the recording run's numbers again, without engines; rollouts without a trainer.
+
+The same runs keep all responses with log pi per token, see --record-responses.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_vespo.data.rollout_file import read_record
+from megatron_vespo.data.step_records import StepRecord, read_step, step_files
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from tests.support.run_rewards import first_letters
 from tests.support.runs import ROOT, finished, train_command, write_questions
@@ -38,7 +44,7 @@ def questions(tmp_path_factory) -> Path:
 def recorded(tiny_model, questions, tmp_path_factory) -> Path:
     """A run of three rollout batches, two optimizer steps each, as a user starts it; its output folder."""
     output = tmp_path_factory.mktemp("recorded") / "out"
-    flags = [*FLAGS.split(), "--save-rollouts", str(output / "rollouts")]
+    flags = [*FLAGS.split(), "--record-responses", "--save-rollouts", str(output / "rollouts")]
     print(finished(train_command(tiny_model, questions, output, *flags), output.with_suffix(".log")))
     return output
 
@@ -49,7 +55,7 @@ def numbers(output: Path) -> list[dict[str, float]]:
 
 
 def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path):
-    command = train_command(tiny_model, Path("none"), tmp_path / "out", *FLAGS.split())
+    command = train_command(tiny_model, Path("none"), tmp_path / "out", *FLAGS.split(), "--record-responses")
     at = command.index("--prompt-data")
     del command[at : at + 2]
     # SGLang's files can be looked at, which patches/cpu does, but nothing of it can be imported
@@ -68,6 +74,10 @@ def test_a_replay_has_the_same_losses_bit_for_bit(recorded, tiny_model, tmp_path
     assert len(losses) == 3 and len(set(losses)) > 1, "nothing was learned"
     assert [record["train/loss"] for record in seen] == losses
     assert seen == expected
+    for ours, theirs in zip(steps_of(tmp_path / "out"), steps_of(recorded), strict=True):
+        np.testing.assert_array_equal(ours.pi, theirs.pi)
+        np.testing.assert_array_equal(ours.expert_differences, theirs.expert_differences)
+        assert ours.pieces == theirs.pieces  # of --hf-checkpoint's tokenizer
     assert len(expected[0]) > 50
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["layout"]["engines"] == 0 and list(summary["idle"]) == ["trainer"]
@@ -90,6 +100,52 @@ def test_recorded_responses_can_be_read_by_people(recorded, questions):
             assert turn["writer"] == "policy" and isinstance(turn["text"], str)
             if line["finish_reason"] == "stop":
                 assert line["reward"] == first_letters(turn["text"], line["answer"], {})
+
+
+def steps_of(output: Path) -> list[StepRecord]:
+    return [read_step(path) for _, path in step_files(output / "responses")]
+
+
+def test_recorded_tokens_sum_to_log_w(recorded):
+    steps = steps_of(recorded)
+    assert [(one.step, one.mini_batch) for one in steps] == [(i + 1, i % 2) for i in range(6)]
+    for step in steps:
+        assert step.pi_old is not None
+        differences = step.pi.astype(np.float64) - step.pi_old
+        log_w = np.array([one.sum() for one in step.per_sample(differences)])
+        assert np.abs(log_w - step.log_w).max() <= 1e-6 * step.num_sampled.max()
+        mu = np.concatenate([one.log_probs for one in step.completions])
+        log_mismatch = [one.sum() for one in step.per_sample(step.pi_old.astype(np.float64) - mu)]
+        np.testing.assert_allclose(log_mismatch, step.log_mismatch, rtol=0, atol=1e-4)
+    # the second step of a batch is off the policy that generated it, the first is not
+    assert all(np.abs(step.log_w).max() == 0.0 for step in steps[::2])
+    assert max(np.abs(step.log_w).max() for step in steps[1::2]) > 1e-3
+
+    means = [np.concatenate([a.log_w, b.log_w]).mean() for a, b in zip(steps[::2], steps[1::2], strict=True)]
+    batches = batch_records(read_metrics(recorded / "metrics.jsonl"))
+    np.testing.assert_allclose([r["ratio/log_w_mean"] for r in batches], means, rtol=0, atol=1e-6)
+
+
+def test_recorded_steps_are_the_batches(recorded, tiny_model, questions):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    asked = [json.loads(line) for line in questions.read_text().splitlines()]
+    steps = iter(steps_of(recorded))
+    for path in sorted((recorded / "rollouts").glob("*.npz")):
+        expected = [c for group in read_record(path).groups for c in group]
+        first, second = next(steps), next(steps)
+        pairs = zip([*first.completions, *second.completions], expected, strict=True)
+        for step, (ours, theirs) in zip([first] * 8 + [second] * 8, pairs, strict=True):
+            np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+            np.testing.assert_array_equal(ours.log_probs, theirs.log_probs)
+            assert (ours.reward, ours.policy_versions) == (theirs.reward, theirs.policy_versions)
+            row = asked[ours.prompt.prompt_id]
+            assert (ours.prompt.text, ours.prompt.answer) == (row["question"], row["answer"])
+            assert step.text(ours.token_ids) == tokenizer.decode(ours.token_ids)
+        for step in (first, second):
+            assert step.group_ids.tolist() == np.repeat(np.unique(step.group_ids), 4).tolist()
+            # R3: engine and trainer route by the same weights, or by weights of one step before
+            assert step.expert_differences is not None and step.expert_differences.mean() < 0.5
+            assert step.settings["ratio_denominator"] == "recomputed"
 
 
 @pytest.mark.slow
