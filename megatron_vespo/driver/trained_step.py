@@ -16,7 +16,8 @@ class TrainedStep:
     step: int  # optimizer steps done, this one included
     completions: Sequence[Completion]
     samples: Sequence[TrainingSample]
-    result: dict[str, Any]  # the fields of StepResult, arrays in the order of the samples
+    # the fields of StepResult, arrays in the order of the samples; with --record-responses also TOKENS
+    result: dict[str, Any]
 
 
 # Called between two optimizer steps, so it must return at once.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_vespo.data.rollout_file import batch_path, read_record
+from megatron_vespo.data.step_records import read_step, step_files
 from megatron_vespo.observability.metrics import read_metrics
 from tests.support.runs import finished, train_command, write_questions
 from tests.support.servers import ROUTES, make_tiny_model
+from tests.support.step_records import log_w_of_tokens
 
 STOPS = [1, *range(10, 25)]  # of 128 tokens: a random turn has about eight
 FLAGS = (
@@ -78,6 +80,20 @@ def check_records(folder: Path, batches: int) -> None:
         assert line["given_tokens"] == len(completion.token_ids) - completion.num_sampled
 
 
+def check_recorded_tokens(folder: Path, records: list[dict]) -> None:
+    """Of the run and of the one that resumed it: given tokens have no ratio, sampled ones sum to log W."""
+    steps = [read_step(path) for _, path in step_files(folder / "out/responses")]
+    assert [one.step for one in steps] == list(range(1, 9))
+    given = 0
+    for step in steps:
+        assert (np.abs(log_w_of_tokens(step) - step.log_w) <= 1e-6 * step.num_sampled).all()
+        assert step.expert_differences is not None
+        given += sum(len(one.token_ids) - one.num_sampled for one in step.completions)
+    assert given > 0
+    means = [np.concatenate([a.log_w, b.log_w]).mean() for a, b in zip(steps[::2], steps[1::2], strict=True)]
+    np.testing.assert_allclose([r["ratio/log_w_mean"] for r in records], means, rtol=0, atol=1e-6)
+
+
 @pytest.mark.timeout(400)
 def test_a_run_trains_on_the_turns_of_the_policy(model, tmp_path):
     """Engine and trainer agree on every sampled token, so the given tokens between them are the same."""
@@ -98,7 +114,7 @@ def test_a_run_trains_on_the_turns_of_the_policy(model, tmp_path):
 @pytest.mark.parametrize("environment", ["CountsLetters", "CountsLettersAnew"])
 def test_an_asynchronous_run_goes_on_with_its_episodes(model, tmp_path, on_update, environment):
     flags = "--steps-per-rollout 2 --max-staleness 3 --sync-interval 1 --no-hf-export"
-    flags += f" --on-weight-update {on_update} --save {tmp_path / 'checkpoints'}"
+    flags += f" --on-weight-update {on_update} --save {tmp_path / 'checkpoints'} --record-responses"
     for train_iters, more in ((4, ""), (8, f"--load {tmp_path / 'checkpoints'}")):
         recorded = tmp_path / f"rollouts-{train_iters}"
         now = f"{flags} --train-iters {train_iters} --save-rollouts {recorded} {more}".split()
@@ -113,6 +129,7 @@ def test_an_asynchronous_run_goes_on_with_its_episodes(model, tmp_path, on_updat
     assert mixed > 0
     records = [r for r in read_metrics(tmp_path / "out/metrics.jsonl") if "reward/mean" in r]
     assert [record["step"] for record in records] == [2, 4, 6, 8]
+    check_recorded_tokens(tmp_path, records)
 
 
 @pytest.mark.slow

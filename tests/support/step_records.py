@@ -90,6 +90,20 @@ def write_steps(folder: Path, num_steps: int, seed: int = 0, **shape: int | bool
     return paths
 
 
+def log_w_of_tokens(record: StepRecord) -> np.ndarray:
+    """Return log W of every sample as the sum over its tokens, in float64; [M]."""
+    denominator = record.settings["ratio_denominator"]
+    if denominator == "rollout":
+        below = np.concatenate([one.log_probs for one in record.completions])
+    else:
+        assert record.pi_old is not None
+        below = record.pi_old
+    sums = [one.sum() for one in record.per_sample(record.pi.astype(np.float64) - below)]
+    # the truncated part of the mismatch is one of the response, not of tokens
+    in_w = record.log_mismatch_in_w if denominator.startswith("decoupled") else 0.0
+    return np.array(sums) + in_w
+
+
 def phi(log_w: np.ndarray, advantages: np.ndarray) -> np.ndarray:
     """Return W^c1 exp(c2 (1 - W)) with the constants of SETTINGS, float32 [M]."""
     positive = advantages >= 0
