@@ -1,4 +1,4 @@
-"""The built documentation, served on loopback to a headless Chromium that Playwright drives."""
+"""A headless Chromium that Playwright drives, and the built documentation, served on loopback to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,9 +29,13 @@ def why_not() -> str | None:
         return "there is no chromium: tests/browser/install.sh installs it"
     if not (PACKAGES / ".ready").exists():
         return "there is no Playwright: tests/browser/install.sh installs it"
-    if not (SITE / ".built").exists():
-        return "the documentation is not built: bash docs/build.sh"
     return None
+
+
+def demand(reason: str | None) -> None:
+    """Skips the test where something is missing, but fails where all is installed."""
+    if reason:
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -75,8 +79,7 @@ class Visit:
 @pytest.fixture(scope="session")
 def home() -> Iterator[str]:
     """The address of the site, with a slash at its end."""
-    if reason := why_not():
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    demand(None if (SITE / ".built").exists() else "the documentation is not built: bash docs/build.sh")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(SITE)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -86,7 +89,8 @@ def home() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def browser(home):
+def browser():
+    demand(why_not())
     sys.path.append(str(PACKAGES))
     from playwright.sync_api import sync_playwright
 
@@ -96,6 +100,23 @@ def browser(home):
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def open_tab(browser) -> Iterator[Callable[..., Visit]]:
+    """`open_tab(home, width, height)` is a tab of an empty profile. All must be well in it until the end."""
+    visits = []
+
+    def new(home: str, width: int = 1280, height: int = 900) -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        context.set_default_timeout(30_000)
+        visits.append(Visit(context.new_page(), home))
+        return visits[-1]
+
+    yield new
+    for visit in visits:
+        visit.page.context.close()
+    assert [fault for visit in visits for fault in visit.faults] == []
 
 
 @pytest.fixture(params=[(1280, 900), (390, 800)], ids=["desktop", "narrow"])
