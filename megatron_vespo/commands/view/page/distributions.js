@@ -179,7 +179,7 @@ function summaryTable(recorded, other) {
 function show(metric, value) {
   if (value === null || value === undefined) return "–";
   if (metric === "dead") return `${number(100 * value, 3)}%`;
-  return metric === "log_w_mean" ? signed(value, 3) : number(value, 3);
+  return metric === "log_w_mean" ? signed(value) : number(value);
 }
 
 function pair(metric, before, after, other) {

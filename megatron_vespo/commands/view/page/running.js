@@ -81,11 +81,14 @@ export class RunningChart {
 
   moved(plot) {
     const { event, idx } = plot.cursor; // no event: `show` has moved it
-    if (event && idx !== null && idx !== undefined) this.points.onPoint(idx);
+    if (!event || idx === null || idx === undefined || idx === this.waiting) return;
+    this.waiting = idx;
+    this.points.onPoint(idx);
   }
 
   // Moves the cursor to a sampled token, without telling anybody.
   show(n) {
+    if (n === this.plot?.cursor.idx) return;
     this.waiting = n;
     if (this.plot?.status !== 1 || n < 0) return;
     this.plot.setCursor({ left: this.plot.valToPos(n + 1, "x"), top: 10 });
