@@ -76,12 +76,13 @@ class LogRatio:
 
     `log_mismatch_S` is log(pi_old / mu) in full, for every denominator; NaN if pi_old is unknown.
     `log_mismatch_in_w_S` is the part of it in W: all of it for `rollout`, a truncated part for DECOUPLED,
-    none for `recomputed`.
+    none for `recomputed`. `log_pi_over_mu_S` is log(pi / mu) in full, for every denominator.
     """
 
     log_w_S: Tensor
     log_mismatch_in_w_S: Tensor
     log_mismatch_S: Tensor
+    log_pi_over_mu_S: Tensor
 
 
 def sequence_log_ratio(
@@ -121,7 +122,7 @@ def sequence_log_ratio(
         differences = [(log_probs_T, behavior_log_probs_T, math.inf)]
         [log_w_S] = _over_ranks(_masked_sums(differences, loss_mask_T, bounds), group).unbind(1)
         unknown_S = torch.full_like(log_w_S, torch.nan)
-        return LogRatio(log_w_S, unknown_S, unknown_S)
+        return LogRatio(log_w_S, unknown_S, unknown_S, log_w_S)
     most = math.log(mismatch_truncation)
     differences = [
         (log_probs_T, old_log_probs_T, math.inf),
@@ -138,7 +139,9 @@ def sequence_log_ratio(
         log_mismatch_in_w_S = truncated_S
     else:
         log_mismatch_in_w_S = log_mismatch_S
-    return LogRatio(staleness_S + log_mismatch_in_w_S, log_mismatch_in_w_S, log_mismatch_S)
+    return LogRatio(
+        staleness_S + log_mismatch_in_w_S, log_mismatch_in_w_S, log_mismatch_S, staleness_S + log_mismatch_S
+    )
 
 
 def _masked_sums(

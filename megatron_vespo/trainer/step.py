@@ -138,7 +138,7 @@ def policy_loss(
     reference_T = _reference(micro_batch, log_probs_T)
     inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, settings)
     correction_T = bound.correction(
-        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio.log_mismatch_S, inputs, cp_group)
+        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio, inputs, cp_group)
     )
     terms: list[TokenLoss] = []
     loss_sum = summed_loss(bound.loss, inputs, bound.aggregation, longest, correction_T, terms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.support.naive_losses import bernoulli_kl
 from tests.support.random_task import split
 
 NUM_SAMPLES = 24
@@ -25,6 +26,23 @@ CORRECTIONS = {
     "reject-geometric": lambda rho: np.full_like(rho, 0.98 <= rho.prod() ** (1 / len(rho)) <= 1.02),
     "reject-k3": lambda rho: np.full_like(rho, np.mean(rho - 1 - np.log(rho)) <= 0.005),
 }
+# of pi_old, mu and log(pi / mu) of a response's tokens, and its advantage
+CORRECTIONS_OF_MORE = {
+    "kpop": lambda old, mu, log_ratio, a: (np.maximum(kls(old, mu), kls(mu, old)) <= 5e-5).astype(float),
+    "reject-binary-kl": lambda old, mu, log_ratio, a: np.full_like(mu, kls(mu, old).mean() <= 5e-5),
+    "opsm": lambda old, mu, log_ratio, a: np.full_like(mu, a >= 0 or -log_ratio.mean() <= 0.01),
+}
+
+
+def kls(of, to):
+    return np.array([bernoulli_kl(p, q) for p, q in zip(of, to, strict=True)])
+
+
+def weight_of(name, now, old, mu, advantage):
+    """Of the tokens of a response, from their log-probs."""
+    if name in CORRECTIONS:
+        return CORRECTIONS[name](np.exp(old - mu))
+    return CORRECTIONS_OF_MORE[name](np.exp(old), np.exp(mu), now - mu, advantage)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +68,12 @@ def grpo(now, old, advantage):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [(name, loss) for name in CORRECTIONS for loss in (vespo, grpo) if (name, loss) != ("importance", vespo)],
+    [
+        (name, loss)
+        for name in CORRECTIONS | CORRECTIONS_OF_MORE
+        for loss in (vespo, grpo)
+        if (name, loss) != ("importance", vespo)
+    ],
 )
 def test_a_step_is_the_closed_form(task, one_rank, name, loss):
     samples = task.samples[:NUM_SAMPLES]
@@ -58,7 +81,8 @@ def test_a_step_is_the_closed_form(task, one_rank, name, loss):
     total, tokens = 0.0, 0
     fields = (split(one_rank[field].astype(np.float64), samples) for field in ("log_probs", "old_log_probs"))
     for i, (sample, now, old) in enumerate(zip(samples, *fields, strict=True)):
-        weight = CORRECTIONS[name](np.exp(old - sample.behavior_log_probs))
+        mu = sample.behavior_log_probs.astype(np.float64)
+        weight = weight_of(name, now, old, mu, sample.advantage)
         total += (weight * loss(now, old, sample.advantage)).sum()
         tokens += len(now)
         assert one_rank[f"{case} correction"][i] == pytest.approx(weight.mean(), rel=1e-5)
@@ -66,7 +90,19 @@ def test_a_step_is_the_closed_form(task, one_rank, name, loss):
     # every trained token counts, rejected or not
     assert one_rank[case][0] == pytest.approx(total / tokens, rel=1e-4)
     rejected = one_rank[f"{case} rejected"]
-    assert (rejected > 0).any() == (name in ("icepop", "token-mask") or "reject" in name)
+    assert (rejected > 0).any() == (name in ("icepop", "token-mask", "kpop", "opsm") or "reject" in name)
+    assert (rejected < 1).any()
+
+
+def test_opsm_masks_also_where_pi_old_is_not_known(task, one_rank):
+    """With `rollout`, W is pi / mu of the response, and so is what opsm compares."""
+    total, tokens, samples = 0.0, 0, task.samples[:NUM_SAMPLES]
+    for sample, now in zip(samples, split(one_rank["log_probs"].astype(np.float64), samples), strict=True):
+        mu = sample.behavior_log_probs.astype(np.float64)
+        weight = weight_of("opsm", now, now, mu, sample.advantage)
+        total += (weight * vespo(now, mu, sample.advantage)).sum()
+        tokens += len(now)
+    assert one_rank["opsm rollout vespo"][0] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_pi_old_of_the_policy_is_corrected_too(task, one_rank):
@@ -81,7 +117,8 @@ def test_pi_old_of_the_policy_is_corrected_too(task, one_rank):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_corrections_do_not_depend_on_the_layout(one_rank, run, layout):
     cases = [case for case in one_rank if len(case.split()) == 3 or case.endswith("computed")]
-    assert len(cases) == 1 + 8 + 9 + 5
+    assert len(cases) == 1 + 11 + 12 + 8 + 2
+    worst = np.zeros(3)
     for result in run(*LAYOUTS[layout]):
         for case in cases:
             loss, grad_norm, terms = np.abs(result[case] - one_rank[case]) / np.abs(one_rank[case][[2, 1, 2]])
@@ -92,9 +129,11 @@ def test_corrections_do_not_depend_on_the_layout(one_rank, run, layout):
                 np.testing.assert_allclose(
                     result[field], one_rank[field], rtol=2e-5, atol=1e-6, err_msg=field
                 )
+            worst = np.maximum(worst, [loss, grad_norm, terms])
+    print(f"{layout}: loss {worst[0]:.1e} of its terms, grad_norm {worst[1]:.1e}")
 
 
 def test_the_corrections_differ(one_rank):
-    for loss in ("recomputed vespo", "recomputed grpo", "decoupled vespo"):
+    for loss in ("recomputed vespo", "recomputed grpo", "decoupled vespo", "rollout vespo"):
         norms = sorted(values[1] for case, values in one_rank.items() if case.split(" ", 1)[1:] == [loss])
         assert min(np.diff(norms)) > 1e-6 * norms[-1]

@@ -120,8 +120,8 @@ MUTATIONS = [
     Mutation(
         "denominator: the mismatch is left out of W",
         "algorithms/vespo.py",
-        "return LogRatio(staleness_S + log_mismatch_in_w_S,",
-        "return LogRatio(staleness_S,",
+        "        staleness_S + log_mismatch_in_w_S, log_mismatch_in_w_S,",
+        "        staleness_S, log_mismatch_in_w_S,",
         (INVARIANCE, "denominators and one"),
     ),
     Mutation(
@@ -216,9 +216,30 @@ MUTATIONS = [
         (MISMATCH, "closed_form and tis"),
     ),
     Mutation(
-        "mismatch: k3 of a response is that of its part on the rank",
+        "mismatch: OPSM masks responses better than average",
         "algorithms/corrections.py",
-        "len(inputs.advantages_S), mismatch.group)",
+        "torch.where(inputs.advantages_S < 0, kl_S,",
+        "torch.where(inputs.advantages_S > 0, kl_S,",
+        ("tests/unit/algorithms/test_corrections.py", "opsm"),
+    ),
+    Mutation(
+        "mismatch: OPSM does not see staleness",
+        "algorithms/vespo.py",
+        "log_mismatch_S, staleness_S + log_mismatch_S\n",
+        "log_mismatch_S, log_mismatch_S\n",
+        (MISMATCH, "closed_form and opsm"),
+    ),
+    Mutation(
+        "mismatch: KPop asks one direction",
+        "algorithms/corrections.py",
+        "torch.maximum(binary_kl(log_old_T, log_mu_T), ",
+        "(",
+        ("tests/unit/algorithms/test_corrections.py", "kpop"),
+    ),
+    Mutation(
+        "mismatch: the divergence of a response is that of its part on the rank",
+        "algorithms/corrections.py",
+        "len(inputs.advantages_S), self.group)",
         "len(inputs.advantages_S), None)",
         (MISMATCH, "depend and cp2"),
     ),

@@ -202,6 +202,7 @@ def test_log_ratio_has_its_parts():
         assert ratio.log_w_S.tolist() == pytest.approx(log_w)
         assert ratio.log_mismatch_in_w_S.tolist() == pytest.approx(mismatch)
         assert ratio.log_mismatch_S.tolist() == [2.0, -0.5]
+        assert ratio.log_pi_over_mu_S.tolist() == [2.5, -0.5]
 
 
 def test_rollout_denominator_does_without_old_log_probs():
@@ -210,6 +211,7 @@ def test_rollout_denominator_does_without_old_log_probs():
     without = ratio_of(fields | {"old_log_probs_T": None}, 2, "rollout")
     assert without.log_w_S.tolist() == pytest.approx(with_old.log_w_S.tolist(), abs=1e-6)
     assert torch.isnan(without.log_mismatch_in_w_S).all() and torch.isnan(without.log_mismatch_S).all()
+    assert torch.equal(without.log_pi_over_mu_S, without.log_w_S)
 
 
 def test_the_ratio_of_a_nan_that_is_not_masked_stays_visible():
@@ -229,7 +231,7 @@ def test_a_ratio_carries_no_gradient():
     fields = batch([5], seed=3)
     fields["log_probs_T"].requires_grad_()
     parts = vars(ratio_of(fields, 1, "decoupled"))
-    assert len(parts) == 3 and not any(part_S.requires_grad for part_S in parts.values())
+    assert len(parts) == 4 and not any(part_S.requires_grad for part_S in parts.values())
 
 
 @pytest.mark.parametrize("denominator", RATIO_DENOMINATORS)

@@ -186,6 +186,7 @@ DENOMINATOR = "--ratio-denominator"
         ("--mismatch-correction tis --ratio-denominator decoupled", f"{DENOMINATOR} decoupled", VESPO,
          "token-mask, reject-product, reject-geometric, reject-k3"),
         (f"--mismatch-correction reject-k3 {DENOMINATOR} rollout {GRPO}", f"{DENOMINATOR} rollout", GRPO),
+        (f"--mismatch-correction kpop {DENOMINATOR} rollout", f"{DENOMINATOR} rollout", "opsm"),
         ("--mismatch-correction importance --policy-loss gspo", "gspo", "tis, sequence-tis or icepop"),
         ("--mismatch-bounds 0.5 2", "no effect", "--mismatch-correction none"),
         (f"--mismatch-bounds 0 2 --mismatch-correction importance {GRPO}", "no effect", "importance"),
@@ -193,6 +194,7 @@ DENOMINATOR = "--ratio-denominator"
           for name, bounds, agreement in (
               ("tis", "-1 2", 1), ("tis", "1.5 2", 1), ("icepop", "0.5 0.9", 1), ("icepop", "1 1", 1),
               ("token-mask", "0.5 inf", 1), ("token-mask", "0.5 nan", 1), ("reject-k3", "0.001 1", 0),
+              ("opsm", "-1 1", 0),
           )),
         (f"--old-policy snapshot {DENOMINATOR} rollout", f"{DENOMINATOR} rollout"),
         (f"--old-policy ewma {DENOMINATOR} rollout", f"{DENOMINATOR} rollout"),
