@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,7 +56,8 @@ def serve(
             traceback.print_exc()
             if not told:
                 text = " ".join(str(error).split())[:300]
-                reply({"problem": f"{type(error).__name__}: {text}"})
+                gone = "" if tracker else ", the run continues without it"
+                reply({"problem": f"{type(error).__name__}: {text}{gone}"})
                 told = True
             if tracker is None:
                 return EXIT_NO_TRACKER
@@ -65,7 +66,6 @@ def serve(
             reply({"finished": True})
             return 0
     if tracker is not None:
-        _end_within(ORPHAN_S)
         tracker.finish("failed", {}, [])
     return 1
 
@@ -75,6 +75,12 @@ def _hand_over(tracker: Tracker, kind: str, message: dict[str, Any]) -> None:
         message["files"] = [Path(path) for path in message["files"]]
     assert kind in ("log", "note", "samples", "finish"), kind
     getattr(tracker, kind)(**message)
+
+
+def _until_the_end(messages: Iterable[str]) -> Iterator[str]:
+    """The messages. When they end, so does this process, soon."""
+    yield from messages
+    _end_within(ORPHAN_S)
 
 
 def _end_within(seconds: float) -> None:
@@ -112,7 +118,7 @@ def main() -> None:
         except BrokenPipeError:
             pass  # the driver has died, which ends the messages
 
-    code = serve(make_tracker(sys.argv[1]), messages, reply)
+    code = serve(make_tracker(sys.argv[1]), _until_the_end(messages), reply)
     _end_within(ORPHAN_S)  # packages may wait in threads and at exit
     sys.exit(code)
 

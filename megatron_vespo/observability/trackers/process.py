@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_vespo
+from megatron_vespo.observability.trackers.child import EXIT_NO_TRACKER
 from megatron_vespo.observability.trackers.tracker import Start
 from megatron_vespo.system.preemption import shielded
 
@@ -148,11 +149,10 @@ class TrackerProcess:
             expected = self._over or self._finished
             self._over = True
             self._changed.notify()
-        if not expected:
-            code = self._process.wait()
-            self._say_once(
-                "end", f"has ended ({_ending(code)}), the run continues without it; see {self._log}"
-            )
+        code = self._process.wait()
+        if not expected and code != EXIT_NO_TRACKER:  # with that code it has said why
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            self._say_once("end", f"has ended ({how}), the run continues without it; see {self._log}")
 
     def _hear(self, reply: Mapping[str, Any]) -> None:
         if "started" in reply:
@@ -176,7 +176,3 @@ class TrackerProcess:
             self._said.add(sort)
         if new:
             self._say(f"tracker {self._name}: {text}")
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
