@@ -10,6 +10,7 @@ from megatron_vespo.cluster import engine_fleet
 from megatron_vespo.cluster.engine_fleet import EngineFleet
 from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.supervised_engine import SupervisedEngine
+from megatron_vespo.observability.activity import EngineStates
 from megatron_vespo.rollout.sglang_server import EngineError, EnginePortError
 from megatron_vespo.weight_sync.engine_admin import EnginesLostError, WeightSyncError
 from megatron_vespo.weight_sync.verify import WeightMismatchError
@@ -128,9 +129,12 @@ def test_a_dead_engine_is_started_again_and_rejoins(start):
     fleet, said = start(first, second)
     trainer, sync = trained(fleet)
     sync.sync(0)
+    assert fleet.states().condition() == "all 2 engines serve"
     second.may_start, second.end_with = False, "died (signal SIGKILL)"
     until(lambda: list(fleet.urls) == [A1, None])
     fleet.check()
+    until(lambda: fleet.states().starting)
+    assert fleet.states() == EngineStates(2, 1, 1, ((1, 1),), 3)  # as the log says: restart 1 of 3
     assert said == [
         "engine http://h:3001 died (signal SIGKILL); 1 of 2 engines serve, engine 1 is started again "
         "(restart 1 of 3)"
@@ -210,6 +214,7 @@ def test_restarts_run_out(start):
         "engine http://h:3002 died (signal 2) and has had its --engine-restarts 1: "
         "the run goes on without it, 0 of 2 engines serve"
     )
+    assert fleet.states() == EngineStates(2, 0, 1, (), 1, (1,))
     assert [endpoint.number for endpoint in fleet.endpoints()] == [0]
     first.end_with = "hangs"
     until(lambda: first.num_starts == 2)
