@@ -15,8 +15,7 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
         help="engines generate while training runs, and the policy that made a sample's oldest token is at "
         "most so many optimizer steps behind the one it trains; 0: generate and train in turn")  # fmt: skip
     add("--sync-interval", type=int, metavar="K",
-        help="optimizer steps between weight syncs, a divisor or a multiple of --steps-per-rollout; default: "
-        "--steps-per-rollout")  # fmt: skip
+        help="optimizer steps between weight syncs; default: --steps-per-rollout")  # fmt: skip
     add("--on-weight-update", choices=("retract", "in-place", "abort"),
         help="requests that run at a weight sync go on: with keys and values computed anew by the new "
         "weights; with those they have, then without prefix cache; or as new requests; default: retract, "

@@ -46,9 +46,8 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
         "engine ratio truncated whole, or per token")  # fmt: skip
     add("--old-policy", choices=get_args(OldPolicyName), default=default.old_policy,
-        help="the trainer's policy before the first update: the weights when a batch is "
-        "prepared or, as asynchronous batches are older, those that generated each token, or a moving "
-        "average; a resumed run begins both anew")  # fmt: skip
+        help="the policy before the first update: the weights when a batch is prepared; those that generated "
+        "each token; a moving average. A resumed run begins the last two anew")  # fmt: skip
     add("--old-policy-snapshots", type=int, default=default.old_policy_snapshots, metavar="K",
         help="policy versions that snapshot keeps in CPU memory")  # fmt: skip
     add("--ewma-decay", type=float, default=default.ewma_decay,
