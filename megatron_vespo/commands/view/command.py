@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import secrets
+import signal
+from typing import NoReturn
 
 from aiohttp import web
 
@@ -15,18 +17,21 @@ from megatron_vespo.commands.view.server import make_app
 SHUTDOWN_S = 0.5  # that open requests have to end
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
     options = parse(argv)
     asyncio.run(serve(options, Runs(options.runs)))
-    return 0
+    raise KeyboardInterrupt  # which has ended it
 
 
 async def serve(options: ViewOptions, runs: Runs) -> None:
-    """Prints the address, and serves until it is cancelled.
+    """Prints the address, and serves until SIGINT or SIGTERM.
 
     Raises:
         ValueError: the port cannot be used.
     """
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception would hit whatever task runs just then
+        loop.add_signal_handler(number, ended.set)
     token = secrets.token_urlsafe(24)
     runner = web.AppRunner(make_app(runs, token, options.host), access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
@@ -41,7 +46,7 @@ async def serve(options: ViewOptions, runs: Runs) -> None:
         number = len(runs.refresh())
         print(f"{number} {'run' if number == 1 else 'runs'}: http://{host}:{port}/?token={token}", flush=True)
         print("Ctrl-C ends.", flush=True)
-        await asyncio.Event().wait()
+        await ended.wait()
     finally:
         await runner.cleanup()
 

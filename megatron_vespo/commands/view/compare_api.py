@@ -48,33 +48,42 @@ def routes(runs: Runs) -> list[web.RouteDef]:
 
 def compare_runs(runs: list[Run], logs: list[MetricsLog], last: int) -> dict[str, Any]:
     """See the top of the module; `runs` and `logs` are those of a and b."""
-    values, accuracy = [], {}
-    for side, log in zip("ab", logs, strict=True):
+    places = []
+    for log in logs:
         with log.lock:
             log.refresh()
-            values.append(by_step(log))
-            accuracy[side] = evaluations(log)
-    steps = sorted(values[0].keys() & values[1].keys())
+            places.append(places_of_steps(log))
+    steps = sorted(places[0].keys() & places[1].keys())
     used = steps[-last:]
+    values, accuracy = [], {}
+    for side, log, place in zip("ab", logs, places, strict=True):
+        with log.lock:
+            values.append(metrics_at(log, [place[step] for step in used]))
+            accuracy[side] = evaluations(log)
     return {
         "last": last,
         "common": len(steps),
         "steps": [used[0], used[-1]] if used else [],
-        "metrics": differences([values[0][step] for step in used], [values[1][step] for step in used]),
+        "metrics": differences(*values),
         "accuracy": accuracy,
         **differing_records(newest_record(runs[0]), newest_record(runs[1])),
     }
 
 
-def by_step(log: MetricsLog) -> dict[int, dict[str, float]]:
-    """Optimizer step -> metrics of the batch that ended there."""
+def places_of_steps(log: MetricsLog) -> dict[int, int]:
+    """Optimizer step -> index of the record of the batch that ended there."""
     batches = log.columns[BATCH].at if BATCH in log.columns else []
-    found: dict[int, dict[str, float]] = {index: {} for index in batches}
-    for name, column in log.columns.items():
-        for index, value in column:
+    return {log.step[index]: index for index in batches}
+
+
+def metrics_at(log: MetricsLog, indices: list[int]) -> list[dict[str, float]]:
+    """Metrics of these records; `indices` are increasing."""
+    found: dict[int, dict[str, float]] = {index: {} for index in indices}
+    for name, column in log.columns.items() if indices else ():
+        for index, value in zip(*column.since(indices[0]), strict=True):
             if index in found:
                 found[index][name] = value
-    return {log.step[index]: metrics for index, metrics in found.items()}
+    return list(found.values())
 
 
 def evaluations(log: MetricsLog) -> list[dict[str, float | None]]:

@@ -22,6 +22,10 @@ class ViewOptions(Settings):
 
 
 def parse(argv: list[str]) -> ViewOptions:
+    return ViewOptions.of(_parser().parse_args(argv))
+
+
+def _parser() -> FlagParser:
     parser = FlagParser(
         prog="megatron-vespo view",
         description="Show runs on a local web page, also while they go on. It prints the page's address.",
@@ -34,7 +38,7 @@ def parse(argv: list[str]) -> ViewOptions:
         "--host", type=_loopback, default="127.0.0.1", metavar="ADDRESS",
         help="loopback address to listen on; default: 127.0.0.1",
     )  # fmt: skip
-    return ViewOptions.of(parser.parse_args(argv))
+    return parser
 
 
 def _port(text: str) -> int:

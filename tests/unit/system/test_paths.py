@@ -76,8 +76,15 @@ def test_every_path_flag_of_training_is_expanded():
 
 @pytest.mark.parametrize(
     "module",
-    ["convert.command", "evaluate.flags", "check_layout.command", "plan.command", "submit.command"],
-)
+    [
+        "convert.command",
+        "evaluate.flags",
+        "check_layout.command",
+        "plan.command",
+        "submit.command",
+        "view.options",
+    ],
+)  # fmt: skip
 def test_no_other_command_has_a_path_that_is_taken_literally(module):
     found = importlib.import_module(f"megatron_vespo.commands.{module}")
     parsers = [getattr(found, "make_parser" if module == "evaluate.flags" else "_parser")()]

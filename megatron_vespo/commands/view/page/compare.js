@@ -7,7 +7,8 @@ import { joined, RunData } from "./series.js";
 
 const METHOD = "Mean of b − a over the last common batches, with its 95% t interval. Differences of the same step are "
   + "taken, so that a trend of both runs cancels. Batches that follow each other are alike: the interval counts fewer of "
-  + "them (n′), by the correlation of neighbours (Wilks, Statistical Methods in the Atmospheric Sciences, section 5.2.4). "
+  + "them (n′), by the correlation of neighbours (Wilks, Statistical Methods in the Atmospheric Sciences, section 5.2.4, "
+  + "with Kendall's correction of 1954 for few values). "
   + "It is about these two runs: it says nothing about other seeds. One of twenty intervals excludes 0 by chance.";
 
 let tab = null;

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -210,3 +211,16 @@ def test_it_loads_no_framework():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_at_once_also_with_an_open_connection(folder, number):
+    command = [sys.executable, "-m", "megatron_vespo", "view", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = re.search(r"http://127\.0\.0\.1:(\d+)/\?token=[\w-]{20,}", process.stdout.readline())
+        with socket.create_connection(("127.0.0.1", int(url[1])), timeout=10) as connection:
+            connection.sendall(b"GET /api/runs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 403")
+            process.send_signal(number)
+            _, said = process.communicate(timeout=10)
+    assert process.returncode == 130 and said == "megatron-vespo: interrupted\n"
