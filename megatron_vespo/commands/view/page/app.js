@@ -69,22 +69,25 @@ function stateOf(run) {
   return age < 60 ? "writing" : `last record ${duration(age)} ago`;
 }
 
+// Elements stay while the same runs are there: a click must not meet a box that was just replaced.
 function drawRuns() {
   const box = document.getElementById("runs");
+  if ([...box.children].map((label) => label.dataset.run).join() !== state.runs.map((run) => run.id).join()) {
+    box.replaceChildren(...state.runs.map((run) => {
+      const check = el("input", { type: "checkbox", value: run.id, onchange: () => toggle(run.id) });
+      const mark = el("span", { class: "swatch", style: { background: colorOf(run.id) } });
+      return el("label", { class: "run", title: run.path, "data-run": run.id }, check, mark, el("b", {}, run.id),
+        el("span", { class: "state" }));
+    }));
+  }
   const ids = new Set(selectedRuns().map((run) => run.id));
-  const focused = box.contains(document.activeElement) ? document.activeElement.value : null;
-  box.replaceChildren(
-    ...state.runs.map((run) => {
-      const mark = el("span", { class: "swatch" });
-      mark.style.background = colorOf(run.id);
-      const check = el("input", {
-        type: "checkbox", value: run.id, checked: ids.has(run.id), onchange: () => toggle(run.id),
-      });
-      const said = el("span", { class: run.gone ? "state bad" : "state" }, stateOf(run));
-      return el("label", { class: "run", title: run.path }, check, mark, el("b", {}, run.id), said);
-    }),
-  );
-  if (focused !== null) [...box.querySelectorAll("input")].find((input) => input.value === focused)?.focus();
+  state.runs.forEach((run, index) => {
+    const label = box.children[index];
+    label.querySelector("input").checked = ids.has(run.id);
+    const said = label.querySelector(".state");
+    if (said.textContent !== stateOf(run)) said.textContent = stateOf(run);
+    said.classList.toggle("bad", run.gone);
+  });
 }
 
 function toggle(id) {

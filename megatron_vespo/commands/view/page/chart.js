@@ -34,6 +34,9 @@ export class Chart {
     this.observer = new ResizeObserver(() => this.resize());
     this.observer.observe(this.plotBox);
     this.plotBox.addEventListener("keydown", (event) => this.key(event));
+    this.scheme = matchMedia("(prefers-color-scheme: dark)");
+    this.onScheme = () => this.plot?.redraw(false, true);
+    this.scheme.addEventListener("change", this.onScheme);
   }
 
   // `series`: [{label, color, dash, faint, width, bars, hidden, value}], one for each column of data but the first.
@@ -160,6 +163,7 @@ export class Chart {
 
   destroy() {
     this.observer.disconnect();
+    this.scheme.removeEventListener("change", this.onScheme);
     this.plot?.destroy();
     this.plot = null;
   }
