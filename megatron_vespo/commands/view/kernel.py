@@ -38,11 +38,11 @@ class Kernel:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Kernel:
         """From the settings of a record; the paper's constants where it has none."""
-        positive = _pair(settings.get("vespo_positive"), cls.positive)
-        negative = _pair(settings.get("vespo_negative"), cls.negative)
-        if (adapted := settings.get("kernel_c2")) is not None:  # of --vespo-budget, in this step
-            positive, negative = (positive[0], float(adapted[0])), (negative[0], float(adapted[1]))
-        return cls(positive, negative, str(settings.get("policy_loss", cls.loss)))
+        return cls(
+            _pair(settings.get("vespo_positive"), cls.positive),
+            _pair(settings.get("vespo_negative"), cls.negative),
+            str(settings.get("policy_loss", cls.loss)),
+        )
 
     def scaled(self, log_w: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """What the loss puts into phi for log W of responses of `lengths` tokens, float32 [n]."""

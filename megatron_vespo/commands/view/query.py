@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -24,9 +25,12 @@ SQL_NAMES = {"index": "idx", "group": "grp"}
 API_NAMES = {sql: api for api, sql in SQL_NAMES.items()}
 PREVIEW, GROUP_PREVIEW = 240, 4000  # characters of a response in the table, and side by side
 SIGNS = {"positive": 1, "zero": 0, "negative": -1}
+CONTEXT = 60  # characters before a match
 LARGEST = 2**62
 FACETS = ("source", "finish", "status", "sign")
-MOST_FACET_VALUES = 50
+RANGES = ("step", "reward", "length", "lag", "log_w")
+MOST_VALUES = 50
+_WORDS = re.compile(r'"([^"]*)"|(\S+)')  # words in quotes, or a word
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def match_expression(text: str) -> str:
     in `text`: punctuation alone is not indexed.
     """
     parts = []
-    for phrase, word in re.findall(r'"([^"]*)"|(\S+)', text):
+    for phrase, word in _WORDS.findall(text):
         wanted = (phrase or word).replace("\0", " ")
         if any(character.isalnum() for character in wanted):
             quoted = wanted.replace('"', '""')
@@ -123,16 +127,36 @@ def order(sort: str) -> str:
 
 
 def page(connection: sqlite3.Connection, filters: Filters, sort: str, number: int) -> list[dict[str, Any]]:
-    """Return one page of rows, from page 0, each with the beginning of its text."""
+    """Return one page of rows, from page 0, each with the text around the first match, or its beginning."""
     where, values = filters.where()
-    # the text is read for the rows of the page alone
+    # ids alone are sorted, whole rows would be slow on the last pages
+    chosen = f"SELECT id FROM responses WHERE {where} ORDER BY {order(sort)} LIMIT ? OFFSET ?"
     rows = connection.execute(
-        f"SELECT id, {', '.join(COLUMNS)} FROM responses WHERE {where} ORDER BY {order(sort)}"
-        " LIMIT ? OFFSET ?",
+        f"SELECT id, {', '.join(COLUMNS)} FROM responses WHERE id IN ({chosen}) ORDER BY {order(sort)}",
         [*values, PAGE_SIZE, number * PAGE_SIZE],
     ).fetchall()
-    previews = _previews(connection, [row[0] for row in rows], filters.text)
-    return [_named(row[1:]) | {"text": previews.get(row[0], "")} for row in rows]
+    ids = [row[0] for row in rows]
+    found = pattern(filters.text)
+    if found is None:
+        texts = _beginnings(connection, ids, PREVIEW)
+    else:
+        whole = _beginnings(connection, ids, LARGEST)
+        texts = {id_: around(text, found) for id_, text in whole.items()}
+    return [_named(row[1:]) | {"text": texts.get(row[0], "")} for row in rows]
+
+
+def pattern(text: str) -> re.Pattern | None:
+    """Return what finds the words and phrases of a search in a text; None without any."""
+    phrases = [re.findall(r"\w+", phrase or word) for phrase, word in _WORDS.findall(text)]
+    parts = [r"\W+".join(words) for words in phrases if words]
+    return re.compile("|".join(rf"\b{part}" for part in parts), re.IGNORECASE) if parts else None
+
+
+def around(text: str, found: re.Pattern) -> str:
+    """Return the part of `text` around the first match; its beginning if there is none."""
+    match = found.search(text)
+    start = max(0, match.start() - CONTEXT) if match else 0
+    return ("…" if start else "") + text[start : start + PREVIEW]
 
 
 def group_rows(connection: sqlite3.Connection, step: int, group: int) -> list[dict[str, Any]]:
@@ -141,7 +165,7 @@ def group_rows(connection: sqlite3.Connection, step: int, group: int) -> list[di
         f"SELECT id, {', '.join(COLUMNS)} FROM responses WHERE step = ? AND grp = ? ORDER BY id",
         [step, group],
     ).fetchall()
-    previews = _previews(connection, [row[0] for row in rows], "", GROUP_PREVIEW)
+    previews = _beginnings(connection, [row[0] for row in rows], GROUP_PREVIEW)
     return [_named(row[1:]) | {"text": previews.get(row[0], "")} for row in rows]
 
 
@@ -149,24 +173,12 @@ def _named(row: tuple) -> dict[str, Any]:
     return {API_NAMES.get(name, name): value for name, value in zip(COLUMNS, row, strict=True)}
 
 
-def _previews(
-    connection: sqlite3.Connection, ids: list[int], text: str, length: int = PREVIEW
-) -> dict[int, str]:
-    """Return id -> the part of the text around the first match, or its beginning."""
-    if not ids:
-        return {}
+def _beginnings(connection: sqlite3.Connection, ids: list[int], length: int) -> dict[int, str]:
+    """Return id -> the first `length` characters of the text."""
     marks = ", ".join("?" * len(ids))
-    if match := match_expression(text):
-        return dict(
-            connection.execute(
-                f"SELECT rowid, snippet(texts, 0, '', '', '…', 40) FROM texts WHERE texts MATCH ?"
-                f" AND rowid IN ({marks})",
-                [match, *ids],
-            )
-        )
     return dict(
         connection.execute(
-            f"SELECT rowid, substr(text, 1, {length}) FROM texts WHERE rowid IN ({marks})", ids
+            f"SELECT rowid, substr(text, 1, ?) FROM texts WHERE rowid IN ({marks})", [length, *ids]
         )
     )
 
@@ -177,26 +189,27 @@ def total(connection: sqlite3.Connection, filters: Filters) -> int:
 
 
 def facets(connection: sqlite3.Connection, filters: Filters) -> dict[str, Any]:
-    """Return what the chosen rows hold: counts per value of FACETS, and the ranges of the numbers.
+    """Return what the chosen rows hold: "total", counts per value of FACETS, and the ranges of RANGES.
 
-    Of a column with many values, those of most rows.
+    Of a column with many values, those of most rows. One pass over the rows answers all of it.
     """
     where, values = filters.where()
-    counts = {
-        name: dict(
-            connection.execute(
-                f"SELECT {name}, count(*) FROM responses WHERE {where} AND {name} IS NOT NULL"
-                f" GROUP BY {name} ORDER BY count(*) DESC LIMIT {MOST_FACET_VALUES}",
-                values,
-            ).fetchall()
-        )
-        for name in FACETS
+    ranges = ", ".join(f"min({name}), max({name})" for name in RANGES)
+    names = ", ".join(FACETS)
+    parts = connection.execute(
+        f"SELECT {names}, count(*), {ranges} FROM responses WHERE {where} GROUP BY {names}", values
+    ).fetchall()
+    counts: dict[str, Counter] = {name: Counter() for name in FACETS}
+    for part in parts:
+        for name, value in zip(FACETS, part, strict=False):
+            counts[name][value] += part[len(FACETS)]
+    found: dict[str, Any] = {
+        name: {value: count for value, count in counter.most_common(MOST_VALUES) if value is not None}
+        for name, counter in counts.items()
     }
-    names = {number: name for name, number in SIGNS.items()}
-    counts["sign"] = {names[sign]: count for sign, count in counts["sign"].items()}
-    numbers = ("step", "reward", "length", "lag", "log_w")
-    ranges = connection.execute(
-        f"SELECT {', '.join(f'min({name}), max({name})' for name in numbers)} FROM responses WHERE {where}",
-        values,
-    ).fetchone()
-    return counts | {name: list(ranges[2 * i : 2 * i + 2]) for i, name in enumerate(numbers)}
+    found["sign"] = {name: found["sign"][number] for name, number in SIGNS.items() if number in found["sign"]}
+    for i, name in enumerate(RANGES):
+        columns = (column for part in parts for column in part[len(FACETS) + 1 + 2 * i :][:2])
+        known = [value for value in columns if value is not None]
+        found[name] = [min(known), max(known)] if known else [None, None]
+    return found | {"total": sum(part[len(FACETS)] for part in parts)}

@@ -76,13 +76,10 @@ def _table(index: RunIndex, request: web.Request) -> dict[str, Any]:
     sort, number = request.query.get("sort") or DEFAULT_SORT, _integer(request.query, "page", 0)
     query.order(sort)
     with index.reading() as connection:
-        total = query.total(connection, filters)
-        rows = query.page(connection, filters, sort, number)
         found = query.facets(connection, filters)
-    return {
-        "total": total, "rows": rows, "facets": found, "page": number, "page_size": query.PAGE_SIZE,
-        "index": index.state(),
-    }  # fmt: skip
+        rows = query.page(connection, filters, sort, number)
+    page = {"total": found.pop("total"), "rows": rows, "facets": found, "page": number}
+    return page | {"page_size": query.PAGE_SIZE, "index": index.state()}
 
 
 def _response(index: RunIndex, request: web.Request) -> dict[str, Any]:

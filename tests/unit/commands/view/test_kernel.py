@@ -45,8 +45,6 @@ def test_defaults_and_settings_are_those_of_the_loss():
     assert Kernel.of({}) == Kernel(settings.vespo_positive, settings.vespo_negative, settings.policy_loss)
     stored = {"policy_loss": "vespo-sqrt", "vespo_positive": [1, 2], "vespo_negative": [4.5, 5]}
     assert Kernel.of(stored) == Kernel((1.0, 2.0), (4.5, 5.0), "vespo-sqrt")
-    adapted = {**stored, "kernel_c2": [2.25, 6.0]}
-    assert Kernel.of(adapted) == Kernel((1.0, 2.25), (4.5, 6.0), "vespo-sqrt")
 
 
 def test_an_unknown_log_w_has_no_phi():

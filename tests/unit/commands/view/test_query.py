@@ -95,7 +95,7 @@ def test_facets_count_the_chosen_rows(index):
         name: sum(row["source"] == name for row in rows) for name in {row["source"] for row in rows}
     }
     assert sum(found["sign"].values()) == len(rows) and found["status"] == {"ok": len(rows)}
-    assert found["step"] == [1, 3]
+    assert found["step"] == [1, 3] and found["total"] == len(rows)
     assert found["length"] == [min(row["length"] for row in rows), max(row["length"] for row in rows)]
 
 
@@ -167,3 +167,15 @@ def test_a_group_is_whole_and_has_longer_texts(index):
     assert [row["index"] for row in rows] == [4, 5, 6, 7] and {row["group"] for row in rows} == {1}
     record = read_step(record_path(index._folder, 3))
     assert [row["text"] for row in rows] == [record.text(one.token_ids) for one in record.completions[4:8]]
+
+
+@pytest.mark.parametrize("search, shown", [
+    ("seven", "seven is the answer"), ("SEV", "seven is the answer"), ('"the answer"', "the answer"),
+    ("the.answer", "the answer"), ("absent", "seven"), ("(", "seven"),
+])  # fmt: skip
+def test_a_row_shows_its_text_around_the_first_match(search, shown):
+    text = f"{'so ' * 100}seven is the answer, {'or ' * 100}"
+    found = query.pattern(search)
+    part = text[: query.PREVIEW] if found is None else query.around(text, found)
+    assert (shown in part) == (search not in ("absent", "(")) and len(part) <= query.PREVIEW + 1
+    assert part.startswith("…") == (shown in part)
