@@ -4,6 +4,8 @@ The index is a cache. It lies in XDG_CACHE_HOME, not in the run's folder. A thre
 new file is added, a rewritten one replaced, a removed one forgotten. Each file is one transaction. A damaged
 file is skipped and listed.
 
+The index `by_facets` holds all that `query.facets` counts, in the order in which it groups.
+
 Tables: `responses` with the numbers, `texts` (FTS5) with the text under the same rowid, `files` with what is
 known of each step file. A row's id is step * 2^20 + index, so the rows of a step are one range.
 """
@@ -38,6 +40,7 @@ CREATE TABLE responses (id INTEGER PRIMARY KEY, step INTEGER, idx INTEGER, grp I
                         correction REAL, staleness REAL, mismatch REAL, length INTEGER, given INTEGER,
                         lag INTEGER, finish TEXT, status TEXT, mini_batch INTEGER);
 CREATE INDEX by_group ON responses (step, grp);
+CREATE INDEX by_facets ON responses (source, finish, status, sign, step, reward, length, lag, log_w);
 CREATE VIRTUAL TABLE texts USING fts5(text);
 """
 _COLUMNS = 20

@@ -36,7 +36,7 @@ def rows_of(index, sort="step", **filters) -> list[dict]:
 FILTERS = [
     ({"step_min": 2, "step_max": 3}, lambda row: 2 <= row["step"] <= 3),
     ({"reward_min": 0.5}, lambda row: row["reward"] >= 0.5),
-    ({"reward_max": 0.5}, lambda row: row["reward"] <= 0.5),
+    ({"reward_max": 0}, lambda row: row["reward"] <= 0),
     ({"sign": "positive"}, lambda row: row["advantage"] > 0),
     ({"sign": "negative"}, lambda row: row["advantage"] < 0),
     ({"sign": "zero"}, lambda row: row["advantage"] == 0),
