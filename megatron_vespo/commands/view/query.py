@@ -138,10 +138,9 @@ def page(connection: sqlite3.Connection, filters: Filters, sort: str, number: in
     ids = [row[0] for row in rows]
     found = pattern(filters.text)
     if found is None:
-        texts = _beginnings(connection, ids, PREVIEW)
+        texts = _texts(connection, ids, PREVIEW)
     else:
-        whole = _beginnings(connection, ids, LARGEST)
-        texts = {id_: around(text, found) for id_, text in whole.items()}
+        texts = {id_: around(text, found) for id_, text in _texts(connection, ids).items()}
     return [_named(row[1:]) | {"text": texts.get(row[0], "")} for row in rows]
 
 
@@ -165,7 +164,7 @@ def group_rows(connection: sqlite3.Connection, step: int, group: int) -> list[di
         f"SELECT id, {', '.join(COLUMNS)} FROM responses WHERE step = ? AND grp = ? ORDER BY id",
         [step, group],
     ).fetchall()
-    previews = _beginnings(connection, [row[0] for row in rows], GROUP_PREVIEW)
+    previews = _texts(connection, [row[0] for row in rows], GROUP_PREVIEW)
     return [_named(row[1:]) | {"text": previews.get(row[0], "")} for row in rows]
 
 
@@ -173,14 +172,10 @@ def _named(row: tuple) -> dict[str, Any]:
     return {API_NAMES.get(name, name): value for name, value in zip(COLUMNS, row, strict=True)}
 
 
-def _beginnings(connection: sqlite3.Connection, ids: list[int], length: int) -> dict[int, str]:
-    """Return id -> the first `length` characters of the text."""
-    marks = ", ".join("?" * len(ids))
-    return dict(
-        connection.execute(
-            f"SELECT rowid, substr(text, 1, ?) FROM texts WHERE rowid IN ({marks})", [length, *ids]
-        )
-    )
+def _texts(connection: sqlite3.Connection, ids: list[int], length: int | None = None) -> dict[int, str]:
+    """Return id -> the text, or its first `length` characters."""
+    column, marks = "text" if length is None else f"substr(text, 1, {length})", ", ".join("?" * len(ids))
+    return dict(connection.execute(f"SELECT rowid, {column} FROM texts WHERE rowid IN ({marks})", ids))
 
 
 def total(connection: sqlite3.Connection, filters: Filters) -> int:

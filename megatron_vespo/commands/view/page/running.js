@@ -64,7 +64,7 @@ export class RunningChart {
     const options = {
       width: this.width(), height: HEIGHT, series, cursor: { y: false, points: { size: 7 } }, legend: { live: true },
       scales: { x: { time: false }, y: { range: (_, low, high) => padded(low, high) }, phi: { range: (_, low, high) => [0, Math.max(1.3, (high ?? 0) * 1.05)] } },
-      axes: [axis({ size: 30, label: "" }), axis({ scale: "y", label: "log W", labelSize: 16 }), axis({ scale: "phi", side: 1, grid: { show: false }, label: "φ", labelSize: 16, stroke: GREEN })],
+      axes: [axis({ size: 30 }), axis({ scale: "y", label: "log W", labelSize: 16 }), axis({ scale: "phi", side: 1, grid: { show: false }, label: "φ", labelSize: 16, stroke: GREEN })],
       hooks: { ready: [() => this.show(this.waiting)], draw: [(plot) => this.drawLines(plot)], setCursor: [(plot) => this.moved(plot)] },
     };
     this.plot = new uPlot(options, data, this.element);

@@ -124,6 +124,7 @@ def test_search_finds_words_beginnings_and_phrases(tmp_path):
     assert found("\\boxed{42}") == [4] and found("boxed{41}") == []
     assert found("AND") == [3] and found("we AND so") == []
     assert found("sevens") == []
+    assert [row["text"] for row in rows_of(index, "index", text='"so we"')] == [texts[0]]
 
 
 @settings(max_examples=150, deadline=None)
