@@ -39,7 +39,7 @@ class EngineStates:
             return ""
         if self.serving == self.number:
             return "1 engine serves" if self.number == 1 else f"all {self.number} engines serve"
-        parts = [f"{self.serving} of {self.some(self.number)} serve", *self.restarting()]
+        parts = [f"{self.serving} of {self.number} engines serve", *self.restarting()]
         parts += [f"engine {engine} is given up" for engine in self.lost]
         return ", ".join(parts)
 

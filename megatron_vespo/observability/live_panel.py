@@ -60,7 +60,8 @@ def draw(console: Console, shown: Snapshot, width: int, height: int) -> Renderab
     head: list[RenderableType] = [_progress_line(shown, inner)]
     lines = [line for text in words for line in text.wrap(console, inner)][: budget - 3]
     left = budget - 3 - len(lines)  # for a blank line and the numbers
-    numbers = _numbers(console, shown, inner, left - 1) if left > 1 else []
+    known = any(metric in shown.history for metric in IMPORTANCE)
+    numbers = _numbers(console, shown, inner, left - 1) if known and left > 1 else []
     body = [*head, *lines, *(["", *numbers] if numbers else [])]
     return Panel(
         Group(*body), title=Text(shown.title, "bold"), border_style="dim", padding=(0, 1), width=width

@@ -260,7 +260,9 @@ class RunDisplay:
                 phase = self._phases[-1].name
                 seconds = self._phase_seconds.get(phase, 0.0) + now - self._charged_at
                 activity = f"{sentence(self._phases[-1], engines, self._background)} ({seconds:.1f} s)"
-            facts = [self._noteworthy.accuracy(), self._noteworthy.checkpoint(now), engines.condition()]
+            facts = [self._noteworthy.accuracy(), self._noteworthy.checkpoint(now)]
+            if not phase.startswith("start ") and (phase != "generate" or engines.serving):
+                facts.append(engines.condition())  # elsewhere the sentence has it
             if self._background is not None and phase != "generate":
                 ready, wanted = self._background.ready, self._background.wanted
                 facts.append(f"in the background: {ready} of {wanted} groups of the next batch are ready")
