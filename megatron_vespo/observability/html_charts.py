@@ -147,12 +147,13 @@ class _Chart:
 
     def titles(self) -> str:
         """Strips that say the values of a step where the pointer is."""
-        by_step: dict[float, list[str]] = {}
+        steps = sorted({step for curve in self._curves for step, _ in curve.points})
+        steps = steps[:: math.ceil(len(steps) / MAX_TITLES)]
+        by_step: dict[float, list[str]] = {step: [] for step in steps}
         for curve in self._curves:
             for step, value in curve.points:
-                by_step.setdefault(step, []).append(f"{curve.label}: {self._panel.number(value)}")
-        steps = sorted(by_step)
-        steps = steps[:: max(1, -(-len(steps) // MAX_TITLES))]
+                if step in by_step:
+                    by_step[step].append(f"{curve.label}: {self._panel.number(value)}")
         edges = [LEFT, *(self.x((a + b) / 2) for a, b in zip(steps, steps[1:], strict=False)), WIDTH - RIGHT]
         return "".join(
             f'<rect class="hit" x="{left:.1f}" y="{TOP}" width="{max(0.0, right - left):.1f}" '

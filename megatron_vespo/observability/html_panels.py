@@ -112,10 +112,13 @@ def series(metrics: list[dict], name: str) -> Points:
     return sorted(points.items())
 
 
+def names_of(records: list[dict]) -> set[str]:
+    """Names of all metrics that a record has."""
+    return set().union(*records)
+
+
 def phase_names(metrics: list[dict]) -> list[str]:
-    present = {
-        name.removeprefix("time/") for record in metrics for name in record if name.startswith("time/")
-    }
+    present = {name.removeprefix("time/") for name in names_of(metrics) if name.startswith("time/")}
     return [*(name for name in PHASE_COLUMNS if name in present), *sorted(present - PHASE_COLUMNS.keys())]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vespo.algorithms.alarms import check
 from megatron_vespo.observability.html_charts import draw
-from megatron_vespo.observability.html_panels import panels, phase_names
+from megatron_vespo.observability.html_panels import names_of, panels, phase_names
 from megatron_vespo.observability.html_parts import page, safe, table
 from megatron_vespo.observability.html_samples import samples_section
 from megatron_vespo.observability.html_setup import flags_section, setup_section, starts_section
@@ -149,14 +149,15 @@ def _step_of(checkpoint: Any) -> int | None:
 def alarm_episodes(batches: list[dict]) -> dict[str, list[tuple[int, int]]]:
     """Alarm name -> (first step, last step) of every stretch of rollout batches in which it was on."""
     episodes: dict[str, list[tuple[int, int]]] = {}
-    before: set[str] = set()
-    for record in batches:
-        now = {name.removeprefix("alarm/") for name in record if name.startswith("alarm/")}
-        for name in sorted(now):
-            stretches = episodes.setdefault(name, [])
-            first = stretches.pop()[0] if name in before else record["step"]
-            stretches.append((first, record["step"]))
-        before = now
+    for metric in sorted(name for name in names_of(batches) if name.startswith("alarm/")):
+        stretches: list[tuple[int, int]] = []
+        was_on = False
+        for record in batches:
+            if is_on := metric in record:
+                first = stretches.pop()[0] if was_on else record["step"]
+                stretches.append((first, record["step"]))
+            was_on = is_on
+        episodes[metric.removeprefix("alarm/")] = stretches
     return episodes
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.observability.metrics import batch_records, read_metrics
+from megatron_vespo.observability.metrics import NON_FINITE, batch_records
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RunFiles:
             summary = {}
         return cls(folder, metrics, starts, summary, list(_rows(folder / "sample-responses.jsonl")))
 
-    @property
+    @cached_property
     def batches(self) -> list[dict]:
         return batch_records(self.metrics)
 
@@ -59,16 +60,20 @@ def _last_step(metrics: list[dict]) -> int:
 
 
 def _metrics(path: Path) -> list[dict]:
-    """Records up to the first bad line."""
-    try:
-        records = read_metrics(path)
-    except (OSError, ValueError, AttributeError):
-        records = list(_rows(path))
-    numbers = [
-        {name: value for name, value in record.items() if isinstance(value, int | float)}
-        for record in records
-    ]
-    return [record for record in numbers if isinstance(record.get("step"), int)]
+    """Records up to the first bad line. A run has millions of values: each is looked at once."""
+    records = []
+    for row in _rows(path):
+        for name in [name for name, value in row.items() if type(value) is not float]:
+            value = row[name]
+            if isinstance(value, str) and value in NON_FINITE:
+                row[name] = NON_FINITE[value]
+            elif not isinstance(value, int):
+                del row[name]
+        if isinstance(row.get("step"), int):
+            records.append(row)
+    if any("heldout/accuracy" in record for record in records):  # version 0.1 wrote heldout/ for eval/
+        return [{name.replace("heldout/", "eval/"): v for name, v in record.items()} for record in records]
+    return records
 
 
 def _records(folder: Path) -> list[Path]:

@@ -66,6 +66,9 @@ def test_what_a_run_leaves_is_complete(tiny_run):
     for part in ("layers", "attention", "norms", "experts", "optimizer", "log-probs"):
         assert len(re.findall(rf"^ *{part}: .+\(.+\)", said, re.MULTILINE)) == 1, part
     assert (tiny_run / "curves.png").stat().st_size > 10_000
+    report = (tiny_run / "report.html").read_text()
+    assert "The run has finished.</strong> 40 of 40 optimizer steps are done." in report
+    assert str(tiny_run / "report.html") in said and len(report) < 2**20
     assert list((tiny_run / "tensorboard").glob("events.*"))
     assert (tiny_run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "40"
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,6 +125,8 @@ def test_an_alarm_saves_and_stops(tiny_model, questions, tmp_path):
     [record] = batch_records(read_metrics(output / "metrics.jsonl"))
     assert record["alarm/equal_groups"] == 1.0
     assert (output / "curves.png").stat().st_size > 10_000
+    report = (output / "report.html").read_text()
+    assert "An alarm stopped the run." in report and "stopped by alarm equal_groups" in report
 
 
 @pytest.mark.slow
