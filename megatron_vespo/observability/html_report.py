@@ -6,6 +6,7 @@ The file is made from the output folder alone. It has no script and loads nothin
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_vespo.observability.html_samples import samples_section
 from megatron_vespo.observability.html_setup import flags_section, setup_section, starts_section
 from megatron_vespo.observability.mean_rewards import mean_reward
 from megatron_vespo.observability.report import duration
-from megatron_vespo.observability.run_files import RunFiles
+from megatron_vespo.observability.run_files import RunFiles, outcome_of
 from megatron_vespo.system.disk import write_atomically
 
 REPORT_NAME = "report.html"
@@ -49,25 +50,15 @@ def write_report(folder: Path) -> Path | None:
 def render(run: RunFiles) -> str:
     """The page about a run, also of a folder without summary.json, sample responses or a record."""
     title = f"Run {run.folder.resolve().name}"
-    sections = (
-        ("summary", "Summary", _summary(run)),
-        ("curves", "Curves", _curves(run)),
-        ("alarms", "Alarms", _alarms(run)),
-        ("evaluation", "Evaluation", _evaluation(run)),
-        ("responses", "Sample responses", samples_section(run)),
-        ("time", "Time", _time(run)),
-        ("starts", "Starts and restarts", starts_section(run)),
-        ("flags", "Flags", flags_section(run)),
-        ("setup", "Software and machine", setup_section(run)),
-    )
-    present = [section for section in sections if section[2]]
+    made = [(name, heading, _made(make, run)) for name, heading, make in SECTIONS]
+    present = [section for section in made if section[2]]
     links = "".join(f'<a href="#{name}">{safe(heading)}</a> ' for name, heading, _ in present)
     body = "".join(
         f'<section id="{name}"><h2>{safe(heading)}</h2>{content}</section>'
         for name, heading, content in present
     )
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    head = f"<h1>{safe(title, 300)}</h1>{_outcome(run)}<nav>{links}</nav>"
+    head = f"<h1>{safe(title, 300)}</h1>{_made(_outcome, run)}<nav>{links}</nav>"
     foot = (
         f'<p class="soft">Written {written} from {safe(run.folder.resolve())}. This file has prompts, '
         "responses, paths and the name of a machine.</p>"
@@ -75,8 +66,16 @@ def render(run: RunFiles) -> str:
     return page(title, f"{head}<main>{body}</main>{foot}")
 
 
+def _made(make: Callable[[RunFiles], str], run: RunFiles) -> str:
+    """A part of the page. Files of another version may have other types: then one line says so."""
+    try:
+        return make(run)
+    except Exception as error:
+        return f'<p class="soft">This part could not be made: {safe(repr(error), 300)}</p>'
+
+
 def _outcome(run: RunFiles) -> str:
-    outcome = run.last_start.get("outcome") or {}
+    outcome = outcome_of(run.last_start)
     how, message = outcome.get("how"), outcome.get("message") or ""
     if how is None:
         how = "finished" if run.summary else ""
@@ -229,3 +228,16 @@ def _time(run: RunFiles) -> str:
         waited = f"{sum(shares.values()):.1%} of the time"
         parts.append(f"<p><strong>{safe(who)} idle</strong>: {waited}{': ' + safe(said) if said else ''}</p>")
     return "".join(parts)
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
+    ("summary", "Summary", _summary),
+    ("curves", "Curves", _curves),
+    ("alarms", "Alarms", _alarms),
+    ("evaluation", "Evaluation", _evaluation),
+    ("responses", "Sample responses", samples_section),
+    ("time", "Time", _time),
+    ("starts", "Starts and restarts", starts_section),
+    ("flags", "Flags", flags_section),
+    ("setup", "Software and machine", setup_section),
+)

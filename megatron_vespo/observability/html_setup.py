@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_vespo.observability.html_parts import folded, safe, table, text_block
-from megatron_vespo.observability.run_files import RunFiles
+from megatron_vespo.observability.run_files import RunFiles, outcome_of
 
 MAX_VALUE, MAX_COMMAND, MAX_STARTS = 400, 20_000, 30
 # packages that decide numbers, shown without unfolding
@@ -20,7 +20,7 @@ MAIN_PACKAGES = (
 def starts_section(run: RunFiles) -> str:
     rows = []
     for number, start in list(enumerate(run.starts, start=1))[-MAX_STARTS:]:
-        outcome = start.get("outcome") or {}
+        outcome = outcome_of(start)
         origin = start.get("resumed_from")
         rows.append(
             (

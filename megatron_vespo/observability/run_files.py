@@ -26,11 +26,10 @@ class RunFiles:
     def read(cls, folder: Path) -> RunFiles:
         metrics = _metrics(folder / "metrics.jsonl")
         starts = [found for path in _records(folder) if (found := _object(path))]
-        outcome = starts[-1].get("outcome") if starts else None
+        how = outcome_of(starts[-1]).get("how") if starts else None
         summary = _object(folder / "summary.json")
         # an earlier run in the same folder, or the part before a resume, may have left one
-        finished = outcome is None or outcome.get("how") == "finished"
-        if not finished or summary.get("steps") != _last_step(metrics):
+        if how not in (None, "finished") or summary.get("steps") != _last_step(metrics):
             summary = {}
         return cls(folder, metrics, starts, summary, list(_rows(folder / "sample-responses.jsonl")))
 
@@ -53,6 +52,12 @@ class RunFiles:
     def argument(self, name: str) -> Any:
         """A flag's value in the last start; None if it is not known."""
         return self.last_start.get("arguments", {}).get(name)
+
+
+def outcome_of(start: dict) -> dict:
+    """How a start ended; empty if its record does not say it."""
+    outcome = start.get("outcome")
+    return outcome if isinstance(outcome, dict) else {}
 
 
 def _last_step(metrics: list[dict]) -> int:

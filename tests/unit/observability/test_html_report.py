@@ -173,6 +173,13 @@ def test_broken_files_are_as_if_missing(tmp_path):
     assert "40 optimizer steps are done" in Page(render(run)).text
 
 
+def test_a_part_that_cannot_be_made_is_one_line(tmp_path):
+    record = start_record(packages=5, changed="lr", outcome="finished")
+    text = page(write_run(tmp_path, [(4, batch(4))], starts=[record])).text
+    assert text.count("This part could not be made: ") == 2  # flags and software
+    assert "10.0% → 10.0%" in text and "4 of 40 optimizer steps are done" in text
+
+
 def test_rewards_that_are_no_shares_are_numbers(tmp_path):
     records = [(0, evaluation(-0.5)), (4, batch(4, **{"reward/mean": -3.0})), (8, evaluation(1.5))]
     text = page(write_run(tmp_path, records)).text
