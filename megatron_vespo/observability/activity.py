@@ -73,6 +73,9 @@ class Background:
 
 def sentence(phase: OpenPhase, engines: EngineStates, background: Background | None) -> str:
     """What goes on in the phase."""
+    needed = {"generate": engines.serving, "evaluate": engines.serving, "sync": engines.running}
+    if engines.number and needed.get(phase.name) == 0:
+        return engines.waiting()
     if phase.name == "generate":
         return _generating(phase, engines, background)
     counted, done, total = phase.done is not None, phase.done or 0, phase.total
@@ -93,8 +96,6 @@ def sentence(phase: OpenPhase, engines: EngineStates, background: Background | N
 
 
 def _generating(phase: OpenPhase, engines: EngineStates, background: Background | None) -> str:
-    if engines.number and not engines.serving:
-        return engines.waiting()
     if background is not None:
         return f"Waiting for a rollout batch: {background.ready} of {background.wanted} groups are ready"
     by = f" with {engines.some(engines.serving)}" if engines.number else ""

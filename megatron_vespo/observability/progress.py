@@ -261,8 +261,8 @@ class RunDisplay:
                 seconds = self._phase_seconds.get(phase, 0.0) + now - self._charged_at
                 activity = f"{sentence(self._phases[-1], engines, self._background)} ({seconds:.1f} s)"
             facts = [self._noteworthy.accuracy(), self._noteworthy.checkpoint(now)]
-            if not phase.startswith("start ") and (phase != "generate" or engines.serving):
-                facts.append(engines.condition())  # elsewhere the sentence has it
+            if not activity.startswith(("Starting ", "Waiting for engines")):  # these have it
+                facts.append(engines.condition())
             if self._background is not None and phase != "generate":
                 ready, wanted = self._background.ready, self._background.wanted
                 facts.append(f"in the background: {ready} of {wanted} groups of the next batch are ready")

@@ -31,6 +31,13 @@ DOWN = EngineStates(2, 0, 1, ((1, 2),), 3)
             DOWN,
             "Waiting for engines: 1 of 2 ready, restarting engine 1 (restart 2 of 3)",
         ),
+        (OpenPhase("evaluate", 3, 4), EngineStates(1, 0, 0), "Waiting for engines: 0 of 1 ready"),
+        (
+            OpenPhase("sync"),
+            EngineStates(1, 0, 0, ((0, 1),), 3),
+            "Waiting for engines: 0 of 1 ready, restarting engine 0 (restart 1 of 3)",
+        ),
+        (OpenPhase("sync"), DOWN, "Syncing weights to 1 engine"),
         (OpenPhase("reward", 0, 512), TWO, "Scoring 512 responses"),
         (OpenPhase("train", 2, 4), TWO, "Training step 3 of 4 in this batch"),
         (OpenPhase("train"), TWO, "Training"),
