@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -157,6 +158,16 @@ def test_conversion_has_several_tasks_a_node(job):
     done.check_end(JobState="COMPLETED")
     lines = sorted(line for line in done.output.splitlines() if " of " in line)
     assert lines == ["0 of 2: convert inspect x", "1 of 2: convert inspect x"]
+
+
+def test_variables_of_trackers_reach_the_driver_and_are_not_shown(job):
+    names = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "SWANLAB_API_KEY")
+    program = "; ".join(f'printf %s "{name} ${name}" | md5sum' for name in names)
+    done = job(program, **{name: f"secret of {name}" for name in names})
+    done.check_end(JobState="COMPLETED")
+    for name in names:
+        assert hashlib.md5(f"{name} secret of {name}".encode()).hexdigest() in done.output
+    assert "secret of" not in done.logs()
 
 
 def test_no_environment(job):

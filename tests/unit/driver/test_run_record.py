@@ -45,6 +45,12 @@ def described(args: Namespace, monkeypatch, *argv: str) -> dict:
     return json.loads(json.dumps(describe_run(vars(args), parser())))
 
 
+def test_keys_of_trackers_are_not_recorded(args, monkeypatch):
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "SWANLAB_API_KEY"):
+        monkeypatch.setenv(name, "do not tell")
+    assert "do not tell" not in json.dumps(described(args, monkeypatch, "--lr", "1e-6"))
+
+
 def test_what_is_told(args, tmp_path, monkeypatch):
     recipe = tmp_path / "r.flags"
     recipe.write_text("--lr 1e-6 # the paper's\n--wandb-api-key=hush")
