@@ -1,4 +1,4 @@
-"""The viewer over a real training, Megatron, SGLang and Ray included, from before its first step to its end."""
+"""The viewer over a real training with Megatron, SGLang and Ray, from before its first step to its end."""
 
 import os
 
@@ -73,3 +73,4 @@ def test_a_training_from_its_start_to_its_end(run, open_tab, tmp_path):
             assert batch["ratio/log_w_mean"] == pytest.approx(log_w.mean(), rel=1e-4, abs=1e-6)
         if picture := os.environ.get("VESPO_SCREENSHOT"):
             page.screenshot(path=picture, full_page=True)
+        page.goto("about:blank")  # it asks no more when the server ends
