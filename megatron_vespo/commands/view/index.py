@@ -124,15 +124,22 @@ class RunIndex:
     def _follow(self) -> None:
         while not self._stop.is_set():
             try:
-                self.refresh()
+                self._refresh_or_rebuild()
                 self.problem = ""
-            except sqlite3.OperationalError as error:  # locked, or the disk is full: the next round may do
+            except sqlite3.Error as error:  # locked, or the disk is full: the next round may do
                 self.problem = f"the index {self.file} cannot be written: {error}"
-            except sqlite3.DatabaseError:  # damaged
-                self._rebuild()
             except OSError as error:
-                self.problem = f"{self._folder} cannot be read: {error.strerror}"
+                self.problem = f"{error.filename or self._folder}: {error.strerror}"
             self._stop.wait(FOLLOW_SECONDS)
+
+    def _refresh_or_rebuild(self) -> None:
+        try:
+            self.refresh()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:  # damaged
+            self._rebuild()
+            self.refresh()
 
     def refresh(self) -> int:
         """Bring the index up to date with the run's files; the number of files that had changed."""

@@ -29,8 +29,8 @@ from megatron_vespo.commands.view.runs import Run, Runs
 from megatron_vespo.data.step_records import read_step
 
 DEFAULT_SORT = "-step"
-LARGEST_CONSTANT = 100.0  # of c1 and c2
-MOST_STEPS = 2**40  # a step that no run has
+LARGEST_CONSTANT = 100.0  # c1 and c2
+LARGEST = 2**40  # of integers in a request: no run has as many steps
 
 Answer = Callable[[RunIndex, web.Request], dict[str, Any]]
 
@@ -94,7 +94,7 @@ def _response(index: RunIndex, request: web.Request) -> dict[str, Any]:
 
 
 def _group(index: RunIndex, request: web.Request) -> dict[str, Any]:
-    step, group = _integer(request.match_info, "step"), _integer(request.match_info, "group", low=-(2**62))
+    step, group = _integer(request.match_info, "step"), _integer(request.match_info, "group", low=-LARGEST)
     with index.reading() as connection:
         rows = query.group_rows(connection, step, group)
     path = index.record_file(step)
@@ -129,7 +129,7 @@ def _what_if(index: RunIndex, request: web.Request) -> dict[str, Any]:
 
 def _responses(index: RunIndex, request: web.Request) -> Responses:
     low = _integer(request.query, "step_min", 0)
-    high = _integer(request.query, "step_max", MOST_STEPS)
+    high = _integer(request.query, "step_max", LARGEST)
     with index.reading() as connection:
         return Responses.of(connection, low, high)
 
@@ -147,7 +147,7 @@ def _integer(values: Mapping[str, str], name: str, default: int | None = None, l
         number = int(text)
     except ValueError:
         number = None
-    if number is None or not low <= number < 2**62:
+    if number is None or not low <= number <= LARGEST:
         raise ValueError(f"{name} is {text!r}; it must be an integer from {low} on")
     return number
 
