@@ -3,6 +3,7 @@
 import { el, number } from "./dom.js";
 import { drawLogW, drawWeights } from "./histograms.js";
 import { signed } from "./links.js";
+import { landmarkText } from "./running.js";
 import { runChoice } from "./responses.js";
 
 const DRAG_MS = 120; // after the last move of a slider, until the server is asked
@@ -52,6 +53,7 @@ class View {
     this.summary = el("div", { class: "scroll" });
     this.logW = el("div", { class: "chart" });
     this.weights = el("div", { class: "chart" });
+    this.landmarks = el("div", { class: "quiet landmarks" });
     this.table = el("div", { class: "scroll" });
   }
 
@@ -68,7 +70,7 @@ class View {
       el("section", { class: "what-if", "aria-label": "What if" }, el("h2", {}, "What if"), this.sliders, el("p", { class: "quiet n-words" }, N_IN_WORDS)),
       this.summary,
       el("div", { class: "charts" },
-        el("section", {}, el("h2", {}, "log W, and φ(W)"), this.logW),
+        el("section", {}, el("h2", {}, "log W, and φ(W)"), this.logW, this.landmarks),
         el("section", {}, el("h2", {}, "φ: the weight of a response"), this.weights)),
       el("h2", {}, "By sign, length and mini-batch"), el("label", { class: "choice" }, "Shown: ", metric), this.table);
     await this.load();
@@ -127,6 +129,10 @@ class View {
     clear();
     this.summary.replaceChildren(...(recorded.responses ? [summaryTable(recorded, other)] : []));
     this.table.replaceChildren(...(recorded.responses ? [partsTable(recorded, other, this.metric())] : []));
+    this.landmarks.replaceChildren(...[["positive", 1], ["negative", -1]].map(([name, sign]) => {
+      const { c1, c2, ...thresholds } = (other ?? recorded).kernel[name];
+      return el("p", {}, landmarkText({ c1, c2, thresholds }, sign));
+    }));
     this.logW.replaceChildren();
     this.weights.replaceChildren();
     if (recorded.responses) charts = [drawLogW(this.logW, recorded, other), drawWeights(this.weights, recorded, other)];
