@@ -50,7 +50,8 @@ def _source(source: Any) -> str:
     if not isinstance(source, Mapping):
         return ""
     changed = source.get("changed") or []
-    changes = f", with changes in {len(changed)} files" if changed else ", without changes"
+    files = "1 file" if len(changed) == 1 else f"{len(changed)} files"
+    changes = f", with changes in {files}" if changed else ", without changes"
     return f"<p>Source: commit <code>{safe(source.get('commit', '-'), 80)}</code>{changes}.</p>"
 
 
