@@ -55,7 +55,10 @@ class Tracking:
     def __enter__(self) -> Tracking:
         for name in self._settings.names:
             if name in PACKAGES:
-                self._processes[name] = self._start(name)
+                try:
+                    self._processes[name] = self._start(name)
+                except OSError as error:  # no memory for a process, for example
+                    self._say(f"tracker {name}: cannot be started ({error}), the run continues without it")
         return self
 
     def __exit__(
@@ -149,7 +152,10 @@ class Tracking:
 
     def _finish(self, state: State) -> None:
         files = [path for name in END_FILES if _is_newer(path := self._folder / name, self._started_at)]
-        self._draw(files)
+        try:
+            self._draw(files)
+        except OSError as error:
+            self._say(f"the picture for TensorBoard cannot be written: {error}")
         if not self._processes:
             return
         summary = next((json.loads(path.read_text()) for path in files if path.name == "summary.json"), {})

@@ -45,7 +45,9 @@ class WandbTracker:
         self._run.log({STEP: step, "_timestamp": time, **metrics})
 
     def note(self, step: int, title: str, text: str) -> None:
-        self._run.alert(title=title, text=f"step {step}: {text}", level=self._wandb.AlertLevel.WARN)
+        levels = self._wandb.AlertLevel
+        level = levels.WARN if title.startswith("alarm") else levels.INFO
+        self._run.alert(title=title, text=f"step {step}: {text}", level=level)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         table = self._wandb.Table(

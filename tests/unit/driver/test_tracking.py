@@ -194,6 +194,20 @@ def test_records_alarms_samples_and_restarts_are_sent(tracking, tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_a_tracker_without_a_process_does_not_end_the_run(tracking, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(module, "TrackerProcess", refuse)
+    said: list[str] = []
+    made = tracking("--tracker", "wandb")
+    made._say = said.append
+    with made:
+        made.record(1, 0.0, {})
+    [line] = said
+    assert "Cannot allocate memory" in line and "the run continues without it" in line
+
+
 def test_tensorboard_gets_texts_and_the_picture(tracking, tmp_path):
     png = (ROOT / "examples/tiny/curves.png").read_bytes()
     with tracking() as made:
