@@ -8,7 +8,6 @@ import pytest
 from megatron_vespo.data.step_records import FOLDER_NAME, read_step, step_files
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.system.plugins import load_runtime_plugins
-from tests.browser.conftest import demand, why_not
 from tests.support.runs import Run, train_command, write_questions
 from tests.support.servers import make_tiny_model
 from tests.support.view_server import view_server
@@ -20,8 +19,7 @@ FLAGS += "--reward-function tests.support.run_rewards:first_letters"
 
 
 @pytest.fixture
-def run(tmp_path):
-    demand(why_not())
+def run(browser, tmp_path):  # without a browser, nothing is trained
     load_runtime_plugins()
     model = make_tiny_model(tmp_path / "model", seed=0)
     questions = write_questions(tmp_path / "questions.jsonl")
