@@ -142,6 +142,10 @@ def _check_divisions(args: Namespace) -> None:
             ("experts", args.num_experts, "--expert-model-parallel-size", expert),
             ("expert width", args.moe_ffn_hidden_size, "--expert-tensor-parallel-size", expert_tensor),
         ]
+        if shared := args.moe_shared_expert_intermediate_size:
+            divisions.append(("shared experts' width", shared, "--tensor-model-parallel-size", tensor))
+        if isinstance(args.moe_layer_freq, list):  # some layers have no experts
+            divisions.append(("MLP width", args.ffn_hidden_size, "--tensor-model-parallel-size", tensor))
     if _even_stages(args):
         divisions.append(("layers", args.num_layers, "--pipeline-model-parallel-size", pipeline))
     for what, number, flag, divisor in divisions:

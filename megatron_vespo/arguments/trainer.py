@@ -34,6 +34,7 @@ class TrainerSettings(Settings):
     num_experts: int | None  # None: a dense model
     moe_router_topk: int
     moe_ffn_hidden_size: int | None
+    moe_shared_expert_intermediate_size: int | None  # of all shared experts together
     vocab_size: int
     padded_vocab_size: int
     # precision and kernels

@@ -34,6 +34,7 @@ from megatron_vespo.checkpoints.torch_dist_writer import (
     write_metadata,
 )
 from megatron_vespo.models.hf_config import megatron_arguments
+from megatron_vespo.models.prediction_layers import without_prediction_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # the default of transformers
 _ARCHIVE_BYTES = 2048  # approximate overhead per chunk
@@ -71,7 +72,7 @@ def hf_to_megatron(source_path: Path, target: Path, options: Options, ranks: Ran
             parts = ranks.together(lambda: _write_chunks(source, infos, folder, options, ranks))
             digests = {span: value for part in parts for own, _ in part for span, value in own.items()}
             written = [chunk for part in parts for _, own in part for chunk in own]
-            ranks.on_first(lambda: _finish_megatron(source, staging, written))
+            ranks.on_first(lambda: _finish_megatron(source, staging, written, options.dtype))
             with MegatronCheckpointReader(folder, source.family, source.shape) as reader:
                 proven = _proven(reader, digests, source, staging, options, ranks)
             return _result(proven, infos, (source_path, folder), options, ranks)
@@ -129,11 +130,15 @@ def _check_apart(target: Path, *sources: Path) -> None:
 
 
 def _output_infos(source: Source, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    dtypes = {tensor.dtype for tensor in source.tensors.values()}
-    if dtype is None and len(dtypes) > 1:
-        found = ", ".join(sorted(map(str, dtypes)))
+    """What is written. Tensors that nothing trains keep their dtype, as a router's bias in float32 does."""
+    if dtype is None and len(source.dtypes) > 1:
+        found = ", ".join(sorted(map(str, source.dtypes)))
         raise ValueError(f"{source.folder} mixes {found}; --dtype makes them one")
-    return {name: TensorInfo(dtype or tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()}
+    fixed = source.family.fixed_tensors(source.shape)
+    return {
+        name: TensorInfo(tensor.dtype if name in fixed else dtype or tensor.dtype, tensor.shape)
+        for name, tensor in source.tensors.items()
+    }
 
 
 def _total(infos: Mapping[str, TensorInfo]) -> int:
@@ -155,9 +160,7 @@ def _write_chunks(
     def work(number: int, run: list[Destination], stop: Event) -> tuple[Digests, list[Written]]:
         num_bytes = sum(sizes(run)) + len(run) * _ARCHIVE_BYTES
         with ChunkFile(folder, f"__{ranks.rank}_{number}.distcp", num_bytes) as file:
-            digests = copy_spans(
-                source.reader, run, lambda item: item.span, file.write, options.dtype, bar, stop
-            )
+            digests = copy_spans(source.reader, run, lambda item: item.span, file.write, infos, bar, stop)
         return digests, file.written
 
     with progress_bar("writing", sum(sizes(own)), options.quiet, ranks) as bar:
@@ -188,7 +191,7 @@ def _write_shards(
             file_of[span.name].write(span, values)
 
         def work(number: int, run: list[Span], stop: Event) -> Digests:
-            return copy_spans(reader, run, lambda span: span, write, options.dtype, bar, stop)
+            return copy_spans(reader, run, lambda span: span, write, infos, bar, stop)
 
         return in_threads(shares(spans, sizes, options.budget.workers), work)
 
@@ -197,17 +200,21 @@ def _span_bytes(span: Span, infos: Mapping[str, TensorInfo]) -> int:
     return (span.stop - span.start) * infos[span.name].row_bytes
 
 
-def _finish_megatron(source: Source, staging: Path, written: Sequence[Written]) -> None:
+def _finish_megatron(
+    source: Source, staging: Path, written: Sequence[Written], dtype: torch.dtype | None
+) -> None:
     folder = staging / RELEASE
     (folder / HF_FOLDER).mkdir()
-    _copy_hf_files(source, folder / HF_FOLDER, written[0].dtype)
+    _copy_hf_files(source, folder / HF_FOLDER, dtype or next(iter(source.dtypes)))
     write_metadata(folder, source.shape, written, megatron_arguments(dict(source.hf_config)))
     (staging / TRACKER_NAME).write_text(RELEASE)
 
 
 def _finish_hf(source: Source, staging: Path, shards: Mapping[str, dict[str, TensorInfo]]) -> None:
     infos = {name: info for shard in shards.values() for name, info in shard.items()}
-    dtype = max((info.dtype for info in infos.values()), key=lambda dtype: dtype.itemsize)
+    fixed = source.family.fixed_tensors(source.shape)
+    trained = (info.dtype for name, info in infos.items() if name not in fixed)
+    dtype = max(trained, key=lambda dtype: dtype.itemsize)
     quantised = any(info.dtype == block_fp8.DTYPE for info in infos.values())
     more = {"quantization_config": block_fp8.quantisation_config(source.tensors)} if quantised else {}
     _copy_hf_files(source, staging, dtype, more)
@@ -222,7 +229,8 @@ def _copy_hf_files(
     """Write the configuration, with the new dtype of the weights, and the tokenizer."""
     copy_companions(source.hf_folder, folder)
     name = "torch_dtype" if "torch_dtype" in source.hf_config else "dtype"
-    config = {**source.hf_config, name: str(dtype).removeprefix("torch."), **(more or {})}
+    config = without_prediction_layers(source.hf_config)
+    config |= {name: str(dtype).removeprefix("torch."), **(more or {})}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 

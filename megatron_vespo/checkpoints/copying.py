@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vespo.checkpoints.manifest import entry_of
 from megatron_vespo.checkpoints.ranks import Ranks
+from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.spans import (
     Span,
     SpanBuffer,
@@ -85,17 +85,20 @@ def copy_spans[T](
     items: Sequence[T],
     span_of: Callable[[T], Span],
     write: Callable[[T, Tensor], None],
-    dtype: torch.dtype | None,
+    infos: Mapping[str, TensorInfo],
     bar: tqdm,
     stop: Event,
 ) -> Digests:
-    """Read, cast, hash and write one span after another. Returns the hashes of the cast values."""
+    """Read, cast to the dtype of `infos`, hash and write one span after another.
+
+    Returns the hashes of the cast values.
+    """
     buffer, digests = SpanBuffer(), {}
     for item in items:
         if stop.is_set():
             break
         span = span_of(item)
-        values = buffer.read(reader, span, dtype)
+        values = buffer.read(reader, span, infos[span.name].dtype)
         digests[span] = digest(values)
         write(item, values)
         bar.update(values.nbytes)

@@ -10,18 +10,26 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vespo.checkpoints.names import INDEX_NAME, MANIFEST_NAME
+from megatron_vespo.checkpoints.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from megatron_vespo.models.prediction_layers import without_prediction_layers
 
 # everything but the weights: configuration, tokenizer, chat template, licence
 _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the configuration and tokenizer of an HF folder, without its index and manifest."""
+    """Copy the configuration and tokenizer of an HF folder, without its index and manifest.
+
+    The configuration counts no layers for multi-token prediction, whose weights nothing here writes.
+    """
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             if path.name not in (INDEX_NAME, MANIFEST_NAME):
                 shutil.copyfile(path, target / path.name)
+    config = json.loads((source / CONFIG_NAME).read_text())
+    kept = without_prediction_layers(config)
+    if kept != config:
+        (target / CONFIG_NAME).write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:

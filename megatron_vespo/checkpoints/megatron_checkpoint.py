@@ -71,7 +71,7 @@ class MegatronCheckpointReader:
         used: set[str] = set()
         for name in family.parameters(shape):
             mapping = family.mapping_for(name, shape)
-            candidates = [a for stacked in addresses(name, shape) for a in (stacked, stacked.unstacked())]
+            candidates = [a for known in addresses(name, shape) for a in (known, known.unstacked())]
             found = [address for address in candidates if address.key in self._index.tensors]
             if not found:
                 raise ValueError(f"{folder} lacks {name} ({candidates[0].key})")

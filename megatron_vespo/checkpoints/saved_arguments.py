@@ -24,6 +24,8 @@ _COMPARED = {
     "use_rope_scaling": None,
     "rope_scaling_factor": "use_rope_scaling",
     "layernorm_epsilon": None,
+    "rotary_percent": None,
+    "moe_router_topk_scaling_factor": None,
 }
 
 
@@ -69,7 +71,7 @@ def check_same_model(index: ChunkIndex, config: Path, arguments: Mapping[str, An
     for name, switch in _COMPARED.items():
         if switch and not saved.get(switch):
             continue
-        if name in saved and saved[name] != arguments[name]:
+        if name in saved and name in arguments and saved[name] != arguments[name]:
             raise ValueError(
                 f"{config}: {name} is {arguments[name]!r}, {index.folder} was saved with {saved[name]!r}"
             )

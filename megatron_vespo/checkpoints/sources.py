@@ -29,6 +29,7 @@ from megatron_vespo.checkpoints.saved_arguments import check_same_model
 from megatron_vespo.checkpoints.spans import Span, SpanBuffer, TensorReader, row_ranges
 from megatron_vespo.models.family import FAMILIES, Family, ModelShape, family_of, shape_of
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config, read_unchecked
+from megatron_vespo.models.prediction_layers import is_of_prediction_layer
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPARED_AT_ONCE = 16 * 2**20  # bytes
@@ -55,6 +56,12 @@ class Source:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The model's tensors, in its order."""
         return {name: self.reader.tensors[name] for name in self.family.hf_tensors(self.shape)}
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the trained tensors."""
+        fixed = self.family.fixed_tensors(self.shape)
+        return {tensor.dtype for name, tensor in self.tensors.items() if name not in fixed}
 
     @property
     def manifest_folder(self) -> Path:
@@ -123,13 +130,16 @@ def check_tensors(
 ) -> None:
     """ValueError naming a tensor that is missing, of another shape, or one too many.
 
-    What the rest of the checkpoint determines may be there, with that value.
+    What the rest of the checkpoint determines may be there, with that value. Layers for multi-token
+    prediction may be there, and are left out.
     """
     found = reader.tensors
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"{folder}: {_and_others(missing)} missing")
-    extra = sorted(found.keys() - expected.keys())
+    extra = sorted(
+        name for name in found.keys() - expected.keys() if not is_of_prediction_layer(name, hf_config)
+    )
     for name in filter(is_rotary_buffer, extra):
         check_rotary_buffer(folder, reader, name, hf_config)
     extra = [name for name in extra if not is_rotary_buffer(name)]

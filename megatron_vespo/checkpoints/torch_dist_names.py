@@ -4,6 +4,9 @@
 Norms are filed under the names that Transformer Engine's fused layers have, also by layers that are not
 fused (megatron.core.models.gpt.gpt_layer_specs). In an MoE layer the two implementations disagree about the
 second norm, so there a parameter has two addresses.
+
+A model whose first layers have no experts is not stacked: layer 7's router is all of
+`decoder.layers.7.mlp.router.weight`.
 """
 
 from __future__ import annotations
@@ -54,12 +57,17 @@ def addresses(megatron_name: str, shape: ModelShape) -> list[Address]:
     if not match:
         return [Address(megatron_name)]
     layer, rest = int(match[1]), match[2]
+    stacked = _stacked_addresses(layer, rest, shape)
+    return [address.unstacked() for address in stacked] if shape.dense_layers else stacked
+
+
+def _stacked_addresses(layer: int, rest: str, shape: ModelShape) -> list[Address]:
     expert = _EXPERT.fullmatch(rest)
     if expert:
         stack = (shape.num_layers, shape.num_experts)
         return [Address(f"decoder.layers.mlp.experts.experts.{expert[2]}", (layer, int(expert[1])), stack)]
     rests = [_FUSED_NORMS.get(rest, rest)]
-    if rest == "pre_mlp_layernorm.weight" and shape.num_experts:
+    if rest == "pre_mlp_layernorm.weight" and _has_experts(layer, shape):
         rests.append(rest)
     return [Address(f"decoder.layers.{rest}", (layer,), (shape.num_layers,)) for rest in rests]
 
@@ -70,16 +78,25 @@ def extra_states(shape: ModelShape) -> Iterator[str]:
     A superset of what either implementation requests: a missing name would make a load fail.
     """
     yield _object("decoder.final_layernorm", (0,), (1,))
-    modules = list(_LAYER_MODULES)
-    if not shape.num_experts:
-        modules += [f"mlp.{linear}" for linear in _LINEAR]
     for layer in range(shape.num_layers):
+        experts = range(shape.num_experts) if _has_experts(layer, shape) else range(0)
+        mlp = "mlp.shared_experts" if experts else "mlp"
+        modules = list(_LAYER_MODULES)
+        if not experts or shape.shared_ffn_hidden_size:
+            modules += [f"{mlp}.{linear}" for linear in _LINEAR]
+        stack, index, prefix = (shape.num_layers,), (layer,), "decoder.layers."
+        if shape.dense_layers:
+            stack, index, prefix = (), (), f"decoder.layers.{layer}."
         for module in modules:
-            yield _object(f"decoder.layers.{module}", (layer,), (shape.num_layers,))
-        for expert in range(shape.num_experts):
-            stack = (shape.num_layers, shape.num_experts)
+            yield _object(prefix + module, index or (0,), stack or (1,))
+        for expert in experts:
             for linear in _LINEAR:
-                yield _object(f"decoder.layers.mlp.experts.experts.{linear}", (layer, expert), stack)
+                name = f"{prefix}mlp.experts.experts.{linear}"
+                yield _object(name, (*index, expert), (*stack, shape.num_experts))
+
+
+def _has_experts(layer: int, shape: ModelShape) -> bool:
+    return bool(shape.num_experts) and layer >= shape.dense_layers
 
 
 def _object(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:

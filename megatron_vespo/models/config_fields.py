@@ -102,9 +102,10 @@ def arguments_of(config: Config, family: Family) -> dict[str, Any]:
         "kv_channels": head_dim,
         "layernorm_epsilon": epsilon,
         "untie_embeddings_and_output_weights": not tied,
-        **_rope(config),
+        **_rope(config, family),
         **_ARGUMENTS_OF_ALL,
         **family.constants,
+        **family.arguments(config),
     }
 
 
@@ -123,12 +124,13 @@ def _check_fields(config: Config, family: Family) -> None:
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
         raise ValueError(f"layer_types is {layer_types!r}, supported is full_attention in all layers")
-    neutral = _NEUTRAL | dict(family.neutral)
+    of_all = {field: value for field, value in _NEUTRAL.items() if field not in family.reads}
+    neutral = of_all | dict(family.neutral)
     for field, expected in neutral.items():
         value = config.get(field)
         if value is not None and value != expected:
             raise ValueError(f"{field} is {value!r}, supported is {expected!r}")
-    used = _SIZES.keys() | family.sizes.keys() | _USED_OTHERWISE
+    used = _SIZES.keys() | family.sizes.keys() | family.reads | _USED_OTHERWISE
     known = used | {_OTHER_SPELLING.get(name) for name in used} | neutral.keys() | _HARMLESS | family.harmless
     _refuse_unknown({field: value for field, value in config.items() if field not in known})
 
@@ -164,7 +166,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
-def _rope(config: Config) -> dict[str, Any]:
+def _rope(config: Config, family: Family) -> dict[str, Any]:
     """transformers 4 has rope_theta and rope_scaling; transformers 5 has both in rope_parameters."""
     rope: Config = {}
     for field in ("rope_scaling", "rope_parameters"):
@@ -190,7 +192,8 @@ def _rope(config: Config) -> dict[str, Any]:
                 raise ValueError(f"rope scaling's {field} is {value!r}, supported is {expected!r}")
     elif kind != "default":
         raise ValueError(f"rope type is {kind!r}, supported are 'default' and 'llama3'")
-    if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+    rotated = rope.pop("partial_rotary_factor", 1.0)
+    if rotated not in (None, 1.0) and "partial_rotary_factor" not in family.reads:
         raise ValueError("rope_parameters has a partial_rotary_factor, supported is 1.0")
     _refuse_unknown(rope)
     return {

@@ -16,7 +16,7 @@ def part_of(name: str) -> str:
     """Return one of PARTS; `mlp` is for dense layers. Transformer Engine puts some norms in linear layers."""
     if "layernorm" in name or "layer_norm" in name:
         return "norms"
-    if is_expert(name):
+    if is_expert(name) or ".mlp.shared_experts." in name:
         return "experts"
     for mark, part in (
         (".mlp.router.", "router"),

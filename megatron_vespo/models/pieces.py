@@ -69,6 +69,15 @@ ATTENTION = (
         _qkv,
     ),
 )
+QKV_BIAS = Parameter(
+    (_LAYER + "self_attention.linear_qkv.bias",),
+    {
+        _HF_LAYER + "self_attn.q_proj.bias": ("query_width",),
+        _HF_LAYER + "self_attn.k_proj.bias": ("key_width",),
+        _HF_LAYER + "self_attn.v_proj.bias": ("key_width",),
+    },
+    _qkv,
+)
 QUERY_KEY_NORMS = tuple(
     _norm(
         f"{_HF_LAYER}self_attn.{x}_norm.weight",
@@ -80,27 +89,30 @@ QUERY_KEY_NORMS = tuple(
 _POST_ATTENTION_NORM = _HF_LAYER + "post_attention_layernorm.weight"
 
 
-def _mlp(hf_prefix: str, *fc_names: str) -> tuple[Parameter, Parameter]:
+def _mlp(hf_prefix: str, *fc_names: str, width: str = "ffn_hidden_size") -> tuple[Parameter, Parameter]:
     """Return both linear layers of a gated MLP; {fc} in the Megatron names is linear_fc1 or linear_fc2."""
 
     def names(fc: str) -> tuple[str, ...]:
         return tuple(name.replace("{fc}", fc) for name in fc_names)
 
-    gate_up = {f"{hf_prefix}{x}_proj.weight": ("ffn_hidden_size", "hidden_size") for x in ("gate", "up")}
-    down = {f"{hf_prefix}down_proj.weight": ("hidden_size", "ffn_hidden_size")}
+    gate_up = {f"{hf_prefix}{x}_proj.weight": (width, "hidden_size") for x in ("gate", "up")}
+    down = {f"{hf_prefix}down_proj.weight": ("hidden_size", width)}
     return (
         Parameter(names("linear_fc1"), gate_up, _gated),
         Parameter(names("linear_fc2"), down, _by_columns),
     )
 
 
-DENSE_MLP = (
-    _norm(
-        _POST_ATTENTION_NORM,
-        _LAYER + "pre_mlp_layernorm.weight",
-        _LAYER + "mlp.linear_fc1.layer_norm_weight",
-    ),
-    *_mlp(_HF_LAYER + "mlp.", _LAYER + "mlp.{fc}.weight"),
+_DENSE_NORM = _norm(
+    _POST_ATTENTION_NORM,
+    _LAYER + "pre_mlp_layernorm.weight",
+    _LAYER + "mlp.linear_fc1.layer_norm_weight",
+)
+DENSE_MLP = (_DENSE_NORM, *_mlp(_HF_LAYER + "mlp.", _LAYER + "mlp.{fc}.weight"))
+# of a layer without experts in a model that has some
+FIRST_DENSE_MLP = (
+    _DENSE_NORM,
+    *_mlp(_HF_LAYER + "mlp.", _LAYER + "mlp.{fc}.weight", width="dense_ffn_hidden_size"),
 )
 EXPERTS_MLP = (
     _norm(_POST_ATTENTION_NORM, _LAYER + "pre_mlp_layernorm.weight"),
@@ -114,4 +126,16 @@ EXPERTS_MLP = (
         _LAYER + "mlp.experts.local_experts.{expert}.{fc}.weight",
         _LAYER + "mlp.experts.{fc}.weight{expert}",
     ),
+)
+SHARED_EXPERTS_MLP = _mlp(
+    _HF_LAYER + "mlp.shared_experts.",
+    _LAYER + "mlp.shared_experts.{fc}.weight",
+    width="shared_ffn_hidden_size",
+)
+# added to the scores by which experts are chosen
+ROUTER_BIAS = Parameter(
+    (_LAYER + "mlp.router.expert_bias",),
+    {_HF_LAYER + "mlp.gate.e_score_correction_bias": ("num_experts",)},
+    _replicated,
+    fixed=True,
 )

@@ -23,7 +23,7 @@ class ModelShape:
 
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int  # of one expert, or of a dense layer's MLP
+    ffn_hidden_size: int  # of one expert, or of every MLP in a model without experts
     num_experts: int  # 0 in a dense model
     num_attention_heads: int
     num_query_groups: int
@@ -31,6 +31,12 @@ class ModelShape:
     vocab_size: int
     padded_vocab_size: int
     tied_embeddings: bool  # the output layer shares the embedding's weight
+    # a model with experts may begin with layers that have none
+    dense_layers: int = 0
+    dense_ffn_hidden_size: int = 0  # of such a layer
+    shared_ffn_hidden_size: int = 0  # of all shared experts together
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def query_width(self) -> int:
@@ -41,6 +47,11 @@ class ModelShape:
         return self.num_query_groups * self.head_dim
 
 
+def everywhere(shape: ModelShape, layer: int) -> bool:
+    """Every layer has the parameter."""
+    return True
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One kind of Megatron parameter and the HF tensors that it consists of.
@@ -49,11 +60,15 @@ class Parameter:
     `tensors`: HF name -> shape; the dimensions are names of ModelShape attributes.
     `build`: HF names and shape -> mapping.
     {layer} and {expert} in names are global numbers, counted over the whole model.
+    `exists`: shape and layer -> whether the layer has it.
+    `fixed`: a buffer that nothing trains. It stays float32 in a bfloat16 model.
     """
 
     names: tuple[str, ...]
     tensors: Mapping[str, tuple[str, ...]]
     build: Callable[[tuple[str, ...], ModelShape], mappings.Mapping]
+    exists: Callable[[ModelShape, int], bool] = everywhere
+    fixed: bool = False
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern, ...]:
@@ -75,6 +90,10 @@ class Parameter:
         return "{expert}" in self.names[0]
 
 
+def _no_more(config: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One HF architecture.
@@ -84,6 +103,8 @@ class Family:
 
     `sizes`: HF field -> Megatron argument, for positive integers.
     `constants`: Megatron arguments that all models of the family share.
+    `arguments`: config -> more Megatron arguments; ValueError for a config that they cannot express.
+    `reads`: fields that `arguments` reads. Rules of all families for them do not apply.
     `neutral`: HF field -> the only value that Megatron supports.
     `required`: fields that must be present, because the defaults of transformers differ.
     `harmless`: fields that do not change what the model computes.
@@ -94,6 +115,8 @@ class Family:
     table: tuple[Parameter, ...]
     sizes: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Callable[[dict[str, Any]], dict[str, Any]] = _no_more
+    reads: AbstractSet[str] = frozenset()
     neutral: Mapping[str, Any] = field(default_factory=dict)
     required: AbstractSet[str] = frozenset()
     harmless: AbstractSet[str] = frozenset()
@@ -114,6 +137,12 @@ class Family:
             for name, dimensions in row.tensors.items()
         }
 
+    def fixed_tensors(self, shape: ModelShape) -> set[str]:
+        """Return the names of the HF tensors that nothing trains and that keep their own dtype."""
+        return {
+            name.format(**numbers) for row, numbers in self.rows(shape) if row.fixed for name in row.tensors
+        }
+
     def mapping_for(self, megatron_name: str, shape: ModelShape) -> mappings.Mapping:
         """Return the mapping of a Megatron parameter under any of its names; KeyError if there is none."""
         if shape.tied_embeddings and megatron_name == OUTPUT_LAYER:
@@ -131,7 +160,8 @@ class Family:
         for in_layer, rows in groupby(self.table, lambda row: row.in_layer):
             kept = [row for row in rows if not (shape.tied_embeddings and OUTPUT_LAYER in row.names)]
             for layer in range(shape.num_layers if in_layer else 1):
-                for in_expert, part in groupby(kept, lambda row: row.in_expert):
+                there = [row for row in kept if row.exists(shape, layer)]
+                for in_expert, part in groupby(there, lambda row: row.in_expert):
                     together = list(part)
                     for expert in range(shape.num_experts if in_expert else 1):
                         yield from ((row, {"layer": layer, "expert": expert}) for row in together)

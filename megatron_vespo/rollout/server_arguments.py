@@ -156,6 +156,9 @@ def server_arguments(
             "--max-running-requests": ["256"],
             "--max-total-tokens": ["32768"],  # otherwise the KV cache takes most of the machine's memory
         }
+    else:
+        # fused, a shared expert is one more routed expert, in the routes of a reply as in the weights
+        defaults["--disable-shared-experts-fusion"] = []
     if device == "cpu" or memory_saver:
         defaults["--sleep-on-idle"] = []  # an idle scheduler spins on a core that the trainer needs
     if memory_saver:

@@ -88,7 +88,7 @@ class Packer:
             num_query_groups=args.num_query_groups,
             head_dim=args.kv_channels,
             ffn_hidden_size=args.moe_ffn_hidden_size if args.num_experts else args.ffn_hidden_size,
-            topk=args.moe_router_topk if args.num_experts else 1,
+            topk=_experts_per_token(args),
             num_experts=args.num_experts or 0,
             vocab_size=args.padded_vocab_size,
         )
@@ -236,3 +236,10 @@ def token_places(micro_batch: MicroBatch, positions: Tensor) -> tuple[Tensor, Te
     """Sample, and index in its token_ids, of the tokens at `positions` of the pack; int64, same shape."""
     sample_S = torch.tensor(micro_batch.sample_indices, device=positions.device)
     return sample_S[micro_batch.sequence_ids_T[positions]], micro_batch.position_ids_T[positions]
+
+
+def _experts_per_token(args: Namespace) -> int:
+    """MLPs of one expert's width that every token goes through, shared experts included."""
+    if not args.num_experts:
+        return 1
+    return args.moe_router_topk + (args.moe_shared_expert_intermediate_size or 0) // args.moe_ffn_hidden_size

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import core_transformer_config_from_args
 
@@ -50,6 +52,7 @@ def model_provider(args: Namespace, config: TransformerConfig):
             parallel_output=True,
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
             rotary_base=args.rotary_base,
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
@@ -57,9 +60,18 @@ def model_provider(args: Namespace, config: TransformerConfig):
             pg_collection=pg_collection,
         )
         _fuse_gradient_accumulation(model, args.gradient_accumulation_fusion)
+        for router in routers(model):
+            router.frozen_expert_bias = (
+                True  # Megatron's load balancing would change the policy, see glm4_moe
+            )
         return model
 
     return provide
+
+
+def routers(model: torch.nn.Module) -> list[TopKRouter]:
+    """The routers of a model chunk, in its order."""
+    return [module for module in model.modules() if isinstance(module, TopKRouter)]
 
 
 def _fuse_gradient_accumulation(model: GPTModel, fused: bool) -> None:

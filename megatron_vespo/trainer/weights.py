@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from megatron_vespo.models.part import ModelPart
 from megatron_vespo.models.table import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_ROUTER_BIAS = ".mlp.router.expert_bias"
 _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
 
 
@@ -26,15 +27,28 @@ def global_parameters(
     model: GPTModel, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters, named with global layer and expert numbers, in the model's order."""
+    yield from _with_global_numbers(model.named_parameters(), model, groups)
+
+
+def global_tensors(model: GPTModel, groups: ProcessGroupCollection) -> Iterator[tuple[str, Tensor]]:
+    """All that makes the policy: the parameters and, after them, the routers' biases, which are buffers."""
+    yield from global_parameters(model, groups)
+    biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(_ROUTER_BIAS))
+    yield from _with_global_numbers(biases, model, groups)
+
+
+def _with_global_numbers[T: Tensor](
+    tensors: Iterable[tuple[str, T]], model: GPTModel, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, T]]:
     experts_before = groups.ep.rank() * (model.config.num_moe_experts or 0) // groups.ep.size()
-    for name, parameter in model.named_parameters():
+    for name, tensor in tensors:
         match = _LAYER.match(name)
         if match:
             layer_number = model.decoder.layers[int(match[1])].layer_number - 1  # pyright: ignore[reportOperatorIssue]
             name = f"decoder.layers.{layer_number}.{name[match.end() :]}"
         if is_expert(name):
             name = _shift_expert(name, experts_before)
-        yield name, parameter
+        yield name, tensor
 
 
 def _shift_expert(name: str, offset: int) -> str:
@@ -44,12 +58,12 @@ def _shift_expert(name: str, offset: int) -> str:
 def load_hf_weights(
     model: GPTModel, folder: Path, family: Family, shape: ModelShape, groups: ProcessGroupCollection
 ) -> None:
-    """Fill every parameter of this rank's stage, reading only the tensors that it needs.
+    """Fill every tensor of this rank's stage, reading only the tensors that it needs.
 
     ValueError names a tensor that is missing or has the wrong shape.
     """
     with HFCheckpointReader(folder) as reader, torch.no_grad():
-        for name, parameter in global_parameters(model, groups):
+        for name, parameter in global_tensors(model, groups):
             mapping = family.mapping_for(name, shape)
             group = groups.expt_tp if is_expert(name) else groups.tp
             tensors = [reader.get(hf_name) for hf_name in mapping.hf_names]
@@ -73,7 +87,7 @@ def iterate_hf_weights(
     """
     experts_here = (model.config.num_moe_experts or 0) // groups.ep.size()
     first_expert = groups.ep.rank() * experts_here
-    for name, parameter in global_parameters(model, groups):
+    for name, parameter in global_tensors(model, groups):
         if shape.tied_embeddings and name == OUTPUT_LAYER:
             continue  # the last stage's copy of the embedding; the first stage yields it
         mapping = family.mapping_for(name, shape)
@@ -100,7 +114,7 @@ def held_weights(
     """
     return {
         family.mapping_for(name, shape).hf_names[0]: parameter.detach()
-        for name, parameter in global_parameters(model, groups)
+        for name, parameter in global_tensors(model, groups)
         if not (shape.tied_embeddings and name == OUTPUT_LAYER)
     }
 

@@ -1,6 +1,6 @@
 """Where SGLang keeps each HF tensor: its parameters' names, and which rows and columns a rank has.
 
-Read in SGLang 0.5.23: `models/qwen3.py`, `models/qwen3_moe.py`, `models/llama.py`, `layers/linear.py`,
+Read in SGLang 0.5.23: `models/qwen3.py`, `qwen3_moe.py`, `glm4_moe.py` and `llama.py`, `layers/linear.py`,
 `layers/vocab_parallel_embedding.py`, `layers/moe/fused_moe_triton/layer.py`. Unquantized weights only: q, k
 and v are fused, gate and up as well, the experts of a layer are stacked. A parameter is taken as a matrix:
 one of three dimensions has the rows of all its experts, one of one dimension is a column.
@@ -8,8 +8,11 @@ one of three dimensions has the rows of all its experts, one of one dimension is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+
+import torch
 
 from megatron_vespo.models.table import ModelShape
 
@@ -63,6 +66,12 @@ def check_supported(layout: EngineLayout, shape: ModelShape) -> None:
         raise ValueError(f"{shape.num_query_groups} key heads on {layout.tp} ranks")
 
 
+def check_one_dtype(fixed: Collection[str], element_bytes: int) -> None:
+    """ValueError if some HF tensors, those that nothing trains, are float32 beside smaller weights."""
+    if fixed and element_bytes < torch.float32.itemsize:
+        raise ValueError(f"{min(fixed)} is float32, the other weights have {element_bytes} bytes an element")
+
+
 def destination(
     hf_name: str, hf_shape: tuple[int, ...], rank: int, layout: EngineLayout, shape: ModelShape
 ) -> Destination:
@@ -72,7 +81,7 @@ def destination(
     before come on top, see `experts_of`.
     """
     rows, cols = (*hf_shape, 1)[:2]
-    prefix, _, leaf = hf_name.removesuffix(".weight").rpartition(".")
+    prefix, _, leaf = hf_name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
     for pattern, place in _PLACES:
         if fnmatchcase(hf_name, pattern):
             return place(prefix, leaf, rows, cols, rank, layout, shape)
@@ -121,6 +130,15 @@ def _qkv(prefix, leaf, rows, cols, rank, layout, shape: ModelShape) -> Destinati
     return Destination(f"{prefix}.qkv_proj.weight", Rectangle(first, have, 0, cols, at), (q + 2 * kv, cols))
 
 
+def _qkv_bias(prefix, leaf, rows, cols, rank, layout, shape: ModelShape) -> Destination:
+    place = _qkv(prefix, leaf, rows, cols, rank, layout, shape)
+    return replace(place, parameter=f"{prefix}.qkv_proj.bias")
+
+
+def _router_bias(prefix, leaf, rows, cols, rank, layout, shape) -> Destination:
+    return Destination(f"{prefix}.{leaf}", Rectangle(0, rows, 0, cols, 0), (rows, cols))
+
+
 def _by_columns(prefix, leaf, rows, cols, rank, layout, shape) -> Destination:
     each = cols // layout.tp
     return Destination(f"{prefix}.{leaf}.weight", Rectangle(0, rows, rank * each, each, 0), (rows, each))
@@ -152,10 +170,13 @@ _PLACES = (
     ("model.embed_tokens.weight", _vocabulary),
     ("lm_head.weight", _vocabulary),
     ("*.self_attn.[qkv]_proj.weight", _qkv),
+    ("*.self_attn.[qkv]_proj.bias", _qkv_bias),
     ("*.self_attn.o_proj.weight", _by_columns),
     ("*.mlp.experts.*.down_proj.weight", _expert_down),
     ("*.mlp.experts.*_proj.weight", _expert_gate_up),
     ("*.mlp.gate.weight", _replicated),
+    ("*.mlp.gate.e_score_correction_bias", _router_bias),
+    ("*.mlp.shared_experts.down_proj.weight", _by_columns),
     ("*.mlp.down_proj.weight", _by_columns),
     ("*.mlp.*_proj.weight", _gate_up),
     ("*norm.weight", _replicated),

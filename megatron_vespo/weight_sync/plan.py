@@ -17,6 +17,7 @@ from megatron_vespo.models.table import Family, ModelShape, Parameter
 from megatron_vespo.weight_sync.engine_layout import (
     EngineLayout,
     Rectangle,
+    check_one_dtype,
     check_supported,
     destination,
     experts_of,
@@ -226,6 +227,7 @@ class _Planner:
         buffer_bytes: int,
     ):
         check_supported(layout, shape)
+        check_one_dtype(family.fixed_tensors(shape), element_bytes)
         self._family, self._shape, self._layout = family, shape, layout
         self._holders = _Holders(shards)
         self._part = shards[0].part

@@ -18,7 +18,22 @@ ATTENTION = {
     "vocab_size": 131, "rope_theta": 10000, "hidden_act": "silu",
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GLM = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "attention_bias": True,
+    "use_qk_norm": True,
+}  # fmt: skip
 MODELS = {
+    "glm": {"architectures": ["Glm4MoeForCausalLM"], "tie_word_embeddings": False, **ATTENTION, **GLM},
+    "glm, all experts": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "tie_word_embeddings": True,
+        **ATTENTION,
+        **GLM,
+        "first_k_dense_replace": 0,
+        "use_qk_norm": False,
+        "attention_bias": False,
+    },
     "moe": {"architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False, **ATTENTION, **EXPERTS},
     "dense": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False, **ATTENTION},
     "llama, tied": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, **ATTENTION},
@@ -31,6 +46,9 @@ CASES = {
     # model, dtype, layouts that hand it on: ranks and flags
     "moe, fp32": ("moe", torch.float32, [(1, ""), (4, TP2_PP2_EP2)]),
     "moe, bf16": ("moe", torch.bfloat16, [(4, TP2_PP2_EP2), (4, ETP2_EP2)]),
+    "glm, fp32": ("glm", torch.float32, [(1, ""), (4, TP2_PP2_EP2)]),
+    "glm, bf16": ("glm", torch.bfloat16, [(4, TP2_PP2_EP2), (1, "")]),
+    "glm, all experts, bf16": ("glm, all experts", torch.bfloat16, [(2, VPP2), (4, TP2_PP2_EP2)]),
     "dense, bf16": ("dense", torch.bfloat16, [(4, TP2_PP2), (1, "")]),
     "llama, tied, fp32": ("llama, tied", torch.float32, [(2, VPP2), (4, TP2_PP2)]),
 }

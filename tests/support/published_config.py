@@ -44,3 +44,23 @@ LLAMA_1B: dict[str, Any] = _COMMON | {
 LLAMA_3B = LLAMA_1B | {
     "head_dim": 128, "hidden_size": 3072, "num_attention_heads": 24, "num_hidden_layers": 28,
 }  # fmt: skip
+_GLM4_MOE = _COMMON | {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "eos_token_id": [151329, 151336, 151338],
+    "head_dim": 128, "max_position_embeddings": 131072, "model_type": "glm4_moe", "n_group": 1,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+    "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_theta": 1000000, "topk_group": 1,
+    "transformers_version": "4.54.0", "vocab_size": 151552,
+}  # fmt: skip
+# zai-org/GLM-4.5
+GLM_4_5: dict[str, Any] = _GLM4_MOE | {
+    "first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288,
+    "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 92,
+    "routed_scaling_factor": 2.5, "use_qk_norm": True,
+}  # fmt: skip
+# zai-org/GLM-4.5-Air
+GLM_4_5_AIR: dict[str, Any] = _GLM4_MOE | {
+    "first_k_dense_replace": 1, "hidden_size": 4096, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_hidden_layers": 46,
+    "routed_scaling_factor": 1.0, "use_qk_norm": False,
+}  # fmt: skip

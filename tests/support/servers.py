@@ -18,20 +18,51 @@ NUM_LAYERS, NUM_EXPERTS, TOPK, VOCAB_SIZE = 2, 8, 2, 128
 ROUTES = RouteShape(NUM_LAYERS, TOPK)
 
 
+_EXPERTS = {
+    "moe_intermediate_size": 32,
+    "num_experts": NUM_EXPERTS,
+    "num_experts_per_tok": TOPK,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+_GLM = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": NUM_EXPERTS,
+    "num_experts_per_tok": TOPK,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 0,
+}
+
+
 def make_tiny_model(folder: Path, seed: int, dense: bool = False, dtype: str = "float32", **changes) -> Path:
     """A random Qwen3-MoE, or Qwen3, in HF format, with a character tokenizer and a chat template.
 
     `changes` are of its configuration.
     """
-    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    write_character_tokenizer(folder)
+    kinds = (Qwen3Config, Qwen3ForCausalLM) if dense else (Qwen3MoeConfig, Qwen3MoeForCausalLM)
+    return _write_random_model(folder, seed, dtype, *kinds, {} if dense else _EXPERTS, changes)
+
+
+def make_tiny_glm(folder: Path, seed: int, dtype: str = "float32", **changes) -> Path:
+    """The same of GLM-4.5's family. Its first layer has no experts; its routers have biases."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    write_character_tokenizer(folder)
+    return _write_random_model(folder, seed, dtype, Glm4MoeConfig, Glm4MoeForCausalLM, _GLM, changes)
+
+
+def write_character_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        PreTrainedTokenizerFast,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<eos>", "<unk>"]
     characters = [chr(code) for code in range(32, 127)]
@@ -43,6 +74,11 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False, dtype: str = "
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
+
+
+def _write_random_model(folder: Path, seed: int, dtype: str, config, kind, more: dict, changes: dict) -> Path:
+    import torch
+
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -58,20 +94,11 @@ def make_tiny_model(folder: Path, seed: int, dense: bool = False, dtype: str = "
         "pad_token_id": 0,
         "initializer_range": 0.2,  # large enough that the experts and the sampled tokens vary
     }
-    experts = {
-        "moe_intermediate_size": 32,
-        "num_experts": NUM_EXPERTS,
-        "num_experts_per_tok": TOPK,
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [],
-    }
-    shape |= changes
     torch.manual_seed(seed)
-    if dense:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape))
-    else:
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(experts | shape)))
+    model = kind(config(**(more | shape | changes)))
+    biases = [*model.named_parameters(), *model.named_buffers()]
+    for tensor in (tensor for name, tensor in biases if name.endswith("bias")):
+        torch.nn.init.uniform_(tensor, -0.3, 0.3)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

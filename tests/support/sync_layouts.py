@@ -29,6 +29,18 @@ def model_shape(groups: int = 2, tied: bool = False, experts: int = 4, **sizes: 
     )  # fmt: skip
 
 
+def shape_for(family: Family, groups: int, tied: bool) -> ModelShape:
+    """With all that the family's models have: experts, first layers without them, shared ones, biases."""
+    if "moe_ffn_hidden_size" not in family.sizes.values():
+        return model_shape(groups, tied, experts=0)
+    if family.architecture == "Glm4MoeForCausalLM":
+        return model_shape(
+            groups, tied, dense_layers=1, dense_ffn_hidden_size=12, shared_ffn_hidden_size=4, qkv_bias=True,
+            qk_norm=True,
+        )  # fmt: skip
+    return model_shape(groups, tied)
+
+
 def trainer(shape: ModelShape, tp=1, pp=1, vpp=1, ep=1, etp=1, replicas=1) -> list[TrainerShard]:
     """Stages of a pipeline as Megatron cuts it: with virtual ones, rank p has chunks p, p + pp, ..."""
     per_chunk = shape.num_layers // (pp * vpp)
@@ -70,6 +82,9 @@ def weights(family: Family, shape: ModelShape) -> dict[str, Tensor]:
     return found
 
 
+_FUSED = ("up_proj.weight", "k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias")
+
+
 def engine_weights(
     hf: dict[str, Tensor], shape: ModelShape, rank: int, tp: int, ep: int
 ) -> dict[str, Tensor]:
@@ -84,9 +99,10 @@ def engine_weights(
             padded = torch.zeros(padded_vocabulary(len(tensor), tp), tensor.shape[1], dtype=tensor.dtype)
             padded[: len(tensor)] = tensor
             found[name] = padded.chunk(tp)[rank]
-        elif name.endswith("q_proj.weight"):
-            k, v = (hf[f"{module}.{x}_proj.weight"].chunk(kv_size)[kv_rank] for x in "kv")
-            found[f"{module}.qkv_proj.weight"] = torch.cat([tensor.chunk(tp)[rank], k, v])
+        elif name.endswith(("q_proj.weight", "q_proj.bias")):
+            kind = name.rpartition(".")[2]
+            k, v = (hf[f"{module}.{x}_proj.{kind}"].chunk(kv_size)[kv_rank] for x in "kv")
+            found[f"{module}.qkv_proj.{kind}"] = torch.cat([tensor.chunk(tp)[rank], k, v])
         elif name.endswith("o_proj.weight"):
             found[name] = tensor.chunk(tp, dim=1)[rank]
         elif ".experts.0.gate" in name:
@@ -104,12 +120,12 @@ def engine_weights(
             )
         elif ".experts." in name:
             continue
-        elif name.endswith("mlp.down_proj.weight"):
+        elif name.endswith(("mlp.down_proj.weight", "shared_experts.down_proj.weight")):
             found[name] = tensor.chunk(tp, dim=1)[rank]
-        elif name.endswith("mlp.gate_proj.weight"):
+        elif name.endswith(("mlp.gate_proj.weight", "shared_experts.gate_proj.weight")):
             up = hf[f"{module}.up_proj.weight"]
             found[f"{module}.gate_up_proj.weight"] = torch.cat([tensor.chunk(tp)[rank], up.chunk(tp)[rank]])
-        elif not name.endswith(("up_proj.weight", "k_proj.weight", "v_proj.weight")):
+        elif not name.endswith(_FUSED):
             found[name] = tensor
     return found
 

@@ -14,12 +14,19 @@ from megatron_vespo.commands import main as cli
 from megatron_vespo.models.family import FAMILIES, family_of, shape_of
 
 MOE, QWEN3, LLAMA = "Qwen3MoeForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"
+GLM = "Glm4MoeForCausalLM"
 _NUMBERS = {
     "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 _EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 6, "norm_topk_prob": True}
+_GLM = {
+    "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 6, "norm_topk_prob": True,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "attention_bias": True,
+    "use_qk_norm": True,
+}  # fmt: skip
+_MORE = {MOE: _EXPERTS, GLM: _GLM}
 
 
 def tiny_config(architecture: str, **changes: Any) -> dict[str, Any]:
@@ -27,17 +34,22 @@ def tiny_config(architecture: str, **changes: Any) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": FAMILIES[architecture].model_type,
         **_NUMBERS,
-        **(_EXPERTS if architecture == MOE else {}),
+        **_MORE.get(architecture, {}),
         **changes,
     }
 
 
 def random_tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Norms are not all the same, so that a lost or exchanged one is noticed."""
+    """Norms are not all the same, so that a lost or exchanged one is noticed.
+
+    Routers' biases are float32, as in published checkpoints.
+    """
     generator = torch.Generator().manual_seed(seed)
+    family, shape = family_of(config), shape_of(config)
+    fixed = family.fixed_tensors(shape)
     return {
-        name: (torch.rand(size, generator=generator) + 0.5).to(dtype)
-        for name, size in family_of(config).hf_tensors(shape_of(config)).items()
+        name: (torch.rand(size, generator=generator) + 0.5).to(torch.float32 if name in fixed else dtype)
+        for name, size in family.hf_tensors(shape).items()
     }
 
 

@@ -65,7 +65,8 @@ def _cut(hf_folder: Path, target: Path) -> int:
     target.mkdir()
     copy_companions(hf_folder, target)
     with opened_hf(hf_folder) as source:
-        num_layers = min(NUM_LAYERS, source.shape.num_layers)
+        # one more than the first layers without experts
+        num_layers = min(max(NUM_LAYERS, source.shape.dense_layers + 1), source.shape.num_layers)
         shape = replace(source.shape, num_layers=num_layers)
         tensors = {name: cast(Any, source.reader).get(name) for name in source.family.hf_tensors(shape)}
         config = {**source.hf_config, "num_hidden_layers": num_layers}

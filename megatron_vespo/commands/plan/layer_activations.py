@@ -57,15 +57,21 @@ def _dense(settings: TrainerSettings) -> list[Kept]:
 
 
 def _experts(settings: TrainerSettings, slices: int) -> list[Kept]:
-    """Each of a rank's tokens goes to top-k experts.
+    """Each of a rank's tokens goes to top-k experts, and to the shared ones.
 
-    Expert tensor parallelism gathers tokens and cuts widths.
+    Expert tensor parallelism gathers tokens and cuts widths. First layers without experts are taken for such
+    layers: of the published models they keep about as much.
     """
     assert settings.num_experts is not None
     chosen = settings.moe_router_topk / slices
     expert_tensor = settings.expert_tensor_parallel_size or settings.tensor_model_parallel_size
     size, modules = settings.params_dtype.itemsize, frozenset({"moe"})
+    shared = (settings.moe_shared_expert_intermediate_size or 0) / settings.tensor_model_parallel_size
+    of_shared = (
+        [Kept("shared experts' gate, up and their product", size * 3 * shared, modules)] if shared else []
+    )
     return [
+        *of_shared,
         Kept("router's logits and probabilities", 2 * 4 * settings.num_experts / slices, modules),
         Kept("tokens at the experts", size * chosen * expert_tensor * settings.hidden_size, modules),
         Kept("gate and up", size * chosen * 2 * settings.moe_ffn_hidden_size, modules),

@@ -159,11 +159,12 @@ def memory_of(settings: TrainSettings, stages: list[Stage]) -> list[TrainerMemor
 
 
 def model_of(settings: TrainSettings) -> tuple[ModelShape, int]:
-    """The shape and the number of parameters of the HF checkpoint, from its config.json."""
+    """The shape and the number of trained parameters of the HF checkpoint, from its config.json."""
     config = read_hf_config(settings.engines.hf_checkpoint)
-    shape = shape_of(config)
-    tensors = family_of(config).hf_tensors(shape).values()
-    return shape, sum(math.prod(dimensions) for dimensions in tensors)
+    family, shape = family_of(config), shape_of(config)
+    fixed = family.fixed_tensors(shape)
+    trained = (size for name, size in family.hf_tensors(shape).items() if name not in fixed)
+    return shape, sum(math.prod(dimensions) for dimensions in trained)
 
 
 def max_running(settings: TrainSettings, engine: EngineMemory, lengths: Lengths) -> int:

@@ -50,7 +50,7 @@ class Speed:
 def model_cost(shape: ModelShape, parameters: int, top_k: int | None, item: int) -> ModelCost:
     """Cost per token: all parameters but those of the experts that are not chosen."""
     expert = 3 * shape.hidden_size * shape.ffn_hidden_size
-    idle = shape.num_layers * max(shape.num_experts - (top_k or 0), 0) * expert
+    idle = (shape.num_layers - shape.dense_layers) * max(shape.num_experts - (top_k or 0), 0) * expert
     return ModelCost(parameters, parameters - idle, shape.num_layers * shape.key_width * 2 * item)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_vespo.system.process_environment import THREADS, num_threads
 
 # SGLang imports every model it knows at start-up, unless told not to: minutes on a busy machine.
-SERVED_MODEL_MODULES = frozenset({"qwen3_moe", "qwen3", "llama"})
+SERVED_MODEL_MODULES = frozenset({"qwen3_moe", "glm4_moe", "qwen3", "llama"})
 
 
 def disabled_model_modules() -> str:

@@ -41,6 +41,22 @@ QWEN3_MOE = "qwen3 moe"
 MODELS = {
     QWEN3_MOE: ("qwen3_moe", EXPERTS),
     "qwen3": ("qwen3", {}),
+    # of GLM-4.5 in small: a dense layer, shared experts, half of a head is rotated
+    "glm4 moe": (
+        "glm4_moe",
+        {
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
     # the 1B of Llama 3.2 in small
     "llama, tied": (
         "llama",
@@ -57,6 +73,11 @@ def make_model(folder: Path, kind: str, sizes: dict) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # not all ones, so that a norm in the wrong place shows
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("_proj.bias"):
+            torch.nn.init.uniform_(parameter, -0.1, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # enough to change which experts are chosen
+            torch.nn.init.uniform_(buffer, -0.1, 0.1)
     model.save_pretrained(folder)
 
 

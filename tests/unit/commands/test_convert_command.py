@@ -10,13 +10,23 @@ from safetensors.torch import load_file, save_file
 from megatron_vespo.checkpoints import copying
 from megatron_vespo.checkpoints.copying import Budget
 from tests.support.tensors import assert_same, read_tensors
-from tests.support.tiny_checkpoints import LLAMA, MOE, QWEN3, convert, random_tensors, tiny_config, write_hf
+from tests.support.tiny_checkpoints import (
+    GLM,
+    LLAMA,
+    MOE,
+    QWEN3,
+    convert,
+    random_tensors,
+    tiny_config,
+    write_hf,
+)
 
 # case -> architecture, what its config changes; several query groups, and sizes that nothing divides
 WIDE = {"moe_intermediate_size": 16}  # transformers multiplies experts of whole 16 bytes only
 CASES = {
     "qwen3 moe": (MOE, WIDE | {"num_experts": 3, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "qwen3 moe, tied": (MOE, WIDE | {"tie_word_embeddings": True}),
+    "glm": (GLM, WIDE | {"n_routed_experts": 3, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0}),
     "qwen3": (QWEN3, {"vocab_size": 13}),
     "qwen3, tied": (QWEN3, {"tie_word_embeddings": True}),
     "llama": (LLAMA, {"num_hidden_layers": 3}),
@@ -31,8 +41,8 @@ def built_model(folder, architecture: str, changes: dict, dtype: torch.dtype, ma
     torch.manual_seed(0)
     config = AutoConfig.for_model(**tiny_config(architecture, **changes))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name or name.endswith("bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model.eval()
@@ -191,3 +201,33 @@ def test_inspect(tmp_path, capsys):
     assert sorted(listed[0]) == sorted(
         f"{name}  bfloat16 {list(tensor.shape)}" for name, tensor in tensors.items()
     )
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path, capsys):
+    config = tiny_config(GLM, num_nextn_predict_layers=1, n_group=1)
+    tensors = random_tensors(config, torch.bfloat16)
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(8, 16, dtype=torch.bfloat16)}
+    source = write_hf(tmp_path / "source", config, tensors | extra)
+    assert convert("hf-to-megatron", source, tmp_path / "megatron") == 0
+    assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "target") == 0
+    assert_same(read_tensors(tmp_path / "target"), tensors)
+    written = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert written == config | {"num_nextn_predict_layers": 0, "dtype": "bfloat16"}
+    # of a layer that config.json does not count
+    other = write_hf(tmp_path / "other", config | {"num_nextn_predict_layers": 0}, tensors | extra)
+    capsys.readouterr()
+    assert convert("hf-to-megatron", other, tmp_path / "no") == 2
+    assert "model.layers.2.eh_proj.weight is not in the model" in capsys.readouterr().err
+
+
+def test_a_routers_bias_stays_float32(tmp_path):
+    """Also under --dtype, which is for the trained tensors."""
+    config = tiny_config(GLM)
+    tensors = random_tensors(config, torch.float32)
+    source = write_hf(tmp_path / "source", config, tensors)
+    assert convert("hf-to-hf", source, tmp_path / "target", "--dtype", "bf16") == 0
+    for name, tensor in read_tensors(tmp_path / "target").items():
+        fixed = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if fixed else torch.bfloat16)
+        assert tensor.equal(tensors[name].to(tensor.dtype))
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_vespo.models.family import FAMILIES, ModelShape, family_of, is_expert, shape_of
+from megatron_vespo.models.family import FAMILIES, REFUSED, ModelShape, family_of, is_expert, shape_of
 from megatron_vespo.models.mappings import QKV, Direct, GatedMLP, Vocabulary
 from megatron_vespo.models.parameter_groups import PARTS, part_of
-from tests.support.published_config import LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
+from tests.support.published_config import GLM_4_5, GLM_4_5_AIR, LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
 from tests.support.tensors import read_tensors
-from tests.support.tiny_checkpoints import LLAMA, MOE, QWEN3, tiny_config
+from tests.support.tiny_checkpoints import GLM, LLAMA, MOE, QWEN3, tiny_config
 
 # several query groups of several heads, and sizes that four ranks divide, but for the vocabulary
 SIZES = {
@@ -22,8 +22,12 @@ SIZES = {
     "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-MORE = {MOE: EXPERTS, QWEN3: {}, LLAMA: {}}
+GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MORE = {MOE: EXPERTS, GLM: GLM_EXPERTS, QWEN3: {}, LLAMA: {}}
 CASES = {name: tiny_config(name, **SIZES, **more) for name, more in MORE.items()}
+CASES["GLM, plain attention, experts in all layers"] = CASES[GLM] | {
+    "attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0, "n_shared_experts": 2,
+}  # fmt: skip
 CASES |= {f"{name}, tied": config | {"tie_word_embeddings": True} for name, config in CASES.items()}
 QWEN3_235B_A22B = QWEN3_30B_A3B | {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94, "num_attention_heads": 64,
@@ -33,6 +37,9 @@ QWEN3_235B_A22B = QWEN3_30B_A3B | {
 PUBLISHED = {
     "Qwen3-30B-A3B": (QWEN3_30B_A3B, 18_867, 30_532_122_624),
     "Qwen3-235B-A22B": (QWEN3_235B_A22B, 36_945, 235_093_634_560),
+    # without the layer for multi-token prediction
+    "GLM-4.5": (GLM_4_5, 44_189, 352_797_829_024),
+    "GLM-4.5-Air": (GLM_4_5_AIR, 17_925, 106_852_251_264),
     "Qwen3-8B": (QWEN3_8B, 399, 8_190_735_360),
     "Llama-3.2-1B": (LLAMA_1B, 146, 1_235_814_400),
 }
@@ -50,7 +57,10 @@ def other_spelling(name: str, shape: ModelShape) -> str:
     """The Transformer-Engine layer spec's name of a parameter, written down here a second time."""
     if name.endswith(".input_layernorm.weight"):
         return name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
-    if name.endswith(".pre_mlp_layernorm.weight") and not shape.num_experts:
+    dense = not shape.num_experts or name.startswith(
+        tuple(f"decoder.layers.{layer}." for layer in range(shape.dense_layers))
+    )
+    if name.endswith(".pre_mlp_layernorm.weight") and dense:
         return name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
     if ".local_experts." in name:
         before, after = name.split("local_experts.")
@@ -75,8 +85,9 @@ def test_published_models(model):
     assert len(tensors) == num_tensors
     assert sum(torch.Size(size).numel() for size in tensors.values()) == num_parameters
     with torch.device("meta"):
-        parameters = built_by_transformers(config).named_parameters()
-    built = {name: tuple(parameter.shape) for name, parameter in parameters}
+        model = built_by_transformers(config)
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+    built = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *buffers]}
     stacked: dict[str, tuple[int, ...]] = {}
     for name, size in tensors.items():
         if ".experts." not in name:
@@ -130,7 +141,7 @@ def test_both_layer_specs_cover_every_tensor_once(config):
         assert covered == Counter(list(family.hf_tensors(shape)))
         assert {part_of(name) for name in spelling} <= set(PARTS)
         experts = [name for name in spelling if is_expert(name)]
-        assert len(experts) == 2 * 2 * shape.num_experts
+        assert len(experts) == 2 * (2 - shape.dense_layers) * shape.num_experts
         assert all("linear_fc" in name for name in experts)
 
 
@@ -249,5 +260,20 @@ def test_another_architecture(architectures):
         family_of({"architectures": architectures})
     found = architectures[0] if isinstance(architectures, list) and architectures else "none"
     assert str(error.value) == (
-        f"its architecture is {found}; supported: Qwen3MoeForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"
+        f"its architecture is {found}; supported: Qwen3MoeForCausalLM, Glm4MoeForCausalLM, Qwen3ForCausalLM, "
+        "LlamaForCausalLM"
     )
+
+
+def test_only_routers_biases_are_fixed():
+    config = CASES[GLM]
+    family, shape = family_of(config), shape_of(config)
+    assert family.fixed_tensors(shape) == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    for name in (MOE, QWEN3, LLAMA):
+        assert FAMILIES[name].fixed_tensors(shape_of(CASES[name])) == set()
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_family_that_nobody_has_compared_is_refused_by_name(architecture):
+    with pytest.raises(ValueError, match=f"its architecture is {architecture}, which is refused: its l"):
+        family_of({"architectures": [architecture]})

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
-from tests.support.published_config import LLAMA3_ROPE, LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
+from tests.support.published_config import GLM_4_5, LLAMA3_ROPE, LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
 
 ALL = {
     "group_query_attention": True, "position_embedding_type": "rope", "normalization": "RMSNorm",
@@ -32,7 +32,19 @@ EXPECTED_1B = ALL | {
     "rope_scaling_factor": 32.0, "max_position_embeddings": 131072, "vocab_size": 128256,
     "untie_embeddings_and_output_weights": False, "qk_layernorm": False,
 }  # fmt: skip
+EXPECTED_GLM = ALL | {
+    "num_layers": 92, "hidden_size": 5120, "ffn_hidden_size": 12288, "num_attention_heads": 96,
+    "num_query_groups": 8, "kv_channels": 128, "layernorm_epsilon": 1e-5, "rotary_base": 1000000,
+    "use_rope_scaling": False, "rope_scaling_factor": 1.0, "rotary_percent": 0.5,
+    "max_position_embeddings": 131072, "vocab_size": 151552, "untie_embeddings_and_output_weights": True,
+    "qk_layernorm": True, "add_qkv_bias": True, "num_experts": 160, "moe_router_topk": 8,
+    "moe_ffn_hidden_size": 1536, "moe_shared_expert_intermediate_size": 1536,
+    "moe_layer_freq": [0] * 3 + [1] * 89, "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0,
+}  # fmt: skip
 MODELS = {
+    "GLM-4.5": (GLM_4_5, EXPECTED_GLM),
     "Qwen3-30B-A3B": (QWEN3_30B_A3B, EXPECTED),
     "Qwen3-8B": (QWEN3_8B, EXPECTED_8B),
     "Llama-3.2-1B": (LLAMA_1B, EXPECTED_1B),
@@ -63,6 +75,8 @@ def test_as_transformers_5_writes_it(config, expected):
     new |= {"rope_parameters": rope, "dtype": "bfloat16", "pad_token_id": None}
     if "num_experts" in config:
         new["num_local_experts"] = config["num_experts"]
+    if "partial_rotary_factor" in config:
+        rope["partial_rotary_factor"] = new.pop("partial_rotary_factor")
     if config["model_type"] == "qwen3":
         new["layer_types"] = ["full_attention"] * 36
     assert megatron_arguments(new) == expected
@@ -118,6 +132,13 @@ def rope(**change) -> dict:
 @pytest.mark.parametrize(
     ("config", "change"),
     [
+        *((GLM_4_5, {field: value}) for field, value in (
+            ("n_group", 8), ("topk_group", 4), ("norm_topk_prob", False), ("first_k_dense_replace", -1),
+            ("first_k_dense_replace", 92), ("n_shared_experts", 0),
+            ("routed_scaling_factor", 0), ("routed_scaling_factor", True), ("partial_rotary_factor", 1.5),
+            ("attention_bias", "no"), ("use_qk_norm", 1), ("num_nextn_predict_layers", -1),
+            ("scoring_func", "softmax"),
+        )),
         (QWEN3_30B_A3B, {"mlp_only_layers": [0]}),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 2}),
         (QWEN3_30B_A3B, {"norm_topk_prob": False}),
@@ -176,6 +197,8 @@ def test_a_field_that_is_refused_is_named_with_its_value(config, change):
         (QWEN3_30B_A3B, {"num_experts_per_tok": 129}, "num_experts_per_tok 129 num_experts 128"),
         (QWEN3_30B_A3B, {"num_local_experts": 64}, "num_experts 128 num_local_experts 64"),
         (QWEN3_30B_A3B, {"norm_topk_prob": None}, "norm_topk_prob missing"),
+        (GLM_4_5, {"partial_rotary_factor": 0.3}, "partial_rotary_factor 0.3 head_dim 128 even"),
+        (GLM_4_5, {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor 0.5 1.0"),
     ],
 )
 def test_fields_that_contradict_others(config, change, words):
@@ -192,6 +215,9 @@ def test_fields_that_contradict_others(config, change, words):
         (QWEN3_30B_A3B, "norm_topk_prob"),  # without it transformers does not normalise
         (QWEN3_8B, "head_dim"),
         (LLAMA_1B, "vocab_size"),
+        (GLM_4_5, "attention_bias"),
+        (GLM_4_5, "first_k_dense_replace"),
+        (GLM_4_5, "n_routed_experts"),
     ],
 )
 def test_a_missing_number_is_named(config, missing):

@@ -24,6 +24,9 @@ LAYER = "decoder.layers.7."
         (LAYER + "mlp.experts.local_experts.3.linear_fc1.weight", "experts"),
         (LAYER + "mlp.experts.linear_fc2.weight17", "experts"),
         (LAYER + "mlp.linear_fc1.weight", "mlp"),
+        (LAYER + "mlp.shared_experts.linear_fc1.weight", "experts"),
+        (LAYER + "mlp.router.expert_bias", "router"),
+        (LAYER + "self_attention.linear_qkv.bias", "attention"),
     ],
 )
 def test_parts(name, part):

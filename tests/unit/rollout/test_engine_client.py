@@ -113,7 +113,7 @@ def test_server_arguments():
         "--skip-tokenizer-init --weight-version 0 --custom-weight-loader "
         f"{WEIGHT_LOADER} --enable-return-routed-experts --device cuda "
         "--dtype bfloat16 --random-seed 3 --log-level warning --watchdog-timeout 1800 --dist-timeout 1800 "
-        "--tp-size 2"
+        "--disable-shared-experts-fusion --tp-size 2"
     )
     arguments = server_arguments(
         ["--dtype", "bfloat16"],

@@ -17,7 +17,7 @@ from megatron_vespo.models.table import Family, ModelShape
 from megatron_vespo.weight_sync.engine_layout import EngineLayout
 from megatron_vespo.weight_sync.plan import Plan, make_plan
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
-from tests.support.sync_layouts import engine_weights, held_by, model_shape, trainer, weights
+from tests.support.sync_layouts import engine_weights, held_by, model_shape, shape_for, trainer, weights
 
 ELEMENT = 8
 
@@ -56,8 +56,8 @@ def run(plan: Plan, family: Family, shape: ModelShape, shards: list[TrainerShard
 )  # fmt: skip
 def test_every_element_arrives_once(family, tp, pp, vpp, ep, etp, replicas, engine, groups, tied, buffer):
     family = FAMILIES[family]
-    experts = 4 if "num_experts" in family.sizes else 0
-    shape = model_shape(max(groups, tp), tied, experts)
+    shape = shape_for(family, max(groups, tp), tied)
+    experts = shape.num_experts
     shards = trainer(
         shape, tp, pp, 1 if pp == 4 else vpp, ep if experts else 1, etp if experts else 1, replicas
     )
@@ -112,6 +112,16 @@ def test_what_cannot_be_planned(shards, layout, words):
     shape = model_shape()
     with pytest.raises(ValueError, match=words):
         make_plan(FAMILIES["Qwen3MoeForCausalLM"], shape, trainer(shape, ep=2)[shards], layout, 8, 10**6)
+
+
+def test_biases_of_routers_are_not_planned_beside_smaller_weights():
+    """They are float32, and a plan has one size of elements: a run broadcasts instead."""
+    family = FAMILIES["Glm4MoeForCausalLM"]
+    shape = shape_for(family, groups=2, tied=False)
+    shards = trainer(shape)
+    assert make_plan(family, shape, shards, EngineLayout(1), 4, 10**6).pieces
+    with pytest.raises(ValueError, match="model.layers.1.mlp.gate.e_score_correction_bias is float32"):
+        make_plan(family, shape, shards, EngineLayout(1), 2, 10**6)
 
 
 def test_thirty_billion_parameters_are_planned_in_seconds():

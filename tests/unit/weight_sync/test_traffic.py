@@ -19,7 +19,7 @@ from megatron_vespo.weight_sync.teams import Team, replicas_of, teams_of
 from megatron_vespo.weight_sync.traffic import LINKS, link, traffic
 from megatron_vespo.weight_sync.trainer_layout import TrainerShard
 from tests.support.published_config import LLAMA_1B, QWEN3_8B, QWEN3_30B_A3B
-from tests.support.sync_layouts import engine_weights, model_shape, trainer, weights
+from tests.support.sync_layouts import engine_weights, model_shape, shape_for, trainer, weights
 
 ELEMENT = 8
 PER_HOST = 4
@@ -34,8 +34,8 @@ LAYOUTS = {
 
 
 def a_case(family, ep, etp, engine, tied, **layout) -> tuple[ModelShape, list[TrainerShard], EngineLayout]:
-    experts = 4 if "num_experts" in FAMILIES[family].sizes else 0
-    shape = model_shape(4, tied, experts)
+    shape = shape_for(FAMILIES[family], 4, tied)
+    experts = shape.num_experts
     shards = trainer(shape, ep=ep if experts else 1, etp=etp if experts else 1, **layout)
     return shape, shards, EngineLayout(engine[0], engine[1] if experts else 1)
 
