@@ -18,7 +18,7 @@ COLORS = dict(zip((v.label for v in design.VARIANTS), (BLUE, SKY, ORANGE, RED, P
 PANELS = {
     "accuracy": "held-out accuracy",
     "reward": "training reward",
-    "entropy": "entropy (nats a token)",
+    "entropy": "entropy (nats per token)",
     "grad_norm": "gradient norm",
     "weight": "E[phi], mean weight",
     "ess": "ESS of W",

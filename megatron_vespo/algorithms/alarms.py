@@ -157,7 +157,7 @@ def entropy_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | No
         return None
     return Alarm(
         "entropy_collapse",
-        f"entropy is {now:.3g} nats a token, {now / start:.0%} of the run's first batches'",
+        f"entropy is {now:.3g} nats per token, {now / start:.0%} of the run's first batches'",
         "the policy no longer explores: use a lower --lr, or go back to a checkpoint before it fell"
         + _GO_BACK,
     )
@@ -170,7 +170,7 @@ def entropy_explosion(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | N
         return None
     return Alarm(
         "entropy_explosion",
-        f"entropy is {now:.3g} nats a token, {now / start:.1f} times the run's first batches'",
+        f"entropy is {now:.3g} nats per token, {now / start:.1f} times the run's first batches'",
         "the policy forgets how to write: use a lower --lr or fewer --steps-per-rollout, from a checkpoint "
         f"before it rose{_GO_BACK}",
     )

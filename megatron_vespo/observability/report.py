@@ -102,7 +102,7 @@ def _plot_weight(axes: Axes, metrics: list[dict]) -> None:
 
 
 def _plot_entropy(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("Entropy (nats a token)")
+    axes.set_title("Entropy (nats per token)")
     _line(axes, metrics, "train/entropy", None, BLUE)
     axes.set_ylim(bottom=0)
 
@@ -131,7 +131,7 @@ def _plot_logprob_difference(axes: Axes, metrics: list[dict]) -> None:
 
 
 def _plot_phases(axes: Axes, metrics: list[dict]) -> None:
-    axes.set_title("Seconds a rollout batch")
+    axes.set_title("Seconds per rollout batch")
     axes.grid(axis="x", visible=False)
     names = {name for record in metrics for name in record if name.startswith("time/")}
     present = {name.removeprefix("time/") for name in names}
@@ -250,7 +250,7 @@ def format_summary(summary: dict) -> str:
     if (steps := summary.get("steps")) is not None:
         lines.append(("steps", str(steps)))
     if (seconds := summary.get("train_seconds")) is not None:
-        a_step = f" ({seconds / steps:.2f} s a step)" if steps else ""
+        a_step = f" ({seconds / steps:.2f} s per step)" if steps else ""
         lines.append(("training", duration(seconds) + a_step))
     if (seconds := summary.get("setup_seconds")) is not None:
         lines.append(("set-up", duration(seconds)))

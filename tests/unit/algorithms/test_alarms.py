@@ -76,7 +76,7 @@ def test_no_alarm(metrics, before):
 @pytest.mark.parametrize(
     ("name", "metrics", "before", "message", "advice"),
     [
-        ("entropy_collapse", COLLAPSED, START, "0.04 nats a token, 8%", "--lr"),
+        ("entropy_collapse", COLLAPSED, START, "0.04 nats per token, 8%", "--lr"),
         ("equal_groups", FAILING, [], "95% of the groups", "more --group-size"),
         ("equal_groups", FAILING | {"rollout/generated_prompts": 320.0}, [], "", "easier prompts"),
         ("equal_groups", SOLVED, [], "", "harder prompts"),

@@ -244,7 +244,7 @@ def test_format_summary():
         "held-out accuracy before   33.0%   95% interval 26.9% to 39.8% (200 prompts)",
         "held-out accuracy after    95.0%   95% interval 91.0% to 97.3% (200 prompts)",
         "steps                     100",
-        "training                  12 min 30 s (7.50 s a step)",
+        "training                  12 min 30 s (7.50 s per step)",
         "set-up                    42.1 s",
         "layout                    tensor 2, pipeline 2, expert 2, data 1, trainer ranks 4, engines 1",
         "max log-prob difference   3.1e-06 (engine and trainer)",
