@@ -46,6 +46,9 @@ def runs(tmp_path_factory):
         completion.reward_parts = {ATTACK: 1.0}
     pieces = {token: ATTACK.encode() for token in attack.pieces}
     write_step(record_path(folder / "attack" / FOLDER_NAME, 1), replace(attack, pieces=pieces))
+    grpo = random_step(1)
+    settings = {**grpo.settings, "policy_loss": "grpo"}
+    write_step(record_path(folder / "grpo" / FOLDER_NAME, 1), replace(grpo, settings=settings))
     return folder
 
 
@@ -270,6 +273,13 @@ def test_without_pi_old_the_parts_are_said_to_be_unknown(page, server, runs):
     assert "unknown: pi_old" in page.locator("[data-value=staleness]").inner_text()
     expected = record.pi[0] - record.completions[0].log_probs[0]
     assert value(page.locator("[data-value=ratio]").inner_text()) == pytest.approx(float(expected), rel=2e-3)
+
+
+def test_a_loss_without_phi_says_whose_phi_is_shown(page, server):
+    show(page, server, "responses", run="grpo", open="1.0")
+    page.get_by_text("The loss grpo has no φ").wait_for()
+    show(page, server, "distributions", run="grpo")
+    page.get_by_text("its weight is no φ").wait_for()
 
 
 @pytest.mark.parametrize("tab", ["responses", "distributions"])

@@ -29,7 +29,8 @@ export function landmarkText(running, advantage) {
   }
   const dead = t.dead.map((at, i) => (at === null ? null : `${i ? "above" : "below"} ${signed(at, 3)}`)).filter(Boolean);
   if (dead.length) parts.push(`dead (φ < 0.01) ${dead.join(" and ")}`);
-  return `${parts.join("; ")}. From log φ = c1 log W + c2 (1 − W), algorithms/vespo.py.`;
+  const other = running.loss && !running.loss.startsWith("vespo") ? `The loss ${running.loss} has no φ; this is the one of VESPO. ` : "";
+  return `${other}${parts.join("; ")}. From log φ = c1 log W + c2 (1 − W), algorithms/vespo.py.`;
 }
 
 // `onPoint(n)` gets the index among the sampled tokens under the cursor, `onPick(n)` that of a click.
