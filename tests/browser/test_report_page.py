@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from http.server import ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from megatron_vespo.observability.html_report import write_report
-from tests.browser.conftest import Handler
 from tests.support.finished_runs import whole_run
 
 
@@ -17,7 +16,7 @@ from tests.support.finished_runs import whole_run
 def report(tmp_path):
     """The address of the report of a run with a hostile response."""
     write_report(whole_run(tmp_path / "a run with a long name and <b>markup</b>"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     name = "a%20run%20with%20a%20long%20name%20and%20%3Cb%3Emarkup%3C/b%3E"
     yield f"http://127.0.0.1:{server.server_port}/{name}/report.html"
