@@ -14,11 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.trackers.mlflow_tracker import metric_name
 from megatron_vespo.system.preemption import EXIT_RESUME
-from tests.support.interrupted import STEPS, command
+from tests.support.interrupted import command
 from tests.support.runs import START_S, Run
 from tests.support.tracker_files import Found, read_mlflow, read_swanlab, read_wandb, use_packages
 
 SECRET = "fedcba9876543210fedcba9876543210fedcba98"
+STEPS = 12
 TRACKERS = ("wandb", "mlflow", "swanlab")
 COMPARED = ("reward/mean", "ratio/log_w_std", "weight/mean/positive", "time/train")
 
@@ -44,6 +45,7 @@ def same_points(found: Found, name: str, records: list[dict], metric: str) -> bo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_resumed_run_continues_its_trackers_runs(tiny_model, tmp_path, monkeypatch):
     use_packages(monkeypatch)
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "SWANLAB_API_KEY"):
@@ -51,7 +53,7 @@ def test_a_resumed_run_continues_its_trackers_runs(tiny_model, tmp_path, monkeyp
     folder, out, port = tmp_path / "run", tmp_path / "run/out", free_port()
     flags = [word for name in (*TRACKERS, "tensorboard") for word in ("--tracker", name)]
     flags += ["--tracker-offline", "--tracker-project", "tests", "--tracker-tag", "tiny"]
-    flags += ["--prometheus-port", str(port)]
+    flags += ["--prometheus-port", str(port), "--train-iters", str(STEPS)]
 
     with Run(command(tiny_model, folder, *flags), tmp_path / "first.log") as run:
         run.wait_for_output(f" 6/{STEPS} ", START_S)

@@ -50,7 +50,6 @@ class MlflowTracker:
         numbers = {k: float(v) for k, v in flat(summary).items() if isinstance(v, int | float)}
         if numbers:
             self._mlflow.log_metrics({metric_name(f"summary/{name}"): v for name, v in numbers.items()})
-        self._mlflow.log_dict(dict(summary), "summary.json")
         for path in files:
             self._mlflow.log_artifact(str(path))
         self._mlflow.end_run(STATUS[state])
