@@ -55,7 +55,7 @@ DEV_REQUIRES = ["hypothesis", "pyright[nodejs]", "pytest", "pytest-timeout", "py
 setup(
     name="megatron_vespo",
     version=VERSION,
-    description="VESPO reinforcement learning of Qwen3-MoE, GLM-4.5, Qwen3 and Llama on Megatron-Core, SGLang and Ray",
+    description="VESPO reinforcement learning of language models on Megatron-Core, SGLang and Ray",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

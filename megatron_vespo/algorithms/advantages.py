@@ -7,6 +7,8 @@ With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denom
     leave-one-out    A = R - mean of the other n - 1 rewards       (RLOO, arXiv 2402.14740)
                        = n / (n - 1) (R - mean_g)
     global           A = (R - mean) / std over all G n rewards     (REINFORCE++, arXiv 2501.03262)
+    equal-length-pairs   A = R - mean of the pair's two rewards, 0 without a pair, see `length_pairs`
+                                                                   (after EqLen, arXiv 2604.17328)
 
 `global` is the paper's normalisation over the rollout batch: every response counts once, and std has G n - 1
 in the denominator. The paper's KL term inside the reward is not included. Only `global` gives groups of equal
@@ -19,7 +21,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-AdvantageEstimator = Literal["group-mean", "group-mean-std", "leave-one-out", "global"]
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP, length_pairs, relative_gaps
+
+AdvantageEstimator = Literal["group-mean", "group-mean-std", "leave-one-out", "global", "equal-length-pairs"]
 ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 
 # Rewards closer than this are equal, as a share of their group's largest reward, or of 1 if that is smaller.
@@ -28,13 +32,21 @@ ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimat
 ROUNDING = 1e-9
 
 
-def advantages(rewards: np.ndarray, estimator: AdvantageEstimator) -> np.ndarray:
+def advantages(
+    rewards: np.ndarray,
+    estimator: AdvantageEstimator,
+    lengths: np.ndarray | None = None,
+    length_gap: float = LENGTH_GAP,
+) -> np.ndarray:
     """The advantage A of every completion: `rewards` [G, n] -> [G, n] float64.
 
-    A group without variance (for `global`, a batch without variance) gets exactly 0. ValueError names a
-    reward that is not finite.
+    `lengths` [G, n], in sampled tokens, and `length_gap` are for equal-length-pairs. A group without variance
+    (for `global`, a batch without variance) gets exactly 0. ValueError names a reward that is not finite.
     """
     rewards = _finite(rewards)
+    if estimator == "equal-length-pairs":
+        assert lengths is not None, "equal-length-pairs compares lengths"
+        return _of_pairs(rewards, _pairs(rewards, lengths, length_gap))
     if estimator == "global":
         return _normalized(rewards.reshape(1, -1), by_std=True).reshape(rewards.shape)
     if estimator == "leave-one-out":
@@ -46,8 +58,19 @@ def advantages(rewards: np.ndarray, estimator: AdvantageEstimator) -> np.ndarray
 def has_variance(rewards: np.ndarray) -> np.ndarray:
     """Which groups have different rewards, beyond rounding: [G, n] -> [G] bool."""
     rewards = _finite(rewards)
-    spread = rewards.max(axis=1) - rewards.min(axis=1)
-    return spread > ROUNDING * np.maximum(np.abs(rewards).max(axis=1), 1.0)
+    return rewards.max(axis=1) - rewards.min(axis=1) > _rounding(rewards)
+
+
+def pair_metrics(rewards: np.ndarray, lengths: np.ndarray, length_gap: float) -> dict[str, float]:
+    """Of equal-length-pairs, see `advantages`: share of completions in a pair, mean gap of the pairs."""
+    pairs = _pairs(_finite(rewards), lengths, length_gap)
+    gaps = [
+        relative_gaps(of_group[better], of_group[worse])
+        for of_group, of_pairs in zip(lengths, pairs, strict=True)
+        for better, worse in of_pairs
+    ]
+    metrics = {"pairs/paired_share": 2 * len(gaps) / rewards.size}
+    return metrics | ({"pairs/length_gap_mean": float(np.mean(gaps))} if gaps else {})
 
 
 def overlong_penalty(lengths: np.ndarray, truncated: np.ndarray, longest: int, buffer: int) -> np.ndarray:
@@ -63,6 +86,28 @@ def overlong_penalty(lengths: np.ndarray, truncated: np.ndarray, longest: int, b
         return np.zeros(np.shape(lengths))
     linear = np.clip((longest - buffer - np.asarray(lengths, np.float64)) / buffer, -1.0, 0.0)
     return np.where(truncated, -1.0, linear)
+
+
+def _pairs(rewards: np.ndarray, lengths: np.ndarray, length_gap: float) -> list[list[tuple[int, int]]]:
+    """Of each group."""
+    return [
+        length_pairs(rewards_n, lengths_n, length_gap, rounding)
+        for rewards_n, lengths_n, rounding in zip(rewards, lengths, _rounding(rewards), strict=True)
+    ]
+
+
+def _of_pairs(rewards: np.ndarray, pairs: list[list[tuple[int, int]]]) -> np.ndarray:
+    result = np.zeros(rewards.shape)
+    for row, (of_group, of_pairs) in enumerate(zip(rewards, pairs, strict=True)):
+        for better, worse in of_pairs:
+            half = (of_group[better] - of_group[worse]) / 2
+            result[row, better], result[row, worse] = half, -half
+    return result
+
+
+def _rounding(rewards: np.ndarray) -> np.ndarray:
+    """What rewards of a group may differ by and are equal, [G]."""
+    return ROUNDING * np.maximum(np.abs(rewards).max(axis=1), 1.0)
 
 
 def _normalized(rewards: np.ndarray, by_std: bool) -> np.ndarray:

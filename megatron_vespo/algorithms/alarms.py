@@ -245,9 +245,10 @@ def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
         advice = f"the mean reward is {reward:.2f}: take easier prompts or more --group-size"
     else:
         advice = f"the mean reward is {reward:.2f}: use --dynamic-sampling or more --group-size"
-    return Alarm(
-        "equal_groups", f"in {share:.0%} of the groups all rewards are equal, they teach nothing", advice
-    )
+    reason = "all rewards are equal"
+    if "pairs/paired_share" in metrics:  # equal-length-pairs asks for more
+        reason, advice = "no two responses are a pair", f"{advice}, or a larger --pair-length-gap"
+    return Alarm("equal_groups", f"in {share:.0%} of the groups {reason}, they teach nothing", advice)
 
 
 def truncated_responses(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:

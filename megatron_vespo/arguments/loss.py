@@ -61,8 +61,9 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--routing-replay", choices=("R2", "R3"),
         help="replay expert choices of pi_old (R2) or of the engine (R3)")  # fmt: skip
     add("--advantage-estimator", choices=ADVANTAGE_ESTIMATORS, default=default.advantage_estimator,
-        help="reward minus: its group's mean; over the group's std, too; the mean of the group's others; the "
-        "batch's mean, over its std")  # fmt: skip
+        help="see docs/guides/losses.md")  # fmt: skip
+    add("--pair-length-gap", type=float, default=default.pair_length_gap, metavar="SHARE",
+        help="of equal-length-pairs: largest difference of their lengths")  # fmt: skip
     add(
         "--max-logprob-difference",
         type=float,
@@ -105,6 +106,7 @@ def check_loss(args: Namespace) -> None:
     _check_correction(args)
     _check_budget(args)
     _check_old_policy(args)
+    _check_pairs(args)
     if args.routing_replay == "R2" and args.ratio_denominator == "rollout":
         raise ValueError(
             "--routing-replay R2 replays the routes of pi_old, which --ratio-denominator rollout does not "
@@ -196,6 +198,14 @@ def _check_old_policy(args: Namespace) -> None:
         raise ValueError(
             f"{where}: no engine has served the average, --max-logprob-difference would compare it with one; "
             "leave one out"
+        )
+
+
+def _check_pairs(args: Namespace) -> None:
+    if not 0 <= args.pair_length_gap < 1:
+        raise ValueError(
+            f"--pair-length-gap is {args.pair_length_gap:g}, must be at least 0 and below 1: a share of the "
+            "longer response"
         )
 
 

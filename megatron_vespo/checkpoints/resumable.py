@@ -17,7 +17,7 @@ _SAID = (
     "steps_per_rollout", "rollout_batch_size", "group_size", "seed", "advantage_estimator", "policy_loss",
     "loss_aggregation", "clip_range", "dual_clip", "sapo_tau", "loss_target", "vespo_positive",
     "vespo_negative", "vespo_budget", "ratio_denominator", "old_policy", "mismatch_truncation",
-    "mismatch_correction", "mismatch_bounds", "routing_replay",
+    "mismatch_correction", "mismatch_bounds", "routing_replay", "pair_length_gap",
 )  # fmt: skip
 # as version 0.1 stored them
 _OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_size"}

@@ -58,6 +58,7 @@ def make_batch_source(
             advantage_estimator=estimator,
             display=services.display,
             preemption=services.preemption,
+            length_gap=settings.loss.pair_length_gap,
         )
     buffer = _rollout_buffer(rollout, generation.cursor, state)
     buffer.restore(pending)
@@ -74,6 +75,7 @@ def make_batch_source(
         batch_timeout_s=settings.run.train_timeout,
         suspend_timeout_s=settings.sync.weight_sync_timeout,
         stop_timeout_s=rollout.generate_timeout,
+        length_gap=settings.loss.pair_length_gap,
     )
 
 

@@ -96,8 +96,8 @@ class Controller:
         return batch
 
     def training_samples(self, groups: list[Group]) -> list[TrainingSample]:
-        estimator, replay = self.settings.loss.advantage_estimator, self.settings.rollout.routing_replay
-        samples = training_samples(groups, estimator, replay)
+        loss, replay = self.settings.loss, self.settings.rollout.routing_replay
+        samples = training_samples(groups, loss.advantage_estimator, replay, loss.pair_length_gap)
         if replay == "R3" and (lost := lost_routes(samples)):
             self.display.message(lost)
         return samples

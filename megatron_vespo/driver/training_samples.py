@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.types import Completion, TrainingSample
 
 
 def training_samples(
-    groups: list[list[Completion]], estimator: AdvantageEstimator, routing_replay: str | None
+    groups: list[list[Completion]],
+    estimator: AdvantageEstimator,
+    routing_replay: str | None,
+    length_gap: float = LENGTH_GAP,
 ) -> list[TrainingSample]:
+    """`length_gap` is for equal-length-pairs, see `advantages`."""
     rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
-    table = advantages(rewards, estimator)
+    lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
+    table = advantages(rewards, estimator, lengths, length_gap)
     return [
         training_sample(completion, float(table[g, i]), g, routing_replay)
         for g, group in enumerate(groups)

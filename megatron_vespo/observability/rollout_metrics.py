@@ -7,30 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages, pair_metrics
 from megatron_vespo.algorithms.diagnostics import (
     FLOOR_TOKEN_SIGMA,
     ratio_metrics,
     share_dead_by,
     weight_metrics,
 )
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.algorithms.token_sums import TokenSums, token_metrics
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.types import Completion, TrainingSample
 
 
-def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimator) -> dict[str, float]:
-    """Metrics of scored completions."""
+def rollout_metrics(
+    groups: list[list[Completion]], estimator: AdvantageEstimator, length_gap: float = LENGTH_GAP
+) -> dict[str, float]:
+    """Metrics of scored completions; `length_gap` is for equal-length-pairs, see `advantages`."""
     rewards = np.array([[completion.reward for completion in group] for group in groups])
     shaped = np.array([[completion.shaped_reward for completion in group] for group in groups])
     completions = [completion for group in groups for completion in group]
-    lengths = np.array([completion.num_sampled for completion in completions])
+    lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
+    given = advantages(shaped, estimator, lengths, length_gap)
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/error_count": float(sum(c.reward_status == "error" for c in completions)),
         "reward/timeout_count": float(sum(c.reward_status == "timeout" for c in completions)),
         "reward/overlong_penalty_mean": float(np.mean([c.overlong_penalty for c in completions])),
-        "rollout/zero_advantage_share": float((advantages(shaped, estimator) == 0.0).all(axis=1).mean()),
+        "rollout/zero_advantage_share": float((given == 0.0).all(axis=1).mean()),
         "response/length_mean": float(lengths.mean()),
         "response/length_p90": float(np.quantile(lengths, 0.9)),
         "response/truncated_share": float(np.mean([c.finish_reason == "length" for c in completions])),
@@ -38,6 +42,8 @@ def rollout_metrics(groups: list[list[Completion]], estimator: AdvantageEstimato
         "rollout/nonfinite_log_probs": float(sum(len(c.rejections) for c in completions)),
         "rollout/retracted_share": float(np.mean([c.num_retractions > 0 for c in completions])),
     }
+    if estimator == "equal-length-pairs":
+        metrics |= pair_metrics(shaped, lengths, length_gap)
     return metrics | _turn_metrics(completions) | _reward_parts(completions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import rollout_metrics, staleness_metrics
@@ -34,11 +35,13 @@ class BackgroundBatches:
         batch_timeout_s: float,
         suspend_timeout_s: float,
         stop_timeout_s: float,
+        length_gap: float = LENGTH_GAP,
     ):
         self._collector, self._cursor, self._display = collector, cursor, display
         self._steps_per_rollout, self._max_staleness = steps_per_rollout, max_staleness
         self._stop_while_training = stop_while_training
         self._advantage_estimator: AdvantageEstimator = advantage_estimator
+        self._length_gap = length_gap
         self._batch_timeout_s, self._suspend_timeout_s = batch_timeout_s, suspend_timeout_s
         self._stop_timeout_s = stop_timeout_s
 
@@ -63,7 +66,7 @@ class BackgroundBatches:
         check_some_worked([status for group in groups for status in reward_statuses(group)])
         with self._collector.held() as buffer:
             metrics, consumed = buffer.metrics(), self._cursor.consumed
-        metrics |= rollout_metrics(groups, self._advantage_estimator)
+        metrics |= rollout_metrics(groups, self._advantage_estimator, self._length_gap)
         metrics |= staleness_metrics(groups, iteration, self._steps_per_rollout, self._max_staleness)
         return ScoredBatch(groups, metrics, consumed)
 

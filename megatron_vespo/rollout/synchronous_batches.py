@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import rollout_metrics
 from megatron_vespo.rollout.batch_source import Group, ScoredBatch, SourceState
@@ -37,11 +38,13 @@ class SynchronousBatches:
         advantage_estimator: AdvantageEstimator,
         display: RunDisplay,
         preemption: Preemption,
+        length_gap: float = LENGTH_GAP,
     ):
         self._generation = generation
         self._batch_size, self._group_size, self._max_batches = batch_size, group_size, max_batches
         self._seed = seed
         self._advantage_estimator: AdvantageEstimator = advantage_estimator
+        self._length_gap = length_gap
         self._display, self._preemption = display, preemption
         self._policy_version = 0
         self._consumed_prompts = generation.cursor.consumed  # after the last complete batch
@@ -71,7 +74,7 @@ class SynchronousBatches:
                 self._generation.score(completions, self._display.message)
             batch.add(groups)
             seed += ROUND_SEEDS
-        metrics = rollout_metrics(batch.generated, self._advantage_estimator)
+        metrics = rollout_metrics(batch.generated, self._advantage_estimator, self._length_gap)
         if self._max_batches is not None:
             metrics |= batch.metrics()
             self._report_shortfall(batch)

@@ -190,8 +190,8 @@ MUTATIONS = [
     Mutation(
         "given tokens: they count in the metrics of lengths",
         "observability/rollout_metrics.py",
-        "lengths = np.array([completion.num_sampled for completion in completions])",
-        "lengths = np.array([len(completion.token_ids) for completion in completions])",
+        "lengths = np.array([[completion.num_sampled for completion in group]",
+        "lengths = np.array([[len(completion.token_ids) for completion in group]",
         ("tests/unit/observability/test_rollout_metrics.py", "given_tokens"),
     ),
     Mutation(
@@ -403,6 +403,13 @@ MUTATIONS = [
         "by_std=False) * (n / max(n - 1, 1))",
         "by_std=False) * 1.0",
         ("tests/unit/algorithms/test_advantages.py", "loops"),
+    ),
+    Mutation(
+        "advantages: pairs of any lengths",
+        "algorithms/length_pairs.py",
+        " & (gap_p <= length_gap)",
+        "",
+        ("tests/unit/algorithms/test_advantages.py", "pairs"),
     ),
     Mutation(
         "advantages: the penalty for length does not reach them",

@@ -27,6 +27,7 @@ FLAGS = dict(
     steps_per_rollout=MINI_BATCHES,
     max_completion_tokens=3,
     advantage_estimator="group-mean",
+    pair_length_gap=0.1,
     overlong_buffer=0,
     overlong_penalty=1.0,
     routing_replay=None,

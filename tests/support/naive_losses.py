@@ -146,6 +146,26 @@ OWN_AGGREGATION = {"dr-grpo": "constant"} | dict.fromkeys(
 )
 
 
+def naive_pairs(rewards, lengths, gap):
+    """Advantages of one prompt's responses: the closest pair left, again and again."""
+    advantages, left = [0.0] * len(rewards), set(range(len(rewards)))
+    while True:
+        best = None
+        for i in sorted(left):
+            for j in sorted(left):
+                apart = abs(lengths[i] - lengths[j]) / max(lengths[i], lengths[j], 1)
+                # i is the better one
+                if rewards[i] - rewards[j] > 1e-9 * max(1.0, *map(abs, rewards)) and apart <= gap:
+                    rank = (apart, -(rewards[i] - rewards[j]), min(i, j), max(i, j))
+                    best = min(best or (rank, i, j), (rank, i, j))
+        if best is None:
+            return advantages
+        _, i, j = best
+        mean = (rewards[i] + rewards[j]) / 2
+        advantages[i], advantages[j] = rewards[i] - mean, rewards[j] - mean
+        left -= {i, j}
+
+
 def naive_total(terms_by_response, aggregation, longest=LONGEST):
     sums, lengths = [sum(terms) for terms in terms_by_response], [len(terms) for terms in terms_by_response]
     if aggregation == "token-mean":

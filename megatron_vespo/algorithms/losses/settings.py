@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
 from megatron_vespo.algorithms.corrections import CORRECTIONS, BoundCorrection
+from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.algorithms.losses.aggregation import Aggregation
 from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel, RatioDenominator
@@ -41,6 +42,7 @@ class LossSettings(Settings):
     old_policy_snapshots: int = 4
     ewma_decay: float = 0.889
     advantage_estimator: AdvantageEstimator = "group-mean"
+    pair_length_gap: float = LENGTH_GAP  # of equal-length-pairs
 
     @property
     def kernel(self) -> GammaKernel:

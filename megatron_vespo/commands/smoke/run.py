@@ -162,8 +162,8 @@ class SmokeRun:
             completion.reward = float(self._draw.normal())
         tokens = sum(completion.num_sampled for completion in completions)
         row.detail = f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} per second"
-        estimator, replay = self._settings.loss.advantage_estimator, self._settings.rollout.routing_replay
-        return training_samples(groups, estimator, replay)
+        loss, replay = self._settings.loss, self._settings.rollout.routing_replay
+        return training_samples(groups, loss.advantage_estimator, replay, loss.pair_length_gap)
 
     def _train(
         self, controller: Controller, samples: list[TrainingSample], before: list[np.ndarray], row: Stage

@@ -80,6 +80,7 @@ def test_no_alarm(metrics, before):
         ("equal_groups", FAILING, [], "95% of the groups", "more --group-size"),
         ("equal_groups", FAILING | {"rollout/generated_prompts": 320.0}, [], "", "easier prompts"),
         ("equal_groups", SOLVED, [], "", "harder prompts"),
+        ("equal_groups", FAILING | {"pairs/paired_share": 0.01}, [], "are a pair", "--pair-length-gap"),
         ("truncated_responses", {"response/truncated_share": 0.51}, [], "51%", ""),
         ("truncated_responses", {"response/truncated_share": 0.51}, [], "--max-completion-tokens", ""),
     ],

@@ -186,6 +186,13 @@ def test_advantages_are_made_anew(recorded):
     )
 
 
+def test_pairs_are_of_the_lengths_that_the_policy_sampled():
+    group = [make_completion(make_prompt(), n, reward=r) for n, r in ((20, 1.0), (19, 0.0), (12, 1.0))]
+    for gap, expected in ((0.0, [0.0, 0.0, 0.0]), (0.1, [0.5, -0.5, 0.0])):
+        samples = training_samples([group], "equal-length-pairs", None, gap)
+        assert [sample.advantage for sample in samples] == expected
+
+
 def test_a_resumed_recording_goes_on(recorded):
     stale = batch_path(recorded, 1).read_bytes()
     Recording(arguments(save_rollouts=recorded, load="checkpoint"), iteration=2).batch()

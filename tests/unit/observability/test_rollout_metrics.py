@@ -105,6 +105,16 @@ def test_groups_of_equal_rewards_have_an_advantage_where_the_estimator_gives_the
     assert rollout_metrics(groups, estimator)["rollout/zero_advantage_share"] == pytest.approx(share)
 
 
+def test_pairs_are_counted_where_there_are_any():
+    groups = [[completion(1.0, 20), completion(0.0, 19)], [completion(1.0, 20), completion(0.0, 10)]]
+    metrics = rollout_metrics(groups, "equal-length-pairs")
+    assert metrics["rollout/zero_advantage_share"] == metrics["pairs/paired_share"] == 0.5
+    assert metrics["pairs/length_gap_mean"] == pytest.approx(0.05)
+    metrics = rollout_metrics(groups, "equal-length-pairs", length_gap=0.5)
+    assert metrics["rollout/zero_advantage_share"] == 0.0 and metrics["pairs/paired_share"] == 1.0
+    assert not any(name.startswith("pairs/") for name in rollout_metrics(groups, "group-mean"))
+
+
 def gradient(**norms: float) -> np.ndarray:
     return np.array([norms.get(group, 0.0) for group in GRADIENT_GROUPS])
 
