@@ -26,10 +26,11 @@ def copy_companions(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.name not in (INDEX_NAME, MANIFEST_NAME):
                 shutil.copyfile(path, target / path.name)
-    config = json.loads((source / CONFIG_NAME).read_text())
-    kept = without_prediction_layers(config)
-    if kept != config:
-        (target / CONFIG_NAME).write_text(json.dumps(kept, indent=2) + "\n")
+    if (source / CONFIG_NAME).is_file():
+        config = json.loads((source / CONFIG_NAME).read_text())
+        kept = without_prediction_layers(config)
+        if kept != config:
+            (target / CONFIG_NAME).write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:

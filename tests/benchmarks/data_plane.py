@@ -144,6 +144,7 @@ def packer_arguments(routes: tuple[int, int] | None) -> SimpleNamespace:
     layers, topk = routes or (4, 8)
     return SimpleNamespace(
         num_layers=layers, hidden_size=2048, num_attention_heads=32, num_query_groups=4, kv_channels=128,
+        moe_shared_expert_intermediate_size=None,
         moe_ffn_hidden_size=768, moe_router_topk=topk, num_experts=NUM_EXPERTS, vocab_size=VOCABULARY,
         padded_vocab_size=VOCABULARY, virtual_pipeline_model_parallel_size=None, sequence_parallel=False,
         max_tokens_per_gpu=MAX_TOKENS, context_parallel_size=1, moe_token_dispatcher_type="alltoall",

@@ -26,6 +26,7 @@ LAYOUT = {
     "moe_router_fusion": False, "rotary_interleaved": False, "moe_router_topk": 2,
     "moe_aux_loss_coeff": [0.0], "moe_z_loss_coeff": None,
     "max_position_embeddings": 100, "global_batch_size": 32, "num_attention_heads": 8, "num_query_groups": 4,
+    "moe_shared_expert_intermediate_size": None, "moe_layer_freq": 1,
     "num_experts": 8, "moe_ffn_hidden_size": 6, "ffn_hidden_size": 16, "num_layers": 4,
 }  # fmt: skip
 NO_EXPERTS = {"num_experts": None, "expert_model_parallel_size": 1, "moe_ffn_hidden_size": None}
@@ -273,6 +274,8 @@ LONGEST = "--max-prompt-tokens 40 + --max-completion-tokens 60 = 100"
         ({"num_experts": 6}, ["--expert-model-parallel-size is 4", "experts 6"]),
         ({"moe_ffn_hidden_size": 5, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2},
          ["--expert-tensor-parallel-size is 2", "expert width 5"]),
+        ({"moe_shared_expert_intermediate_size": 5}, [TENSOR, "shared experts' width 5"]),
+        ({"moe_layer_freq": [0, 1, 1, 1], "ffn_hidden_size": 9}, [TENSOR, "MLP width 9"]),
         ({"num_layers": 5}, ["--pipeline-model-parallel-size is 2", "layers 5"]),
         ({"global_batch_size": 33}, ["33", "2 data-parallel ranks", "--rollout-batch-size, --group-size or"]),
         ({"num_distributed_optimizer_instances": 2}, ["--num-distributed-optimizer-instances 2"]),

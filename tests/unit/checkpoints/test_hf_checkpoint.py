@@ -155,6 +155,7 @@ def test_finished_checkpoint_appears_by_rename_and_replaces_the_old_one(folders)
     taken = ("config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE")
     for name in (*taken, INDEX_NAME, "model.safetensors"):
         (source / name).write_text(f"source {name}")
+    (source / "config.json").write_text('{"hidden_size": 8}')
     (target / "stale.safetensors").write_bytes(b"")
     weight_map = write_shards(iter([{"b": B, "a": A}]), staging, "model")
 
@@ -162,7 +163,7 @@ def test_finished_checkpoint_appears_by_rename_and_replaces_the_old_one(folders)
 
     assert not staging.exists()
     assert {path.name for path in target.iterdir()} == {*taken, INDEX_NAME, "model-00000.safetensors"}
-    assert (target / "config.json").read_text() == "source config.json"
+    assert (target / "config.json").read_text() == '{"hidden_size": 8}'
     assert json.loads((target / INDEX_NAME).read_text()) == {
         "metadata": {"total_size": 20},
         "weight_map": {"a": "model-00000.safetensors", "b": "model-00000.safetensors"},

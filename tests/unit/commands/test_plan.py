@@ -179,6 +179,7 @@ def model(**changes) -> SimpleNamespace:
         "params_dtype": torch.bfloat16, "bf16": True, "hidden_size": HIDDEN, "num_attention_heads": HEADS,
         "num_query_groups": GROUPS, "kv_channels": WIDTH, "qk_layernorm": True, "num_experts": EXPERTS,
         "moe_router_topk": TOP, "moe_ffn_hidden_size": FFN, "ffn_hidden_size": 6144,
+        "moe_shared_expert_intermediate_size": None,
         "max_tokens_per_gpu": 1000, "padded_vocab_size": VOCABULARY, "log_prob_chunk_size": 1024,
         "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
         "recompute_modules": None, "global_batch_size": 1024, "data_parallel_size": 1,
