@@ -25,6 +25,10 @@ SAMPLE = make_sample(
 )
 
 
+def with_first_layer_dense() -> Namespace:
+    return Namespace(**vars(ARGS) | {"moe_layer_freq": [0, 1]})
+
+
 def repeated() -> np.ndarray:
     routes = ROUTES.copy()
     routes[2, 1] = 4
@@ -104,3 +108,14 @@ def test_what_is_wrong_is_named(check, changes, message):
     with pytest.raises(ValueError) as error:
         check(dataclasses.replace(SAMPLE, **changes), "sample 5", ARGS, needs_routes=True)
     assert str(error.value) == f"sample 5 (group 9) {message}"
+
+
+def test_engines_say_zeros_of_layers_without_experts(check):
+    """Which come first; in the others an expert may still come only once."""
+    routes = ROUTES.copy()
+    routes[:, 0] = 0
+    sample = dataclasses.replace(SAMPLE, routed_experts=routes)
+    check(sample, "sample 5", with_first_layer_dense(), needs_routes=True)
+    for args, wrong in ((ARGS, routes), (with_first_layer_dense(), repeated())):
+        with pytest.raises(ValueError, match="the same expert twice"):
+            check(dataclasses.replace(SAMPLE, routed_experts=wrong), "sample 5", args, needs_routes=True)
