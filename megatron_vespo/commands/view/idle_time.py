@@ -52,7 +52,7 @@ class IdleTime:
             return {}
         try:
             idle = json.loads((self._run.path / SUMMARY).read_bytes()).get("idle")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
         return idle if isinstance(idle, dict) else {}
 
@@ -79,16 +79,17 @@ class IdleTime:
                 return
             kind, start = ROWS[event["pid"]], round(event["ts"])
             name, row, end = event["name"], event["tid"], start + round(event["dur"])
-        except (ValueError, KeyError, IndexError, TypeError):  # the brackets, and what a kill left
-            return
+            interval = array("q", (start, end))
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
+            return  # the brackets, and what a kill left
         if kind not in self._busy:
-            self._phases[name].extend((start, end))
+            self._phases[name].extend(interval)
             if name in FIRST and (self._first is None or start < self._first):
                 self._first = start
             if name in FIRST:
                 self._end = max(self._end, end)
         elif kind == ENGINES or name in TRAINING_CALLS:
-            self._busy[kind][row].extend((start, end))
+            self._busy[kind][row].extend(interval)
 
     def _share(self, start: int, end: int) -> dict[str, Any]:
         phases = {name: _within(times, start, end) for name, times in self._phases.items()}

@@ -72,7 +72,7 @@ class MetricsLog:
         for line in lines:
             try:
                 self._add(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 self.bad_lines += 1
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def _content(path: Path, modified_ns: int, size: int) -> Any:
     """A JSON file as of then; None if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -144,6 +144,27 @@ def test_what_json_does_not_know_and_lines_that_are_no_records(tmp_path):
     assert found["series"]["eval/accuracy"]["value"] == [0.5]
 
 
+NESTED = "[" * 100_000  # deeper than json follows
+
+
+def test_a_line_that_json_cannot_follow_loses_no_other_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{NESTED}\n{{"step": 3, "time": 2.0, "a": 1.0}}\n')
+    (tmp_path / "run-001.json").write_text(NESTED)
+    found = read(MetricsLog(Run("x", tmp_path)), "a")
+    assert found["step"] == [3] and found["bad_lines"] == 1 and found["started"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "line", [NESTED, '{"ph": "X", "pid": 0, "tid": 0, "name": "train", "ts": 1, "dur": 1e40}']
+)
+def test_a_line_of_the_timeline_that_is_no_event_is_left_out(run, line):
+    idle = IdleTime(run).read()
+    with (run.path / "trace.json").open("a") as stream:
+        stream.write(f"\n{line},\n")
+    (run.path / "summary.json").write_text(NESTED)
+    assert IdleTime(run).read() == idle
+
+
 def test_a_star_stands_for_all_names_that_begin_so(run):
     found = read(MetricsLog(run), "time/*", "reward/mean", "time/train")
     assert set(found["series"]) == {"reward/mean"} | {
