@@ -97,7 +97,7 @@ def _refusal(request: web.Request, hosts: set[str], token: str, cookie: str) -> 
     if asked not in hosts:
         return error_reply(403, "this server answers as 127.0.0.1 or localhost only")
     given = request.query.get("token") or request.cookies.get(cookie) or ""
-    if not hmac.compare_digest(given.encode(), token.encode()):
+    if not hmac.compare_digest(given.encode(errors="replace"), token.encode()):
         return error_reply(403, "open the address that megatron-vespo view printed: it contains the token")
     if request.method not in ("GET", "HEAD"):
         return error_reply(405, "this server only shows: GET")

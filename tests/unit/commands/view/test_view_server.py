@@ -55,6 +55,19 @@ def test_without_the_token_nothing_is_answered(folder):
         assert TOKEN not in text
 
 
+def test_a_cookie_that_is_no_text_is_refused(folder):
+    async def raw() -> bytes:
+        async with client(folder) as asked:
+            reader, writer = await asyncio.open_connection("127.0.0.1", asked.port)
+            head = f"GET / HTTP/1.0\r\nHost: localhost\r\nCookie: {cookie_name(TOKEN)}=".encode()
+            writer.write(head + b"\xff\xe9\r\n\r\n")
+            reply = await reader.read()
+            writer.close()
+            return reply
+
+    assert b" 403 " in asyncio.run(raw()).splitlines()[0]
+
+
 def test_the_address_with_the_token_sets_a_cookie_that_suffices(folder):
     async def visit():
         async with client(folder) as asked:
