@@ -40,7 +40,7 @@ FOLDER_NAME = "responses"  # in the run's output folder
 # the advantage, then fields of StepResult
 COLUMNS = ("advantages", "log_w", "weight", "correction", "rejected", "log_mismatch_in_w", "log_mismatch")
 SOURCE_COLUMNS = ("data_source", "source")  # of a prompt file: where the row is from
-_NAME = re.compile(r"step-(\d{6,})\.npz")
+_NAME = re.compile(r"step-(\d{6,12})\.npz")
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,11 @@ def test_damaged_files_are_listed_and_others_are_not_lost(run, index):
     assert index.state()["damaged"] == [] and index.state()["responses"] == 18
 
 
+def test_a_name_with_a_number_that_is_no_step_is_left_alone(run, index):
+    (run / FOLDER_NAME / f"step-{10**24}.npz").write_bytes(b"")
+    assert index.refresh() == 3 and index.state()["files"] == 3
+
+
 def test_an_index_of_another_version_is_built_anew(run, index, tmp_path):
     index.refresh()
     with closing(sqlite3.connect(index.file)) as connection:
