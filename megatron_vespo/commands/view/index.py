@@ -63,7 +63,8 @@ class RunIndex:
 
     def _index_file(self, path: Path, cache: Path | None) -> Path:
         resolved = path.resolve()
-        name = f"{resolved.name}-{hashlib.sha256(str(resolved).encode()).hexdigest()[:16]}.sqlite"
+        shown = _encodable(resolved.name)[:40]  # names of files have at most 255 bytes
+        name = f"{shown}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]}.sqlite"
         folder = cache or cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ class RunIndex:
             record = read_step(path)
             rows, texts = rows_of(record, step), texts_of(record, step)
         except ValueError as wrong:
-            error = str(wrong)
+            error = _encodable(str(wrong))
         with _transaction(connection):
             _forget(connection, step)
             marks = ", ".join("?" * _COLUMNS)
@@ -249,7 +250,8 @@ def rows_of(record: StepRecord, step: int) -> list[tuple]:
 
 def source_of(completion: Any) -> str | None:
     """Return the data source of a completion's prompt, None if its row names none."""
-    return completion.prompt.metadata.get("data_source") or None
+    source = completion.prompt.metadata.get("data_source")
+    return _encodable(str(source)) if source else None
 
 
 def texts_of(record: StepRecord, step: int) -> list[tuple[int, str]]:
@@ -258,6 +260,11 @@ def texts_of(record: StepRecord, step: int) -> list[tuple[int, str]]:
         (step << STEP_BITS | i, record.text(completion.token_ids).replace("\0", "�"))
         for i, completion in enumerate(record.completions)
     ]
+
+
+def _encodable(text: str) -> str:
+    """`text` without halves of characters, which SQLite does not take: paths and JSON may have some."""
+    return text.encode(errors="replace").decode()
 
 
 def _number(value: float | None) -> float | None:

@@ -148,6 +148,25 @@ def test_two_runs_of_one_name_have_two_indexes(tmp_path):
     assert len({RunIndex(run, tmp_path / "cache").file for run in runs}) == 2
 
 
+@pytest.mark.parametrize("name", [os.fsdecode(b"no text \xff"), "a" * 250, "\u6f22" * 80])
+def test_any_name_of_a_run_will_do(tmp_path, name):
+    folder = tmp_path / name
+    write_steps(folder / FOLDER_NAME, 1, groups=1, group_size=2)
+    path_of(folder, 2).write_bytes(b"damaged")
+    index = RunIndex(folder, tmp_path / "cache")
+    assert index.refresh() == 2
+    assert index.state()["responses"] == 2 and len(index.state()["damaged"]) == 1
+
+
+def test_a_source_with_half_a_character(run, index):
+    record = read_step(path_of(run, 1))
+    for completion in record.completions:
+        completion.prompt.metadata["data_source"] = "half \ud83d"
+    write_step(path_of(run, 1), record)
+    index.refresh()
+    assert select(index, "SELECT DISTINCT source FROM responses WHERE step = 1") == [("half ?",)]
+
+
 def test_a_thread_follows_the_run(run, index):
     index.start()
     try:
