@@ -131,6 +131,8 @@ class RunIndex:
                 self.problem = f"the index {self.file} cannot be written: {error}"
             except OSError as error:
                 self.problem = f"{error.filename or self._folder}: {error.strerror}"
+            except Exception as error:  # the page says it, and other files may come
+                self.problem = f"the index waits: {type(error).__name__}: {error}"
             self._stop.wait(FOLLOW_SECONDS)
 
     def _refresh_or_rebuild(self) -> None:

@@ -177,6 +177,19 @@ def test_a_thread_follows_the_run(run, index):
         index.stop()
 
 
+def test_an_error_that_nobody_expected_is_said_and_the_thread_goes_on(run, index, monkeypatch):
+    def fail(*_):
+        raise AssertionError("an odd record")
+
+    monkeypatch.setattr(index_module, "FOLLOW_SECONDS", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(index_module, "rows_of", fail)
+        index.start()
+        wait_for(lambda: "an odd record" in index.problem)
+    wait_for(lambda: index.state()["responses"] == 18 and not index.problem)
+    index.stop()
+
+
 def wait_for(condition, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
