@@ -46,7 +46,7 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
     """Of transformers, token by token; a third of the samples has given tokens."""
     assert any(sample.num_trained < sample.completion_length for sample in task.samples)
     worst = np.zeros(2)
-    assert len(naive_steps) == 18 + 3
+    assert len(naive_steps) == 18 + 4
     for result in result_of(layout):
         np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
         for case in set(result) & set(naive_steps) - {"log_w"}:
@@ -96,4 +96,4 @@ def test_the_losses_differ(one_rank):
         if not case.endswith(("weight", "chosen", "log_w"))
     }
     ordered = sorted(norms.values())
-    assert len(norms) == 18 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
+    assert len(norms) == 18 + 1 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FLAGS, hand_back, read_samples
-from losses import CLIP_RANGES, TARGETS, cases, old_noise
+from losses import CLIP_RANGES, PAIR_GAP, TARGETS, cases, old_noise, pair_draws
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.types import TrainingSample
-from tests.support.naive_losses import naive_terms, naive_total, phi, score
+from tests.support.naive_losses import naive_pairs, naive_terms, naive_total, phi, score
 
 MINI_BATCH = 24
 LONGEST = int(FLAGS[FLAGS.index("--max-completion-tokens") + 1])
@@ -81,6 +81,14 @@ class Reference:
             thresholds = {"thresholds": CLIP_RANGES[name]} if name in CLIP_RANGES else {}
             terms = naive_terms(name, responses, KERNEL, TARGETS.get(name), **thresholds)
             steps[f"{name} {aggregation}"] = self.of(terms, aggregation)
+        pairs = [
+            a
+            for rewards, lengths in zip(*(draws.tolist() for draws in pair_draws(self.samples)), strict=True)
+            for a in naive_pairs(rewards, lengths, PAIR_GAP)
+        ]
+        assert 0.3 < np.count_nonzero(pairs) / len(pairs) < 1.0
+        paired = [(pi, of_old, a) for (pi, of_old, _), a in zip(responses, pairs, strict=True)]
+        steps["pairs"] = self.of(naive_terms("grpo", paired, KERNEL, None), "token-mean")
         return steps | {"log_w": np.array([-values.sum() for values in noise])}
 
     def first_step(self) -> dict[str, np.ndarray]:
