@@ -116,6 +116,8 @@ class MetricsLog:
         """The counter starts at 0 again when the run restarts."""
         counted = 0.0
         for index, value in self.columns.get(_RESTARTS, ()):
+            if not math.isfinite(value):
+                continue
             if value > counted:
                 number = int(value - counted)
                 name = "an engine was restarted" if number == 1 else f"{number} engines were restarted"

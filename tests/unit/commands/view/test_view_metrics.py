@@ -144,6 +144,16 @@ def test_what_json_does_not_know_and_lines_that_are_no_records(tmp_path):
     assert found["series"]["eval/accuracy"]["value"] == [0.5]
 
 
+def test_a_counter_of_engines_that_is_no_number(tmp_path):
+    lines = [
+        {"step": step, "time": float(step), "policy/version": step, "engines/restarts": count}
+        for step, count in enumerate((0.0, float("nan"), float("inf"), 2.0, float("-inf"), 2.0))
+    ]
+    run_folders.append(tmp_path, *lines)
+    [event] = read(MetricsLog(Run("x", tmp_path)))["events"]
+    assert (event["name"], event["step"]) == ("2 engines were restarted", 3)
+
+
 NESTED = "[" * 100_000  # deeper than json follows
 
 
