@@ -28,6 +28,7 @@ from megatron_vespo.commands.view.runs import Run, Runs
 BATCH = "policy/version"
 ACCURACY = ("eval/accuracy", "eval/interval_low", "eval/interval_high")
 LAST, MOST = 20, 100_000
+LARGEST = 1e100  # of values that are compared: squares of larger ones overflow; NaN is none, too
 MISSING = object()
 
 
@@ -97,14 +98,14 @@ def evaluations(log: MetricsLog) -> list[dict[str, float | None]]:
 def differences(a: list[dict[str, float]], b: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Of every metric that both runs have; `a` and `b` are the metrics of the same steps.
 
-    A step counts where both values are finite. Differences within a step are free of the trend that both runs
+    A step counts where both values are below LARGEST. Differences within a step are free of the trend that both runs
     share.
     """
     names = sorted({name for metrics in a for name in metrics} & {name for metrics in b for name in metrics})
     rows = []
     for name in names:
         pairs = [(x.get(name, math.nan), y.get(name, math.nan)) for x, y in zip(a, b, strict=True)]
-        pairs = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+        pairs = [(x, y) for x, y in pairs if abs(x) < LARGEST and abs(y) < LARGEST]
         if name == BATCH or not pairs:
             continue
         found = mean_interval([y - x for x, y in pairs])

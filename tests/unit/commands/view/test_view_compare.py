@@ -180,3 +180,18 @@ def test_replies(two, query, status, said):
 
     found, body = asyncio.run(ask())
     assert found == status and said in body.get("error", "")
+
+
+@pytest.mark.parametrize("huge", [1.7e308, 1e200, -1e160])
+def test_values_whose_squares_overflow_are_left_out(tmp_path, huge):
+    runs = [run_folders.write_run(tmp_path / name, 6, seed=seed) for seed, name in enumerate("ab")]
+    for path, sign in zip(runs, (1, -1), strict=True):
+        extra = [
+            {"step": 100 + i, "time": 2e9 + i, "policy/version": i, "odd": sign * huge * (i != 3)}
+            for i in range(6)
+        ]
+        run_folders.append(path, *extra)
+    chosen = [Run(path.name, path) for path in runs]
+    found = compare_runs(chosen, [MetricsLog(run) for run in chosen], 20)
+    [odd] = [row for row in found["metrics"] if row["name"] == "odd"]
+    assert (odd["number"], odd["difference"]) == (1, 0.0)
