@@ -98,8 +98,8 @@ def evaluations(log: MetricsLog) -> list[dict[str, float | None]]:
 def differences(a: list[dict[str, float]], b: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Of every metric that both runs have; `a` and `b` are the metrics of the same steps.
 
-    A step counts where both values are below LARGEST. Differences within a step are free of the trend that both runs
-    share.
+    A step counts where both values are below LARGEST. Differences within a step are free of the trend that
+    both runs share.
     """
     names = sorted({name for metrics in a for name in metrics} & {name for metrics in b for name in metrics})
     rows = []
