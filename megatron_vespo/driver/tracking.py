@@ -183,10 +183,13 @@ class _Ids:
         if keep and path.is_file():
             try:
                 self._known = json.loads(path.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}: not JSON ({error}): remove it to begin new runs of trackers"
                 ) from error
+            entries = self._known.values() if isinstance(self._known, dict) else [None]
+            if not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f"{path}: holds no ids of runs: remove it to begin new runs of trackers")
 
     def of(self, name: str, project: str) -> str | None:
         """The tracker's run in this project."""

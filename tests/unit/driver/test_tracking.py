@@ -142,6 +142,13 @@ def test_a_broken_file_of_ids_is_named(tracking, tmp_path):
         tracking("--tracker", "wandb", resumes=True)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"wandb": "id"}', '{"wandb": null}'])
+def test_a_file_of_ids_with_other_content_is_named(tracking, tmp_path, content):
+    (tmp_path / "trackers.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trackers\.json: holds no ids of runs: remove it"):
+        tracking("--tracker", "wandb", resumes=True)
+
+
 def test_a_taken_port_is_one_line(tracking):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
