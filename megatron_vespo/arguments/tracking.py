@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from argparse import Namespace
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from megatron_vespo.observability.trackers.packages import NAMES, PACKAGES, PROMETHEUS, check_installed
@@ -66,9 +68,23 @@ def check_tracking(args: Namespace) -> None:
                 raise ValueError(
                     f"--{flag.removesuffix('s').replace('_', '-')} is empty: give a name or leave it out"
                 )
+    _check_names(names, args.tracker_project, args.tracker_tags or ())
     port = args.prometheus_port
     if port is not None and not 0 <= port <= 65535:
         raise ValueError(f"--prometheus-port is {port}, must be between 0 and 65535")
+
+
+def _check_names(trackers: Set[str], project: str, tags: Sequence[str]) -> None:
+    """ValueError for what a package would refuse only after the run has begun, or when it is sent later."""
+    rules = {
+        "wandb": (r"[^/\\#?%:]{1,128}", "at most 128 characters, none of / \\ # ? % :"),
+        "swanlab": (r"[0-9a-zA-Z_+.-]{1,100}", "at most 100 letters, digits and _ - + ."),
+    }
+    for name, (pattern, allowed) in rules.items():
+        if name in trackers and not re.fullmatch(pattern, project):
+            raise ValueError(f"--tracker-project is {project!r}; --tracker {name} allows {allowed}")
+    if "wandb" in trackers and (long := [tag for tag in tags if len(tag) > 64]):
+        raise ValueError(f"--tracker-tag is {long[0]!r}; --tracker wandb allows at most 64 characters")
 
 
 def check_tracker_packages(settings: TrackingSettings) -> None:

@@ -102,6 +102,24 @@ def test_empty_names_are_refused(flag):
 
 
 @pytest.mark.parametrize(
+    ("tracker", "flag", "value"),
+    [
+        *(("wandb", "--tracker-project", f"a{character}b") for character in "/\\#?%:"),
+        ("wandb", "--tracker-project", "x" * 129),
+        ("wandb", "--tracker-tag", "x" * 65),
+        ("swanlab", "--tracker-project", "team/project"),
+        ("swanlab", "--tracker-project", "two words"),
+        ("swanlab", "--tracker-project", "x" * 101),
+    ],
+)
+def test_names_that_a_package_would_refuse_later_are_refused_at_once(tracker, flag, value):
+    with pytest.raises(ValueError, match=f"^{flag} is .*; --tracker {tracker} allows "):
+        parsed("--tracker", "tensorboard", "--tracker", tracker, flag, value)
+    assert parsed("--tracker", "mlflow", flag, value)  # its names are free
+    assert parsed("--tracker", tracker, "--tracker-project", "My_project-1.0")
+
+
+@pytest.mark.parametrize(
     ("flags", "module_name", "requirement"),
     [
         *((f"--tracker {name}", *packages.PACKAGES[name]) for name in packages.PACKAGES),
