@@ -265,7 +265,7 @@ def test_prometheus_shows_the_health_of_a_run(tracking):
     made = tracking("--prometheus-port", "0", "--tracker", "none")
     fleet = SimpleNamespace(
         urls=["http://a", None],
-        num_lost=1,
+        states=lambda: SimpleNamespace(lost=[1]),
         metrics=lambda: {"engines/restarts": 2.0, "engines/lost_requests": 3.0},
     )
     with made:
