@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -143,9 +144,13 @@ class Tracking:
             return None
         try:
             endpoint = PrometheusEndpoint(host, port, self._name, steps)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            why, other = error, "address"  # UnicodeError: no name of a host
+            if isinstance(error, OSError):
+                why = error.strerror
+                other = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "address"
             raise ValueError(
-                f"--prometheus-port {port}: cannot listen on {host} ({error.strerror}): choose another port"
+                f"--prometheus-port {port}: cannot listen on {host} ({why}): choose another {other}"
             ) from error
         self._say(f"metrics for Prometheus: http://{host}:{endpoint.port}/metrics")
         return endpoint

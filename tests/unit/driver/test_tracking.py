@@ -178,6 +178,14 @@ def test_a_taken_port_is_one_line(tracking):
             tracking("--prometheus-port", str(port))
 
 
+@pytest.mark.parametrize("host", ["a..b", "", "192.0.2.1"])
+def test_an_address_that_is_none_of_this_machine_is_one_line(tracking, host):
+    with pytest.raises(
+        ValueError, match=r"^--prometheus-port 0: cannot listen on .* choose another address$"
+    ):
+        tracking("--prometheus-port", "0", "--prometheus-host", host)
+
+
 @pytest.mark.parametrize(
     ("error", "state", "seconds"),
     [(None, "finished", 30), (RuntimeError, "failed", 30), (KeyboardInterrupt, "interrupted", 10)],
