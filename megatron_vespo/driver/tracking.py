@@ -135,7 +135,10 @@ class Tracking:
         return TrackerProcess(name, start, log, self._say, partial(self._on_started, name, project))
 
     def _on_started(self, name: str, project: str, run_id: str, where: str) -> None:
-        self._ids.set(name, project, run_id, where)
+        try:
+            self._ids.set(name, project, run_id, where)
+        except OSError as error:  # a full disk; this is the thread that hears the tracker
+            self._say(f"tracker {name}: a resume will begin a new run: {IDS} cannot be written ({error})")
         self._say(f"tracker {name}: run {run_id} of project {project}, {where}")
 
     def _open_endpoint(self, steps: int) -> PrometheusEndpoint | None:

@@ -154,6 +154,15 @@ def test_ids_outlive_a_restart_in_the_same_project(tracking, tmp_path):
     assert ids()[4:] == [None] * 4
 
 
+def test_ids_that_cannot_be_written_end_nothing(tracking, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with tracking("--tracker", "wandb", "--tracker", "mlflow"):
+        assert len(FakeProcess.made) == 2
+
+
 def test_a_broken_file_of_ids_is_named(tracking, tmp_path):
     (tmp_path / "trackers.json").write_text("{")
     with pytest.raises(ValueError, match=r"trackers\.json: not JSON .*: remove it"):
