@@ -93,6 +93,7 @@ class RunIndex:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.file, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")  # readers go on while a file is added
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -138,9 +139,10 @@ class RunIndex:
     def _refresh_or_rebuild(self) -> None:
         try:
             self.refresh()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:  # damaged
+        except sqlite3.DatabaseError as error:
+            deleted = "no such table" in str(error)  # SQLite has made an empty file in its place
+            if isinstance(error, sqlite3.OperationalError) and not deleted:  # locked, or the disk is full
+                raise
             self._rebuild()
             self.refresh()
 

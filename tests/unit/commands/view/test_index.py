@@ -1,6 +1,7 @@
 """The index of recorded responses: what is in it, and that it follows the files."""
 
 import os
+import shutil
 import sqlite3
 import time
 from contextlib import closing
@@ -187,6 +188,26 @@ def test_an_error_that_nobody_expected_is_said_and_the_thread_goes_on(run, index
         index.start()
         wait_for(lambda: "an odd record" in index.problem)
     wait_for(lambda: index.state()["responses"] == 18 and not index.problem)
+    index.stop()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_an_index_that_is_deleted_while_it_is_used_comes_back(run, index, monkeypatch, what):
+    monkeypatch.setattr(index_module, "FOLLOW_SECONDS", 0.01)
+    index.start()
+    wait_for(lambda: index.state()["responses"] == 18)
+    if what == "folder":
+        shutil.rmtree(index.file.parent)
+    else:
+        index.file.unlink()
+
+    def is_back() -> bool:
+        try:
+            return index.state()["responses"] == 18
+        except sqlite3.OperationalError:
+            return False
+
+    wait_for(is_back)
     index.stop()
 
 
