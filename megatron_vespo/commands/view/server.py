@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -113,8 +114,10 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
     except ValueError as error:
         return error_reply(400, str(error))
     except OSError as error:
-        status = 404 if isinstance(error, FileNotFoundError) else 500
+        status = 404 if isinstance(error, FileNotFoundError) else 503
         return error_reply(status, f"{error.filename}: {error.strerror}")
+    except sqlite3.Error as error:  # somebody has deleted the index, for example; it is built again
+        return error_reply(503, f"the index is not ready, ask again: {error}")
     except Exception as error:  # the server goes on, and the page says what it was
         return error_reply(500, f"internal error: {type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from aiohttp import CookieJar
 from aiohttp.test_utils import TestClient, TestServer
 
 from megatron_vespo.commands.main import run
+from megatron_vespo.commands.view import responses_api
 from megatron_vespo.commands.view.replies import json_reply
 from megatron_vespo.commands.view.runs import Runs
 from megatron_vespo.commands.view.server import PAGE, TYPES, cookie_name, make_app
@@ -159,6 +161,23 @@ def test_a_run_that_vanished_is_said(folder):
                 assert described["gone"] and described["id"] == "run"
 
     asyncio.run(visit())
+
+
+def test_a_file_that_cannot_be_read_is_said(folder):
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    (folder / "run-001.json").write_text("{}")
+    status, text, _ = ask(folder, "/api/runs/run/curves", params={"token": TOKEN})
+    assert (status, json.loads(text)["error"]) == (503, f"{folder}/metrics.jsonl: Is a directory")
+
+
+def test_an_index_that_is_not_ready_is_no_fault_of_the_server(folder, monkeypatch):
+    def missing(*_):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(responses_api, "RunIndex", missing)
+    status, text, _ = ask(folder, "/api/runs/run/responses", params={"token": TOKEN})
+    assert status == 503 and json.loads(text)["error"].startswith("the index is not ready, ask again: ")
 
 
 def test_numbers_that_json_does_not_know():
