@@ -111,6 +111,9 @@ def read_step(path: Path) -> StepRecord:
         NotImplementedError, RuntimeError, MemoryError, StopIteration, zipfile.BadZipFile, zlib.error,
     )  # fmt: skip
     try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle, and advise to load it
+                raise zipfile.BadZipFile("no zip archive, or only a part of one")
         with np.load(path, allow_pickle=False) as stored:
             return _record({name: stored[name] for name in stored.files})
     except FileNotFoundError as error:
