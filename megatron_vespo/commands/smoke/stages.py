@@ -91,6 +91,15 @@ class Stages:
     def message(self, text: str) -> None:
         self._print(f"          {text}")
 
+    def progress(self, done: int, total: int) -> None:
+        """Nothing, like the next two: a stage is so short that they need not be shown."""
+
+    def background(self, ready: int, wanted: int) -> None:
+        pass
+
+    def saved(self, step: int) -> None:
+        pass
+
     def phase_seconds(self) -> dict[str, float]:
         """Empty: no caller needs the seconds of a step."""
         return {}

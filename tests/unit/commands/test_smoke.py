@@ -20,7 +20,8 @@ from megatron_vespo.commands.smoke.flags import kept, num_prompts, wanted_layout
 from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, compare
 from megatron_vespo.commands.smoke.model import config_for, write_config, write_weights
 from megatron_vespo.commands.smoke.run import all_stages
-from megatron_vespo.commands.smoke.stages import CheckFailed, Stopped
+from megatron_vespo.commands.smoke.stages import CheckFailed, Stages, Stopped
+from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rollout.sglang_server import EngineError
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples").glob("*/*.flags"))
@@ -255,3 +256,10 @@ def test_submit_refuses(flags, message, capsys):
     recipe = next(path for path in RECIPES if path.stem == "synchronous_n8")
     assert run(["submit", str(recipe), "--nodes", "2", "--smoke", "--dry-run", *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_stages_can_stand_in_for_the_display_of_a_run():
+    of_the_loop = {"start", "stop", "recall", "update", "watch_engines", "current_phase"}
+    called = {name for name in vars(RunDisplay) if not name.startswith("_")} - of_the_loop
+    assert "progress" in called
+    assert [name for name in sorted(called) if not hasattr(Stages, name)] == []
