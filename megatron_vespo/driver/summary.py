@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.data.step_records import FOLDER_NAME
 from megatron_vespo.driver.run_end import leave_report
 from megatron_vespo.observability.html_report import REPORT_NAME
 from megatron_vespo.observability.metrics import read_metrics
@@ -40,6 +41,8 @@ def summarize(
         paths["checkpoint"] = Path(settings.save.save)
     if settings.run.save_rollouts:
         paths["rollouts"] = settings.run.save_rollouts
+    if settings.run.record_responses:
+        paths["responses"] = settings.run.output_dir / FOLDER_NAME
     if settings.run.hf_export:
         paths["HF export"] = settings.run.output_dir / "hf"
     summary = {
