@@ -183,7 +183,8 @@ def check_tokens(episode: Completion, wire: Wire) -> None:
     for writer, length in spans:
         end = position + length
         while writer == "policy" and position < end:
-            reply = wire.reply(tokens[:position], tokens[position:end])
+            own = sample.behavior_log_probs[len(log_probs) :]
+            reply = wire.reply(tokens[:position], tokens[position:end], own)
             log_probs += [entry[0] for entry in reply["meta_info"]["output_token_logprobs"]]
             position += len(reply["output_ids"])
         position = max(position, end)

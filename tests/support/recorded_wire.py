@@ -33,19 +33,27 @@ class Wire:
         self.num_requests += 1
         self._replies[token_array(payload["input_ids"]).tobytes()].append(reply)
 
-    def reply(self, asked: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
+    def reply(self, asked: np.ndarray, kept: np.ndarray, log_probs: np.ndarray) -> dict[str, Any]:
         """Return a reply to a request whose input was exactly `asked`, and whose output `kept` begins with.
 
-        An abort may have made the client ask with the same input again.
+        An abort may have made the client ask with the same input again, and the same tokens may have come
+        twice: `log_probs`, float32, begin with those of the reply.
         """
         replies = self._replies[token_array(asked).tobytes()]
         made = [
             reply
             for reply in replies
-            if (ids := reply.get("output_ids")) and ids == kept[: len(ids)].tolist()
+            if (ids := reply.get("output_ids"))
+            and ids == kept[: len(ids)].tolist()
+            and np.array_equal(reply_log_probs(reply), log_probs[: len(ids)])
         ]
-        assert made, f"{len(replies)} replies to these {len(asked)} tokens, none with {kept}"
+        assert made, f"{len(replies)} replies to these {len(asked)} tokens, none with {kept} and {log_probs}"
         return max(made, key=lambda reply: len(reply["output_ids"]))
+
+
+def reply_log_probs(reply: dict[str, Any]) -> np.ndarray:
+    """Return the log-probs of the tokens that the engine sampled, float32 [n]."""
+    return np.array([entry[0] for entry in reply["meta_info"]["output_token_logprobs"]], np.float32)
 
 
 class _Recorded:
