@@ -100,7 +100,7 @@ class ResponseRecorder:
         while not self._failed and (job := self._jobs.get()) is not None:
             try:
                 write_step(record_path(self._folder, job.step), self._record(job))
-            except Exception as error:  # noqa: BLE001: whatever it is, the run goes on
+            except Exception as error:  # whatever it is, the run goes on
                 self._fail(f"optimizer step {job.step}: {type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:

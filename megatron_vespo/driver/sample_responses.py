@@ -21,7 +21,7 @@ from megatron_vespo.observability.metrics import dump_json
 from megatron_vespo.system.disk import write_atomically
 
 FILE_NAME = "sample-responses.jsonl"
-INTERVAL_SHARE = 50  # of a run's steps, about so many write samples
+MIN_STEPS = 50  # that write samples, and less than twice as many; all steps of a shorter run
 
 
 class SampleResponses:
@@ -39,7 +39,7 @@ class SampleResponses:
         on_rows: Callable[[int, list[dict[str, Any]]], None] | None = None,
     ):
         self._path, self._tokenizer, self._on_rows = output_dir / FILE_NAME, tokenizer, on_rows
-        self._interval = max(1, total_steps // INTERVAL_SHARE)
+        self._interval = max(1, total_steps // MIN_STEPS)
         self._total_steps = total_steps
         kept = [] if resume_step is None else read_sample_responses(self._path)
         kept = [row for row in kept if row["step"] <= (resume_step or 0)]

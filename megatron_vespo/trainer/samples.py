@@ -69,7 +69,7 @@ def _check_routes(sample: TrainingSample, where: str, args: Namespace) -> None:
         raise ValueError(f"{where} was routed to expert {routes.max()}, there are {args.num_experts}")
     # a repeated expert would be counted once and leave a share of the token unrouted; engines fill the layers
     # that have no experts, which come first, with zeros
-    with_experts = getattr(args, "moe_layer_freq", 1)
+    with_experts = args.moe_layer_freq
     first = with_experts.count(0) if isinstance(with_experts, list) else 0
     if repeats_expert(routes[:, first:]):
         raise ValueError(f"{where} has a token with the same expert twice in its routed_experts")

@@ -18,6 +18,7 @@ ARGS = Namespace(
     num_layers=2,
     moe_router_topk=2,
     num_experts=6,
+    moe_layer_freq=1,
 )
 ROUTES = np.tile(np.array([5, 0], np.uint8), (6, 2, 1))
 SAMPLE = make_sample(
