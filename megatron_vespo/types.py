@@ -162,6 +162,34 @@ class Segments:
         return np.repeat(np.array([writer == "policy" for writer in self.writers], bool), self.lengths)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenSupports:
+    """The tokens that truncated sampling (top-p, top-k, min-p) left to choose from, for each sampled token.
+
+    Example: TokenSupports(counts=int32 [2, 1], token_ids=int32 [5, 9, 7]): the first token was drawn from
+    {5, 9}, the second from {7}
+    """
+
+    counts: np.ndarray  # int32 [N], at least 1
+    token_ids: np.ndarray  # int32 [sum of counts], token after token, ascending within each
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenSupports]) -> TokenSupports:
+        """Return the supports of all tokens, part after part."""
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(part.counts for part in parts)]),
+            np.concatenate([np.empty(0, TOKEN_ID), *(part.token_ids for part in parts)]),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of sampled tokens, N."""
+        return len(self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.counts.nbytes + self.token_ids.nbytes
+
+
 class Routes(Protocol):
     """Routes of one response that lie in another process; `fetch` brings them here."""
 
@@ -250,6 +278,8 @@ class Completion:
         default_factory=dict
     )  # what a reward function names beside `reward`
     reward_error: str = ""  # why there is no reward, for people to read
+    supports: TokenSupports | None = None  # of N tokens; None: drawn from the whole vocabulary
+    teacher_log_probs: np.ndarray | None = None  # [N] float32, a teacher's, at `temperature`
 
     def __post_init__(self) -> None:
         self.token_ids = token_array(self.token_ids)
@@ -333,6 +363,9 @@ class TrainingSample(PartlySampled):
     routes_version: int | None = None  # the policy version that chose them
     replays: bool = True  # False: no routes are known, and the routers choose in spite of R3
     segments: Segments | None = None  # of C tokens; None: the policy sampled every token
+    token_advantages: np.ndarray | None = None  # [N] float32, added to `advantage`; None: all 0
+    reference_log_probs: np.ndarray | None = None  # [N] float32, the reference policy's
+    supports: TokenSupports | None = None  # of N tokens: pi, pi_old, mu and the reference are of these alone
 
     def __post_init__(self) -> None:
         self.token_ids = token_array(self.token_ids)

@@ -21,6 +21,9 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.host_memory import to_device
 from megatron_vespo.types import TrainingSample, fetched
 
+# of samples, a number for each sampled token
+OPTIONAL_COLUMNS = ("old_log_probs", "reference_log_probs", "token_advantages")
+
 
 @dataclass
 class MicroBatch:
@@ -40,6 +43,8 @@ class MicroBatch:
     num_tokens_S: Tensor  # float32, trained tokens of the whole sequence, on all ranks
     sample_indices: list[int]
     old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64 set by the trainer
+    reference_log_probs_T: Tensor | None = None  # as old_log_probs_T, the reference policy's
+    token_advantages_T: Tensor | None = None  # float32, added to the sequence's advantage; None: all 0
     routed_experts_T: Tensor | None = None  # uint8 [T, L, K], from the engine; None if no sequence has any
     replays_S: Tensor | None = None  # bool, has the engine's routes; None: all have, or routes are unused
     # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
@@ -116,8 +121,10 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
         "temperature_T": np.ones(total, np.float32),
         "behavior_log_probs_T": np.zeros(total, np.float32),
     }
-    if all(sample.old_log_probs is not None for sample in chosen):
-        fields["old_log_probs_T"] = np.zeros(total, np.float32)
+    columns = {name: [getattr(sample, name) for sample in chosen] for name in OPTIONAL_COLUMNS}
+    columns = {name: values for name, values in columns.items() if _is_known(name, values)}
+    for name in columns:
+        fields[f"{name}_T"] = np.zeros(total, np.float32)
     ends = [*starts[1:-1], total]  # the padding at the end of the pack belongs to the last sequence
     for s, (sample, start, end) in enumerate(zip(chosen, starts[:-1], ends, strict=True)):
         tokens = slice(start, start + sample.num_tokens)
@@ -130,9 +137,16 @@ def _token_fields(chosen: list[TrainingSample], starts: np.ndarray, total: int) 
         fields["loss_mask_T"][predicting] = 1.0
         fields["temperature_T"][tokens] = sample.temperature
         fields["behavior_log_probs_T"][predicting] = sample.behavior_log_probs
-        if "old_log_probs_T" in fields:
-            fields["old_log_probs_T"][predicting] = sample.old_log_probs
+        for name, values in columns.items():
+            if values[s] is not None:
+                fields[f"{name}_T"][predicting] = values[s]
     return fields
+
+
+def _is_known(name: str, values: list[np.ndarray | None]) -> bool:
+    """Whether a pack has the column: advantages are 0 where a sample has none, log-probs have no default."""
+    known = [value is not None for value in values]
+    return any(known) if name == "token_advantages" else all(known)
 
 
 def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_experts: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_vespo.data.micro_batch import OPTIONAL_COLUMNS
 from megatron_vespo.data.routes import repeats_expert
 from megatron_vespo.data.shards import check_length
 from megatron_vespo.types import TrainingSample, fetched
@@ -21,9 +22,9 @@ def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_route
     """
     where = f"{name} (group {sample.group_id})"
     check_length(sample, where, args.max_tokens_per_gpu * args.context_parallel_size)
-    _check_log_probs(sample, where, "behavior_log_probs", sample.behavior_log_probs)
-    if sample.old_log_probs is not None:
-        _check_log_probs(sample, where, "old_log_probs", sample.old_log_probs)
+    for column in ("behavior_log_probs", *OPTIONAL_COLUMNS):
+        if (values := getattr(sample, column)) is not None:
+            _check_column(sample, where, column, values)
     if not np.isfinite(sample.advantage):
         raise ValueError(f"{where} has the advantage {sample.advantage}, it must be finite")
     if not sample.temperature > 0:
@@ -44,7 +45,7 @@ def with_routes(sample: TrainingSample) -> TrainingSample:
     return replace(sample, routed_experts=fetched(sample.routed_experts))
 
 
-def _check_log_probs(sample: TrainingSample, where: str, name: str, values: np.ndarray) -> None:
+def _check_column(sample: TrainingSample, where: str, name: str, values: np.ndarray) -> None:
     if len(values) != sample.num_trained:
         raise ValueError(f"{where} has {len(values)} {name} for {sample.num_trained} sampled tokens")
     bad = np.flatnonzero(~np.isfinite(values))
