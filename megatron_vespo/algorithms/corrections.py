@@ -16,7 +16,7 @@ trained tokens of a response, on all context-parallel ranks. [ ] is 1 if the con
                        all other tokens, see `divergences` (KPop, arXiv 2606.15079, page 19)
     reject-binary-kl   [low <= mean KL(q || p) <= high], which is at most KL(mu || pi_old)
     opsm               [A >= 0 or mean log(mu / pi) <= high], which estimates KL(mu || pi) (off-policy
-                       sequence masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1)
+                       sequence masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1); A is the token's own
 
 opsm alone is not of rho. DeepSeek's "pi_old" is what the engine returns, so mismatch and staleness count. Its
 threshold is not published: slime has 1e-4, TRL advises 0.5. Ours is that of reject-k3, which estimates the
@@ -144,9 +144,13 @@ def reject_binary_kl(mismatch: Mismatch, low: float, high: float) -> Tensor:
 def opsm(mismatch: Mismatch, low: float, high: float) -> Tensor:
     inputs = mismatch.inputs
     kl_S = -mismatch.log_pi_over_mu_S.double() / inputs.lengths_S
-    # one-sided: where A >= 0, and where pi is above mu, it counts as 0, but NaN stays
-    kl_S = torch.where(inputs.advantages_S < 0, kl_S, kl_S.clamp(max=0.0)).clamp(min=0.0)
-    return inputs.per_token(_between(kl_S, low, high))
+
+    def kept_S(advantages_S: Tensor) -> Tensor:
+        # one-sided: where A >= 0, and where pi is above mu, it counts as 0, but NaN stays
+        one_sided_S = torch.where(advantages_S < 0, kl_S, kl_S.clamp(max=0.0)).clamp(min=0.0)
+        return _between(one_sided_S, low, high)
+
+    return inputs.by_sign(kept_S)
 
 
 def _within(log_ratio: Tensor, low: float, high: float) -> Tensor:

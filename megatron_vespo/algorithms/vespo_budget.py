@@ -12,7 +12,8 @@ with c1 = alpha and c2 = lambda. The dual function and its derivatives are
 
 The paper fixes lambda, so C follows from it. Here C is given, and lambda ascends g, which is concave: lambda
 rises while E_Q[W] is above the budget, and falls while it is below. The responses of one sign in an optimizer
-step estimate E_Q[W] = sum phi W / sum phi; the factor exp(c2) of phi cancels.
+step estimate E_Q[W] = sum phi W / sum phi; the factor exp(c2) of phi cancels. Where tokens have their own
+advantages, a response counts for each sign by the share of its tokens that have it: on these phi acts.
 
 The step is multiplicative. If mu's density of log W is log-concave, as for log-normal W, then Var_Q(W) <=
 E_Q[W] / lambda (Brascamp-Lieb: in u = log W, Q's potential has a second derivative >= lambda e^u). So the
@@ -56,18 +57,18 @@ MIN_ESTIMATED_SHARE = 0.5
 MIN_LOG_PHI = -87.0  # the loss uses phi in float32, which has hardly a number below exp of this
 
 
-def expected_w(log_w: np.ndarray, c1: float, c2: float) -> float:
-    """E_Q[W] = sum phi W / sum phi over `log_w` [num_samples], in float64.
+def expected_w(log_w: np.ndarray, c1: float, c2: float, counts: np.ndarray | float = 1.0) -> float:
+    """E_Q[W] = sum n phi W / sum n phi over `log_w` [num_samples], in float64; n are `counts`, above 0.
 
     Returns NaN, no estimate, if every phi is 0 for the loss, or if the effective number of samples,
-    (sum phi)^2 / sum phi^2, is below MIN_EFFECTIVE_SAMPLES.
+    (sum n phi)^2 / sum (n phi)^2, is below MIN_EFFECTIVE_SAMPLES.
     """
     log_w = np.clip(log_w.astype(np.float64), MIN_LOG_W, MAX_LOG_W)
     w = np.exp(log_w)
     log_phi = c1 * log_w + c2 * (1.0 - w)
     if len(log_w) == 0 or log_phi.max() < MIN_LOG_PHI:
         return float("nan")
-    share = np.exp(log_phi - log_phi.max())
+    share = counts * np.exp(log_phi - log_phi.max())
     share /= share.sum()
     if 1.0 / np.square(share).sum() < MIN_EFFECTIVE_SAMPLES:
         return float("nan")
@@ -116,20 +117,22 @@ def adapted(
     kernel: GammaKernel,
     budget: float,
     log_w: np.ndarray,
-    advantages: np.ndarray,
+    sign_shares: np.ndarray,
     estimated: Sequence[Sequence[bool]] = (),
 ) -> tuple[GammaKernel, np.ndarray]:
     """The kernel of the next optimizer step, and E_Q[W] of this one: [2] float64, A > 0 then A < 0.
 
-    `log_w` and `advantages` are [num_samples], all samples of the optimizer step that used `kernel`.
-    Responses with A = 0 train nothing and do not count. `estimated` [steps, 2] says which earlier steps in
-    the window had an E_Q[W].
+    `log_w` is [num_samples], of all samples of the optimizer step that used `kernel`. `sign_shares`
+    [num_samples, 2] are the shares of each sample's tokens with A > 0 and with A < 0: as much it counts for
+    either sign. Tokens with A = 0 train nothing and do not count. `estimated` [steps, 2] says which earlier
+    steps in the window had an E_Q[W].
     """
     estimates = []
     changed = {}
-    for i, (sign, chosen) in enumerate((("positive", advantages > 0), ("negative", advantages < 0))):
+    for i, sign in enumerate(("positive", "negative")):
         c1, c2 = getattr(kernel, sign)
-        estimates.append(expected_w(log_w[chosen], c1, c2))
+        chosen = sign_shares[:, i] > 0
+        estimates.append(expected_w(log_w[chosen], c1, c2, sign_shares[chosen, i]))
         known = [*(step[i] for step in estimated), not np.isnan(estimates[-1])]
         if np.mean(known) >= MIN_ESTIMATED_SHARE:
             c2 = next_c2(c1, c2, estimates[-1], budget)

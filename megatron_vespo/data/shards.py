@@ -8,16 +8,19 @@ All tensor-, pipeline- and context-parallel ranks of a data-parallel rank receiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_vespo.data.completion_arrays import end_to_end, split
 from megatron_vespo.data.packing import Cut, PackingRule
+from megatron_vespo.data.sample_advantages import sign_shares
 from megatron_vespo.types import TOKEN_ID, PartlySampled, Segments, TrainingSample, VersionSpans
 
-NO_TOKENS, NO_LOG_PROBS = np.empty(0, TOKEN_ID), np.empty(0, np.float32)
+# fields of a sample that travel joined, with their dtype; a sample may lack the last one
+COLUMNS = {"token_ids": TOKEN_ID, "behavior_log_probs": np.float32, "token_advantages": np.float32}
+EMPTY = {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class SampleOutline(PartlySampled):
 
     num_tokens: int  # P + C
     prompt_length: int  # P
-    advantage: float
+    sign_shares: tuple[float, float]  # of the sampled tokens, with A > 0 and with A < 0
     group_id: int
     policy_versions: VersionSpans  # of N tokens
     segments: Segments | None  # of C tokens
@@ -50,16 +53,16 @@ class MiniBatchOutline:
             check_length(sample, f"sample {index} (group {sample.group_id})", rule.max_tokens)
         outlines = [
             SampleOutline(
-                s.num_tokens, s.prompt_length, s.advantage, s.group_id, s.policy_versions, s.segments
+                s.num_tokens, s.prompt_length, sign_shares(s), s.group_id, s.policy_versions, s.segments
             )
             for s in samples
         ]
         return cls(rule.cut([outline.num_tokens for outline in outlines]), outlines)
 
     @property
-    def advantages(self) -> np.ndarray:
-        """Return the advantages of all samples, float32 [num_samples]."""
-        return np.array([sample.advantage for sample in self.samples], np.float32)
+    def sign_shares(self) -> np.ndarray:
+        """Return those of all samples, float64 [num_samples, 2]."""
+        return np.array([sample.sign_shares for sample in self.samples], np.float64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -67,34 +70,29 @@ class Shard:
     """Samples of a mini-batch, their long columns joined: Ray then handles a few large arrays."""
 
     indices: list[int]  # of the samples in their mini-batch
-    without_columns: list[TrainingSample]
-    lengths: np.ndarray  # int64 [2, samples], of token_ids and behavior_log_probs
-    token_ids: np.ndarray  # int32, sample after sample
-    behavior_log_probs: np.ndarray  # float32, sample after sample
+    without_columns: list[TrainingSample]  # those of COLUMNS that a sample has are empty
+    lengths: dict[str, np.ndarray]  # int64 [samples], of each of COLUMNS; 0 where a sample has none
+    columns: dict[str, np.ndarray]  # each of COLUMNS, sample after sample
 
     @classmethod
     def of(cls, samples: Sequence[TrainingSample], indices: Sequence[int]) -> Shard:
         """Return the shard with `samples[i] for i in indices`."""
         chosen = [samples[i] for i in indices]
-        token_ids, log_probs = [s.token_ids for s in chosen], [s.behavior_log_probs for s in chosen]
+        parts = {name: [_column(sample, name) for sample in chosen] for name in COLUMNS}
         return cls(
             list(indices),
-            [replace(s, token_ids=NO_TOKENS, behavior_log_probs=NO_LOG_PROBS) for s in chosen],
-            np.array([[len(part) for part in parts] for parts in (token_ids, log_probs)], np.int64),
-            end_to_end(token_ids, TOKEN_ID),
-            end_to_end(log_probs, np.float32),
+            [_with_columns(sample, EMPTY) for sample in chosen],
+            {name: np.array([len(part) for part in parts[name]], np.int64) for name in COLUMNS},
+            {name: end_to_end(parts[name], dtype) for name, dtype in COLUMNS.items()},
         )
 
     def samples(self) -> dict[int, TrainingSample]:
         """Return the samples by their indices. The arrays are views into those of the shard."""
-        token_ids, log_probs = (
-            split(column, lengths)
-            for column, lengths in zip((self.token_ids, self.behavior_log_probs), self.lengths, strict=True)
-        )
-        rows = zip(self.indices, self.without_columns, token_ids, log_probs, strict=True)
+        columns = [split(self.columns[name], self.lengths[name]) for name in COLUMNS]
+        rows = zip(self.indices, self.without_columns, zip(*columns, strict=True), strict=True)
         return {
-            index: replace(sample, token_ids=ids, behavior_log_probs=values)
-            for index, sample, ids, values in rows
+            index: _with_columns(sample, dict(zip(COLUMNS, values, strict=True)))
+            for index, sample, values in rows
         }
 
     @property
@@ -102,7 +100,17 @@ class Shard:
         """Bytes of the arrays, those of routes in this process included."""
         routes = [sample.routed_experts for sample in self.without_columns]
         in_process = sum(one.nbytes for one in routes if isinstance(one, np.ndarray))
-        return self.token_ids.nbytes + self.behavior_log_probs.nbytes + in_process
+        return sum(column.nbytes for column in self.columns.values()) + in_process
+
+
+def _column(sample: TrainingSample, name: str) -> np.ndarray:
+    values = getattr(sample, name)
+    return EMPTY[name] if values is None else values
+
+
+def _with_columns(sample: TrainingSample, values: Mapping[str, np.ndarray]) -> TrainingSample:
+    """Return the sample with these columns, but for those that it does not have."""
+    return replace(sample, **{name: values[name] for name in COLUMNS if getattr(sample, name) is not None})
 
 
 def check_length(sample: TrainingSample, where: str, max_tokens: int) -> None:

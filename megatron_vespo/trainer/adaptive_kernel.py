@@ -45,15 +45,16 @@ class AdaptiveKernel:
             return {}
         return {STATE: self._c2, ESTIMATED: list(self._estimated)}
 
-    def step(self, log_w: np.ndarray, advantages: np.ndarray) -> dict[str, np.ndarray]:
+    def step(self, log_w: np.ndarray, sign_shares: np.ndarray) -> dict[str, np.ndarray]:
         """Adapt the kernel to the samples of the optimizer step that used it; returns fields of StepResult.
 
-        Both arrays are [num_samples] and identical on every rank, so the next kernel is, too.
+        `log_w` [num_samples] and `sign_shares` [num_samples, 2], see `adapted`, are identical on every rank,
+        so the next kernel is, too.
         """
         if self._budget is None:
             return {"kernel_c2": np.full(2, np.nan), "expected_w": np.full(2, np.nan)}
         used = np.array(self._c2)
-        self._kernel, expected = adapted(self._kernel, self._budget, log_w, advantages, self._estimated)
+        self._kernel, expected = adapted(self._kernel, self._budget, log_w, sign_shares, self._estimated)
         self._estimated.append((~np.isnan(expected)).tolist())
         return {"kernel_c2": used, "expected_w": expected}
 

@@ -31,7 +31,7 @@ class MiniBatch:
     num_samples: int
     micro_batches: list[MicroBatch]
     packing: PackingStats
-    advantages: np.ndarray  # float32 [num_samples], of all samples on every rank
+    sign_shares: np.ndarray  # float64 [num_samples, 2], of all samples on every rank; see the outline's
     versions: Versions | None = None  # of the tokens; only with --old-policy snapshot
     outlines: Sequence[SampleOutline] = ()  # of all samples; only if values of tokens are recorded
 
@@ -140,7 +140,7 @@ class Packer:
         versions = Versions.of_outline(outline, self.rule.packs_multiple) if self._with_versions else None
         outlines = outline.samples if self._with_outlines else ()
         return MiniBatch(
-            len(outline.samples), micro_batches, cut.stats, outline.advantages, versions, outlines
+            len(outline.samples), micro_batches, cut.stats, outline.sign_shares, versions, outlines
         )
 
     def _problems(self, samples: Mapping[int, TrainingSample], engine_routes: bool) -> dict[int, str]:

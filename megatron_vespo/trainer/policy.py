@@ -232,7 +232,7 @@ class MegatronPolicy:
             log_mismatch_sums=sums.log_mismatch,
             gradient_norms=measured.gradient_norms,
             clip_bounds=measured.clip_bounds,
-            **self._adaptive_kernel.step(measured.columns["log_w"], mini_batch.advantages),
+            **self._adaptive_kernel.step(measured.columns["log_w"], mini_batch.sign_shares),
             padding_share=mini_batch.packing.padding_share,
             imbalance=mini_batch.packing.imbalance,
         )

@@ -207,6 +207,7 @@ def _loss_inputs(
         num_tokens_S=micro_batch.num_tokens_S,
         loss_mask_T=micro_batch.loss_mask_T,
         sequence_ids_T=micro_batch.sequence_ids_T,
+        token_advantages_T=micro_batch.token_advantages_T,
     )
 
 

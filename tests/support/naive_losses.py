@@ -16,8 +16,8 @@ CAP = 20.0  # no ratio is taken for more than exp(20): no formula's, ours agains
 TARGETS = {"bapo": 0.4, "m2po": 0.04}
 
 
-# Of one response: log-probs under pi, with gradient, and under the ratio's denominator, and A; one loss term
-# a token comes out. A weight that is a number has no gradient.
+# Of one response, a number a token: log-probs under pi, with gradient, and under the ratio's denominator, and
+# A; one loss term a token comes out. A weight that is a number has no gradient.
 
 
 def ratios(pi, old):
@@ -35,31 +35,44 @@ def phi(w, a, kernel) -> float:
     return w**c1 * math.exp(c2 * (1.0 - w))
 
 
-def score(pi, a, weight):
-    return [-weight * a * p for p in pi]
+def score(pi, a, weights):
+    return [-weight * x * p for weight, x, p in zip(weights, a, pi, strict=True)]
 
 
 def ppo(rs, a, low, high, dual_clip=None):
-    objectives = [min(r * a, r.clamp(1.0 - low, 1.0 + high) * a) for r in rs]
-    if dual_clip is not None and a < 0:
-        objectives = [max(o, o.new_tensor(dual_clip * a)) for o in objectives]
-    return [-o for o in objectives]
+    terms = []
+    for r, x in zip(rs, a, strict=True):
+        objective = min(r * x, r.clamp(1.0 - low, 1.0 + high) * x)
+        if dual_clip is not None and x < 0:
+            objective = max(objective, objective.new_tensor(dual_clip * x))
+        terms.append(-objective)
+    return terms
 
 
 def gspo(pi, old, a):
-    # one term a response, with gradient through s: its tokens share it, so their mean is the term
     s = math.prod(ratios(pi, old)) ** (1 / len(pi))
-    return ppo([s], a, 3e-4, 4e-4) * len(pi)
+    if len(set(a)) == 1:
+        # one term a response, with gradient through s: its tokens share it, so their mean is the term
+        return ppo([s], a[:1], 3e-4, 4e-4) * len(pi)
+    # GSPO-token: the value of s, the gradient of the token's own ratio
+    return ppo([s.item() * (p - p.item()).exp() for p in pi], a, 3e-4, 4e-4)
 
 
 def sapo(pi, old, a):
-    tau = 1.0 if a > 0 else 1.05
-    return [-a * (4.0 / tau) / (1.0 + (-tau * (r - 1.0)).exp()) for r in ratios(pi, old)]
+    terms = []
+    for r, x in zip(ratios(pi, old), a, strict=True):
+        tau = 1.0 if x > 0 else 1.05
+        terms.append(-x * (4.0 / tau) / (1.0 + (-tau * (r - 1.0)).exp()))
+    return terms
 
 
 def cispo(pi, old, a):
     # the upper bound only
-    return [-min(r.item(), 1.28) * a * p for p, r in zip(pi, ratios(pi, old), strict=True)]
+    return score(pi, a, [min(r.item(), 1.28) for r in ratios(pi, old)])
+
+
+def topr(pi, old, a):
+    return score(pi, a, [1.0 if x > 0 else min(whole(pi, old), 1.0) for x in a])
 
 
 def bernoulli_kl(p, q) -> float:
@@ -75,12 +88,12 @@ def dppo(divergence, thresholds):
     def terms(pi, old, a, thresholds=None):
         below, above = thresholds or (low, high)
         values = []
-        for p, o in zip(pi, old, strict=True):
+        for p, o, x in zip(pi, old, a, strict=True):
             now, before = math.exp(p.item()), min(math.exp(min(o, 0.0)), 1.0)
             ratio = math.exp(min(p.item() - o, CAP))
-            leaves = ratio > 1 if a > 0 else ratio < 1
-            masked = leaves and divergence(before, now) > (above if a > 0 else below)
-            values.append(-(0.0 if masked else min(ratio, 20.0)) * a * p)
+            leaves = ratio > 1 if x > 0 else ratio < 1
+            masked = leaves and divergence(before, now) > (above if x > 0 else below)
+            values.append(-(0.0 if masked else min(ratio, 20.0)) * x * p)
         return values
 
     return terms
@@ -95,9 +108,9 @@ PAPERS = {
     "cispo": cispo,
     "dppo-tv": dppo(lambda mu, pi: abs(mu - pi), (0.15, 0.15)),
     "dppo-kl": dppo(bernoulli_kl, (0.05, 0.05)),
-    "topr": lambda pi, old, a: score(pi, a, 1.0 if a > 0 else min(whole(pi, old), 1.0)),
-    "sequence-is": lambda pi, old, a: score(pi, a, min(whole(pi, old), math.exp(CAP))),
-    "reinforce": lambda pi, old, a: score(pi, a, 1.0),
+    "topr": topr,
+    "sequence-is": lambda pi, old, a: score(pi, a, [min(whole(pi, old), math.exp(CAP))] * len(pi)),
+    "reinforce": lambda pi, old, a: score(pi, a, [1.0] * len(pi)),
 }
 
 
@@ -110,7 +123,7 @@ def bapo(responses, target, dual_clip=None):
 
 
 def bapo_bounds(responses, target) -> tuple[float, float]:
-    tokens = [(r.item(), a) for pi, old, a in responses for r in ratios(pi, old)]
+    tokens = [(r.item(), x) for pi, old, a in responses for r, x in zip(ratios(pi, old), a, strict=True)]
 
     def positive_share(low, high):
         positive = sum(min(r, high) * a for r, a in tokens if a > 0)
@@ -130,12 +143,12 @@ def m2po(responses, target):
     # (log r)^2 and which token it is
     places = [(i, t) for i, (pi, _, _) in enumerate(responses) for t in range(len(pi))]
     logs = {(i, t): responses[i][0][t].item() - responses[i][1][t] for i, t in places}
-    left = sorted((logs[i, t] ** 2, (i, t)) for i, t in places if logs[i, t] * responses[i][2] > 0)
+    left = sorted((logs[i, t] ** 2, (i, t)) for i, t in places if logs[i, t] * responses[i][2][t] > 0)
     masked = set()
     while left and sum(square for square, _ in left) / len(left) > target:
         masked.add(left.pop()[1])
     return [
-        [(0.0 if (i, t) in masked else -1.0) * r * a for t, r in enumerate(ratios(pi, old))]
+        [(0.0 if (i, t) in masked else -1.0) * r * a[t] for t, r in enumerate(ratios(pi, old))]
         for i, (pi, old, a) in enumerate(responses)
     ]
 
@@ -180,18 +193,22 @@ def naive_terms(method, responses, kernel, target, **capped):
         return WHOLE_STEP[method](responses, target or TARGETS[method], **capped)
     if method in KERNEL_POWERS:
         ws = [whole(pi, old) ** KERNEL_POWERS[method](len(pi) or 1) for pi, old, _ in responses]
-        return [score(pi, a, phi(w, a, kernel)) for (pi, _, a), w in zip(responses, ws, strict=True)]
+        return [
+            score(pi, a, [phi(w, x, kernel) for x in a]) for (pi, _, a), w in zip(responses, ws, strict=True)
+        ]
     return [PAPERS[method](*response, **capped) if response[0] else [] for response in responses]
 
 
 def responses_of(inputs: LossInputs, pi_T: torch.Tensor | None = None):
-    """Log-probs under pi and under the ratio's denominator, and A, of every response."""
+    """Log-probs under pi and under the ratio's denominator, and A, of every response's tokens."""
     pi_T, ids = inputs.log_probs_T.detach().double() if pi_T is None else pi_T, inputs.sequence_ids_T
     responses = []
     for s, advantage in enumerate(inputs.advantages_S.tolist()):
         mine = [t for t in range(len(pi_T)) if ids[t] == s and inputs.loss_mask_T[t] > 0]
         old = [pi_T[t].item() - inputs.log_ratio_T[t].item() for t in mine]
-        responses.append(([pi_T[t] for t in mine], old, advantage))
+        own_T = inputs.token_advantages_T
+        a = [advantage + (0.0 if own_T is None else own_T[t].item()) for t in mine]
+        responses.append(([pi_T[t] for t in mine], old, a))
     return responses
 
 
@@ -206,12 +223,20 @@ def naive(inputs: LossInputs, method: str, aggregation: str, kernel: GammaKernel
 
 
 def batch(
-    lengths=LENGTHS, advantages=ADVANTAGES, seed=0, spread=0.4, log_ratio=None, dtype=torch.float64, given=()
+    lengths=LENGTHS,
+    advantages=ADVANTAGES,
+    seed=0,
+    spread=0.4,
+    log_ratio=None,
+    dtype=torch.float64,
+    given=(),
+    token_spread=None,
 ):
     """Responses of these lengths behind prompts of two tokens, and padding of three, the last one's.
 
     Token log-ratios have standard deviation `spread`, or all are `log_ratio`. `given`: how many given tokens
-    follow each sampled token of a response, in turn.
+    follow each sampled token of a response, in turn. `token_spread` is the standard deviation of advantages
+    per token, which are NaN where nothing is trained; None: there are none.
     """
     generator = torch.Generator().manual_seed(seed)
     holes = [[0.0] * number for number in given] or [[]]
@@ -221,6 +246,11 @@ def batch(
     log_ratio_T = spread * torch.randn(len(ids), generator=generator, dtype=dtype)
     if log_ratio is not None:
         log_ratio_T = torch.full_like(log_ratio_T, log_ratio)
+    token_advantages_T = None
+    if token_spread is not None:
+        own = torch.Generator().manual_seed(seed + 1000)
+        drawn_T = token_spread * torch.randn(len(ids), generator=own)
+        token_advantages_T = drawn_T.masked_fill(mask_T == 0, math.nan)
     of_S = [(mask_T > 0) & (torch.tensor(ids) == s) for s in range(len(lengths))]
     return LossInputs(
         log_probs_T=(-2 * torch.rand(len(ids), generator=generator, dtype=dtype)).requires_grad_(),
@@ -230,4 +260,5 @@ def batch(
         num_tokens_S=torch.tensor(lengths, dtype=torch.float32),
         loss_mask_T=mask_T,
         sequence_ids_T=torch.tensor(ids),
+        token_advantages_T=token_advantages_T,
     )

@@ -86,7 +86,7 @@ def _sum_and_gradient(
         term = loss(part)
         by_log_prob_T = term.gradient_T
         if by_log_prob_T is None:
-            by_log_prob_T = part.masked(-(term.weight_T * part.per_token(part.advantages_S)))
+            by_log_prob_T = part.masked(-(term.weight_T * part.advantages_T))
         scale_T = None if correction_T is None else correction_T[tokens]
         loss_T = term.loss_T if scale_T is None else term.loss_T * scale_T
         by_log_prob_T = _scaled(by_log_prob_T, part, aggregation, longest)

@@ -70,6 +70,6 @@ def _negative_sums(inputs: LossInputs, lows: list[float]) -> Tensor:
 
 def _ratios_and_sizes(inputs: LossInputs, sign: int) -> tuple[Tensor, Tensor]:
     """r and |A| of the trained tokens whose advantage has this sign, float64."""
-    advantages_T = inputs.per_token(inputs.advantages_S).double() * sign
+    advantages_T = inputs.advantages_T.double() * sign
     chosen_T = (inputs.loss_mask_T > 0) & (advantages_T > 0)
     return inputs.log_ratio_T[chosen_T].double().clamp(max=MAX_LOG_RATIO).exp(), advantages_T[chosen_T]

@@ -17,7 +17,7 @@ def clipped(
     inputs: LossInputs, log_ratio_T: Tensor, low: float, high: float, dual_clip: float = math.inf
 ) -> TokenLoss:
     """- min(r A, clip(r, 1 - low, 1 + high) A), where A < 0 never more than - c A, c = `dual_clip`."""
-    advantages_T = inputs.per_token(inputs.advantages_S)
+    advantages_T = inputs.advantages_T
     ratio_T = _ratio(inputs, log_ratio_T)
     free_T, bounded_T = ratio_T * advantages_T, ratio_T.clamp(1.0 - low, 1.0 + high) * advantages_T
     floor_T = torch.where(advantages_T < 0, dual_clip * advantages_T, -math.inf)
@@ -31,7 +31,7 @@ def clipped(
 def unclipped(inputs: LossInputs, log_ratio_T: Tensor) -> TokenLoss:
     """- r A."""
     ratio_T = _ratio(inputs, log_ratio_T)
-    return TokenLoss(-ratio_T * inputs.per_token(inputs.advantages_S), ratio_T.detach())
+    return TokenLoss(-ratio_T * inputs.advantages_T, ratio_T.detach())
 
 
 def _ratio(inputs: LossInputs, log_ratio_T: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def gspo(inputs: LossInputs, low: float, high: float) -> TokenLoss:
     """The same on a response's geometric mean s = exp(log W / T) (GSPO, arXiv 2507.18071).
 
     Written a token, with the gradient of s shared out equally: the mean over a response's tokens is GSPO's
-    term, and has its gradient.
+    term, and has its gradient. With advantages per token it is GSPO-token, of the same paper.
     """
     return clipped(inputs, inputs.per_token(inputs.log_w_S / inputs.lengths_S), low, high)
 
@@ -63,7 +63,7 @@ def sapo(inputs: LossInputs, tau_positive: float, tau_negative: float) -> TokenL
 
     Its eq. 5 takes the mean of a response's tokens, then that of the responses.
     """
-    advantages_T = inputs.per_token(inputs.advantages_S)
+    advantages_T = inputs.advantages_T
     tau_T = torch.where(advantages_T > 0, tau_positive, tau_negative)
     ratio_T = _ratio(inputs, inputs.log_ratio_T)
     gate_T = torch.sigmoid(tau_T * (ratio_T - 1.0))

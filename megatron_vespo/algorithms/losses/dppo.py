@@ -48,6 +48,6 @@ def _masked(inputs: LossInputs, divergence_T: Tensor, delta_low: float, delta_hi
     log_ratio_T = inputs.log_ratio_T
     up_T = (log_ratio_T > 0) & (divergence_T > delta_high)
     down_T = (log_ratio_T < 0) & (divergence_T > delta_low)
-    beyond_T = torch.where(inputs.per_token(inputs.advantages_S) > 0, up_T, down_T)
+    beyond_T = torch.where(inputs.advantages_T > 0, up_T, down_T)
     # multiplied, not filled: a NaN under the mask must stay visible
     return weighted(inputs, log_ratio_T.clamp(max=math.log(MAX_RATIO)).exp() * ~beyond_T)

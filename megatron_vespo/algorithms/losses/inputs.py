@@ -30,6 +30,25 @@ class LossInputs:
     num_tokens_S: Tensor  # float32, trained tokens of the whole response, on all context-parallel ranks
     loss_mask_T: Tensor  # 1 on trained tokens
     sequence_ids_T: Tensor  # int64, ascending
+    token_advantages_T: Tensor | None = None  # float32, added to the response's advantage; None: all 0
+
+    @property
+    def advantages_T(self) -> Tensor:
+        """A of each token: its response's, plus its own on trained tokens."""
+        advantages_T = self.per_token(self.advantages_S)
+        if self.token_advantages_T is None:
+            return advantages_T
+        return advantages_T + self.masked(self.token_advantages_T)
+
+    def by_sign(self, values: Callable[[Tensor], Tensor]) -> Tensor:
+        """For each token the value of its response that belongs to the sign of its own A, [T].
+
+        `values` are of the responses, [S], as a function of advantages [S]; only the advantages' signs count.
+        """
+        if self.token_advantages_T is None:
+            return self.per_token(values(self.advantages_S))
+        of_signs = [values(torch.full_like(self.advantages_S, sign)) for sign in (-1.0, 0.0, 1.0)]
+        return torch.stack(of_signs)[self.advantages_T.sign().long() + 1, self.sequence_ids_T]
 
     def per_token(self, values_S: Tensor) -> Tensor:
         """Each token's own sequence's value, [T]."""
@@ -56,6 +75,8 @@ class LossInputs:
                 "loss_mask_T": self.loss_mask_T[tokens],
                 "sequence_ids_T": self.sequence_ids_T[tokens],
             }
+            if self.token_advantages_T is not None:
+                fields["token_advantages_T"] = self.token_advantages_T[tokens]
             yield (
                 tokens,
                 HostSlice(
@@ -77,7 +98,7 @@ class LossInputs:
         return self.masked(values_T.detach() + zero_T)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostSlice(LossInputs):
     """Whole sequences of a pack in host memory; what is known of them saves passes over their tokens."""
 

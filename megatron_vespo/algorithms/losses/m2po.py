@@ -59,5 +59,5 @@ def _squares(inputs: LossInputs) -> Tensor:
 
 def _in_trust_region(inputs: LossInputs) -> Tensor:
     """Where the loss pushes r further away from 1; never where it is NaN."""
-    pushed_T = inputs.per_token(inputs.advantages_S) * inputs.log_ratio_T > 0
+    pushed_T = inputs.advantages_T * inputs.log_ratio_T > 0
     return pushed_T & (inputs.loss_mask_T > 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,13 +17,15 @@ def weighted(inputs: LossInputs, weight_T: Tensor) -> TokenLoss:
     """- weight A log pi, with a weight per token that is no path for gradient."""
     # an untrained token's weight may be NaN, and NaN times a gradient of 0 is not 0
     weight_T = inputs.masked(weight_T.detach())
-    gradient_T = -(weight_T * inputs.per_token(inputs.advantages_S))
+    gradient_T = -(weight_T * inputs.advantages_T)
     return TokenLoss(gradient_T * inputs.log_probs_T, weight_T, gradient_T)
 
 
-def weighted_response(inputs: LossInputs, weight_S: Tensor) -> TokenLoss:
-    """The same with one weight per response."""
-    weight_S = weight_S.detach()
+def weighted_response(inputs: LossInputs, weight: Callable[[Tensor], Tensor]) -> TokenLoss:
+    """The same with the weights of responses, [S], by the sign of A; see `LossInputs.by_sign`."""
+    if inputs.token_advantages_T is not None:
+        return weighted(inputs, inputs.by_sign(weight))
+    weight_S = weight(inputs.advantages_S).detach()
     gradient_T = inputs.masked(inputs.per_token(-(weight_S * inputs.advantages_S)))
     return TokenLoss(
         gradient_T * inputs.log_probs_T, lambda: inputs.masked(inputs.per_token(weight_S)), gradient_T
@@ -28,20 +33,25 @@ def weighted_response(inputs: LossInputs, weight_S: Tensor) -> TokenLoss:
 
 
 def vespo(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
-    """- phi(W) A log pi, phi = W^c1 exp(c2 (1 - W)) (VESPO, arXiv 2602.10693)."""
-    return weighted_response(inputs, kernel.phi(inputs.log_w_S, inputs.advantages_S))
+    """- phi(W) A log pi, phi = W^c1 exp(c2 (1 - W)) (VESPO, arXiv 2602.10693).
+
+    With advantages per token, W is still the response's. Its exponents go by the sign of the token's own A:
+    they differ because a token that is pushed down must stop sooner, or later, than one that is pushed up.
+    The response's mean A does not say which happens to the token.
+    """
+    return weighted_response(inputs, partial(kernel.phi, inputs.log_w_S))
 
 
 def vespo_mean(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """VESPO of log W / T, the geometric mean of the token ratios: an ablation of the paper."""
     log_w_S = inputs.log_w_S / inputs.lengths_S
-    return weighted_response(inputs, kernel.phi(log_w_S, inputs.advantages_S))
+    return weighted_response(inputs, partial(kernel.phi, log_w_S))
 
 
 def vespo_sqrt(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """VESPO of log W / sqrt(T): the paper's other ablation."""
     log_w_S = inputs.log_w_S / inputs.lengths_S.sqrt()
-    return weighted_response(inputs, kernel.phi(log_w_S, inputs.advantages_S))
+    return weighted_response(inputs, partial(kernel.phi, log_w_S))
 
 
 def reinforce(inputs: LossInputs) -> TokenLoss:
@@ -51,7 +61,7 @@ def reinforce(inputs: LossInputs) -> TokenLoss:
 
 def sequence_importance_sampling(inputs: LossInputs) -> TokenLoss:
     """- W A log pi: the unbiased gradient, with nothing against its variance; W stops at exp(20)."""
-    return weighted_response(inputs, inputs.log_w_S.clamp(max=MAX_LOG_RATIO).exp())
+    return weighted_response(inputs, lambda _: inputs.log_w_S.clamp(max=MAX_LOG_RATIO).exp())
 
 
 def topr(inputs: LossInputs) -> TokenLoss:
@@ -62,7 +72,7 @@ def topr(inputs: LossInputs) -> TokenLoss:
     its length, so that the default aggregation does, too.
     """
     tapered_S = inputs.log_w_S.clamp(max=0.0).exp()
-    return weighted_response(inputs, torch.where(inputs.advantages_S > 0, 1.0, tapered_S))
+    return weighted_response(inputs, lambda signs_S: torch.where(signs_S > 0, 1.0, tapered_S))
 
 
 def cispo(inputs: LossInputs, low: float, high: float) -> TokenLoss:

@@ -74,7 +74,7 @@ class Reference:
         old = [
             [p.item() + n for p, n in zip(*pair, strict=True)] for pair in zip(self.pi, noise, strict=True)
         ]
-        advantages = [sample.advantage for sample in self.samples]
+        advantages = [[sample.advantage] * len(pi) for sample, pi in zip(self.samples, self.pi, strict=True)]
         responses = list(zip(self.pi, old, advantages, strict=True))
         steps = {}
         for name, aggregation in cases():
@@ -87,7 +87,7 @@ class Reference:
             for a in naive_pairs(rewards, lengths, PAIR_GAP)
         ]
         assert 0.3 < np.count_nonzero(pairs) / len(pairs) < 1.0
-        paired = [(pi, of_old, a) for (pi, of_old, _), a in zip(responses, pairs, strict=True)]
+        paired = [(pi, of_old, [a] * len(pi)) for (pi, of_old, _), a in zip(responses, pairs, strict=True)]
         steps["pairs"] = self.of(naive_terms("grpo", paired, KERNEL, None), "token-mean")
         return steps | {"log_w": np.array([-values.sum() for values in noise])}
 
@@ -99,7 +99,7 @@ class Reference:
             for pi, mu in zip(self.pi, behavior, strict=True)
         ]
         terms = [
-            score(pi, sample.advantage, phi(math.exp(w), sample.advantage, KERNEL))
+            score(pi, [sample.advantage] * len(pi), [phi(math.exp(w), sample.advantage, KERNEL)] * len(pi))
             for pi, sample, w in zip(self.pi, self.samples, log_w, strict=True)
         ]
         return {"first step": self.of(terms, "token-mean"), "first log_w": np.array(log_w)}

@@ -48,20 +48,22 @@ NAIVE = {
     "reject-geometric": lambda rhos: [within(math.prod(rhos) ** (1 / len(rhos)), 0.999, 1.002)] * len(rhos),
     "reject-k3": lambda rhos: [within(k3(rhos), 0.0, 0.01)] * len(rhos),
 }
-# of its rho, its tokens' mu and its advantage
+# of its rho, its tokens' mu and its tokens' advantages
 NAIVE_OF_MORE = {
     "kpop": lambda rhos, mus, a: [within(max(pair), 0.0, 0.1) for pair in kls(rhos, mus)],
     "reject-binary-kl": lambda rhos, mus, a: (
         [within(sum(kl for kl, _ in kls(rhos, mus)) / len(rhos), 0.0, 0.01)] * len(rhos)
     ),
-    "opsm": lambda rhos, mus, a: [opsm(rhos, a)] * len(rhos),
+    "opsm": lambda rhos, mus, a: [opsm(rhos, advantage) for advantage in a],
 }
 every_correction = pytest.mark.parametrize("name", CORRECTIONS)
 
 
-def batch(spread=1.0, seed=0, log_rho=None) -> tuple[LossInputs, torch.Tensor, torch.Tensor]:
+def batch(
+    spread=1.0, seed=0, log_rho=None, token_spread=None
+) -> tuple[LossInputs, torch.Tensor, torch.Tensor]:
     """Inputs, log pi_old and log mu [T] float64; what is not trained holds NaN."""
-    inputs = naive_losses.batch(LENGTHS, ADVANTAGES, seed, 1.0, log_rho)
+    inputs = naive_losses.batch(LENGTHS, ADVANTAGES, seed, 1.0, log_rho, token_spread=token_spread)
     log_rho_T, mu_T = inputs.log_ratio_T, inputs.log_probs_T.detach()
     if log_rho is None:
         # a response's own scale: some are close to the engine's, some are far from it
@@ -88,7 +90,7 @@ def naive(name, inputs, old_T, mu_T) -> list[float]:
         rhos = [math.exp(old_T[t].item() - mu_T[t].item()) for t in mine]
         if not mine:
             continue
-        more = ([math.exp(mu_T[t].item()) for t in mine], inputs.advantages_S[s].item())
+        more = ([math.exp(mu_T[t].item()) for t in mine], [inputs.advantages_T[t].item() for t in mine])
         values = NAIVE[name](rhos) if name in NAIVE else NAIVE_OF_MORE[name](rhos, *more)
         for t, weight in zip(mine, values, strict=True):
             weights[t] = weight
@@ -98,8 +100,9 @@ def naive(name, inputs, old_T, mu_T) -> list[float]:
 @every_correction
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spread", [0.02, 1.0, 3.0])
-def test_weights_are_the_formula(name, seed, spread):
-    fields = batch(spread, seed)
+@pytest.mark.parametrize("token_spread", [None, 1.0], ids=["A per response", "A per token"])
+def test_weights_are_the_formula(name, seed, spread, token_spread):
+    fields = batch(spread, seed, token_spread=token_spread)
     weight_T = weight_of(name, *fields)
     assert weight_T.dtype == torch.float64
     torch.testing.assert_close(weight_T, torch.tensor(naive(name, *fields), dtype=torch.float64))
@@ -230,7 +233,7 @@ def test_a_response_cut_in_two_gets_the_same_weights(name, monkeypatch):
     even_T = torch.arange(len(old_T)) % 2 == 0
 
     def half(chosen_T, group):
-        fields = vars(inputs).items()
+        fields = {name: v for name, v in vars(inputs).items() if v is not None}.items()
         mine = LossInputs(**{name: v[chosen_T] if name.endswith("_T") else v for name, v in fields})
         mismatch = Mismatch.of(old_T[chosen_T], mu_T[chosen_T], log_ratio, mine, group)
         return CORRECTIONS[name].bind(None)(mismatch)

@@ -36,6 +36,9 @@ FAR = (1e4, 100.0, 30.0, -30.0, -100.0, -1e4)
 every_method = pytest.mark.parametrize("method", METHODS)
 some_methods = pytest.mark.parametrize("method", ["vespo", "grpo", "gspo", "bapo", "m2po"])
 every_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
+with_token_advantages = pytest.mark.parametrize(
+    "token_spread", [None, 0.8], ids=["A per response", "A per token"]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -80,12 +83,14 @@ def check_against_paper(
 
 @every_method
 @both_dtypes
+@with_token_advantages
 @pytest.mark.parametrize("spread", [1e-3, 0.4], ids=["within GSPO's bounds", "beyond all bounds"])
-def test_loss_and_gradient_are_the_papers(method, spread, dtype):
+def test_loss_and_gradient_are_the_papers(method, spread, dtype, token_spread):
     aggregation = OWN_AGGREGATION.get(method, "token-mean")
     assert METHODS[method].aggregation == aggregation
     for seed in range(2):
-        check_against_paper(batch(seed=seed, spread=spread, dtype=dtype), method, aggregation)
+        inputs = batch(seed=seed, spread=spread, dtype=dtype, token_spread=token_spread)
+        check_against_paper(inputs, method, aggregation)
 
 
 @some_methods
@@ -102,9 +107,10 @@ def test_response_without_trained_tokens_is_counted_and_has_no_gradient(method, 
 
 @every_method
 @every_aggregation
-def test_given_tokens_are_outside_log_w_the_loss_and_the_length(method, aggregation):
+@with_token_advantages
+def test_given_tokens_are_outside_log_w_the_loss_and_the_length(method, aggregation, token_spread):
     """Equal to the naive formulas, and to the loss of the sampled tokens alone."""
-    inputs = batch(given=(0, 3, 1))
+    inputs = batch(given=(0, 3, 1), token_spread=token_spread)
     is_sampled_T = inputs.loss_mask_T > 0
     inputs.log_ratio_T[~is_sampled_T] = math.nan
     check_against_paper(inputs, method, aggregation)
@@ -113,7 +119,8 @@ def test_given_tokens_are_outside_log_w_the_loss_and_the_length(method, aggregat
         log_probs_T=inputs.log_probs_T.detach()[is_sampled_T].requires_grad_(),
         **{
             name: getattr(inputs, name)[is_sampled_T]
-            for name in ("log_ratio_T", "loss_mask_T", "sequence_ids_T")
+            for name in ("log_ratio_T", "loss_mask_T", "sequence_ids_T", "token_advantages_T")
+            if getattr(inputs, name) is not None
         },
     )
     loss, gradient_T = loss_and_gradient(inputs, method, aggregation)
@@ -138,12 +145,14 @@ def test_bounds_hold_only_in_the_direction_of_the_advantage(method, low, high):
 
 
 @every_method
-@pytest.mark.parametrize("options", [{"spread": 1e-3}, {"spread": 0.4}, *({"log_ratio": x} for x in FAR)])
+@pytest.mark.parametrize(
+    "options", [{"spread": 1e-3}, {"spread": 0.4}, {"token_spread": 0.8}, *({"log_ratio": x} for x in FAR)]
+)
 def test_weight_is_the_factor_of_advantage_and_score(method, options):
     inputs = batch(**options)
     term, trained_T = token_loss(inputs, method), inputs.loss_mask_T > 0
     [gradient_T] = torch.autograd.grad(term.loss_T[trained_T].sum(), inputs.log_probs_T)
-    expected_T = -(term.weight_T * inputs.per_token(inputs.advantages_S)).double()
+    expected_T = -(term.weight_T * inputs.advantages_T).double()
     torch.testing.assert_close(gradient_T[trained_T], expected_T[trained_T], rtol=1e-6, atol=0)
 
 
@@ -161,9 +170,12 @@ def test_no_gradient_flows_through_weights_and_ratios(method):
 @every_aggregation
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("size", [1, 12, 2**17])
-def test_slices_have_the_sum_and_the_gradient_of_the_whole(method, aggregation, corrected, size, monkeypatch):
+@with_token_advantages
+def test_slices_have_the_sum_and_the_gradient_of_the_whole(
+    method, aggregation, corrected, size, token_spread, monkeypatch
+):
     monkeypatch.setattr("megatron_vespo.algorithms.segments.CACHED_TOKENS", size)
-    inputs = batch([3, 0, 5, 2, 9, 1], spread=0.4)
+    inputs = batch([3, 0, 5, 2, 9, 1], spread=0.4, token_spread=token_spread)
     correction_T = (torch.arange(len(inputs.loss_mask_T)) % 3 * inputs.loss_mask_T).double()
     loss = bound(method).adapted([inputs], reduce=lambda values: values)
     terms: list = []
@@ -283,7 +295,8 @@ def cut(inputs: LossInputs, sequences: list[int], keeps=lambda t: True) -> LossI
     ids = inputs.sequence_ids_T.tolist()
     tokens = [(i, t) for i, s in enumerate(sequences) for t in range(len(ids)) if ids[t] == s and keeps(t)]
     new_ids_T, kept_T = torch.tensor(tokens, dtype=torch.int64).view(-1, 2).unbind(1)
-    fields = {k: v[kept_T if k.endswith("_T") else torch.tensor(sequences)] for k, v in vars(inputs).items()}
+    tensors = {k: v for k, v in vars(inputs).items() if v is not None}
+    fields = {k: v[kept_T if k.endswith("_T") else torch.tensor(sequences)] for k, v in tensors.items()}
     return LossInputs(**fields | {"sequence_ids_T": new_ids_T})
 
 
@@ -309,10 +322,13 @@ def adapted_on_ranks(method: str, parts_by_rank: list[list[LossInputs]], **optio
 @pytest.mark.long
 @some_methods
 @every_aggregation
+@with_token_advantages
 @settings(max_examples=10, deadline=None)
 @given(st.permutations(range(6)), st.sets(st.integers(1, 5)), st.lists(st.integers(0, 1), min_size=41))
-def test_cutting_into_micro_batches_and_over_ranks_changes_nothing(method, aggregation, order, cuts, ranks):
-    inputs = batch()
+def test_cutting_into_micro_batches_and_over_ranks_changes_nothing(
+    method, aggregation, token_spread, order, cuts, ranks
+):
+    inputs = batch(token_spread=token_spread)
     # of each rank, what it holds of each micro-batch
     parts_by_rank = [
         [

@@ -57,7 +57,8 @@ def tokens(spread) -> LossInputs:
     """Responses alone, without their prompts and without padding."""
     inputs = batch(LENGTHS, ADVANTAGES_S.tolist(), spread=spread, dtype=torch.float32)
     kept_T = inputs.loss_mask_T > 0
-    return LossInputs(**{k: v.detach()[kept_T] if k.endswith("_T") else v for k, v in vars(inputs).items()})
+    tensors = {k: v for k, v in vars(inputs).items() if v is not None}
+    return LossInputs(**{k: v.detach()[kept_T] if k.endswith("_T") else v for k, v in tensors.items()})
 
 
 def padded(values_T):

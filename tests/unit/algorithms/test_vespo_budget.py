@@ -25,6 +25,7 @@ from megatron_vespo.algorithms.vespo_budget import (
 PAPER = ((2.0, 3.0), (3.0, 2.0))
 both_signs = pytest.mark.parametrize(("c1", "c2"), PAPER)
 SAMPLES = 128  # of one sign in an optimizer step
+UP, DOWN = (1.0, 0.0), (0.0, 1.0)  # shares of a response's tokens with A > 0 and with A < 0
 
 
 def log_normal(sigma: float, size: int, seed: int = 0) -> np.ndarray:
@@ -203,23 +204,33 @@ def test_too_few_samples_give_no_estimate(count):
 
 def test_each_sign_has_its_own_samples():
     log_w = np.concatenate([log_normal(1.0, 64), log_normal(2.0, 64, seed=3), np.full(64, 1.0)])
-    advantages = np.repeat([0.5, -0.5, 0.0], 64).astype(np.float32)
-    kernel, expected = adapted(GammaKernel(), 0.9, log_w, advantages)
+    kernel, expected = adapted(GammaKernel(), 0.9, log_w, np.repeat([UP, DOWN, (0.0, 0.0)], 64, axis=0))
     by_hand = [expected_by_hand(log_w[:64], 2.0, 3.0), expected_by_hand(log_w[64:128], 3.0, 2.0)]
     assert expected == pytest.approx(by_hand)
     assert kernel.positive == (2.0, next_c2(2.0, 3.0, by_hand[0], 0.9)) and kernel.positive[1] < 3.0
     assert kernel.negative == (3.0, next_c2(3.0, 2.0, by_hand[1], 0.9)) and kernel.negative[1] > 2.0
 
 
+def test_a_response_counts_for_a_sign_by_the_share_of_its_tokens():
+    """As if each of 4 tokens were a sample of its own; those with A = 0 are none."""
+    draw = np.random.default_rng(5)
+    log_w, tokens = log_normal(1.0, 64), draw.choice([-1, 0, 1], (64, 4), p=[0.5, 0.2, 0.3])
+    shares = np.stack([(tokens > 0).mean(1), (tokens < 0).mean(1)], axis=1)
+    _, expected = adapted(GammaKernel(), 0.9, log_w, shares)
+    of_tokens = np.repeat(log_w, 4)[tokens.flatten() > 0], np.repeat(log_w, 4)[tokens.flatten() < 0]
+    by_hand = [expected_by_hand(of_tokens[0], 2.0, 3.0), expected_by_hand(of_tokens[1], 3.0, 2.0)]
+    assert expected == pytest.approx(by_hand)
+
+
 def adapting(sigmas: list[float], samples: int, budget: float, rollout_batches: int) -> np.ndarray:
     """c2 of both signs, [steps, 2], with `samples` responses of each sign; the sigmas of W take turns."""
     kernel, draw, used = GammaKernel(), np.random.default_rng(3), []
     estimated: deque[np.ndarray] = deque(maxlen=window(len(sigmas)) - 1)
-    advantages = np.repeat([1.0, -1.0], samples)
+    shares = np.repeat([UP, DOWN], samples, axis=0)
     for sigma in sigmas * rollout_batches:
         used.append([kernel.positive[1], kernel.negative[1]])
         log_w = draw.normal(-(sigma**2) / 2, sigma, 2 * samples)
-        kernel, expected = adapted(kernel, budget, log_w, advantages, estimated)
+        kernel, expected = adapted(kernel, budget, log_w, shares, estimated)
         estimated.append(~np.isnan(expected))
     return np.array(used)
 
@@ -245,7 +256,7 @@ def test_the_window_is_whole_rollout_batches(mini_batches, steps):
 
 def test_a_missing_sign_keeps_its_c2():
     log_w = log_normal(1.0, 64)
-    kernel, expected = adapted(GammaKernel(), 1.1, log_w, np.ones(64, np.float32))
+    kernel, expected = adapted(GammaKernel(), 1.1, log_w, np.tile(UP, (64, 1)))
     assert kernel.negative == (3.0, 2.0) and math.isnan(expected[1])
     assert kernel.positive[1] != 3.0
 

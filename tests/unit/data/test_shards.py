@@ -128,6 +128,7 @@ def test_every_field_of_a_sample_arrives():
     batch = samples(np.array([5, 9, 4]), np.random.default_rng(0), routes=True)
     batch[1].old_log_probs = np.float32([-0.5, -1.5])
     batch[1] = with_hole(dataclasses.replace(batch[1], prompt_length=2))
+    batch[1].token_advantages = np.float32([0.25, -1.0, 0.5, 0.0])  # the other sample has none
     assert batch[1].num_trained < batch[1].completion_length
     arrived = received(Shard.of(batch, [2, 1]))
     assert sorted(arrived) == [1, 2]
@@ -142,13 +143,13 @@ def test_every_rank_knows_a_few_numbers_of_all_samples():
     batch = samples(np.array([5, 9, 4, 7]), np.random.default_rng(1))
     outline = MiniBatchOutline.of(batch, rule((2, 1, 1, 1, False)))
     for known, sample in zip(outline.samples, batch, strict=True):
-        for name in ("num_tokens", "prompt_length", "completion_length", "advantage", "group_id", "segments"):
+        for name in ("num_tokens", "prompt_length", "completion_length", "group_id", "segments"):
             assert getattr(known, name) == getattr(sample, name)
         assert known.num_trained == sample.num_trained
         assert known.sampled_mask().tolist() == sample.sampled_mask().tolist()
         assert known.policy_versions == sample.policy_versions
-    expected = np.array([sample.advantage for sample in batch], np.float32)
-    np.testing.assert_array_equal(outline.advantages, expected, strict=True)
+    expected = np.array([[sample.advantage > 0, sample.advantage < 0] for sample in batch], np.float64)
+    np.testing.assert_array_equal(outline.sign_shares, expected, strict=True)
 
 
 @pytest.mark.parametrize(
