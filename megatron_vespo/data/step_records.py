@@ -11,6 +11,7 @@ prompt tokens and N sampled tokens; U distinct tokens in the file:
     pi float32 [sum N]    log pi of every sampled token in the training pass of this step
     pi_old float32 [sum N]                 log pi_old; absent if it was not computed
     expert_differences uint8 [sum N]       see `StepRecord`; absent if no routes were imposed
+    advantages_per_token float32 [sum N]   A of every sampled token; absent if it is the response's
     step, mini_batch int64                 0-dimensional
     piece_ids int32 [U], piece_lengths int32 [U], piece_bytes uint8   the text of every token, end to end
     settings uint8        JSON in UTF-8: what the weight of a response was computed with
@@ -37,8 +38,11 @@ from megatron_vespo.system.disk import replacing
 from megatron_vespo.types import Completion, Prompt
 
 FOLDER_NAME = "responses"  # in the run's output folder
-# the advantage, then fields of StepResult
+# the advantage, the mean over the tokens where they have their own; then fields of StepResult
 COLUMNS = ("advantages", "log_w", "weight", "correction", "rejected", "log_mismatch_in_w", "log_mismatch")
+OPTIONAL_PER_TOKEN = {
+    "pi_old": np.float32, "expert_differences": np.uint8, "advantages_per_token": np.float32,
+}  # fmt: skip
 SOURCE_COLUMNS = ("data_source", "source")  # of a prompt file: where the row is from
 _NAME = re.compile(r"step-(\d{6,12})\.npz")
 
@@ -66,6 +70,7 @@ class StepRecord:
     # uint8 [sum N]: in the pass that predicted the token, summed over layers, how many of the experts that
     # were imposed (R3: the engine's, R2: pi_old's) the router would not have chosen; 255 stands for more
     expert_differences: np.ndarray | None = None
+    advantages_per_token: np.ndarray | None = None  # float32 [sum N]; None: A is the response's
     settings: Mapping[str, Any] = field(default_factory=dict)
     pieces: Mapping[int, bytes] = field(default_factory=dict)  # token -> its bytes; empty without a tokenizer
 
@@ -146,10 +151,9 @@ def _arrays(record: StepRecord) -> dict[str, np.ndarray]:
         "piece_bytes": np.frombuffer(b"".join(record.pieces.values()), np.uint8),
         "settings": _json(dict(record.settings)),
     }
-    if record.pi_old is not None:
-        arrays["pi_old"] = np.asarray(record.pi_old, np.float32)
-    if record.expert_differences is not None:
-        arrays["expert_differences"] = np.asarray(record.expert_differences, np.uint8)
+    for name, dtype in OPTIONAL_PER_TOKEN.items():
+        if (values := getattr(record, name)) is not None:
+            arrays[name] = np.asarray(values, dtype)
     return arrays
 
 
@@ -165,8 +169,7 @@ def _record(arrays: Mapping[str, np.ndarray]) -> StepRecord:
         group_ids=arrays["group_ids"],
         **{name: arrays[name] for name in COLUMNS},
         pi=arrays["pi"],
-        pi_old=arrays.get("pi_old"),
-        expert_differences=arrays.get("expert_differences"),
+        **{name: arrays.get(name) for name in OPTIONAL_PER_TOKEN},
         settings=json.loads(arrays["settings"].tobytes()),
         pieces={
             token_id: piece.tobytes()
@@ -175,7 +178,7 @@ def _record(arrays: Mapping[str, np.ndarray]) -> StepRecord:
     )
     for name in (*COLUMNS, "group_ids"):
         _check_length(name, arrays[name], len(completions))
-    for name in ("pi", "pi_old", "expert_differences"):
+    for name in ("pi", *OPTIONAL_PER_TOKEN):
         if name in arrays:
             _check_length(name, arrays[name], int(record.num_sampled.sum()))
     return record

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vespo.algorithms.diagnostics import floor_metrics
 from megatron_vespo.cluster.trainer_group import TrainerGroup
+from megatron_vespo.data.sample_advantages import mean_advantage, token_advantage_metrics
 from megatron_vespo.data.token_values import TOKENS
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import pi_old_is_in_place, step_metrics
@@ -97,9 +98,10 @@ class PolicyLearner:
             self.state.iteration += 1
             sums.update(after_step(slice(index * size, (index + 1) * size), steps[-1]))
             steps[-1].pop(TOKENS, None)  # large, and for observers alone
-        sample_advantages = np.array([sample.advantage for sample in samples], np.float32)
+        sample_advantages = np.array([mean_advantage(sample) for sample in samples], np.float32)
         lengths = np.array([sample.num_trained for sample in samples])
         metrics = step_metrics(steps, sample_advantages, lengths, floor) | dict(sums)
+        metrics |= token_advantage_metrics(samples)
         if pi_old_is_in_place(self.ratio_denominator, self.old_policy, mini_batches[0], version):
             metrics["check/unchanged_log_w_abs_max"] = float(np.abs(steps[0]["log_w"]).max())
         on_policy = all(sample.policy_versions.are_all(version) for sample in samples)

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.set_aside import set_aside
+from megatron_vespo.data.sample_advantages import advantages_per_token, mean_advantage
 from megatron_vespo.data.step_records import (
     COLUMNS,
     FOLDER_NAME,
@@ -47,6 +48,7 @@ class _Job:
     completions: list[Completion]
     group_ids: np.ndarray
     columns: dict[str, np.ndarray]
+    advantages_per_token: np.ndarray | None
     tokens: list[Any]
     settings: dict[str, Any]
 
@@ -132,6 +134,7 @@ class ResponseRecorder:
             pi=tokens.pi,
             pi_old=tokens.pi_old,
             expert_differences=tokens.expert_differences,
+            advantages_per_token=job.advantages_per_token,
             settings=job.settings,
             pieces=pieces,
         )
@@ -187,17 +190,20 @@ def recorded_settings(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _job(step: TrainedStep, settings: Mapping[str, Any]) -> _Job:
-    result = step.result
+    result, per_token = step.result, advantages_per_token(step.samples)
     return _Job(
         step=step.step,
         completions=[replace(one, routed_experts=None) for one in step.completions],
         group_ids=np.array([sample.group_id for sample in step.samples], np.int64),
         columns={
-            "advantages": np.array([sample.advantage for sample in step.samples], np.float32),
+            "advantages": np.array([mean_advantage(sample) for sample in step.samples], np.float32),
             **{name: result[name] for name in COLUMNS[1:]},
         },
+        advantages_per_token=per_token,
         tokens=result[TOKENS],
-        settings=dict(settings) | _of_this_step(settings, result),
+        settings=dict(settings)
+        | _of_this_step(settings, result)
+        | {"has_advantages_per_token": per_token is not None},
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.data.response_records import response_records
+from megatron_vespo.data.sample_advantages import mean_advantage
 from megatron_vespo.driver.trained_step import TrainedStep
 from megatron_vespo.observability.metrics import dump_json
 from megatron_vespo.system.disk import write_atomically
@@ -93,7 +94,7 @@ def _row(step: TrainedStep, index: int, why: str) -> dict[str, Any]:
         "prompt_id": prompt.prompt_id,
         "prompt": prompt.text,
         "answer": prompt.answer,
-        "advantage": float(sample.advantage),
+        "advantage": mean_advantage(sample),
         "log_w": float(step.result["log_w"][index]),
         "weight": float(step.result["weight"][index]),
     }

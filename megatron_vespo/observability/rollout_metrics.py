@@ -113,9 +113,11 @@ def step_metrics(
     lengths: np.ndarray,
     floor: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Metrics of the optimizer steps of one rollout batch. `sample_advantages` and `lengths` (response
-    tokens) are [num_samples], in the order of the mini-batches. Each step has the fields of StepResult and
-    its policy lag. `floor` is the last one measured, see `floor_metrics`; its metrics are added.
+    """Metrics of the optimizer steps of one rollout batch.
+
+    `sample_advantages` (means over a response's tokens) and `lengths` (response tokens) are [num_samples], in
+    the order of the mini-batches. Each step has the fields of StepResult and its policy lag. `floor` is the
+    last one measured, see `floor_metrics`; its metrics are added.
     """
 
     def joined(name: str) -> np.ndarray:

@@ -46,7 +46,7 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
     """Of transformers, token by token; a third of the samples has given tokens."""
     assert any(sample.num_trained < sample.completion_length for sample in task.samples)
     worst = np.zeros(2)
-    assert len(naive_steps) == 18 + 4
+    assert len(naive_steps) == 18 + 15 + 4
     for result in result_of(layout):
         np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
         for case in set(result) & set(naive_steps) - {"log_w"}:
@@ -61,7 +61,12 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
 def test_losses_do_not_depend_on_the_layout(one_rank, result_of, layout):
     worst = np.zeros(3)
     for result in result_of(layout):
-        for case, values in one_rank.items():
+        missing = {case.split()[0] for case in set(one_rank) - set(result)}
+        assert len(missing) in {0, 15 - 4} and all(
+            "A per token" in case for case in set(one_rank) - set(result)
+        )
+        for case in set(one_rank) & set(result):
+            values = one_rank[case]
             if case == "log_w":
                 np.testing.assert_allclose(result[case], values, rtol=0, atol=1e-5)
                 continue
@@ -88,12 +93,23 @@ def test_what_losses_have_chosen_is_known(one_rank):
     assert not any(values[1:].any() for values in chosen.values())
 
 
+def test_token_advantages_of_zero_are_bit_identical_to_none(one_rank, result_of):
+    for layout in ("one rank", "cp2"):
+        for result in result_of(layout):
+            zeros = [case for case in result if case.endswith("A per token of 0")]
+            assert len(zeros) == 4
+            for case in zeros:
+                name = case.split()[0]
+                aggregation = "sequence-mean-token-mean" if name == "gspo" else "token-mean"
+                np.testing.assert_array_equal(result[case], result[f"{name} {aggregation}"], err_msg=case)
+
+
 def test_the_losses_differ(one_rank):
     """Else one would have been run under many names."""
     norms = {
         case: values[1]
         for case, values in one_rank.items()
-        if not case.endswith(("weight", "chosen", "log_w"))
+        if not case.endswith(("weight", "chosen", "log_w", "of 0"))
     }
     ordered = sorted(norms.values())
-    assert len(norms) == 18 + 1 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
+    assert len(norms) == 18 + 15 + 1 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -218,8 +218,8 @@ MUTATIONS = [
     Mutation(
         "mismatch: OPSM masks responses better than average",
         "algorithms/corrections.py",
-        "torch.where(inputs.advantages_S < 0, kl_S,",
-        "torch.where(inputs.advantages_S > 0, kl_S,",
+        "torch.where(advantages_S < 0, kl_S,",
+        "torch.where(advantages_S > 0, kl_S,",
         ("tests/unit/algorithms/test_corrections.py", "opsm"),
     ),
     Mutation(
@@ -242,6 +242,20 @@ MUTATIONS = [
         "len(inputs.advantages_S), self.group)",
         "len(inputs.advantages_S), None)",
         (MISMATCH, "depend and cp2"),
+    ),
+    Mutation(
+        "advantages per token: phi goes by the sign of the response's",
+        "algorithms/losses/inputs.py",
+        "[self.advantages_T.sign().long()",
+        "[self.per_token(self.advantages_S).sign().long()",
+        ("tests/unit/algorithms/test_token_advantages.py", "sign"),
+    ),
+    Mutation(
+        "advantages per token: they do not reach the loss",
+        "trainer/step.py",
+        "token_advantages_T=micro_batch.token_advantages_T,",
+        "token_advantages_T=None,",
+        ("tests/distributed/test_policy_losses.py", "naive and cp2"),
     ),
     Mutation(
         "old policy: a token gets the newest version's log-prob",

@@ -41,6 +41,7 @@ class StepShape:
     turns: bool = True  # every third response is a conversation with a tool
     with_old: bool = True
     with_experts: bool = False
+    with_advantages: bool = False  # per token
 
 
 def random_step(step: int, shape: StepShape | None = None, seed: int = 0) -> StepRecord:
@@ -77,7 +78,8 @@ def random_step(step: int, shape: StepShape | None = None, seed: int = 0) -> Ste
         pi=pi,
         pi_old=pi_old if shape.with_old else None,
         expert_differences=draw.poisson(0.3, len(mu)).astype(np.uint8) if shape.with_experts else None,
-        settings=SETTINGS,
+        advantages_per_token=_per_token(draw, advantages, lengths) if shape.with_advantages else None,
+        settings=SETTINGS | {"has_advantages_per_token": shape.with_advantages},
         pieces=PIECES,
     )
 
@@ -110,6 +112,10 @@ def phi(log_w: np.ndarray, advantages: np.ndarray) -> np.ndarray:
     c1 = np.where(positive, SETTINGS["vespo_positive"][0], SETTINGS["vespo_negative"][0])
     c2 = np.where(positive, SETTINGS["vespo_positive"][1], SETTINGS["vespo_negative"][1])
     return np.exp(c1 * log_w + c2 * (1.0 - np.exp(log_w.astype(np.float64)))).astype(np.float32)
+
+
+def _per_token(draw: np.random.Generator, advantages: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return (np.repeat(advantages, lengths) + draw.normal(0.0, 0.5, lengths.sum())).astype(np.float32)
 
 
 def _prompt(draw: np.random.Generator, number: int) -> Prompt:

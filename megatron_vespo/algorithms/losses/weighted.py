@@ -35,9 +35,9 @@ def weighted_response(inputs: LossInputs, weight: Callable[[Tensor], Tensor]) ->
 def vespo(inputs: LossInputs, kernel: GammaKernel) -> TokenLoss:
     """- phi(W) A log pi, phi = W^c1 exp(c2 (1 - W)) (VESPO, arXiv 2602.10693).
 
-    With advantages per token, W is still the response's. Its exponents go by the sign of the token's own A:
-    they differ because a token that is pushed down must stop sooner, or later, than one that is pushed up.
-    The response's mean A does not say which happens to the token.
+    With advantages per token, W is still the response's, and c1 and c2 go by the sign of the token's own A.
+    The two pairs differ because phi must fall faster for large W where a token is pushed up, and for small W
+    where it is pushed down. Which of them happens to a token, the mean A of its response does not say.
     """
     return weighted_response(inputs, partial(kernel.phi, inputs.log_w_S))
 

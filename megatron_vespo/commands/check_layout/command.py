@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=user_path, metavar="FILE",
         help="samples, JSONL: token_ids, prompt_length, advantage, and if wished behavior_log_probs, "
-        "temperature, reward, group_id, segments; without it random ones")  # fmt: skip
+        "token_advantages, temperature, reward, group_id, segments; without it random ones")  # fmt: skip
     add("--samples", type=int, default=32, help="number of random samples; default 32")
     add("--max-prompt-tokens", type=int, default=24, help="of random samples; default 24")
     add("--max-completion-tokens", type=int, default=40, help="of random samples; default 40")

@@ -15,16 +15,18 @@ from megatron_vespo.data.jsonl import jsonl_rows, kind
 from megatron_vespo.types import WRITERS, Segments, TrainingSample, VersionSpans
 
 REQUIRED_KEYS = ("token_ids", "prompt_length", "advantage")
-OPTIONAL_KEYS = ("behavior_log_probs", "temperature", "reward", "group_id", "segments")
-GIVEN_EVERY = 3  # one of so many random samples has given tokens
+PER_TOKEN_KEYS = ("behavior_log_probs", "token_advantages")  # a number for each sampled token
+OPTIONAL_KEYS = (*PER_TOKEN_KEYS, "temperature", "reward", "group_id", "segments")
+GIVEN_EVERY = 3  # one of so many random samples has given tokens, and one has advantages per token
 
 
 def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
     """Samples of a JSONL file, one object per line.
 
     Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`. Optional keys and defaults:
-    `behavior_log_probs` (one per sampled token), `temperature` (1), `reward` (0), `group_id` (0),
-    `segments` (who wrote the tokens after the prompt, pairs of writer and number of tokens; the policy).
+    `behavior_log_probs` (one per sampled token), `token_advantages` (one per sampled token, added to the
+    advantage; 0), `temperature` (1), `reward` (0), `group_id` (0), `segments` (who wrote the tokens after the
+    prompt, pairs of writer and number of tokens; the policy).
     Without `behavior_log_probs` a sample has NaN there, see `with_noisy_behavior`.
 
     Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 2, "advantage": -0.25,
@@ -47,7 +49,8 @@ def random_samples(
     """Samples of random tokens, random lengths and advantages of both signs; behavior log-probs are NaN.
 
     Advantages have the mean 0.5, so that the terms of a loss do not cancel and losses can be compared. One
-    of GIVEN_EVERY samples has given tokens between sampled ones, if it has room for them.
+    of GIVEN_EVERY samples has given tokens between sampled ones, if it has room for them, and the next one
+    has advantages per token.
     """
     draw = np.random.default_rng(seed)
     samples = []
@@ -61,7 +64,10 @@ def random_samples(
             start, end = sorted(draw.choice(np.arange(1, completion), 2, replace=False).tolist())
             turns = (start, end - start, completion - end)
             segments = Segments(("policy", "environment", "policy"), turns)
-        samples.append(_make(token_ids, prompt, segments, advantage=advantage, group_id=i))
+        fields: dict[str, Any] = {"advantage": advantage, "group_id": i}
+        if i % GIVEN_EVERY == 1:
+            fields["token_advantages"] = draw.normal(0.0, 0.5, completion).astype(np.float32)
+        samples.append(_make(token_ids, prompt, segments, **fields))
     return samples
 
 
@@ -131,9 +137,8 @@ def _sample(row: dict, where: str, vocab_size: int) -> TrainingSample:
         fields["group_id"] = row["group_id"]
     completion = len(token_ids) - prompt_length
     segments = _segments(row["segments"], completion, where) if "segments" in row else None
-    if "behavior_log_probs" in row:
-        sampled = completion if segments is None else segments.num_sampled
-        fields["behavior_log_probs"] = _log_probs(row["behavior_log_probs"], sampled, where)
+    sampled = completion if segments is None else segments.num_sampled
+    fields |= {key: _per_token(row[key], key, sampled, where) for key in PER_TOKEN_KEYS if key in row}
     return _make(np.array(token_ids, np.int64), prompt_length, segments, **fields)
 
 
@@ -160,14 +165,13 @@ def _segments(value: Any, length: int, where: str) -> Segments:
     return segments
 
 
-def _log_probs(values: Any, length: int, where: str) -> np.ndarray:
+def _per_token(values: Any, key: str, length: int, where: str) -> np.ndarray:
     if not isinstance(values, list) or len(values) != length:
         found = f"a list of {len(values)}" if isinstance(values, list) else kind(values)
         raise ValueError(
-            f"{where}: behavior_log_probs must be a list of {length} numbers, one per sampled token, it is "
-            f"{found}"
+            f"{where}: {key} must be a list of {length} numbers, one per sampled token, it is {found}"
         )
-    return np.array([_number(value, "behavior_log_probs", where) for value in values], np.float32)
+    return np.array([_number(value, key, where) for value in values], np.float32)
 
 
 def _number(value: Any, key: str, where: str) -> float:

@@ -83,7 +83,8 @@ def distributions(responses: Responses) -> dict[str, Any]:
 def what_if(responses: Responses, kernel: Kernel, mini_batches: int | None = None) -> dict[str, Any]:
     """Return the distributions as they would be with `kernel`, of the first `mini_batches` if given.
 
-    The weight is phi(W) times the recorded weight of --mismatch-correction.
+    The weight is phi(W) times the recorded weight of --mismatch-correction. Of a response whose tokens have
+    their own advantages the record of a response has the mean alone, and phi goes by the mean's sign.
     """
     chosen = responses if mini_batches is None else responses.first_mini_batches(mini_batches)
     return _described(chosen, weights_under(chosen, kernel), kernel) | {
@@ -100,8 +101,9 @@ def weights_under(responses: Responses, kernel: Kernel) -> np.ndarray:
 
 
 def _agreement(responses: Responses, kernel: Kernel) -> float | None:
-    """Largest difference between recorded and recomputed weights; None if the loss has no phi."""
-    if not kernel.loss.startswith("vespo") or not len(responses.rows):
+    """Largest difference between recorded and recomputed weights; None if a response has no one phi."""
+    per_token = responses.settings.get("has_advantages_per_token", False)
+    if per_token or not kernel.loss.startswith("vespo") or not len(responses.rows):
         return None
     difference = np.abs(weights_under(responses, kernel) - responses.rows["weight"])
     return _number(np.nanmax(difference)) if np.isfinite(difference).any() else None

@@ -89,7 +89,8 @@ def response_detail(record: StepRecord, index: int) -> dict[str, Any]:
         "staleness_per_token": _list(ratios.staleness),
         "mismatch_per_token": _list(ratios.mismatch),
         "expert_differences": None if differences is None else differences[sampled].tolist(),
-        "running": _running(ratios, record, index, log_w),
+        "advantages_per_token": _list(_token_advantages(record, sampled)),
+        "running": _running(ratios, record, index, log_w, _token_advantages(record, sampled)),
     }
 
 
@@ -131,8 +132,17 @@ def _numbers(record: StepRecord, index: int, completion: Completion) -> dict[str
     }
 
 
-def _running(ratios: Ratios, record: StepRecord, index: int, log_w: float) -> dict[str, Any]:
-    """Return log W and phi(W) after each token, phi's landmarks, and each token's share of log W."""
+def _token_advantages(record: StepRecord, sampled: slice) -> np.ndarray | None:
+    return None if record.advantages_per_token is None else record.advantages_per_token[sampled]
+
+
+def _running(
+    ratios: Ratios, record: StepRecord, index: int, log_w: float, token_advantages: np.ndarray | None
+) -> dict[str, Any]:
+    """Return log W and phi(W) after each token, phi's landmarks, and each token's share of log W.
+
+    The landmarks are those of the response's A. phi of a token is by its own A, if it has one.
+    """
     advantage = float(record.advantages[index])
     kernel = Kernel.of(record.settings)
     c1, c2 = kernel.constants(advantage)
@@ -142,7 +152,9 @@ def _running(ratios: Ratios, record: StepRecord, index: int, log_w: float) -> di
     except ValueError as unknown:
         return common | {"log_w": None, "phi": None, "own": None, "why_not": str(unknown), "difference": None}
     argument = kernel.scaled(running, np.arange(1, len(running) + 1))
-    phi = kernel.phi(argument, np.full(len(running), advantage))
+    phi = kernel.phi(
+        argument, np.full(len(running), advantage) if token_advantages is None else token_advantages
+    )
     end = float(running[-1]) if len(running) else 0.0
     return common | {
         "log_w": _list(running),

@@ -11,6 +11,7 @@ from megatron_vespo.types import TrainingSample
 from tests.support.random_task import token_noise
 
 GROUP_SIZE = 8
+PER_TOKEN, ZEROS = "A per token", "A per token of 0"  # in the names of results
 PAIR_GAP = 0.2  # of responses of at most 30 tokens
 TOKEN_NOISE = 0.1  # of pi against pi_old: some tokens are clipped, some responses have a W far from 1
 # of the losses that adapt; parts of the step would choose otherwise than the whole of it: of 24 samples the
@@ -35,21 +36,41 @@ def old_noise(samples: list[TrainingSample]) -> list[np.ndarray]:
     return [token_noise(draw, TOKEN_NOISE, sample) for sample in samples]
 
 
+def token_cases() -> list[str]:
+    """Losses that run with advantages per token at every layout; on one rank all do."""
+    return ["vespo", "vespo-mean", "grpo", "gspo"]
+
+
+def token_advantages(samples: list[TrainingSample]) -> list[np.ndarray | None]:
+    """Of both signs in most responses, float32 [N] per sample; one of four samples has none."""
+    draw = np.random.default_rng(5)
+    drawn = [draw.normal(0.0, 0.8, sample.num_trained).astype(np.float32) for sample in samples]
+    return [None if i % 4 == 1 else values for i, values in enumerate(drawn)]
+
+
 def pair_draws(samples: list[TrainingSample]) -> tuple[np.ndarray, np.ndarray]:
     """Rewards and lengths of the groups, [G, n], from which equal-length-pairs makes advantages."""
     rewards = np.random.default_rng(4).integers(0, 2, (len(samples) // GROUP_SIZE, GROUP_SIZE)).astype(float)
     return rewards, np.array([sample.num_trained for sample in samples]).reshape(rewards.shape)
 
 
+def numbers(step) -> np.ndarray:
+    return np.array([step.loss, step.grad_norm, step.loss_terms])
+
+
 def main() -> None:
     policy, samples = start_policy("--lr", "0")
+    import torch.distributed as dist
+
     from megatron_vespo.algorithms.advantages import advantages
+    from megatron_vespo.algorithms.losses.table import METHODS
 
     log_probs, noise = policy.log_probs(samples), old_noise(samples)
     for i, sample in enumerate(samples):
         sample.old_log_probs = (log_probs[i] + noise[i]).astype(np.float32)
     results = {}
-    for name, aggregation in cases():
+
+    def step_of(name: str, aggregation: str | None, trained: list[TrainingSample]):
         policy.use_loss(
             replace(
                 policy.settings,
@@ -59,11 +80,22 @@ def main() -> None:
                 clip_range=CLIP_RANGES.get(name),
             )
         )
-        step = policy.train_step(policy.pack(samples))
-        results[f"{name} {aggregation}"] = np.array([step.loss, step.grad_norm, step.loss_terms])
+        return policy.train_step(policy.pack(trained))
+
+    for name, aggregation in cases():
+        step = step_of(name, aggregation, samples)
+        results[f"{name} {aggregation}"] = numbers(step)
         results[f"{name} {aggregation} weight"] = step.weight
         results["log_w"] = step.log_w
         results[f"{name} {aggregation} chosen"] = np.array([step.zero_weight_share, *step.clip_bounds])
+    own = [replace(s, token_advantages=a) for s, a in zip(samples, token_advantages(samples), strict=True)]
+    zeros = [replace(s, token_advantages=np.zeros(s.num_trained, np.float32)) for s in samples]
+    for name in METHODS if dist.get_world_size() == 1 else token_cases():
+        step = step_of(name, None, own)
+        results[f"{name} {PER_TOKEN}"] = numbers(step)
+        results[f"{name} {PER_TOKEN} weight"] = step.weight
+    for name in token_cases():
+        results[f"{name} {ZEROS}"] = numbers(step_of(name, None, zeros))
     policy.use_loss(
         replace(policy.settings, policy_loss="grpo", loss_aggregation=None, loss_target=None, clip_range=None)
     )
@@ -72,7 +104,7 @@ def main() -> None:
     for sample, advantage in zip(samples, given, strict=True):
         sample.advantage = advantage
     step = policy.train_step(policy.pack(samples))
-    results["pairs"] = np.array([step.loss, step.grad_norm, step.loss_terms])
+    results["pairs"] = numbers(step)
     hand_back(**results)
 
 

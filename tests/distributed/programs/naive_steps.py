@@ -13,10 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FLAGS, hand_back, read_samples
-from losses import CLIP_RANGES, PAIR_GAP, TARGETS, cases, old_noise, pair_draws
+from losses import (
+    CLIP_RANGES,
+    PAIR_GAP,
+    PER_TOKEN,
+    TARGETS,
+    cases,
+    old_noise,
+    pair_draws,
+    token_advantages,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.types import TrainingSample
 from tests.support.naive_losses import naive_pairs, naive_terms, naive_total, phi, score
@@ -44,6 +54,11 @@ def log_probs(model: torch.nn.Module, sample: TrainingSample) -> list[Tensor]:
     tokens = torch.from_numpy(sample.token_ids).long()
     logits = model(tokens[None]).logits[0].double() / sample.temperature
     return [logits[place - 1].log_softmax(-1)[tokens[place]] for place in places_sampled(sample)]
+
+
+def terms_of(name: str, responses: list[tuple]) -> list[list[Tensor]]:
+    thresholds = {"thresholds": CLIP_RANGES[name]} if name in CLIP_RANGES else {}
+    return naive_terms(name, responses, KERNEL, TARGETS.get(name), **thresholds)
 
 
 class Reference:
@@ -78,9 +93,14 @@ class Reference:
         responses = list(zip(self.pi, old, advantages, strict=True))
         steps = {}
         for name, aggregation in cases():
-            thresholds = {"thresholds": CLIP_RANGES[name]} if name in CLIP_RANGES else {}
-            terms = naive_terms(name, responses, KERNEL, TARGETS.get(name), **thresholds)
-            steps[f"{name} {aggregation}"] = self.of(terms, aggregation)
+            steps[f"{name} {aggregation}"] = self.of(terms_of(name, responses), aggregation)
+        own = [
+            (pi, of_old, a if more is None else [x + y for x, y in zip(a, more.tolist(), strict=True)])
+            for (pi, of_old, a), more in zip(responses, token_advantages(self.samples), strict=True)
+        ]
+        assert sum(min(a) < 0 < max(a) for _, _, a in own) > len(own) / 4, "signs within a response"
+        for name, method in METHODS.items():
+            steps[f"{name} {PER_TOKEN}"] = self.of(terms_of(name, own), method.aggregation)
         pairs = [
             a
             for rewards, lengths in zip(*(draws.tolist() for draws in pair_draws(self.samples)), strict=True)

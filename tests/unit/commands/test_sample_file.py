@@ -25,7 +25,13 @@ def write(tmp_path):
 
 
 def test_a_line_becomes_a_sample(write):
-    full = {"behavior_log_probs": [-1, -0.5], "temperature": 0.7, "reward": 1.0, "group_id": 4}
+    full = {
+        "behavior_log_probs": [-1, -0.5],
+        "token_advantages": [0.5, -2],
+        "temperature": 0.7,
+        "reward": 1.0,
+        "group_id": 4,
+    }
     first, second = read_samples(write(ROW, "", ROW | full), VOCAB_SIZE)
 
     np.testing.assert_array_equal(first.token_ids, [5, 9, 2, 11, 19])
@@ -33,10 +39,11 @@ def test_a_line_becomes_a_sample(write):
     assert (first.prompt_length, first.completion_length, first.advantage) == (3, 2, -0.25)
     assert (first.temperature, first.reward, first.group_id) == (1.0, 0.0, 0)
     assert np.isnan(first.behavior_log_probs).all() and first.behavior_log_probs.shape == (2,)
-    assert first.policy_versions == VersionSpans((0,), (2,))
+    assert first.policy_versions == VersionSpans((0,), (2,)) and first.token_advantages is None
 
     np.testing.assert_array_equal(second.behavior_log_probs, np.array([-1.0, -0.5], np.float32))
     assert second.behavior_log_probs.dtype == np.float32
+    np.testing.assert_array_equal(second.token_advantages, np.array([0.5, -2.0], np.float32), strict=True)
     assert (second.temperature, second.reward, second.group_id) == (0.7, 1.0, 4)
 
 
@@ -49,7 +56,7 @@ def test_a_line_becomes_a_sample(write):
         (ROW | {"behaviour_log_probs": [-1, -1]},
          "no key 'behaviour_log_probs' is known; did you mean 'behavior_log_probs'?"),
         (ROW | {"zzz": 1}, "no key 'zzz' is known; known are token_ids, prompt_length, advantage, "
-                           "behavior_log_probs, temperature, reward, group_id, segments"),
+                           "behavior_log_probs, token_advantages, temperature, reward, group_id, segments"),
         (ROW | {"token_ids": [5, 20]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, -1]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, 1.0]}, "token_ids must be a list of integers from 0 to 19"),
@@ -65,6 +72,9 @@ def test_a_line_becomes_a_sample(write):
         (ROW | {"group_id": 1.5}, "group_id must be an integer, it is the number 1.5"),
         (ROW | {"behavior_log_probs": [-1]},
          "behavior_log_probs must be a list of 2 numbers, one per sampled token, it is a list of 1"),
+        (ROW | {"token_advantages": [1, 2, 3]},
+         "token_advantages must be a list of 2 numbers, one per sampled token, it is a list of 3"),
+        (ROW | {"token_advantages": [1, None]}, "token_advantages must be a finite number, here is null"),
         (ROW | {"behavior_log_probs": None},
          "behavior_log_probs must be a list of 2 numbers, one per sampled token, it is null"),
         (ROW | {"behavior_log_probs": [-1, "x"]},

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_vespo.data.step_records import (
     COLUMNS,
+    OPTIONAL_PER_TOKEN,
     StepRecord,
     read_step,
     record_path,
@@ -24,7 +25,7 @@ from tests.support.step_records import PIECES, StepShape, random_step, write_ste
 
 
 def same(one: StepRecord, other: StepRecord) -> None:
-    for name in (*COLUMNS, "group_ids", "pi", "pi_old", "expert_differences"):
+    for name in (*COLUMNS, "group_ids", "pi", *OPTIONAL_PER_TOKEN):
         ours, theirs = getattr(one, name), getattr(other, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
@@ -42,8 +43,11 @@ def same(one: StepRecord, other: StepRecord) -> None:
 
 @pytest.mark.parametrize("with_old", [True, False])
 @pytest.mark.parametrize("with_experts", [True, False])
-def test_a_record_comes_back(tmp_path, with_old, with_experts):
-    record = random_step(12, StepShape(with_old=with_old, with_experts=with_experts))
+@pytest.mark.parametrize("with_advantages", [True, False])
+def test_a_record_comes_back(tmp_path, with_old, with_experts, with_advantages):
+    shape = StepShape(with_old=with_old, with_experts=with_experts, with_advantages=with_advantages)
+    record = random_step(12, shape)
+    assert (record.advantages_per_token is not None) == with_advantages
     path = record_path(tmp_path, 12)
     size = write_step(path, record)
     assert size == path.stat().st_size

@@ -74,6 +74,19 @@ def test_a_step_is_written_with_its_own_numbers(tmp_path, recorder, told):
     assert all(one.routed_experts is None for one in record.completions)
 
 
+def test_advantages_per_token_and_their_mean(tmp_path, recorder):
+    step = trained(1)
+    step.samples[0].token_advantages = np.array([1.0, -0.25], np.float32)
+    recorder(step)
+    recorder(trained(2))
+    recorder.close()
+    first, second = (read_step(record_path(tmp_path, number)) for number in (1, 2))
+    np.testing.assert_array_equal(first.advantages_per_token, np.float32([0.5, -0.75, 0.5, 0.5, 0.5]))
+    np.testing.assert_array_equal(first.advantages, [-0.125, 0.5])
+    assert first.settings["has_advantages_per_token"]
+    assert second.advantages_per_token is None and not second.settings["has_advantages_per_token"]
+
+
 def test_values_of_pi_old_and_experts(tmp_path, recorder):
     places = np.arange(5)
     first = TokenValues(places, -places.astype(np.float32), -2 * places.astype(np.float32), None, None)

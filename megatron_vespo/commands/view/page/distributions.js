@@ -131,7 +131,7 @@ class View {
     this.table.replaceChildren(...(recorded.responses ? [partsTable(recorded, other, this.metric())] : []));
     this.landmarks.replaceChildren(...[["positive", 1], ["negative", -1]].map(([name, sign]) => {
       const { c1, c2, ...thresholds } = (other ?? recorded).kernel[name];
-      return el("p", {}, landmarkText({ c1, c2, thresholds }, sign));
+      return el("p", {}, landmarkText({ running: { c1, c2, thresholds }, advantage: sign }));
     }));
     this.logW.replaceChildren();
     this.weights.replaceChildren();
@@ -170,6 +170,7 @@ function statusText({ responses, unknown, settings, agreement, index }) {
   if (unknown) parts.push(`${number(unknown)} more have no finite log W`);
   if (settings.policy_loss) parts.push(`loss ${settings.policy_loss}, W of ${settings.ratio_denominator}`);
   if (settings.policy_loss && !settings.policy_loss.startsWith("vespo")) parts.push("its weight is no φ: what if shows the φ that VESPO would have used");
+  if (settings.has_advantages_per_token) parts.push("tokens have their own A: a response is listed by the sign of its mean A, and with other constants φ goes by that sign");
   if (agreement !== null && agreement > 1e-3) parts.push(`recorded and recomputed φ differ by up to ${number(agreement)}: the constants changed in these steps`);
   return parts.join(" · ");
 }

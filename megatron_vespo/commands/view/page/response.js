@@ -46,7 +46,7 @@ export async function renderResponse(place, step, index) {
         difference(detail),
         info,
         decisive(detail, text, toToken),
-        el("p", { class: "quiet landmarks" }, landmarkText(detail.running, detail.advantage)))),
+        el("p", { class: "quiet landmarks" }, landmarkText(detail)))),
   );
   if (detail.length) chart.draw();
   signal.addEventListener("abort", () => chart.destroy());
@@ -74,7 +74,7 @@ function numbers(detail) {
     detail.turn_rewards.length ? ["Rewards of turns", detail.turn_rewards.map((value) => number(value)).join(", ")] : null,
     detail.status === "ok" ? null : ["Reward status", detail.status],
     detail.environment_error ? ["Environment's error", detail.environment_error] : null,
-    ["A", signed(detail.advantage)], ["log W", signed(detail.log_w), "log-w"], ["φ, the weight", number(detail.weight), "weight"],
+    [detail.advantages_per_token ? "A, mean of its tokens" : "A", signed(detail.advantage)], ["log W", signed(detail.log_w), "log-w"], ["φ, the weight", number(detail.weight), "weight"],
     ["Staleness part of log W", known(detail.staleness_in_w)], ["Engine mismatch part of log W", known(detail.mismatch_in_w)],
     ["log(π_old/μ) of the response", known(detail.mismatch)],
     detail.correction === 1 ? null : ["Mismatch correction", number(detail.correction)],
@@ -148,6 +148,7 @@ function tokenInfo(detail, text, token) {
       ["log(π/μ)", signed(detail.total[n]), "ratio"], ["staleness", part(detail.staleness_per_token), "staleness"], ["engine mismatch", part(detail.mismatch_per_token), "mismatch"],
       ["adds to log W", detail.running.own === null ? "unknown" : signed(detail.running.own[n])],
       ["log W so far", detail.running.log_w === null ? "unknown" : signed(detail.running.log_w[n]), "log-w-so-far"],
+      ...(detail.advantages_per_token ? [["A of the token", signed(detail.advantages_per_token[n]), "advantage"]] : []),
       ["φ(W) so far", detail.running.phi === null ? "unknown" : number(detail.running.phi[n])],
       ["Policy version", versionOf(detail, n)]);
     if (detail.expert_differences !== null) rows.push(["Experts that differ", detail.expert_differences[n]]);

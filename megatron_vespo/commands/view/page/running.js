@@ -19,9 +19,9 @@ export function landmarks({ thresholds: t }) {
   return lines.filter(([at]) => at !== null);
 }
 
-export function landmarkText(running, advantage) {
+export function landmarkText({ running, advantage, advantages_per_token: perToken }) {
   const { c1, c2, thresholds: t } = running;
-  const sign = (advantage ?? 0) >= 0 ? "A ≥ 0" : "A < 0";
+  const sign = `${perToken ? "mean " : ""}${(advantage ?? 0) >= 0 ? "A ≥ 0" : "A < 0"}`;
   const parts = [`${sign}: (c1, c2) = (${number(c1)}, ${number(c2)})`];
   if (t.peak !== null) {
     parts.push(`φ peaks at ${number(t.phi_peak)} where W = c1/c2 = ${number(c1 / c2)} (log W = ${signed(t.peak, 3)})`);
@@ -30,7 +30,8 @@ export function landmarkText(running, advantage) {
   const dead = t.dead.map((at, i) => (at === null ? null : `${i ? "above" : "below"} ${signed(at, 3)}`)).filter(Boolean);
   if (dead.length) parts.push(`dead (φ < 0.01) ${dead.join(" and ")}`);
   const other = running.loss && !running.loss.startsWith("vespo") ? `The loss ${running.loss} has no φ; this is the one of VESPO. ` : "";
-  return `${other}${parts.join("; ")}. From log φ = c1 log W + c2 (1 − W), algorithms/vespo.py.`;
+  const own = perToken ? "Tokens have their own A: φ of each goes by its own sign, the landmarks by the mean's. " : "";
+  return `${other}${own}${parts.join("; ")}. From log φ = c1 log W + c2 (1 − W), algorithms/vespo.py.`;
 }
 
 // `onPoint(n)` gets the index among the sampled tokens under the cursor, `onPick(n)` that of a click.

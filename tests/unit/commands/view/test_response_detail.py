@@ -46,6 +46,21 @@ def test_the_running_sum_ends_at_the_trainers_log_w(denominator):
         np.testing.assert_allclose(running["phi"], phi.numpy(), atol=1e-5)
 
 
+def test_phi_of_a_token_goes_by_its_own_advantage():
+    record = random_step(3)
+    own = np.where(np.arange(len(record.pi)) % 2 == 0, 0.5, -0.5).astype(np.float32)
+    found = response_detail(replace(record, advantages_per_token=own), 5)
+    mine = record.per_sample(own)[5]
+    assert found["advantages_per_token"] == mine.tolist()
+    running = found["running"]
+    phi = GammaKernel().phi(torch.tensor(running["log_w"]), torch.tensor(mine))
+    np.testing.assert_allclose(running["phi"], phi.numpy(), atol=1e-5)
+    of_the_response = response_detail(record, 5)
+    assert of_the_response["advantages_per_token"] is None
+    assert np.abs(np.subtract(of_the_response["running"]["phi"], running["phi"])).max() > 1e-3
+    assert of_the_response["running"]["thresholds"] == running["thresholds"]
+
+
 def test_denominators_differ_where_they_must():
     record = random_step(3)
     record = replace(record, pi_old=record.pi_old + np.float32(0.06))
