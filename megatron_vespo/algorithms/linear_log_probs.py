@@ -13,6 +13,9 @@ gradient: only the gradient of the hidden states is accumulated over tiles.
 
     z = logits / temperature,  p = softmax(z),  h = entropy of p,  g and e the gradients of log p_label and h
     d loss / d logits_v = (g 1[v = label] - p_v (g + e (log p_v + h))) / temperature
+
+Of a token with a support, the part of the vocabulary that truncated sampling left, p is the softmax over that
+part. Each tile gets logits of no probability everywhere else, so all that follows is the same.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from megatron_vespo.algorithms.supports import Supports
 
 # matmuls are fastest if the row length of their operands is a multiple of this
 ALIGNED_WIDTH = 128
@@ -39,6 +44,7 @@ def linear_log_probs(
     vocab_size: int,
     group: ProcessGroup | None,
     chunk_size: int,
+    supports: Supports | None = None,
     entropy_gradient: bool = False,
     use_triton: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +60,8 @@ def linear_log_probs(
         group: ranks that share the vocabulary; None is one rank.
         chunk_size: at most `chunk_size` x V logits exist at a time, the logits of `chunk_size` tokens. In
             the backward of 16-bit inputs the same number of gradients of logits exists, too.
+        supports: of the T tokens, the same on every rank of `group`. A label must be in its token's support.
+            A token that is alone in its support has a log-prob and an entropy of exactly 0 and no gradient.
         entropy_gradient: without it the entropy is not differentiable.
         use_triton: use Triton kernels for all work except matmuls; None: on CUDA.
 
@@ -78,6 +86,7 @@ def linear_log_probs(
         vocab_size,
         group,
         chunk_size,
+        supports,
         entropy_gradient,
         use_triton,
     )
@@ -94,11 +103,13 @@ class _LinearLogProbs(torch.autograd.Function):
         vocab_size,
         group,
         chunk_size,
+        supports,
         entropy_gradient,
         use_triton,
     ):
         first_row = 0 if group is None else group.rank() * len(weight_VH)
         ctx.num_real_rows = min(max(vocab_size - first_row, 0), len(weight_VH))
+        ctx.supports = None if supports is None else supports.counted_from(first_row)
         ctx.chunk_size, ctx.use_triton = chunk_size, use_triton
         ctx.set_materialize_grads(False)
 
@@ -109,7 +120,8 @@ class _LinearLogProbs(torch.autograd.Function):
         statistics_4T = torch.zeros(4, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)
         statistics_4T[0] = -torch.inf
         add_to_statistics, _ = _tile_operations(use_triton)
-        for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], chunk_size, dtype):
+        real_VH = weight_VH[: ctx.num_real_rows]
+        for start, logits_TW in _tiles(hidden_TH, real_VH, chunk_size, dtype, ctx.supports):
             add_to_statistics(statistics_4T, logits_TW, temperature_T, own_labels_T - start)
         if group is not None and group.size() > 1:
             _combine_ranks(statistics_4T, group)
@@ -147,16 +159,17 @@ class _LinearLogProbs(torch.autograd.Function):
         fields = [field_T[rows_R] for field_T in fields[:2]] + [
             field_T[rows_R].to(temperature_T.dtype) for field_T in fields[2:]
         ]
-        grad_hidden_RH, grad_weight_VH = _layer_gradients(ctx, hidden_TH[rows_R], weight_VH, fields)
+        supports = None if ctx.supports is None else ctx.supports.of_tokens(rows_R)
+        grad_hidden_RH, grad_weight_VH = _layer_gradients(ctx, hidden_TH[rows_R], weight_VH, fields, supports)
         grad_hidden_TH = None
         if grad_hidden_RH is not None:
             grad_hidden_TH = torch.zeros_like(hidden_TH)
             grad_hidden_TH[rows_R] = grad_hidden_RH.to(hidden_TH.dtype)
-        return grad_hidden_TH, grad_weight_VH, *[None] * 7
+        return grad_hidden_TH, grad_weight_VH, *[None] * 8
 
 
 def _layer_gradients(
-    ctx, hidden_TH: Tensor, weight_VH: Tensor, fields: list[Tensor]
+    ctx, hidden_TH: Tensor, weight_VH: Tensor, fields: list[Tensor], supports: Supports | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the layer's input, not yet in its dtype, and of its weight; None if not needed."""
     grad_hidden_TH = grad_weight_VH = None
@@ -168,7 +181,8 @@ def _layer_gradients(
     _, write_gradient = _tile_operations(ctx.use_triton)
     temperature_T, labels_T, *others = fields
     dtype, gradient_memory = temperature_T.dtype, None
-    for start, logits_TW in _tiles(hidden_TH, weight_VH[: ctx.num_real_rows], ctx.chunk_size, dtype):
+    real_VH = weight_VH[: ctx.num_real_rows]
+    for start, logits_TW in _tiles(hidden_TH, real_VH, ctx.chunk_size, dtype, supports):
         rows = slice(start, start + logits_TW.shape[1])
         gradient_TW = logits_TW
         if dtype != hidden_TH.dtype:
@@ -184,18 +198,21 @@ def _layer_gradients(
 
 
 def _tiles(
-    hidden_TH: Tensor, weight_VH: Tensor, chunk_size: int, dtype: torch.dtype
+    hidden_TH: Tensor, weight_VH: Tensor, chunk_size: int, dtype: torch.dtype, supports: Supports | None
 ) -> Iterator[tuple[int, Tensor]]:
     """First row and logits [T, W] of each tile. Every tile reuses the memory of the previous one."""
     num_tokens, num_rows = len(hidden_TH), len(weight_VH)
     width = max(1, min(num_rows, num_rows * chunk_size // max(1, num_tokens)))
     if width > ALIGNED_WIDTH:
         width -= width % ALIGNED_WIDTH
-    memory = hidden_TH.new_empty(num_tokens * width, dtype=dtype)
+    memory = hidden_TH.new_empty(num_tokens * width + 1, dtype=dtype)  # one more, for `restrict`
     for start in range(0, num_rows, width):
         tile_WH = weight_VH[start : start + width]
         logits_TW = memory[: num_tokens * len(tile_WH)].view(num_tokens, len(tile_WH))
-        yield start, _product(hidden_TH, tile_WH.t(), logits_TW)
+        _product(hidden_TH, tile_WH.t(), logits_TW)
+        if supports is not None:
+            supports.restrict(memory, logits_TW, start)
+        yield start, logits_TW
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -242,7 +259,8 @@ def _add_to_statistics(
     label, 0 if not seen. Labels count from the tile's first column; one outside [0, W) is not in the tile.
     """
     in_tile_T, column_T1 = _label_columns(labels_T, logits_TW.shape[1])
-    target_T = logits_TW.gather(1, column_T1)[:, 0].double() / temperature_T
+    # rounded as z is: the log-prob of a certain token is exactly 0
+    target_T = (logits_TW.gather(1, column_T1)[:, 0] / temperature_T).double()
     statistics_4T[3] += torch.where(in_tile_T, target_T, 0.0)
     for rows in _cached_blocks(logits_TW):
         block_4T = statistics_4T[:, rows]
@@ -269,9 +287,10 @@ def _write_gradient(
     [T], or empty if there is no such gradient.
     """
     in_tile_T, column_T1 = _label_columns(labels_T, logits_TW.shape[1])
-    at_label_T1 = torch.where(in_tile_T, grad_log_probs_T / temperature_T, 0.0)[:, None]
+    scale_T = -1 / temperature_T
+    at_label_T1 = torch.where(in_tile_T, -grad_log_probs_T * scale_T, 0.0)[:, None]
     for rows in _cached_blocks(logits_TW):
-        scale_T1 = -1 / temperature_T[rows, None]
+        scale_T1 = scale_T[rows, None]
         z_TW = logits_TW[rows].to(temperature_T.dtype).div_(temperature_T[rows, None])
         log_p_TW = z_TW.sub_(log_normalizer_T[rows, None])
         grad_T1 = grad_log_probs_T[rows, None]

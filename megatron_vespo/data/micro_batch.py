@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.host_memory import to_device
+from megatron_vespo.data.supports import chosen_supports, joined_supports
 from megatron_vespo.types import TrainingSample, fetched
 
 # of samples, a number for each sampled token
@@ -45,6 +46,10 @@ class MicroBatch:
     old_log_probs_T: Tensor | None = None  # float32 from the samples, or float64 set by the trainer
     reference_log_probs_T: Tensor | None = None  # as old_log_probs_T, the reference policy's
     token_advantages_T: Tensor | None = None  # float32, added to the sequence's advantage; None: all 0
+    # int32 [num_loss_tokens], size of the support of the token that each of `loss_positions` predicts, 0: the
+    # whole vocabulary; None: no sequence has supports
+    support_counts: Tensor | None = None
+    support_ids: Tensor | None = None  # int32 [sum of the counts], in the vocabulary
     routed_experts_T: Tensor | None = None  # uint8 [T, L, K], from the engine; None if no sequence has any
     replays_S: Tensor | None = None  # bool, has the engine's routes; None: all have, or routes are unused
     # set by the trainer: its own routes per model chunk, uint8 [L of the chunk, R, K], always in host memory
@@ -96,7 +101,8 @@ def build_micro_batch(
     if num_experts is not None and replays_S.any():
         fields["routed_experts_T"] = _routes(chosen, starts, num_tokens, num_experts)
     kept = layout.local_indices(segments)
-    fields = {name: np.ascontiguousarray(values[kept]) for name, values in fields.items()}
+    supports = _supports(chosen, fields["loss_mask_T"] > 0, kept)
+    fields = {name: np.ascontiguousarray(values[kept]) for name, values in fields.items()} | supports
     fields["loss_positions"] = np.flatnonzero(fields["loss_mask_T"])
     fields["cu_seqlens"] = segments.astype(np.int32)
     fields["advantages_S"] = np.array([sample.advantage for sample in chosen], np.float32)
@@ -147,6 +153,18 @@ def _is_known(name: str, values: list[np.ndarray | None]) -> bool:
     """Whether a pack has the column: advantages are 0 where a sample has none, log-probs have no default."""
     known = [value is not None for value in values]
     return any(known) if name == "token_advantages" else all(known)
+
+
+def _supports(
+    chosen: list[TrainingSample], predicting_T: np.ndarray, kept: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the supports of the tokens that the kept positions predict; none if no sample has any."""
+    supports = joined_supports(chosen)
+    if supports is None:
+        return {}
+    token_T = np.cumsum(predicting_T) - 1  # index among all sampled tokens of the pack
+    supports = chosen_supports(supports, token_T[kept][predicting_T[kept]])
+    return {"support_counts": supports.counts, "support_ids": supports.token_ids}
 
 
 def _routes(chosen: list[TrainingSample], starts: np.ndarray, total: int, num_experts: int) -> np.ndarray:

@@ -16,11 +16,19 @@ import numpy as np
 from megatron_vespo.data.completion_arrays import end_to_end, split
 from megatron_vespo.data.packing import Cut, PackingRule
 from megatron_vespo.data.sample_advantages import sign_shares
-from megatron_vespo.types import TOKEN_ID, PartlySampled, Segments, TrainingSample, VersionSpans
+from megatron_vespo.types import (
+    TOKEN_ID,
+    PartlySampled,
+    Segments,
+    TokenSupports,
+    TrainingSample,
+    VersionSpans,
+)
 
 # fields of a sample that travel joined, with their dtype; a sample may lack the last one
 COLUMNS = {"token_ids": TOKEN_ID, "behavior_log_probs": np.float32, "token_advantages": np.float32}
 EMPTY = {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
+NO_SUPPORTS = TokenSupports.joined([])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +81,35 @@ class Shard:
     without_columns: list[TrainingSample]  # those of COLUMNS that a sample has are empty
     lengths: dict[str, np.ndarray]  # int64 [samples], of each of COLUMNS; 0 where a sample has none
     columns: dict[str, np.ndarray]  # each of COLUMNS, sample after sample
+    supports: TokenSupports  # sample after sample, of those that have supports
+    support_lengths: np.ndarray  # int64 [2, these samples], of counts and token_ids
 
     @classmethod
     def of(cls, samples: Sequence[TrainingSample], indices: Sequence[int]) -> Shard:
         """Return the shard with `samples[i] for i in indices`."""
         chosen = [samples[i] for i in indices]
+        supports = [s.supports for s in chosen if s.supports is not None]
         parts = {name: [_column(sample, name) for sample in chosen] for name in COLUMNS}
         return cls(
             list(indices),
-            [_with_columns(sample, EMPTY) for sample in chosen],
+            [_without_columns(sample) for sample in chosen],
             {name: np.array([len(part) for part in parts[name]], np.int64) for name in COLUMNS},
             {name: end_to_end(parts[name], dtype) for name, dtype in COLUMNS.items()},
+            TokenSupports.joined(supports),
+            np.array([[len(s) for s in supports], [len(s.token_ids) for s in supports]], np.int64),
         )
 
     def samples(self) -> dict[int, TrainingSample]:
         """Return the samples by their indices. The arrays are views into those of the shard."""
         columns = [split(self.columns[name], self.lengths[name]) for name in COLUMNS]
+        of_supports = zip((self.supports.counts, self.supports.token_ids), self.support_lengths, strict=True)
+        supports = map(TokenSupports, *(split(column, lengths) for column, lengths in of_supports))
         rows = zip(self.indices, self.without_columns, zip(*columns, strict=True), strict=True)
         return {
-            index: _with_columns(sample, dict(zip(COLUMNS, values, strict=True)))
+            index: replace(
+                _with_columns(sample, dict(zip(COLUMNS, values, strict=True))),
+                supports=None if sample.supports is None else next(supports),
+            )
             for index, sample, values in rows
         }
 
@@ -100,7 +118,7 @@ class Shard:
         """Bytes of the arrays, those of routes in this process included."""
         routes = [sample.routed_experts for sample in self.without_columns]
         in_process = sum(one.nbytes for one in routes if isinstance(one, np.ndarray))
-        return sum(column.nbytes for column in self.columns.values()) + in_process
+        return sum(column.nbytes for column in (*self.columns.values(), self.supports)) + in_process
 
 
 def _column(sample: TrainingSample, name: str) -> np.ndarray:
@@ -111,6 +129,11 @@ def _column(sample: TrainingSample, name: str) -> np.ndarray:
 def _with_columns(sample: TrainingSample, values: Mapping[str, np.ndarray]) -> TrainingSample:
     """Return the sample with these columns, but for those that it does not have."""
     return replace(sample, **{name: values[name] for name in COLUMNS if getattr(sample, name) is not None})
+
+
+def _without_columns(sample: TrainingSample) -> TrainingSample:
+    supports = None if sample.supports is None else NO_SUPPORTS
+    return replace(_with_columns(sample, EMPTY), supports=supports)
 
 
 def check_length(sample: TrainingSample, where: str, max_tokens: int) -> None:

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+from megatron_vespo.algorithms.supports import Supports
 from megatron_vespo.data.micro_batch import MicroBatch
 
 
@@ -56,6 +57,14 @@ def output_log_probs(
         vocab_size=context.vocab_size,
         group=group,  # pyright: ignore[reportArgumentType]
         chunk_size=context.chunk_size,
+        supports=_supports(micro_batch),
     )
     output = torch.zeros(2, len(hidden_TH), dtype=torch.float64, device=hidden_TH.device)
     return output.index_copy(1, predicting, torch.stack(values))
+
+
+def _supports(micro_batch: MicroBatch) -> Supports | None:
+    """What truncated sampling left to the tokens that `loss_positions` predict."""
+    if micro_batch.support_counts is None or micro_batch.support_ids is None:
+        return None
+    return Supports.of(micro_batch.support_counts, micro_batch.support_ids)

@@ -10,15 +10,16 @@ import numpy as np
 from megatron_vespo.data.micro_batch import OPTIONAL_COLUMNS
 from megatron_vespo.data.routes import repeats_expert
 from megatron_vespo.data.shards import check_length
+from megatron_vespo.data.supports import check_supports
 from megatron_vespo.types import TrainingSample, fetched
 
 
 def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_routes: bool) -> None:
     """ValueError, with the sample and its group, if the sample cannot be trained on.
 
-    It is refused if it is too long, has missing or non-finite numbers, or has unknown tokens. With
-    `needs_routes` it is also refused if its routes are missing, or have another shape or policy version
-    than the tokens, unless the sample says that it has no routes.
+    It is refused if it is too long, has missing or non-finite numbers, unknown tokens or impossible
+    supports. With `needs_routes` it is also refused if its routes are missing, or have another shape or
+    policy version than the tokens, unless the sample says that it has no routes.
     """
     where = f"{name} (group {sample.group_id})"
     check_length(sample, where, args.max_tokens_per_gpu * args.context_parallel_size)
@@ -34,6 +35,7 @@ def check_sample(sample: TrainingSample, name: str, args: Namespace, needs_route
             f"{where} has token ids from {sample.token_ids.min()} to {sample.token_ids.max()}, the "
             f"vocabulary has 0 to {args.vocab_size - 1}"
         )
+    check_supports(sample, args.vocab_size, where)
     if needs_routes and sample.replays:
         _check_routes(sample, where, args)
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.data.jsonl import jsonl_rows, kind
-from megatron_vespo.types import WRITERS, Segments, TrainingSample, VersionSpans
+from megatron_vespo.data.supports import check_supports
+from megatron_vespo.types import WRITERS, Segments, TokenSupports, TrainingSample, VersionSpans, token_array
 
 REQUIRED_KEYS = ("token_ids", "prompt_length", "advantage")
 PER_TOKEN_KEYS = ("behavior_log_probs", "token_advantages")  # a number for each sampled token
-OPTIONAL_KEYS = (*PER_TOKEN_KEYS, "temperature", "reward", "group_id", "segments")
+OPTIONAL_KEYS = (*PER_TOKEN_KEYS, "temperature", "reward", "group_id", "segments", "supports")
 GIVEN_EVERY = 3  # one of so many random samples has given tokens, and one has advantages per token
 
 
@@ -26,7 +27,8 @@ def read_samples(path: Path, vocab_size: int) -> list[TrainingSample]:
     Keys: `token_ids` (prompt and completion), `prompt_length`, `advantage`. Optional keys and defaults:
     `behavior_log_probs` (one per sampled token), `token_advantages` (one per sampled token, added to the
     advantage; 0), `temperature` (1), `reward` (0), `group_id` (0), `segments` (who wrote the tokens after the
-    prompt, pairs of writer and number of tokens; the policy).
+    prompt, pairs of writer and number of tokens; the policy), `supports` (what truncated sampling left to
+    choose from, a list of ids per sampled token; everything).
     Without `behavior_log_probs` a sample has NaN there, see `with_noisy_behavior`.
 
     Example: {"token_ids": [5, 9, 2, 11, 1], "prompt_length": 2, "advantage": -0.25,
@@ -139,7 +141,11 @@ def _sample(row: dict, where: str, vocab_size: int) -> TrainingSample:
     segments = _segments(row["segments"], completion, where) if "segments" in row else None
     sampled = completion if segments is None else segments.num_sampled
     fields |= {key: _per_token(row[key], key, sampled, where) for key in PER_TOKEN_KEYS if key in row}
-    return _make(np.array(token_ids, np.int64), prompt_length, segments, **fields)
+    sample = _make(np.array(token_ids, np.int64), prompt_length, segments, **fields)
+    if "supports" in row:
+        sample.supports = _supports(row["supports"], vocab_size, where)
+        check_supports(sample, vocab_size, where)
+    return sample
 
 
 def _segments(value: Any, length: int, where: str) -> Segments:
@@ -172,6 +178,18 @@ def _per_token(values: Any, key: str, length: int, where: str) -> np.ndarray:
             f"{where}: {key} must be a list of {length} numbers, one per sampled token, it is {found}"
         )
     return np.array([_number(value, key, where) for value in values], np.float32)
+
+
+def _supports(value: Any, vocab_size: int, where: str) -> TokenSupports:
+    if not isinstance(value, list) or not all(
+        isinstance(ids, list) and all(_is_token(token, vocab_size) for token in ids) for ids in value
+    ):
+        raise ValueError(
+            f"{where}: supports must be lists of integers from 0 to {vocab_size - 1}, one list per sampled "
+            "token, for example [[5, 9], [7]]"
+        )
+    counts = np.array([len(ids) for ids in value], np.int32)
+    return TokenSupports(counts, token_array([token for ids in value for token in ids]))
 
 
 def _number(value: Any, key: str, where: str) -> float:
