@@ -185,6 +185,14 @@ class TokenSupports:
         """Return the number of sampled tokens, N."""
         return len(self.counts)
 
+    def first_outside(self, sampled_ids: np.ndarray) -> int | None:
+        """Return the number of the first of `sampled_ids`, int [N], that is not in its support; or None."""
+        owners = np.repeat(np.arange(len(self)), self.counts)
+        found = np.zeros(len(self), bool)
+        found[owners[self.token_ids == np.repeat(sampled_ids, self.counts)]] = True
+        outside = np.flatnonzero(~found)
+        return int(outside[0]) if len(outside) else None
+
     @property
     def nbytes(self) -> int:
         return self.counts.nbytes + self.token_ids.nbytes
@@ -231,7 +239,8 @@ class Prompt:
 class SamplingParams:
     """How tokens are drawn. Log-probs, the engine's and the trainer's, are those after `temperature`.
 
-    `top_p` and `top_k` are for evaluation alone: log-probs do not know of them.
+    `top_p`, `top_k` and `min_p` truncate the distribution. With `with_supports`, completions have supports,
+    and log-probs of the truncated distribution. Without, log-probs do not know of them: for evaluation alone.
     """
 
     temperature: float  # 0: the likeliest token
@@ -239,6 +248,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0
     top_k: int = -1  # all
+    min_p: float = 0.0
+    with_supports: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        return (self.top_p, self.top_k, self.min_p) != (1.0, -1, 0.0)
+
+    def untruncated(self) -> SamplingParams:
+        """Return the same parameters for draws from the whole vocabulary."""
+        return replace(self, top_p=1.0, top_k=-1, min_p=0.0, with_supports=False)
 
 
 @dataclass
@@ -255,7 +274,7 @@ class Completion:
 
     prompt: Prompt
     token_ids: np.ndarray  # [C] int32, the stop token included when there is one
-    log_probs: np.ndarray  # [N] float32, the engine's, at `temperature`
+    log_probs: np.ndarray  # [N] float32, the engine's, at `temperature`; with `supports`, among these alone
     policy_versions: VersionSpans  # of N tokens, the version of the weights that made each
     # [P + C - 1, L, K] uint8, the choices of the passes that sampled (the last token never enters); None if
     # nobody asked, or if the engine has lost them: see `num_retractions`
@@ -265,7 +284,7 @@ class Completion:
     reward: float | None = None  # the task's
     reward_status: str = "ok"  # or "timeout", "error": then the reward is 0.0 for want of one
     overlong_penalty: float = 0.0  # of --overlong-buffer, at most 0
-    rejections: tuple[str, ...] = ()  # draws in its place before, whose log-probs were not finite
+    rejections: tuple[str, ...] = ()  # draws in its place before that could not be trained on
     # How often the engine dropped its keys and values, for want of memory or for new weights. It computes
     # them anew from the tokens, in another kind of pass, and its routes are those of that pass.
     num_retractions: int = 0

@@ -27,6 +27,7 @@ from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.rewards import resolved_reward_function
+from megatron_vespo.arguments.rollout import TRUNCATED, check_rollout
 from megatron_vespo.arguments.sbatch_options import check_words
 from megatron_vespo.arguments.time_limits import collective_timeout_minutes
 from megatron_vespo.arguments.tracking import TITLE as TRACKERS
@@ -89,6 +90,7 @@ def parse_args(
     if runs_on_gpus(args.distributed_backend) and "transformer_impl" not in explicit:
         check_transformer_engine(args.transformer_impl, "this machine")
     args.sglang_flags = sglang_flags
+    check_rollout(args)
     args.world_size = args.trainer_ranks
     resolve_load(args, explicit)
     check_layout(args)
@@ -127,7 +129,7 @@ class _OwnHelp(argparse.RawDescriptionHelpFormatter):
     Groups in BRIEF show their description alone; docs/reference/flags.md has their flags.
     """
 
-    BRIEF = (TRACKERS,)
+    BRIEF = (TRACKERS, TRUNCATED)
     _heading: str | None = None
 
     def start_section(self, heading: str | None) -> None:

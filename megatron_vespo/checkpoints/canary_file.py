@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.types import Segments, TrainingSample, VersionSpans
+from megatron_vespo.types import Segments, TokenSupports, TrainingSample, VersionSpans
 
 NUM_CANARIES = 8
 # In fp32 the largest difference per token is bounded: layouts differ by rounding, at most 1e-5 in the tests.
@@ -45,6 +45,9 @@ def encode(samples: Sequence[TrainingSample], log_probs: Sequence[np.ndarray]) -
         if sample.segments is not None:
             arrays[f"segment_writers_{i}"] = np.array(sample.segments.writers, str)
             arrays[f"segment_lengths_{i}"] = np.array(sample.segments.lengths, np.int64)
+        if sample.supports is not None:
+            arrays[f"support_counts_{i}"] = sample.supports.counts
+            arrays[f"support_token_ids_{i}"] = sample.supports.token_ids
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
@@ -60,6 +63,7 @@ def decode(content: bytes) -> tuple[list[TrainingSample], list[np.ndarray]]:
             **{name: arrays[f"{name}_{i}"] for name in _ARRAYS},
             policy_versions=VersionSpans.of(arrays[f"policy_versions_{i}"]),
             segments=_segments(arrays, i),
+            supports=_supports(arrays, i),
         )
         for i in range(len(arrays["prompt_length"]))
     ]
@@ -70,6 +74,12 @@ def _segments(arrays: dict[str, np.ndarray], i: int) -> Segments | None:
     if f"segment_writers_{i}" not in arrays:
         return None
     return Segments(*(tuple(arrays[f"segment_{name}_{i}"].tolist()) for name in ("writers", "lengths")))
+
+
+def _supports(arrays: dict[str, np.ndarray], i: int) -> TokenSupports | None:
+    if f"support_counts_{i}" not in arrays:
+        return None
+    return TokenSupports(arrays[f"support_counts_{i}"], arrays[f"support_token_ids_{i}"])
 
 
 def compare(saved: Sequence[np.ndarray], now: Sequence[np.ndarray], bf16: bool, where: str) -> float:

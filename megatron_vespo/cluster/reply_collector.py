@@ -20,7 +20,7 @@ from megatron_vespo.rollout.engine_client import ConnectionLostError, HttpEngine
 from megatron_vespo.rollout.generate_reply import GenerateReplyError, RouteShape
 from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.system.preemption import shield_process
-from megatron_vespo.types import Prompt, SamplingParams, VersionSpans
+from megatron_vespo.types import Prompt, SamplingParams, TokenSupports, VersionSpans
 
 # after this long a message may be empty: it tells the driver that the actor lives
 ANSWER_INTERVAL_S = 1.0
@@ -49,6 +49,7 @@ class Drawn(NamedTuple):
     policy_versions: VersionSpans
     finish_reason: str
     num_retractions: int
+    supports: TokenSupports | None
     has_routes: bool
 
 
@@ -161,7 +162,7 @@ class _Session:
             self.kept[request.number] = drawn.routed_experts
         return Drawn(
             drawn.token_ids, drawn.log_probs, drawn.policy_versions, drawn.finish_reason,
-            drawn.num_retractions, drawn.routed_experts is not None,
+            drawn.num_retractions, drawn.supports, drawn.routed_experts is not None,
         )  # fmt: skip
 
 

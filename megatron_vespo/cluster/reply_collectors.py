@@ -34,7 +34,7 @@ from megatron_vespo.cluster.stored_routes import StoredRoutes
 from megatron_vespo.rollout.engine_client import ConnectionLostError, EngineClient, MakeClient
 from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.system.time_limits import IMPORT_TIMEOUT_S
-from megatron_vespo.types import Completion, Prompt, SamplingParams
+from megatron_vespo.types import Completion, Prompt, SamplingParams, TokenSupports
 
 # an actor sends a message every second; on a busy node it may be late
 ANSWER_TIMEOUT_S = ANSWER_INTERVAL_S + 60.0
@@ -263,6 +263,7 @@ def _completion(waiting: _Waiting, drawn: Drawn, routes: StoredRoutes | None) ->
         finish_reason=drawn.finish_reason,
         temperature=waiting.temperature,
         num_retractions=drawn.num_retractions,
+        supports=drawn.supports and TokenSupports.joined([drawn.supports]),
     )
 
 

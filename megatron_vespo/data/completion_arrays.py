@@ -11,9 +11,10 @@ P tokens of its prompt; L layers, E experts per token:
     routes uint8 [sum (P + C - 1) of the routed completions, L, E], absent if no completion is routed. Given
                  tokens at the end of an unfinished response, G of them, have none: P + C - G - 1
     segment_counts int64 [M], segment_writers str, segment_lengths int64 [sum of counts]   0: all sampled
+    supported bool [M], support_counts int32 [sum N of the supported], support_token_ids int32 [sum of counts]
     extras uint8   JSON in UTF-8: an object per completion with those of EXTRAS that it has
 
-The last two lines are absent if no completion has any, as in what earlier versions wrote. These also wrote
+The last three lines are absent if no completion has any, as in what earlier versions wrote. These also wrote
 int64 completion_tokens, and policy_versions int64 [sum C] instead of the spans.
 """
 
@@ -25,7 +26,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_vespo.types import Completion, Prompt, Segments, VersionSpans, fetched
+from megatron_vespo.types import Completion, Prompt, Segments, TokenSupports, VersionSpans, fetched
 
 EXTRAS = ("turn_rewards", "environment_error", "reward_data", "reward_parts")  # fields of Completion
 
@@ -48,7 +49,7 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
     if arrays["routed"].any():
         routes = [c.routed_experts for c in completions if c.routed_experts is not None]
         arrays["routes"] = np.concatenate([fetched(one) for one in routes])
-    return arrays | _segment_arrays(completions) | _extra_arrays(completions)
+    return arrays | _segment_arrays(completions) | _support_arrays(completions) | _extra_arrays(completions)
 
 
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
@@ -62,16 +63,16 @@ def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) 
         prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], sampled),
         _versions(arrays), _routes(arrays, prompts, segments), arrays["finish_reasons"],
         arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"], arrays["overlong_penalties"],
-        arrays["num_retractions"], segments, _extras(arrays), strict=True,
+        arrays["num_retractions"], segments, _supports(arrays, sampled), _extras(arrays), strict=True,
     )  # fmt: skip
     return [
         Completion(
             prompt, tokens, log_probs, versions, experts, str(finish), float(temperature),
             None if np.isnan(reward) else float(reward), str(status), float(penalty),
-            num_retractions=int(retractions), segments=segment, **extra,
+            num_retractions=int(retractions), segments=segment, supports=supports, **extra,
         )
         for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty,
-        retractions, segment, extra in rows
+        retractions, segment, supports, extra in rows
     ]  # fmt: skip
 
 
@@ -115,6 +116,29 @@ def _segments(arrays: Mapping[str, np.ndarray]) -> list[Segments | None]:
         Segments(tuple(writers[start:end]), tuple(lengths[start:end])) if end > start else None
         for start, end in pairwise([0, *ends])
     ]
+
+
+def _support_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    supports = [c.supports for c in completions]
+    if not any(one is not None for one in supports):
+        return {}
+    joined = TokenSupports.joined([one for one in supports if one is not None])
+    return {
+        "supported": np.array([one is not None for one in supports], bool),
+        "support_counts": joined.counts,
+        "support_token_ids": joined.token_ids,
+    }
+
+
+def _supports(arrays: Mapping[str, np.ndarray], sampled: np.ndarray) -> list[TokenSupports | None]:
+    """The supports of completions with so many sampled tokens."""
+    if "supported" not in arrays:
+        return [None] * len(sampled)
+    supported = arrays["supported"]
+    counts = split(arrays["support_counts"], sampled[supported])
+    token_ids = split(arrays["support_token_ids"], np.array([one.sum() for one in counts], np.int64))
+    parts = iter(map(TokenSupports, counts, token_ids))
+    return [next(parts) if has else None for has in supported]
 
 
 def _extra_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:

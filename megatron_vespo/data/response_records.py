@@ -6,9 +6,10 @@
                {"writer": "policy", "text": "It is 51."}],
      "reward": 1.0, "parts": {"form": 0.5}, "turn_rewards": [], "overlong_penalty": 0.0,
      "status": "ok", "error": "", "finish_reason": "stop", "sampled_tokens": 42, "given_tokens": 5,
-     "policy_versions": [3, 4], "mean_log_prob": -0.41}
+     "policy_versions": [3, 4], "mean_log_prob": -0.41, "mean_support": 2.7}
 
 `status` and `error` are those of the reward. `policy_versions` are those of the oldest and the newest token.
+`mean_support` is how many tokens truncated sampling has left on average; absent if it is off.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _record(completion: Completion, turns: Sequence[Turn]) -> dict[str, Any]:
         "given_tokens": len(completion.token_ids) - n,
         "policy_versions": [versions.oldest, versions.newest] if n else [],
         "mean_log_prob": sum(map(float, completion.log_probs)) / n if n else None,
-    }
+    } | ({} if completion.supports is None else {"mean_support": float(completion.supports.counts.mean())})
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

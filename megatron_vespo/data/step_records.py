@@ -6,7 +6,7 @@ prompt tokens and N sampled tokens; U distinct tokens in the file:
     prompt_of int32 [M]   index of the sample's prompt
     prompt_ids int64 [G], prompt_lengths int64 [G], prompt_tokens int32 [sum P]
     prompt_info uint8     JSON in UTF-8: a list of {"text", "answer", "source"}; "source" is "" if unknown
-    completion_arrays.py's arrays of the M completions, without routes; log_probs is log mu
+    completion_arrays.py's arrays of the M completions, without routes and supports; log_probs is log mu
     those of COLUMNS float32 [M], group_ids int64 [M]
     pi float32 [sum N]    log pi of every sampled token in the training pass of this step
     pi_old float32 [sum N]                 log pi_old; absent if it was not computed
@@ -56,7 +56,7 @@ class StepRecord:
 
     step: int  # optimizer steps done, this one included
     mini_batch: int  # index of the optimizer step in its rollout batch, from 0
-    completions: Sequence[Completion]  # M, without routes; those of one prompt share it
+    completions: Sequence[Completion]  # M, without routes and supports; those of one prompt share it
     group_ids: np.ndarray  # int64 [M]; samples of one prompt in one rollout batch share it
     advantages: np.ndarray
     log_w: np.ndarray
@@ -131,9 +131,7 @@ def read_step(path: Path) -> StepRecord:
 def _arrays(record: StepRecord) -> dict[str, np.ndarray]:
     prompts, prompt_of = _distinct_prompts(record.completions)
     info = [{"text": p.text, "answer": p.answer, "source": _source(p)} for p in prompts]
-    plain = [
-        one if one.routed_experts is None else replace(one, routed_experts=None) for one in record.completions
-    ]
+    plain = [replace(one, routed_experts=None, supports=None) for one in record.completions]
     arrays = {
         "prompt_of": prompt_of,
         "prompt_ids": np.array([prompt.prompt_id for prompt in prompts], np.int64),

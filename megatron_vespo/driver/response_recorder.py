@@ -193,7 +193,7 @@ def _job(step: TrainedStep, settings: Mapping[str, Any]) -> _Job:
     result, per_token = step.result, advantages_per_token(step.samples)
     return _Job(
         step=step.step,
-        completions=[replace(one, routed_experts=None) for one in step.completions],
+        completions=[replace(one, routed_experts=None, supports=None) for one in step.completions],
         group_ids=np.array([sample.group_id for sample in step.samples], np.int64),
         columns={
             "advantages": np.array([mean_advantage(sample) for sample in step.samples], np.float32),

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from megatron_vespo.arguments.resume import resumed_folder
+from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.time_limits import longest_engine_step_s
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
@@ -25,6 +26,7 @@ from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.loading import load_rewards, reward_remarks
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.worker import RewardFunction
+from megatron_vespo.rollout.sampled_distribution import truncation_remarks
 from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
@@ -72,8 +74,8 @@ def load_task(settings: TrainSettings) -> Task:
     elif folder:
         remarks.append(f"{folder} does not say which prompts its run has: they are not compared")
     stops = stop_token_ids(settings.engines.hf_checkpoint, tokenizer.eos_token_id)
-    rollout = settings.rollout
-    sampling = SamplingParams(rollout.rollout_temperature, rollout.max_completion_tokens, stops)
+    sampling = settings.rollout.sampling(stops, settings.engines.sglang_flags)
+    remarks += truncation_remarks(sampling, settings.engines.sglang_flags)
     reward = load_rewards(settings.rewards.reward_function, settings.code_rewards.function())
     remarks += reward_remarks(reward)
     maker = make_maker(settings.responses, form, tokenizer, settings.engines.hf_checkpoint)
@@ -158,4 +160,5 @@ def _server_arguments(settings: TrainSettings) -> list[str]:
         # a cached prefix could come from an older policy version than SGLang reports for the request
         prefix_cache=not (settings.rollout.max_staleness and settings.rollout.on_weight_update == "in-place"),
         memory_saver=settings.sync.colocate and device == "cuda",
+        supports=RolloutSettings.sampling_of(settings.rollout).truncates,
     )

@@ -44,6 +44,7 @@ def training_sample(
         routes_version=completion.policy_versions.last if replay else None,
         replays=completion.num_retractions == 0,
         segments=completion.segments,
+        supports=completion.supports,
     )
 
 

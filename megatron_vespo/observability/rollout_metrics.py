@@ -44,7 +44,20 @@ def rollout_metrics(
     }
     if estimator == "equal-length-pairs":
         metrics |= pair_metrics(shaped, lengths, length_gap)
-    return metrics | _turn_metrics(completions) | _reward_parts(completions)
+    return metrics | _turn_metrics(completions) | _support_metrics(completions) | _reward_parts(completions)
+
+
+def _support_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Metrics of truncated sampling: only a batch with supports has them."""
+    counts = [c.supports.counts for c in completions if c.supports is not None]
+    if not any(map(len, counts)):
+        return {}
+    sizes = np.concatenate(counts)
+    return {
+        "rollout/support_size_mean": float(sizes.mean()),
+        "rollout/support_size_max": float(sizes.max()),
+        "rollout/single_choice_share": float((sizes == 1).mean()),
+    }
 
 
 def _turn_metrics(completions: list[Completion]) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Collector:
     ) -> list[list[Completion]]:
         """`num_completions` completions of each prompt, in prompt order; blocks the calling thread.
 
-        A completion with non-finite log-probs is sampled again, and the new one's `rejections` tell why. One
+        A completion that cannot be trained on is sampled again, and the new one's `rejections` tell why. One
         such completion is always allowed; more than MAX_REJECTED_SHARE of all are an error.
         `on_progress(done, total)` is called after every completion. Only `for_training` keeps their routes.
 

@@ -15,9 +15,10 @@ import aiohttp
 import numpy as np
 
 from megatron_vespo.data.routes import joined_routes
-from megatron_vespo.rollout.generate_reply import RouteShape, parse_generate_reply
+from megatron_vespo.rollout.generate_reply import RouteShape, SupportOverflowError, parse_generate_reply
+from megatron_vespo.rollout.sampling_mask import OVERFLOW
 from megatron_vespo.system.http import EngineRequestError, auth_headers
-from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments, VersionSpans
+from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments, TokenSupports, VersionSpans
 
 CONNECT_TIMEOUT_S = 30.0
 # SGLang closes a connection that is idle for 5 s. A request that is sent at that moment is lost, and episodes
@@ -107,7 +108,10 @@ class HttpEngineClient(EngineClient):
                 self.url + "/generate", json=payload, headers=self._headers
             ) as response:
                 if response.status != 200:
-                    body = f"prompt {prompt.prompt_id}: {await response.text()}"
+                    said = await response.text()
+                    if sampling.with_supports and OVERFLOW in said:
+                        raise SupportOverflowError(f"prompt {prompt.prompt_id}: {said}")
+                    body = f"prompt {prompt.prompt_id}: {said}"
                     raise EngineRequestError(self.url, "/generate", response.status, body)
                 reply = await response.read()
         except TimeoutError:  # also aiohttp's, which are ClientErrors too
@@ -115,7 +119,9 @@ class HttpEngineClient(EngineClient):
         except aiohttp.ClientError as error:
             raise ConnectionLostError(str(error)) from error
         routes = None if routes_start is None else self._routes
-        return parse_generate_reply(reply, prompt, sampling.temperature, routes, routes_start or 0)
+        return parse_generate_reply(
+            reply, prompt, sampling.temperature, routes, routes_start or 0, sampling.with_supports
+        )
 
     async def abort(self) -> None:
         async with self._session.post(
@@ -135,7 +141,9 @@ def engine_session(timeout_s: float) -> aiohttp.ClientSession:
 def _joined(begun: Completion, rest: Completion) -> Completion:
     """`begun` continued by `rest`, whose prompt was the prompt and the tokens of `begun`."""
     old, new = begun.routed_experts, rest.routed_experts
-    segments = begun.segments
+    segments, supports = begun.segments, None
+    if begun.supports is not None and rest.supports is not None:
+        supports = TokenSupports.joined([begun.supports, rest.supports])
     if segments is not None:
         segments = Segments.joined([segments, Segments.single("policy", len(rest.token_ids))])
     return replace(
@@ -147,6 +155,7 @@ def _joined(begun: Completion, rest: Completion) -> Completion:
         policy_versions=VersionSpans.joined([begun.policy_versions, rest.policy_versions]),
         routed_experts=None if old is None or new is None else joined_routes(old, new),
         num_retractions=begun.num_retractions + rest.num_retractions,
+        supports=supports,
     )
 
 
@@ -155,8 +164,8 @@ def generate_payload(
 ) -> dict:
     """The body of one /generate request; it asks for the routes of the tokens from `routes_start` on, if any.
 
-    It turns truncated sampling off for training, whatever the model's generation_config says. Otherwise the
-    log-probs would not describe the sampled distribution.
+    It states how sampling is truncated, whatever the model's generation_config says. For training, the reply
+    must say which tokens were left. Otherwise its log-probs would not describe the sampled distribution.
     """
     sampling_params = {
         "temperature": sampling.temperature,
@@ -164,7 +173,7 @@ def generate_payload(
         "stop_token_ids": list(sampling.stop_token_ids),
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "min_p": 0.0,
+        "min_p": sampling.min_p,
     }
     if seed is not None:
         sampling_params["sampling_seed"] = seed
@@ -174,4 +183,6 @@ def generate_payload(
         "return_logprob": True,
         "return_routed_experts": routes_start is not None,
     }
-    return payload | ({"routed_experts_start_len": routes_start} if routes_start else {})
+    if routes_start:
+        payload["routed_experts_start_len"] = routes_start
+    return payload | ({"return_sampling_mask": True} if sampling.with_supports else {})

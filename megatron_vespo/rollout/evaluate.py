@@ -48,11 +48,13 @@ def evaluate(
     """Samples `num_completions` completions of each prompt and scores them.
 
     The same `seed` gives every completion the same sampling seed. `temperature`, if given, replaces that of
-    `sampling`. For pass@k a completion is correct if its reward is at least `pass_reward`.
+    `sampling`. Completions are drawn from the whole vocabulary, even if those of training are not. For pass@k
+    a completion is correct if its reward is at least `pass_reward`.
     Raises ValueError without prompts.
     """
     if not prompts:
         raise ValueError("evaluation needs at least one prompt")
+    sampling = sampling.untruncated()
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
     groups = collector.collect(

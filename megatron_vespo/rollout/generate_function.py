@@ -7,7 +7,7 @@
 `draw(prompt, sampling, seed)` gives one finished Completion of an engine. The function may draw several,
 also of other prompts, and returns one of them or a combination. Every sampled token of the result is trained
 on. So each needs the log-prob and the policy version with which an engine has sampled it. Every draw needs
-the temperature, top_p and top_k of `sampling`. The result may have `sampling.max_new_tokens` tokens.
+the temperature, top_p, top_k and min_p of `sampling`. The result may have `sampling.max_new_tokens` tokens.
 
 A function with a fifth parameter gets a GenerateContext. It can then add tokens that are not trained on, and
 let the engine continue:
@@ -123,7 +123,7 @@ class CustomGeneration:
             raise GenerateFunctionError(
                 f"the generate function failed at prompt {prompt.prompt_id}: {type(error).__name__}: {error}"
             ) from error
-        problem = _problem(completion, prompt, sampling.max_new_tokens)
+        problem = _problem(completion, prompt, sampling)
         if problem:
             raise GenerateFunctionError(
                 f"the generate function returned for prompt {prompt.prompt_id} {problem}"
@@ -131,10 +131,10 @@ class CustomGeneration:
         return replace(completion)  # lists that the function has assigned become arrays
 
 
-def _problem(completion: Completion, prompt: Prompt, most: int) -> str | None:
+def _problem(completion: Completion, prompt: Prompt, sampling: SamplingParams) -> str | None:
     if not isinstance(completion, Completion):
         return f"a {type(completion).__name__}, not a Completion"
-    length = len(completion.token_ids)
+    length, most = len(completion.token_ids), sampling.max_new_tokens
     if completion.prompt.prompt_id != prompt.prompt_id:
         return f"a completion of prompt {completion.prompt.prompt_id}"
     if length == 0:
@@ -147,9 +147,10 @@ def _problem(completion: Completion, prompt: Prompt, most: int) -> str | None:
         return "no sampled token"
     if completion.finish_reason == "abort":
         return "a completion that an engine has not finished"
-    for name in ("log_probs", "policy_versions"):
-        if len(getattr(completion, name)) != sampled:
-            return f"{sampled} sampled tokens and {len(getattr(completion, name))} {name}"
+    for name in ["log_probs", "policy_versions"] + ["supports"] * sampling.with_supports:
+        column = getattr(completion, name)
+        if (number := 0 if column is None else len(column)) != sampled:
+            return f"{sampled} sampled tokens and {number} {name}"
     if not np.isfinite(completion.log_probs).all():
         return "log-probs that are not finite"
     try:

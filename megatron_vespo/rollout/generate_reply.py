@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 import pybase64
 
-from megatron_vespo.types import TOKEN_ID, Completion, Prompt, VersionSpans
+from megatron_vespo.rollout.sampling_mask import read_supports
+from megatron_vespo.types import TOKEN_ID, Completion, Prompt, TokenSupports, VersionSpans
 
 MAX_EXPERT_ID = 255  # Completion.routed_experts is uint8
 LOG_PROB_ROUNDING = 1e-5  # a soft-max that rounds up to just above 1 gives a log-prob just above 0
@@ -24,8 +25,22 @@ class GenerateReplyError(RuntimeError):
     """A reply that cannot be trained on; the message names the request and the prompt."""
 
 
-class NonFiniteLogProbsError(GenerateReplyError):
-    """A completion whose log-probs are not finite; sampling it again may give a valid one."""
+class RejectedDrawError(GenerateReplyError):
+    """A completion that cannot be trained on; sampling it again may give a valid one."""
+
+    what: str  # that it has
+
+
+class NonFiniteLogProbsError(RejectedDrawError):
+    """A completion whose log-probs are not finite."""
+
+    what = "non-finite log-probs"
+
+
+class SupportOverflowError(RejectedDrawError):
+    """A completion of whose tokens one had more to choose from than the engine returns."""
+
+    what = "a support larger than --sglang-sampling-mask-max-tokens"
 
 
 class RouteShape(NamedTuple):
@@ -52,6 +67,8 @@ class _Meta(msgspec.Struct):
     weight_versions: list[_Span] = _UNSET
     num_retractions: int = _UNSET
     routed_experts: msgspec.Raw = _UNSET  # base64 of int32 [entered, L, K]
+    output_token_sampling_mask: msgspec.Raw = _UNSET  # [[id, ...], ...], what truncated sampling left
+    output_token_sampling_logprobs: msgspec.Raw = _UNSET  # [log-prob among these, ...]
 
 
 class _Reply(msgspec.Struct):
@@ -64,13 +81,19 @@ _NUMBERS = msgspec.json.Decoder(list[int | float | None])
 
 
 def parse_generate_reply(
-    body: bytes, prompt: Prompt, temperature: float, routes: RouteShape | None, routes_start: int = 0
+    body: bytes,
+    prompt: Prompt,
+    temperature: float,
+    routes: RouteShape | None,
+    routes_start: int = 0,
+    with_supports: bool = False,
 ) -> Completion | None:
     """Check the body of one /generate reply and return it as a Completion; raises GenerateReplyError.
 
-    None: the request was aborted before it had a token with a log-prob (and routes). SGLang's log-probs are
-    those after temperature. Without `routes`, the reply's routes are skipped. Otherwise the request has asked
-    for those of the tokens from `routes_start` on.
+    None: the request was aborted before it had a token with a log-prob (and routes, and a support). SGLang's
+    log-probs are those after temperature, `with_supports` those of the truncated distribution as well.
+    Without `routes`, the reply's routes are skipped. Otherwise the request has asked for those of the tokens
+    from `routes_start` on.
     """
     try:
         reply = _REPLY.decode(body)
@@ -86,17 +109,24 @@ def parse_generate_reply(
             f"{where}: the engine sampled a token outside the vocabulary (NaN logits)"
         )
     scored = _scored(meta.output_token_logprobs or b"[]", where)
+    supports = _supports(meta, where) if with_supports else None
     if finish["type"] == "abort" and (
-        not token_ids or len(scored) != 3 * len(token_ids) or (routes and not meta.routed_experts)
+        not token_ids
+        or len(scored) != 3 * len(token_ids)
+        or (routes and not meta.routed_experts)
+        or (supports is not None and len(supports) != len(token_ids))
     ):
         return None
-    _require(meta, prompt, routes is not None)
+    _require(meta, prompt, routes is not None, with_supports)
     if not token_ids:
         raise GenerateReplyError(f"{where}: no tokens, finish reason {finish}")
     if scored[1::3] != token_ids:
         raise GenerateReplyError(
             f"{where}: {len(token_ids)} output ids do not match {-(-len(scored) // 3)} scored tokens"
         )
+    log_probs = scored[0::3]
+    if supports is not None:
+        log_probs = _truncated(meta, supports, token_ids, where)
     routed_experts = None
     # After a retraction SGLang keeps tokens and log-probs, but returns the routes of the recomputation.
     if routes is not None and meta.num_retractions == 0:
@@ -106,18 +136,20 @@ def parse_generate_reply(
     return Completion(
         prompt=prompt,
         token_ids=_token_ids(token_ids, where),
-        log_probs=_log_probs(scored[0::3], where),
+        log_probs=_log_probs(log_probs, where),
         policy_versions=_policy_versions(meta.weight_versions, len(token_ids), where),
         routed_experts=routed_experts,
         finish_reason=finish["type"],
         temperature=temperature,
         num_retractions=meta.num_retractions,
+        supports=supports,
     )
 
 
-def _require(meta: _Meta, prompt: Prompt, routed_experts: bool) -> None:
+def _require(meta: _Meta, prompt: Prompt, routed_experts: bool, supports: bool) -> None:
     names = ["output_token_logprobs", "weight_versions", "num_retractions"]
-    for name in names + ["routed_experts"] * routed_experts:
+    names += ["routed_experts"] * routed_experts
+    for name in names + ["output_token_sampling_mask", "output_token_sampling_logprobs"] * supports:
         if getattr(meta, name) is msgspec.UNSET:
             raise GenerateReplyError(f"prompt {prompt.prompt_id}: the reply has no {name!r}")
 
@@ -133,6 +165,36 @@ def _scored(entries: bytes, where: str) -> list[int | float | None]:
         return _NUMBERS.decode(b"[" + flat + b"]")
     except msgspec.DecodeError as error:
         raise GenerateReplyError(f"{where}: output_token_logprobs are not triples: {error}") from error
+
+
+def _supports(meta: _Meta, where: str) -> TokenSupports:
+    try:
+        return read_supports(meta.output_token_sampling_mask or b"")
+    except ValueError as error:
+        raise GenerateReplyError(f"{where}: output_token_sampling_mask: {error}") from error
+
+
+def _truncated(
+    meta: _Meta, supports: TokenSupports, token_ids: list[int], where: str
+) -> list[int | float | None]:
+    """Return the log-probs among the supports; GenerateReplyError unless every token is in its support."""
+    try:
+        log_probs = _NUMBERS.decode(meta.output_token_sampling_logprobs)
+    except msgspec.DecodeError as error:
+        raise GenerateReplyError(
+            f"{where}: output_token_sampling_logprobs are not numbers: {error}"
+        ) from error
+    if not len(supports) == len(log_probs) == len(token_ids):
+        raise GenerateReplyError(
+            f"{where}: {len(supports)} sampling masks and {len(log_probs)} log-probs among them for "
+            f"{len(token_ids)} tokens"
+        )
+    outside = supports.first_outside(np.array(token_ids))
+    if outside is not None:
+        raise GenerateReplyError(
+            f"{where}: completion token {outside}, {token_ids[outside]}, is not in its sampling mask"
+        )
+    return log_probs
 
 
 def _token_ids(token_ids: list[int], where: str) -> np.ndarray:

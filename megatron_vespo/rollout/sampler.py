@@ -1,4 +1,4 @@
-"""Draws completions from all engines; a draw survives lost engines, pauses and non-finite log-probs."""
+"""Draws completions from all engines; a draw survives lost engines, pauses and numbers of no use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron_vespo.rollout.buffer import PartialCompletions
 from megatron_vespo.rollout.episode import Episodes
 from megatron_vespo.rollout.generate_function import CustomGeneration
-from megatron_vespo.rollout.generate_reply import NonFiniteLogProbsError
+from megatron_vespo.rollout.generate_reply import RejectedDrawError
 from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 
@@ -23,7 +23,7 @@ Maker = Episodes | CustomGeneration
 
 
 class TooManyRejectedError(CollectError):
-    """Too many completions have non-finite log-probs: the engine or the weights must be broken."""
+    """Too many completions cannot be trained on: the engine or the weights must be broken."""
 
 
 class RejectedDraws:
@@ -32,11 +32,11 @@ class RejectedDraws:
     def __init__(self, total: int):
         self.total, self._num = total, 0
 
-    def add(self, error: NonFiniteLogProbsError) -> None:
+    def add(self, error: RejectedDrawError) -> None:
         self._num += 1
         if self._num > max(1, MAX_REJECTED_SHARE * self.total):
             raise TooManyRejectedError(
-                f"{self._num} of {self.total} completions had non-finite log-probs, more than "
+                f"{self._num} of {self.total} completions had {error.what}, more than "
                 f"{MAX_REJECTED_SHARE:.0%}; the last one: {error}"
             ) from error
 
@@ -49,7 +49,7 @@ class Seeds(NamedTuple):
     num_completions: int  # of the group
 
     def of(self, prompt_id: int, num_rejections: int) -> int:
-        """Return the sampling seed after `num_rejections` draws with non-finite log-probs."""
+        """Return the sampling seed after `num_rejections` draws that could not be trained on."""
         return completion_seed(self.seed, prompt_id, self.index + self.num_completions * num_rejections)
 
 
@@ -80,7 +80,7 @@ class Sampler:
         rejected: RejectedDraws,
         partials: PartialCompletions | None = None,
     ) -> Completion:
-        """Completion `index` of a group; one with non-finite log-probs is sampled again.
+        """Completion `index` of a group; one that cannot be trained on is sampled again.
 
         It continues from `partials[index]`, which always has the tokens generated so far. A completion that
         an engine returns unfinished continues after `release`.
@@ -89,6 +89,8 @@ class Sampler:
         begun = known[index]
         if begun is not None and begun.finish_reason != "abort":
             return begun
+        if begun is not None and (begun.supports is not None) != sampling.with_supports:
+            begun = None  # the run was resumed with another kind of sampling
 
         def keep(partial: Completion | None) -> None:
             known[index] = partial
@@ -150,7 +152,7 @@ class Sampler:
             try:
                 partial = await self._draw_once(prompt, sampling, seed, partial)
                 keep(partial)
-            except NonFiniteLogProbsError as error:
+            except RejectedDrawError as error:
                 rejected.add(error)
                 rejections += (str(error),)
         partial.rejections += rejections

@@ -30,6 +30,8 @@ OWNED = {
     "--api-key",  # others could read it on a command line, in logs and in checkpoints
     "--admin-api-key",
 }
+SUPPORT_CAP_FLAG = "--sampling-mask-max-tokens"
+SUPPORT_CAP = 4096  # most tokens that an engine returns as the support of one
 MEMORY_SAVER = "--enable-memory-saver"
 MEMORY_FRACTION = "--mem-fraction-static"
 SIZE_FLAGS = ("--tensor-parallel-size", "--tp-size")  # two names of one flag
@@ -124,12 +126,14 @@ def server_arguments(
     weight_version: int = 0,
     prefix_cache: bool = True,
     memory_saver: bool = False,
+    supports: bool = False,
 ) -> list[str]:
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
     `device` is "cpu" or "cuda"; `dtype` SGLang's name of the weights' type ("float32", "bfloat16").
     `longest_step_s` is how long it may load weights or compile before SGLang's watchdog considers it hung.
     With `routes`, requests may ask for the chosen experts; every step then copies them to the host.
+    With `supports`, they may ask which tokens truncated sampling has left.
     `memory_saver` lets it release GPU memory while it runs; it does not exist for CPUs.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
@@ -150,6 +154,8 @@ def server_arguments(
         "--watchdog-timeout": [str(math.ceil(longest_step_s))],
         "--dist-timeout": [str(math.ceil(longest_step_s))],
     }
+    if supports:
+        defaults[SUPPORT_CAP_FLAG] = [str(SUPPORT_CAP)]
     if device == "cpu":
         defaults |= {
             "--attention-backend": ["torch_native"],

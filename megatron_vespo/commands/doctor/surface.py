@@ -30,7 +30,7 @@ ROUTES = (
 _REQUESTS = {
     "AbortReq": "abort_all",
     "DestroyWeightsUpdateGroupReqInput": "group_name",
-    "GenerateReqInput": "input_ids sampling_params return_logprob return_routed_experts",
+    "GenerateReqInput": "input_ids sampling_params return_logprob return_routed_experts return_sampling_mask",
     "InitWeightsUpdateGroupReqInput": "master_address master_port rank_offset world_size group_name backend",
     "PauseGenerationReqInput": "mode",
     "ReleaseMemoryOccupationReqInput": "tags",
@@ -86,7 +86,9 @@ def missing_in_sglang() -> list[str]:
     paths = {getattr(route, "path", None) for route in importlib.import_module(HTTP_SERVER).app.routes}
     options = {"device": "cpu", "dtype": "float32", "routes": True, "seed": 0, "longest_step_s": 1.0}
     flags = OWNED | {
-        part for part in server_arguments([], prefix_cache=False, **options) if part.startswith("--")
+        part
+        for part in server_arguments([], prefix_cache=False, supports=True, **options)
+        if part.startswith("--")
     }
     return [f"endpoint {path}" for path in ROUTES if path not in paths] + [
         f"flag {flag}" for flag in sorted(flags - known_flags().keys())

@@ -90,6 +90,7 @@ def test_a_wrong_name_is_a_line(path, message):
         ({"temperature": 0.7}, "temperature 0.7 and not the run's 1"),
         ({"top_p": 0.9}, "top_p 0.9 and not the run's 1"),
         ({"top_k": 20}, "top_k 20 and not the run's -1"),
+        ({"min_p": 0.1}, "min_p 0.1 and not the run's 0"),
     ],
 )
 def test_draws_from_another_distribution_are_refused(change, said):

@@ -61,7 +61,8 @@ def arguments(replay: str | None) -> SimpleNamespace:
         num_layers=LAYERS, moe_router_topk=TOPK, num_experts=128, routing_replay=replay,
         generate_timeout=60.0, max_request_retries=0, distributed_backend="nccl", bf16=True,
         sglang_flags=("--max-total-tokens", "64"), seed=0, max_staleness=0, on_weight_update="retract",
-        colocate=False, engine_start_timeout=60.0, weight_check_timeout=60.0,
+        colocate=False, engine_start_timeout=60.0, weight_check_timeout=60.0, rollout_temperature=1.0,
+        rollout_top_p=1.0, rollout_top_k=-1, rollout_min_p=0.0, max_completion_tokens=RESPONSE,
     )  # fmt: skip
 
 

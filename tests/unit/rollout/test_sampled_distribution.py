@@ -39,9 +39,11 @@ def test_the_variable_that_is_off(value):
 def test_preferred_parameters_that_change_what_is_sampled(params, named):
     with pytest.raises(ValueError) as error:
         check_flags(["--tp-size", "2", PREFERRED, params])
+    field = named.split()[0]
+    instead = {name: f"use --rollout-{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p")}
     assert str(error.value) == (
         f"--sglang{PREFERRED[1:]} has {named}: engines' log-probs do not describe what is sampled with "
-        f"{named}, and training needs them to; leave it out"
+        f"{named}, and training needs them to; {instead.get(field, 'leave it out')}"
     )
 
 
