@@ -22,6 +22,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="port of the first engine, the others follow; 0: free ports",
     )
+    add("--rollout-quantization", choices=("fp8",),
+        help="engines hold block-FP8 weights, which the trainer quantises")  # fmt: skip
     add("--ray-address", help="Ray cluster to join, 'auto' for a running one; else a local one starts")
     add("--engine-restarts", type=int, default=3, metavar="N",
         help="restarts per engine, which serves after the next weight sync")  # fmt: skip
@@ -55,6 +57,7 @@ class EngineSettings(Settings):
     """`rollout_engines` is 0 in a run that trains on recorded batches."""
 
     hf_checkpoint: Path
+    rollout_quantization: Literal["fp8"] | None  # None: as trained
     rollout_engines: int
     rollout_port: int  # of the first engine; 0: free ports
     ray_address: str | None

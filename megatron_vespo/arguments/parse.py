@@ -25,6 +25,7 @@ from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatro
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
+from megatron_vespo.arguments.quantization import check_quantization
 from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.rollout import TRUNCATED, check_rollout
@@ -93,6 +94,7 @@ def parse_args(
     check_rollout(args)
     args.world_size = args.trainer_ranks
     resolve_load(args, explicit)
+    check_quantization(args, hf_config)
     check_layout(args)
     check_colocation(args)
     check_megatron_saving(args)

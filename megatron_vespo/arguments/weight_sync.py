@@ -17,8 +17,8 @@ def add_sync_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weight sync")
     add = group.add_argument
     add("--weight-sync", choices=("auto", "broadcast", "disk"), default="auto",
-        help="shard to shard, or by broadcast where that is not possible; always by broadcast; through "
-        "files, for engines that only HTTP and files reach")  # fmt: skip
+        help="shard to shard, else by broadcast; always by broadcast; through files, for engines that only "
+        "HTTP and files reach")  # fmt: skip
     add("--weight-sync-folder", type=user_path, metavar="DIR",
         help="folder of --weight-sync disk, which trainer and engines see")  # fmt: skip
     add("--weight-sync-bucket-mb", type=int, default=512, metavar="MiB", help="size of a bucket of weights")

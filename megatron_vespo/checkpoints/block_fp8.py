@@ -7,7 +7,7 @@ embeddings, norms, routers and the head stay as they are. The engine quantises t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def quantisation_config(names: Mapping[str, Any]) -> dict[str, Any]:
 def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Float [rows, columns] as e4m3 and bf16 scales, one per block. ValueError for NaN or infinity."""
     rows, columns = weights.shape
-    padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
+    shape = -(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK
+    padded = torch.zeros(shape, dtype=torch.float32, device=weights.device)
     padded[:rows, :columns] = weights
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
@@ -55,6 +56,23 @@ def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
     # bf16 may have rounded the scale down, so a quotient may exceed the limit
     quotients = (blocks / scales.float()[:, None, :, None]).clamp_(-limit, limit)
     return quotients.view_as(padded)[:rows, :columns].to(DTYPE), scales
+
+
+def quantised(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The stream of full HF tensors as an engine loads it: a linear layer's scales follow its weights.
+
+    ValueError, with the tensor's name, for NaN or infinity.
+    """
+    for name, tensor in tensors:
+        if not is_quantised(name):
+            yield name, tensor
+            continue
+        try:
+            values, scales = quantise(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}: it has no FP8 weights") from error
+        yield name, values
+        yield name + _SCALE_SUFFIX, scales
 
 
 class BlockFP8Reader:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,10 +51,21 @@ def write_shards(tensors: Iterator[dict[str, Tensor]], folder: Path, prefix: str
 
 
 def finish_checkpoint(
-    source: Path, staging: Path, target: Path, weight_map: dict[str, str], total_size: int
+    source: Path,
+    staging: Path,
+    target: Path,
+    weight_map: dict[str, str],
+    total_size: int,
+    quantisation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add index, and `source`'s config and tokenizer, to the shards of `staging`; rename it `target`."""
+    """Add index, and `source`'s config and tokenizer, to the shards of `staging`; rename it `target`.
+
+    `quantisation` is config.json's `quantization_config` where the shards have such weights.
+    """
     copy_companions(source, staging)
+    if quantisation is not None:
+        config = json.loads((staging / CONFIG_NAME).read_text()) | {"quantization_config": quantisation}
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     write_index(staging, weight_map, total_size)
     if target.exists():
         shutil.rmtree(target)

@@ -85,6 +85,7 @@ class TrainerWorker:
         self._settings, self._args, self.rank = settings, settings.megatron, rank
         self._host = host_address(loopback)
         self._bucket_bytes = settings.sync.weight_sync_bucket_mb * 2**20
+        self._fp8 = settings.engines.rollout_quantization == "fp8"
         self._started = False
         self._prepared: list = []
         self._link: WeightLink | None = None
@@ -236,12 +237,13 @@ class TrainerWorker:
         from megatron_vespo.weight_sync.disk import Disk
         from megatron_vespo.weight_sync.exact import Exact
 
-        sync, why_no_plan = self._settings.sync, other_layout(self._settings.engines.sglang_flags)
+        sync, engines = self._settings.sync, self._settings.engines
+        why_no_plan = other_layout(engines.sglang_flags, engines.rollout_quantization)
         if sync.weight_sync == "broadcast":
             return "--weight-sync broadcast"
         if sync.weight_sync == "disk":
             assert files is not None
-            return Disk(self._source(engine_size), files, self.export_hf, why_no_plan)
+            return Disk(self._source(engine_size), files, self._export_for_engines, why_no_plan)
         return why_no_plan or Exact(self._source(engine_size))
 
     def _source(self, engine_size: int) -> ExactSource:
@@ -278,7 +280,7 @@ class TrainerWorker:
 
         self._memory.weights.onload()
         weights = Weights(
-            buckets=lambda: buckets(self.policy.named_hf_weights(), self._bucket_bytes),
+            buckets=lambda: buckets(self.policy.named_hf_weights(self._fp8), self._bucket_bytes),
             held=self.policy.held_weights,
         )
         metrics = {"sync/pause_seconds": self._engines.sync(weights, policy_version)}
@@ -300,7 +302,7 @@ class TrainerWorker:
         every_so_many = interval > 0 and (self._num_syncs + 1) % interval == 0
         due = not known if first or self._all_fresh else every_so_many
         if due:
-            self.export_hf(export)
+            self._export_for_engines(export)
         together(self.rank == 0, self._compare, policy_version, known, export if due else None)
         if due and self.rank == 0:
             shutil.rmtree(export)
@@ -329,9 +331,8 @@ class TrainerWorker:
         """Engines and trainer have both started from --hf-checkpoint."""
         from megatron_vespo.trainer import checkpoint
 
-        return not checkpoint.exists(self._args) and LOADING_FLAGS.isdisjoint(
-            self._settings.engines.sglang_flags
-        )
+        as_stored = not self._fp8 and LOADING_FLAGS.isdisjoint(self._settings.engines.sglang_flags)
+        return as_stored and not checkpoint.exists(self._args)
 
     def save(self, rollout_state: dict, buffer: bytes | None, prompts: bytes | None = None) -> None:
         """With --async-save only begun when this returns; rank 0 alone is given buffer and prompts."""
@@ -352,7 +353,14 @@ class TrainerWorker:
 
     def export_hf(self, target: Path) -> None:
         """Write the policy as an HF folder at `target`; it appears there only when complete."""
+        self._export(target, fp8=False)
+
+    def _export_for_engines(self, target: Path) -> None:
+        """The same, as engines hold the weights."""
+        self._export(target, self._fp8)
+
+    def _export(self, target: Path, fp8: bool) -> None:
         from megatron_vespo.trainer.export import export_hf
 
         self._memory.weights.onload()
-        export_hf(self.policy, target, self._bucket_bytes)
+        export_hf(self.policy, target, self._bucket_bytes, fp8)

@@ -21,11 +21,14 @@ from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
 from megatron_vespo.driver.responses import make_maker, with_tools
 from megatron_vespo.driver.tracking import Tracking
+from megatron_vespo.models.family import family_of, shape_of
+from megatron_vespo.models.hf_config import read_hf_config
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.rewards.loading import load_rewards, reward_remarks
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.worker import RewardFunction
+from megatron_vespo.rollout.fp8_engines import DTYPE, fp8_arguments
 from megatron_vespo.rollout.sampled_distribution import truncation_remarks
 from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
@@ -147,12 +150,13 @@ class Services:
 
 
 def _server_arguments(settings: TrainSettings) -> list[str]:
+    fp8 = settings.engines.rollout_quantization == "fp8"
     device = "cuda" if runs_on_gpus(settings.trainer.distributed_backend) else "cpu"
     return server_arguments(
         settings.engines.sglang_flags,
         device=device,
         routes=settings.rollout.routing_replay == "R3",
-        dtype="bfloat16" if settings.trainer.bf16 else "float32",
+        dtype=DTYPE if fp8 or settings.trainer.bf16 else "float32",
         seed=settings.rollout.seed,
         longest_step_s=longest_engine_step_s(
             settings.engines.engine_start_timeout, settings.sync.weight_check_timeout
@@ -161,4 +165,10 @@ def _server_arguments(settings: TrainSettings) -> list[str]:
         prefix_cache=not (settings.rollout.max_staleness and settings.rollout.on_weight_update == "in-place"),
         memory_saver=settings.sync.colocate and device == "cuda",
         supports=RolloutSettings.sampling_of(settings.rollout).truncates,
+        loading=fp8_arguments(_hf_tensors(settings)) if fp8 else (),
     )
+
+
+def _hf_tensors(settings: TrainSettings) -> dict[str, tuple[int, ...]]:
+    config = read_hf_config(settings.engines.hf_checkpoint)
+    return family_of(config).hf_tensors(shape_of(config))

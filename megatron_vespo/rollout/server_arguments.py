@@ -127,6 +127,7 @@ def server_arguments(
     prefix_cache: bool = True,
     memory_saver: bool = False,
     supports: bool = False,
+    loading: Sequence[str] = (),
 ) -> list[str]:
     """A rollout engine's flags, without model path, host and ports; `sglang_flags` override our defaults.
 
@@ -134,10 +135,11 @@ def server_arguments(
     `longest_step_s` is how long it may load weights or compile before SGLang's watchdog considers it hung.
     With `routes`, requests may ask for the chosen experts; every step then copies them to the host.
     With `supports`, they may ask which tokens truncated sampling has left.
-    `memory_saver` lets it release GPU memory while it runs; it does not exist for CPUs.
+    `memory_saver` lets it release GPU memory while it runs; it does not exist for CPUs. `loading` are flags
+    that say how its weights are loaded.
     """
     owned = ["--skip-tokenizer-init", "--weight-version", str(weight_version)]
-    owned += ["--custom-weight-loader", WEIGHT_LOADER]
+    owned += ["--custom-weight-loader", WEIGHT_LOADER, *loading]
     if routes:
         owned.append("--enable-return-routed-experts")
     if not prefix_cache:
@@ -265,8 +267,10 @@ def expert_parallel_size(sglang_flags: Sequence[str]) -> int:
     return int(flag_value(sglang_flags, *EXPERT_FLAGS) or 1)
 
 
-def other_layout(sglang_flags: Sequence[str]) -> str | None:
+def other_layout(sglang_flags: Sequence[str], quantization: str | None) -> str | None:
     """Why the engines' layout of weights is not known: a flag that changes it; None without."""
+    if quantization is not None:
+        return f"--rollout-quantization {quantization} quantises whole tensors"
     flag = next((flag for flag in sglang_flags if flag in LAYOUT_FLAGS), None)
     return flag and f"{PREFIX}{flag.removeprefix('--')} changes how SGLang stores weights"
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vespo.checkpoints.block_fp8 import quantisation_config
 from megatron_vespo.checkpoints.buckets import buckets
 from megatron_vespo.checkpoints.hf_shards import finish_checkpoint, write_shards
 from megatron_vespo.trainer.policy import MegatronPolicy
 
 
-def export_hf(policy: MegatronPolicy, target: Path, bucket_bytes: int) -> None:
+def export_hf(policy: MegatronPolicy, target: Path, bucket_bytes: int, fp8: bool = False) -> None:
     """Write the policy to `target`, one file per bucket. `args.hf_checkpoint` gives tokenizer and config.
 
-    A collective of all ranks; one rank per pipeline stage writes. The folder gets its name only when it is
-    complete, and replaces an older one.
+    With `fp8` its linear layers are quantised, see `block_fp8`. A collective of all ranks; one rank per
+    pipeline stage writes. The folder gets its name only when it is complete, and replaces an older one.
     """
     staging = target.with_name(target.name + ".incomplete")
     if dist.get_rank() == 0:
@@ -29,7 +30,7 @@ def export_hf(policy: MegatronPolicy, target: Path, bucket_bytes: int) -> None:
 
     def counted() -> Iterator[tuple[str, Tensor]]:
         nonlocal size
-        for name, tensor in policy.named_hf_weights():
+        for name, tensor in policy.named_hf_weights(fp8):
             size += tensor.nbytes
             yield name, tensor
 
@@ -45,5 +46,7 @@ def export_hf(policy: MegatronPolicy, target: Path, bucket_bytes: int) -> None:
     dist.all_gather_object(parts, (weight_map, size))
     if dist.get_rank() == 0:
         merged = {name: file for part, _ in parts for name, file in part.items()}
-        finish_checkpoint(policy.args.hf_checkpoint, staging, target, merged, sum(part for _, part in parts))
+        total = sum(part for _, part in parts)
+        of_config = quantisation_config(policy.family.hf_tensors(policy.shape)) if fp8 else None
+        finish_checkpoint(policy.args.hf_checkpoint, staging, target, merged, total, of_config)
     dist.barrier()

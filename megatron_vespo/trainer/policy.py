@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_vespo.algorithms.losses.output import LossOutput
 from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.vespo import RatioDenominator
+from megatron_vespo.checkpoints.block_fp8 import quantised
 from megatron_vespo.checkpoints.run_folder import SaveReport
 from megatron_vespo.data.completion_arrays import split
 from megatron_vespo.data.host_memory import to_device, to_host
@@ -324,10 +325,17 @@ class MegatronPolicy:
         rows = table[: len(samples)].cpu().numpy()
         return [row[: sample.num_tokens] for row, sample in zip(rows, samples, strict=True)]
 
-    def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full HF-named tensors of this rank's pipeline stage; a collective of the stage's ranks."""
-        for chunk in self._updated_chunks():
-            yield from iterate_hf_weights(chunk, self.family, self.shape, self.groups)
+    def named_hf_weights(self, fp8: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Full HF-named tensors of this rank's pipeline stage; a collective of the stage's ranks.
+
+        With `fp8` as `block_fp8.quantised` makes them: of whole tensors, so every layout has the same.
+        """
+        tensors = (
+            named
+            for chunk in self._updated_chunks()
+            for named in iterate_hf_weights(chunk, self.family, self.shape, self.groups)
+        )
+        return quantised(tensors) if fp8 else tensors
 
     def held_weights(self) -> dict[str, Tensor]:
         """This rank's own parameters by the first HF tensor that each is made of; no copies."""

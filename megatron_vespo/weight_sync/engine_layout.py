@@ -8,12 +8,13 @@ one of three dimensions has the rows of all its experts, one of one dimension is
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 
+from megatron_vespo.checkpoints.block_fp8 import BLOCK, is_quantised
 from megatron_vespo.models.table import ModelShape
 
 VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of the embedding to it, and more if ranks do not divide that
@@ -70,6 +71,19 @@ def check_one_dtype(fixed: Collection[str], element_bytes: int) -> None:
     """ValueError if some HF tensors, those that nothing trains, are float32 beside smaller weights."""
     if fixed and element_bytes < torch.float32.itemsize:
         raise ValueError(f"{min(fixed)} is float32, the other weights have {element_bytes} bytes an element")
+
+
+def check_blocks(hf_tensors: Mapping[str, tuple[int, ...]], layout: EngineLayout, shape: ModelShape) -> None:
+    """ValueError unless ranks have whole blocks of what `block_fp8` quantises, as SGLang's kernels ask."""
+    for name, hf_shape in hf_tensors.items():
+        if not is_quantised(name):
+            continue
+        part = destination(name, hf_shape, 0, layout, shape).rectangle
+        if part.rows % BLOCK or part.cols % BLOCK:
+            raise ValueError(
+                f"an engine rank has {part.rows} x {part.cols} of {name}, no multiple of {BLOCK} x {BLOCK}; "
+                f"engines have TP {layout.tp} and EP {layout.ep}"
+            )
 
 
 def destination(

@@ -75,7 +75,9 @@ def serving(options: EvaluateOptions, log: Callable[[str], None]) -> Iterator[Se
 
 def engine_settings(options: EvaluateOptions, hf_folder: Path) -> EngineSettings:
     """Settings of engines that are started here and load `hf_folder`."""
-    return EngineSettings.of(options, hf_checkpoint=hf_folder, engine_api_key="auto")
+    return EngineSettings.of(
+        options, hf_checkpoint=hf_folder, engine_api_key="auto", rollout_quantization=None
+    )
 
 
 def _hf_folder(options: EvaluateOptions, log: Callable[[str], None], stack: ExitStack) -> Path:

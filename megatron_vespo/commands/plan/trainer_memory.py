@@ -93,7 +93,7 @@ def sync_buffer_bytes(settings: TrainSettings, stage: Stage) -> float:
 
     With --weight-sync-staging all that a rank sends is there at once: at most its weights.
     """
-    if other_layout(settings.engines.sglang_flags) is not None:
+    if other_layout(settings.engines.sglang_flags, settings.engines.rollout_quantization) is not None:
         return 0.0
     if settings.sync.weight_sync_staging:
         return stage.parameters * settings.trainer.params_dtype.itemsize

@@ -171,7 +171,7 @@ def weight_sync(
         settings, [stage.whole for stage in stages], len(family.hf_tensors(shape)), gpu, nodes, gpus_per_node
     )
     flags = settings.engines.sglang_flags
-    if (reason := other_layout(flags)) is not None:
+    if (reason := other_layout(flags, settings.engines.rollout_quantization)) is not None:
         return WeightSync(None, reason, broadcast)
     trainer, engines = planned_places(settings, engine_size(flags), nodes, gpus_per_node)
     totals = partial(

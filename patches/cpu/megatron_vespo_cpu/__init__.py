@@ -4,6 +4,7 @@ environment     variables that child processes (SGLang servers) must inherit
 torch_cuda      the parts of torch.cuda that Megatron-Core calls, on the CPU
 megatron_core   the few Megatron-Core functions that torch.cuda alone cannot fix
 sglang_plugin   fixes that SGLang loads by itself in each of its processes
+sglang_fp8      its block-FP8 layers
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from megatron_vespo_cpu import sglang_fp8
 from megatron_vespo_cpu.replace import replace
+from megatron_vespo_cpu.swiglu_experts import local_experts_forward
 
 
 def activate() -> None:
@@ -26,6 +27,7 @@ def activate() -> None:
     _fix_thread_binding()
     _fix_host_buffers()
     _fix_expert_parallel_moe()
+    sglang_fp8.install()
     _allow_deterministic_inference()
 
 
@@ -73,25 +75,6 @@ def _fix_expert_parallel_moe() -> None:
         return local_experts_forward(x, topk_weights, topk_ids, layer.w13_weight, layer.w2_weight)
 
     replace(fused_moe_native, "moe_forward_native", moe_forward_native)
-
-
-def local_experts_forward(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:
-    """This rank's share of a SwiGLU mixture, in x's dtype, summed in fp32.
-
-    T tokens, H hidden, K experts per token, E local experts, I intermediate: x [T, H], topk_weights and
-    topk_ids [T, K] (ids outside 0..E-1 belong to other ranks), w13 [E, 2I, H] (gate, then up), w2 [E, H, I].
-    """
-    output = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in range(w13.shape[0]):
-        tokens, slots = torch.where(topk_ids == expert)
-        if tokens.numel() == 0:
-            continue
-        gate, up = F.linear(x[tokens], w13[expert]).chunk(2, dim=-1)
-        expert_output = F.linear(F.silu(gate) * up, w2[expert]).float()
-        output.index_add_(0, tokens, expert_output * topk_weights[tokens, slots, None].float())
-    return output.to(x.dtype)
 
 
 def _allow_deterministic_inference() -> None:

@@ -20,6 +20,7 @@ ONE_GENERATOR = "the CPU's generator plays the device's"
 NO_DEVICE = "there is no device to make the tensor on"
 NO_STREAMS = "on CPU every operation has ended when it returns"
 GLOO = "gloo has no gather or scatter of uneven parts; NCCL has"
+NO_FP8 = "SGLang multiplies FP8 weights on GPUs and by AMX; parameters and loading stay its own"
 NO_TRITON = "its batch-invariant kernels are written in Triton"
 
 REPLACED = {
@@ -61,6 +62,15 @@ REPLACED = {
     "sglang.srt.layers.moe.fused_moe_native.moe_forward_native": "on GPUs Triton's MoE runs, with EP",
     "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": NO_TRITON,
     **{
+        f"sglang.srt.layers.quantization.fp8.{name}": NO_FP8
+        for name in (
+            "dispatch_w8a8_block_fp8_linear",
+            "Fp8LinearMethod.process_weights_after_loading_block_quant",
+            "Fp8MoEMethod.process_weights_after_loading_block_quant",
+            "Fp8MoEMethod.apply",
+        )
+    },
+    **{
         f"sglang.srt.{module}.ALLOC_MEMORY_FUNCS": "host memory is pinned by cudaHostRegister"
         for module in (
             "mem_cache.pool_host.common",
@@ -97,6 +107,7 @@ for name in (
     "megatron.training.training",
     "sglang.srt.server_args", "sglang.srt.model_executor.model_runner", "sglang.srt.arg_groups.choices",
     "sglang.srt.layers.moe.fused_moe_native", "sglang.srt.utils.numa_utils",
+    "sglang.srt.layers.quantization.fp8",
 ):
     importlib.import_module(name)
 

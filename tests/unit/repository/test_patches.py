@@ -225,7 +225,7 @@ def test_absent_kernels_fail_when_called() -> None:
 
 def test_expert_parallel_shares_add_up() -> None:
     """Two ranks with two experts each give together what a loop over tokens and experts gives."""
-    from megatron_vespo_cpu.sglang_plugin import local_experts_forward
+    from megatron_vespo_cpu.swiglu_experts import local_experts_forward
 
     torch.manual_seed(0)
     x, w13, w2 = torch.randn(5, 4), torch.randn(4, 6, 4), torch.randn(4, 4, 3)
