@@ -22,6 +22,7 @@ from unittest.mock import patch
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.arguments.asynchronous import default_on_weight_update
 from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
+from megatron_vespo.arguments.distillation import TITLE as DISTILLATION
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
@@ -131,7 +132,7 @@ class _OwnHelp(argparse.RawDescriptionHelpFormatter):
     Groups in BRIEF show their description alone; docs/reference/flags.md has their flags.
     """
 
-    BRIEF = (TRACKERS, TRUNCATED)
+    BRIEF = (DISTILLATION, TRACKERS, TRUNCATED)
     _heading: str | None = None
 
     def start_section(self, heading: str | None) -> None:

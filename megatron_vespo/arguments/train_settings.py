@@ -10,6 +10,7 @@ from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.checkpoint import SaveSettings
 from megatron_vespo.arguments.code_rewards import CodeRewardSettings
 from megatron_vespo.arguments.data import DataSettings
+from megatron_vespo.arguments.distillation import DistillationSettings
 from megatron_vespo.arguments.engines import EngineSettings
 from megatron_vespo.arguments.environment import EnvironmentSettings
 from megatron_vespo.arguments.evaluation import EvalSettings
@@ -34,6 +35,7 @@ class TrainSettings:
     rollout: RolloutSettings
     responses: EnvironmentSettings
     rewards: RewardSettings
+    distillation: DistillationSettings
     code_rewards: CodeRewardSettings
     eval: EvalSettings
     engines: EngineSettings
@@ -47,8 +49,8 @@ class TrainSettings:
     def of(cls, args: Namespace) -> TrainSettings:
         return cls(
             args, TrainerSettings.of(args), DataSettings.of(args), RolloutSettings.of(args),
-            EnvironmentSettings.of(args), RewardSettings.of(args), CodeRewardSettings.of(args),
-            EvalSettings.of(args),
+            EnvironmentSettings.of(args), RewardSettings.of(args), DistillationSettings.of(args),
+            CodeRewardSettings.of(args), EvalSettings.of(args),
             EngineSettings.of(args), SyncSettings.of(args), SaveSettings.of(args), RunSettings.of(args),
             LossSettings.of(args), TrackingSettings.of(args),
         )  # fmt: skip

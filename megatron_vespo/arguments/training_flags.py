@@ -12,6 +12,7 @@ from megatron_vespo.arguments.checkpoint import add_checkpoint_arguments
 from megatron_vespo.arguments.checks import check_folder, check_positive
 from megatron_vespo.arguments.code_rewards import add_code_reward_arguments, check_code_reward
 from megatron_vespo.arguments.data import add_data_arguments
+from megatron_vespo.arguments.distillation import add_distillation_arguments, check_distillation
 from megatron_vespo.arguments.engines import add_engine_arguments, check_engines
 from megatron_vespo.arguments.environment import POSITIVE as POSITIVE_OF_ENVIRONMENTS
 from megatron_vespo.arguments.environment import add_environment_arguments, check_environment_flags
@@ -45,7 +46,7 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Adds all of them to `parser`."""
     for add in (
         add_data_arguments, add_rollout_arguments, add_environment_arguments, add_reward_arguments,
-        add_code_reward_arguments,
+        add_code_reward_arguments, add_distillation_arguments,
         add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_placement_arguments,
         add_engine_arguments, add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments,
         add_run_arguments, add_tracking_arguments,
@@ -63,7 +64,8 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
         "rollout_batch_size group_size steps_per_rollout max_prompt_tokens max_completion_tokens "
         "rollout_engines trainer_ranks max_tokens_per_gpu reward_workers "
         "weight_sync_bucket_mb log_prob_chunk_size rollout_temperature mismatch_truncation "
-        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb"
+        "dynamic_sampling_max_batches overlong_penalty old_policy_snapshots reward_memory_gb "
+        "teacher_engines teacher_tp_size distillation_clip"
     ).split()
     check_positive(args, [*positive, *POSITIVE_OF_ENVIRONMENTS, *(limit.name for limit in TIME_LIMITS)])
     check_environment_flags(args)
@@ -84,6 +86,7 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     resolved_reward_function(args)
     check_overlong(args)
     check_code_reward(args)
+    check_distillation(args)
     check_loss(args)
     check_asynchronous(args)
     check_tracking(args)

@@ -24,13 +24,20 @@ class Assignment:
 
 
 def assigned(
-    blocks: Sequence[int], sharing: Sequence[int], located: Sequence[Bundle], engine_size: int, colocate: bool
-) -> tuple[list[Assignment], list[Assignment]]:
-    """Of trainer ranks and engines, in bundles as `blocks.requested` asks for them."""
+    blocks: Sequence[int],
+    sharing: Sequence[int],
+    located: Sequence[Bundle],
+    engine_size: int,
+    colocate: bool,
+    teachers: int = 0,
+) -> tuple[list[Assignment], list[Assignment], list[Assignment]]:
+    """Of trainer ranks, engines and teacher engines, in bundles as `blocks.requested` asks for them."""
     trainer = trainer_assignments(blocks, located[: len(blocks)])
+    end = len(located) - teachers
+    of_teachers = engine_assignments(located[end:], end)
     if colocate:
-        return trainer, shared_assignments(trainer, sharing, engine_size)
-    return trainer, engine_assignments(located[len(blocks) :], len(blocks))
+        return trainer, shared_assignments(trainer, sharing, engine_size), of_teachers
+    return trainer, engine_assignments(located[len(blocks) : end], len(blocks)), of_teachers
 
 
 def trainer_assignments(sizes: Sequence[int], bundles: Sequence[Bundle]) -> list[Assignment]:

@@ -32,7 +32,10 @@ def neighbours(settings: TrainerSettings) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Run:
-    """What to place. `groups` are `neighbours`; with `colocate` engines share the ranks' GPUs."""
+    """What to place. `groups` are `neighbours`; with `colocate` engines share the ranks' GPUs.
+
+    `teachers` engines of `teacher_size` ranks have GPUs of their own, also with `colocate`.
+    """
 
     ranks: int
     groups: Mapping[str, int]
@@ -40,11 +43,16 @@ class Run:
     engine_size: int
     on_gpus: bool
     colocate: bool
+    teachers: int = 0
+    teacher_size: int = 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """Bundles for Ray: the blocks of trainer ranks, then one per engine, unless engines share the blocks."""
+    """Bundles for Ray: the blocks of trainer ranks, then one per engine, unless engines share the blocks.
+
+    The teachers' bundles are the last ones.
+    """
 
     blocks: list[int]  # ranks per block
     sharing: list[int]  # engines per block
@@ -83,7 +91,7 @@ def _bundles(run: Run, blocks: Sequence[int], sharing: Sequence[int]) -> list[Bu
     ]
     if not run.colocate:
         bundles += [_bundle(1, run.engine_size * run.on_gpus)] * run.engines
-    return bundles
+    return bundles + [_bundle(1, run.teacher_size * run.on_gpus)] * run.teachers
 
 
 def _bundle(cpus: int, gpus: int) -> Bundle:
@@ -95,6 +103,8 @@ def _no_place(run: Run, bundles: Sequence[Resources], nodes: Sequence[Resources]
     who = f"{run.ranks} trainer ranks"
     if run.engines:
         who += f" and {run.engines} engines of {run.engine_size} ranks{' on their GPUs' * run.colocate}"
+    if run.teachers:
+        who += f" and {run.teachers} teacher engines of {run.teacher_size} ranks"
     needed = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
     kinds = Counter(tuple(int(node.get(name, 0)) for name in ("GPU", "CPU")) for node in nodes)
     have = ", ".join(f"{number} of {gpus} GPUs and {cpus} CPUs" for (gpus, cpus), number in kinds.items())

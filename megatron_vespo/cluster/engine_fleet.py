@@ -12,6 +12,7 @@ from threading import Condition, Thread
 import ray
 
 from megatron_vespo.arguments.engines import EngineSettings
+from megatron_vespo.cluster.assignments import Assignment
 from megatron_vespo.cluster.engine_actor import EngineActor
 from megatron_vespo.cluster.placement import Placement
 from megatron_vespo.cluster.supervised_engine import EngineEndpoint, State, SupervisedEngine
@@ -43,7 +44,7 @@ class EngineFleet:
 
     Methods may be called from any thread. `check` raises EngineError, which ends the run, in two cases:
     fewer than `min_engines` are left, or an engine that never was healthy ends twice in the same way. All
-    other events are logged.
+    other events are logged. With `fixed_weights` an engine serves as soon as it runs, without a weight sync.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class EngineFleet:
         restarts: int,
         min_engines: int,
         log: Callable[[str], None],
+        fixed_weights: bool = False,
     ):
         self.urls = ServingUrls(engines)
         self.lost = LostRequests(log)
@@ -62,6 +64,7 @@ class EngineFleet:
         self._stopping = False
         self._quiet = 0
         self._held = self._starts_wait = False
+        self._fixed_weights = fixed_weights
         for engine in engines:
             engine.start()
         self._thread = Thread(target=self._watch, name="engines", daemon=True)
@@ -101,9 +104,7 @@ class EngineFleet:
             for endpoint in endpoints:
                 engine = self._engines[endpoint.number]
                 if engine.state is State.READY and engine.is_still(endpoint):
-                    engine.serve()
-                    if endpoint.start > 1:
-                        self._log(f"engine {endpoint.number} serves again ({self._serving()})")
+                    self._serve(engine)
 
     def lose(self, endpoint: EngineEndpoint, why: str) -> None:
         """Kill and restart an engine that did not answer."""
@@ -220,6 +221,14 @@ class EngineFleet:
             engine.poll(check_health=self._quiet == 0)
         except EngineError as error:
             self._ended(engine, error)
+            return
+        if self._fixed_weights and engine.state is State.READY:
+            self._serve(engine)
+
+    def _serve(self, engine: SupervisedEngine) -> None:
+        engine.serve()
+        if engine.num_starts > 1:
+            self._log(f"engine {engine.number} serves again ({self._serving()})")
 
     def _ended(self, engine: SupervisedEngine, error: EngineError) -> None:
         used = engine.num_starts - 1
@@ -261,18 +270,20 @@ class EngineFleet:
 def start_engines(
     settings: EngineSettings,
     placement: Placement,
+    assignments: Sequence[Assignment],
     server_args: list[str],
     api_key: str | None,
     log_dir: Path,
     log: Callable[[str], None],
+    *,
+    first: int = 0,
+    fixed_weights: bool = False,
 ) -> EngineFleet:
-    """One server per engine of `placement`. They start in the background."""
+    """One server per assignment, numbered from `first` on. They start in the background."""
     remote = ray.remote(EngineActor)
-    executor = ThreadPoolExecutor(max(1, settings.rollout_engines), thread_name_prefix="engine-health")
+    executor = ThreadPoolExecutor(max(1, len(assignments)), thread_name_prefix="engine-health")
 
-    def engine(number: int) -> SupervisedEngine:
-        assignment = placement.engines[number]
-
+    def engine(number: int, assignment: Assignment) -> SupervisedEngine:
         def make_actor():
             return remote.options(**placement.options(assignment)).remote(
                 settings, number, server_args, log_dir, placement.loopback, api_key,
@@ -290,8 +301,9 @@ def start_engines(
         )
 
     return EngineFleet(
-        [engine(number) for number in range(settings.rollout_engines)],
+        [engine(first + index, assignment) for index, assignment in enumerate(assignments)],
         restarts=settings.engine_restarts,
         min_engines=settings.min_engines,
         log=log,
+        fixed_weights=fixed_weights,
     )

@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -44,6 +44,8 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 class Placement:
     """Assignments of the trainer's ranks and of the engines. `loopback`: all on one machine.
 
+    `teachers` are the engines of all teachers, one teacher after the other.
+
     `divided` has one line per kind of group whose ranks could share a node but do not.
     """
 
@@ -52,6 +54,7 @@ class Placement:
     engines: list[Assignment]
     loopback: bool
     divided: tuple[str, ...] = ()
+    teachers: list[Assignment] = field(default_factory=list)
 
     def options(self, assignment: Assignment) -> dict:
         """Ray's options for the actor of `assignment`, which decides, instead of Ray, which GPUs it sees."""
@@ -165,11 +168,14 @@ def place(
     engine_size: int,
     on_gpus: bool,
     colocate: bool = False,
+    teachers: int = 0,
+    teacher_size: int = 1,
 ) -> Placement:
     """Reserve places for trainer ranks and engines. ValueError if the cluster is too small.
 
     `groups`, name -> number of neighbouring ranks, should be inside a node, see `neighbours`. With `colocate`
     an engine of n ranks shares the GPUs of n trainer ranks; otherwise every process has its own GPUs.
+    `teachers` engines of `teacher_size` ranks always have their own.
     """
     if on_gpus and not cluster_has_gpus():
         raise ValueError("--distributed-backend nccl needs GPUs, the Ray cluster has none")
@@ -181,15 +187,18 @@ def place(
         engine_size=engine_size,
         on_gpus=on_gpus,
         colocate=colocate,
+        teachers=teachers,
+        teacher_size=teacher_size,
     )
     request = requested(run, nodes)
     group = _reserved(request.bundles)
     located = _located(group, request.bundles)
-    trainer, servers = assigned(request.blocks, request.sharing, located, engine_size, colocate)
+    roles = assigned(request.blocks, request.sharing, located, engine_size, colocate, teachers)
     if not on_gpus and cluster_has_gpus():
-        trainer, servers = without_gpus(trainer), without_gpus(servers)
+        roles = tuple(map(without_gpus, roles))
+    trainer, servers, of_teachers = roles
     divided = divided_groups(run.groups, [located[rank.bundle].node for rank in trainer], request.per_node)
-    return Placement(group, trainer, servers, len(nodes) == 1, divided)
+    return Placement(group, trainer, servers, len(nodes) == 1, divided, of_teachers)
 
 
 def _reserved(bundles: list[dict[str, float]]) -> PlacementGroup:

@@ -12,6 +12,7 @@ P tokens of its prompt; L layers, E experts per token:
                  tokens at the end of an unfinished response, G of them, have none: P + C - G - 1
     segment_counts int64 [M], segment_writers str, segment_lengths int64 [sum of counts]   0: all sampled
     supported bool [M], support_counts int32 [sum N of the supported], support_token_ids int32 [sum of counts]
+    teacher_scored bool [M], teacher_log_probs float32 [sum N of the completions that a teacher has scored]
     extras uint8   JSON in UTF-8: an object per completion with those of EXTRAS that it has
 
 The last three lines are absent if no completion has any, as in what earlier versions wrote. These also wrote
@@ -49,7 +50,8 @@ def completion_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray
     if arrays["routed"].any():
         routes = [c.routed_experts for c in completions if c.routed_experts is not None]
         arrays["routes"] = np.concatenate([fetched(one) for one in routes])
-    return arrays | _segment_arrays(completions) | _support_arrays(completions) | _extra_arrays(completions)
+    optional = _segment_arrays(completions) | _support_arrays(completions) | _teacher_arrays(completions)
+    return arrays | optional | _extra_arrays(completions)
 
 
 def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[Completion]:
@@ -63,16 +65,18 @@ def completions_of(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) 
         prompts, split(arrays["completion_tokens"], lengths), split(arrays["log_probs"], sampled),
         _versions(arrays), _routes(arrays, prompts, segments), arrays["finish_reasons"],
         arrays["temperatures"], arrays["rewards"], arrays["reward_statuses"], arrays["overlong_penalties"],
-        arrays["num_retractions"], segments, _supports(arrays, sampled), _extras(arrays), strict=True,
+        arrays["num_retractions"], segments, _supports(arrays, sampled), _teacher_log_probs(arrays, sampled),
+        _extras(arrays), strict=True,
     )  # fmt: skip
     return [
         Completion(
             prompt, tokens, log_probs, versions, experts, str(finish), float(temperature),
             None if np.isnan(reward) else float(reward), str(status), float(penalty),
-            num_retractions=int(retractions), segments=segment, supports=supports, **extra,
+            num_retractions=int(retractions), segments=segment, supports=supports, teacher_log_probs=scores,
+            **extra,
         )
         for prompt, tokens, log_probs, versions, experts, finish, temperature, reward, status, penalty,
-        retractions, segment, supports, extra in rows
+        retractions, segment, supports, scores, extra in rows
     ]  # fmt: skip
 
 
@@ -139,6 +143,25 @@ def _supports(arrays: Mapping[str, np.ndarray], sampled: np.ndarray) -> list[Tok
     token_ids = split(arrays["support_token_ids"], np.array([one.sum() for one in counts], np.int64))
     parts = iter(map(TokenSupports, counts, token_ids))
     return [next(parts) if has else None for has in supported]
+
+
+def _teacher_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    scores = [c.teacher_log_probs for c in completions]
+    if all(one is None for one in scores):
+        return {}
+    return {
+        "teacher_scored": np.array([one is not None for one in scores], bool),
+        "teacher_log_probs": end_to_end([one for one in scores if one is not None], np.float32),
+    }
+
+
+def _teacher_log_probs(arrays: Mapping[str, np.ndarray], sampled: np.ndarray) -> list[np.ndarray | None]:
+    """Of completions of `sampled` tokens, int64 [M]."""
+    if "teacher_scored" not in arrays:
+        return [None] * len(sampled)
+    scored = arrays["teacher_scored"]
+    parts = iter(split(arrays["teacher_log_probs"], sampled[scored]))
+    return [next(parts) if known else None for known in scored]
 
 
 def _extra_arrays(completions: Sequence[Completion]) -> dict[str, np.ndarray]:

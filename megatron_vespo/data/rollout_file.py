@@ -98,13 +98,17 @@ def recorded_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(prompts), np.concatenate(completions)
 
 
-def check_record(path: Path, run: Mapping[str, Any], needs_routes: bool = False) -> None:
-    """ValueError if the record's run differs from `run` in a value, or if needed routes are missing."""
+def check_record(
+    path: Path, run: Mapping[str, Any], needs_routes: bool = False, needs_teacher: bool = False
+) -> None:
+    """ValueError if the record's run differs from `run` in a value, or lacks needed routes or scores."""
     stored = json.loads(str(_load(path, "run")["run"]))
     recorded = {_OLD_NAMES.get(name, name): value for name, value in stored.items()}
     for name, value in run.items():
         if recorded.get(name) != value:
             raise ValueError(f"{path} was recorded with {name} {recorded.get(name)}, this run has {value}")
+    if needs_teacher and not _load(path).get("teacher_scored", np.zeros(1, bool)).all():
+        raise ValueError(f"{path} has no log-probs of a teacher: record with a teacher, or leave it out here")
     if not needs_routes:
         return
     arrays = _load(path, "routed", "num_retractions")

@@ -124,6 +124,7 @@ def _async_collector(
         num_completions=settings.rollout.group_size,
         seed=settings.rollout.seed,
         scored_at_once=scorer.groups_at_once,
+        teachers=generation.teachers,
         on_wait=on_wait,
         on_change=changed,
     )

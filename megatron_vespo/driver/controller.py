@@ -97,7 +97,9 @@ class Controller:
 
     def training_samples(self, groups: list[Group]) -> list[TrainingSample]:
         loss, replay = self.settings.loss, self.settings.rollout.routing_replay
-        samples = training_samples(groups, loss.advantage_estimator, replay, loss.pair_length_gap)
+        samples = training_samples(
+            groups, loss.advantage_estimator, replay, loss.pair_length_gap, self.settings.distillation
+        )
         if replay == "R3" and (lost := lost_routes(samples)):
             self.display.message(lost)
         return samples

@@ -136,4 +136,5 @@ def check_recorded(settings: TrainSettings, iteration: int) -> None:
         )
     for batch in range(first, end):
         replays = settings.rollout.routing_replay == "R3"
-        check_record(batch_path(folder, batch), recorded_run(settings), replays)
+        distils = bool(settings.distillation.teachers)
+        check_record(batch_path(folder, batch), recorded_run(settings), replays, distils)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from megatron_vespo.arguments.resume import resumed_folder
@@ -13,13 +15,14 @@ from megatron_vespo.arguments.time_limits import longest_engine_step_s
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
-from megatron_vespo.cluster.start import Sharing, start_fleet
+from megatron_vespo.cluster.start import Sharing, TeacherServers, start_fleet
 from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.stop_tokens import stop_token_ids
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.prompt_data import chat_format, eval_data, prompt_data
 from megatron_vespo.driver.responses import make_maker, with_tools
+from megatron_vespo.driver.teachers import check_teachers, teacher_servers, teachers_of_run
 from megatron_vespo.driver.tracking import Tracking
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
@@ -29,10 +32,12 @@ from megatron_vespo.rewards.loading import load_rewards, reward_remarks
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.worker import RewardFunction
 from megatron_vespo.rollout.fp8_engines import DTYPE, fp8_arguments
+from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.sampled_distribution import truncation_remarks
 from megatron_vespo.rollout.sampler import Maker
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.server_arguments import server_arguments
+from megatron_vespo.rollout.teachers import Teachers
 from megatron_vespo.system.hardware import runs_on_gpus
 from megatron_vespo.system.preemption import Preemption
 from megatron_vespo.types import Prompt, SamplingParams
@@ -70,6 +75,7 @@ def load_task(settings: TrainSettings) -> Task:
     for loaded in sets:
         _check_vocabulary(settings, loaded)
         remarks += loaded.remarks(settings.rollout.max_prompt_tokens)
+    remarks += check_teachers(settings, tokenizer, prompts)
     eval_prompts = [prompt for loaded in sets[1:] for prompt in loaded.prompts[: settings.eval.prompts]]
     record = PromptRecord.of(prompts.prompts, settings.rollout.seed, date, eval_prompts)
     if folder and saved:
@@ -124,6 +130,7 @@ class Services:
             sharing = (
                 Sharing(settings.sync.weight_sync_timeout, trace.phase) if settings.sync.colocate else None
             )
+            generates = settings.engines.rollout_engines > 0
             started = start_fleet(
                 settings.engines,
                 _server_arguments(settings),
@@ -133,12 +140,18 @@ class Services:
                 stack=stack,
                 trainer=settings.trainer,
                 sharing=sharing,
+                teachers=_teacher_servers(settings) if generates else (),
             )
         self.placement, self.api_key = started.placement, started.api_key
         self.engines, self.replies = started.engines, started.replies
         self.engine_sync = NullEngineSync() if settings.run.train_from else started.sync
         self.gpu_sharing = started.gpu_sharing
-        self.generates = settings.engines.rollout_engines > 0
+        self.generates = generates
+        self._teacher_fleets = started.teachers
+        self.teachers: Teachers | None = None
+        if generates and settings.distillation.teachers:
+            lost = LostRequests(display.message)
+            self.teachers = teachers_of_run(settings, started.teachers, started.api_key, lost)
         if tracking is not None:
             tracking.watch(lambda: display.current_phase, self.engines)
 
@@ -146,17 +159,41 @@ class Services:
         """Blocks until the engines have started."""
         if self.generates:
             with self.display.phase("start SGLang"):
-                self.engines.wait_until_ready()
+                for fleet in (self.engines, *self._teacher_fleets):
+                    fleet.wait_until_ready()
+
+
+def _teacher_servers(settings: TrainSettings) -> list[TeacherServers]:
+    return teacher_servers(settings.distillation, settings.engines, partial(_teacher_arguments, settings))
+
+
+def _teacher_arguments(settings: TrainSettings, flags: Sequence[str]) -> list[str]:
+    return server_arguments(
+        flags,
+        device=_device(settings),
+        routes=False,
+        dtype=_dtype(settings),
+        seed=settings.rollout.seed,
+        longest_step_s=settings.engines.engine_start_timeout,
+    )
+
+
+def _device(settings: TrainSettings) -> str:
+    return "cuda" if runs_on_gpus(settings.trainer.distributed_backend) else "cpu"
+
+
+def _dtype(settings: TrainSettings) -> str:
+    return "bfloat16" if settings.trainer.bf16 else "float32"
 
 
 def _server_arguments(settings: TrainSettings) -> list[str]:
     fp8 = settings.engines.rollout_quantization == "fp8"
-    device = "cuda" if runs_on_gpus(settings.trainer.distributed_backend) else "cpu"
+    device = _device(settings)
     return server_arguments(
         settings.engines.sglang_flags,
         device=device,
         routes=settings.rollout.routing_replay == "R3",
-        dtype=DTYPE if fp8 or settings.trainer.bf16 else "float32",
+        dtype=DTYPE if fp8 else _dtype(settings),
         seed=settings.rollout.seed,
         longest_step_s=longest_engine_step_s(
             settings.engines.engine_start_timeout, settings.sync.weight_check_timeout

@@ -214,7 +214,8 @@ class TrainerAttempt:
             return None
         assert task.prompts is not None and task.sampling is not None
         cursor = PromptCursor(task.prompts.prompts, self._settings.rollout.seed, state.consumed_prompts)
-        return Generation(self._collector(), cursor, task.sampling, self._services.scorer)
+        services = self._services
+        return Generation(self._collector(), cursor, task.sampling, services.scorer, services.teachers)
 
     def _learner(self, state: RunState, bound: LogProbBound) -> Learner:
         settings = self._settings

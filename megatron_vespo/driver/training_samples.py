@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
+from megatron_vespo.algorithms.distillation import token_advantages
 from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
+from megatron_vespo.arguments.distillation import DistillationSettings
 from megatron_vespo.types import Completion, TrainingSample
 
 
@@ -14,16 +18,34 @@ def training_samples(
     estimator: AdvantageEstimator,
     routing_replay: str | None,
     length_gap: float = LENGTH_GAP,
+    distillation: DistillationSettings | None = None,
 ) -> list[TrainingSample]:
-    """`length_gap` is for equal-length-pairs, see `advantages`."""
+    """`length_gap` is for equal-length-pairs, see `advantages`.
+
+    With teachers in `distillation`, the advantages have its weight, and tokens have advantages of their own.
+    """
+    weights = distillation if distillation is not None and distillation.teachers else None
     rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
     lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
     table = advantages(rewards, estimator, lengths, length_gap)
+    if weights is not None:
+        table = weights.reward_coefficient * table
     return [
-        training_sample(completion, float(table[g, i]), g, routing_replay)
+        replace(
+            training_sample(completion, float(table[g, i]), g, routing_replay),
+            token_advantages=None if weights is None else _of_tokens(completion, weights),
+        )
         for g, group in enumerate(groups)
         for i, completion in enumerate(group)
     ]
+
+
+def _of_tokens(completion: Completion, settings: DistillationSettings) -> np.ndarray:
+    teacher = completion.teacher_log_probs
+    assert teacher is not None, "scored with the rewards, or checked by --train-from"
+    return token_advantages(
+        teacher, completion.log_probs, settings.distillation_coefficient, settings.distillation_clip
+    )
 
 
 def training_sample(

@@ -80,6 +80,8 @@ def sentence(phase: OpenPhase, engines: EngineStates, background: Background | N
         return _generating(phase, engines, background)
     counted, done, total = phase.done is not None, phase.done or 0, phase.total
     match phase.name:
+        case "teacher":
+            return f"The teacher scores {total:,} responses: {done:,} done"
         case "reward":
             return f"Scoring {total:,} responses" if counted else "Scoring responses"
         case "train":

@@ -66,6 +66,7 @@ IMPORTANCE = (
 )
 PHASE_COLUMNS = {  # phase of a step -> heading in plain mode; every other phase is start-up
     "generate": "gen",
+    "teacher": "teach",
     "reward": "rew",
     "log-probs": "logp",
     "train": "train",

@@ -11,7 +11,7 @@ from megatron_vespo.observability.html_charts import Curve, Panel, Points
 from megatron_vespo.observability.mean_rewards import are_shares
 
 LARGEST = 1e300  # larger numbers would overflow on the way to the picture
-PHASE_COLORS = dict(zip(PHASE_COLUMNS, ("c1", "c5", "c6", "c2", "c3", "c8", "c4"), strict=True))
+PHASE_COLORS = dict(zip(PHASE_COLUMNS, ("c1", "c7", "c5", "c6", "c2", "c3", "c8", "c4"), strict=True))
 
 
 @dataclass(frozen=True)

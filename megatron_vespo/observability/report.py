@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip
 GREY, BLACK = "#999999", "#222222"
-PHASE_COLORS = dict(zip(PHASE_COLUMNS, (BLUE, PURPLE, SKY, ORANGE, GREEN, YELLOW, RED), strict=True))
+PHASE_COLORS = dict(zip(PHASE_COLUMNS, (BLUE, BLACK, PURPLE, SKY, ORANGE, GREEN, YELLOW, RED), strict=True))
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,

@@ -14,6 +14,7 @@ from megatron_vespo.algorithms.diagnostics import (
     share_dead_by,
     weight_metrics,
 )
+from megatron_vespo.algorithms.distillation import distillation_metrics
 from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.algorithms.token_sums import TokenSums, token_metrics
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
@@ -44,7 +45,9 @@ def rollout_metrics(
     }
     if estimator == "equal-length-pairs":
         metrics |= pair_metrics(shaped, lengths, length_gap)
-    return metrics | _turn_metrics(completions) | _support_metrics(completions) | _reward_parts(completions)
+    for metrics_of in (_turn_metrics, _support_metrics, _teacher_metrics, _reward_parts):
+        metrics |= metrics_of(completions)
+    return metrics
 
 
 def _support_metrics(completions: list[Completion]) -> dict[str, float]:
@@ -72,6 +75,12 @@ def _turn_metrics(completions: list[Completion]) -> dict[str, float]:
         "response/given_tokens_mean": float(np.mean(given)),
         "response/turn_limit_share": float(np.mean([c.finish_reason == "turns" for c in completions])),
     }
+
+
+def _teacher_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Metrics of the completions that teachers have scored."""
+    scored = [(c.teacher_log_probs, c.log_probs) for c in completions if c.teacher_log_probs is not None]
+    return distillation_metrics(*map(list, zip(*scored, strict=True))) if scored else {}
 
 
 def _reward_parts(completions: list[Completion]) -> dict[str, float]:

@@ -33,7 +33,7 @@ TRAINING_CALLS = ("take", "prepare", "train_step", "log_probs")
 TRAINER_CAUSES = {
     "sync": ("sync",),
     "saving": ("save",),
-    "rewards": ("reward",),
+    "rewards": ("reward", "teacher"),
     "evaluation": ("evaluate",),
     "generation": ("generate",),
     "calls": ("train", "log-probs"),  # samples and results in transfer
@@ -41,7 +41,7 @@ TRAINER_CAUSES = {
 ENGINE_CAUSES = {
     "sync": ("sync",),
     "saving": ("save",),
-    "rewards": ("reward", "evaluate"),
+    "rewards": ("reward", "teacher", "evaluate"),
     "training": ("train", "log-probs"),
 }
 SLOWER_ENGINES, OTHER = "slower engines", "other"

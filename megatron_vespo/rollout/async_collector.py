@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from megatron_vespo.rewards.pool import RewardResult
@@ -19,6 +19,7 @@ from megatron_vespo.rollout.generate_reply import GenerateReplyError
 from megatron_vespo.rollout.router import CollectError
 from megatron_vespo.rollout.sampler import RejectedDraws, Sampler, TooManyRejectedError
 from megatron_vespo.rollout.scoring import describe_failures
+from megatron_vespo.rollout.teachers import Teachers, TeacherScoring
 from megatron_vespo.system.http import EngineRequestError
 from megatron_vespo.types import Completion, SamplingParams
 
@@ -44,7 +45,8 @@ class AsyncCollector:
     The training thread may call all methods. If generation ends, for example because of a dead engine, the
     next `take` raises the error.
 
-    `score` fills in rewards and returns those that failed. A waiting `take` calls `on_wait` every second.
+    `teachers` score groups as they finish. Then `score` fills in rewards and returns those that failed. A
+    waiting `take` calls `on_wait` every second.
     `on_change` is called when groups have finished or were taken. The seed of a group depends only on its
     prompt's place in the run and on its dispatch. It does not depend on when and where it is generated.
     """
@@ -60,12 +62,13 @@ class AsyncCollector:
         seed: int,
         max_failures: int = MAX_FAILURES_IN_A_ROW,
         scored_at_once: int = 1,  # groups
+        teachers: Teachers | None = None,
         on_wait: Callable[[], None] = lambda: None,
         on_change: Callable[[RolloutBuffer], None] | None = None,
     ):
         self._collector, self._buffer, self._sampling, self._score = collector, buffer, sampling, score
         self._num_completions, self._seed, self._max_failures = num_completions, seed, max_failures
-        self._on_wait = on_wait
+        self._on_wait, self._teachers = on_wait, teachers
         self._changed = threading.Condition()  # guards the buffer and the attributes below
         self._on_change = on_change
         self._error: BaseException | None = None
@@ -172,16 +175,17 @@ class AsyncCollector:
                 self._loop.close()
 
     async def _run(self) -> None:
-        async with self._collector.connect() as sampler:
+        connected = nullcontext() if self._teachers is None else self._teachers.connect()
+        async with self._collector.connect() as sampler, connected as teachers:
             with self._changed:
                 self._sampler = sampler
-            watch = asyncio.create_task(sampler.watch())
+            watch = asyncio.create_task(_watch(sampler, teachers))
             watch.add_done_callback(lambda _: self._wake.set())
             groups: dict[asyncio.Task, InFlightGroup] = {}
             try:
                 while not self._stopping:
                     self._wake.clear()
-                    self._dispatch(sampler, groups)
+                    self._dispatch(sampler, teachers, groups)
                     await self._wake.wait()
                     if watch.done():
                         watch.result()
@@ -194,7 +198,12 @@ class AsyncCollector:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _dispatch(self, sampler: Sampler, groups: dict[asyncio.Task, InFlightGroup]) -> None:
+    def _dispatch(
+        self,
+        sampler: Sampler,
+        teachers: TeacherScoring | None,
+        groups: dict[asyncio.Task, InFlightGroup],
+    ) -> None:
         with self._changed:
             if self._suspended:
                 return
@@ -206,7 +215,7 @@ class AsyncCollector:
                 task.cancel()
         for in_flight in fresh:
             self._rejected.total += self._num_completions
-            task = asyncio.create_task(self._make_group(sampler, in_flight))
+            task = asyncio.create_task(self._make_group(sampler, teachers, in_flight))
             # not asyncio.wait, which looks at every group in flight whenever one ends
             task.add_done_callback(self._group_ended)
             groups[task] = in_flight
@@ -216,7 +225,7 @@ class AsyncCollector:
         self._wake.set()
 
     async def _make_group(
-        self, sampler: Sampler, in_flight: InFlightGroup
+        self, sampler: Sampler, teachers: TeacherScoring | None, in_flight: InFlightGroup
     ) -> tuple[Group, Sequence[RewardResult]]:
         size, partials = self._num_completions, in_flight.partials
         seed = self._seed + in_flight.serial + ATTEMPT_SEEDS * in_flight.attempts
@@ -232,6 +241,8 @@ class AsyncCollector:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         group = [draw.result() for draw in draws]
+        if teachers is not None:
+            await teachers.score(group)
         return group, await self._loop.run_in_executor(self._scoring, self._score, group)
 
     def _settle(self, done: dict[asyncio.Task, InFlightGroup]) -> bool:
@@ -268,3 +279,14 @@ class AsyncCollector:
     def _report(self) -> None:
         if self._on_change is not None:
             self._on_change(self._buffer)
+
+
+async def _watch(sampler: Sampler, teachers: TeacherScoring | None) -> None:
+    """Raises what ends generation: no engine, or no teacher, will serve again."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(sampler.watch())
+            if teachers is not None:
+                tasks.create_task(teachers.watch())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None

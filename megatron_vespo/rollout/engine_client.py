@@ -17,6 +17,7 @@ import numpy as np
 from megatron_vespo.data.routes import joined_routes
 from megatron_vespo.rollout.generate_reply import RouteShape, SupportOverflowError, parse_generate_reply
 from megatron_vespo.rollout.sampling_mask import OVERFLOW
+from megatron_vespo.rollout.score_reply import parse_score_reply, score_payload
 from megatron_vespo.system.http import EngineRequestError, auth_headers
 from megatron_vespo.types import Completion, Prompt, SamplingParams, Segments, TokenSupports, VersionSpans
 
@@ -104,24 +105,37 @@ class HttpEngineClient(EngineClient):
     ) -> Completion | None:
         payload = generate_payload(prompt, sampling, seed, routes_start)
         try:
-            async with self._session.post(
-                self.url + "/generate", json=payload, headers=self._headers
-            ) as response:
-                if response.status != 200:
-                    said = await response.text()
-                    if sampling.with_supports and OVERFLOW in said:
-                        raise SupportOverflowError(f"prompt {prompt.prompt_id}: {said}")
-                    body = f"prompt {prompt.prompt_id}: {said}"
-                    raise EngineRequestError(self.url, "/generate", response.status, body)
-                reply = await response.read()
-        except TimeoutError:  # also aiohttp's, which are ClientErrors too
+            reply = await self._generate(payload, f"prompt {prompt.prompt_id}")
+        except EngineRequestError as error:
+            if sampling.with_supports and OVERFLOW in str(error):
+                raise SupportOverflowError(str(error)) from error
             raise
-        except aiohttp.ClientError as error:
-            raise ConnectionLostError(str(error)) from error
         routes = None if routes_start is None else self._routes
         return parse_generate_reply(
             reply, prompt, sampling.temperature, routes, routes_start or 0, sampling.with_supports
         )
+
+    async def score(self, token_ids: np.ndarray, start: int, what: str) -> np.ndarray:
+        """Return the model's log-probs of `token_ids[start:]` at temperature 1, float32 [n - start].
+
+        `token_ids` is int32 [n], `start` at least 1; `what` names the request. Raises like `generate`.
+        """
+        reply = await self._generate(score_payload(token_ids, start), what)
+        return parse_score_reply(reply, token_ids[start:], f"engine {self.url}, {what}")
+
+    async def _generate(self, payload: dict, what: str) -> bytes:
+        try:
+            async with self._session.post(
+                self.url + "/generate", json=payload, headers=self._headers
+            ) as response:
+                if response.status != 200:
+                    body = f"{what}: {await response.text()}"
+                    raise EngineRequestError(self.url, "/generate", response.status, body)
+                return await response.read()
+        except TimeoutError:  # also aiohttp's, which are ClientErrors too
+            raise
+        except aiohttp.ClientError as error:
+            raise ConnectionLostError(str(error)) from error
 
     async def abort(self) -> None:
         async with self._session.post(

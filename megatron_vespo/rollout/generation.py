@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_vespo.data.prompts import PromptCursor
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.scoring import Scorer, score_and_report
+from megatron_vespo.rollout.teachers import Teachers
 from megatron_vespo.types import Completion, SamplingParams
 
 
@@ -19,6 +20,7 @@ class Generation:
     cursor: PromptCursor
     sampling: SamplingParams
     scorer: Scorer | None  # None: the caller scores the completions
+    teachers: Teachers | None = None  # None: nothing is distilled
 
     def score(self, completions: list[Completion], report: Callable[[str], None]) -> list[float]:
         """Scores `completions`; returns the rewards, see `score_and_report`."""

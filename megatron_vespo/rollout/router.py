@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from megatron_vespo.rollout.engine_client import ConnectionLostError, EngineClient, MakeClient
-from megatron_vespo.types import Completion
+from megatron_vespo.rollout.engine_client import ConnectionLostError
 
 # an engine that lost a request gets no other for this long: longer than detecting its death takes
 AVOID_S = 10.0
@@ -17,7 +17,6 @@ POLL_S = 0.5
 HOLD_POLL_S = 0.05
 ABORT_TIMEOUT_S = 5.0
 OnRequests = Callable[[int, int, int, int], None]  # engine, start, end, number of requests
-Request = Callable[[EngineClient], Awaitable[Completion | None]]
 
 
 class CollectError(RuntimeError):
@@ -28,10 +27,18 @@ class _LostError(Exception):
     """A request that its engine will not answer; the message names the request and the cause."""
 
 
+class RoutedClient(Protocol):
+    """What a router needs of an engine's client: see `EngineClient`."""
+
+    url: str
+
+    async def abort(self) -> None: ...
+
+
 @dataclass(eq=False)
-class _Engine:
+class _Engine[Client: RoutedClient]:
     number: int
-    client: EngineClient
+    client: Client
     gone: asyncio.Future  # done when the engine is out of service
     outstanding: int = 0
     working_since: int = 0  # nanoseconds since 1970
@@ -61,7 +68,7 @@ class LostRequests:
                 self._log(f"{why}; {number} of its requests are sent again")
 
 
-class Router:
+class Router[Client: RoutedClient]:
     """Sends each request to the engine at `urls` with the fewest requests; usable only inside one event loop.
 
     `urls[number]` may change at any time; None: out of service. If an engine goes out of service, or does not
@@ -76,7 +83,7 @@ class Router:
     def __init__(
         self,
         urls: Sequence[str | None],
-        make_client: MakeClient,
+        make_client: Callable[[int, str], Client],
         *,
         max_requests: int,
         max_attempts: int,
@@ -87,12 +94,12 @@ class Router:
         self._urls, self._make_client = urls, make_client
         self._max_attempts, self._timeout_s = max_attempts, timeout_s
         self._on_requests, self._lost = on_requests, lost
-        self._engines: dict[int, _Engine] = {}
+        self._engines: dict[int, _Engine[Client]] = {}
         self._free_places = asyncio.Semaphore(max_requests)
         self._allowed = asyncio.Event()
         self._allowed.set()
 
-    async def send(self, request: Request, what: str) -> Completion | None:
+    async def send[Answer](self, request: Callable[[Client], Awaitable[Answer]], what: str) -> Answer:
         """Calls `request` with the chosen engine's client; returns the answer. `what` names the request."""
         async with self._free_places:
             for attempt in range(1, self._max_attempts + 1):
@@ -138,7 +145,7 @@ class Router:
     def release(self) -> None:
         self._allowed.set()
 
-    async def _choose(self, what: str) -> _Engine:
+    async def _choose(self, what: str) -> _Engine[Client]:
         await self._allowed.wait()
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -151,7 +158,9 @@ class Router:
                 raise CollectError(f"{what}: no engine has served for {self._timeout_s:g} s")
             await asyncio.sleep(POLL_S)
 
-    async def _ask(self, engine: _Engine, request: Request, what: str) -> Completion | None:
+    async def _ask[Answer](
+        self, engine: _Engine[Client], request: Callable[[Client], Awaitable[Answer]], what: str
+    ) -> Answer:
         if engine.outstanding == 0:
             engine.working_since = time.time_ns()
         engine.outstanding += 1

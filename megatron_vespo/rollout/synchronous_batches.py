@@ -9,6 +9,7 @@ from megatron_vespo.observability.rollout_metrics import rollout_metrics
 from megatron_vespo.rollout.batch_source import Group, ScoredBatch, SourceState
 from megatron_vespo.rollout.dynamic_sampling import RolloutBatch
 from megatron_vespo.rollout.generation import Generation
+from megatron_vespo.rollout.teachers import Teachers
 from megatron_vespo.system.preemption import Preemption
 
 # Distance between the seeds of a batch's rounds, which may repeat a prompt; larger than a run's steps.
@@ -74,6 +75,8 @@ class SynchronousBatches:
                 self._generation.score(completions, self._display.message)
             batch.add(groups)
             seed += ROUND_SEEDS
+        if self._generation.teachers is not None:
+            self._ask_teachers(self._generation.teachers, batch.groups())
         metrics = rollout_metrics(batch.generated, self._advantage_estimator, self._length_gap)
         if self._max_batches is not None:
             metrics |= batch.metrics()
@@ -98,6 +101,11 @@ class SynchronousBatches:
                     f"the current one is {self._policy_version}"
                 )
         return groups
+
+    def _ask_teachers(self, teachers: Teachers, groups: list[Group]) -> None:
+        with self._display.phase("teacher"), self._preemption.interruptible():
+            completions = [completion for group in groups for completion in group]
+            teachers.score(completions, self._display.progress)
 
     def _report_shortfall(self, batch: RolloutBatch) -> None:
         if batch.shortfall:

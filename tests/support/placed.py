@@ -95,7 +95,7 @@ def seen_by_trainer(placement: Placement) -> list[tuple[str, list[str]]]:
 def seen_by_engines(args: Namespace, placement: Placement, logs: Path) -> list[list[str]]:
     """CUDA_VISIBLE_DEVICES of the processes that the run's own supervisors start as SGLang."""
     args = Namespace(**vars(args) | ENGINE_FLAGS)
-    fleet = start_engines(args, placement, [], None, logs, log=print)
+    fleet = start_engines(args, placement, placement.engines, [], None, logs, log=print)
     try:
         fleet.wait_until_ready()
         assert len(fleet.endpoints()) == args.rollout_engines

@@ -38,7 +38,7 @@ def _placement(plan: Plan) -> Iterator[str]:
     cluster, settings = plan.cluster, plan.settings
     wrong = too_few_gpus(
         settings.trainer.trainer_ranks, settings.engines.rollout_engines, plan.engine_size, cluster.nodes,
-        cluster.gpus_per_node, settings.sync.colocate,
+        cluster.gpus_per_node, settings.sync.colocate, plan.teacher_sizes,
     )  # fmt: skip
     if wrong:
         yield wrong

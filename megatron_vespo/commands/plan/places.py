@@ -13,7 +13,10 @@ from megatron_vespo.weight_sync.places import Place
 def planned_places(
     settings: TrainSettings, engine_size: int, nodes: int, gpus_per_node: int
 ) -> tuple[list[Place], list[list[Place]]]:
-    """Of every trainer rank, and of every engine's ranks. ValueError if the cluster is too small."""
+    """Of every trainer rank, and of every engine's ranks. ValueError if the cluster is too small.
+
+    Teachers take part in no weight sync; they are placed, but not returned.
+    """
     run = Run(
         ranks=settings.trainer.trainer_ranks,
         groups=neighbours(settings.trainer),
@@ -21,13 +24,17 @@ def planned_places(
         engine_size=engine_size,
         on_gpus=True,
         colocate=settings.sync.colocate,
+        teachers=settings.distillation.num_engines,
+        teacher_size=settings.distillation.engine_size(engine_size),
     )
-    there = [{"GPU": gpus_per_node, "CPU": run.ranks + run.engines}] * nodes
+    there = [{"GPU": gpus_per_node, "CPU": run.ranks + run.engines + run.teachers}] * nodes
     request = requested(run, there)
     numbers = packed(request.bundles, there)
     assert numbers is not None
     located = _located(numbers, [int(bundle["GPU"]) for bundle in request.bundles])
-    trainer, engines = assigned(request.blocks, request.sharing, located, engine_size, run.colocate)
+    trainer, engines, _ = assigned(
+        request.blocks, request.sharing, located, engine_size, run.colocate, run.teachers
+    )
     return (
         [place for rank in trainer for place in _places(rank, located)],
         [_places(engine, located) for engine in engines],

@@ -98,9 +98,15 @@ class Plan:
 
     @property
     def gpus_needed(self) -> int:
-        if self.settings.sync.colocate:
-            return self.settings.trainer.trainer_ranks
-        return self.settings.trainer.trainer_ranks + self.settings.engines.rollout_engines * self.engine_size
+        ranks, engines = self.settings.trainer.trainer_ranks, self.settings.engines.rollout_engines
+        of_engines = engines * self.engine_size * (not self.settings.sync.colocate)
+        return ranks + of_engines + sum(self.teacher_sizes)
+
+    @property
+    def teacher_sizes(self) -> list[int]:
+        """GPUs of each teacher engine."""
+        distillation = self.settings.distillation
+        return [distillation.engine_size(self.engine_size)] * distillation.num_engines
 
     def headroom(self, index: int) -> float:
         """Bytes left on a rank of stage `index`."""

@@ -41,6 +41,11 @@ def _run(plan: Plan) -> Iterator[str]:
         f"{counted(settings.engines.rollout_engines, 'engine')} x {plan.engine_size} generate"
         + (", in turn on the same GPUs" if settings.sync.colocate else "")
     )
+    if sizes := plan.teacher_sizes:
+        yield (
+            f"teachers   {counted(len(sizes), 'engine')} x {sizes[0]} score the responses; their memory is "
+            "not planned"
+        )
     sizes = {
         "tp": settings.trainer.tensor_model_parallel_size,
         "pp": settings.trainer.pipeline_model_parallel_size,

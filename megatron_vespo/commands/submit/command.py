@@ -219,15 +219,20 @@ def described_use(settings: TrainSettings, asked: SubmitOptions) -> str:
     ranks = 0 if settings.run.rollout_only else settings.trainer.trainer_ranks
     engines = 0 if settings.run.train_from else settings.engines.rollout_engines
     size = engine_size(settings.engines.sglang_flags)
+    distillation = settings.distillation
+    teachers = [distillation.engine_size(size)] * (distillation.num_engines if engines else 0)
     nodes, gpus_per_node = asked.nodes, asked.gpus_per_node
     if asked.engine_nodes is not None and gpus_per_node:
-        return engine_nodes.described_use(asked, ranks, engines, size)
-    used, there = ranks + engines * size * (not settings.sync.colocate), nodes * gpus_per_node
+        return engine_nodes.described_use(asked, ranks, engines, size, teachers)
+    there = nodes * gpus_per_node
+    used = ranks + engines * size * (not settings.sync.colocate) + sum(teachers)
     of_engines = f"{counted(engines, 'engine')} of {counted(size, 'GPU')}"
     what = f"{counted(ranks, 'trainer rank')} and {of_engines}" + " in turn" * settings.sync.colocate
+    if teachers:
+        what += f" and {counted(len(teachers), 'teacher engine')} of {counted(teachers[0], 'GPU')}"
     if not gpus_per_node:
         return f"checked: {what}, none of them on a GPU"
-    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, settings.sync.colocate):
+    if wrong := too_few_gpus(ranks, engines, size, nodes, gpus_per_node, settings.sync.colocate, teachers):
         raise ValueError(wrong)
     return f"checked: {what} use {used} of {there} GPUs"
 

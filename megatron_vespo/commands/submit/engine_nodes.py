@@ -73,8 +73,13 @@ def options_of_sbatch(words: Iterable[str]) -> dict[str, str | None]:
     return {name.lstrip("-"): value if equals else None for name, equals, value in split}
 
 
-def described_use(asked: SubmitOptions, ranks: int, engines: int, engine_size: int) -> str:
-    """One line about the GPUs of each role; ValueError if its nodes have too few."""
+def described_use(
+    asked: SubmitOptions, ranks: int, engines: int, engine_size: int, teachers: Sequence[int] = ()
+) -> str:
+    """One line about the GPUs of each role; ValueError if its nodes have too few.
+
+    `teachers` are the GPUs of each teacher engine, which are on the engines' nodes too.
+    """
     ours, theirs, nodes = asked.gpus_per_node, gpus_per_node(asked), asked.engine_nodes or 0
     what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
     if ranks > (there := asked.nodes * ours):
@@ -87,8 +92,15 @@ def described_use(asked: SubmitOptions, ranks: int, engines: int, engine_size: i
             f"{what}, each on one node: --engine-nodes {nodes} x --engine-gpus-per-node "
             f"{theirs} hold {most} of them"
         )
-    of_engines = nodes * theirs
+    of_engines, used = nodes * theirs, engines * engine_size + sum(teachers)
+    if teachers:
+        what += f" and {counted(len(teachers), 'teacher engine')} of {counted(teachers[0], 'GPU')}"
+        if used > of_engines:
+            raise ValueError(
+                f"{what} need {used} GPUs, --engine-nodes {nodes} x --engine-gpus-per-node {theirs} = "
+                f"{of_engines}"
+            )
     return (
         f"checked: {counted(ranks, 'trainer rank')} use{'s' * (ranks == 1)} {ranks} of {there} GPUs, "
-        f"{what} use{'s' * (engines == 1)} {engines * engine_size} of {of_engines} on nodes of their own"
+        f"{what} use{'s' * (engines == 1 and not teachers)} {used} of {of_engines} on nodes of their own"
     )

@@ -85,7 +85,7 @@ def main() -> None:
     arguments = server_arguments(
         args.sglang_flags, device="cpu", routes=False, longest_step_s=300.0, dtype="float32", seed=1
     )
-    engines = start_engines(settings.engines, placement, arguments, None, log_dir, print)
+    engines = start_engines(settings.engines, placement, placement.engines, arguments, None, log_dir, print)
     trainer = TrainerGroup(settings, placement, log_dir, lambda: None)
     try:
         trainer.start()
