@@ -35,6 +35,8 @@ EQUAL_GROUPS = 0.9  # above it, less than a tenth of the generated groups teache
 TRUNCATED = 0.5  # above it, more rewards judge the length limit than the answer
 # For means of five batches, half of the best mean is far outside the noise, even of small batches.
 REWARD_BATCHES, REWARD_DROP = 5, 0.5
+# Times the best mean of five batches, and nats per token above it: a small reverse KL doubles easily.
+TEACHER_BATCHES, TEACHER_RISE = 5, (2.0, 0.1)
 
 _GO_BACK = " (the same --load, and --ckpt-step N)"
 
@@ -237,7 +239,7 @@ def engine_mismatch(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
 
 def equal_groups(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
     share, reward = _get(metrics, "rollout/zero_advantage_share"), _get(metrics, "reward/mean")
-    if not share > EQUAL_GROUPS:
+    if not share > EQUAL_GROUPS or "distillation/reverse_kl" in metrics:  # a teacher teaches them
         return None
     if reward >= SOLVED_REWARD:
         advice = f"they are solved, the mean reward is {reward:.2f}: take harder prompts or end the run"
@@ -278,6 +280,25 @@ def reward_collapse(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | Non
     )
 
 
+def distillation_diverges(metrics: Metrics, history: Sequence[Metrics]) -> Alarm | None:
+    """The reverse KL to the teacher is far above its lowest so far: the policy leaves the teacher."""
+    name = "distillation/reverse_kl"
+    values = _known([*history, metrics], name)
+    means = [fmean(values[i - TEACHER_BATCHES : i]) for i in range(TEACHER_BATCHES, len(values) + 1)]
+    if len(means) < 2 or not math.isfinite(_get(metrics, name)):
+        return None
+    best, now, (factor, margin) = min(means), means[-1], TEACHER_RISE
+    if not now > max(factor * best, best + margin):
+        return None
+    return Alarm(
+        "distillation_diverges",
+        f"the reverse KL to the teacher is {now:.3g} nats per token over {TEACHER_BATCHES} batches, the lowest "
+        f"was {best:.3g}",
+        "the policy leaves its teacher: use a lower --lr, fewer --steps-per-rollout or --distillation-clip; if "
+        f"rewards lead it away, a lower --reward-coefficient, from a checkpoint before it rose{_GO_BACK}",
+    )
+
+
 RULES = (
     passes_differ,
     dead_sequences,
@@ -289,4 +310,5 @@ RULES = (
     equal_groups,
     truncated_responses,
     reward_collapse,
+    distillation_diverges,
 )

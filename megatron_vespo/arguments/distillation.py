@@ -95,10 +95,8 @@ def _teacher(flag: str, text: str) -> Teacher:
 def check_distillation(args: Namespace) -> None:
     """All checks that need no model."""
     teachers = teachers_of(args.teacher_checkpoint, args.teacher_url)
-    for name, value in vars(args).items():
-        if name.startswith(("teacher_", "distillation_", "reward_coefficient")) and not teachers:
-            _refuse_without_teacher(name, value)
     if not teachers:
+        _refuse_without_teacher(args)
         return
     for teacher in teachers:
         if teacher.checkpoint is not None and not (teacher.checkpoint / "config.json").is_file():
@@ -121,22 +119,17 @@ def check_distillation(args: Namespace) -> None:
         )
 
 
-def _refuse_without_teacher(name: str, value: Any) -> None:
-    default = _DEFAULTS.get(name)
-    if value != default:
-        raise ValueError(
-            f"--{name.replace('_', '-')} has no effect without a teacher: leave it out, or add "
-            "--teacher-checkpoint"
-        )
-
-
-def _defaults() -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
+def _refuse_without_teacher(args: Namespace) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
     add_distillation_arguments(parser)
-    return {action.dest: action.default for action in parser._actions}
-
-
-_DEFAULTS = _defaults()
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if value != action.default:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise ValueError(
+                f"{action.option_strings[0]} {shown} has no effect without a teacher: leave it out, or add "
+                "--teacher-checkpoint"
+            )
 
 
 @dataclass(frozen=True)

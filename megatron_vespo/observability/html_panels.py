@@ -54,8 +54,11 @@ SPECS = (
     ),
     Spec(
         "Entropy (nats per token)",
-        (("train/entropy", "mean", "c1"),),
-        ("entropy_collapse", "entropy_explosion"),
+        (
+            ("train/entropy", "entropy", "c1"),
+            ("distillation/reverse_kl", "reverse KL to the teacher", "c2"),
+        ),
+        ("entropy_collapse", "entropy_explosion", "distillation_diverges"),
     ),
     Spec(
         "Gradient norm",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEGEND_WIDTH, LEGEND_HANDLE = 42, 4  # characters that fit above a panel, and that a line sample takes
-ALARM_LINES = ("--", ":")  # line styles of a panel's first and second alarm
+ALARM_LINES = ("--", ":", "-.")  # line styles of a panel's alarms
 LOGPROB_TOLERANCE = 1e-4  # engine against trainer in fp32; drawn as a line
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -103,7 +103,9 @@ def _plot_weight(axes: Axes, metrics: list[dict]) -> None:
 
 def _plot_entropy(axes: Axes, metrics: list[dict]) -> None:
     axes.set_title("Entropy (nats per token)")
-    _line(axes, metrics, "train/entropy", None, BLUE)
+    distils = any("distillation/reverse_kl" in record for record in metrics)
+    _line(axes, metrics, "train/entropy", "entropy" if distils else None, BLUE)
+    _line(axes, metrics, "distillation/reverse_kl", "reverse KL to the teacher", ORANGE)
     axes.set_ylim(bottom=0)
 
 
@@ -181,7 +183,7 @@ def _mark_alarms(axes: Axes, metrics: list[dict], names: tuple[str, ...]) -> Non
 PANELS: tuple[tuple[Callable[[Axes, list[dict]], None], tuple[str, ...]], ...] = (
     (_plot_accuracy, ("reward_collapse", "equal_groups")),
     (_plot_length, ("truncated_responses",)),
-    (_plot_entropy, ("entropy_collapse", "entropy_explosion")),
+    (_plot_entropy, ("entropy_collapse", "entropy_explosion", "distillation_diverges")),
     (_plot_gradient, ("gradient_spike",)),
     (_plot_log_w, ("passes_differ",)),
     (_plot_weight, ("dead_sequences", "ess_collapse")),

@@ -30,6 +30,7 @@ class flat_settings:  # noqa: N801: used like a function
         self.values = SimpleNamespace(**values)
         for name in CONCERNS:
             setattr(self, name, self.values)
+        self.distillation = SimpleNamespace(teachers=(), **values)
         self.code_rewards = SimpleNamespace(function=lambda: None)
         self.eval = SimpleNamespace(**{name.removeprefix("eval_"): value for name, value in values.items()})
 

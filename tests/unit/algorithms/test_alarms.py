@@ -34,7 +34,7 @@ def only(name: str, *metrics: dict[str, float], before: list[dict[str, float]] =
 
 def test_names_are_those_of_the_rules_and_a_batch_without_metrics_has_no_alarm():
     assert check({}, []) == [] and check({}, history(30, train__entropy=1.0)) == []
-    assert len({rule.__name__ for rule in RULES}) == len(RULES) == 10
+    assert len({rule.__name__ for rule in RULES}) == len(RULES) == 11
 
 
 LONG = "negative/4k-8k"
@@ -275,3 +275,28 @@ def test_an_alarm_is_news_at_first_and_now_and_then(on, expected):
             said.append(index)
         batches.append({"alarm/other": 1.0} | ({"alarm/ess_collapse": 1.0} if now else {}))
     assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([1.0] * 5 + [0.2] * 5, False),  # it comes closer
+        ([1.0] * 5 + [0.2] * 5 + [0.39] * 5, False),  # not twice the lowest
+        ([0.5] * 5 + [0.01] * 5 + [0.1] * 5, False),  # less than 0.1 nats above it
+        ([1.0] * 5 + [0.2] * 5 + [0.5] * 5, True),
+        ([0.2] * 5 + [0.5] * 4, False),  # the mean of five batches counts
+        ([0.2] * 5 + [NAN] * 9 + [0.9] * 5, True),
+        ([0.2] * 5 + [0.9] * 4 + [NAN], False),
+        ([0.2, 0.2, 5.0], False),
+    ],
+)
+def test_a_policy_that_leaves_its_teacher(values, told):
+    before = [{"distillation/reverse_kl": value} for value in values]
+    alarms = check(before.pop(), before)
+    assert [alarm.name for alarm in alarms] == ["distillation_diverges"] * told
+    if told:
+        assert "nats per token over 5 batches" in str(alarms[0])
+
+
+def test_groups_of_equal_rewards_learn_from_a_teacher():
+    assert check(FAILING | {"distillation/reverse_kl": 0.3}, []) == []

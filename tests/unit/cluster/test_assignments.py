@@ -5,6 +5,7 @@ import pytest
 from megatron_vespo.cluster.assignments import (
     Assignment,
     Bundle,
+    assigned,
     divided_groups,
     engine_assignments,
     shared_assignments,
@@ -97,3 +98,15 @@ def test_gpus_that_ray_gives_twice_or_not_are_refused():
     for gpus in [("0",), ("2",)], [("0", "1"), ("1",)], [("0", "1", "2"), ("3",)]:
         bundles = [Bundle("a", of_bundle) for of_bundle in gpus]
         assert "CUDA_VISIBLE_DEVICES and ray start --num-gpus disagree" in wrong_gpus(bundles, [2, 1])
+
+
+@pytest.mark.parametrize("colocate", [False, True])
+def test_teachers_have_the_last_bundles_and_gpus_of_their_own(colocate):
+    """Two ranks, an engine of two, and two teacher engines of one; the engine's GPUs may be the ranks'."""
+    located = [Bundle("a", gpus(0, 1)), *([] if colocate else [Bundle("a", gpus(2, 3))])]
+    located += [Bundle("b", gpus(5)), Bundle("b", gpus(4))]
+    trainer, engines, teachers = assigned([2], [1], located, 2, colocate, teachers=2)
+    first = len(located) - 2
+    assert trainer == [Assignment(0, "0"), Assignment(0, "1")]
+    assert engines == [Assignment(0, "0,1") if colocate else Assignment(1, "2,3")]
+    assert teachers == [Assignment(first + 1, "4"), Assignment(first, "5")]

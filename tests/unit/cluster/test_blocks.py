@@ -139,3 +139,12 @@ def test_the_order_of_bundles_does_not_matter():
         assert found is not None
         for node in range(4):
             assert sum(bundle["GPU"] for bundle, at in zip(bundles, found, strict=True) if at == node) == 8
+
+
+@pytest.mark.parametrize("colocate", [False, True])
+def test_teachers_ask_for_gpus_of_their_own(colocate):
+    wanted = Run(4, {"4": 4}, 1, 4, True, colocate, teachers=2, teacher_size=2)
+    request = requested(wanted, nodes(8, 8))
+    assert [bundle["GPU"] for bundle in request.bundles] == [4, *([] if colocate else [4]), 2, 2]
+    with pytest.raises(ValueError, match="2 teacher engines of 2 ranks find no place"):
+        requested(wanted, nodes(4, 3))

@@ -341,3 +341,19 @@ def test_a_port_of_the_user_that_is_in_use_is_not_tried_again(start):
     with pytest.raises(EngineError, match=f"^{message}$"):
         fleet.wait_until_ready()
     assert engine.num_starts == 1 and not said
+
+
+def test_engines_of_fixed_weights_serve_without_a_sync(monkeypatch):
+    """A teacher's: at their start, and again after a restart."""
+    monkeypatch.setattr(engine_fleet, "POLL_INTERVAL_S", 0.01)
+    engines, said = [Engine(4), Engine(5)], []
+    fleet = EngineFleet(engines, restarts=1, min_engines=1, log=said.append, fixed_weights=True)
+    try:
+        fleet.wait_until_ready()
+        until(lambda: list(fleet.urls) == ["http://engine-4-1", "http://engine-5-1"])
+        engines[1].end_with = "died"
+        until(lambda: list(fleet.urls) == ["http://engine-4-1", "http://engine-5-2"])
+        assert "engine 5 is started again (restart 1 of 1)" in said[0]
+        assert said[1] == "engine 5 serves again (2 of 2 engines serve)"
+    finally:
+        fleet.stop()

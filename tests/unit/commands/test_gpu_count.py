@@ -45,3 +45,14 @@ def test_what_can_be_placed(size):
 )
 def test_what_would_be_right(run, message):
     assert too_few_gpus(*run) == message
+
+
+def test_teachers_are_counted():
+    """They share no GPU, also where engines and trainer do."""
+    assert too_few_gpus(4, 1, 2, 1, 8, teacher_sizes=[2]) is None
+    assert too_few_gpus(8, 4, 2, 2, 8, colocate=True, teacher_sizes=[4, 4]) is None
+    short = too_few_gpus(4, 2, 2, 1, 8, teacher_sizes=[2])
+    assert short is not None and short.startswith("10 GPUs are needed, 1 node x 8 = 8 are there: --nodes 2")
+    assert short.endswith("or --rollout-engines 1")
+    wide = too_few_gpus(4, 1, 2, 4, 8, teacher_sizes=[16])
+    assert wide is not None and "a teacher engine of 16 GPUs" in wide and "--teacher-tp-size" in wide

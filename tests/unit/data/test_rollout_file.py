@@ -199,3 +199,25 @@ def test_another_run_is_named(path):
     with pytest.raises(ValueError) as error:
         check_record(path, RUN | {"--group-size": 4})
     assert str(error.value) == f"{path} was recorded with --group-size 3, this run has 4"
+
+
+def test_scores_of_teachers_come_back(tmp_path):
+    """Of the tokens that the policy sampled; a completion that waits for its score has none."""
+    prompt = make_prompt(0, [1, 2])
+    scores = np.array([-0.5, -1e-30, -7.0], np.float32)
+    group = [conversation(prompt, teacher_log_probs=scores), make_completion(prompt, 4, reward=0.0)]
+    write_record(batch_path(tmp_path, 0), RolloutRecord([group], {}, 1, RUN))
+    [read] = read_record(batch_path(tmp_path, 0)).groups
+    assert same(read[0].teacher_log_probs, scores) and read[1].teacher_log_probs is None
+    with pytest.raises(ValueError, match=r"batch-000000\.npz has no log-probs of a teacher"):
+        check_record(batch_path(tmp_path, 0), RUN, needs_teacher=True)
+    group[1].teacher_log_probs = np.zeros(4, np.float32)
+    write_record(batch_path(tmp_path, 0), RolloutRecord([group], {}, 1, RUN))
+    check_record(batch_path(tmp_path, 0), RUN, needs_teacher=True)
+
+
+def test_who_needs_a_teacher_is_told_that_there_was_none(path):
+    with pytest.raises(ValueError, match="has no log-probs of a teacher"):
+        check_record(path, RUN, needs_teacher=True)
+    with np.load(path) as stored:
+        assert not {"teacher_scored", "teacher_log_probs"} & set(stored.files)
