@@ -292,10 +292,10 @@ def distillation_diverges(metrics: Metrics, history: Sequence[Metrics]) -> Alarm
         return None
     return Alarm(
         "distillation_diverges",
-        f"the reverse KL to the teacher is {now:.3g} nats per token over {TEACHER_BATCHES} batches, the lowest "
-        f"was {best:.3g}",
-        "the policy leaves its teacher: use a lower --lr, fewer --steps-per-rollout or --distillation-clip; if "
-        f"rewards lead it away, a lower --reward-coefficient, from a checkpoint before it rose{_GO_BACK}",
+        f"the mean reverse KL to the teacher of {TEACHER_BATCHES} batches rose to {now:.3g} nats per token, "
+        f"the lowest was {best:.3g}",
+        "the policy leaves its teacher: use a lower --lr, fewer --steps-per-rollout or --distillation-clip; "
+        f"if rewards lead it away, a lower --reward-coefficient, from a checkpoint before it rose{_GO_BACK}",
     )
 
 

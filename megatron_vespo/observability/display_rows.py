@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from math import isfinite
 
@@ -64,9 +64,10 @@ IMPORTANCE = (
     "weight/mean",
     "policy/lag_mean",
 )
+OF_TEACHERS = "teacher"  # a phase that most runs do not have: shown where it occurs
 PHASE_COLUMNS = {  # phase of a step -> heading in plain mode; every other phase is start-up
     "generate": "gen",
-    "teacher": "teach",
+    OF_TEACHERS: "teach",
     "reward": "rew",
     "log-probs": "logp",
     "train": "train",
@@ -76,6 +77,11 @@ PHASE_COLUMNS = {  # phase of a step -> heading in plain mode; every other phase
 }
 PHASE_FORMAT = "5.1f"
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def shown_phases(history: Mapping[str, Sized]) -> list[str]:
+    """The phases to show; `history` has the values of each metric so far."""
+    return [name for name in PHASE_COLUMNS if name != OF_TEACHERS or history.get(f"time/{name}")]
 
 
 def sparkline(values: list[float]) -> str:

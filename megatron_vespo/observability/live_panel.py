@@ -17,6 +17,7 @@ from megatron_vespo.observability.display_rows import (
     PHASE_COLUMNS,
     PHASE_FORMAT,
     ROWS,
+    shown_phases,
     sparkline,
 )
 
@@ -142,7 +143,7 @@ def _phases_table(shown: Snapshot) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_row(Text("  phase", "dim"), Text("seconds", "dim"))
-    for phase in PHASE_COLUMNS:
+    for phase in shown_phases(shown.history):
         history = shown.history.get(f"time/{phase}")
         seconds = Text(format(history[-1], PHASE_FORMAT), "bold") if history else Text("-", "dim")
         name = Text(f"▶ {phase}", "green") if phase == shown.phase else Text(f"  {phase}", "dim")

@@ -31,6 +31,7 @@ from megatron_vespo.observability.display_rows import (
     ROWS,
     clock,
     plain_cell,
+    shown_phases,
 )
 from megatron_vespo.observability.live_panel import Snapshot, draw
 
@@ -240,8 +241,8 @@ class RunDisplay:
                 cells.append(plain_cell(row.column, spec, metrics.get(row.metric)))
             if row.spread:
                 cells.append(plain_cell("std", row.spread_format, metrics.get(row.spread)))
-        for phase, heading in PHASE_COLUMNS.items():
-            cells.append(plain_cell(heading, PHASE_FORMAT, metrics.get(f"time/{phase}")))
+        for phase in shown_phases(self._history):
+            cells.append(plain_cell(PHASE_COLUMNS[phase], PHASE_FORMAT, metrics.get(f"time/{phase}")))
         if self._lines_printed % HEADER_INTERVAL == 0:
             self._print(" ".join(f"{heading:>{len(value)}}" for heading, value in cells))
         self._print(" ".join(value for _, value in cells))
