@@ -15,6 +15,8 @@ from megatron_vespo.system.paths import path_word
 from megatron_vespo.system.settings import Settings
 
 TITLE = "distillation"
+# flags that leave out tokens where responses are drawn -> the value that leaves out none
+TRUNCATION = {"--rollout-top-p": 1.0, "--rollout-top-k": -1, "--rollout-min-p": 0.0}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ def check_distillation(args: Namespace) -> None:
             f"--rollout-temperature {args.rollout_temperature:g} with a teacher: SGLang scores given "
             "tokens at temperature 1, so the responses must be drawn at 1 too: leave it out"
         )
+    for flag, whole in TRUNCATION.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"), whole)
+        if value != whole:
+            raise ValueError(
+                f"{flag} {value:g} with a teacher: its log-probs are of the whole vocabulary, those of the "
+                "responses would not be: leave it out"
+            )
     if args.dynamic_sampling and args.reward_coefficient == 0:
         raise ValueError(
             "--dynamic-sampling chooses groups by their rewards, which --reward-coefficient 0 ignores: leave "

@@ -113,3 +113,12 @@ def test_one_line_for_a_mistake(parse, row):
         assert flag in line or "one teacher" in line
     else:
         check_refusal(line, *row)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 20), ("min_p", 0.1)])
+def test_truncated_sampling_is_refused(parse, name, value):
+    args = parse(BIG)
+    setattr(args, f"rollout_{name}", value)
+    with pytest.raises(ValueError) as error:
+        check_flags(args)
+    check_refusal(str(error.value), f"--rollout-{name.replace('_', '-')} {value}", "whole vocabulary")
