@@ -17,7 +17,10 @@ CODE_REWARD_FLAGS = (
 
 
 def add_code_reward_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("code rewards, for --reward-function code").add_argument
+    add = parser.add_argument_group(
+        "code rewards",
+        "--code-reward and limits of --reward-function code: see docs/guides/code-rewards.md",
+    ).add_argument
     add("--code-reward", choices=("all", "share"), default="all",
         help="1 if all tests pass, else 0; or the share that passes")  # fmt: skip
     add("--code-timeout", type=float, default=CodeReward.timeout_s, metavar="SECONDS",

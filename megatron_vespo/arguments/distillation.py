@@ -14,7 +14,6 @@ from megatron_vespo.system.http import is_http_url
 from megatron_vespo.system.paths import path_word
 from megatron_vespo.system.settings import Settings
 
-TITLE = "distillation"
 # flags that leave out tokens where responses are drawn -> the value that leaves out none
 TRUNCATION = {"--rollout-top-p": 1.0, "--rollout-top-k": -1, "--rollout-min-p": 0.0}
 
@@ -34,7 +33,7 @@ class Teacher:
 
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        TITLE,
+        "distillation",
         "--teacher-checkpoint [SOURCE=]DIR: a teacher scores the responses: see docs/guides/distillation.md",
     )
     add = group.add_argument

@@ -22,17 +22,15 @@ from unittest.mock import patch
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.arguments.asynchronous import default_on_weight_update
 from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
-from megatron_vespo.arguments.distillation import TITLE as DISTILLATION
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.arguments.quantization import check_quantization
 from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.rewards import resolved_reward_function
-from megatron_vespo.arguments.rollout import TRUNCATED, check_rollout
+from megatron_vespo.arguments.rollout import check_rollout
 from megatron_vespo.arguments.sbatch_options import check_words
 from megatron_vespo.arguments.time_limits import collective_timeout_minutes
-from megatron_vespo.arguments.tracking import TITLE as TRACKERS
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.arguments.training_flags import (
     DESCRIPTION,
@@ -129,18 +127,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
 class _OwnHelp(argparse.RawDescriptionHelpFormatter):
     """Shows numbers as N, so that most flags fit on a line with their help.
 
-    Groups in BRIEF show their description alone; docs/reference/flags.md has their flags.
+    A group with a description shows it alone; docs/reference/flags.md has its flags.
     """
 
-    BRIEF = (DISTILLATION, TRACKERS, TRUNCATED)
-    _heading: str | None = None
+    _is_brief = False
 
     def start_section(self, heading: str | None) -> None:
-        self._heading = heading
+        self._is_brief = False
         super().start_section(heading)
 
+    def add_text(self, text: str | None) -> None:
+        self._is_brief = text is not None
+        super().add_text(text)
+
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        if self._heading not in self.BRIEF:
+        if not self._is_brief:
             super().add_arguments(actions)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:

@@ -12,8 +12,6 @@ from megatron_vespo.rollout.sampled_distribution import check_truncation, traini
 from megatron_vespo.system.settings import Settings
 from megatron_vespo.types import SamplingParams
 
-TRUNCATED = "truncated sampling"
-
 
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rollout").add_argument
@@ -31,7 +29,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-sampling-max-batches", type=int, default=10,
         help="at most N batches of prompts; skipped groups then fill up")  # fmt: skip
     add = parser.add_argument_group(
-        TRUNCATED,
+        "truncated sampling",
         "--rollout-top-p P, --rollout-top-k K, --rollout-min-p P: see docs/guides/truncated-sampling.md",
     ).add_argument
     add("--rollout-top-p", type=float, default=1.0, metavar="P",

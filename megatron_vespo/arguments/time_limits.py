@@ -70,7 +70,9 @@ TIME_LIMITS = (
 
 
 def add_time_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("time limits, see docs/guides/fault-tolerance.md").add_argument
+    add = parser.add_argument_group(
+        "time limits", "--generate-timeout SECONDS and others: see docs/guides/fault-tolerance.md"
+    ).add_argument
     for limit in TIME_LIMITS:
         add(limit.flag, type=float, default=limit.default, metavar="SECONDS", help=f"until {limit.until}")
 

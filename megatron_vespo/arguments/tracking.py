@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from megatron_vespo.observability.trackers.packages import NAMES, PACKAGES, PROMETHEUS, check_installed
 from megatron_vespo.system.settings import Settings
 
-TITLE = "trackers"
-
 
 def add_tracking_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        TITLE,
+        "trackers",
         "--tracker NAME (wandb, mlflow, swanlab ...), --prometheus-port PORT: see docs/guides/tracking.md",
     )
     add = group.add_argument
