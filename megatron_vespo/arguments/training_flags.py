@@ -28,10 +28,10 @@ from megatron_vespo.arguments.weight_sync import add_sync_arguments, check_sync
 
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
 DESCRIPTION = """\
-Train an HF Qwen3-MoE, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
+Train an HF Qwen3-MoE, GLM-4.5, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
 
 Three families of flags:
-  the groups below          this program's own
+  the groups below          this program's own; docs/reference/flags.md has all of them
   Megatron's own flags      training, parallelism, precision, checkpoints: --help-megatron lists them all
   --recipe FILE             more flags, of any family, from a file with # comments; the later of two wins
   --sglang-<flag>           handed to every SGLang server as --<flag>, e.g. --sglang-mem-fraction-static 0.7

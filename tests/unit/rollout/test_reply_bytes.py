@@ -63,6 +63,7 @@ def arguments(replay: str | None) -> SimpleNamespace:
         sglang_flags=("--max-total-tokens", "64"), seed=0, max_staleness=0, on_weight_update="retract",
         colocate=False, engine_start_timeout=60.0, weight_check_timeout=60.0, rollout_temperature=1.0,
         rollout_top_p=1.0, rollout_top_k=-1, rollout_min_p=0.0, max_completion_tokens=RESPONSE,
+        rollout_quantization=None,
     )  # fmt: skip
 
 
