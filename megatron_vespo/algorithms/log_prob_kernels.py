@@ -16,6 +16,9 @@ from torch import Tensor
 # its threads.
 BLOCK = 2048
 NUM_WARPS = 8
+# A product that is fused with a sum is not rounded, and z - max z would not be 0 at the maximum. Unfused, a
+# token that is alone in its support has a log-prob of exactly 0.
+FUSION = False
 
 
 def add_to_statistics(
@@ -34,6 +37,7 @@ def add_to_statistics(
         width,
         BLOCK=block,
         num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        enable_fp_fusion=FUSION,  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -68,6 +72,7 @@ def write_gradient(
         BLOCK=block,
         HAS_ENTROPY_GRADIENT=bool(entropy_fields),
         num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]: Triton takes it beside the parameters
+        enable_fp_fusion=FUSION,  # pyright: ignore[reportCallIssue]
     )
 
 

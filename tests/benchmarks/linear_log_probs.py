@@ -2,7 +2,8 @@
 
 Float32 on the CPU with every core. Each measurement is a process of its own; its peak is how far the resident
 memory grew, at most, over what it was before the call. Two references: log-probs only, and with the entropy,
-which linear_log_probs always returns. The fastest of --repeats rounds: other work on the machine only adds.
+which linear_log_probs always returns. Two more variants have supports of truncated sampling, of 10 and 200
+ids per token on average. The fastest of --repeats rounds: other work on the machine only adds.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ def all_logits_with_entropy(
     return log_probs_TV.gather(1, labels_T[:, None])[:, 0], entropy_T
 
 
-VARIANTS = ("linear_log_probs", "all_logits", "all_logits_with_entropy")
+OURS = "linear_log_probs"
+REFERENCES = ("all_logits", "all_logits_with_entropy")
+SUPPORTS = {"supports of 10": 10, "supports of 200": 200}  # mean number of ids
+VARIANTS = (OURS, *REFERENCES, *SUPPORTS)
 
 
 def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of the forward and of both passes, and the growth of the peak in GB."""
     from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+    from megatron_vespo.algorithms.supports import Supports
 
     torch.manual_seed(0)
     hidden_TH = torch.randn(options.tokens, options.hidden).requires_grad_()
@@ -52,13 +57,23 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     temperature_T = torch.rand(options.tokens) + 0.5
     fields = hidden_TH, weight_VH, labels_T, temperature_T
     upstream_T = torch.randn(options.tokens)
+    supports = None
+    if variant in SUPPORTS:
+        counts_T = torch.randint(1, 2 * SUPPORTS[variant], labels_T.shape)
+        ids_M = torch.randint(0, options.vocab, (int(counts_T.sum()),))
+        ids_M[counts_T.cumsum(0) - counts_T] = labels_T  # the order does not matter
+        supports = Supports.of(counts_T, ids_M)
     torch.randn(512, 512) @ torch.randn(512, 512)  # starts the threads of the matmuls
 
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    if variant == "linear_log_probs":
+    if variant == OURS or supports is not None:
         log_probs_T, _ = linear_log_probs(
-            *fields, vocab_size=options.vocab, group=None, chunk_size=options.chunk_size
+            *fields,
+            vocab_size=options.vocab,
+            group=None,
+            chunk_size=options.chunk_size,
+            supports=supports,
         )
     elif variant == "all_logits":
         log_probs_T = all_logits(*fields)
@@ -108,14 +123,17 @@ def main() -> None:
         )
     weight_gradient = options.vocab * options.hidden * 4 / 1e9
     print(f"of every peak, {weight_gradient:.2f} GB are the gradient of the weight")
-    for reference in VARIANTS[1:]:
+    for reference in REFERENCES:
         time_ratio, memory_ratio = (
-            best["linear_log_probs"][key] / best[reference][key] for key in ("seconds", "gigabytes")
+            best[OURS][key] / best[reference][key] for key in ("seconds", "gigabytes")
         )
         print(
             f"to {reference}: time x{time_ratio:.2f} (target {TARGET_TIME}), "
             f"peak memory x{memory_ratio:.3f} (target {TARGET_MEMORY})"
         )
+    for variant in SUPPORTS:
+        time_ratio, memory_ratio = (best[variant][key] / best[OURS][key] for key in ("seconds", "gigabytes"))
+        print(f"{variant}: time x{time_ratio:.2f}, peak memory x{memory_ratio:.3f} of none")
 
 
 if __name__ == "__main__":

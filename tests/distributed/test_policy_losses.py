@@ -17,6 +17,8 @@ LAYOUTS = {
                    "--expert-tensor-parallel-size 1"),
 }  # fmt: skip
 
+# of tokens, samples or the whole step: neither losses nor gradient norms
+VALUES = {"log_w", *(f"supports {name}" for name in ("log_probs", "entropy", "log_w", "unchanged log_w"))}
 
 OTHERS = {
     name: layout for name, layout in named_layouts.LAYOUTS.items() if name not in {"one rank", *LAYOUTS}
@@ -46,15 +48,34 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
     """Of transformers, token by token; a third of the samples has given tokens."""
     assert any(sample.num_trained < sample.completion_length for sample in task.samples)
     worst = np.zeros(2)
-    assert len(naive_steps) == 18 + 15 + 4
+    assert len(naive_steps) == 18 + 15 + 4 + 3
     for result in result_of(layout):
         np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
-        for case in set(result) & set(naive_steps) - {"log_w"}:
+        for case in set(result) & set(naive_steps) - VALUES:
             found, (loss, grad_norm, terms) = result[case], naive_steps[case]
             errors = [abs(found[0] - loss) / terms, abs(found[1] / grad_norm - 1)]
             assert max(errors) <= 1e-5, f"{case}: loss {errors[0]:.1e}, grad_norm {errors[1]:.1e}"
             worst = np.maximum(worst, errors)
     print(f"{layout}: loss {worst[0]:.1e} of its terms, grad_norm {worst[1]:.1e}")
+
+
+@pytest.mark.parametrize(
+    "layout", ["one rank", *LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_supports_are_the_naive_reference(naive_steps, result_of, layout):
+    """Log-probs and entropies are of what truncated sampling left; log W of unchanged weights is 0."""
+    expected = naive_steps["supports log_probs"]
+    certain = np.abs(expected) < 1e-12
+    assert 0.1 < certain.mean() < 0.5, "some tokens are alone in their supports"
+    worst = 0.0
+    for result in result_of(layout):
+        np.testing.assert_array_equal(result["supports log_probs"][certain], 0.0)
+        np.testing.assert_allclose(result["supports log_probs"], expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(result["supports log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(result["supports entropy"], naive_steps["supports entropy"], rtol=1e-6)
+        np.testing.assert_array_equal(result["supports unchanged log_w"], 0.0)
+        worst = max(worst, np.abs(result["supports log_probs"] - expected).max())
+    print(f"{layout}: log-probs {worst:.1e}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,7 +88,7 @@ def test_losses_do_not_depend_on_the_layout(one_rank, result_of, layout):
         )
         for case in set(one_rank) & set(result):
             values = one_rank[case]
-            if case == "log_w":
+            if case in VALUES:
                 np.testing.assert_allclose(result[case], values, rtol=0, atol=1e-5)
                 continue
             if case.endswith("weight"):
@@ -109,7 +130,7 @@ def test_the_losses_differ(one_rank):
     norms = {
         case: values[1]
         for case, values in one_rank.items()
-        if not case.endswith(("weight", "chosen", "log_w", "of 0"))
+        if not case.endswith(("weight", "chosen", "of 0")) and case not in VALUES
     }
     ordered = sorted(norms.values())
-    assert len(norms) == 18 + 15 + 1 and min(np.diff(ordered)) > 1e-6 * ordered[-1]
+    assert len(norms) == 18 + 15 + 2 and min(np.diff(ordered)) > 1e-6 * ordered[-1]

@@ -8,8 +8,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from megatron_vespo.types import VersionSpans
-from tests.support.builders import make_sample, make_segments
+from megatron_vespo.types import TokenSupports, VersionSpans
+from tests.support.builders import make_sample, make_segments, make_supports
 
 ARGS = Namespace(
     max_tokens_per_gpu=4,
@@ -48,6 +48,8 @@ def test_a_sound_sample_passes(check):
     check(dataclasses.replace(SAMPLE, routed_experts=None), "sample 0", ARGS, needs_routes=False)
     lost = dataclasses.replace(SAMPLE, routed_experts=None, routes_version=None, replays=False)
     check(lost, "sample 0", ARGS, needs_routes=True)
+    restricted = dataclasses.replace(SAMPLE, supports=make_supports([3], [0, 4, 49], [4, 5], [6]))
+    check(restricted, "sample 0", ARGS, needs_routes=True)
     holes = {"segments": make_segments(0, 1, 2, 1), "behavior_log_probs": np.zeros(2, np.float32)}
     check(dataclasses.replace(SAMPLE, **holes), "sample 0", ARGS, needs_routes=True)
     longest = {"token_ids": np.arange(8), "prompt_length": 4}
@@ -81,6 +83,32 @@ def test_a_sound_sample_passes(check):
         (
             {"segments": make_segments(1, 1, 2)},
             "has 4 behavior_log_probs for 3 sampled tokens",
+        ),
+        ({"supports": make_supports([3], [4], [5])}, "has supports of 3 tokens for 4 sampled tokens"),
+        ({"supports": make_supports([3], [], [5], [6])}, "has an empty support at sampled token 1"),
+        (
+            {"supports": TokenSupports(np.ones(4, np.int32), np.full(5, 5, np.int32))},
+            "has supports of 4 ids by their counts, but 5 ids",
+        ),
+        (
+            {"supports": make_supports([3], [4], [5, 50], [6])},
+            "has the id 50 in the support of sampled token 2, the vocabulary has 0 to 49",
+        ),
+        (
+            {"supports": make_supports([3], [-1, 4], [5], [6])},
+            "has the id -1 in the support of sampled token 1, the vocabulary has 0 to 49",
+        ),
+        (
+            {"supports": make_supports([3], [4, 7], [5, 9, 8], [6])},
+            "has ids that do not ascend in the support of sampled token 2",
+        ),
+        (
+            {"supports": make_supports([3], [4, 4], [5], [6])},
+            "has ids that do not ascend in the support of sampled token 1",
+        ),
+        (
+            {"supports": make_supports([3], [4, 7], [4, 9], [6])},
+            "has the token 5 at sampled token 2, whose support does not include it",
         ),
         ({"routed_experts": None}, "has no routed_experts, --routing-replay R3 needs the engine's"),
         (

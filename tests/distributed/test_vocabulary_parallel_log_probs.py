@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
-from tests.support.linear_log_probs import NAMES, gradients, naive
+from tests.support.linear_log_probs import NAMES, gradients, naive, random_allowed
 
 T, H = 17, 8
 # (ranks, rows of all ranks, of which real, dtype); some ranks have a few rows of padding, or nothing else
@@ -45,7 +45,7 @@ def on_one_rank(inputs: dict[str, np.ndarray], vocab_size: int) -> dict[str, np.
         fields["hidden"].requires_grad_(), fields["weight"].requires_grad_(), fields["labels"],
         fields["temperature"],
     )  # fmt: skip
-    function = partial(naive, vocab_size=vocab_size)
+    function = partial(naive, vocab_size=vocab_size, allowed_TV=fields.get("allowed"))
     results = gradients(function, given, fields["grad_log_probs"], fields["grad_entropy"])
     return {name: result.detach().numpy() for name, result in zip(NAMES, results, strict=True)}
 
@@ -68,10 +68,14 @@ def on_ranks(
     }
 
 
+@pytest.mark.parametrize("supports", [False, True], ids=["whole vocabulary", "supports"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_agree_with_one_rank(layout, tmp_path):
+def test_ranks_agree_with_one_rank(layout, supports, tmp_path):
+    """Most supports have no id on some rank; a few tokens have none."""
     num_ranks, num_rows, vocab_size, dtype = LAYOUTS[layout]
     inputs = make_inputs(num_rows, vocab_size, dtype)
+    if supports:
+        inputs["allowed"] = random_allowed(torch.from_numpy(inputs["labels"]), vocab_size, 0.05).numpy()
     combined = on_ranks(num_ranks, inputs, vocab_size, tmp_path)
     for name, expected in on_one_rank(inputs, vocab_size).items():
         np.testing.assert_allclose(combined[name], expected, **BOUNDS[dtype], err_msg=name)

@@ -89,6 +89,30 @@ def test_a_bound_that_is_exceeded_on_a_given_batch(model, tmp_path):
     assert re.search(r"tp2: 2 ranks, \d+ s, above the bound: log_w\n", output)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 60)
+def test_supports_do_not_depend_on_the_layout(model, tmp_path):
+    """Half of the samples have supports. Behavior log-probs come from the first layout, over them."""
+    draw = np.random.default_rng(0)
+    lines = []
+    for i in range(8):
+        token_ids = draw.integers(0, VOCAB_SIZE, 12).tolist()
+        line = {"token_ids": token_ids, "prompt_length": 4, "advantage": float(draw.normal(0.5))}
+        if i % 2:
+            others = [draw.choice(VOCAB_SIZE, draw.integers(0, 20)).tolist() for _ in token_ids[4:]]
+            pairs = zip(token_ids[4:], others, strict=True)
+            line["supports"] = [sorted({token, *ids}) for token, ids in pairs]
+        lines.append(line)
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, output = check(
+        tmp_path, "--hf-checkpoint", str(model), "--candidate", "tp2", "cp2", "--batch", str(batch),
+        "--markdown", str(tmp_path / "table.md"),
+    )  # fmt: skip
+    assert code == 0, output
+    assert [cells[-1] for cells in rows(tmp_path / "table.md").values()] == ["reference", "ok", "ok"]
+
+
 def writers(run: Run, folder: Path) -> list[psutil.Process]:
     """The run's processes whose output goes to a file in `folder`."""
     return [p for p in run.survivors() if Path(f"/proc/{p.pid}/fd/1").resolve().parent == folder]

@@ -32,6 +32,7 @@ SCORING = "tests/unit/rollout/test_scoring.py"
 ASYNC_REWARDS = "tests/unit/rewards/test_async_rewards.py"
 SANDBOX = "tests/unit/rewards/test_sandbox.py"
 ATTACKS = "tests/unit/rewards/test_malicious_programs.py"
+SUPPORTED = "tests/unit/algorithms/test_supported_log_probs.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -340,6 +341,48 @@ MUTATIONS = [
         "torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)",
         "out.copy_(left @ right)",
         ("tests/unit/algorithms/test_linear_log_probs.py", "bfloat16"),
+    ),
+    Mutation(
+        "supports: a token gets those of the token before it",
+        "algorithms/supports.py",
+        "index_T.repeat_interleave(counts_T,",
+        "index_T.roll(-1).repeat_interleave(counts_T,",
+        (SUPPORTED, "of_the_supports and float64 and False and 5"),
+    ),
+    Mutation(
+        "supports: logits outside of them are left as they are",
+        "algorithms/supports.py",
+        "logits_TW.masked_fill_(self.restricted_T[:, None], OUTSIDE)",
+        "logits_TW.masked_fill_(self.restricted_T[:, None], 0.0)",
+        (SUPPORTED, "of_the_supports and float64 and False and 5"),
+    ),
+    Mutation(
+        "supports: the backward leaves out the tokens that it does not compute, not their supports",
+        "algorithms/linear_log_probs.py",
+        "None if ctx.supports is None else ctx.supports.of_tokens(rows_R)",
+        "ctx.supports and ctx.supports.of_tokens(torch.arange(len(rows_R)))",
+        (SUPPORTED, "take_their_supports"),
+    ),
+    Mutation(
+        "supports: every rank takes its rows for the first of the vocabulary",
+        "algorithms/linear_log_probs.py",
+        "None if supports is None else supports.counted_from(first_row)",
+        "supports",
+        ("tests/distributed/test_vocabulary_parallel_log_probs.py", "agree and supports"),
+    ),
+    Mutation(
+        "supports: context-parallel ranks take the first tokens' supports",
+        "data/micro_batch.py",
+        "token_T[kept][predicting_T[kept]]",
+        "np.arange(predicting_T[kept].sum())",
+        ("tests/unit/data/test_micro_batch.py", "supports_lie"),
+    ),
+    Mutation(
+        "supports: the trainer computes log-probs of the whole vocabulary",
+        "trainer/log_probs.py",
+        "supports=_supports(micro_batch),",
+        "supports=None,",
+        ("tests/distributed/test_policy_losses.py", "supports_are and one"),
     ),
     Mutation(
         "log W: the floor is measured between two equal passes",

@@ -5,6 +5,7 @@ Example:
     make_group(make_prompt(3), [2, 4])               # two completions, of 2 and 4 tokens
     make_sample(3, 4, advantage=-0.5)                # 3 prompt tokens, 4 completion tokens
     make_sample(3, 9, segments=make_segments(2, 3, 4))   # 2 sampled, 3 given, 4 sampled
+    make_supports([5, 9], [7])                       # the first token was drawn from {5, 9}
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_vespo.types import (
     Prompt,
     SamplingParams,
     Segments,
+    TokenSupports,
     TrainingSample,
     VersionSpans,
     token_array,
@@ -85,3 +87,9 @@ def make_sample(prompt: Tokens = 3, completion: Tokens = 4, **fields: Any) -> Tr
         "group_id": 0,
     }
     return TrainingSample(np.concatenate([first, rest]), len(first), **(values | fields))
+
+
+def make_supports(*ids: Sequence[int]) -> TokenSupports:
+    """The ids that each sampled token was drawn from."""
+    counts = np.array([len(of_token) for of_token in ids], np.int32)
+    return TokenSupports(counts, token_array([token for of_token in ids for token in of_token]))

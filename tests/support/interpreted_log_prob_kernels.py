@@ -15,11 +15,13 @@ from megatron_vespo.algorithms import linear_log_probs as on_torch
 from megatron_vespo.algorithms import log_prob_kernels as on_triton
 from tests.support.linear_log_probs import (
     BOUNDS,
+    VOCAB_SIZE,
     T,
     assert_close,
     check_against_all_logits,
     gradients,
     inputs,
+    random_allowed,
     tiled,
     upstream,
 )
@@ -31,6 +33,19 @@ from tests.support.linear_log_probs import (
 def test_values_and_gradients_are_those_of_all_logits(dtype, chunk_size, entropy_gradient):
     options = {"chunk_size": chunk_size, "entropy_gradient": entropy_gradient, "use_triton": True}
     check_against_all_logits(inputs(dtype), upstream(T, dtype)[: 1 + entropy_gradient], dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("chunk_size", [3, 30])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_supports_are_those_of_all_logits(dtype, chunk_size, entropy_gradient):
+    """The kernels see tiles whose logits outside of the supports are OUTSIDE; some rows have no others."""
+    fields = inputs(dtype)
+    options = {"chunk_size": chunk_size, "entropy_gradient": entropy_gradient, "use_triton": True}
+    options["allowed_TV"] = random_allowed(fields[2], VOCAB_SIZE, 0.1)
+    results = check_against_all_logits(fields, upstream(T, dtype)[: 1 + entropy_gradient], dtype, **options)
+    alone_T = torch.arange(T) % 4 == 1
+    assert all((result[alone_T] == 0).all() for result in results[:3]), "they are certain"
 
 
 def test_bfloat16_inputs_make_the_logits_of_float32():

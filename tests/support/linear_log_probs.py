@@ -8,16 +8,36 @@ import torch
 from torch import Tensor
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+from megatron_vespo.algorithms.supports import Supports
 
 T, H, VOCAB_SIZE, PADDING = 23, 8, 31, 6
 V = VOCAB_SIZE + PADDING
 
 
-def naive(hidden_TH, weight_VH, labels_T, temperature_T, vocab_size):
-    """The definition, in the inputs' dtype."""
+def naive(hidden_TH, weight_VH, labels_T, temperature_T, vocab_size, allowed_TV=None):
+    """The definition, in the inputs' dtype; `allowed_TV`, bool [T, V], are the supports, or None."""
     logits_TV = (hidden_TH @ weight_VH.t())[:, :vocab_size] / temperature_T.to(hidden_TH.dtype)[:, None]
-    log_p_TV = torch.log_softmax(logits_TV, dim=-1)
-    return log_p_TV[range(len(labels_T)), labels_T], -(log_p_TV.exp() * log_p_TV).sum(-1)
+    if allowed_TV is None:
+        allowed_TV = torch.ones_like(logits_TV, dtype=torch.bool)
+    log_p_TV = torch.log_softmax(logits_TV.masked_fill(~allowed_TV, -torch.inf), dim=-1)
+    finite_TV = log_p_TV.masked_fill(~allowed_TV, 0.0)
+    return log_p_TV[range(len(labels_T)), labels_T], -(log_p_TV.exp() * finite_TV).sum(-1)
+
+
+def random_allowed(labels_T: Tensor, vocab_size: int, share: float = 0.2) -> Tensor:
+    """Supports, bool [T, V], with the labels. Of four tokens one has none, one has its label alone."""
+    generator = torch.Generator().manual_seed(2)
+    number = torch.arange(len(labels_T))[:, None] % 4
+    allowed_TV = (torch.rand(len(labels_T), vocab_size, generator=generator) < share) & (number != 1)
+    return (allowed_TV | (number == 2)).scatter(1, labels_T[:, None], True)
+
+
+def supports_of(allowed_TV: Tensor) -> Supports:
+    """Tokens that may be all of the vocabulary have no support."""
+    counts_T = allowed_TV.sum(1)
+    restricted_T = counts_T < allowed_TV.shape[1]
+    ids_M = allowed_TV[restricted_T].nonzero()[:, 1]
+    return Supports.of((counts_T * restricted_T).int(), ids_M.int())
 
 
 def inputs(
@@ -66,11 +86,16 @@ def assert_close(results, expected, **bounds):
 BOUNDS = {torch.float64: dict(rtol=1e-10, atol=1e-12), torch.float32: dict(rtol=1e-4, atol=2e-5)}
 
 
-def check_against_all_logits(fields, grads, dtype=torch.float64, vocab_size=VOCAB_SIZE, **options):
+def check_against_all_logits(
+    fields, grads, dtype=torch.float64, vocab_size=VOCAB_SIZE, allowed_TV=None, **options
+):
     """Values and gradients are those of the definition in float64; they are returned."""
+    if allowed_TV is not None:
+        options["supports"] = supports_of(allowed_TV)
     results = gradients(partial(tiled, vocab_size=vocab_size, **options), fields, *grads)
     in_float64 = [field.detach().double().requires_grad_() for field in fields[:2]]
     grads = [None if grad is None else grad.double() for grad in grads]
-    expected = gradients(partial(naive, vocab_size=vocab_size), (*in_float64, *fields[2:]), *grads)
+    definition = partial(naive, vocab_size=vocab_size, allowed_TV=allowed_TV)
+    expected = gradients(definition, (*in_float64, *fields[2:]), *grads)
     assert_close(results, expected, **BOUNDS[dtype])
     return results

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_vespo.types import Segments, TrainingSample
+from megatron_vespo.types import Segments, TokenSupports, TrainingSample
 from tests.support.builders import make_sample
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
 
@@ -79,6 +79,23 @@ def random_segments(draw: np.random.Generator, length: int) -> Segments:
     first = int(draw.integers(0, 2)) if len(turns) > 1 else 0
     writers = ("policy", "tool" if draw.random() < 0.5 else "environment")
     return Segments.joined(Segments.single(writers[(first + i) % 2], n) for i, n in enumerate(turns))
+
+
+def random_supports(samples: list[TrainingSample], vocab_size: int = VOCAB_SIZE) -> list[TrainingSample]:
+    """The same samples with the supports of truncated sampling; every third one has none.
+
+    A support has the sampled token alone, a few or many others, or all.
+    """
+    draw = np.random.default_rng(5)
+    restricted = []
+    for i, sample in enumerate(samples):
+        supports = []
+        for token in sample.token_ids[sample.prompt_length :][sample.sampled_mask()]:
+            others = draw.choice(vocab_size, draw.choice([0, 4, 40, vocab_size]), replace=False)
+            supports.append(np.union1d(others, token).astype(np.int32))
+        joined = TokenSupports(np.array([len(ids) for ids in supports], np.int32), np.concatenate(supports))
+        restricted.append(replace(sample, supports=None if i % 3 == 2 else joined))
+    return restricted
 
 
 def token_noise(draw: np.random.Generator, deviation: float, sample: TrainingSample) -> np.ndarray:

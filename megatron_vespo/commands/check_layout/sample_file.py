@@ -144,7 +144,7 @@ def _sample(row: dict, where: str, vocab_size: int) -> TrainingSample:
     sample = _make(np.array(token_ids, np.int64), prompt_length, segments, **fields)
     if "supports" in row:
         sample.supports = _supports(row["supports"], vocab_size, where)
-        check_supports(sample, vocab_size, where)
+        check_supports(sample, vocab_size, f"{where}: the sample")
     return sample
 
 

@@ -15,6 +15,8 @@ import torch
 from common import hand_back, start_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.random_task import random_supports
+
 READING_OPERATORS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 READING_METHODS = ("cpu", "tolist", "numpy")  # of tensors on the host they call no operator
 
@@ -78,6 +80,7 @@ def waits_of_a_step(policy, samples) -> tuple[int, Counter[str]]:
 
 def main() -> None:
     policy, samples = start_policy()
+    samples = random_supports(samples)
     from megatron_vespo.algorithms import segments
 
     segments.in_host_memory = lambda tensor: False  # as on a GPU

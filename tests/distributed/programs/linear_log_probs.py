@@ -11,6 +11,7 @@ import torch
 from common import hand_back, join_ranks
 
 from megatron_vespo.algorithms.linear_log_probs import linear_log_probs
+from tests.support.linear_log_probs import supports_of
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
         vocab_size=options.vocab_size,
         group=torch.distributed.group.WORLD,
         chunk_size=options.chunk_size,
+        supports=supports_of(inputs["allowed"]) if "allowed" in inputs else None,
         entropy_gradient=True,
     )
     torch.autograd.backward((log_probs_T, entropy_T), (inputs["grad_log_probs"], inputs["grad_entropy"]))

@@ -8,7 +8,7 @@ import numpy as np
 from common import hand_back, start_policy
 
 from megatron_vespo.types import TrainingSample
-from tests.support.random_task import token_noise
+from tests.support.random_task import random_supports, token_noise
 
 GROUP_SIZE = 8
 PER_TOKEN, ZEROS = "A per token", "A per token of 0"  # in the names of results
@@ -58,6 +58,25 @@ def numbers(step) -> np.ndarray:
     return np.array([step.loss, step.grad_norm, step.loss_terms])
 
 
+def with_supports(policy, samples: list[TrainingSample]) -> dict[str, np.ndarray]:
+    """One step with the supports of truncated sampling; log W where nothing has changed."""
+    samples = random_supports(samples)
+    log_probs, noise = policy.log_probs(samples), old_noise(samples)
+    unchanged = policy.pack([replace(sample, old_log_probs=None) for sample in samples])
+    policy.compute_old_log_probs(unchanged)
+    floor = policy.train_step(unchanged).log_w
+    for sample, of_sample, of_noise in zip(samples, log_probs, noise, strict=True):
+        sample.old_log_probs = (of_sample + of_noise).astype(np.float32)
+    step = policy.train_step(policy.pack(samples))
+    return {
+        "supports": np.array([step.loss, step.grad_norm, step.loss_terms]),
+        "supports log_probs": np.concatenate(log_probs),
+        "supports entropy": np.array(step.entropy),
+        "supports log_w": step.log_w,
+        "supports unchanged log_w": floor,
+    }
+
+
 def main() -> None:
     policy, samples = start_policy("--lr", "0")
     import torch.distributed as dist
@@ -96,9 +115,10 @@ def main() -> None:
         results[f"{name} {PER_TOKEN} weight"] = step.weight
     for name in token_cases():
         results[f"{name} {ZEROS}"] = numbers(step_of(name, None, zeros))
-    policy.use_loss(
-        replace(policy.settings, policy_loss="grpo", loss_aggregation=None, loss_target=None, clip_range=None)
-    )
+    own = {"loss_aggregation": None, "loss_target": None, "clip_range": None}
+    policy.use_loss(replace(policy.settings, policy_loss="vespo", **own))
+    results |= with_supports(policy, samples)
+    policy.use_loss(replace(policy.settings, policy_loss="grpo", **own))
     rewards, lengths = pair_draws(samples)
     given = advantages(rewards, "equal-length-pairs", lengths, PAIR_GAP).flatten().tolist()
     for sample, advantage in zip(samples, given, strict=True):

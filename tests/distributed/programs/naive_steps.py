@@ -30,6 +30,7 @@ from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.types import TrainingSample
 from tests.support.naive_losses import naive_pairs, naive_terms, naive_total, phi, score
+from tests.support.random_task import random_supports
 
 MINI_BATCH = 24
 LONGEST = int(FLAGS[FLAGS.index("--max-completion-tokens") + 1])
@@ -49,11 +50,38 @@ def places_sampled(sample: TrainingSample) -> list[int]:
     return places
 
 
-def log_probs(model: torch.nn.Module, sample: TrainingSample) -> list[Tensor]:
-    """Of the sampled tokens, with gradient."""
+def distributions(model: torch.nn.Module, sample: TrainingSample) -> list[dict[int, Tensor]]:
+    """Log-probs with gradient, by the tokens that the sampler could choose from, of each sampled token."""
     tokens = torch.from_numpy(sample.token_ids).long()
     logits = model(tokens[None]).logits[0].double() / sample.temperature
-    return [logits[place - 1].log_softmax(-1)[tokens[place]] for place in places_sampled(sample)]
+    found, used = [], 0
+    for n, place in enumerate(places_sampled(sample)):
+        if sample.supports is None:
+            ids = list(range(logits.shape[1]))
+        else:
+            ids = sample.supports.token_ids[used : used + sample.supports.counts[n]].tolist()
+            used += len(ids)
+        chosen = logits[place - 1, ids]
+        found.append(dict(zip(ids, chosen - chosen.exp().sum().log(), strict=True)))
+    return found
+
+
+def log_probs(model: torch.nn.Module, sample: TrainingSample) -> list[Tensor]:
+    """Of the sampled tokens, with gradient."""
+    places = places_sampled(sample)
+    by_token = distributions(model, sample)
+    return [of[int(sample.token_ids[place])] for of, place in zip(by_token, places, strict=True)]
+
+
+def mean_entropy(model: torch.nn.Module, samples: list[TrainingSample]) -> float:
+    """Per sampled token, in nats."""
+    with torch.no_grad():
+        entropies = [
+            -sum(math.exp(p) * p for p in map(float, of.values()))
+            for sample in samples
+            for of in distributions(model, sample)
+        ]
+    return sum(entropies) / len(entropies)
 
 
 def terms_of(name: str, responses: list[tuple]) -> list[list[Tensor]]:
@@ -111,6 +139,19 @@ class Reference:
         steps["pairs"] = self.of(naive_terms("grpo", paired, KERNEL, None), "token-mean")
         return steps | {"log_w": np.array([-values.sum() for values in noise])}
 
+    def with_supports(self, entropy: float) -> dict[str, np.ndarray]:
+        """VESPO by pi_old of `old_noise`."""
+        noise = [values.tolist() for values in old_noise(self.samples)]
+        old = [
+            [p.item() + n for p, n in zip(*pair, strict=True)] for pair in zip(self.pi, noise, strict=True)
+        ]
+        responses = list(zip(self.pi, old, [sample.advantage for sample in self.samples], strict=True))
+        return {
+            "supports": self.of(naive_terms("vespo", responses, KERNEL, None), "token-mean"),
+            "supports log_probs": np.array([p.item() for p in self._flat]),
+            "supports entropy": np.array(entropy),
+        }
+
     def first_step(self) -> dict[str, np.ndarray]:
         """VESPO, `decoupled`, pi_old = pi."""
         behavior = [sample.behavior_log_probs.tolist() for sample in self.samples]
@@ -131,8 +172,12 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True)
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    reference = Reference(model, read_samples(options.samples)[:MINI_BATCH])
-    hand_back(**reference.losses(), **reference.first_step())
+    samples = read_samples(options.samples)[:MINI_BATCH]
+    reference = Reference(model, samples)
+    steps = reference.losses() | reference.first_step()
+    samples = random_supports(samples)
+    steps |= Reference(model, samples).with_supports(mean_entropy(model, samples))
+    hand_back(**steps)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ ITEMS = (
     Item("ceilings", "ceilings:ceilings", 60, on_cpu=True),
     Item("kernels, values", "kernels:values", 90, on_cpu=True, modules=(*PROJECT, "triton")),
     Item("kernels, speed", "kernels:speed", 60, modules=(*PROJECT, "triton")),
+    Item("supports, values", "supports:values", 60, on_cpu=True, modules=(*PROJECT, "triton")),
+    Item("supports, speed", "supports:speed", 60, modules=(*PROJECT, "triton")),
     Item("policy, fp32", "policy:fp32", 150, on_cpu=True, modules=MODEL),
     Item("policy, bf16", "policy:bf16", 150, on_cpu=True, modules=MODEL),
     Item("packed attention", "attention:attention", 60, modules=MEGATRON),

@@ -47,7 +47,8 @@ def compiled(kernel, dtype: str, constants: dict[str, object]):
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "width"]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=TARGET, options={"num_warps": kernels.NUM_WARPS})
+    options = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": kernels.FUSION}
+    return compile(source, target=TARGET, options=options)
 
 
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
@@ -77,6 +78,7 @@ def test_kernels_compile_for_hopper(kernel, dtype, tmp_path, monkeypatch):
     print(f"{kernel}, {dtype}: {registers} registers, {spilled} bytes spilled")
     assert spilled == 0 and registers <= REGISTERS_OF_FULL_OCCUPANCY
     wide = r"v4\.b32|v2\.b64|v8\.b16"
+    assert "fma.rn.f32" not in built.asm["ptx"], "z is not rounded before it is subtracted"
     # 16 bytes at once
     assert re.search(rf"ld\.global[.\w]*\.({wide})", built.asm["ptx"])
     assert kernel == "statistics" or re.search(rf"st\.global[.\w]*\.({wide})", built.asm["ptx"])

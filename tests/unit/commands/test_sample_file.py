@@ -47,6 +47,13 @@ def test_a_line_becomes_a_sample(write):
     assert (second.temperature, second.reward, second.group_id) == (0.7, 1.0, 4)
 
 
+def test_supports_are_lists_of_ids(write):
+    [sample] = read_samples(write(ROW | {"supports": [[3, 11], [19]]}), VOCAB_SIZE)
+    assert sample.supports.counts.tolist() == [2, 1]
+    assert sample.supports.token_ids.tolist() == [3, 11, 19]
+    assert sample.supports.counts.dtype == sample.supports.token_ids.dtype == np.int32
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -56,7 +63,14 @@ def test_a_line_becomes_a_sample(write):
         (ROW | {"behaviour_log_probs": [-1, -1]},
          "no key 'behaviour_log_probs' is known; did you mean 'behavior_log_probs'?"),
         (ROW | {"zzz": 1}, "no key 'zzz' is known; known are token_ids, prompt_length, advantage, "
-                           "behavior_log_probs, token_advantages, temperature, reward, group_id, segments"),
+                           "behavior_log_probs, token_advantages, temperature, reward, group_id, segments, "
+                           "supports"),
+        (ROW | {"supports": [11, 19]},
+         "supports must be lists of integers from 0 to 19, one list per sampled token, for example "),
+        (ROW | {"supports": [[11], [20]]}, "supports must be lists of integers from 0 to 19"),
+        (ROW | {"supports": [[11]]}, "the sample has supports of 1 tokens for 2 sampled tokens"),
+        (ROW | {"supports": [[11], [1, 2]]},
+         "the sample has the token 19 at sampled token 1, whose support does not include it"),
         (ROW | {"token_ids": [5, 20]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, -1]}, "token_ids must be a list of integers from 0 to 19"),
         (ROW | {"token_ids": [5, 1.0]}, "token_ids must be a list of integers from 0 to 19"),

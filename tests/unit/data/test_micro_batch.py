@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
 from megatron_vespo.types import WRITERS, Segments, TrainingSample
-from tests.support.builders import make_sample, make_segments
+from tests.support.builders import make_sample, make_segments, make_supports
 
 
 def sample(prompt: list[int], completion: list[int], log_probs=None, **fields) -> TrainingSample:
@@ -171,6 +171,40 @@ def test_log_probs_for_given_tokens_do_not_pass():
     broken = sample([1, 2], [3, 4, 5], log_probs=[-1.0, -1.0, -1.0], segments=make_segments(1, 1, 1))
     with pytest.raises(ValueError, match="broadcast"):
         pack_of([broken], [0])
+
+
+def test_supports_lie_in_the_order_of_the_positions_that_predict():
+    """A token of a sequence without supports has the whole vocabulary; given tokens have none to count."""
+    samples = [
+        sample([11, 12], [13, 14, 15, 16], [-1.0] * 3, segments=make_segments(1, 1, 2)),
+        sample([21], [22, 23]),
+        sample([31], [32, 33, 34, 35]),
+    ]
+    samples[0].supports = make_supports([13], [15, 99], [1, 2, 16])
+    samples[2].supports = make_supports([32, 40], [33], [34, 41, 42], [35])
+    pack = pack_of(samples, [2, 1, 0], extra=3)
+    assert pack.labels_T[pack.loss_positions].tolist() == [32, 33, 34, 35, 22, 23, 13, 15, 16]
+    assert pack.support_counts.tolist() == [2, 1, 3, 1, 0, 0, 1, 2, 3]
+    assert pack.support_ids.tolist() == [32, 40, 33, 34, 41, 42, 35, 13, 15, 99, 1, 2, 16]
+    assert pack.support_counts.dtype == pack.support_ids.dtype == torch.int32
+
+    parts = [pack_of(samples, [2, 1, 0], layout=TokenLayout(2, rank)) for rank in range(2)]
+    labels = [part.labels_T[part.loss_positions].tolist() for part in parts]
+    assert labels == [[32, 33, 22, 13], [34, 35, 23, 15, 16]]  # the outer quarters, the inner ones
+    assert [part.support_counts.tolist() for part in parts] == [[2, 1, 0, 1], [3, 1, 0, 2, 3]]
+    assert parts[0].support_ids.tolist() == [32, 40, 33, 13]
+    assert parts[1].support_ids.tolist() == [34, 41, 42, 35, 15, 99, 1, 2, 16]
+
+    without = pack_of(samples, [1])
+    assert without.support_counts is None and without.support_ids is None
+
+
+def test_supports_travel_and_count_with_the_pack():
+    samples = [sample([1], [2, 3], supports=make_supports([2], [3, 4]))]
+    pack = pack_of(samples, [0])
+    moved = pack.on(torch.device("meta"))
+    assert moved.support_counts.device.type == moved.support_ids.device.type == "meta"
+    assert pack.nbytes - pack_of([sample([1], [2, 3])], [0]).nbytes == 4 * (2 + 3)
 
 
 @given(training_samples(), st.sampled_from([1, 2, 8]))

@@ -10,8 +10,8 @@ from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import build_micro_batch
 from megatron_vespo.data.packing import PackingRule, SequenceWork, pack_sequences, packing_stats
 from megatron_vespo.data.shards import MiniBatchOutline, Shard
-from megatron_vespo.types import TrainingSample, VersionSpans
-from tests.support.builders import make_sample, make_segments
+from megatron_vespo.types import TokenSupports, TrainingSample, VersionSpans
+from tests.support.builders import make_sample, make_segments, make_supports
 
 WORK = SequenceWork(linear=7.0, attention=0.01)
 MAX_TOKENS = 128
@@ -127,14 +127,20 @@ def compare(before: dict, now: dict) -> None:
 def test_every_field_of_a_sample_arrives():
     batch = samples(np.array([5, 9, 4]), np.random.default_rng(0), routes=True)
     batch[1].old_log_probs = np.float32([-0.5, -1.5])
+    batch[0].supports = make_supports(*[[1, 2, 3]] * batch[0].num_trained)
+    batch[2].supports = make_supports(*[[4]] * (batch[2].num_trained - 1), [4, 5])
     batch[1] = with_hole(dataclasses.replace(batch[1], prompt_length=2))
     batch[1].token_advantages = np.float32([0.25, -1.0, 0.5, 0.0])  # the other sample has none
     assert batch[1].num_trained < batch[1].completion_length
-    arrived = received(Shard.of(batch, [2, 1]))
-    assert sorted(arrived) == [1, 2]
+    arrived = received(Shard.of(batch, [2, 1, 0]))
+    assert sorted(arrived) == [0, 1, 2]
     for index, sample in arrived.items():
         for field in dataclasses.fields(TrainingSample):
             ours, theirs = getattr(batch[index], field.name), getattr(sample, field.name)
+            if isinstance(ours, TokenSupports):
+                for name in ("counts", "token_ids"):
+                    np.testing.assert_array_equal(getattr(theirs, name), getattr(ours, name), strict=True)
+                continue
             np.testing.assert_array_equal(theirs, ours, err_msg=field.name)
             assert type(theirs) is type(ours) and getattr(theirs, "dtype", 0) == getattr(ours, "dtype", 0)
 
@@ -182,6 +188,13 @@ def test_a_shard_has_eight_bytes_per_sampled_token_and_four_per_other_one():
         # beside the columns a sample has a few numbers
         pickled = [len(pickle.dumps(shard, protocol=5, buffer_callback=lambda _: None)) for shard in shards]
         assert sum(pickled) < 250 * len(batch) + 3000 * ranks
+
+
+def test_supports_cost_four_bytes_per_id_and_per_token():
+    plain = [make_sample(3, 4), make_sample(3, 5)]
+    restricted = [dataclasses.replace(plain[0], supports=make_supports(*[[1, 5]] * 4)), plain[1]]
+    before, after = (Shard.of(batch, [0, 1]).nbytes for batch in (plain, restricted))
+    assert after - before == 4 * (4 + 8)
 
 
 def test_one_version_costs_the_same_at_any_length():
