@@ -35,10 +35,9 @@ def check_supports(sample: TrainingSample, vocab_size: int, where: str) -> None:
         raise ValueError(
             f"{where} has ids that do not ascend in the support of sampled token {token_of[np.argmax(falls)]}"
         )
-    found = np.bincount(token_of[ids == token_ids[token_of]], minlength=len(counts))
-    if (lost := np.flatnonzero(found == 0)).size:
+    if (lost := sample.supports.first_outside(token_ids)) is not None:
         raise ValueError(
-            f"{where} has the token {token_ids[lost[0]]} at sampled token {lost[0]}, whose support does not "
+            f"{where} has the token {token_ids[lost]} at sampled token {lost}, whose support does not "
             "include it"
         )
 
