@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,30 @@ def test_a_replay_trains_on_the_same_samples(tmp_path):
     for programs, people in zip(of_programs, of_people, strict=True):
         rewards = [c.reward for group in read_record(programs).groups for c in group]
         assert [json.loads(line)["reward"] for line in people.read_text().splitlines()] == rewards
+
+
+class Teachers:
+    """The score of a token is its place in the response."""
+
+    def score(self, completions, on_progress=None):
+        for done, completion in enumerate(completions, 1):
+            completion.teacher_log_probs = -np.arange(completion.num_sampled, dtype=np.float32)
+            on_progress(done, len(completions))
+
+
+def test_teachers_score_a_batch_before_it_is_recorded(tmp_path):
+    run = Recording(arguments(save_rollouts=tmp_path))
+    run.source._generation = replace(run.source._generation, teachers=Teachers())
+    batch, again = run.batch(), replayed(tmp_path).next_batch(0)
+    assert "distillation/reverse_kl" in batch.metrics and batch.metrics == again.metrics
+    for one, other in zip(sum(batch.groups, []), sum(again.groups, []), strict=True):
+        np.testing.assert_array_equal(one.teacher_log_probs, np.arange(one.num_sampled) * -1.0)
+        np.testing.assert_array_equal(one.teacher_log_probs, other.teacher_log_probs, strict=True)
+    with pytest.raises(ValueError, match="no log-probs of a teacher"):
+        Recording(arguments(save_rollouts=tmp_path)).batch()
+        settings = arguments(train_from=tmp_path, train_iters=2)
+        settings.distillation.teachers = ("one",)
+        check_modes(settings)
 
 
 def test_a_replay_that_has_trained_nothing_keeps_its_place(tmp_path):

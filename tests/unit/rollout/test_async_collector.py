@@ -13,7 +13,8 @@ from megatron_vespo.rollout import async_collector
 from megatron_vespo.rollout.async_collector import AsyncCollector
 from megatron_vespo.rollout.buffer import RolloutBuffer
 from megatron_vespo.rollout.collector import Collector
-from megatron_vespo.rollout.router import CollectError
+from megatron_vespo.rollout.router import CollectError, LostRequests
+from megatron_vespo.rollout.teachers import TeacherEngines, Teachers
 from megatron_vespo.types import VersionSpans
 from tests.support.builders import SAMPLING, make_prompt
 from tests.support.engine_stub import EngineStub, sglang_reply
@@ -275,3 +276,57 @@ def test_waiting_for_a_batch_keeps_no_core_busy(engine, start):
     with pytest.raises(CollectError):
         run.take(1.0)
     assert time.process_time() - began < 0.3
+
+
+class Teacher(EngineStub):
+    """Gives the score -0.5 to every token, unless the test wants it to refuse."""
+
+    def __init__(self):
+        super().__init__()
+        self.refusing = 0
+
+    async def respond(self, path, body):
+        if self.refusing > 0:
+            self.refusing -= 1
+            raise web.HTTPInternalServerError(text="out of memory")
+        entries = [[-0.5, token, None] for token in body["input_ids"][body["logprob_start_len"] :]]
+        return {"meta_info": {"input_token_logprobs": [[None, *entries[0][1:]], *entries[1:]]}}
+
+
+def teachers(url: str | None, check=lambda: None) -> Teachers:
+    """One teacher of all prompts."""
+    engines = TeacherEngines("teacher", None, [url], LostRequests(), check)
+    return Teachers([engines], "data_source", timeout_s=30.0, max_attempts=2)
+
+
+def test_a_group_is_scored_by_its_teacher_before_its_reward(start):
+    seen = []
+
+    def score(group):
+        seen.extend(completion.teacher_log_probs is not None for completion in group)
+        return []
+
+    with Teacher() as teacher:
+        batch = start(teachers=teachers(teacher.url), score=score).take(10)
+    assert seen and all(seen)
+    assert [c.teacher_log_probs.tolist() for group in batch for c in group] == [[-0.5]] * 8
+
+
+def test_a_group_whose_teacher_refuses_is_generated_again(start):
+    with Teacher() as teacher:
+        teacher.refusing = 1
+        run = start(teachers=teachers(teacher.url))
+        batch = run.take(10)
+    assert all(c.teacher_log_probs is not None for group in batch for c in group)
+    [said] = [line for line in run.messages() if "generated again" in line]
+    assert teacher.url in said and "scoring of prompt" in said and "out of memory" in said
+
+
+def test_a_teacher_that_is_lost_for_good_ends_generation(start, monkeypatch):
+    monkeypatch.setattr("megatron_vespo.rollout.teachers.CHECK_INTERVAL_S", 0.05)
+
+    def check():
+        raise CollectError("the teacher is gone")
+
+    with pytest.raises(CollectError, match="the teacher is gone"):
+        start(teachers=teachers(None, check)).take(10)
