@@ -28,7 +28,7 @@ from megatron_vespo.arguments.weight_sync import add_sync_arguments, check_sync
 
 REQUIRED_BY_TRAIN = ("hf_checkpoint", "prompt_data", "output_dir")
 DESCRIPTION = """\
-Train an HF Qwen3-MoE, GLM-4.5, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
+Train Qwen3-MoE, GLM-4.5, Qwen3 or Llama with VESPO: Megatron-Core trains, SGLang generates, Ray places both.
 
 Three families of flags:
   the groups below          this program's own; docs/reference/flags.md has all of them
