@@ -167,7 +167,9 @@ def _record(arrays: Mapping[str, np.ndarray]) -> StepRecord:
         group_ids=arrays["group_ids"],
         **{name: arrays[name] for name in COLUMNS},
         pi=arrays["pi"],
-        **{name: arrays.get(name) for name in OPTIONAL_PER_TOKEN},
+        pi_old=arrays.get("pi_old"),
+        expert_differences=arrays.get("expert_differences"),
+        advantages_per_token=arrays.get("advantages_per_token"),
         settings=json.loads(arrays["settings"].tobytes()),
         pieces={
             token_id: piece.tobytes()

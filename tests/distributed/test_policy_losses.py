@@ -50,6 +50,7 @@ def test_losses_are_the_naive_reference(task, naive_steps, result_of, layout):
     worst = np.zeros(2)
     assert len(naive_steps) == 18 + 15 + 4 + 3
     for result in result_of(layout):
+        assert sum(case.endswith("A per token") for case in result) in {4, 15}
         np.testing.assert_allclose(result["log_w"], naive_steps["log_w"], rtol=0, atol=1e-5)
         for case in set(result) & set(naive_steps) - VALUES:
             found, (loss, grad_norm, terms) = result[case], naive_steps[case]

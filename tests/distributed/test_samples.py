@@ -69,6 +69,10 @@ def test_a_sound_sample_passes(check):
             "has 3 old_log_probs for 4 sampled tokens",
         ),
         (
+            {"token_advantages": np.array([0, 1, np.inf, 0], np.float32)},
+            "has 1 non-finite token_advantages, the first one is inf at sampled token 2",
+        ),
+        (
             {"old_log_probs": np.array([0, np.nan, 0, 0], np.float32)},
             "has 1 non-finite old_log_probs, the first one is nan at sampled token 1",
         ),

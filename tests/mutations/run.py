@@ -252,6 +252,13 @@ MUTATIONS = [
         ("tests/unit/algorithms/test_token_advantages.py", "sign"),
     ),
     Mutation(
+        "advantages per token: for the budget a response counts in full for both signs",
+        "algorithms/vespo_budget.py",
+        "c1, c2, sign_shares[chosen, i])",
+        "c1, c2)",
+        (BUDGET, "share"),
+    ),
+    Mutation(
         "advantages per token: they do not reach the loss",
         "trainer/step.py",
         "token_advantages_T=micro_batch.token_advantages_T,",
@@ -618,8 +625,8 @@ MUTATIONS = [
     Mutation(
         "budget: both signs learn from A > 0",
         "algorithms/vespo_budget.py",
-        '("negative", advantages < 0)',
-        '("negative", advantages > 0)',
+        "chosen = sign_shares[:, i] > 0",
+        "chosen = sign_shares[:, 0] > 0",
         (BUDGET, "each_sign"),
     ),
     Mutation(

@@ -12,7 +12,7 @@ from megatron_vespo.commands.view.distributions import Responses, distributions,
 from megatron_vespo.commands.view.index import RunIndex
 from megatron_vespo.commands.view.kernel import Kernel
 from megatron_vespo.data.step_records import FOLDER_NAME, read_step, record_path, write_step
-from tests.support.step_records import random_step, write_steps
+from tests.support.step_records import StepShape, random_step, write_steps
 
 STEPS = 8  # two rollout batches of four mini-batches
 
@@ -76,6 +76,12 @@ def test_histograms_count_every_response_once(run, records):
 
 def test_recorded_weights_are_recomputed(run):
     assert distributions(responses_of(run))["agreement"] < 1e-5
+
+
+def test_with_advantages_per_token_there_is_no_one_phi_to_recompute(tmp_path):
+    write_step(record_path(tmp_path / FOLDER_NAME, 1), random_step(1, StepShape(with_advantages=True)))
+    found = distributions(responses_of(tmp_path))
+    assert found["agreement"] is None and found["settings"]["has_advantages_per_token"]
 
 
 def test_what_if_computes_the_phi_of_training(run, records):
