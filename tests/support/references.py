@@ -16,15 +16,24 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
-    """float32 [N]: of the tokens that the policy sampled."""
+def completion_logits(model, completion: Completion, temperature: float = 1.0) -> torch.Tensor:
+    """float32 [N, V]: of the tokens that the policy sampled, after `temperature`."""
     prompt, token_ids = (
         torch.from_numpy(ids).long() for ids in (completion.prompt.token_ids, completion.token_ids)
     )
     with torch.no_grad():
         logits = model(torch.cat([prompt, token_ids])[None]).logits[0].float() / temperature
-    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
-    return log_probs if completion.segments is None else log_probs[completion.segments.mask()]
+    logits = logits[len(prompt) - 1 : -1]
+    return logits if completion.segments is None else logits[torch.from_numpy(completion.segments.mask())]
+
+
+def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """float32 [N]: of the tokens that the policy sampled."""
+    token_ids = torch.from_numpy(completion.token_ids).long()
+    if completion.segments is not None:
+        token_ids = token_ids[torch.from_numpy(completion.segments.mask())]
+    logits = completion_logits(model, completion, temperature)
+    return logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
 
 
 def chosen_experts(model, completion: Completion, topk: int) -> np.ndarray:
