@@ -44,7 +44,7 @@ def parse_score_reply(body: bytes, scored: np.ndarray, where: str) -> np.ndarray
         entries = _REPLY.decode(body).meta_info.input_token_logprobs
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise GenerateReplyError(f"{where}: not a reply with log-probs of the prompt: {error}") from error
-    if [token for _, token, _ in entries[1:]] != scored.tolist():
+    if not _are_of([token for _, token, _ in entries[1:]], scored.tolist()):
         raise GenerateReplyError(
             f"{where}: log-probs of {len(entries) - 1} tokens, not of the {len(scored)} that were sent"
         )
@@ -53,3 +53,14 @@ def parse_score_reply(body: bytes, scored: np.ndarray, where: str) -> np.ndarray
     if len(bad):
         raise GenerateReplyError(f"{where}: log-prob {log_probs[bad[0]]} of response token {bad[0]}")
     return log_probs
+
+
+def _are_of(reported: list[int], sent: list[int]) -> bool:
+    """Whether a reply is about the tokens `sent`.
+
+    SGLang 0.5.23 writes 0 in the place of the vocabulary's last id; its log-prob is that id's.
+    """
+    if len(reported) != len(sent):
+        return False
+    others = {pair for pair in zip(reported, sent, strict=True) if pair[0] != pair[1]}
+    return len(others) <= 1 and all(token == 0 for token, _ in others)

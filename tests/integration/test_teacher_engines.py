@@ -16,7 +16,7 @@ from megatron_vespo.types import Completion
 from tests.support.builders import make_completion, make_prompt, make_segments
 from tests.support.references import completion_log_probs, transformers_model
 from tests.support.runs import Run, finished, train_command, write_questions
-from tests.support.servers import make_tiny_model
+from tests.support.servers import VOCAB_SIZE, make_tiny_model
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -31,9 +31,10 @@ def random_completions() -> list[Completion]:
     found = []
     for number, (prompt, length) in enumerate([(1, 1), (1, 30), (40, 200), (7, 12), (7, 50), (3, 2)]):
         segments = make_segments(length // 3, length // 3, length - 2 * (length // 3)) if number % 2 else None
-        tokens = draw.integers(3, 98, length).tolist()
-        ids = draw.integers(3, 98, prompt).tolist()
-        found.append(make_completion(make_prompt(number, ids), tokens, segments=segments))
+        tokens = draw.integers(0, VOCAB_SIZE, length)
+        tokens[-1] = VOCAB_SIZE - 1  # which SGLang reports under another id
+        ids = draw.integers(0, VOCAB_SIZE, prompt).tolist()
+        found.append(make_completion(make_prompt(number, ids), tokens.tolist(), segments=segments))
     return found
 
 

@@ -143,6 +143,20 @@ def test_a_score_that_is_not_finite_is_refused():
     assert completion.teacher_log_probs is None
 
 
+def test_the_last_id_of_a_vocabulary_is_reported_as_0():
+    """By SGLang 0.5.23, with its own log-prob; any other difference is one."""
+
+    def reply(*tokens: int) -> bytes:
+        entries = ", ".join(f"[-{token + 1}, {token}, null]" for token in tokens)
+        return f'{{"meta_info": {{"input_token_logprobs": [[null, 1, null], {entries}]}}}}'.encode()
+
+    sent = np.array([5, 127, 0, 127], TOKEN_ID)
+    assert parse_score_reply(reply(5, 0, 0, 0), sent, "x").tolist() == [-6.0, -1.0, -1.0, -1.0]
+    for wrong in ((0, 0, 0, 0), (5, 1, 0, 1), (5, 127, 0, 126)):
+        with pytest.raises(GenerateReplyError, match="not of the 4 that were sent"):
+            parse_score_reply(reply(*wrong), sent, "x")
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [
