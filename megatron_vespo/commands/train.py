@@ -18,13 +18,13 @@ from megatron_vespo.driver.resume import find_checkpoint
 from megatron_vespo.driver.run import Run
 from megatron_vespo.driver.run_end import end_early, record_end
 from megatron_vespo.driver.run_record import RunRecord, describe_run
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.services import Services, load_task
 from megatron_vespo.driver.summary import plot, summarize
 from megatron_vespo.driver.tracking import Tracking
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.tracing import Trace
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.types import RunState
 
 
 def main(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.data.prompts import PromptCursor
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.services import Services
 from megatron_vespo.rewards.pool import RewardResult
 from megatron_vespo.rollout.async_collector import AsyncCollector
@@ -20,7 +21,7 @@ from megatron_vespo.rollout.dynamic_sampling import has_reward_variance
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
-from megatron_vespo.types import Completion, RunState
+from megatron_vespo.types import Completion
 
 STOP_TIMEOUT_S = 5.0  # for background generation to stop when a run ends early
 

@@ -16,6 +16,7 @@ from megatron_vespo.cluster.engine_sync import EngineSync
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.learner import Learner, LogProbBound
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.trained_step import StepObserver, TrainedStep
 from megatron_vespo.driver.training_samples import lost_routes, training_sample, training_samples
 from megatron_vespo.observability.metrics import MetricsWriter
@@ -25,7 +26,7 @@ from megatron_vespo.rollout.evaluate import evaluate
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.synchronous_batches import batch_seed
 from megatron_vespo.system.preemption import Preempted, Preemption
-from megatron_vespo.types import Prompt, RunState, TrainingSample
+from megatron_vespo.types import Prompt, TrainingSample
 
 NUM_CANARIES = 64  # completions that compare engines and trainer after the last sync
 

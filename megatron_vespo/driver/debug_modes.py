@@ -16,8 +16,9 @@ from megatron_vespo.data.rollout_file import (
     write_record,
 )
 from megatron_vespo.driver.learner import AfterStep
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.rollout.batch_source import ScoredBatch
-from megatron_vespo.types import RunState, TrainingSample
+from megatron_vespo.types import TrainingSample
 
 
 class NullLearner:

@@ -13,9 +13,10 @@ from megatron_vespo.algorithms.diagnostics import floor_metrics
 from megatron_vespo.cluster.trainer_group import TrainerGroup
 from megatron_vespo.data.sample_advantages import mean_advantage, token_advantage_metrics
 from megatron_vespo.data.token_values import TOKENS
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.observability.rollout_metrics import pi_old_is_in_place, step_metrics
-from megatron_vespo.types import RunState, TrainingSample
+from megatron_vespo.types import TrainingSample
 
 # The floor of log W is measured every FLOOR_INTERVAL rollout batches, by two forward passes over at most
 # FLOOR_RESPONSES responses and at most one of FLOOR_SHARE: well below 1% of the training time.

@@ -13,10 +13,10 @@ from megatron_vespo.checkpoints.names import TRACKER_NAME
 from megatron_vespo.checkpoints.run_folder import newest_save
 from megatron_vespo.cluster.calls import TrainerError
 from megatron_vespo.driver.controller import Controller, StoppedByAlarm
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.services import Services
 from megatron_vespo.driver.trainer_attempt import TrainerAttempt
 from megatron_vespo.system.preemption import EXIT_RESUME, EXIT_UNSAVED, EndedBySignal, Preempted
-from megatron_vespo.types import RunState
 
 
 class Run:

@@ -8,10 +8,10 @@ from typing import Any
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.data.step_records import FOLDER_NAME
 from megatron_vespo.driver.run_end import leave_report
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.observability.html_report import REPORT_NAME
 from megatron_vespo.observability.metrics import read_metrics
 from megatron_vespo.observability.report import format_summary, plot_curves, write_summary
-from megatron_vespo.types import RunState
 
 
 def plot(settings: TrainSettings) -> Path:

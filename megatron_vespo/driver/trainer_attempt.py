@@ -23,6 +23,7 @@ from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_recorded
 from megatron_vespo.driver.learner import Learner, LogProbBound, PolicyLearner
 from megatron_vespo.driver.response_recorder import make_recorder
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.sample_responses import SampleResponses
 from megatron_vespo.driver.services import Services
 from megatron_vespo.driver.trained_step import StepObserver
@@ -31,7 +32,6 @@ from megatron_vespo.observability.trackers.tracker import sample_text
 from megatron_vespo.rollout.collector import Collector
 from megatron_vespo.rollout.generate_reply import RouteShape
 from megatron_vespo.rollout.generation import Generation
-from megatron_vespo.types import RunState
 
 FROM_THE_BEGINNING = -1  # no step of the previous attempt is kept
 

@@ -7,6 +7,7 @@ import numpy as np
 from megatron_vespo.algorithms.token_sums import TokenSums
 from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.learner import LogProbBound, PolicyLearner
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.models.parameter_groups import GRADIENT_GROUPS
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
@@ -16,7 +17,7 @@ from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.types import Prompt, RunState, SamplingParams
+from megatron_vespo.types import Prompt, SamplingParams
 from tests.support.builders import make_group, make_prompt
 from tests.support.settings import flat_settings
 

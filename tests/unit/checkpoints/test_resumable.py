@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.checkpoints.resumable import changes, check_resumable, stored_schedule, take_flags
-from megatron_vespo.types import RunState
+from megatron_vespo.driver.run_state import RunState
 
 SAVED = {
     "rollout_state": {"iteration": 8}, "optimizer": "adam", "lr": 2e-6, "min_lr": 0.0,

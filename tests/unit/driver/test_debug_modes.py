@@ -14,6 +14,7 @@ from megatron_vespo.data.rollout_file import batch_path, read_record
 from megatron_vespo.driver.controller import Controller
 from megatron_vespo.driver.debug_modes import NullLearner, Recorder, check_modes, check_recorded
 from megatron_vespo.driver.learner import LogProbBound
+from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.training_samples import training_samples
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rewards.pool import RewardResult
@@ -23,7 +24,7 @@ from megatron_vespo.rollout.recorded_batches import RecordedBatches
 from megatron_vespo.rollout.scoring import Scorer
 from megatron_vespo.rollout.synchronous_batches import SynchronousBatches
 from megatron_vespo.system.preemption import Preemption
-from megatron_vespo.types import Completion, Prompt, RunState, SamplingParams
+from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.builders import make_completion, make_prompt
 from tests.support.controllers import FLAGS, EngineSync, Tokenizer
 from tests.support.refusals import check_refusal
