@@ -354,14 +354,14 @@ MUTATIONS = [
         "algorithms/supports.py",
         "index_T.repeat_interleave(counts_T,",
         "index_T.roll(-1).repeat_interleave(counts_T,",
-        (SUPPORTED, "of_the_supports and float64 and False and 5"),
+        (SUPPORTED, "of_the_supports and dtype0"),
     ),
     Mutation(
         "supports: logits outside of them are left as they are",
         "algorithms/supports.py",
         "logits_TW.masked_fill_(self.restricted_T[:, None], OUTSIDE)",
         "logits_TW.masked_fill_(self.restricted_T[:, None], 0.0)",
-        (SUPPORTED, "of_the_supports and float64 and False and 5"),
+        (SUPPORTED, "of_the_supports and dtype0"),
     ),
     Mutation(
         "supports: the backward leaves out the tokens that it does not compute, not their supports",
