@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_vespo.driver.training_samples import lost_routes, training_sample
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.rollout.collector import Collector
+from megatron_vespo.rollout.sampled_distribution import training_sampling
 from megatron_vespo.types import Completion, SamplingParams
-from tests.support.references import completion_log_probs
+from tests.support.references import completion_log_probs, truncated_log_probs
 from tests.support.runs import finished, train_command, write_questions
 from tests.support.servers import NUM_LAYERS, ROUTES, TOPK, tiny_engine
 
@@ -64,6 +67,19 @@ def test_tokens_and_log_probs_outlive_a_retraction(completions, reference):
     for completion in completions:
         expected = completion_log_probs(reference, completion)
         assert np.abs(completion.log_probs - expected).max() <= 1e-4
+
+
+@pytest.mark.timeout(400)
+def test_supports_outlive_a_retraction(retracting_engine, prompts, reference):
+    sampling = training_sampling(replace(SAMPLING, top_p=0.9), [])
+    collector = Collector([retracting_engine.url], request_timeout_s=120)
+    [group] = collector.collect(prompts[3:4], sampling, num_completions=NUM_COMPLETIONS, seed=0)
+    retracted = [completion for completion in group if completion.num_retractions]
+    print(f"{len(retracted)} of {len(group)} were retracted")
+    assert retracted
+    for completion in group:
+        assert len(completion.supports) == len(completion.token_ids)
+        assert np.abs(truncated_log_probs(reference, completion) - completion.log_probs).max() <= 1e-4
 
 
 @pytest.mark.slow

@@ -17,7 +17,12 @@ from megatron_vespo.rollout.sampled_distribution import training_sampling
 from megatron_vespo.rollout.sampler import RejectedDraws
 from megatron_vespo.types import Completion, Prompt, SamplingParams
 from tests.support.launch import PROGRAMS, TIMEOUT_S, launch
-from tests.support.references import completion_log_probs, completion_logits
+from tests.support.references import (
+    completion_log_probs,
+    completion_logits,
+    support_masks,
+    truncated_log_probs,
+)
 from tests.support.servers import ROUTES, VOCAB_SIZE, tiny_engine
 
 PLAIN = SamplingParams(1.0, 60, ())
@@ -28,13 +33,6 @@ KINDS = {
     "all at 0.7": {"temperature": 0.7, "top_p": 0.95, "top_k": 30, "min_p": 0.02},
 }
 LENGTH = 240  # tokens of the responses whose log W is measured
-
-
-def masks(completion: Completion) -> np.ndarray:
-    """bool [N, V]: the supports of sampled tokens."""
-    kept = np.zeros((len(completion.supports), VOCAB_SIZE), bool)
-    kept[np.repeat(np.arange(len(kept)), completion.supports.counts), completion.supports.token_ids] = True
-    return kept
 
 
 def expected_masks(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
@@ -52,15 +50,10 @@ def check(reference, completions: list[Completion], sampling: SamplingParams) ->
     """The largest error of mu, the share of other supports, and the mean support."""
     errors, others, sizes = [], [], []
     for completion in completions:
-        logits = completion_logits(reference, completion, sampling.temperature)
-        kept = masks(completion)
-        tokens = completion.token_ids
-        if completion.segments is not None:
-            tokens = tokens[completion.segments.mask()]
-        inside = logits.masked_fill(~torch.from_numpy(kept), -torch.inf).log_softmax(-1)
-        mu = inside[torch.arange(len(tokens)), torch.from_numpy(tokens).long()].numpy()
+        mu = truncated_log_probs(reference, completion, sampling.temperature)
         errors.append(np.abs(mu - completion.log_probs).max())
-        others.append((expected_masks(logits, sampling) != kept).any(-1))
+        expected = expected_masks(completion_logits(reference, completion, sampling.temperature), sampling)
+        others.append((expected != support_masks(completion, VOCAB_SIZE)).any(-1))
         sizes.append(completion.supports.counts)
     return float(max(errors)), float(np.concatenate(others).mean()), float(np.concatenate(sizes).mean())
 
@@ -113,6 +106,18 @@ def test_responses_that_are_aborted_and_continued(engine, reference, prompts):
     error, others, size = check(reference, completions, sampling)
     print(f"{beginnings} beginnings; mu differs by {error:.1e}, other supports: {others:.2%} of {size:.1f}")
     assert beginnings >= 5 and all(len(c.token_ids) == len(c.supports) for c in completions)
+    assert error <= 1e-4 and others <= 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("flags", ["--tp-size 2", "--disable-overlap-schedule", "--chunked-prefill-size 16"])
+def test_other_engines(tiny_model, reference, prompts, tmp_path, flags):
+    sampling = training_sampling(replace(PLAIN, top_p=0.9, min_p=0.01), [])
+    with tiny_engine(tiny_model, tmp_path / "engine.log", *flags.split()) as engine:
+        groups = collector_of(engine).collect(prompts, sampling, num_completions=4, seed=5)
+    error, others, _ = check(reference, [completion for group in groups for completion in group], sampling)
+    print(f"{flags}: mu differs by {error:.1e}, other supports: {others:.2%}")
     assert error <= 1e-4 and others <= 0.005
 
 

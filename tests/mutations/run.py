@@ -32,6 +32,7 @@ SCORING = "tests/unit/rollout/test_scoring.py"
 ASYNC_REWARDS = "tests/unit/rewards/test_async_rewards.py"
 SANDBOX = "tests/unit/rewards/test_sandbox.py"
 ATTACKS = "tests/unit/rewards/test_malicious_programs.py"
+TRUNCATED = "tests/unit/rollout/test_truncated_sampling.py"
 SUPPORTED = "tests/unit/algorithms/test_supported_log_probs.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
@@ -390,6 +391,41 @@ MUTATIONS = [
         "supports=_supports(micro_batch),",
         "supports=None,",
         ("tests/distributed/test_policy_losses.py", "supports_are and one"),
+    ),
+    Mutation(
+        "masks: mu stays that of the whole vocabulary",
+        "rollout/generate_reply.py",
+        "log_probs = _truncated(meta, supports, token_ids, where)",
+        "_truncated(meta, supports, token_ids, where)",
+        ("tests/unit/rollout/test_sampling_mask.py", "truncated_distribution"),
+    ),
+    Mutation(
+        "masks: ids stay in the engine's order",
+        "rollout/sampling_mask.py",
+        "keys.sort()",
+        "pass",
+        ("tests/unit/rollout/test_sampling_mask.py", "truncated_distribution"),
+    ),
+    Mutation(
+        "masks: a continued response has the supports of its beginning",
+        "rollout/engine_client.py",
+        "TokenSupports.joined([begun.supports, rest.supports])",
+        "begun.supports",
+        (TRUNCATED, "continued_response"),
+    ),
+    Mutation(
+        "masks: evaluation draws as training does",
+        "rollout/evaluate.py",
+        "sampling.untruncated()",
+        "sampling",
+        (TRUNCATED, "evaluation_draws"),
+    ),
+    Mutation(
+        "masks: checkpoints lose the supports of responses in flight",
+        "data/completion_arrays.py",
+        " | _support_arrays(completions) | ",
+        " | ",
+        (TRUNCATED, "files_keep"),
     ),
     Mutation(
         "log W: the floor is measured between two equal passes",

@@ -27,13 +27,33 @@ def completion_logits(model, completion: Completion, temperature: float = 1.0) -
     return logits if completion.segments is None else logits[torch.from_numpy(completion.segments.mask())]
 
 
+def sampled_ids(completion: Completion) -> torch.Tensor:
+    """int64 [N]: the tokens that the policy sampled."""
+    token_ids = torch.from_numpy(completion.token_ids).long()
+    return token_ids if completion.segments is None else token_ids[completion.segments.mask()]
+
+
 def completion_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
     """float32 [N]: of the tokens that the policy sampled."""
-    token_ids = torch.from_numpy(completion.token_ids).long()
-    if completion.segments is not None:
-        token_ids = token_ids[torch.from_numpy(completion.segments.mask())]
+    log_probs = completion_logits(model, completion, temperature).log_softmax(-1)
+    return log_probs.gather(1, sampled_ids(completion)[:, None])[:, 0].numpy()
+
+
+def support_masks(completion: Completion, vocab_size: int) -> np.ndarray:
+    """bool [N, V]: which tokens truncated sampling left to choose from."""
+    supports = completion.supports
+    assert supports is not None
+    kept = np.zeros((len(supports), vocab_size), bool)
+    kept[np.repeat(np.arange(len(kept)), supports.counts), supports.token_ids] = True
+    return kept
+
+
+def truncated_log_probs(model, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+    """float32 [N]: among the supports."""
     logits = completion_logits(model, completion, temperature)
-    return logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0].numpy()
+    kept = torch.from_numpy(support_masks(completion, logits.shape[1]))
+    inside = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    return inside.gather(1, sampled_ids(completion)[:, None])[:, 0].numpy()
 
 
 def chosen_experts(model, completion: Completion, topk: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Truncated sampling on the engines' side: what requests ask for, what is refused, what is kept."""
 
 import asyncio
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -201,6 +203,13 @@ def test_a_support_that_is_too_large_costs_one_draw():
         [completion] = drawn(engine)
     assert len(completion.rejections) == 1 and OVERFLOW in completion.rejections[0]
     check_pieces(completion, 1)
+
+
+def test_the_installed_sglang_says_so():
+    package = importlib.util.find_spec("sglang")
+    assert package is not None and package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0]) / "srt/managers/scheduler_components"
+    assert OVERFLOW in (folder / "batch_result_processor.py").read_text()
 
 
 def test_supports_that_are_often_too_large_end_the_run():
