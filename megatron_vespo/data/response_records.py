@@ -59,7 +59,7 @@ def _record(completion: Completion, turns: Sequence[Turn]) -> dict[str, Any]:
         "given_tokens": len(completion.token_ids) - n,
         "policy_versions": [versions.oldest, versions.newest] if n else [],
         "mean_log_prob": sum(map(float, completion.log_probs)) / n if n else None,
-    } | ({} if completion.supports is None else {"mean_support": float(completion.supports.counts.mean())})
+    } | ({"mean_support": float(completion.supports.counts.mean())} if completion.supports and n else {})
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_vespo.observability.rollout_metrics import (
     staleness_metrics,
     step_metrics,
 )
-from megatron_vespo.types import Completion, VersionSpans
+from megatron_vespo.types import Completion, TokenSupports, VersionSpans
 from tests.support.builders import make_completion, make_prompt, make_segments
 
 
@@ -59,6 +59,16 @@ def test_given_tokens_are_in_no_length_and_counted_by_themselves():
     assert metrics["response/turn_limit_share"] == 0.0
     groups[0][0].finish_reason = "turns"
     assert rollout_metrics(groups, "group-mean")["response/turn_limit_share"] == 0.5
+
+
+def test_sizes_of_supports():
+    groups = [[completion(1.0, 2), completion(0.0, 3)]]
+    assert not [name for name in rollout_metrics(groups, "group-mean") if "support" in name]
+    for one, counts in zip(groups[0], ([1, 4], [1, 1, 3]), strict=True):
+        one.supports = TokenSupports(np.array(counts, np.int32), np.arange(sum(counts), dtype=np.int32))
+    metrics = rollout_metrics(groups, "group-mean")
+    assert metrics["rollout/support_size_mean"] == 2.0 and metrics["rollout/support_size_max"] == 4.0
+    assert metrics["rollout/single_choice_share"] == pytest.approx(3 / 5)
 
 
 def test_parts_of_rewards_are_metrics():
