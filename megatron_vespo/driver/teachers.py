@@ -16,7 +16,7 @@ from megatron_vespo.data.prompts import PromptSet
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.models.hf_config import read_unchecked
 from megatron_vespo.rollout.router import LostRequests
-from megatron_vespo.rollout.server_arguments import engine_size
+from megatron_vespo.rollout.server_arguments import engine_size, flag_value
 from megatron_vespo.rollout.teacher_flags import teacher_flags
 from megatron_vespo.rollout.teachers import TeacherEngines, Teachers, prompt_without_teacher, source_of
 from megatron_vespo.system.http import EngineRequestError, get_json
@@ -44,13 +44,26 @@ def check_teachers(settings: TrainSettings, tokenizer: Any, prompts: PromptSet) 
         theirs = load_tokenizer(folder, flag).get_vocab()
         if problem := different_vocabulary(vocabulary, theirs):
             raise ValueError(f"{flag} {folder}: its tokenizer is not the student's: {problem}")
-        size = read_unchecked(folder).get("vocab_size", settings.trainer.vocab_size)
-        if size < settings.trainer.vocab_size:  # SGLang's scheduler would die of a larger token id
-            raise ValueError(
-                f"{flag} {folder}: it has {size} token ids, the student --hf-checkpoint "
-                f"{settings.engines.hf_checkpoint} has {settings.trainer.vocab_size}"
-            )
+        _check_sizes(settings, read_unchecked(folder), f"{flag} {folder}")
     return remarks
+
+
+def _check_sizes(settings: TrainSettings, config: Mapping[str, Any], where: str) -> None:
+    """ValueError if a teacher cannot read every token id, or the longest prompt and response."""
+    size = config.get("vocab_size", settings.trainer.vocab_size)
+    if size < settings.trainer.vocab_size:  # SGLang's scheduler would die of a larger token id
+        raise ValueError(
+            f"{where}: it has {size} token ids, the student --hf-checkpoint "
+            f"{settings.engines.hf_checkpoint} has {settings.trainer.vocab_size}"
+        )
+    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_completion_tokens
+    given = flag_value(settings.engines.sglang_flags, "--context-length")
+    context = int(given or config.get("max_position_embeddings", longest + 1))
+    if context <= longest:  # SGLang wants room for one token more
+        raise ValueError(
+            f"{where}: it reads at most {context - 1} tokens, --max-prompt-tokens and --max-completion-tokens "
+            f"allow {longest}"
+        )
 
 
 def different_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> str | None:

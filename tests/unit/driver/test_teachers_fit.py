@@ -26,10 +26,11 @@ def student(tmp_path) -> Path:
     return folder
 
 
-def run_of(student: Path, *teachers: Teacher) -> SimpleNamespace:
+def run_of(student: Path, *teachers: Teacher, flags: tuple[str, ...] = ()) -> SimpleNamespace:
     return SimpleNamespace(
         distillation=SimpleNamespace(teachers=teachers, teacher_key="data_source"),
-        engines=SimpleNamespace(hf_checkpoint=student),
+        engines=SimpleNamespace(hf_checkpoint=student, sglang_flags=flags),
+        rollout=SimpleNamespace(max_prompt_tokens=10, max_completion_tokens=20),
         trainer=SimpleNamespace(vocab_size=VOCAB_SIZE),
     )
 
@@ -89,6 +90,24 @@ def test_a_model_with_fewer_token_ids_is_refused(student):
     (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE - 1}))
     with pytest.raises(ValueError, match="it has 127 token ids, the student .* has 128"):
         check(student, Teacher(None, checkpoint=folder))
+
+
+def test_a_model_that_reads_too_few_tokens_is_refused(student):
+    folder = changed_copy(student, lambda vocab: None)
+    tokenizer = load_tokenizer(student, "--hf-checkpoint")
+    teacher = Teacher(None, checkpoint=folder)
+    for positions, flags, fits in (
+        (31, (), True), (30, (), False), (8, ("--context-length", "31"), True),
+        (99, ("--context-length", "30"), False),
+    ):  # fmt: skip
+        config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": positions}
+        (folder / "config.json").write_text(json.dumps(config))
+        run = run_of(student, teacher, flags=flags)
+        if fits:
+            assert check_teachers(run, tokenizer, prompts(None)) == []
+            continue
+        with pytest.raises(ValueError, match="it reads at most 29 tokens, .* allow 30"):
+            check_teachers(run, tokenizer, prompts(None))
 
 
 def test_every_prompt_needs_a_teacher(student):
