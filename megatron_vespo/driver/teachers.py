@@ -61,8 +61,8 @@ def _check_sizes(settings: TrainSettings, config: Mapping[str, Any], where: str)
     context = int(given or config.get("max_position_embeddings", longest + 1))
     if context <= longest:  # SGLang wants room for one token more
         raise ValueError(
-            f"{where}: it reads at most {context - 1} tokens, --max-prompt-tokens and --max-completion-tokens "
-            f"allow {longest}"
+            f"{where}: it reads at most {context - 1} tokens, --max-prompt-tokens and "
+            f"--max-completion-tokens allow {longest}"
         )
 
 
