@@ -23,15 +23,15 @@ train() {
         --prompt-data "$base/train.jsonl" \
         --eval-data "$base/heldout.jsonl" \
         --steps-per-rollout 2 --rollout-batch-size 8 --group-size 8 \
-        --lr 5e-5 --clip-grad 1.0 \
+        --lr 5e-5 --clip-grad 1.0 --eval-prompts 256 \
         --max-prompt-tokens 32 --max-completion-tokens 32 --max-tokens-per-gpu 4096 \
         "${@:2}"
 }
 
-train teacher --hf-checkpoint "$base/base" --train-iters 80 --eval-interval 10 "$@"
-student=(--hf-checkpoint "$work/student/base" --train-iters 160 --eval-interval 4 --no-hf-export)
+train teacher --hf-checkpoint "$base/base" --train-iters 80 --eval-interval 1000 "$@"
+student=(--hf-checkpoint "$work/student/base" --train-iters 120 --eval-interval 5 --no-hf-export)
 teacher=(--teacher-checkpoint "$work/teacher/hf")
-train rl "${student[@]}" "$@"
 train distillation "${student[@]}" "${teacher[@]}" --reward-coefficient 0 "$@"
+train rl "${student[@]}" "$@"
 train mixture "${student[@]}" "${teacher[@]}" "$@"
 .venv/bin/python examples/distillation/compare.py "$work"
