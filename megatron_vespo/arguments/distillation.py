@@ -114,7 +114,7 @@ def check_distillation(args: Namespace) -> None:
             "tokens at temperature 1, so the responses must be drawn at 1 too: leave it out"
         )
     for flag, whole in TRUNCATION.items():
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"), whole)
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value != whole:
             raise ValueError(
                 f"{flag} {value:g} with a teacher: its log-probs are of the whole vocabulary, those of the "
