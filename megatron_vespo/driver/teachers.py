@@ -68,7 +68,7 @@ def _check_sizes(settings: TrainSettings, config: Mapping[str, Any], where: str)
 
 def different_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> str | None:
     """What a teacher's vocabulary lacks of the student's: it scores the student's ids; None: nothing."""
-    for token, number in student.items():
+    for token, number in sorted(student.items(), key=lambda item: item[1]):
         other = teacher.get(token)
         if other != number:
             there = "does not exist there" if other is None else f"is {other} there"
