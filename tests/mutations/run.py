@@ -34,6 +34,7 @@ SANDBOX = "tests/unit/rewards/test_sandbox.py"
 ATTACKS = "tests/unit/rewards/test_malicious_programs.py"
 TRUNCATED = "tests/unit/rollout/test_truncated_sampling.py"
 SUPPORTED = "tests/unit/algorithms/test_supported_log_probs.py"
+TEACHERS = "tests/unit/rollout/test_teachers.py"
 BUDGET_STATE = "tests/distributed/test_vespo_budget_state.py"
 
 
@@ -804,6 +805,48 @@ MUTATIONS = [
         '        raise pickle.UnpicklingError(f"the pickle names {module}.{name}")\n',
         "        return super().find_class(module, name)\n",
         ("tests/unit/rewards/test_code_formats.py", "run_nothing"),
+    ),
+    Mutation(
+        "distillation: the student is pushed away from its teacher",
+        "algorithms/distillation.py",
+        "terms = teacher.astype(np.float64) - behavior.astype(np.float64)",
+        "terms = behavior.astype(np.float64) - teacher.astype(np.float64)",
+        ("tests/unit/algorithms/test_distillation.py", "likes_better"),
+    ),
+    Mutation(
+        "distillation: rewards count without their coefficient",
+        "driver/training_samples.py",
+        "table = weights.reward_coefficient * table",
+        "table = 1.0 * table",
+        ("tests/unit/driver/test_training_samples.py", "teacher_alone"),
+    ),
+    Mutation(
+        "distillation: given tokens have scores",
+        "rollout/teachers.py",
+        "return scores if completion.segments is None else scores[completion.segments.mask()[:end]]",
+        "return scores",
+        (TEACHERS, "given_tokens"),
+    ),
+    Mutation(
+        "distillation: every source has the first teacher",
+        "rollout/teachers.py",
+        "if pair[0].source in (None, source))",
+        "if True)",
+        (TEACHERS, "each_source"),
+    ),
+    Mutation(
+        "distillation: a score that is not finite is taken",
+        "rollout/score_reply.py",
+        "    if len(bad):\n",
+        "    if False:\n",
+        (TEACHERS, "not_finite"),
+    ),
+    Mutation(
+        "distillation: a restarted teacher does not serve",
+        "cluster/engine_fleet.py",
+        "if self._fixed_weights and engine.state is State.READY:",
+        "if self._fixed_weights and engine.num_starts == 1 and engine.state is State.READY:",
+        ("tests/unit/cluster/test_engine_fleet.py", "fixed_weights"),
     ),
 ]
 
