@@ -112,13 +112,16 @@ class Reference:
         square = sum(g.double().square().sum().item() for g in gradients if g is not None)
         return np.array([loss.item(), math.sqrt(square), naive_total(sizes, aggregation, LONGEST)])
 
+    def _advantages(self) -> list[list[float]]:
+        """Of the tokens, which are those of their response."""
+        return [[sample.advantage] * len(pi) for sample, pi in zip(self.samples, self.pi, strict=True)]
+
     def losses(self) -> dict[str, np.ndarray]:
         noise = old_noise(self.samples)
         old = [
             [p.item() + n for p, n in zip(*pair, strict=True)] for pair in zip(self.pi, noise, strict=True)
         ]
-        advantages = [[sample.advantage] * len(pi) for sample, pi in zip(self.samples, self.pi, strict=True)]
-        responses = list(zip(self.pi, old, advantages, strict=True))
+        responses = list(zip(self.pi, old, self._advantages(), strict=True))
         steps = {}
         for name, aggregation in cases():
             steps[f"{name} {aggregation}"] = self.of(terms_of(name, responses), aggregation)
@@ -145,7 +148,7 @@ class Reference:
         old = [
             [p.item() + n for p, n in zip(*pair, strict=True)] for pair in zip(self.pi, noise, strict=True)
         ]
-        responses = list(zip(self.pi, old, [sample.advantage for sample in self.samples], strict=True))
+        responses = list(zip(self.pi, old, self._advantages(), strict=True))
         return {
             "supports": self.of(naive_terms("vespo", responses, KERNEL, None), "token-mean"),
             "supports log_probs": np.array([p.item() for p in self._flat]),
