@@ -36,7 +36,8 @@ _MOST_LAYERS = 10**6  # layers times experts: a list of all of them must fit int
 # these fields do not change what the model computes
 _HARMLESS = {
     # names, token ids, how the model was created, loaded or saved
-    "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype",
+    "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "tokenizer_class", "prefix", "gradient_checkpointing", "neftune_noise_alpha",
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",

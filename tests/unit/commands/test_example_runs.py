@@ -27,6 +27,7 @@ SCRIPTS = {
     "calculator/run.sh": (1, 4),
     "code/run.sh": (1, 4),
     "distillation/run.sh": (4, 1),
+    "smollm2/run.sh": (1, 1),
 }
 PYTHON_PROGRAMS = {"staleness_study/run.sh"}  # its runs are a table's, see below
 NOTES = '#!/bin/bash\nprintf "%s\\0" "$@" >>"${0%/*}/given"; echo >>"${0%/*}/given"\n'

@@ -118,6 +118,7 @@ def test_an_unknown_field_that_switches_nothing_on(value):
         ("repetition_penalty", 1.1), ("max_sequence_length", 2048), ("is_llama_config", True),
         ("transformers.js_config", {"kv_cache_dtype": {"fp16": "float16"}}), ("neftune_noise_alpha", 5),
         ("_commit_hash", "0123"),
+        ("_model_name_or_path", "of a GGUF file"),
     ],
 )  # fmt: skip
 @each_model

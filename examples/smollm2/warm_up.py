@@ -1,0 +1,120 @@
+"""Teach the model the form of an answer, and nothing about which answer is right.
+
+    python warm_up.py --model DIR --data FILE --output DIR [--seed 0]
+
+The supervised steps show calculations like `27 - 70` for training problems: two numbers of the problem, in
+any order, with any of + - * /. The answers are not read: reinforcement learning finds out which calculation
+is wanted. A second call with the same settings only says that the output is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import word_problems
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS = 14
+RAMP_STEPS = 5  # of the learning rate
+PROBLEMS_PER_STEP = 8
+LEARNING_RATE = 5e-5
+GRADIENT_CLIP = 1.0
+STAMP = "warm_up.json"
+
+
+def any_calculation(problem: str, rng: random.Random) -> str | None:
+    """Two of the problem's numbers and an operator, all drawn at random; None if it has fewer numbers."""
+    numbers = word_problems.NUMBER.findall(problem)
+    if len(numbers) < 2:
+        return None
+    first, second = rng.sample(numbers, 2)
+    return f"{first} {rng.choice('+-*/')} {second}"
+
+
+def demonstrations(path: Path, tokenizer: Any, rng: random.Random) -> Iterator[tuple[list[int], list[int]]]:
+    """Endless token ids of prompt and response, over the problems of `path` in a random order."""
+    problems = [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
+    while True:
+        for messages in rng.sample(problems, len(problems)):
+            calculation = any_calculation(messages[-1]["content"], rng)
+            if calculation is not None:
+                prompt = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False
+                )
+                response = tokenizer.encode(calculation + tokenizer.eos_token, add_special_tokens=False)
+                yield prompt, response
+
+
+def loss_of(model: Any, batch: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Mean cross entropy per token of the responses."""
+    token_ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in batch], True)
+    trained = torch.zeros_like(token_ids, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(batch):
+        trained[row, len(prompt) : len(prompt) + len(response)] = True
+    hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state[:, :-1]
+    # 49,152 logits per token are needed for the responses only
+    return cross_entropy(model.lm_head(hidden[trained[:, 1:]]), token_ids[:, 1:][trained[:, 1:]])
+
+
+def warm_up(model: Any, batches: Iterator[tuple[list[int], list[int]]]) -> None:
+    """Supervised steps in place."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    start = time.monotonic()
+    for step in range(1, STEPS + 1):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / RAMP_STEPS)
+        loss = loss_of(model, [next(batches) for _ in range(PROBLEMS_PER_STEP)])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+        seconds = time.monotonic() - start
+        print(f"warm-up: step {step}/{STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+
+
+def make(model_folder: Path, data: Path, output: Path, seed: int) -> None:
+    """Write `output` beside its place, then give it its name."""
+    stamp = {"seed": seed, "steps": STEPS, "learning_rate": LEARNING_RATE}
+    if (output / STAMP).is_file() and json.loads((output / STAMP).read_text()) == stamp:
+        print(f"{output} is there already", flush=True)
+        return
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    warm_up(model, demonstrations(data, tokenizer, random.Random(seed)))
+    partial = output.parent / f".partial-{output.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / STAMP).write_text(json.dumps(stamp) + "\n")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    print(f"wrote {output}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder to start from")
+    parser.add_argument("--data", type=Path, required=True, help="train.jsonl of word_problems.py")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    make(arguments.model, arguments.data, arguments.output, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
