@@ -13,6 +13,7 @@ from megatron_vespo.arguments.resume import resumed_folder
 from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.time_limits import longest_engine_step_s
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.checkpoints.fp8_report import fp8_lines
 from megatron_vespo.checkpoints.prompt_record import PromptRecord, read_record
 from megatron_vespo.checkpoints.sources import check_served
 from megatron_vespo.cluster.start import Sharing, TeacherServers, start_fleet
@@ -142,6 +143,9 @@ class Services:
                 sharing=sharing,
                 teachers=_teacher_servers(settings) if generates else (),
             )
+        if settings.engines.rollout_quantization is not None:
+            for line in fp8_lines(_hf_tensors(settings)):
+                display.message(line)
         self.placement, self.api_key = started.placement, started.api_key
         self.engines, self.replies = started.engines, started.replies
         self.engine_sync = NullEngineSync() if settings.run.train_from else started.sync

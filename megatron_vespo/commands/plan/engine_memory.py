@@ -34,18 +34,18 @@ class EngineMemory:
 
 
 def engine_memory(
-    settings: TrainSettings, shape: ModelShape, parameters: int, gpu: Gpu, size: int, trainer: float = 0.0
+    settings: TrainSettings, shape: ModelShape, model: float, gpu: Gpu, size: int, trainer: float = 0.0
 ) -> EngineMemory:
     """As SGLang profiles it: fraction x the memory free before it loads, minus the weights.
 
-    Tensor parallelism splits the weights, and the KV cache down to one head per rank. `trainer` are the bytes
-    of a trainer rank on the same GPU, which starts later.
+    `model` are the bytes of the weights of all ranks. Tensor parallelism splits them, and the KV cache down
+    to one head per rank. `trainer` are the bytes of a trainer rank on the same GPU, which starts later.
     """
-    item = 2 if settings.trainer.bf16 else 4
+    item = 2 if settings.trainer.bf16 or settings.engines.rollout_quantization else 4
     bucket = settings.sync.weight_sync_bucket_mb * 2**20
     given = flag_value(settings.engines.sglang_flags, MEMORY_FRACTION)
     fraction = DEFAULT_STATIC_FRACTION if given is None else float(given)
-    free, weights = gpu.memory - CONTEXT, parameters * item / size
+    free, weights = gpu.memory - CONTEXT, model / size
     cache_type = flag_value(settings.engines.sglang_flags, "--kv-cache-dtype") or "auto"
     heads = max(shape.num_query_groups / size, 1)
     cache_item = 1 if cache_type.startswith("fp8") else item

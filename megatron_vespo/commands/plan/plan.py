@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.checkpoints.fp8_report import engine_bytes
 from megatron_vespo.commands.plan.engine_memory import EngineMemory, engine_memory
 from megatron_vespo.commands.plan.host_memory import HostMemory, host_memory
 from megatron_vespo.commands.plan.speed import (
@@ -154,10 +155,25 @@ def make_plan(
         stages=stages,
         trainer=trainer,
         host=host_memory(settings, stages, trainer, lengths.sample, cluster.gpus_per_node),
-        engine=engine_memory(settings, shape, parameters, cluster.gpu, engine_size, beside),
+        engine=engine_memory(
+            settings, shape, _engine_weights(settings, parameters), cluster.gpu, engine_size, beside
+        ),
         lengths=lengths,
         beside=beside,
     )
+
+
+def _engine_weights(settings: TrainSettings, parameters: int) -> float:
+    """Bytes of all ranks of an engine."""
+    if settings.engines.rollout_quantization is None:
+        return parameters * settings.trainer.params_dtype.itemsize
+    return engine_bytes(hf_tensors_of(settings))
+
+
+def hf_tensors_of(settings: TrainSettings) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the HF checkpoint, from its config.json."""
+    config = read_hf_config(settings.engines.hf_checkpoint)
+    return family_of(config).hf_tensors(shape_of(config))
 
 
 def memory_of(settings: TrainSettings, stages: list[Stage]) -> list[TrainerMemory]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from megatron_vespo.commands.plan.plan import Plan
+from megatron_vespo.checkpoints.fp8_report import fp8_lines
+from megatron_vespo.commands.plan.plan import Plan, hf_tensors_of
 from megatron_vespo.commands.plan.trainer_memory import RESERVE
 from megatron_vespo.commands.plan.weight_sync import Broadcast, Exact, WeightSync
 from megatron_vespo.system.hardware import GIB
@@ -22,7 +23,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "log_probs", "packs
 
 
 def format_memory(plan: Plan) -> str:
-    return "\n".join([*_run(plan), "", *_trainer(plan), "", *_host(plan), "", *_engine(plan)])
+    parts = ("\n".join(part(plan)) for part in (_run, _trainer, _host, _engine, _precision))
+    return "\n\n".join(filter(None, parts))
 
 
 def format_speed(plan: Plan) -> str:
@@ -118,6 +120,11 @@ def _engine(plan: Plan) -> Iterator[str]:
     yield f"  {'activations, graphs':<24}{engine.rest / GIB:16.2f}   {sync}"
 
 
+def _precision(plan: Plan) -> Iterator[str]:
+    if plan.settings.engines.rollout_quantization is not None:
+        yield from fp8_lines(hf_tensors_of(plan.settings))
+
+
 def _speed(plan: Plan) -> Iterator[str]:
     speed, settings = plan.speed, plan.settings
     samples = settings.rollout.rollout_batch_size * settings.rollout.group_size
@@ -191,7 +198,8 @@ def _by_link[Rank](sizes: Mapping[Link, Mapping[Rank, int]]) -> str:
 
 def _broadcast(sync: Broadcast) -> Iterator[str]:
     yield (
-        f"  transfer        {sync.transfer:.1f} s: {sync.bytes / 1e9:.1f} GB gathered at "
-        f"{sync.gathered / 1e9:.3g} GB/s and broadcast at {sync.broadcast / 1e9:.3g} GB/s ({sync.link})"
+        f"  transfer        {sync.transfer:.1f} s: {sync.gathered_bytes / 1e9:.1f} GB gathered at "
+        f"{sync.gathered / 1e9:.3g} GB/s and {sync.bytes / 1e9:.1f} GB broadcast at "
+        f"{sync.broadcast / 1e9:.3g} GB/s ({sync.link})"
     )
     yield f"  loading         {sync.loading:.1f} s: {sync.tensors:,} tensors in {sync.buckets} buckets"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from megatron_vespo.arguments.train_settings import TrainSettings
+from megatron_vespo.checkpoints.block_fp8 import is_quantised
+from megatron_vespo.checkpoints.fp8_report import sent_bytes
 from megatron_vespo.commands.plan.places import planned_places
 from megatron_vespo.commands.simulate.rates import MEMORY_EFFICIENCY
 from megatron_vespo.models.family import Family
@@ -39,7 +41,8 @@ LOAD_TENSOR = 1e-4
 class Broadcast:
     """Full HF tensors, gathered from the ranks that share them, to all engine ranks; stage after stage."""
 
-    bytes: float
+    bytes: float  # broadcast
+    gathered_bytes: float  # of the same tensors before they are quantised, if they are
     tensors: int
     buckets: int
     gathered: float  # bytes per second, like `broadcast`
@@ -48,7 +51,7 @@ class Broadcast:
 
     @property
     def transfer(self) -> float:
-        return self.bytes / self.gathered + self.bytes / self.broadcast
+        return self.gathered_bytes / self.gathered + self.bytes / self.broadcast
 
     @property
     def loading(self) -> float:
@@ -168,7 +171,7 @@ def weight_sync(
 ) -> WeightSync:
     """`shape` has the trainer's padded vocabulary. ValueError if the cluster is too small."""
     broadcast = broadcast_cost(
-        settings, [stage.whole for stage in stages], len(family.hf_tensors(shape)), gpu, nodes, gpus_per_node
+        settings, [stage.whole for stage in stages], family.hf_tensors(shape), gpu, nodes, gpus_per_node
     )
     flags = settings.engines.sglang_flags
     if (reason := other_layout(flags, settings.engines.rollout_quantization)) is not None:
@@ -206,18 +209,23 @@ def trainer_shards(
 def broadcast_cost(
     settings: TrainSettings,
     stage_parameters: Iterable[int],
-    tensors: int,
+    hf_tensors: Mapping[str, tuple[int, ...]],
     gpu: Gpu,
     nodes: int,
     gpus_per_node: int,
 ) -> Broadcast:
     """With several nodes the broadcast has the network's speed.
 
-    Tensors are gathered inside nodes if the groups that share them fit. With --colocate gloo broadcasts
-    through the hosts, hop after hop down a binomial tree.
+    FP8 tensors are gathered as they are trained. Tensors are gathered inside nodes if the groups that share
+    them fit. With --colocate gloo broadcasts through the hosts, hop after hop down a binomial tree.
     """
     item, bucket = _item(settings), _bucket(settings)
     sizes = [parameters * item for parameters in stage_parameters]
+    gathered_bytes, tensors = sum(sizes), len(hf_tensors)
+    if settings.engines.rollout_quantization is not None:
+        share = sent_bytes(hf_tensors, item) / gathered_bytes
+        sizes = [size * share for size in sizes]
+        tensors += sum(map(is_quantised, hf_tensors))
     broadcast, link = (gpu.network, "network") if nodes > 1 else (gpu.nvlink, "NVLink")
     expert_tensor = (
         settings.trainer.expert_tensor_parallel_size or settings.trainer.tensor_model_parallel_size
@@ -232,7 +240,7 @@ def broadcast_cost(
         receivers = settings.engines.rollout_engines * engine_size(settings.engines.sglang_flags)
         broadcast, link = GLOO / math.ceil(math.log2(1 + receivers)), "gloo, through the hosts"
     buckets = sum(math.ceil(size / bucket) for size in sizes)
-    return Broadcast(sum(sizes), tensors, buckets, gathered, broadcast, link)
+    return Broadcast(sum(sizes), gathered_bytes, tensors, buckets, gathered, broadcast, link)
 
 
 def _item(settings: TrainSettings) -> int:

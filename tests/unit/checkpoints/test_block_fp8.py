@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vespo.checkpoints import block_fp8
-from megatron_vespo.checkpoints.block_fp8 import BlockFP8Reader, quantise
+from megatron_vespo.checkpoints.block_fp8 import BlockFP8Reader, quantise, quantised
 from megatron_vespo.checkpoints.spans import Span, SpanBuffer
 from megatron_vespo.commands import main as cli
 from megatron_vespo.models.family import family_of, shape_of
@@ -173,6 +173,30 @@ def test_a_tensor_with_nan_is_named():
     plain = StoredTensors({"a.up_proj.weight": torch.full((200, 3), math.nan)})
     with pytest.raises(ValueError, match=r"^memory: a.up_proj.weight\[128:200\] holds NaN or infinity$"):
         SpanBuffer().read(BlockFP8Reader(plain, plain.tensors), Span("a.up_proj.weight", 130, 140))
+
+
+def test_a_stream_of_whole_tensors_is_what_is_read():
+    plain = StoredTensors({
+        "model.embed_tokens.weight": random_weights(131, 160).bfloat16(),
+        "a.mlp.gate.weight": random_weights(3, 160).bfloat16(),
+        "a.down_proj.weight": random_weights(160, 72).bfloat16(),
+        "a.q_proj.bias": torch.ones(7),
+    })  # fmt: skip
+    reader = BlockFP8Reader(plain, plain.tensors)
+    found = dict(quantised(plain.values.items()))
+    assert list(found) == [*list(plain.values)[:3], "a.down_proj.weight_scale_inv", "a.q_proj.bias"]
+    assert found.keys() == reader.tensors.keys()
+    for name, tensor in found.items():
+        read = SpanBuffer().read(reader, Span(name, 0, len(tensor)))
+        assert tensor.dtype == read.dtype and bits(tensor).equal(bits(read)), name
+
+
+def test_a_stream_with_nan_names_the_tensor():
+    tensors = {"norm.weight": torch.ones(3), "a.up_proj.weight": torch.full((2, 3), math.nan)}
+    stream = quantised(tensors.items())
+    assert next(stream)[0] == "norm.weight"
+    with pytest.raises(ValueError, match="^a.up_proj.weight holds NaN or infinity: it has no FP8 weights$"):
+        next(stream)
 
 
 def bits(tensor: Tensor) -> Tensor:

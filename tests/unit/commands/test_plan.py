@@ -186,6 +186,7 @@ def model(**changes) -> SimpleNamespace:
         "weight_sync_bucket_mb": 512, "sglang_flags": [], "colocate": False, "colocate_offload": True,
         "expert_model_parallel_size": 8, "num_layers": LAYERS, "max_prompt_tokens": 1024,
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
+        "rollout_quantization": None,
         "weight_sync_staging": False, "rollout_batch_size": 2048, "group_size": 8, "async_save": False,
         "old_policy": "current",
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
@@ -329,14 +330,14 @@ def test_engines(checkpoint):
     shape, parameters = model_of(flat_settings(hf_checkpoint=checkpoint))
     gpu, free = GPUS["h100"], GPUS["h100"].memory - 2**30
     given = ["--mem-fraction-static", "0.8"]
-    engine = engine_memory(model(sglang_flags=given), shape, parameters, gpu, 2)
+    engine = engine_memory(model(sglang_flags=given), shape, 2 * parameters, gpu, 2)
     assert (engine.weights, engine.assumed) == (PARAMETERS, False)  # two bytes over two GPUs
     assert engine.token_bytes == 48 * 2 * 128 * 2 * 2  # 4 heads over two GPUs
     assert engine.cache == pytest.approx(0.8 * free - PARAMETERS)
     assert engine.tokens == int((0.8 * free - PARAMETERS) // engine.token_bytes)
-    wide = engine_memory(model(sglang_flags=["--kv-cache-dtype", "fp8_e5m2"]), shape, parameters, gpu, 8)
+    wide = engine_memory(model(sglang_flags=["--kv-cache-dtype", "fp8_e5m2"]), shape, 2 * parameters, gpu, 8)
     assert wide.token_bytes == 48 * 1 * 128 * 2 and wide.assumed  # heads are not cut
-    assert engine_memory(model(), shape, parameters, GPUS["a100-40gb"], 1).tokens == 0
+    assert engine_memory(model(), shape, 2 * parameters, GPUS["a100-40gb"], 1).tokens == 0
     cost = model_cost(shape, parameters, TOP, 2)
     assert cost.active == PARAMETERS - 48 * 120 * 3 * 2048 * 768
     assert cost.cache_bytes == 48 * 4 * 128 * 2 * 2
@@ -447,7 +448,8 @@ def test_gpus_that_are_shared_in_turn(plan, command, checkpoint, recipe):
     shape, parameters = model_of(flat_settings(hf_checkpoint=checkpoint))
     given = model(sglang_flags=["--mem-fraction-static", "0.5"])
     alone, beside = (
-        engine_memory(given, shape, parameters, GPUS["h100"], 2, trainer) for trainer in (0.0, memory.at_rest)
+        engine_memory(given, shape, 2 * parameters, GPUS["h100"], 2, trainer)
+        for trainer in (0.0, memory.at_rest)
     )
     assert (beside.cache, beside.rest) == (alone.cache, alone.rest - memory.at_rest)
 

@@ -27,19 +27,22 @@ LAYERS, HIDDEN, WIDTH, EXPERTS, FFN = 48, 2048, 128, 128, 768
 PARAMETERS = 30_532_122_624
 
 
+TENSORS = FAMILIES["Qwen3MoeForCausalLM"].hf_tensors(shape_of(QWEN3_30B_A3B))
+
+
 def model(**changes) -> Any:
     plain = {
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
         "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1, "trainer_ranks": 16, "bf16": True,
         "rollout_engines": 8, "sglang_flags": ["--tp-size", "1"], "colocate": False,
-        "weight_sync_bucket_mb": 512, "weight_sync_staging": False,
+        "weight_sync_bucket_mb": 512, "weight_sync_staging": False, "rollout_quantization": None,
     }  # fmt: skip
     return flat_settings(**(plain | changes))
 
 
 def test_broadcast():
     def cost_of(stages, nodes=1, gpus=8, **changes):
-        return broadcast_cost(model(**changes), stages, 18_867, GPUS["h100"], nodes, gpus)
+        return broadcast_cost(model(**changes), stages, TENSORS, GPUS["h100"], nodes, gpus)
 
     sync = cost_of([PARAMETERS // 2, PARAMETERS // 2], nodes=4)
     assert (sync.bytes, sync.link, sync.tensors) == (2 * PARAMETERS, "network", 18_867)
