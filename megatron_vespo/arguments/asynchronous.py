@@ -12,8 +12,8 @@ def add_asynchronous_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("asynchronous rollout")
     add = group.add_argument
     add("--max-staleness", type=int, default=0, metavar="S",
-        help="engines generate while training runs, and the policy that made a sample's oldest token is at "
-        "most so many optimizer steps behind the one it trains; 0: generate and train in turn")  # fmt: skip
+        help="engines generate while training runs; the oldest token of a sample is at most S optimizer "
+        "steps old; 0: generate and train in turn")  # fmt: skip
     add("--sync-interval", type=int, metavar="K",
         help="optimizer steps between weight syncs; default: --steps-per-rollout")  # fmt: skip
     add("--on-weight-update", choices=("retract", "in-place", "abort"),

@@ -43,11 +43,11 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vespo-budget", type=float, metavar="C",
         help="adapt C2 so that E[phi W] / E[phi] <= C, by sign; default: fixed")  # fmt: skip
     add("--ratio-denominator", choices=RATIO_DENOMINATORS, default=default.ratio_denominator,
-        help="W against: the trainer's log-probs before the first update; the engine's; the first, times an "
-        "engine ratio truncated whole, or per token")  # fmt: skip
+        help="W against: pi_old of the trainer; the engine's log-probs; the first, times an engine ratio "
+        "truncated whole or per token")  # fmt: skip
     add("--old-policy", choices=get_args(OldPolicyName), default=default.old_policy,
-        help="the policy before the first update: the weights when a batch is prepared; those that generated "
-        "each token; a moving average. A resumed run begins the last two anew")  # fmt: skip
+        help="pi_old: the weights when a batch is prepared; those of each token; a moving average (a resume "
+        "begins the last two anew)")  # fmt: skip
     add("--old-policy-snapshots", type=int, default=default.old_policy_snapshots, metavar="K",
         help="policy versions that snapshot keeps in CPU memory")  # fmt: skip
     add("--ewma-decay", type=float, default=default.ewma_decay,

@@ -26,6 +26,7 @@ from megatron_vespo.arguments.layout import check_layout, check_ranks_start, che
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
 from megatron_vespo.arguments.quantization import check_quantization
+from megatron_vespo.arguments.reference import check_reference_model
 from megatron_vespo.arguments.resume import resolve_load
 from megatron_vespo.arguments.rewards import resolved_reward_function
 from megatron_vespo.arguments.rollout import check_rollout
@@ -69,6 +70,7 @@ def parse_args(
     check_flags(args, required)
     check_checkpoints(args)
     hf_config = read_hf_config(args.hf_checkpoint)
+    check_reference_model(args, hf_config)
     sglang_flags, argv = parse_sglang_flags(argv)
     check_sampling_flags(sglang_flags)
     derived = _batch_arguments(args) | megatron_arguments(hf_config)
@@ -331,6 +333,7 @@ def _complete(args: Namespace, explicit: dict[str, Any]) -> None:
     """Fills in arguments that follow from other flags."""
     # workers on other nodes have other working directories
     args.hf_checkpoint = args.hf_checkpoint.resolve()
+    args.reference_checkpoint = args.reference_checkpoint and args.reference_checkpoint.resolve()
     # Megatron runs MoE with tensor parallelism only if the sequence is split as well
     if args.tensor_model_parallel_size > 1 and "sequence_parallel" not in explicit:
         args.sequence_parallel = True

@@ -19,6 +19,7 @@ from megatron_vespo.arguments.environment import add_environment_arguments, chec
 from megatron_vespo.arguments.evaluation import add_eval_arguments, check_eval
 from megatron_vespo.arguments.loss import add_loss_arguments, check_loss
 from megatron_vespo.arguments.placement import add_placement_arguments
+from megatron_vespo.arguments.reference import add_reference_arguments, check_reference
 from megatron_vespo.arguments.rewards import add_reward_arguments, check_overlong, resolved_reward_function
 from megatron_vespo.arguments.rollout import add_rollout_arguments
 from megatron_vespo.arguments.run import add_run_arguments
@@ -47,7 +48,8 @@ def add_vespo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     for add in (
         add_data_arguments, add_rollout_arguments, add_environment_arguments, add_reward_arguments,
         add_code_reward_arguments, add_distillation_arguments,
-        add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_placement_arguments,
+        add_eval_arguments, add_asynchronous_arguments, add_loss_arguments, add_reference_arguments,
+        add_placement_arguments,
         add_engine_arguments, add_sync_arguments, add_checkpoint_arguments, add_time_limit_arguments,
         add_run_arguments, add_tracking_arguments,
     ):  # fmt: skip
@@ -88,5 +90,6 @@ def check_flags(args: Namespace, required: Sequence[str] = REQUIRED_BY_TRAIN) ->
     check_code_reward(args)
     check_distillation(args)
     check_loss(args)
+    check_reference(args)
     check_asynchronous(args)
     check_tracking(args)

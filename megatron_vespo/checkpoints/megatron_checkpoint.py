@@ -16,12 +16,12 @@ from megatron_vespo.checkpoints.open_files import OpenFiles
 from megatron_vespo.checkpoints.row_map import row_runs
 from megatron_vespo.checkpoints.safetensors_file import TensorInfo
 from megatron_vespo.checkpoints.torch_dist_file import StoredChunk, locate_chunk
-from megatron_vespo.checkpoints.torch_dist_names import Address, addresses
+from megatron_vespo.checkpoints.torch_dist_names import REFERENCE, Address, addresses
 from megatron_vespo.models.family import Family, ModelShape
 from megatron_vespo.models.mappings import Vocabulary
 
 # what a training checkpoint holds besides the model
-_NOT_THE_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
+_NOT_THE_MODEL = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler", REFERENCE)
 
 
 def checkpoint_folder(path: Path) -> Path:

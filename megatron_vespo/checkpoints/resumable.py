@@ -18,6 +18,8 @@ _SAID = (
     "loss_aggregation", "clip_range", "dual_clip", "sapo_tau", "loss_target", "vespo_positive",
     "vespo_negative", "vespo_budget", "ratio_denominator", "old_policy", "mismatch_truncation",
     "mismatch_correction", "mismatch_bounds", "routing_replay", "pair_length_gap",
+    "kl_coef", "kl_loss_coef", "kl_loss_type", "unbiased_kl", "reference_checkpoint",
+    "reference_update_interval",
 )  # fmt: skip
 # as version 0.1 stored them
 _OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_size"}

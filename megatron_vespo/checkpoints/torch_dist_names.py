@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from megatron_vespo.models.family import ModelShape
 
+REFERENCE = "reference."  # begins the names of a moved reference policy, which is no part of the model
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _FUSED_NORMS = {

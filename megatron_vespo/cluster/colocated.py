@@ -35,6 +35,10 @@ class ColocatedTrainer(TrainerGroup):
         self._gpu_sharing.offload_engines()
         super().prepare(mini_batches)
 
+    def reference_log_probs(self, mini_batches: list[list[TrainingSample]]) -> list[np.ndarray]:
+        self._gpu_sharing.offload_engines()
+        return super().reference_log_probs(mini_batches)
+
     def log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
         with self._gpu_sharing.engines_offloaded(self.offload):
             return super().log_probs(samples)

@@ -120,13 +120,30 @@ class TrainerGroup:
         return self._call("check_weights", policy_version, export, timeout_s=timeout_s)
 
     def prepare(self, mini_batches: list[list[TrainingSample]]) -> None:
-        """Hand out a rollout batch: packs it and, where the loss wants them, computes pi_old's log-probs.
+        """Hand out a rollout batch: packs it and computes log-probs of other policies as the loss wants.
 
         Each data-parallel rank receives its own samples only, one mini-batch after another: Ray's object
         store holds one mini-batch at a time. ValueError for a sample that cannot be trained on.
         """
+        self._hand_out(mini_batches)
+        self._call("prepare", canaries_of(mini_batches[-1]), timeout_s=self._timeout_s)
+
+    def reference_log_probs(self, mini_batches: list[list[TrainingSample]]) -> list[np.ndarray]:
+        """The reference policy's log-probs of a rollout batch, float32 [N] per sample; before `prepare`.
+
+        The samples travel and are packed as in `prepare`, but without routes.
+        """
+        outlines = self._hand_out(mini_batches, replay=False)
+        return self._call("reference_log_probs", outlines, timeout_s=self._timeout_s)
+
+    def _hand_out(
+        self, mini_batches: list[list[TrainingSample]], replay: bool = True
+    ) -> list[MiniBatchOutline]:
+        """Give each rank its own samples; with `replay` they are packed with their routes."""
+        outlines = []
         for index, samples in enumerate(mini_batches):
             outline = MiniBatchOutline.of(samples, self._rule)
+            outlines.append(outline)
             shards, num_bytes = [], 0
             for rank in range(self._rule.num_ranks):
                 shard = Shard.of(samples, outline.cut.of_rank(rank))
@@ -134,10 +151,10 @@ class TrainerGroup:
                 num_bytes += shard.nbytes
             self._check_store(num_bytes)
             outline_ref = ray.put(outline)
-            calls = [(index, outline_ref, shards[rank]) for rank in self._data_ranks]
+            calls = [(index, outline_ref, shards[rank], replay) for rank in self._data_ranks]
             with self._one_call:
                 self._calls("take", calls, self._timeout_s)
-        self._call("prepare", canaries_of(mini_batches[-1]), timeout_s=self._timeout_s)
+        return outlines
 
     def _check_store(self, num_bytes: int) -> None:
         """Say once that a mini-batch of this size does not fit into Ray's object store."""

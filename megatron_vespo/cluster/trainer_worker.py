@@ -152,21 +152,38 @@ class TrainerWorker:
         """How mini-batches are cut, and which data-parallel rank this is."""
         return self.policy.packing_rule, self.policy.groups.dp.rank()
 
-    def take(self, index: int, outline: MiniBatchOutline, shard: Shard) -> None:
-        """Pack this rank's samples of mini-batch `index` of a rollout batch."""
+    def take(self, index: int, outline: MiniBatchOutline, shard: Shard, replay: bool = True) -> None:
+        """Pack this rank's samples of mini-batch `index` of a rollout batch, with routes if `replay`."""
         if index == 0:
             self._prepared = []
         with self._spans.span("pack"):
-            self._prepared.append(self.policy.build(outline, shard.samples()))
+            self._prepared.append(self.policy.build(outline, shard.samples(), replay))
+
+    def reference_log_probs(self, outlines: list[MiniBatchOutline]) -> list[np.ndarray]:
+        """The reference policy's, of all samples of the mini-batches taken, float32 [N]; of rank 0 alone."""
+        self._memory.weights.onload()
+        prepared, self._prepared = self._prepared, []
+        with self._spans.span("reference log-probs"):
+            self.policy.compute_reference_log_probs(prepared)
+            pairs = zip(prepared, outlines, strict=True)
+            values = [self.policy.reference_log_probs(one, outline.samples) for one, outline in pairs]
+        return [of_sample for part in values for of_sample in part] if self.rank == 0 else []
 
     def prepare(self, canaries: list[TrainingSample]) -> None:
-        """Compute pi_old's log-probs of all mini-batches, after `take` and before the first update."""
+        """Compute log-probs of pi_old and the reference, after `take` and before the first update.
+
+        With --kl-coef the samples have come with the reference's.
+        """
         self._memory.onload()
         self._canaries = copy.deepcopy(canaries)  # a view would pin its object in Ray's store
         if self._args.ratio_denominator != "rollout":
             with self._spans.span("old log-probs"):
                 for mini_batch in self._prepared:
                     self.policy.compute_old_log_probs(mini_batch)
+        loss = self._settings.loss
+        if loss.uses_reference and loss.kl_coef is None:
+            with self._spans.span("reference log-probs"):
+                self.policy.compute_reference_log_probs(self._prepared)
 
     def train_step(self, index: int) -> dict:
         """One optimizer step; the fields of StepResult and, if they are recorded, this rank's TOKENS."""

@@ -18,7 +18,7 @@ from megatron_vespo.driver.debug_modes import NullEngineSync
 from megatron_vespo.driver.learner import Learner, LogProbBound
 from megatron_vespo.driver.run_state import RunState
 from megatron_vespo.driver.trained_step import StepObserver, TrainedStep
-from megatron_vespo.driver.training_samples import lost_routes, training_sample, training_samples
+from megatron_vespo.driver.training_samples import lost_routes, penalize, training_sample, training_samples
 from megatron_vespo.observability.metrics import MetricsWriter
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rollout.batch_source import BatchSource, Group, ScoredBatch
@@ -79,6 +79,7 @@ class Controller:
         """Take the steps of the next rollout batch. Nothing of it is kept while the next one is generated."""
         batch = self.next_batch()
         samples, metrics = self.training_samples(batch.groups), batch.metrics
+        metrics |= self.penalize(batch.groups, samples)
         # for observers alone: the samples have copies of the tokens
         completions = [one for group in batch.groups for one in group] if self.observers else []
         del batch
@@ -104,6 +105,13 @@ class Controller:
         if replay == "R3" and (lost := lost_routes(samples)):
             self.display.message(lost)
         return samples
+
+    def penalize(self, groups: list[Group], samples: list[TrainingSample]) -> dict[str, float]:
+        """With --kl-coef, take the distance from the reference policy into the advantages."""
+        loss = self.settings.loss
+        if loss.kl_coef is None or (log_probs := self.learner.reference_log_probs(samples)) is None:
+            return {}
+        return penalize(samples, groups, log_probs, loss, self.settings.distillation)
 
     def sync_weights(self) -> dict[str, float]:
         """Send the learner's weights to all engines."""

@@ -29,6 +29,9 @@ class NullLearner:
     def __init__(self, state: RunState, steps_per_rollout: int):
         self._state, self._steps_per_rollout = state, steps_per_rollout
 
+    def reference_log_probs(self, samples: list[TrainingSample]) -> None:
+        """There is no trainer to compute them, and nobody needs the advantages."""
+
     def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
         self._state.iteration += self._steps_per_rollout
         return {}

@@ -35,6 +35,10 @@ class Learner(Protocol):
         """The version of the weights that a weight sync sends."""
         ...
 
+    def reference_log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray] | None:
+        """The reference policy's log-probs of a rollout batch, float32 [N] per sample; None without one."""
+        ...
+
     def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
         """Trains on a rollout batch and returns its metrics."""
         ...
@@ -79,13 +83,22 @@ class PolicyLearner:
     def policy_version(self) -> int:
         return self.state.iteration
 
+    def reference_log_probs(self, samples: list[TrainingSample]) -> list[np.ndarray]:
+        """The reference policy's, float32 [N] per sample, from the packs that `update` trains on."""
+        with self.display.phase("log-probs"):
+            return self.trainer.reference_log_probs(self._mini_batches(samples))
+
+    def _mini_batches(self, samples: list[TrainingSample]) -> list[list[TrainingSample]]:
+        size = len(samples) // self.steps_per_rollout
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
     def update(self, samples: list[TrainingSample], after_step: AfterStep) -> dict[str, float]:
         """Take the steps of one rollout batch. A group stays together in one mini-batch.
 
         The values that `after_step` returns are summed into the metrics.
         """
-        size = len(samples) // self.steps_per_rollout
-        mini_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        mini_batches = self._mini_batches(samples)
+        size = len(mini_batches[0])
         with self.display.phase("log-probs"):
             self.trainer.prepare(mini_batches)
             floor = self._floor(samples)

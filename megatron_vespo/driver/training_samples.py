@@ -9,6 +9,7 @@ import numpy as np
 from megatron_vespo.algorithms.advantages import AdvantageEstimator, advantages
 from megatron_vespo.algorithms.distillation import token_advantages
 from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
+from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.arguments.distillation import DistillationSettings
 from megatron_vespo.types import Completion, TrainingSample
 
@@ -24,12 +25,8 @@ def training_samples(
 
     With teachers in `distillation`, the advantages have its weight, and tokens have advantages of their own.
     """
-    weights = distillation if distillation is not None and distillation.teachers else None
-    rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
-    lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
-    table = advantages(rewards, estimator, lengths, length_gap)
-    if weights is not None:
-        table = weights.reward_coefficient * table
+    weights = _with_teachers(distillation)
+    table = _advantages(groups, estimator, length_gap, weights)
     return [
         replace(
             training_sample(completion, float(table[g, i]), g, routing_replay),
@@ -40,12 +37,61 @@ def training_samples(
     ]
 
 
+def _with_teachers(settings: DistillationSettings | None) -> DistillationSettings | None:
+    """The settings, if a teacher scores; else None."""
+    return settings if settings is not None and settings.teachers else None
+
+
 def _of_tokens(completion: Completion, settings: DistillationSettings) -> np.ndarray:
     teacher = completion.teacher_log_probs
     assert teacher is not None, "scored with the rewards, or checked by --train-from"
     return token_advantages(
         teacher, completion.log_probs, settings.distillation_coefficient, settings.distillation_clip
     )
+
+
+def penalize(
+    samples: list[TrainingSample],
+    groups: list[list[Completion]],
+    reference_log_probs: list[np.ndarray],
+    loss: LossSettings,
+    distillation: DistillationSettings | None = None,
+) -> dict[str, float]:
+    """Replace the samples' advantages by those of penalised rewards, and store the reference's log-probs.
+
+        R' = R - --kl-coef sum_t (log mu_t - log ref_t)
+
+    The sum is over the sampled tokens of `reference_log_probs`, float32 [N] per sample. mu is what the engine
+    drew them from, so its mean is KL(mu || ref) of responses. `distillation` as in `training_samples`.
+    Returns metrics.
+    """
+    kl = np.empty(len(samples))
+    for i, (sample, values) in enumerate(zip(samples, reference_log_probs, strict=True)):
+        sample.reference_log_probs = values
+        kl[i] = np.subtract(sample.behavior_log_probs, values, dtype=np.float64).sum()
+    assert loss.kl_coef is not None
+    penalties = loss.kl_coef * kl
+    shape = len(groups), len(groups[0])
+    weights = _with_teachers(distillation)
+    estimator, length_gap = loss.advantage_estimator, loss.pair_length_gap
+    table = _advantages(groups, estimator, length_gap, weights, penalties.reshape(shape))
+    for sample, advantage in zip(samples, table.flatten().tolist(), strict=True):
+        sample.advantage = advantage
+    return {"reference/penalty_mean": float(penalties.mean())}
+
+
+def _advantages(
+    groups: list[list[Completion]],
+    estimator: AdvantageEstimator,
+    length_gap: float,
+    weights: DistillationSettings | None,
+    penalties: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """float64 [G, n], of the rewards minus `penalties`, of the same shape; with the weight of `weights`."""
+    rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
+    lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
+    table = advantages(rewards - penalties, estimator, lengths, length_gap)
+    return table if weights is None else weights.reward_coefficient * table
 
 
 def training_sample(

@@ -177,6 +177,7 @@ def step_metrics(
             "policy/lag_mean": mean("lag"),
         }
         | budget_metrics(steps)
+        | _reference_metrics(steps)
         | _clip_metrics(steps)
     )
 
@@ -190,6 +191,19 @@ def _token_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
             sums = TokenSums(*np.sum([step[name] for step in of], axis=0))
             metrics |= token_metrics(sums, sum(step["num_tokens"] for step in of), prefix)
     return metrics
+
+
+def _reference_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Of KL(pi || ref) per token, and its part of the loss; none without a reference policy."""
+    sums = TokenSums(*np.sum([step["reference_sums"] for step in steps], axis=0))
+    if np.isnan(sums.x):
+        return {}
+    num_tokens = sum(step["num_tokens"] for step in steps)
+    return {
+        "reference/kl_k1": float(-sums.x / num_tokens),
+        "reference/kl_k3": float(sums.k3 / num_tokens),
+        "reference/kl_loss": float(np.mean([step["kl_loss"] for step in steps])),
+    }
 
 
 def _gradient_metrics(steps: list[dict[str, Any]]) -> dict[str, float]:

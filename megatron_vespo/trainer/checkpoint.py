@@ -6,6 +6,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,15 +51,24 @@ class Saver:
         self._num_bytes = 0
 
     def save(
-        self, iteration: int, model, optimizer, scheduler, state: dict, files: Mapping[str, bytes]
+        self,
+        iteration: int,
+        model,
+        optimizer,
+        scheduler,
+        state: dict,
+        files: Mapping[str, bytes],
+        beside: AbstractContextManager,
     ) -> list[SaveReport]:
         """Starts a save; returns the reports of saves that have ended, including an earlier one.
 
-        `files` are stored beside Megatron's. Only rank 0 needs their content.
+        `files` are stored beside Megatron's. Only rank 0 needs their content. Inside `beside` Megatron saves
+        more tensors with the model's.
         """
         reports = self.poll(blocking=True)
         self._iteration, self._started, self._num_bytes = iteration, time.monotonic(), 0
-        failed = self._attempt(lambda: self._schedule(model, optimizer, scheduler, state, files))
+        with beside:
+            failed = self._attempt(lambda: self._schedule(model, optimizer, scheduler, state, files))
         return reports + (failed or self.poll(blocking=not self._args.async_save))
 
     def poll(self, blocking: bool = False) -> list[SaveReport]:

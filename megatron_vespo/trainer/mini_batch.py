@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_vespo.data.completion_arrays import split
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.host_memory import to_device
 from megatron_vespo.data.micro_batch import MicroBatch, build_micro_batch
@@ -181,6 +182,24 @@ class Packer:
             table.index_copy_(1, to_device(torch.tensor(indices), device()), values)
         self.share(table)
         return table
+
+    def gather_tokens(
+        self, mini_batch: MiniBatch, values: Sequence[Tensor], samples: Sequence[Sample]
+    ) -> list[np.ndarray]:
+        """Return values of every sampled token, float32 [N] for each of `samples`, on every rank's host.
+
+        `values` are [T] of this rank's packs, on its device; empty before the last pipeline stage. `samples`
+        are all of the mini-batch.
+        """
+        lengths = np.array([sample.num_trained for sample in samples])
+        table = torch.zeros(int(lengths.sum()), device=device())
+        places = sampled_places(mini_batch.micro_batches, samples)
+        for micro_batch, values_T, place in zip(mini_batch.micro_batches, values, places, strict=False):
+            cells = torch.stack([place, micro_batch.loss_positions])
+            there, position = to_device(cells, device())
+            table[there] = values_T[position].float()
+        self.share(table, self._groups.cp)
+        return split(table.cpu().numpy(), lengths)
 
     def share(self, table: Tensor, *more_groups: dist.ProcessGroup) -> None:
         """Give every rank, in place, the entries that one data-parallel rank's last stage has set.

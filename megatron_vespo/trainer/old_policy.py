@@ -1,22 +1,21 @@
 """Provides pi_old: the current weights, the weights that generated each token, or a moving average of them.
 
 In asynchronous training the weights at the time a batch is prepared are not those that generated it
-("missing old logits", arXiv 2605.12070). This module works on the parameters that this rank holds: its
-shards of the model at any layout, complete over data parallelism. It keeps copies of them on the CPU.
+("missing old logits", arXiv 2605.12070). This module keeps copies of weights on the CPU, see `weight_copies`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from megatron.training.training import force_param_sync
 from torch import Tensor
 
 from megatron_vespo.algorithms.losses.settings import LossSettings
 from megatron_vespo.data.shards import SampleOutline
+from megatron_vespo.trainer.weight_copies import copies, swapped, weights_of
 
 
 class CurrentWeights:
@@ -41,15 +40,15 @@ class MovingAverage:
 
     def __init__(self, model: list, decay: float, complete: Callable[[], None]):
         self._model, self._decay, self._complete = model, decay, complete
-        self._average = [tensor.float() for tensor in _copies(model)]
+        self._average = [tensor.float() for tensor in copies(model)]
         self._total = 1.0  # the sum of the powers of decay
 
     @torch.no_grad()
     def advance(self, version: int) -> None:
         self._complete()
         self._total = self._decay * self._total + 1.0
-        for average, parameter in zip(self._average, _parameters(self._model), strict=True):
-            average.lerp_(parameter.to("cpu", torch.float32), 1.0 / self._total)
+        for average, weight in zip(self._average, weights_of(self._model), strict=True):
+            average.lerp_(weight.to("cpu", torch.float32), 1.0 / self._total)
 
     def weights(self) -> AbstractContextManager:
         return swapped(self._model, self._average)
@@ -72,7 +71,7 @@ class Snapshots:
         if len(self._kept) == self._num_kept:
             del self._kept[min(self._kept)]
         self._complete()
-        self._kept[version] = _copies(self._model)
+        self._kept[version] = copies(self._model)
 
     def versions(self, samples: Sequence[SampleOutline]) -> list[int]:
         """Versions of the samples' tokens, ascending. ValueError names a sample of a version not kept."""
@@ -104,16 +103,8 @@ class Snapshots:
 OldPolicy = CurrentWeights | MovingAverage | Snapshots
 
 
-def old_policy(
-    settings: LossSettings, model: list, optimizer, version: int, overlaps_param_gather: bool
-) -> OldPolicy:
-    """The old policy that --old-policy names; the weights loaded now are `version`."""
-
-    def complete() -> None:
-        """Completes the weights: with the overlap a rank has only its part until the next forward pass."""
-        if overlaps_param_gather:
-            force_param_sync(model, optimizer)
-
+def old_policy(settings: LossSettings, model: list, version: int, complete: Callable[[], None]) -> OldPolicy:
+    """The old policy that --old-policy names; the weights loaded now are `version`, see `completes`."""
     if settings.old_policy != "current" and dist.get_rank() == 0:
         print(f"pi_old: {settings.old_policy}, begins with policy version {version}; nothing older is known")
     if settings.old_policy == "snapshot":
@@ -121,41 +112,3 @@ def old_policy(
     if settings.old_policy == "ewma":
         return MovingAverage(model, settings.ewma_decay, complete)
     return CurrentWeights()
-
-
-@contextmanager
-def swapped(model: list, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the model has other weights; afterwards its own are restored bit for bit, even after an error.
-
-    Parameters are views into the buffers of gradient reduction and optimizer, so they are written to, never
-    replaced. Take no optimizer step inside.
-    """
-    own = _copies(model)
-    try:
-        _write(model, tensors)
-        yield
-    finally:
-        _settle(model)
-        _write(model, own)
-
-
-def _settle(model: list) -> None:
-    """Wait for parameters in transfer from other ranks: they would overwrite the restored weights."""
-    for chunk in model:
-        for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-            if bucket_group.param_gather_handle is not None:
-                bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-
-def _parameters(model: list) -> list[Tensor]:
-    return [parameter for chunk in model for parameter in chunk.parameters()]
-
-
-def _copies(model: list) -> list[Tensor]:
-    return [parameter.detach().to("cpu", copy=True) for parameter in _parameters(model)]
-
-
-@torch.no_grad()
-def _write(model: list, tensors: Sequence[Tensor]) -> None:
-    for parameter, tensor in zip(_parameters(model), tensors, strict=True):
-        parameter.copy_(tensor)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training.training import force_param_sync
 from torch import Tensor
 
 from megatron_vespo.algorithms.losses.output import LossOutput
@@ -21,11 +21,10 @@ from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
 from megatron_vespo.algorithms.vespo import RatioDenominator
 from megatron_vespo.checkpoints.block_fp8 import quantised
 from megatron_vespo.checkpoints.run_folder import SaveReport
-from megatron_vespo.data.completion_arrays import split
 from megatron_vespo.data.host_memory import to_device, to_host
 from megatron_vespo.data.micro_batch import MicroBatch
 from megatron_vespo.data.packing import PackingRule
-from megatron_vespo.data.shards import MiniBatchOutline
+from megatron_vespo.data.shards import MiniBatchOutline, SampleOutline
 from megatron_vespo.data.token_values import TokenValues
 from megatron_vespo.models.family import family_of, shape_of
 from megatron_vespo.models.hf_config import read_hf_config
@@ -34,8 +33,9 @@ from megatron_vespo.trainer import checkpoint
 from megatron_vespo.trainer.adaptive_kernel import ESTIMATED, STATE, AdaptiveKernel
 from megatron_vespo.trainer.gradient_norms import GroupGradientNorms
 from megatron_vespo.trainer.initialize import device, give_to_megatron, process_groups
-from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, sampled_places, token_places
+from megatron_vespo.trainer.mini_batch import MiniBatch, Packer, token_places
 from megatron_vespo.trainer.old_policy import Snapshots, old_policy
+from megatron_vespo.trainer.reference import VERSION, reference_policy
 from megatron_vespo.trainer.rounding import rounded_otherwise
 from megatron_vespo.trainer.routing_replay import Routing, RoutingReplay, free_routing
 from megatron_vespo.trainer.setup import set_up
@@ -49,6 +49,7 @@ from megatron_vespo.trainer.step import (
 )
 from megatron_vespo.trainer.step_result import StepResult, reduced
 from megatron_vespo.trainer.token_values import token_values
+from megatron_vespo.trainer.weight_copies import completes
 from megatron_vespo.trainer.weights import held_weights, iterate_hf_weights, load_hf_weights, model_part
 from megatron_vespo.types import TrainingSample
 
@@ -70,6 +71,7 @@ class MegatronPolicy:
         self.args = args = give_to_megatron(args, **(self.stored.schedule if self.stored else {}))
         state = self.stored.state if self.stored else {}
         kernel_state = {name: state.pop(name) for name in (STATE, ESTIMATED) if name in state}
+        reference_version = state.pop(VERSION, None)
         self.rollout_state: dict[str, Any] | None = state if self.stored else None
         self._use(settings, kernel_state)
         self.groups = process_groups()
@@ -83,19 +85,23 @@ class MegatronPolicy:
         self._schedule = Schedule(self.model, args, self._packer.layout)
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
         if not resuming:
-            for chunk in unwrap_model(self.model):
-                load_hf_weights(chunk, args.hf_checkpoint, self.family, self.shape, self.groups)
+            self._load_hf(args.hf_checkpoint)
             self.optimizer.reload_model_params()
-        self._old_policy = old_policy(
-            settings, self.model, self.optimizer, self.iteration, args.overlap_param_gather
+        self._complete = completes(self.model, self.optimizer, args.overlap_param_gather)
+        self._old_policy = old_policy(settings, self.model, self.iteration, self._complete)
+        self._reference = reference_policy(
+            settings, args, self.model, self._load_hf, reference_version, self._complete
         )
         self._gradient_norms = GroupGradientNorms(self.model, self.groups, args.num_layers)
         self._connect_schedule()
         self.saver = checkpoint.Saver(args, self.iteration)
 
     def use_loss(self, settings: LossSettings) -> None:
-        """Train with another loss from the next step on. ValueError for another old policy: it is built."""
-        for name in ("old_policy", "old_policy_snapshots", "ewma_decay"):
+        """Train with another loss from the next step on. ValueError for other policies: they are built."""
+        for name in (
+            "old_policy", "old_policy_snapshots", "ewma_decay",
+            "uses_reference", "reference_checkpoint", "reference_update_interval",
+        ):  # fmt: skip
             before, now = getattr(self.settings, name), getattr(settings, name)
             if before != now:
                 raise ValueError(f"{name} is {before!r} and cannot become {now!r}: build another policy")
@@ -106,6 +112,10 @@ class MegatronPolicy:
         self._adaptive_kernel = AdaptiveKernel(
             settings.kernel, settings.vespo_budget, self.args.steps_per_rollout, kernel_state
         )
+
+    def _load_hf(self, folder: Path) -> None:
+        for chunk in unwrap_model(self.model):
+            load_hf_weights(chunk, folder, self.family, self.shape, self.groups)
 
     def _connect_schedule(self) -> None:
         """Sets the hooks by which Megatron's schedule calls gradient reduction, as in Megatron's own loop."""
@@ -130,9 +140,11 @@ class MegatronPolicy:
         """
         return self._packer.pack(samples)
 
-    def build(self, outline: MiniBatchOutline, own: Mapping[int, TrainingSample]) -> MiniBatch:
-        """The same from this rank's samples alone, by their index in the mini-batch."""
-        return self._packer.build(outline, own)
+    def build(
+        self, outline: MiniBatchOutline, own: Mapping[int, TrainingSample], replay: bool = True
+    ) -> MiniBatch:
+        """The same from this rank's samples alone, by their index in the mini-batch; see `Packer.build`."""
+        return self._packer.build(outline, own, replay)
 
     @property
     def packing_rule(self) -> PackingRule:
@@ -168,6 +180,24 @@ class MegatronPolicy:
                 mine = packs[i].loss_positions[versions.of(packs[i]) == version]
                 old[i][mine] = output.cpu()[mine].double()
                 packs[i].old_log_probs_T = old[i]
+
+    @torch.no_grad()
+    def compute_reference_log_probs(self, mini_batches: Sequence[MiniBatch]) -> None:
+        """Store the reference policy's log-probs in the mini-batches. Its routers choose for themselves."""
+        assert self._reference is not None, "no flag asks for a reference policy"
+        with self._reference.weights():
+            for mini_batch in mini_batches:
+                outputs = self._run(mini_batch.micro_batches, log_prob_only, True, free_routing)
+                for micro_batch, output in zip(mini_batch.micro_batches, outputs, strict=False):
+                    micro_batch.reference_log_probs_T = to_host(output)
+
+    def reference_log_probs(
+        self, mini_batch: MiniBatch, samples: Sequence[SampleOutline]
+    ) -> list[np.ndarray]:
+        """What `compute_reference_log_probs` has stored, of all samples, float32 [N]; same on every rank."""
+        stored = [micro_batch.reference_log_probs_T for micro_batch in mini_batch.micro_batches]
+        values = [to_device(values_T, device()) for values_T in stored if values_T is not None]
+        return self._packer.gather_tokens(mini_batch, values, samples)
 
     def train_step(self, mini_batch: MiniBatch) -> StepResult:
         """One optimizer step on the whole mini-batch."""
@@ -214,6 +244,8 @@ class MegatronPolicy:
         self.scheduler.step(increment=self.args.global_batch_size)
         self.iteration += 1
         self._old_policy.advance(self.iteration)
+        if self._reference is not None:
+            self._reference.advance(self.iteration)
 
         chooses_bounds = self._bound.loss.adapt is not None
         measured = reduced(outputs, mini_batch, self._packer, self.groups, chooses_bounds, gradient_norms)
@@ -223,6 +255,7 @@ class MegatronPolicy:
         return StepResult(
             loss=sums.loss / sums.loss_count,
             loss_terms=sums.loss_terms / sums.loss_count,
+            kl_loss=sums.kl_loss / sums.loss_count,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             num_tokens=int(sums.num_tokens),
@@ -231,6 +264,7 @@ class MegatronPolicy:
             **measured.columns,
             ratio_sums=sums.ratio,
             log_mismatch_sums=sums.log_mismatch,
+            reference_sums=sums.reference,
             gradient_norms=measured.gradient_norms,
             clip_bounds=measured.clip_bounds,
             **self._adaptive_kernel.step(measured.columns["log_w"], mini_batch.sign_shares),
@@ -246,18 +280,10 @@ class MegatronPolicy:
         """
         filled = self._packer.fill(samples)
         mini_batch = self._packer.pack(filled, replay)
-        lengths = np.array([sample.num_trained for sample in filled])
-        values = torch.zeros(int(lengths.sum()), device=device())
         outputs = self._run(
             mini_batch.micro_batches, log_prob_only, True, self._routing if replay else free_routing
         )
-        places = sampled_places(mini_batch.micro_batches, filled)
-        for micro_batch, output, place in zip(mini_batch.micro_batches, outputs, places, strict=False):
-            cells = torch.stack([place, micro_batch.loss_positions])
-            there, position = to_device(cells, device())
-            values[there] = output[position].float()
-        self._packer.share(values, self.groups.cp)
-        return split(values.cpu().numpy(), lengths)[: len(samples)]
+        return self._packer.gather_tokens(mini_batch, outputs, filled)[: len(samples)]
 
     @torch.no_grad()
     def sequence_log_ratio(
@@ -352,15 +378,16 @@ class MegatronPolicy:
 
     def _updated_chunks(self) -> list[Any]:
         """The model's, after the gathers of the last update, which may still be going on."""
-        if self.args.overlap_param_gather:
-            force_param_sync(self.model, self.optimizer)
+        self._complete()
         return unwrap_model(self.model)
 
     def save(self, rollout_state: dict, files: dict[str, bytes] | None = None) -> list[SaveReport]:
         """Save weights, optimizer, schedule, RNG and the arguments; see `checkpoint.Saver.save`."""
-        state = rollout_state | self._adaptive_kernel.state()
+        state, beside = rollout_state | self._adaptive_kernel.state(), nullcontext()
+        if self._reference is not None:
+            state, beside = state | self._reference.state(), self._reference.saved()
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
-        return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {})
+        return self.saver.save(self.iteration, model, optimizer, scheduler, state, files or {}, beside)
 
     def _run[Output](
         self, packs: Sequence[MicroBatch], loss: LossFunction[Output], forward_only: bool, routing: Routing

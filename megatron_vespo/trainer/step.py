@@ -17,7 +17,7 @@ from megatron_vespo.algorithms.losses.aggregation import count, summed_loss, wei
 from megatron_vespo.algorithms.losses.inputs import LossInputs, TokenLoss
 from megatron_vespo.algorithms.losses.output import LossOutput, LossSums
 from megatron_vespo.algorithms.losses.settings import BoundLoss, LossSettings
-from megatron_vespo.algorithms.token_sums import token_sums
+from megatron_vespo.algorithms.token_sums import TokenSums, token_sums
 from megatron_vespo.algorithms.vespo import LogRatio, segment_sum, sequence_log_ratio
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.host_memory import to_device
@@ -135,10 +135,10 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, LossOutput]:
     """The policy loss on one micro-batch. `longest` is the longest response allowed, in tokens."""
     log_ratio = _log_ratio(micro_batch, log_probs_T, settings, cp_group)
-    reference_T = _reference(micro_batch, log_probs_T)
+    old_T = _pi_old(micro_batch, log_probs_T)
     inputs = _loss_inputs(micro_batch, log_probs_T, log_ratio, settings)
     correction_T = bound.correction(
-        Mismatch.of(reference_T, micro_batch.behavior_log_probs_T, log_ratio, inputs, cp_group)
+        Mismatch.of(old_T, micro_batch.behavior_log_probs_T, log_ratio, inputs, cp_group)
     )
     terms: list[TokenLoss] = []
     loss_sum = summed_loss(bound.loss, inputs, bound.aggregation, longest, correction_T, terms)
@@ -146,22 +146,31 @@ def policy_loss(
         torch.cat(values) for values in zip(*((term.loss_T, term.weight_T) for term in terms), strict=True)
     )
     unweighted_T = (weight_T == 0.0) & (micro_batch.loss_mask_T > 0)
+    sizes_T = (loss_T * correction_T).abs()
+    kl_sum = torch.zeros_like(loss_sum)
+    if bound.kl is not None:
+        assert micro_batch.reference_log_probs_T is not None, "the reference's log-probs are computed first"
+        kl_T = bound.kl(inputs, micro_batch.reference_log_probs_T, micro_batch.behavior_log_probs_T)
+        kl_sum = weighted_sum(kl_T, inputs, bound.aggregation, longest)
+        loss_sum, sizes_T = loss_sum + kl_sum, sizes_T + kl_T.detach().abs()
     loss_count = count(inputs, bound.aggregation, cp_group.rank() == 0)
     weight_S, correction_S, rejected_S = _token_means(
         weight_T * correction_T, correction_T, micro_batch, inputs, cp_group
     )
-    log_mismatch_T = reference_T - micro_batch.behavior_log_probs_T
+    log_mismatch_T = old_T - micro_batch.behavior_log_probs_T
     difference_T = log_mismatch_T.abs() * micro_batch.loss_mask_T
     sums = LossSums(
         # the schedule divides the loss in place: keep a copy
         loss=loss_sum.detach().clone(),
-        loss_terms=weighted_sum((loss_T * correction_T).abs(), inputs, bound.aggregation, longest),
+        loss_terms=weighted_sum(sizes_T, inputs, bound.aggregation, longest),
+        kl_loss=kl_sum.detach(),
         loss_count=loss_count,
         entropy=entropies_T.detach().sum(),
         zero_weights=unweighted_T.sum(),
         num_tokens=_num_tokens(micro_batch),
         ratio=token_sums(inputs.log_ratio_T, micro_batch.loss_mask_T),
         log_mismatch=token_sums(log_mismatch_T, micro_batch.loss_mask_T),
+        reference=_reference_sums(micro_batch, log_probs_T),
     )
     output = LossOutput(
         log_w_S=log_ratio.log_w_S,
@@ -194,11 +203,19 @@ def _token_means(
     ).unbind(1)
 
 
+def _reference_sums(micro_batch: MicroBatch, log_probs_T: Tensor) -> TokenSums[Tensor]:
+    if micro_batch.reference_log_probs_T is None:
+        return TokenSums(*log_probs_T.new_full((len(TokenSums._fields),), torch.nan).double())
+    return token_sums(
+        micro_batch.reference_log_probs_T - log_probs_T.detach().double(), micro_batch.loss_mask_T
+    )
+
+
 def _loss_inputs(
     micro_batch: MicroBatch, log_probs_T: Tensor, log_ratio: LogRatio, settings: LossSettings
 ) -> LossInputs:
     rollout = settings.ratio_denominator == "rollout"
-    denominator_T = micro_batch.behavior_log_probs_T if rollout else _reference(micro_batch, log_probs_T)
+    denominator_T = micro_batch.behavior_log_probs_T if rollout else _pi_old(micro_batch, log_probs_T)
     return LossInputs(
         log_probs_T=log_probs_T,
         log_ratio_T=log_probs_T.detach() - denominator_T,
@@ -211,7 +228,7 @@ def _loss_inputs(
     )
 
 
-def _reference(micro_batch: MicroBatch, log_probs_T: Tensor) -> Tensor:
+def _pi_old(micro_batch: MicroBatch, log_probs_T: Tensor) -> Tensor:
     """log pi_old, or log pi itself where pi_old is unknown."""
     return log_probs_T.detach() if micro_batch.old_log_probs_T is None else micro_batch.old_log_probs_T
 

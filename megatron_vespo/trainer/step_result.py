@@ -27,6 +27,7 @@ class StepResult:
 
     loss: float  # of the whole mini-batch, as --loss-aggregation says
     loss_terms: float  # the same with every term's absolute value: the size of what cancels in the loss
+    kl_loss: float  # the part of `loss` that is the term of --kl-loss-coef
     grad_norm: float
     learning_rate: float
     num_tokens: int
@@ -42,6 +43,7 @@ class StepResult:
     log_mismatch_abs_max: np.ndarray
     ratio_sums: TokenSums[float]  # of log pi - log of the ratio's denominator
     log_mismatch_sums: TokenSums[float]  # of log pi_old - log mu; of log pi - log mu where pi_old is unknown
+    reference_sums: TokenSums[float]  # of log ref - log pi; NaN without a reference policy
     gradient_norms: np.ndarray  # float64 [len(GRADIENT_GROUPS)]
     clip_bounds: np.ndarray  # [2] float64, of the ratio, as chosen by the loss; 0 if it chooses none
     padding_share: float

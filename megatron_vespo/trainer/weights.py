@@ -19,7 +19,7 @@ from megatron_vespo.models.part import ModelPart
 from megatron_vespo.models.table import EMBEDDING, FINAL_NORM, OUTPUT_LAYER
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_ROUTER_BIAS = ".mlp.router.expert_bias"
+ROUTER_BIAS = ".mlp.router.expert_bias"
 _LOCAL_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
 
 
@@ -33,7 +33,7 @@ def global_parameters(
 def global_tensors(model: GPTModel, groups: ProcessGroupCollection) -> Iterator[tuple[str, Tensor]]:
     """All that makes the policy: the parameters and, after them, the routers' biases, which are buffers."""
     yield from global_parameters(model, groups)
-    biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(_ROUTER_BIAS))
+    biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS))
     yield from _with_global_numbers(biases, model, groups)
 
 

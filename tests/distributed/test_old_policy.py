@@ -165,7 +165,7 @@ def test_a_resumed_run_begins_anew_from_the_weights_it_loaded(old_policy, monkey
     def run(settings: LossSettings, version: int, weights: list[float]):
         """A process that has loaded the first of these weights and made steps to the others."""
         chunk = Chunk(weights[0])
-        pi_old = old_policy.old_policy(settings, [chunk], None, version, overlaps_param_gather=False)
+        pi_old = old_policy.old_policy(settings, [chunk], version, complete=lambda: None)
         for step, value in enumerate(weights[1:], start=1):
             chunk.set(value)
             pi_old.advance(version + step)

@@ -276,14 +276,14 @@ MUTATIONS = [
     ),
     Mutation(
         "old policy: the weights of now stay in place",
-        "trainer/old_policy.py",
+        "trainer/weight_copies.py",
         "        _write(model, tensors)\n        yield\n",
         "        yield\n",
         (OLD_POLICY, "one"),
     ),
     Mutation(
         "old policy: the weights are not restored",
-        "trainer/old_policy.py",
+        "trainer/weight_copies.py",
         "        _settle(model)\n        _write(model, own)\n",
         "        _settle(model)\n",
         (OLD_POLICY, "one"),

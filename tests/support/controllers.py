@@ -83,6 +83,7 @@ class Trainer:
             "clip_bounds": np.zeros(2),
             "zero_weight_share": 0.0,
             **dict.fromkeys(("ratio_sums", "log_mismatch_sums"), TokenSums(0.0, 0.0, 0.0)),
+            "reference_sums": TokenSums(*[np.nan] * 3),
             "gradient_norms": np.zeros(len(GRADIENT_GROUPS)),
             **dict.fromkeys(("loss", "grad_norm", "entropy", "learning_rate"), 0.5),
             **dict.fromkeys(("padding_share", "imbalance"), 0.0),

@@ -179,6 +179,29 @@ def naive_pairs(rewards, lengths, gap):
         left -= {i, j}
 
 
+def naive_kl(pi, ref, mu, kind, bound):
+    """Of one response, a term a token: estimates of KL(pi || ref), whose gradient autograd takes.
+
+    With a bound of pi / mu: k1 without the gradient of mean 0, k2 without that of the ratio, k3 as DeepSeek
+    has it; beyond the bound the gradient is that of k2.
+    """
+    terms = []
+    for p, r, m in zip(pi, ref, mu, strict=True):
+        k = {"k1": p - r, "k2": (p - r) ** 2 / 2, "k3": (r - p).exp() - 1 - (r - p)}[kind]
+        if bound is None:
+            terms.append(k)
+            continue
+        ratio = (p - m).exp()
+        change = p - p.item()
+        if ratio.item() > bound:
+            terms.append(bound * (k.item() + (p.item() - r) * change))
+        elif kind == "k1":
+            terms.append(ratio * k - ratio.item() * change)
+        else:
+            terms.append((ratio if kind == "k3" else ratio.item()) * k)
+    return terms
+
+
 def naive_total(terms_by_response, aggregation, longest=LONGEST):
     sums, lengths = [sum(terms) for terms in terms_by_response], [len(terms) for terms in terms_by_response]
     if aggregation == "token-mean":

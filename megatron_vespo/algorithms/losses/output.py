@@ -24,26 +24,28 @@ class LossSums[Value](NamedTuple):
 
     loss: Value  # numerator of the aggregated loss
     loss_terms: Value  # the same with every term's absolute value
-    loss_count: Value  # denominator of both
+    kl_loss: Value  # the part of `loss` that is the term of --kl-loss-coef
+    loss_count: Value  # denominator of these three
     entropy: Value  # nats
     zero_weights: Value  # tokens to which the loss itself gives no weight: clipped or masked
     num_tokens: Value
     ratio: TokenSums[Value]  # of log pi - log of the ratio's denominator
     log_mismatch: TokenSums[Value]  # of log pi_old - log mu; of log pi - log mu where pi_old is unknown
+    reference: TokenSums[Value]  # of log ref - log pi; NaN without a reference policy
 
     def flat(self) -> list[Value]:
-        return [*self[:-2], *self.ratio, *self.log_mismatch]
+        return [*self[:-3], *self.ratio, *self.log_mismatch, *self.reference]
 
     @classmethod
     def of_flat(cls, values: Sequence[Value]) -> LossSums[Value]:
         """The inverse of `flat`."""
-        number = len(TokenSums._fields)
-        loss, loss_terms, loss_count, entropy, zero_weights, num_tokens = values[: -2 * number]
-        ratio, log_mismatch = TokenSums(*values[-2 * number : -number]), TokenSums(*values[-number:])
-        return cls(loss, loss_terms, loss_count, entropy, zero_weights, num_tokens, ratio, log_mismatch)
+        size, first = len(TokenSums._fields), len(values) - 3 * len(TokenSums._fields)
+        loss, loss_terms, kl_loss, loss_count, entropy, zero_weights, num_tokens = values[:first]
+        sums = [TokenSums(*values[i : i + size]) for i in range(first, len(values), size)]
+        return cls(loss, loss_terms, kl_loss, loss_count, entropy, zero_weights, num_tokens, *sums)
 
 
-NUM_SUMS = len(LossSums._fields) - 2 + 2 * len(TokenSums._fields)
+NUM_SUMS = len(LossSums._fields) - 3 + 3 * len(TokenSums._fields)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_vespo.algorithms.advantages import AdvantageEstimator
 from megatron_vespo.algorithms.corrections import CORRECTIONS, BoundCorrection
 from megatron_vespo.algorithms.length_pairs import LENGTH_GAP
 from megatron_vespo.algorithms.losses.aggregation import Aggregation
+from megatron_vespo.algorithms.losses.kl import KLKind, KLTerm
 from megatron_vespo.algorithms.losses.table import METHODS, PolicyLoss
 from megatron_vespo.algorithms.vespo import GammaKernel, RatioDenominator
 from megatron_vespo.system.settings import Settings
@@ -43,11 +45,22 @@ class LossSettings(Settings):
     ewma_decay: float = 0.889
     advantage_estimator: AdvantageEstimator = "group-mean"
     pair_length_gap: float = LENGTH_GAP  # of equal-length-pairs
+    reference_checkpoint: Path | None = None  # None: --hf-checkpoint
+    reference_update_interval: int | None = None  # optimizer steps
+    kl_coef: float | None = None  # of the penalty in the reward
+    kl_loss_coef: float | None = None  # of the term in the loss; 0 only measures
+    kl_loss_type: KLKind = "k3"
+    unbiased_kl: float | None = None  # bound of pi / mu
 
     @property
     def kernel(self) -> GammaKernel:
         """phi of the VESPO losses, at the start if `vespo_budget` adapts it."""
         return GammaKernel(self.vespo_positive, self.vespo_negative)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference policy's log-probs are computed."""
+        return self.kl_coef is not None or self.kl_loss_coef is not None
 
     def bind(self) -> BoundLoss:
         """The functions that the names stand for. KeyError for an unknown name."""
@@ -56,6 +69,7 @@ class LossSettings(Settings):
             loss=method.bind(self.kernel, self.clip_range, self.sapo_tau, self.loss_target, self.dual_clip),
             correction=CORRECTIONS[self.mismatch_correction].bind(self.mismatch_bounds),
             aggregation=self.loss_aggregation or method.aggregation,
+            kl=KLTerm(self.kl_loss_coef, self.kl_loss_type, self.unbiased_kl) if self.kl_loss_coef else None,
         )
 
 
@@ -66,3 +80,4 @@ class BoundLoss:
     loss: PolicyLoss
     correction: BoundCorrection
     aggregation: Aggregation
+    kl: KLTerm | None

@@ -21,14 +21,14 @@ class HostMemory:
     packs: float  # of a rollout batch
     optimizer: float  # offloaded permanently
     given_back: float  # weights and optimizer, while engines generate on the GPU
-    old_policies: float
+    other_policies: float  # pi_old's and the reference's copies of the weights
     save: float  # copies that a background save writes
     samples: float  # of a rollout batch in the driver, and of one mini-batch in Ray's object store
     ranks: int  # on the node
 
     @property
     def rank(self) -> float:
-        return self.packs + self.optimizer + self.given_back + self.old_policies + self.save
+        return self.packs + self.optimizer + self.given_back + self.other_policies + self.save
 
     @property
     def node(self) -> float:
@@ -52,15 +52,27 @@ def host_memory(
         packs=local * max(pack_bytes(settings, stage.layers) for stage in stages),
         optimizer=offloaded,
         given_back=weights + optimizer if settings.sync.colocate and settings.sync.colocate_offload else 0.0,
-        old_policies=weights * _policies(settings),
-        save=weights + optimizer + SAVED_SHARE * offloaded if settings.trainer.async_save else 0.0,
+        other_policies=weights * _policies(settings),
+        save=weights * _saved(settings) + optimizer + SAVED_SHARE * offloaded
+        if settings.trainer.async_save
+        else 0.0,
         samples=tokens * (1 + 1 / settings.rollout.steps_per_rollout) * sample_bytes(settings),
         ranks=min(gpus_per_node, settings.trainer.trainer_ranks),
     )
 
 
 def _policies(settings: TrainSettings) -> float:
-    """Copies of the weights for pi_old, plus one of the policy while pi_old is in its place."""
-    if settings.loss.old_policy == "snapshot":
-        return settings.loss.old_policy_snapshots + 1
-    return 4 / settings.trainer.params_dtype.itemsize + 1 if settings.loss.old_policy == "ewma" else 0
+    """Copies of the weights for other policies, plus one of the policy while another is in its place."""
+    loss, copies = settings.loss, 0.0
+    if loss.old_policy == "snapshot":
+        copies += loss.old_policy_snapshots
+    if loss.old_policy == "ewma":
+        copies += 4 / settings.trainer.params_dtype.itemsize
+    if loss.uses_reference:
+        copies += 1
+    return copies + 1 if copies else 0.0
+
+
+def _saved(settings: TrainSettings) -> int:
+    """Policies in a checkpoint: a moving reference is saved, too."""
+    return 1 if settings.loss.reference_update_interval is None else 2

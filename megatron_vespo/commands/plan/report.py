@@ -87,7 +87,7 @@ def _host(plan: Plan) -> Iterator[str]:
         "packs of a rollout batch": host.packs,
         "offloaded optimizer": host.optimizer,
         "while engines generate": host.given_back,
-        "policies for pi_old": host.old_policies,
+        "pi_old and reference": host.other_policies,
         "a save in the background": host.save,
     }.items():
         if each:

@@ -23,13 +23,14 @@ from losses import (
     pair_draws,
     token_advantages,
 )
+from reference import COEFFICIENT, KL_CASES, name_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.algorithms.vespo import GammaKernel
 from megatron_vespo.types import TrainingSample
-from tests.support.naive_losses import naive_pairs, naive_terms, naive_total, phi, score
+from tests.support.naive_losses import naive_kl, naive_pairs, naive_terms, naive_total, phi, score
 from tests.support.random_task import random_supports
 
 MINI_BATCH = 24
@@ -98,9 +99,12 @@ class Reference:
         self._flat = [value for of_sample in self.pi for value in of_sample]
         self._parameters = list(model.parameters())
 
-    def of(self, terms: list[list[Tensor]], aggregation: str) -> np.ndarray:
-        loss = naive_total(terms, aggregation, LONGEST)
-        sizes = [[abs(term.item()) for term in of_response] for of_response in terms]
+    def of(self, terms: list[list[Tensor]], aggregation: str, *more: list[list[Tensor]]) -> np.ndarray:
+        """The sum of `terms` and of each of `more`, aggregated."""
+        all_terms = [terms, *more]
+        loss = sum(naive_total(some, aggregation, LONGEST) for some in all_terms)
+        sizes = [[[abs(term.item()) for term in response] for response in some] for some in all_terms]
+        size = sum(naive_total(some, aggregation, LONGEST) for some in sizes)
         by_pi = torch.autograd.grad(loss, self._flat, retain_graph=True, allow_unused=True)
         used = [
             (pi, gradient) for pi, gradient in zip(self._flat, by_pi, strict=True) if gradient is not None
@@ -110,7 +114,7 @@ class Reference:
             retain_graph=True, allow_unused=True,
         )  # fmt: skip
         square = sum(g.double().square().sum().item() for g in gradients if g is not None)
-        return np.array([loss.item(), math.sqrt(square), naive_total(sizes, aggregation, LONGEST)])
+        return np.array([loss.item(), math.sqrt(square), size])
 
     def _advantages(self) -> list[list[float]]:
         """Of the tokens, which are those of their response."""
@@ -168,15 +172,39 @@ class Reference:
         ]
         return {"first step": self.of(terms, "token-mean"), "first log_w": np.array(log_w)}
 
+    def kl_losses(self, other: torch.nn.Module) -> dict[str, np.ndarray]:
+        """`reinforce` and the KL of `other`."""
+        with torch.no_grad():
+            ref = [[p.item() for p in log_probs(other, sample)] for sample in self.samples]
+        steps = {}
+        for kind, bound, aggregation in KL_CASES:
+            loss = [
+                score(pi, [s.advantage] * len(pi), [1.0] * len(pi))
+                for pi, s in zip(self.pi, self.samples, strict=True)
+            ]
+            kl = [
+                [COEFFICIENT * k for k in naive_kl(pi, of_ref, s.behavior_log_probs.tolist(), kind, bound)]
+                for pi, of_ref, s in zip(self.pi, ref, self.samples, strict=True)
+            ]
+            steps[name_of(kind, bound, aggregation)] = self.of(loss, aggregation, kl)
+            total = naive_total(kl, aggregation, LONGEST).item()
+            steps["kl_loss " + name_of(kind, bound, aggregation)] = np.array(total)
+        return steps | {"reference": np.array([r for of_ref in ref for r in of_ref])}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--reference", type=Path, help="a model: only the losses with its KL")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     samples = read_samples(options.samples)[:MINI_BATCH]
     reference = Reference(model, samples)
+    if options.reference:
+        other = AutoModelForCausalLM.from_pretrained(options.reference, dtype=torch.float32).eval()
+        hand_back(**reference.kl_losses(other))
+        return
     steps = reference.losses() | reference.first_step()
     samples = random_supports(samples)
     steps |= Reference(model, samples).with_supports(mean_entropy(model, samples))

@@ -123,7 +123,7 @@ def moving_average(policy, samples: list) -> dict:
 
 def failure_inside(policy, samples: list) -> dict:
     """An exception between the swap and the restoring, on every rank."""
-    from megatron_vespo.trainer.old_policy import swapped
+    from megatron_vespo.trainer.weight_copies import swapped
 
     before = copies(policy)
     log_probs = policy.log_probs(samples)

@@ -116,7 +116,10 @@ POSITIVE += [limit.flag for limit in TIME_LIMITS]
     + [f"--vespo-budget {value}" for value in ("0", "nan")]
     + ["--overlong-penalty inf", "--setup-seconds -7", "--engine-restarts -1", "--eval-temperature -1"]
     + ["--weight-check-interval -1", "--max-staleness -1", "--vespo-negative 3 nan", "--vespo-negative inf 2"]
-    + ["--vespo-positive -1 2", "--hf-checkpoint /nowhere/at/all"],
+    + ["--vespo-positive -1 2", "--hf-checkpoint /nowhere/at/all"]
+    + [f"--kl-coef {value}" for value in ("0", "-0.1", "inf", "nan")]
+    + [f"--kl-loss-coef {value}" for value in ("-0.1", "inf", "nan")]
+    + ["--reference-update-interval 0"],
 )
 def test_a_value_is_out_of_range(refusal, argv):
     check_refusal(refusal(argv), argv)
@@ -203,6 +206,12 @@ DENOMINATOR = "--ratio-denominator"
         ("--old-policy snapshot --routing-replay R2", "--routing-replay R2", "R3"),
         ("--old-policy ewma --max-logprob-difference 0.1", "--max-logprob-difference"),
         (f"--routing-replay R2 {DENOMINATOR} rollout", f"{DENOMINATOR} rollout", "R3"),
+        ("--reference-update-interval 4", "--kl-coef or --kl-loss-coef"),
+        ("--reference-checkpoint /tmp", "--kl-coef or --kl-loss-coef"),
+        ("--reference-checkpoint /nowhere --kl-coef 0.1", "no such folder"),
+        ("--unbiased-kl 2 --kl-coef 0.1", "--kl-loss-coef"),
+        ("--unbiased-kl 2 --kl-loss-coef 0", "--kl-loss-coef"),
+        ("--unbiased-kl 0.5 --kl-loss-coef 0.1", "at least 1"),
         ("--sync-interval 4", "--max-staleness"),
         ("--sync-interval 3 --max-staleness 9", "divisor"),
         ("--max-staleness 7", "--steps-per-rollout 8 and --sync-interval 8", "7 optimizer"),

@@ -188,7 +188,7 @@ def model(**changes) -> SimpleNamespace:
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
         "rollout_quantization": None,
         "weight_sync_staging": False, "rollout_batch_size": 2048, "group_size": 8, "async_save": False,
-        "old_policy": "current",
+        "old_policy": "current", "uses_reference": False, "reference_update_interval": None,
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
         "use_precision_aware_optimizer": False, "use_distributed_optimizer": True,
         "accumulate_allreduce_grads_in_fp32": True, "steps_per_rollout": 1,
@@ -309,8 +309,13 @@ def test_host_memory():
     assert host(colocate=True).given_back == 14e9
     assert host(colocate=True, colocate_offload=False).given_back == 0
     assert host(async_save=True).save == 14e9
-    assert host(old_policy="snapshot").old_policies == 4 * 2e9
-    assert host(old_policy="ewma").old_policies == 3 * 2e9
+    assert host(old_policy="snapshot").other_policies == 4 * 2e9
+    assert host(old_policy="ewma").other_policies == 3 * 2e9
+    # the policy's own copy is needed once, as only one other policy is in its place at a time
+    assert host(uses_reference=True).other_policies == 2 * 2e9
+    assert host(uses_reference=True, old_policy="snapshot").other_policies == 5 * 2e9
+    moving = {"uses_reference": True, "reference_update_interval": 8}
+    assert host(**moving).save == 0 and host(**moving, async_save=True).save == 16e9
 
 
 def test_the_output_layer():
