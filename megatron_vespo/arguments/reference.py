@@ -13,12 +13,10 @@ from megatron_vespo.arguments.checks import check_positive
 from megatron_vespo.models.hf_config import megatron_arguments, read_hf_config
 from megatron_vespo.system.paths import user_path
 
-TITLE = "reference policy"
-
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        TITLE, "--kl-coef BETA, --kl-loss-coef BETA ...: see docs/guides/reference-kl.md"
+        "reference policy", "--kl-coef BETA, --kl-loss-coef BETA ...: see docs/guides/reference-kl.md"
     )
     add = group.add_argument
     default = LossSettings()

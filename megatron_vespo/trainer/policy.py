@@ -71,7 +71,7 @@ class MegatronPolicy:
         self.args = args = give_to_megatron(args, **(self.stored.schedule if self.stored else {}))
         state = self.stored.state if self.stored else {}
         kernel_state = {name: state.pop(name) for name in (STATE, ESTIMATED) if name in state}
-        reference_version = state.pop(VERSION, None)
+        version = state.pop(VERSION, None)
         self.rollout_state: dict[str, Any] | None = state if self.stored else None
         self._use(settings, kernel_state)
         self.groups = process_groups()
@@ -89,9 +89,7 @@ class MegatronPolicy:
             self.optimizer.reload_model_params()
         self._complete = completes(self.model, self.optimizer, args.overlap_param_gather)
         self._old_policy = old_policy(settings, self.model, self.iteration, self._complete)
-        self._reference = reference_policy(
-            settings, args, self.model, self._load_hf, reference_version, self._complete
-        )
+        self._reference = reference_policy(settings, args, self.model, self._load_hf, version, self._complete)
         self._gradient_norms = GroupGradientNorms(self.model, self.groups, args.num_layers)
         self._connect_schedule()
         self.saver = checkpoint.Saver(args, self.iteration)
