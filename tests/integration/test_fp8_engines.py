@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from tests.support.whole_model import model_of, tensors_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TIMEOUT_S = 60.0
-BLOCKS = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 128}
+BLOCKS: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 128}
 FLAGS = ["--dtype", DTYPE, "--custom-weight-loader", WEIGHT_LOADER, LOADER]
 
 

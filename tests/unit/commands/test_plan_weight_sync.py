@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vespo.checkpoints.fp8_report import sent_bytes
 from megatron_vespo.commands.plan.places import planned_places
 from megatron_vespo.commands.plan.weight_sync import (
     CALL,
@@ -55,6 +56,9 @@ def test_broadcast():
     assert sync.loading == pytest.approx(18_867 * 2e-4 + 114 * 0.01 + 0.4) and 6 < sync.seconds < 8
     assert cost_of([PARAMETERS]).link == "NVLink"
     # a binomial tree over the sender and eight receivers has four hops
+    fp8 = cost_of([PARAMETERS], rollout_quantization="fp8")
+    assert fp8.gathered_bytes == 2 * PARAMETERS and fp8.bytes == pytest.approx(sent_bytes(TENSORS, 2))
+    assert fp8.tensors == 18_867 + 18_624 and fp8.buckets == -(-fp8.bytes // 2**29)
     shared = cost_of([PARAMETERS], colocate=True)
     assert shared.transfer == pytest.approx(2 * PARAMETERS * (1 / 450e9 / LINK_SHARE + 4 / GLOO))
 
