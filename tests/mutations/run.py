@@ -51,6 +51,20 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "FP8: a block's scale is that of its first row",
+        "checkpoints/block_fp8.py",
+        "    largest = blocks.abs().amax(dim=(1, 3))\n",
+        "    largest = blocks[:, :1].abs().amax(dim=(1, 3))\n",
+        ("tests/unit/checkpoints/test_block_fp8.py", "like_a_loop"),
+    ),
+    Mutation(
+        "FP8: an engine that cuts blocks is accepted",
+        "weight_sync/engine_layout.py",
+        "        if part.rows % BLOCK or part.cols % BLOCK:\n",
+        "        if part.cols % BLOCK:\n",
+        ("tests/unit/arguments/test_quantization_flags.py", "what_does_not"),
+    ),
+    Mutation(
         "segment boundaries: log W of a sequence gets its neighbour's tokens",
         "data/micro_batch.py",
         'fields["sequence_ids_T"][start:end] = s\n',

@@ -19,6 +19,7 @@ from megatron_vespo.commands.evaluate.options import EvaluateOptions
 from megatron_vespo.commands.evaluate.settings import api_key, weights_digest
 from megatron_vespo.models.hf_config import read_unchecked
 from megatron_vespo.rollout.engine_client import RemoteClients
+from megatron_vespo.rollout.fp8_engines import DTYPE
 from megatron_vespo.rollout.router import LostRequests
 from megatron_vespo.rollout.server_arguments import server_arguments
 from megatron_vespo.system.plugins import load_runtime_plugins
@@ -98,14 +99,16 @@ def _server_arguments(settings: EngineSettings, seed: int, on_gpus: bool) -> lis
         settings.sglang_flags,
         device="cuda" if on_gpus else "cpu",
         routes=False,
-        dtype=_dtype(settings.hf_checkpoint),
+        dtype=engine_dtype(settings.hf_checkpoint),
         seed=seed,
         longest_step_s=settings.engine_start_timeout,
     )
 
 
-def _dtype(folder: Path) -> str:
-    """The stored dtype. Without it SGLang would convert float32 to float16."""
+def engine_dtype(folder: Path) -> str:
+    """The stored dtype, without which SGLang would convert float32 to float16; of FP8 layers their own."""
     config = read_unchecked(folder)
     stored = config.get("dtype") or config.get("torch_dtype")
+    if "quantization_config" in config and stored == "float32":
+        return DTYPE
     return stored if stored in DTYPES else "auto"

@@ -26,7 +26,7 @@ from megatron_vespo.commands.evaluate.report import (
     reservations,
     shown_ks,
 )
-from megatron_vespo.commands.evaluate.serving import engine_settings
+from megatron_vespo.commands.evaluate.serving import engine_dtype, engine_settings
 from megatron_vespo.commands.evaluate.settings import weights_digest
 from megatron_vespo.commands.main import run
 from megatron_vespo.system.preemption import SIGNALS
@@ -448,6 +448,22 @@ def test_progress(capsys):
         "3/4 prompts, mean reward 0.250, 0:00:40 passed, about 0:00:20 left",
         "4/4 prompts, mean reward 0.500, 0:00:50 passed, about 0:00:00 left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({}, "auto"),
+        ({"dtype": "float32", "quantization_config": {"quant_method": "fp8"}}, "bfloat16"),
+        ({"dtype": "float16", "quantization_config": {"quant_method": "fp8"}}, "float16"),
+    ],
+)
+def test_engines_compute_as_the_checkpoint_is_stored(tmp_path, config, dtype):
+    """SGLang's FP8 layers take 16 bits alone."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert engine_dtype(tmp_path) == dtype
 
 
 def test_settings_of_engines_that_are_started(tmp_path):
