@@ -20,7 +20,8 @@ BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 _SCALE_DTYPE = torch.bfloat16
 _SCALE_SUFFIX = "_scale_inv"
-_STRIP_BYTES = 8 * 2**20  # float32 weights processed at once; bounds the memory for any matrix size
+# float32 weights processed at once, which bounds the memory: of a reader, and of a stream on a GPU
+_STRIP_BYTES, _STREAM_BYTES = 8 * 2**20, 256 * 2**20
 
 
 def is_quantised(name: str) -> bool:
@@ -67,12 +68,13 @@ def quantised(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
         if not is_quantised(name):
             yield name, tensor
             continue
+        rows = max(1, _STREAM_BYTES // (BLOCK * tensor.shape[1] * 4)) * BLOCK
         try:
-            values, scales = quantise(tensor)
+            values, scales = zip(*map(quantise, tensor.split(rows)), strict=True)
         except ValueError as error:
             raise ValueError(f"{name} {error}: it has no FP8 weights") from error
-        yield name, values
-        yield name + _SCALE_SUFFIX, scales
+        yield name, torch.cat(values)
+        yield name + _SCALE_SUFFIX, torch.cat(scales)
 
 
 class BlockFP8Reader:

@@ -175,11 +175,13 @@ def test_a_tensor_with_nan_is_named():
         SpanBuffer().read(BlockFP8Reader(plain, plain.tensors), Span("a.up_proj.weight", 130, 140))
 
 
-def test_a_stream_of_whole_tensors_is_what_is_read():
+@pytest.mark.parametrize("strip_bytes", [1, 2 * B * 72 * 4, 2**28])
+def test_a_stream_of_whole_tensors_is_what_is_read(strip_bytes, monkeypatch):
+    monkeypatch.setattr(block_fp8, "_STREAM_BYTES", strip_bytes)
     plain = StoredTensors({
         "model.embed_tokens.weight": random_weights(131, 160).bfloat16(),
         "a.mlp.gate.weight": random_weights(3, 160).bfloat16(),
-        "a.down_proj.weight": random_weights(160, 72).bfloat16(),
+        "a.down_proj.weight": random_weights(300, 72).bfloat16(),
         "a.q_proj.bias": torch.ones(7),
     })  # fmt: skip
     reader = BlockFP8Reader(plain, plain.tensors)
