@@ -9,7 +9,6 @@ of the demonstrations, and 150 steps instead of 250: its worked answers are ofte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import make_base_model as tiny
 
@@ -21,4 +20,4 @@ class Recipe(tiny.Recipe):
 
 
 if __name__ == "__main__":
-    tiny.main(__doc__ or "", Recipe, tiny.build, (Path(__file__), *tiny.SOURCES))
+    tiny.main(__doc__ or "", Recipe)
