@@ -29,7 +29,7 @@ train() {
 }
 
 train teacher --hf-checkpoint "$base/base" --train-iters 80 --eval-interval 1000 "$@"
-student=(--hf-checkpoint "$work/student/base" --train-iters 120 --eval-interval 5 --no-hf-export)
+student=(--hf-checkpoint "$work/student/base" --train-iters 80 --eval-interval 5 --no-hf-export)
 teacher=(--teacher-checkpoint "$work/teacher/hf")
 train distillation "${student[@]}" "${teacher[@]}" --reward-coefficient 0 "$@"
 train rl "${student[@]}" "$@"
