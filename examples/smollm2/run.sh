@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The smollm2 example from nothing: environment, model, data, warm-up, training. All of it lies in examples/smollm2/work.
 #
-#     PROBLEMS=FOLDER bash examples/smollm2/run.sh [flags of megatron-vespo train]
+#     PROBLEMS=mawpssingleop.jsonl bash examples/smollm2/run.sh [flags of megatron-vespo train]
 #
-# FOLDER has mawps_singleop.jsonl, see README.md; default: examples/smollm2/work/mawps.
+# README.md says where that file is; default: examples/smollm2/work/mawpssingleop.jsonl.
 # A flag given here wins over the same flag below, e.g. --train-iters 20 or --output-dir /somewhere/else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=examples/smollm2/work
-problems=${PROBLEMS:-$work/mawps}
+problems=${PROBLEMS:-$work/mawpssingleop.jsonl}
 
 SECONDS=0
 bash patches/cpu/setup_env.sh
@@ -23,10 +23,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive
 algorithm=(
     --policy-loss vespo
     --ratio-denominator rollout
-    --train-iters 64
+    --train-iters 44
     --steps-per-rollout 4
-    --rollout-batch-size 8
-    --group-size 8
+    --rollout-batch-size 32
+    --group-size 4
     --lr 3e-5
     --clip-grad 1.0
 )

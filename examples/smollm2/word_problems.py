@@ -1,9 +1,9 @@
 """Word problems of the MAWPS collection, and the reward: the value of the calculation that the model writes.
 
-    python word_problems.py --source FOLDER --output DIR [--seed 0]
+    python word_problems.py --source FILE --output DIR [--seed 0]
 
-FOLDER has mawps_singleop.jsonl and mawps_addsub.jsonl, a line {"input": problem, "target": number} each.
-Writes DIR/train.jsonl and DIR/heldout.jsonl. No problem is in both, in any spelling.
+FILE has a line {"input": problem, "target": number} for each problem, see README.md. Writes DIR/train.jsonl
+and DIR/heldout.jsonl. No story is in both, whatever its spelling and its numbers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,9 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-INSTRUCTION = "Write a calculation."  # instead of the chat template's system prompt, which is longer
-FILES = ("mawps_singleop.jsonl",)
 NUM_HELD_OUT = 160
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _CALCULATION = re.compile(r"[\d.+\-*/() ]{1,60}")
-
-
-def messages(problem: str) -> list[dict[str, str]]:
-    """The prompt of a problem."""
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}]
 
 
 def value(calculation: str) -> Fraction | None:
@@ -66,15 +59,14 @@ def spelling(problem: str) -> str:
     return " ".join(re.findall(r"[a-z]+", problem.lower()))
 
 
-def read_problems(folder: Path) -> list[dict]:
-    """Rows {question, answer} of all files, every problem once."""
+def read_problems(path: Path) -> list[dict]:
+    """Rows {question, answer} of a file, every story once."""
     rows = {}
-    for name in FILES:
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            problem = " ".join(row["input"].split())
-            answer = str(Fraction(str(row["target"])))
-            rows.setdefault(spelling(problem), {"question": messages(problem), "answer": answer})
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        problem = " ".join(row["input"].split())
+        answer = str(Fraction(str(row["target"])))
+        rows.setdefault(spelling(problem), {"question": problem, "answer": answer})
     return list(rows.values())
 
 
@@ -84,6 +76,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.source.is_file():
+        raise SystemExit(
+            f"word_problems.py: there is no {args.source}; README.md says where the problems are"
+        )
     rows = read_problems(args.source)
     random.Random(args.seed).shuffle(rows)
     args.output.mkdir(parents=True, exist_ok=True)

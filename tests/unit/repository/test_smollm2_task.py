@@ -43,8 +43,9 @@ def test_the_reward_is_one_for_the_value_of_the_answer():
 
 def write_source(folder: Path, rows: list[tuple[str, float]]) -> Path:
     lines = [json.dumps({"input": problem, "target": target}) for problem, target in rows]
-    (folder / "mawps_singleop.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    path = folder / "source.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def test_a_story_is_read_once_whatever_its_numbers_and_spelling(tmp_path):
@@ -53,7 +54,7 @@ def test_a_story_is_read_once_whatever_its_numbers_and_spelling(tmp_path):
     )
     rows = word_problems.read_problems(source)
     assert [row["answer"] for row in rows] == ["7", "5/4"]
-    assert rows[0]["question"][-1] == {"role": "user", "content": "Ann has 3 cups . Bob has 4."}
+    assert rows[0]["question"] == "Ann has 3 cups . Bob has 4."
 
 
 def test_the_parts_have_no_story_in_common(tmp_path, monkeypatch, capsys):
@@ -69,18 +70,24 @@ def test_the_parts_have_no_story_in_common(tmp_path, monkeypatch, capsys):
     for name in ("train", "heldout"):
         text = (tmp_path / "one" / f"{name}.jsonl").read_text()
         assert text == (tmp_path / "two" / f"{name}.jsonl").read_text()
-        parts[name] = [json.loads(line)["question"][-1]["content"] for line in text.splitlines()]
+        parts[name] = [json.loads(line)["question"] for line in text.splitlines()]
     assert len(parts["heldout"]) == word_problems.NUM_HELD_OUT
     assert sorted(parts["train"] + parts["heldout"]) == sorted(stories)
     assert f"{len(parts['train'])} problems" in capsys.readouterr().out
 
 
-def test_demonstrations_take_any_two_numbers_and_any_operator():
+def test_a_missing_file_is_named(tmp_path, monkeypatch):
+    missing = tmp_path / "missing.jsonl"
+    monkeypatch.setattr(sys, "argv", ["", "--source", str(missing), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"there is no {missing}; see README.md for it"):
+        word_problems.main()
+
+
+def test_demonstrations_take_any_two_numbers_and_any_operator_the_larger_one_first():
     rng = random.Random(0)
     seen = {warm_up.any_calculation("3 red, 4 blue or 2.5 green?", rng) for _ in range(2000)}
-    assert seen == {
-        f"{a} {op} {b}" for op in "+-*/" for a in ("3", "4", "2.5") for b in ("3", "4", "2.5") if a != b
-    }
+    pairs = (("4", "3"), ("3", "2.5"), ("4", "2.5"))
+    assert seen == {f"{a} {op} {b}" for op in "+-*/" for a, b in pairs}
     assert warm_up.any_calculation("How many are 3 and three?", rng) is None
 
 
