@@ -77,9 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not args.source.is_file():
-        raise SystemExit(
-            f"word_problems.py: there is no {args.source}; README.md says where the problems are"
-        )
+        raise SystemExit(f"word_problems.py: there is no {args.source}; see README.md for it")
     rows = read_problems(args.source)
     random.Random(args.seed).shuffle(rows)
     args.output.mkdir(parents=True, exist_ok=True)
