@@ -3,20 +3,22 @@
     python warm_up.py --model DIR --data FILE --output DIR [--seed 0]
 
 The supervised steps show calculations like `70 / 27` for training problems: two numbers of the problem, the
-larger one first, with any of + - * /. The answers are not read: reinforcement learning finds out which
-calculation is wanted. The chat template loses its default system prompt, 22 tokens of every prompt. A second
-call with the same settings only says that the output is there.
+larger one first, with each of + - * / as often. The answers are not read: reinforcement learning finds out
+which calculation is wanted. The chat template loses its default system prompt, 22 tokens of every prompt.
+A second call with the same inputs only says that the output is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import shutil
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS = 12
-RAMP_STEPS = 5  # of the learning rate
+STEPS = 15
+RAMP_STEPS = 3  # of the learning rate, which then falls to zero: the operators end up equally likely
 PROBLEMS_PER_STEP = 8
-LEARNING_RATE = 5e-5
+LEARNING_RATE = 1e-4
 GRADIENT_CLIP = 1.0
 STAMP = "warm_up.json"
 CHAT_TEMPLATE = (
@@ -41,22 +43,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def any_calculation(problem: str, rng: random.Random) -> str | None:
-    """Two of the problem's numbers and an operator, drawn at random; None if it has fewer numbers."""
+def calculation_of(problem: str, operator: str, rng: random.Random) -> str | None:
+    """Two of the problem's numbers, drawn at random; None if it has fewer."""
     numbers = word_problems.NUMBER.findall(problem)
     if len(numbers) < 2:
         return None
     first, second = sorted(rng.sample(numbers, 2), key=float, reverse=True)
-    return f"{first} {rng.choice('+-*/')} {second}"
+    return f"{first} {operator} {second}"
 
 
 def demonstrations(path: Path, tokenizer: Any, rng: random.Random) -> Iterator[tuple[list[int], list[int]]]:
     """Endless token ids of prompt and response, over the problems of `path` in a random order."""
     problems = [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
+    operators = itertools.cycle("+-*/")  # so every batch has each as often
     while True:
         for problem in rng.sample(problems, len(problems)):
-            calculation = any_calculation(problem, rng)
-            if calculation is not None:
+            if calculation := calculation_of(problem, next(operators), rng):
                 chat = [{"role": "user", "content": problem}]
                 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
                 response = tokenizer.encode(calculation + tokenizer.eos_token, add_special_tokens=False)
@@ -79,7 +81,8 @@ def warm_up(model: Any, batches: Iterator[tuple[list[int], list[int]]]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     start = time.monotonic()
     for step in range(1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, step / RAMP_STEPS)
+        decay = (STEPS - step + 1) / (STEPS - RAMP_STEPS + 1)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / RAMP_STEPS, decay)
         loss = loss_of(model, [next(batches) for _ in range(PROBLEMS_PER_STEP)])
         optimizer.zero_grad()
         loss.backward()
@@ -91,7 +94,8 @@ def warm_up(model: Any, batches: Iterator[tuple[list[int], list[int]]]) -> None:
 
 def make(model_folder: Path, data: Path, output: Path, seed: int) -> None:
     """Write `output` beside its place, then give it its name."""
-    stamp = {"seed": seed, "steps": STEPS, "learning_rate": LEARNING_RATE}
+    sources = (Path(__file__), data, model_folder / "config.json")
+    stamp = {"seed": seed} | {str(path): sha256(path.read_bytes()).hexdigest() for path in sources}
     if (output / STAMP).is_file() and json.loads((output / STAMP).read_text()) == stamp:
         print(f"{output} is there already", flush=True)
         return
