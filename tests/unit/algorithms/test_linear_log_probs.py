@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vespo.algorithms.linear_log_probs import CACHED_ELEMENTS
+from megatron_vespo.algorithms.linear_log_probs import CACHED_ELEMENTS, _exp
 from tests.support.linear_log_probs import (
     BOUNDS,
     PADDING,
@@ -218,6 +218,14 @@ def test_log_probs_of_bfloat16_inputs_are_exact_to_float32(logit_sd):
     assert (results[1] - expected[1]).abs().max() < 2e-5
     for result, reference in zip(results[2:], expected[2:], strict=True):
         assert (result - reference).norm() <= 2**-7 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_exp_is_0_where_float32_underflows(dtype):
+    z = torch.tensor([-torch.inf, -1e20, -103.0, -87.0, -86.9, -20.0, 0.0, torch.nan], dtype=dtype)
+    kept = z > -87.0
+    found = _exp(z)
+    assert torch.equal(found[kept], z[kept].exp()) and (found[:4] == 0).all() and found[-1].isnan()
 
 
 def test_impossible_sizes_are_refused():
