@@ -11,7 +11,7 @@ With mean_g and std_g over the prompt's own group (std_g with n - 1 in the denom
                                                                    (after EqLen, arXiv 2604.17328)
 
 `global` is the paper's normalisation over the rollout batch: every response counts once, and std has G n - 1
-in the denominator. The paper's KL term inside the reward is not included. Only `global` gives groups of equal
+in the denominator. The paper's KL term inside the reward is --kl-coef's. Only `global` gives groups of equal
 rewards an advantage: a prompt that is always solved counts as better than the batch.
 """
 

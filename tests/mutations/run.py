@@ -23,6 +23,7 @@ LAYOUTS = "tests/distributed/test_layouts.py"
 REPLAY = "tests/distributed/test_routing_replay.py"
 MISMATCH = "tests/distributed/test_mismatch.py"
 OLD_POLICY = "tests/distributed/test_old_policy.py"
+REFERENCE = "tests/distributed/test_reference.py"
 INVARIANCE = "tests/distributed/test_invariance.py"
 BUDGET = "tests/unit/algorithms/test_vespo_budget.py"
 PLAN = "tests/unit/weight_sync/test_sync_plan.py"
@@ -315,6 +316,41 @@ MUTATIONS = [
         "1.0 / self._total)",
         "1.0 / (self._total + 1.0))",
         (OLD_POLICY, "average and one"),
+    ),
+    Mutation(
+        "reference: its log-probs are the policy's",
+        "trainer/reference.py",
+        "        return swapped(self._model, self._tensors)\n",
+        "        return swapped(self._model, copies(self._model))\n",
+        (REFERENCE, "naive and one"),
+    ),
+    Mutation(
+        "reference: a checkpoint holds the policy in its place",
+        "trainer/reference.py",
+        "places[part.data.data_ptr()].view(part.data.shape)",
+        "part.data.detach().clone()",
+        (REFERENCE, "resumed and moved and one and False"),
+    ),
+    Mutation(
+        "reference: the KL term is not aggregated as the loss",
+        "trainer/step.py",
+        "kl_sum = weighted_sum(kl_T, inputs, bound.aggregation, longest)",
+        'kl_sum = weighted_sum(kl_T, inputs, "token-mean", longest)',
+        (REFERENCE, "naive and one"),
+    ),
+    Mutation(
+        "reference: k3 has the gradient of k2",
+        "algorithms/losses/kl.py",
+        "return change_T + x_T, -change_T",
+        "return change_T + x_T, x_T",
+        ("tests/unit/algorithms/test_kl.py", "on_policy"),
+    ),
+    Mutation(
+        "reference: the penalty is a bonus",
+        "driver/training_samples.py",
+        "rewards - penalties",
+        "rewards + penalties",
+        ("tests/unit/driver/test_kl_penalty.py", "penalised"),
     ),
     Mutation(
         "mismatch: the engine's weight is counted twice without a word",
