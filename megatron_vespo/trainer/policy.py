@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -84,12 +83,16 @@ class MegatronPolicy:
         self._packer = Packer(args, self.groups, settings.old_policy == "snapshot", records_tokens)
         self._schedule = Schedule(self.model, args, self._packer.layout)
         self._replay = RoutingReplay(self.model, self.groups, args.sequence_parallel)
+        load_hf = partial(load_hf_weights, self.model, self.family, self.shape, self.groups)
         if not resuming:
-            self._load_hf(args.hf_checkpoint)
+            load_hf(args.hf_checkpoint)
             self.optimizer.reload_model_params()
         self._complete = completes(self.model, self.optimizer, args.overlap_param_gather)
         self._old_policy = old_policy(settings, self.model, self.iteration, self._complete)
-        self._reference = reference_policy(settings, args, self.model, self._load_hf, version, self._complete)
+        loaded = None if resuming else args.hf_checkpoint
+        self._reference = reference_policy(
+            settings, args, self.model, loaded, load_hf, version, self._complete
+        )
         self._gradient_norms = GroupGradientNorms(self.model, self.groups, args.num_layers)
         self._connect_schedule()
         self.saver = checkpoint.Saver(args, self.iteration)
@@ -110,10 +113,6 @@ class MegatronPolicy:
         self._adaptive_kernel = AdaptiveKernel(
             settings.kernel, settings.vespo_budget, self.args.steps_per_rollout, kernel_state
         )
-
-    def _load_hf(self, folder: Path) -> None:
-        for chunk in unwrap_model(self.model):
-            load_hf_weights(chunk, folder, self.family, self.shape, self.groups)
 
     def _connect_schedule(self) -> None:
         """Sets the hooks by which Megatron's schedule calls gradient reduction, as in Megatron's own loop."""

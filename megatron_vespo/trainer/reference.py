@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -98,13 +98,15 @@ def reference_policy(
     settings: LossSettings,
     args: Namespace,
     model: list,
+    loaded: Path | None,
     load_hf: Callable[[Path], None],
     version: int | None,
     complete: Callable[[], None],
 ) -> Reference | None:
     """The reference policy of a run that has just loaded its weights; None if no flag asks for one.
 
-    `load_hf` fills the model from an HF folder. `version` is what `Reference.state` has stored: then the
+    `loaded` is the HF folder that the model's weights are of; None: they are a checkpoint's. `load_hf` fills
+    the model from such a folder. `version` is what `Reference.state` has stored: then the
     checkpoint in `args.load` has the reference. ValueError if the folder does not fit the model.
     """
     if not settings.uses_reference:
@@ -113,11 +115,11 @@ def reference_policy(
     if settings.reference_update_interval is None:
         version = None
     complete()
-    with restored(model):
-        if version is None:
-            load_hf(folder)
-        else:
+    with restored(model) if folder != loaded else nullcontext():
+        if version is not None:
             _load(model, _checkpoint_folder(args))
+        elif folder != loaded:
+            load_hf(folder)
         tensors = copies(model)
     if dist.get_rank() == 0:
         print(f"reference policy: {folder if version is None else f'policy version {version}'}")

@@ -56,14 +56,15 @@ def _shift_expert(name: str, offset: int) -> str:
 
 
 def load_hf_weights(
-    model: GPTModel, folder: Path, family: Family, shape: ModelShape, groups: ProcessGroupCollection
+    model: list, family: Family, shape: ModelShape, groups: ProcessGroupCollection, folder: Path
 ) -> None:
-    """Fill every tensor of this rank's stage, reading only the tensors that it needs.
+    """Fill every tensor of this rank's model chunks, reading only the tensors that it needs.
 
     ValueError names a tensor that is missing or has the wrong shape.
     """
+    parameters = (named for chunk in unwrap_model(model) for named in global_tensors(chunk, groups))
     with HFCheckpointReader(folder) as reader, torch.no_grad():
-        for name, parameter in global_tensors(model, groups):
+        for name, parameter in parameters:
             mapping = family.mapping_for(name, shape)
             group = groups.expt_tp if is_expert(name) else groups.tp
             tensors = [reader.get(hf_name) for hf_name in mapping.hf_names]

@@ -866,8 +866,8 @@ MUTATIONS = [
     Mutation(
         "distillation: rewards count without their coefficient",
         "driver/training_samples.py",
-        "table = weights.reward_coefficient * table",
-        "table = 1.0 * table",
+        "weights.reward_coefficient * table",
+        "1.0 * table",
         ("tests/unit/driver/test_training_samples.py", "teacher_alone"),
     ),
     Mutation(

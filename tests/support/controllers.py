@@ -29,6 +29,7 @@ FLAGS = dict(
     max_completion_tokens=3,
     advantage_estimator="group-mean",
     pair_length_gap=0.1,
+    kl_coef=None,
     overlong_buffer=0,
     overlong_penalty=1.0,
     routing_replay=None,

@@ -27,9 +27,11 @@ def pack_bytes(settings: TrainSettings, layers: int) -> float:
     """
     num_experts = settings.trainer.num_experts if settings.rollout.routing_replay == "R3" else None
     pack = build_micro_batch([_sample(settings)], [0], MEASURED_TOKENS, TokenLayout(), num_experts)
-    # the trainer adds pi_old's log-probs and routes
+    # the trainer adds log-probs of pi_old and the reference, and pi_old's routes
     if settings.loss.ratio_denominator != "rollout":
         pack.old_log_probs_T = torch.zeros(MEASURED_TOKENS, dtype=torch.float64)
+    if settings.loss.uses_reference:
+        pack.reference_log_probs_T = torch.zeros(MEASURED_TOKENS)
     if settings.rollout.routing_replay == "R2":
         shape = layers, MEASURED_TOKENS // router_slices(settings), settings.trainer.moe_router_topk
         pack.old_routes[0] = torch.zeros(shape, dtype=torch.uint8)

@@ -78,8 +78,10 @@ def speed(settings: TrainSettings, rates: Preset, lengths: Lengths) -> Speed:
         over_subscription=settings.rollout.over_subscription if settings.rollout.max_staleness else None,
     )
     of_run = rates.rates(settings.trainer.trainer_ranks)
-    if settings.loss.ratio_denominator == "rollout":
-        of_run = replace(of_run, log_probs=Cost())
+    # forward passes over a rollout batch before its first step: pi_old's and the reference's
+    passes = (settings.loss.ratio_denominator != "rollout") + settings.loss.uses_reference
+    one = of_run.log_probs
+    of_run = replace(of_run, log_probs=Cost(passes * one.fixed, passes * one.each, passes and one.first))
     responses = LogNormal(
         lengths.completion,
         LENGTH_SIGMA,
