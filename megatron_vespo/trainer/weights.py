@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_vespo.checkpoints.hf_checkpoint import HFCheckpointReader
