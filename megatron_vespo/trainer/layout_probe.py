@@ -15,6 +15,8 @@ def measure(policy: MegatronPolicy, samples: Sequence[TrainingSample], num_steps
     experts = policy.chosen_experts(samples)
     mini_batch = policy.pack(samples)
     policy.compute_old_log_probs(mini_batch)
+    if policy.settings.uses_reference:
+        policy.compute_reference_log_probs([mini_batch])
     steps = []
     for _ in range(num_steps):
         outputs = policy.forward_backward(mini_batch)

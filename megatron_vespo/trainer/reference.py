@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing
 from torch import Tensor
 
@@ -137,8 +138,10 @@ def _load(model: list, folder: str) -> None:
     """Fill the model with the reference that a checkpoint holds, saved at any layout."""
     with stored_names():
         state = cast(dict, dist_checkpointing.load(_own_state(model), folder))
-    for i, chunk in enumerate(model):
-        chunk.load_state_dict(state[f"{REFERENCE}{i}"], strict=False)  # extra state is left out
+    for i, chunk in enumerate(unwrap_model(model)):
+        loaded = {name: value for name, value in state[f"{REFERENCE}{i}"].items() if value is not None}
+        missing, _ = chunk.load_state_dict(loaded, strict=False)
+        assert all(name.endswith("_extra_state") for name in missing), missing
 
 
 def _own_state(model: list) -> dict[str, Any]:
@@ -150,6 +153,7 @@ def _own_state(model: list) -> dict[str, Any]:
             return part
         return LocalNonpersistentObject(None)
 
-    state = {f"{REFERENCE}{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
+    chunks = enumerate(unwrap_model(model))
+    state = {f"{REFERENCE}{i}": chunk.sharded_state_dict() for i, chunk in chunks}
     dict_list_map_inplace(renamed, state)
     return state
