@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A teacher that RL has made of the tiny example's model, and a weaker student that learns three ways: by RL alone, from
+# A teacher that RL has made of the tiny example's model, and students with the start that the teacher had: by RL alone, from
 # the teacher alone, and from both; then a table and a picture. All of it lies in examples/distillation/work.
 #
 #     bash examples/distillation/run.sh [flags of megatron-vespo train, for all runs]
@@ -11,15 +11,14 @@ work=examples/distillation/work
 base=examples/tiny/work
 
 bash patches/cpu/setup_env.sh
-export PYTHONPATH=examples/tiny${PYTHONPATH:+:$PYTHONPATH}
 .venv/bin/python examples/tiny/make_base_model.py --output "$base"
-.venv/bin/python examples/distillation/make_student.py --output "$work/student"
 
 train() {
     local output=$work/$1
     if [[ -e $output/summary.json ]]; then return; fi
     .venv/bin/megatron-vespo train \
         --output-dir "$output" \
+        --hf-checkpoint "$base/base" \
         --prompt-data "$base/train.jsonl" \
         --eval-data "$base/heldout.jsonl" \
         --steps-per-rollout 2 --rollout-batch-size 8 --group-size 8 \
@@ -28,8 +27,8 @@ train() {
         "${@:2}"
 }
 
-train teacher --hf-checkpoint "$base/base" --train-iters 80 --eval-interval 1000 "$@"
-student=(--hf-checkpoint "$work/student/base" --train-iters 80 --eval-interval 5 --no-hf-export)
+train teacher --train-iters 80 --eval-interval 1000 "$@"
+student=(--train-iters 60 --eval-interval 2 --no-hf-export --seed 2)
 teacher=(--teacher-checkpoint "$work/teacher/hf")
 train distillation "${student[@]}" "${teacher[@]}" --reward-coefficient 0 "$@"
 train rl "${student[@]}" "$@"
