@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of the runs")
     work = parser.parse_args().work
     teacher = json.loads((work / "teacher/summary.json").read_text())["eval_accuracy_after"]
-    runs = {way: read_run(work / way) for way in WAYS}
+    runs = {way: read_run(work / way) for way in WAYS if (work / way / "summary.json").exists()}
     text = table(teacher, runs)
     (work / "table.md").write_text(text + "\n")
     picture(teacher, runs, work / "curves.png")
