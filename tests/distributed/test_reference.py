@@ -27,6 +27,11 @@ OTHERS = {name: layout for name, layout in ALL.items() if name not in LAYOUTS}
 NUM_CASES = 12
 
 
+def marked(*layouts: str) -> list:
+    """Those that a short run of the tests leaves out."""
+    return [pytest.param(layout, marks=pytest.mark.slow) for layout in layouts]
+
+
 @pytest.fixture(scope="module")
 def other_model(task, tmp_path_factory) -> Path:
     """The task's model with other weights: log-probs that differ by some tenths."""
@@ -69,9 +74,7 @@ def result_of(run, other_model):
     return cache(lambda layout: run(layout, *flags))
 
 
-@pytest.mark.parametrize(
-    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *marked(*OTHERS)])
 def test_losses_are_the_naive_reference(naive, result_of, layout):
     cases = [case for case in naive if case.startswith("kl ")]
     assert len(cases) == NUM_CASES
@@ -119,7 +122,7 @@ def test_log_probs_that_samples_carry_are_those_in_place(result_of, layout):
 LAYOUTS_TO_MOVE = ["one rank", "tp2 pp2 ep2", "dp2, overlap", "pp2 vpp2 cp2, recompute, overlap"]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LAYOUTS_TO_MOVE[1:]])
+@pytest.mark.parametrize("layout", ["one rank", *marked("cp2", "tp2 pp2", *LAYOUTS_TO_MOVE[1:])])
 def test_the_policy_is_its_own_reference_at_the_start(run, layout):
     """Bit for bit at the same packs, so that every estimate is exactly 0; then it is left behind."""
     for result in run(layout, "--lr", "1e-3", "--kl-loss-coef", "0.1", "--moves", "--last-step", "4"):
@@ -131,12 +134,16 @@ def test_the_policy_is_its_own_reference_at_the_start(run, layout):
 
 
 @pytest.mark.parametrize("kept", ["frozen", "moved"])
-@pytest.mark.parametrize("layout", LAYOUTS_TO_MOVE)
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "background"),
+    [
+        ("one rank", False),
+        pytest.param("tp2 pp2 ep2", True, marks=pytest.mark.slow),
+        *(pytest.param(layout, False, marks=pytest.mark.slow) for layout in LAYOUTS_TO_MOVE[1:]),
+    ],
+)
 def test_resumed_equals_uninterrupted(run, tmp_path, layout, kept, background):
     """Stopped after six of ten steps; the reference moves after four and eight."""
-    if background and layout != "tp2 pp2 ep2":
-        pytest.skip("one layout is enough")
     flags = ["--lr", "1e-3", "--kl-loss-coef", "0.1", "--unbiased-kl", "2", "--moves", "--last-step", "10"]
     flags += ["--train-iters", "10"]
     if kept == "moved":
@@ -156,6 +163,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, layout, kept, background):
             np.testing.assert_array_equal(actual[f"reference {step}"], expected[f"reference {step}"])
 
 
+@pytest.mark.slow
 def test_a_moved_reference_comes_back_at_another_layout(run, tmp_path):
     flags = ["--lr", "1e-3", "--kl-loss-coef", "0.1", "--reference-update-interval", "4", "--moves"]
     saved = str(tmp_path / "saved")

@@ -329,7 +329,7 @@ MUTATIONS = [
         "trainer/reference.py",
         "places[part.data.data_ptr()].view(part.data.shape)",
         "part.data.detach().clone()",
-        (REFERENCE, "resumed and moved and one and False"),
+        (REFERENCE, "resumed and moved and one"),
     ),
     Mutation(
         "reference: the KL term is not aggregated as the loss",
