@@ -51,8 +51,8 @@ def places_sampled(sample: TrainingSample) -> list[int]:
     return places
 
 
-def distributions(model: torch.nn.Module, sample: TrainingSample) -> list[dict[int, Tensor]]:
-    """Log-probs with gradient, by the tokens that the sampler could choose from, of each sampled token."""
+def distributions(model: torch.nn.Module, sample: TrainingSample) -> list[tuple[list[int], Tensor]]:
+    """The tokens that the sampler could choose from and their log-probs with gradient, per sampled token."""
     tokens = torch.from_numpy(sample.token_ids).long()
     logits = model(tokens[None]).logits[0].double() / sample.temperature
     found, used = [], 0
@@ -63,7 +63,7 @@ def distributions(model: torch.nn.Module, sample: TrainingSample) -> list[dict[i
             ids = sample.supports.token_ids[used : used + sample.supports.counts[n]].tolist()
             used += len(ids)
         chosen = logits[place - 1, ids]
-        found.append(dict(zip(ids, chosen - chosen.exp().sum().log(), strict=True)))
+        found.append((ids, chosen - chosen.exp().sum().log()))
     return found
 
 
@@ -71,16 +71,19 @@ def log_probs(model: torch.nn.Module, sample: TrainingSample) -> list[Tensor]:
     """Of the sampled tokens, with gradient."""
     places = places_sampled(sample)
     by_token = distributions(model, sample)
-    return [of[int(sample.token_ids[place])] for of, place in zip(by_token, places, strict=True)]
+    return [
+        values[ids.index(int(sample.token_ids[place]))]
+        for (ids, values), place in zip(by_token, places, strict=True)
+    ]
 
 
 def mean_entropy(model: torch.nn.Module, samples: list[TrainingSample]) -> float:
     """Per sampled token, in nats."""
     with torch.no_grad():
         entropies = [
-            -sum(math.exp(p) * p for p in map(float, of.values()))
+            -sum(math.exp(p) * p for p in values.tolist())
             for sample in samples
-            for of in distributions(model, sample)
+            for _, values in distributions(model, sample)
         ]
     return sum(entropies) / len(entropies)
 
