@@ -98,7 +98,7 @@ def test_the_terms_differ(naive):
     assert norms.pop("kl k1 inf token-mean") == pytest.approx(norms["kl k2 inf token-mean"], rel=1e-6)
     assert norms.pop("kl k1 1.05 token-mean") == pytest.approx(norms["kl k2 1.05 token-mean"], rel=1e-6)
     ordered = sorted(norms.values())
-    assert min(np.diff(ordered)) > 1e-4 * ordered[-1]
+    assert min(np.diff(ordered) / ordered[:-1]) > 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,10 +113,13 @@ def test_metrics_are_means_per_token(naive, result_of, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_that_samples_carry_are_those_in_place(result_of, layout):
-    """float32 either way."""
+    """But for their rounding: samples carry float32, log-probs above -8 lose up to 2^-22 each."""
     for result in result_of(layout):
         in_place, carried = result["in place and carried"]
-        np.testing.assert_array_equal(in_place, carried)
+        rest = [0, 1, 3, 4]  # loss, gradient norm, sums of x^2 and k3
+        np.testing.assert_allclose(carried[rest], in_place[rest], rtol=1e-6)
+        assert result["reference"].min() > -8.0
+        assert abs(carried[2] - in_place[2]) < 2**-22 * len(result["reference"])
 
 
 LAYOUTS_TO_MOVE = ["one rank", "tp2 pp2 ep2", "dp2, overlap", "pp2 vpp2 cp2, recompute, overlap"]
@@ -164,13 +167,13 @@ def test_resumed_equals_uninterrupted(run, tmp_path, layout, kept, background):
 
 
 @pytest.mark.slow
-def test_a_moved_reference_comes_back_at_another_layout(run, tmp_path):
+@pytest.mark.parametrize(("before", "after"), [("tp2 pp2 ep2", "ep2"), ("pp2 vpp2", "one rank")])
+def test_a_moved_reference_comes_back_at_another_layout(run, tmp_path, before, after):
     flags = ["--lr", "1e-3", "--kl-loss-coef", "0.1", "--reference-update-interval", "4", "--moves"]
     saved = str(tmp_path / "saved")
-    whole = run("tp2 pp2 ep2", *flags, "--last-step", "8", "--save", saved, "--save-after", "6")[0]
-    for layout in ("one rank", "cp2"):
-        for actual in run(layout, *flags, "--last-step", "8", "--load", saved):
-            difference = np.abs(actual["reference 6"] - whole["reference 6"]).max()
-            print(f"{layout}: reference {difference:.1e}")
-            assert difference < 1e-4
-            assert np.abs(whole["reference 6"] - whole["policy 6"]).max() > 0.01
+    whole = run(before, *flags, "--last-step", "8", "--save", saved, "--save-after", "6")[0]
+    assert np.abs(whole["reference 6"] - whole["policy 6"]).max() > 0.01
+    for actual in run(after, *flags, "--last-step", "8", "--load", saved):
+        difference = np.abs(actual["reference 6"] - whole["reference 6"]).max()
+        print(f"{before} to {after}: reference {difference:.1e}")
+        assert difference < 1e-4

@@ -31,7 +31,7 @@ def pack_bytes(settings: TrainSettings, layers: int) -> float:
     if settings.loss.ratio_denominator != "rollout":
         pack.old_log_probs_T = torch.zeros(MEASURED_TOKENS, dtype=torch.float64)
     if settings.loss.uses_reference:
-        pack.reference_log_probs_T = torch.zeros(MEASURED_TOKENS)
+        pack.reference_log_probs_T = torch.zeros(MEASURED_TOKENS, dtype=torch.float64)
     if settings.rollout.routing_replay == "R2":
         shape = layers, MEASURED_TOKENS // router_slices(settings), settings.trainer.moe_router_topk
         pack.old_routes[0] = torch.zeros(shape, dtype=torch.uint8)
