@@ -23,11 +23,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive
 algorithm=(
     --policy-loss vespo
     --ratio-denominator rollout
-    --train-iters 44
+    --train-iters 32
     --steps-per-rollout 4
     --rollout-batch-size 32
     --group-size 4
-    --lr 3e-5
+    --lr 5e-5
     --clip-grad 1.0
 )
 responses=(
