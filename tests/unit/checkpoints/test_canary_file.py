@@ -86,7 +86,7 @@ def test_a_rank_copies_the_canaries_it_is_given():
     received = pickle.loads(packed, buffers=store)
     stored = [np.frombuffer(buffer, np.uint8) for buffer in store]
     worker = object.__new__(TrainerWorker)
-    worker._settings = flat_settings(ratio_denominator="rollout")
+    worker._settings = flat_settings(ratio_denominator="rollout", uses_reference=False)
     worker._args = worker._settings.values
     worker._spans, worker._memory = Spans(), SimpleNamespace(onload=lambda: None)
     worker.prepare(received)

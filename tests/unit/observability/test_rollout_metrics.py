@@ -143,6 +143,7 @@ def step(**changes) -> dict:
         "grad_norm": 3.0,
         "ratio_sums": TokenSums(10.0, 101.0, 5.0),
         "log_mismatch_sums": TokenSums(-20.0, 4.0, 1.0),
+        "reference_sums": TokenSums(np.nan, np.nan, np.nan),
         "gradient_norms": gradient(router=1.0, experts=2.0, norms=2.0, last_third=2.5),
         "entropy": 2.0,
         "learning_rate": 1e-4,
@@ -321,3 +322,19 @@ def test_staleness_is_that_of_the_oldest_token_at_its_own_optimizer_step():
         staleness_metrics(groups, first_step=6, mini_batches=2, max_staleness=2)
     with pytest.raises(RuntimeError, match="-1 to"):
         staleness_metrics(groups, first_step=4, mini_batches=2, max_staleness=3)
+
+
+def test_reference_metrics_are_means_over_the_tokens_of_all_steps():
+    """The sums are of log ref - log pi."""
+    steps = [
+        STEPS[0] | {"reference_sums": TokenSums(-30.0, 9.0, 4.0), "kl_loss": 0.25},
+        STEPS[1] | {"reference_sums": TokenSums(-10.0, 9.0, 2.0), "kl_loss": 0.75},
+    ]
+    num_tokens = sum(step["num_tokens"] for step in steps)
+    metrics = step_metrics(steps, np.ones(4, np.float32), np.full(4, 10))
+    assert {name: value for name, value in metrics.items() if name.startswith("reference/")} == {
+        "reference/kl_k1": 40.0 / num_tokens,
+        "reference/kl_k3": 6.0 / num_tokens,
+        "reference/kl_loss": 0.5,
+    }
+    assert not any(name.startswith("reference/") for name in step_metrics(STEPS, np.ones(4), np.full(4, 10)))
