@@ -46,6 +46,6 @@ exec .venv/bin/megatron-vespo train \
     --save-interval 1000 \
     --eval-interval 4 \
     --eval-temperature 0 \
-    --max-logprob-difference 1e-3 \
+    --max-logprob-difference 1e-4 \
     --setup-seconds "$SECONDS" \
     "${algorithm[@]}" "${responses[@]}" "$@"
