@@ -24,6 +24,7 @@ algorithm=(
     --policy-loss vespo
     --ratio-denominator rollout
     --train-iters 32
+    --seed 1
     --steps-per-rollout 4
     --rollout-batch-size 32
     --group-size 4
