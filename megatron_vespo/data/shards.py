@@ -25,8 +25,13 @@ from megatron_vespo.types import (
     VersionSpans,
 )
 
-# fields of a sample that travel joined, with their dtype; a sample may lack the last one
-COLUMNS = {"token_ids": TOKEN_ID, "behavior_log_probs": np.float32, "token_advantages": np.float32}
+# fields of a sample that travel joined, with their dtype; a sample may lack the last two
+COLUMNS = {
+    "token_ids": TOKEN_ID,
+    "behavior_log_probs": np.float32,
+    "token_advantages": np.float32,
+    "reference_log_probs": np.float32,
+}
 EMPTY = {name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}
 NO_SUPPORTS = TokenSupports.joined([])
 

@@ -148,7 +148,7 @@ def test_a_run_compares_every_sync_with_an_export(tmp_path, layout, way):
     command = train_command(
         model, write_questions(tmp_path / "q.jsonl"), tmp_path / "out", "--rollout-quantization", "fp8",
         "--weight-check-interval", "1", "--weight-sync", way, *more, *layout.split(),
-        "--reward-function", "tests.support.run_rewards.first_letters",
+        "--reward-function", "tests.support.run_rewards:first_letters",
     )  # fmt: skip
     said = finished(command, tmp_path / "run.log", 400)
     assert "--rollout-quantization fp8 quantises whole tensors" in said

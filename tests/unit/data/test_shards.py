@@ -130,7 +130,8 @@ def test_every_field_of_a_sample_arrives():
     batch[0].supports = make_supports(*[[1, 2, 3]] * batch[0].num_trained)
     batch[2].supports = make_supports(*[[4]] * (batch[2].num_trained - 1), [4, 5])
     batch[1] = with_hole(dataclasses.replace(batch[1], prompt_length=2))
-    batch[1].token_advantages = np.float32([0.25, -1.0, 0.5, 0.0])  # the other sample has none
+    batch[1].token_advantages = np.float32([0.25, -1.0, 0.5, 0.0])  # the others have none
+    batch[1].reference_log_probs = np.float32([-0.5, -1.0, -2.0, -4.0])
     assert batch[1].num_trained < batch[1].completion_length
     arrived = received(Shard.of(batch, [2, 1, 0]))
     assert sorted(arrived) == [0, 1, 2]
