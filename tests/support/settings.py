@@ -30,7 +30,9 @@ class flat_settings:  # noqa: N801: used like a function
         self.values = SimpleNamespace(**values)
         for name in CONCERNS:
             setattr(self, name, self.values)
-        self.distillation = SimpleNamespace(teachers=(), **values)
+        self.distillation = SimpleNamespace(
+            teachers=(), num_engines=0, engine_size=lambda of_rollout: of_rollout, **values
+        )
         self.code_rewards = SimpleNamespace(function=lambda: None)
         self.eval = SimpleNamespace(**{name.removeprefix("eval_"): value for name, value in values.items()})
 

@@ -14,7 +14,7 @@ from megatron_vespo.checkpoints.prompt_record import PromptRecord, digest, read_
 from megatron_vespo.checkpoints.run_folder import resumed_save
 from megatron_vespo.driver import services
 from megatron_vespo.driver.services import Task, load_task
-from megatron_vespo.types import Prompt
+from megatron_vespo.types import Prompt, SamplingParams
 from tests.support.builders import make_prompt
 from tests.support.letter_tokenizer import letters
 from tests.support.saved_steps import complete
@@ -111,8 +111,9 @@ class Run:
             chat_template_arguments={}, max_prompt_tokens=64, overlong_prompts="skip", vocab_size=128, seed=1,
             eval_prompt_key=None, eval_answer_key=None, eval_answer_pattern=None, eval_prompts=9,
             reward_function="math", generate_function=None, environment=None, rollout_temperature=1.0,
-            max_completion_tokens=8, train_from=None, rollout_only=False, ckpt_step=None,
-            load=str(self.folder / "saved"),
+            max_completion_tokens=8, sglang_flags=(),
+            sampling=lambda stops, flags: SamplingParams(1.0, 8, stops), train_from=None, rollout_only=False,
+            ckpt_step=None, load=str(self.folder / "saved"),
         )  # fmt: skip
         return load_task(flat_settings(**vars(args.values) | changed))
 

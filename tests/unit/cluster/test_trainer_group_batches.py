@@ -64,8 +64,8 @@ def test_each_rank_gets_its_samples_and_a_few_numbers_of_the_others(group, store
     for worker, data_rank in zip(group._workers, DATA_RANKS, strict=True):
         *takes, prepare = worker.calls
         for index, (call, batch) in enumerate(zip(takes, batches, strict=True)):
-            method, number, outline, shard = call
-            assert (method, number) == ("take", index)
+            method, number, outline, shard, replay = call
+            assert (method, number, replay) == ("take", index, True)
             cut = MiniBatchOutline.of(batch, RULE).cut
             assert outline.cut == cut and len(outline.samples) == len(batch)
             expected = {i: batch[i] for i in cut.of_rank(data_rank)}
@@ -76,7 +76,8 @@ def test_each_rank_gets_its_samples_and_a_few_numbers_of_the_others(group, store
         assert prepare[0] == "prepare" and [sample.advantage for sample in prepare[1]] == [2.0] * 8
     for first, second in ((0, 1), (2, 3)):
         for one, other in zip(group._workers[first].calls, group._workers[second].calls, strict=True):
-            assert one[-1] is other[-1], "tensor-parallel ranks share the object"
+            of_samples = 3 if one[0] == "take" else -1
+            assert one[of_samples] is other[of_samples], "tensor-parallel ranks share the object"
 
 
 def test_bytes_for_a_rank_shrink_with_the_number_of_data_parallel_ranks(group, stored):

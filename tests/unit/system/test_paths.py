@@ -68,7 +68,7 @@ def test_as_argparse_says_it(capsys):
 def test_every_path_flag_of_training_is_expanded():
     actions = add_vespo_arguments(argparse.ArgumentParser())._actions
     paths = {action.option_strings[0] for action in actions if action.type is user_path}
-    of_data = {"--hf-checkpoint", "--prompt-data", "--eval-data"}
+    of_data = {"--hf-checkpoint", "--prompt-data", "--eval-data", "--reference-checkpoint"}
     of_runs = {"--output-dir", "--save-rollouts", "--train-from", "--weight-sync-folder"}
     assert paths == of_data | of_runs
     assert not [action.option_strings for action in actions if action.type is Path]
