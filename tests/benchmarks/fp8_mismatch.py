@@ -27,7 +27,7 @@ COLUMNS = {
 RUN = (
     "--bf16 --trainer-ranks 1 --pipeline-model-parallel-size 1 --max-completion-tokens 64 --lr 1e-6 "
     "--rollout-batch-size 8 --group-size 8 --mismatch-correction tis "
-    "--reward-function tests.support.run_rewards.first_letters"
+    "--reward-function tests.support.run_rewards:first_letters"
 )
 QUANTIZATION = {"bf16": "", "FP8": "--rollout-quantization fp8"}
 REPLAY = {"none": "", "R3": "--routing-replay R3"}

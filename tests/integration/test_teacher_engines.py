@@ -21,7 +21,9 @@ from tests.support.servers import VOCAB_SIZE, make_tiny_model
 pytestmark = pytest.mark.timeout(900)
 
 FLAGS = "--train-iters 4 --steps-per-rollout 2 --lr 1e-3 --no-hf-export "
-FLAGS += "--reward-function tests.support.run_rewards:first_letters --distillation-coefficient 0.5 "
+FLAGS += "--reward-function tests.support.run_rewards:first_letters "
+WITHOUT_TEACHER = FLAGS
+FLAGS += "--distillation-coefficient 0.5 "
 OF_THE_CLOCK = ("engines/", "time", "train/tokens_per_second", "rollout/tokens_per_second", "sync/")
 
 
@@ -129,7 +131,8 @@ def test_its_records_give_the_same_numbers_without_engines(recorded, tiny_model,
 
 @pytest.mark.slow
 def test_records_without_scores_are_refused_by_one_line(tiny_model, teacher, questions, tmp_path):
-    command = train_command(tiny_model, questions, tmp_path / "out", *FLAGS.split(), "--rollout-only")
+    flags = [*WITHOUT_TEACHER.split(), "--rollout-only"]
+    command = train_command(tiny_model, questions, tmp_path / "out", *flags)
     finished([*command, "--save-rollouts", str(tmp_path / "rollouts")], tmp_path / "log")
     command = train_command(tiny_model, questions, tmp_path / "again", *FLAGS.split())
     more = ["--teacher-checkpoint", str(teacher), "--train-from", str(tmp_path / "rollouts")]
