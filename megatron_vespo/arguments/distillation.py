@@ -13,9 +13,7 @@ from typing import Any, Self
 from megatron_vespo.system.http import is_http_url
 from megatron_vespo.system.paths import path_word
 from megatron_vespo.system.settings import Settings
-
-# flags that leave out tokens where responses are drawn -> the value that leaves out none
-TRUNCATION = {"--rollout-top-p": 1.0, "--rollout-top-k": -1, "--rollout-min-p": 0.0}
+from megatron_vespo.types import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,12 @@ def check_distillation(args: Namespace) -> None:
             f"--rollout-temperature {args.rollout_temperature:g} with a teacher: SGLang scores given "
             "tokens at temperature 1, so the responses must be drawn at 1 too: leave it out"
         )
-    for flag, whole in TRUNCATION.items():
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if value != whole:
+    for name in ("top_p", "top_k", "min_p"):
+        value = getattr(args, f"rollout_{name}")
+        if value != getattr(SamplingParams, name):  # the default leaves out no token
             raise ValueError(
-                f"{flag} {value:g} with a teacher: its log-probs are of the whole vocabulary, those of the "
-                "responses would not be: leave it out"
+                f"--rollout-{name.replace('_', '-')} {value:g} with a teacher: its log-probs are of the whole "
+                "vocabulary, those of the responses would not be: leave it out"
             )
     if args.dynamic_sampling and args.reward_coefficient == 0:
         raise ValueError(

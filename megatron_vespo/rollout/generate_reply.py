@@ -124,15 +124,9 @@ def parse_generate_reply(
         raise GenerateReplyError(
             f"{where}: {len(token_ids)} output ids do not match {-(-len(scored) // 3)} scored tokens"
         )
-    log_probs = scored[0::3]
-    if supports is not None:
-        log_probs = _truncated(meta, supports, token_ids, where)
-    routed_experts = None
-    # After a retraction SGLang keeps tokens and log-probs, but returns the routes of the recomputation.
-    if routes is not None and meta.num_retractions == 0:
-        num_entering = len(prompt.token_ids) + len(token_ids) - 1  # the last token is never fed back
-        shape = num_entering - routes_start, routes.num_layers, routes.topk
-        routed_experts = _routed_experts(meta.routed_experts, shape, where)
+    log_probs = scored[0::3] if supports is None else _truncated(meta, supports, token_ids, where)
+    num_entering = len(prompt.token_ids) + len(token_ids) - 1 - routes_start  # the last one is never fed back
+    routed_experts = None if routes is None else _routes_of_sampling(meta, routes, num_entering, where)
     return Completion(
         prompt=prompt,
         token_ids=_token_ids(token_ids, where),
@@ -232,6 +226,13 @@ def _policy_versions(spans: list[_Span], length: int, where: str) -> VersionSpan
             raise GenerateReplyError(f"{where}: weight version {span.version!r} is not one of ours, a number")
         parts.append(VersionSpans.single(int(span.version), span.end - span.start))
     return VersionSpans.joined(parts)
+
+
+def _routes_of_sampling(meta: _Meta, routes: RouteShape, num_tokens: int, where: str) -> np.ndarray | None:
+    """The routes of `num_tokens`; None after a retraction, when SGLang returns those of the recomputation."""
+    if meta.num_retractions:
+        return None
+    return _routed_experts(meta.routed_experts, (num_tokens, routes.num_layers, routes.topk), where)
 
 
 def _routed_experts(encoded: msgspec.Raw, shape: tuple[int, int, int], where: str) -> np.ndarray:
