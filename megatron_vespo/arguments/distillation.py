@@ -115,8 +115,8 @@ def check_distillation(args: Namespace) -> None:
         value = getattr(args, f"rollout_{name}")
         if value != getattr(SamplingParams, name):  # the default leaves out no token
             raise ValueError(
-                f"--rollout-{name.replace('_', '-')} {value:g} with a teacher: its log-probs are of the whole "
-                "vocabulary, those of the responses would not be: leave it out"
+                f"--rollout-{name.replace('_', '-')} {value:g} with a teacher: its log-probs are of the "
+                "whole vocabulary, those of the responses would not be: leave it out"
             )
     if args.dynamic_sampling and args.reward_coefficient == 0:
         raise ValueError(

@@ -446,8 +446,8 @@ MUTATIONS = [
     Mutation(
         "masks: mu stays that of the whole vocabulary",
         "rollout/generate_reply.py",
-        "log_probs = _truncated(meta, supports, token_ids, where)",
-        "_truncated(meta, supports, token_ids, where)",
+        "log_probs = scored[0::3] if supports is None else",
+        "log_probs = scored[0::3] if True else",
         ("tests/unit/rollout/test_sampling_mask.py", "truncated_distribution"),
     ),
     Mutation(
