@@ -14,7 +14,7 @@ from megatron_vespo.checkpoints.block_fp8 import quantisation_config
 DTYPE = "bfloat16"
 _CONFIG, _LOADING = "--json-model-override-args", "--load-format"
 # SGLang's flags that would build or load other layers
-FP8_FLAGS = (_CONFIG, _LOADING, "--quantization", "--torchao-config", "--model-impl")
+FP8_FLAGS = (_CONFIG, _LOADING, "--quantization", "--model-impl")
 
 
 def fp8_arguments(hf_tensors: Mapping[str, Any]) -> list[str]:

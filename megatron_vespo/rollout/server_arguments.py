@@ -51,7 +51,6 @@ LAYOUT_FLAGS = {
     "--ep-num-redundant-experts",
     "--init-expert-location",
     "--moe-runner-backend",
-    "--torchao-config",
     "--speculative-algorithm",
     "--cpu-offload-gb",
     "--offload-group-size",

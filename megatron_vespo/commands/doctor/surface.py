@@ -82,12 +82,21 @@ def missing_in_sglang() -> list[str]:
     import importlib
 
     from megatron_vespo.rollout.fp8_engines import FP8_FLAGS
-    from megatron_vespo.rollout.server_arguments import OWNED, known_flags, server_arguments
+    from megatron_vespo.rollout.server_arguments import (
+        EXPERT_FLAGS,
+        GRAPH_FLAGS,
+        LAYOUT_FLAGS,
+        OWNED,
+        SIZE_FLAGS,
+        known_flags,
+        server_arguments,
+    )
 
     paths = {getattr(route, "path", None) for route in importlib.import_module(HTTP_SERVER).app.routes}
     options = {"device": "cpu", "dtype": "float32", "routes": True, "seed": 0, "longest_step_s": 1.0}
     ours = server_arguments([], prefix_cache=False, supports=True, **options)
-    flags = OWNED | set(FP8_FLAGS) | {part for part in ours if part.startswith("--")}
+    named = {*OWNED, *LAYOUT_FLAGS, *FP8_FLAGS, *GRAPH_FLAGS, *SIZE_FLAGS, *EXPERT_FLAGS}
+    flags = named | {part for part in ours if part.startswith("--")}
     return [f"endpoint {path}" for path in ROUTES if path not in paths] + [
         f"flag {flag}" for flag in sorted(flags - known_flags().keys())
     ]
