@@ -15,7 +15,7 @@ from megatron_vespo.commands.doctor import gpus, machine, packages, patches, pro
 from megatron_vespo.commands.doctor.finding import Check, Finding, run_checks
 from megatron_vespo.commands.doctor.import_check import problem
 from megatron_vespo.commands.doctor.own_source import uses_in
-from megatron_vespo.commands.doctor.surface import ROUTES
+from megatron_vespo.commands.doctor.surface import ROUTES, missing_flags
 from megatron_vespo.commands.doctor.table import as_text, lines_of
 from megatron_vespo.commands.doctor.versions import TESTED
 from megatron_vespo.system.patches import read_check
@@ -84,6 +84,10 @@ def test_every_endpoint_that_is_called_is_looked_for():
                     values = [a.value for a in ast.walk(node) if isinstance(a, ast.Constant)]
                     called |= {v for v in values if isinstance(v, str) and v.startswith("/") and len(v) > 1}
     assert {path for path in called if not path.startswith("/proc")} == set(ROUTES)
+
+
+def test_sglang_has_every_flag_that_the_code_names():
+    assert missing_flags() == []
 
 
 def test_tested_versions_are_those_that_are_installed_by_setup():

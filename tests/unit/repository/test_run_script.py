@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-STUB = '#!/bin/bash\necho "$*" >>given\n[[ -z ${FAIL:-} || "$*" != *"$FAIL"* ]]\n'
+STUB = '#!/bin/bash\necho "$*" >>given\nif [[ -n $FAIL && "$*" == *"$FAIL"* ]]; then exit $CODE; fi\n'
 FORMAT_CHECKS = ["-m ruff check", "-m ruff format --check"]
 TYPE_CHECK = "-m pyright"
 
@@ -27,10 +27,10 @@ def run(tmp_path):
     (tmp_path / "patches/cpu").mkdir(parents=True)
     (tmp_path / "patches/cpu/setup_env.sh").write_text("")
 
-    def call(*words: str, fail: str = "") -> tuple[int, list[str]]:
+    def call(*words: str, fail: str = "", code: int = 1) -> tuple[int, list[str]]:
         done = subprocess.run(
-            ["bash", *words], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "FAIL": fail}, timeout=60,
-            stdout=subprocess.DEVNULL,
+            ["bash", *words], cwd=tmp_path, timeout=60, stdout=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "FAIL": fail, "CODE": str(code)},
         )  # fmt: skip
         return done.returncode, (tmp_path / "given").read_text().splitlines()
 
@@ -46,8 +46,9 @@ def checked(code: int, given: list[str]) -> list[str]:
 @pytest.mark.parametrize("words", [["tests/run.sh"], [".ci/run"]])
 def test_the_full_lane_has_the_checks(run, words):
     code, given = run(*words)
-    [tests] = checked(code, given)
-    assert "-m not slow" in tests and tests.endswith("tests/unit tests/golden")
+    unit, others = checked(code, given)
+    assert "-m not slow" in unit and unit.endswith("--numprocesses 2 --dist loadfile tests/unit")
+    assert "-m not slow" in others and others.endswith(" tests/golden")
 
 
 def test_the_fast_lane_has_the_short_unit_tests(run):
@@ -61,7 +62,16 @@ def test_paths_are_pytests_alone(run):
     assert code == 0 and given.endswith("-k phi tests/unit")
 
 
-@pytest.mark.parametrize("stage", ["ruff check", "ruff format", "pyright", "pytest"])
+def test_a_folder_in_which_arguments_choose_no_test(run):
+    assert run("tests/run.sh", "-k", "phi", fail="tests/golden", code=5)[0] == 0
+    assert run("tests/run.sh", "-k", "phi", fail="tests/golden", code=1)[0] == 1
+    assert run("tests/run.sh", fail="tests/golden", code=5)[0] == 5
+    assert run("tests/run.sh", "tests/golden", "-k", "phi", fail="tests/golden", code=5)[0] == 5
+
+
+@pytest.mark.parametrize(
+    "stage", ["ruff check", "ruff format", "pyright", "loadfile tests/unit", "tests/golden"]
+)
 def test_a_failed_stage_fails_ci(run, stage):
     code, given = run(".ci/run", fail=stage)
     assert code != 0 and any(stage in line for line in given)
