@@ -36,6 +36,20 @@ def test_a_killed_run_goes_on_exactly(tiny_model, tmp_path, more: list[str]):
     check(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_beside_the_engines_with_routes_and_masks(tiny_model, tmp_path, sglang_plugin, replay: str):
+    """The reference has its weights where the policy's are, and its log-probs have routes and masks too."""
+    sglang_plugin("lost_memory")
+    flags = f"--colocate --rollout-engines 2 --routing-replay {replay} --rollout-top-p 0.9".split()
+    finished(command(tiny_model, tmp_path / "run", *KL, *MOVING, *flags), tmp_path / "run.log")
+    points = curve(tmp_path / "run")
+    check(points)
+    sizes = metric(points, "rollout/support_size_mean")
+    assert 1 < min(sizes.values()) and max(sizes.values()) < 128
+
+
 def check(points: list[dict]) -> None:
     k3, loss = metric(points, "reference/kl_k3"), metric(points, "reference/kl_loss")
     penalties = metric(points, "reference/penalty_mean")
