@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import numpy as np
 from megatron_vespo.observability.metrics import batch_records, read_metrics
 from megatron_vespo.observability.report import BLUE, GREEN, ORANGE, STYLE
 
-WAYS = {"rl": ("RL alone", ORANGE), "distillation": ("the teacher alone", BLUE), "mixture": ("both", GREEN)}
-SAMPLES_PER_STEP = 32  # 8 prompts x 8 completions, two optimizer steps
+WAYS = {"distillation": ("the teacher alone", BLUE), "mixture": ("both", GREEN), "rl": ("RL alone", ORANGE)}
+SAMPLES_PER_STEP = 8  # 4 prompts x 4 completions, two optimizer steps
 NEAR = 0.02  # of the teacher's accuracy
 
 
@@ -45,35 +46,45 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def table(teacher: float, runs: dict[str, Run]) -> str:
-    names = " | ".join(WAYS[way][0] for way in runs)
-    lines = [f"| student | {names} |", "|---" * (len(runs) + 1) + "|"]
-    rows = {
-        "held-out accuracy before, %": [f"{100 * run.accuracy[0]:.1f}" for run in runs.values()],
-        f"after {list(runs.values())[0].samples[-1]:,} samples, %": [
-            f"{100 * run.accuracy[-1]:.1f}" for run in runs.values()
-        ],
-        f"samples until within {100 * NEAR:.0f} points of the teacher's": [
-            "not reached" if (found := run.samples_until(teacher - NEAR)) is None else f"{found:,}"
-            for run in runs.values()
-        ],
+def table(teacher: float, runs: dict[str, list[Run]]) -> str:
+    """A column per way; a cell has a value for each seed."""
+
+    def until(run: Run, accuracy: float) -> str:
+        found = run.samples_until(accuracy)
+        return "not reached" if found is None else f"{found:,}"
+
+    last = next(iter(runs.values()))[0].samples[-1]
+    rows: dict[str, Callable[[Run], str]] = {
+        "held-out accuracy before, %": lambda run: f"{100 * run.accuracy[0]:.1f}",
+        f"after {last // 4:,} samples, %": lambda run: f"{100 * run.accuracy[len(run.accuracy) // 4]:.1f}",
+        f"after {last:,} samples, %": lambda run: f"{100 * run.accuracy[-1]:.1f}",
+        "samples until 90%": lambda run: until(run, 0.9),
+        f"until within {100 * NEAR:.0f} points of the teacher": lambda run: until(run, teacher - NEAR),
     }
-    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
-    return "\n".join([f"teacher: {100 * teacher:.1f}% of the held-out prompts", "", *lines])
+    head = f"| student | {' | '.join(WAYS[way][0] for way in runs)} |"
+    lines = [
+        f"| {label} | {' | '.join(', '.join(cell(run) for run in seeds) for seeds in runs.values())} |"
+        for label, cell in rows.items()
+    ]
+    title = f"teacher: {100 * teacher:.1f}% of the held-out prompts"
+    return "\n".join([title, "", head, "|---" * (len(runs) + 1) + "|", *lines])
 
 
-def picture(teacher: float, runs: dict[str, Run], path: Path) -> None:
+def picture(teacher: float, runs: dict[str, list[Run]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
         left.axhline(100 * teacher, color="#222222", linestyle="--", linewidth=1.2, label="teacher")
-        for way, run in runs.items():
+        for way, seeds in runs.items():
             name, color = WAYS[way]
-            left.plot(run.samples, 100 * run.accuracy, color=color, marker="o", markersize=3, label=name)
-            if len(run.kl):
-                right.plot(run.kl_samples, run.kl, color=color, label=name)
+            for index, run in enumerate(seeds):
+                label = None if index else name  # once in the legend
+                style = {"color": color, "linestyle": "-" if index == 0 else ":", "label": label}
+                left.plot(run.samples, 100 * run.accuracy, marker="o", markersize=3, **style)
+                if len(run.kl):
+                    right.plot(run.kl_samples, run.kl, **style)
         left.set(title="Held-out accuracy of the student (%)", xlabel="samples", ylim=(0, 102))
         left.legend(loc="lower right")
         right.set(title="Reverse KL to the teacher (nats per token)", xlabel="samples")
@@ -89,7 +100,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of the runs")
     work = parser.parse_args().work
     teacher = json.loads((work / "teacher/summary.json").read_text())["eval_accuracy_after"]
-    runs = {way: read_run(work / way) for way in WAYS if (work / way / "summary.json").exists()}
+    found = {way: sorted(path.parent for path in work.glob(f"{way}-*/summary.json")) for way in WAYS}
+    runs = {way: [read_run(folder) for folder in folders] for way, folders in found.items() if folders}
     text = table(teacher, runs)
     (work / "table.md").write_text(text + "\n")
     picture(teacher, runs, work / "curves.png")

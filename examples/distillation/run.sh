@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A teacher that RL has made of the tiny example's model, and students with the start that the teacher had: by RL alone, from
-# the teacher alone, and from both; then a table and a picture. All of it lies in examples/distillation/work.
+# A teacher that RL has made of the tiny example's model, and students with a worse start: by RL alone, from the teacher alone,
+# and from both; then a table and a picture. All of it lies in examples/distillation/work.
 #
 #     bash examples/distillation/run.sh [flags of megatron-vespo train, for all runs]
 #
@@ -12,25 +12,27 @@ base=examples/tiny/work
 
 bash patches/cpu/setup_env.sh
 .venv/bin/python examples/tiny/make_base_model.py --output "$base"
+PYTHONPATH=examples/tiny .venv/bin/python examples/distillation/make_student.py --output "$work/start"
 
 train() {
     local output=$work/$1
     if [[ -e $output/summary.json ]]; then return; fi
     .venv/bin/megatron-vespo train \
         --output-dir "$output" \
-        --hf-checkpoint "$base/base" \
         --prompt-data "$base/train.jsonl" \
         --eval-data "$base/heldout.jsonl" \
-        --steps-per-rollout 2 --rollout-batch-size 8 --group-size 8 \
+        --steps-per-rollout 2 \
         --lr 5e-5 --clip-grad 1.0 --eval-prompts 256 \
         --max-prompt-tokens 32 --max-completion-tokens 32 --max-tokens-per-gpu 4096 \
         "${@:2}"
 }
 
-train teacher --train-iters 80 --eval-interval 1000 "$@"
-student=(--train-iters 60 --eval-interval 2 --no-hf-export --seed 2)
+train teacher --hf-checkpoint "$base/base" --rollout-batch-size 8 --group-size 8 --train-iters 80 --eval-interval 1000 "$@"
+student=(--hf-checkpoint "$work/start/base" --rollout-batch-size 4 --group-size 4 --train-iters 128 --eval-interval 4 --no-hf-export)
 teacher=(--teacher-checkpoint "$work/teacher/hf")
-train distillation "${student[@]}" "${teacher[@]}" --reward-coefficient 0 "$@"
-train rl "${student[@]}" "$@"
-train mixture "${student[@]}" "${teacher[@]}" "$@"
+for seed in 1 2; do
+    train "distillation-$seed" "${student[@]}" --seed "$seed" "${teacher[@]}" --reward-coefficient 0 "$@"
+    train "rl-$seed" "${student[@]}" --seed "$seed" "$@"
+    train "mixture-$seed" "${student[@]}" --seed "$seed" "${teacher[@]}" "$@"
+done
 .venv/bin/python examples/distillation/compare.py "$work"

@@ -81,6 +81,14 @@ def missing_in_sglang() -> list[str]:
     """Endpoints and flags that we use and that this SGLang lacks."""
     import importlib
 
+    paths = {getattr(route, "path", None) for route in importlib.import_module(HTTP_SERVER).app.routes}
+    return [f"endpoint {path}" for path in ROUTES if path not in paths] + [
+        f"flag {flag}" for flag in missing_flags()
+    ]
+
+
+def missing_flags() -> list[str]:
+    """SGLang's flags that we pass, watch or refuse and that this SGLang lacks. Does not import SGLang."""
     from megatron_vespo.rollout.fp8_engines import FP8_FLAGS
     from megatron_vespo.rollout.server_arguments import (
         EXPERT_FLAGS,
@@ -92,11 +100,11 @@ def missing_in_sglang() -> list[str]:
         server_arguments,
     )
 
-    paths = {getattr(route, "path", None) for route in importlib.import_module(HTTP_SERVER).app.routes}
     options = {"device": "cpu", "dtype": "float32", "routes": True, "seed": 0, "longest_step_s": 1.0}
-    ours = server_arguments([], prefix_cache=False, supports=True, **options)
+    passed = {
+        part
+        for part in server_arguments([], prefix_cache=False, supports=True, **options)
+        if part.startswith("--")
+    }
     named = {*OWNED, *LAYOUT_FLAGS, *FP8_FLAGS, *GRAPH_FLAGS, *SIZE_FLAGS, *EXPERT_FLAGS}
-    flags = named | {part for part in ours if part.startswith("--")}
-    return [f"endpoint {path}" for path in ROUTES if path not in paths] + [
-        f"flag {flag}" for flag in sorted(flags - known_flags().keys())
-    ]
+    return sorted((passed | named) - known_flags().keys())
