@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
     write_steps(
         folder / "tools" / FOLDER_NAME, STEPS, groups=6, group_size=4, mean_length=90, with_experts=True
     )
+    write_steps(folder / "taught" / FOLDER_NAME, 1, turns=False, with_advantages=True)
     write_steps(folder / "no-old" / FOLDER_NAME, 1, turns=False, with_old=False)
     (folder / "earlier").mkdir()
     (folder / "earlier" / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "policy/version": 1.0}\n')
@@ -185,6 +186,25 @@ def test_colours_follow_the_ratio_and_the_chosen_part(page, server, runs):
             found = [one for one in classes if re.fullmatch(r"[pne]\d+", one)]
             near = abs(abs(float(expected)) / 0.05 * 10 % 1 - 0.5) < 1e-3  # rounds either way
             assert near or found == ([f"{letter}{level}"] if level else []), (mode, n, expected)
+
+
+def test_advantages_of_tokens_are_colours_and_numbers(page, server, runs):
+    record, index = record_of(runs, "taught", 1), 1
+    mine = record.advantages_per_token[sampled(record, index)]
+    assert mine.min() < 0 < mine.max()
+    show(page, server, "responses", run="taught", open=f"1.{index}", scale="2")
+    page.locator("input[name=color][value=advantage]").check()
+    page.get_by_text("pushed down").wait_for()
+    for n in (int(mine.argmin()), int(mine.argmax())):
+        token = page.locator(f"[data-t='{n}']")
+        token.click()
+        assert value(page.locator("[data-value=advantage]").inner_text()) == pytest.approx(mine[n], rel=2e-3)
+        [letter] = re.findall(r"\b([pn])\d+\b", token.get_attribute("class"))
+        assert letter == ("n" if mine[n] < 0 else "p")
+    show(page, server, "responses", run="tools", open="4.0")
+    missing = page.locator("input[name=color][value=advantage]")
+    missing.wait_for()
+    assert missing.is_disabled() and page.get_by_text("all tokens have the response's A").count() == 1
 
 
 def test_given_tokens_have_no_ratio(page, server, runs):

@@ -12,7 +12,10 @@ const MODES = {
   staleness: ["staleness: log(π/π_old)", "staleness_per_token", "what the optimizer steps since the rollout changed"],
   mismatch: ["engine mismatch: log(π_old/μ)", "mismatch_per_token", "what trainer and engine compute differently"],
   experts: ["experts that differ", "expert_differences", "experts of the engine that the trainer's router would not have chosen, over layers"],
+  advantage: ["A of the token", "advantages_per_token", "the reward's and the teacher's advantage of the token"],
 };
+const MISSING = { expert_differences: "no experts were replayed", advantages_per_token: "all tokens have the response's A" };
+
 const LIMITS = ["auto", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"];
 
 export async function renderResponse(place, step, index) {
@@ -108,7 +111,7 @@ function controls(detail, text, legend, context) {
   };
   const buttons = Object.entries(MODES).map(([mode, [label, field, hint]]) => {
     const missing = detail[field] === null;
-    const why = field === "expert_differences" ? "no experts were replayed" : "unknown: pi_old was not computed";
+    const why = MISSING[field] ?? "unknown: pi_old was not computed";
     return el("label", { class: missing ? "choice missing" : "choice", title: missing ? why : hint },
       el("input", { type: "radio", name: "color", value: mode, disabled: missing, checked: mode === chosen(), onchange: () => { context.setParams({ color: mode }); paint(); } }),
       label, missing ? el("span", { class: "quiet" }, ` (${why})`) : null);
@@ -125,7 +128,8 @@ function legendOf(mode, limit) {
     if (mode === "experts" && step < 0) continue;
     swatches.push(el("span", { class: step === 0 ? "" : mode === "experts" ? `e${step}` : step < 0 ? `n${-step}` : `p${step}` }, "\u00a0"));
   }
-  const ends = mode === "experts" ? ["0", `${number(limit, 3)} or more`] : [`${signed(-limit, 3)}: less likely now`, `${signed(limit, 3)}: more likely now`];
+  const [down, up] = mode === "advantage" ? ["pushed down", "pushed up"] : ["less likely now", "more likely now"];
+  const ends = mode === "experts" ? ["0", `${number(limit, 3)} or more`] : [`${signed(-limit, 3)}: ${down}`, `${signed(limit, 3)}: ${up}`];
   return [el("span", {}, ends[0]), el("span", { class: "swatches" }, swatches), el("span", {}, ends[1]), el("span", { class: "given-key" }, "given")];
 }
 
