@@ -178,8 +178,9 @@ def recorded_settings(settings: TrainSettings) -> dict[str, Any]:
     options = loss.bind().loss.options
     values = {"clip_range": ("low", "high"), "sapo_tau": ("tau_positive", "tau_negative")}
     filled = {name: [options[key] for key in keys] for name, keys in values.items() if keys[0] in options}
+    given = {name: str(one) if isinstance(one, Path) else one for name, one in asdict(loss).items()}  # JSON
     return (
-        asdict(loss)
+        given
         | filled
         | {
             "steps_per_rollout": settings.rollout.steps_per_rollout,

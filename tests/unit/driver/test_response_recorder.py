@@ -246,6 +246,16 @@ def test_settings_have_the_values_of_the_methods_authors(tmp_path):
     assert given["clip_range"] == [0.1, 0.3]
 
 
+def test_the_folder_of_a_reference_policy_is_recorded_too(tmp_path, told):
+    settings = run_settings(tmp_path, kl_loss_coef=0.1, reference_checkpoint=tmp_path / "reference")
+    recorder = make_recorder(settings, letters(None), None, told.append)
+    recorder(trained(1))
+    recorder.close()
+    assert told == []
+    recorded = read_step(record_path(tmp_path / "responses", 1)).settings
+    assert recorded["reference_checkpoint"] == str(tmp_path / "reference")
+
+
 def test_recorded_batches_take_the_checkpoints_tokenizer(tmp_path, told):
     settings = run_settings(tmp_path)
     without = make_recorder(settings, None, None, told.append)
