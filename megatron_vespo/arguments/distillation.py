@@ -123,6 +123,11 @@ def check_distillation(args: Namespace) -> None:
             "--dynamic-sampling chooses groups by their rewards, which --reward-coefficient 0 ignores: leave "
             "it out"
         )
+    if args.kl_coef is not None and args.reward_coefficient == 0:
+        raise ValueError(
+            f"--kl-coef {args.kl_coef:g} changes the rewards, which --reward-coefficient 0 ignores: use "
+            "--kl-loss-coef, or leave it out"
+        )
 
 
 def _refuse_without_teacher(args: Namespace) -> None:

@@ -95,6 +95,7 @@ BIG = "--teacher-checkpoint big"
         (f"--teacher-tp-size 0 {BIG}",),
         (f"--rollout-temperature 0.7 {BIG}", "temperature 1"),
         (f"--dynamic-sampling --reward-coefficient 0 {BIG}", "--reward-coefficient 0"),
+        (f"--kl-coef 0.1 --reward-coefficient 0 {BIG}", "--reward-coefficient 0", "--kl-loss-coef"),
         ("--teacher-engines 2", "--teacher-checkpoint"),
         ("--teacher-tp-size 2", "--teacher-checkpoint"),
         ("--teacher-key kind", "--teacher-checkpoint"),
