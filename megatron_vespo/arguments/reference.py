@@ -52,14 +52,16 @@ def check_reference(args: Namespace) -> None:
         raise ValueError(f"--kl-coef {args.kl_coef:g}: must be positive and finite")
     if args.kl_loss_coef is not None and not 0 <= args.kl_loss_coef < math.inf:
         raise ValueError(f"--kl-loss-coef {args.kl_loss_coef:g}: must be finite and not negative")
-    if args.unbiased_kl is not None:
-        if not args.kl_loss_coef:
+    if not args.kl_loss_coef:
+        given = [] if args.unbiased_kl is None else [f"--unbiased-kl {args.unbiased_kl:g}"]
+        given += [f"--kl-loss-type {args.kl_loss_type}"] * (args.kl_loss_type != LossSettings.kl_loss_type)
+        if given:
             raise ValueError(
-                f"--unbiased-kl {args.unbiased_kl:g} changes the term of --kl-loss-coef, which is off: give "
-                "--kl-loss-coef or leave it out"
+                f"{given[0]} changes the term of --kl-loss-coef, which is off: give --kl-loss-coef or leave "
+                "it out"
             )
-        if not args.unbiased_kl >= 1:
-            raise ValueError(f"--unbiased-kl {args.unbiased_kl:g}: a bound of ratios must be at least 1")
+    elif args.unbiased_kl is not None and not args.unbiased_kl >= 1:
+        raise ValueError(f"--unbiased-kl {args.unbiased_kl:g}: a bound of ratios must be at least 1")
     folder = args.reference_checkpoint
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--reference-checkpoint {folder}: no such folder")

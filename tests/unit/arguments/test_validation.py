@@ -212,6 +212,8 @@ DENOMINATOR = "--ratio-denominator"
         ("--unbiased-kl 2 --kl-coef 0.1", "--kl-loss-coef"),
         ("--unbiased-kl 2 --kl-loss-coef 0", "--kl-loss-coef"),
         ("--unbiased-kl 0.5 --kl-loss-coef 0.1", "at least 1"),
+        ("--kl-loss-type k2 --kl-coef 0.1", "--kl-loss-coef"),
+        ("--kl-loss-type k1 --kl-loss-coef 0", "--kl-loss-coef"),
         ("--sync-interval 4", "--max-staleness"),
         ("--sync-interval 3 --max-staleness 9", "divisor"),
         ("--max-staleness 7", "--steps-per-rollout 8 and --sync-interval 8", "7 optimizer"),
