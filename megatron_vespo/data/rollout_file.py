@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,13 @@ def check_record(
     path: Path, run: Mapping[str, Any], needs_routes: bool = False, needs_teacher: bool = False
 ) -> None:
     """ValueError if the record's run differs from `run` in a value, or lacks needed routes or scores."""
-    stored = json.loads(str(_load(path, "run")["run"]))
+    small = _load(path, "run", optional=["teacher_scored"])  # routes and log-probs may have gigabytes
+    stored = json.loads(str(small["run"]))
     recorded = {_OLD_NAMES.get(name, name): value for name, value in stored.items()}
     for name, value in run.items():
         if recorded.get(name) != value:
             raise ValueError(f"{path} was recorded with {name} {recorded.get(name)}, this run has {value}")
-    if needs_teacher and not _load(path).get("teacher_scored", np.zeros(1, bool)).all():
+    if needs_teacher and not small.get("teacher_scored", np.zeros(1, bool)).all():
         raise ValueError(f"{path} has no log-probs of a teacher: record with a teacher, or leave it out here")
     if not needs_routes:
         return
@@ -119,11 +120,12 @@ def check_record(
         )
 
 
-def _load(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Return the arrays with these names; without names, all."""
+def _load(path: Path, *names: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return the arrays with these names, the optional ones if they are there; without names, all."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in names or stored.files}
+            there = [name for name in optional if name in stored.files]
+            return {name: stored[name] for name in [*names, *there] or stored.files}
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; it must be a recorded rollout batch") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:

@@ -216,6 +216,18 @@ def test_scores_of_teachers_come_back(tmp_path):
     check_record(batch_path(tmp_path, 0), RUN, needs_teacher=True)
 
 
+def test_a_check_reads_no_large_array(path, monkeypatch):
+    """A run on many recorded batches checks all of them before it starts."""
+    read, get = [], np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(
+        np.lib.npyio.NpzFile, "__getitem__", lambda file, name: read.append(name) or get(file, name)
+    )
+    with pytest.raises(ValueError, match="has no log-probs of a teacher"):
+        check_record(path, RUN, needs_routes=True, needs_teacher=True)
+    check_record(path, RUN, needs_routes=True)
+    assert set(read) <= {"run", "routed", "num_retractions"}
+
+
 def test_who_needs_a_teacher_is_told_that_there_was_none(path):
     with pytest.raises(ValueError, match="has no log-probs of a teacher"):
         check_record(path, RUN, needs_teacher=True)
