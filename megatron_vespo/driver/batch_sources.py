@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.train_settings import TrainSettings
@@ -93,7 +94,24 @@ def _pending_groups(
             f"--load {settings.save.load}: {len(pending)} prompts were in flight when this asynchronous run "
             "was saved: continue with --max-staleness above 0"
         )
-    return pending
+    return [_for_teachers(group) for group in pending] if services.teachers is not None else pending
+
+
+def _for_teachers(pending: PendingGroup) -> PendingGroup:
+    """The group as a run with teachers continues it, which the run that was saved may not have had.
+
+    What no teacher has scored is not finished yet. What was drawn otherwise than teachers score, from a part
+    of the vocabulary or at another temperature, is drawn anew.
+    """
+
+    def continued(partial: Completion | None) -> Completion | None:
+        if partial is None or partial.teacher_log_probs is not None:
+            return partial
+        if partial.supports is not None or partial.temperature != 1.0:
+            return None
+        return replace(partial, reward=None)
+
+    return replace(pending, partials=[continued(partial) for partial in pending.partials])
 
 
 def _async_collector(
