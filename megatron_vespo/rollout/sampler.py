@@ -89,7 +89,7 @@ class Sampler:
         begun = known[index]
         if begun is not None and begun.finish_reason != "abort":
             return begun
-        if begun is not None and (begun.supports is not None) != sampling.with_supports:
+        if begun is not None and _is_of_other_sampling(begun, sampling):
             begun = None  # the run was resumed with another kind of sampling
 
         def keep(partial: Completion | None) -> None:
@@ -174,6 +174,12 @@ class Sampler:
     async def _run_check(self) -> None:
         if self._check is not None:
             await asyncio.to_thread(self._check)
+
+
+def _is_of_other_sampling(begun: Completion, sampling: SamplingParams) -> bool:
+    """Whether `begun` and its continuation could not be one completion, of one temperature."""
+    has_supports = begun.supports is not None
+    return has_supports != sampling.with_supports or begun.temperature != sampling.temperature
 
 
 def completion_seed(seed: int, prompt_id: int, index: int) -> int:

@@ -229,11 +229,13 @@ def test_a_beginning_of_another_kind_of_sampling_is_drawn_anew():
     plain = make_completion(PROMPT, 2, finish_reason="abort")
     masked = replace(plain, supports=TokenSupports(np.ones(2, np.int32), plain.token_ids))
     for begun, sampling, length in (
-        (plain, PLAIN, 5), (plain, SAMPLING, 3), (masked, PLAIN, 3), (masked, SAMPLING, 5)
+        (plain, PLAIN, 5), (plain, SAMPLING, 3), (masked, PLAIN, 3), (masked, SAMPLING, 5),
+        (replace(plain, temperature=0.7), PLAIN, 3), (replace(masked, temperature=0.7), SAMPLING, 3),
     ):  # fmt: skip
         completion = asyncio.run(continued(begun, sampling))
         assert len(completion.token_ids) == length, (sampling, length)
         assert (completion.supports is not None) == sampling.with_supports
+        assert completion.temperature == sampling.temperature
 
 
 def test_files_keep_supports_bit_by_bit_and_old_files_have_none():
