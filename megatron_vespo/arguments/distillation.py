@@ -97,7 +97,7 @@ def check_distillation(args: Namespace) -> None:
     if not teachers:
         _refuse_without_teacher(args)
         return
-    for teacher in teachers:
+    for teacher in () if args.train_from else teachers:  # recorded batches have the scores
         if teacher.checkpoint is not None and not (teacher.checkpoint / "config.json").is_file():
             raise ValueError(f"--teacher-checkpoint {teacher.checkpoint}: not an HF folder, no config.json")
     for name in ("distillation_coefficient", "reward_coefficient"):

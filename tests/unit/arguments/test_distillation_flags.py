@@ -43,6 +43,10 @@ def test_one_teacher_of_all_prompts(parse, folder):
     assert settings.engine_size(4) == 4
 
 
+def test_recorded_batches_need_no_teacher_on_this_machine(parse):
+    check_flags(parse("--teacher-checkpoint elsewhere --train-from recorded"))
+
+
 def test_teachers_by_source(parse, folder):
     args = parse(
         "--teacher-checkpoint math=big code=./code --teacher-url chat=http://host:80/ --teacher-tp-size 2 "
