@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -139,9 +140,11 @@ class TrainerGroup:
     def _hand_out(
         self, mini_batches: list[list[TrainingSample]], replay: bool = True
     ) -> list[MiniBatchOutline]:
-        """Give each rank its own samples; with `replay` they are packed with their routes."""
+        """Give each rank its own samples; with `replay` they have their routes, and are packed with them."""
         outlines = []
         for index, samples in enumerate(mini_batches):
+            if not replay:
+                samples = [replace(sample, routed_experts=None) for sample in samples]
             outline = MiniBatchOutline.of(samples, self._rule)
             outlines.append(outline)
             shards, num_bytes = [], 0

@@ -93,6 +93,15 @@ def test_bytes_for_a_rank_shrink_with_the_number_of_data_parallel_ranks(group, s
     assert max(outlines) < 100 * len(batches[0]) + 1000
 
 
+def test_samples_travel_to_the_reference_without_their_routes(group, stored):
+    """Those of recorded batches are in this process, and are most of a sample's bytes."""
+    batch = [make_sample(3, 20, routed_experts=np.zeros((22, 4, 8), np.uint8)) for _ in range(16)]
+    group.reference_log_probs([batch])
+    columns = sum(4 * sample.prompt_length + 8 * sample.completion_length for sample in batch)
+    assert sum(value.nbytes for value in stored if isinstance(value, Shard)) == columns
+    assert all(sample.routed_experts is not None for sample in batch)
+
+
 def test_a_batch_that_cannot_be_cut_reaches_no_rank(group):
     with pytest.raises(ValueError, match=r"^sample 1 \(group 0\) has 74 tokens, more than --max-tokens"):
         group.prepare([[make_sample(), make_sample(4, 70)]])
