@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_vespo.cluster.blocks import packed
 from megatron_vespo.system.wording import counted
 
 
@@ -45,4 +46,22 @@ def too_few_gpus(
             f"{have} hold{'s' * (nodes == 1)} {counted(most, 'engine')} of {counted(engine_size, 'GPU')}, "
             f"none across nodes: --rollout-engines {most}"
         )
-    return None
+    return no_room([engine_size] * engines + list(teacher_sizes), nodes, gpus_per_node)
+
+
+def no_room(sizes: Sequence[int], nodes: int, gpus_per_node: int) -> str | None:
+    """One line if engines of these sizes, of which any fits a node, do not fit `nodes` together."""
+    bundles = [{"GPU": size} for size in sizes]
+
+    def fit(number: int) -> bool:
+        return packed(bundles, [{"GPU": gpus_per_node}] * number) is not None
+
+    if fit(nodes):
+        return None
+    enough = next(number for number in range(nodes + 1, nodes + len(sizes) + 1) if fit(number))
+    gpus = ", ".join(map(str, sorted(sizes, reverse=True)))
+    return (
+        f"engines and teacher engines of {gpus} GPUs find no room on {counted(nodes, 'node')} x "
+        f"{gpus_per_node}, none across nodes: take {enough} nodes, or another --sglang-tp-size or "
+        "--teacher-tp-size"
+    )

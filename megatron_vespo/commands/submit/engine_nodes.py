@@ -80,6 +80,8 @@ def described_use(
 
     `teachers` are the GPUs of each teacher engine, which are on the engines' nodes too.
     """
+    from megatron_vespo.commands.plan.gpu_count import no_room
+
     ours, theirs, nodes = asked.gpus_per_node, gpus_per_node(asked), asked.engine_nodes or 0
     what = f"{counted(engines, 'engine')} of {counted(engine_size, 'GPU')}"
     if ranks > (there := asked.nodes * ours):
@@ -100,6 +102,13 @@ def described_use(
                 f"{what} need {used} GPUs, --engine-nodes {nodes} x --engine-gpus-per-node {theirs} = "
                 f"{of_engines}"
             )
+        if max(teachers) > theirs:
+            raise ValueError(
+                f"a teacher engine of {max(teachers)} GPUs does not fit a node of {theirs}: lower "
+                "--teacher-tp-size"
+            )
+        if wrong := no_room([engine_size] * engines + list(teachers), nodes, theirs):
+            raise ValueError(f"on the engines' nodes, {wrong}")
     return (
         f"checked: {counted(ranks, 'trainer rank')} use{'s' * (ranks == 1)} {ranks} of {there} GPUs, "
         f"{what} use{'s' * (engines == 1 and not teachers)} {used} of {of_engines} on nodes of their own"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_vespo.commands.plan.gpu_count import too_few_gpus
+from megatron_vespo.commands.submit.engine_nodes import described_use
 
 
 def can_be_placed(ranks: int, engines: int, size: int, nodes: int, per_node: int) -> bool:
@@ -45,6 +47,25 @@ def test_what_can_be_placed(size):
 )
 def test_what_would_be_right(run, message):
     assert too_few_gpus(*run) == message
+
+
+@pytest.mark.parametrize("colocate", [False, True])
+def test_engines_and_teachers_of_other_sizes_must_fit_the_nodes_together(colocate):
+    """Two of 6 GPUs leave 2 and 2, no place for one of 4. What fits does so in every number of GPUs."""
+    ranks = 12 if colocate else 0
+    wrong = too_few_gpus(ranks, 2, 6, 2, 8, colocate, [4])
+    assert wrong is not None and "6, 6, 4 GPUs" in wrong and "take 3 nodes" in wrong
+    assert too_few_gpus(ranks, 2, 6, 3, 8, colocate, [4]) is None
+    assert too_few_gpus(ranks, 2, 6, 2, 8, colocate, [2, 2]) is None
+
+
+def test_the_nodes_of_engines_have_room_for_teachers():
+    asked = SimpleNamespace(engine_nodes=2, engine_gpus_per_node=4, gpus_per_node=8, nodes=1)
+    assert "2 engines of 2 GPUs and 1 teacher engine" in described_use(asked, 8, 2, 2, [4])
+    with pytest.raises(ValueError, match="a teacher engine of 6 GPUs does not fit a node of 4"):
+        described_use(asked, 8, 1, 2, [6])
+    with pytest.raises(ValueError, match="teacher engines of 3, 3, 2 GPUs find no room"):
+        described_use(asked, 8, 2, 3, [2])
 
 
 def test_teachers_are_counted():
