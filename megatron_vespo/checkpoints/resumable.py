@@ -20,6 +20,9 @@ _SAID = (
     "mismatch_correction", "mismatch_bounds", "routing_replay", "pair_length_gap",
     "kl_coef", "kl_loss_coef", "kl_loss_type", "unbiased_kl", "reference_checkpoint",
     "reference_update_interval",
+    "rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_min_p", "rollout_quantization",
+    "teacher_checkpoint", "teacher_url", "distillation_coefficient", "distillation_clip",
+    "reward_coefficient",
 )  # fmt: skip
 # as version 0.1 stored them
 _OLD_NAMES = {"mini_batches": "steps_per_rollout", "num_completions": "group_size"}
@@ -82,6 +85,8 @@ def changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -42,6 +42,16 @@ def test_another_loss_is_said():
     ]
 
 
+def test_other_sampling_and_another_teacher_are_said():
+    before = SAVED | {"rollout_top_p": 1.0, "teacher_checkpoint": None, "reward_coefficient": 1.0}
+    now = flags(rollout_top_p=0.9, teacher_checkpoint=["a=big", "b=code"], reward_coefficient=0.0)
+    assert changes(before, now) == [
+        "--rollout-top-p 0.9 (the checkpoint had 1)",
+        "--teacher-checkpoint a=big b=code (the checkpoint had None)",
+        "--reward-coefficient 0 (the checkpoint had 1)",
+    ]
+
+
 def test_the_schedule_of_the_checkpoint_on_request():
     asked = flags(lr=1e-6, min_lr=1e-7, seed=2, use_checkpoint_opt_param_scheduler=True)
     assert changes(SAVED, asked) == ["--seed 2 (the checkpoint had 1)"]
