@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vespo.rollout.engine_client import HttpEngineClient, engine_session
-from megatron_vespo.rollout.router import LostRequests, Router
+from megatron_vespo.rollout.router import CollectError, LostRequests, Router
 from megatron_vespo.types import Completion, Prompt
 
 CHECK_INTERVAL_S = 1.0
@@ -123,7 +123,10 @@ class TeacherScoring:
     async def _log_probs(self, completion: Completion) -> np.ndarray:
         prompt = completion.prompt
         source = source_of(prompt, self._key)
-        teacher, router = next(pair for pair in self._teachers if pair[0].source in (None, source))
+        found = [pair for pair in self._teachers if pair[0].source in (None, source)]
+        if not found:  # the run's prompts were checked; a generate function may return another one
+            raise CollectError(f"prompt {prompt.prompt_id} has no teacher: its {self._key!r} is {source!r}")
+        teacher, router = found[0]
         end = len(completion.token_ids) - completion.num_given_at_end
         tokens = np.concatenate([prompt.token_ids, completion.token_ids[:end]])
         what = f"scoring of prompt {prompt.prompt_id} by {teacher.name}"

@@ -92,6 +92,13 @@ def test_each_source_has_its_teacher():
     assert prompt_without_teacher(prompts, [None], "kind") is None
 
 
+def test_a_prompt_without_a_teacher_has_one_line():
+    """A generate function may return another prompt than it was given."""
+    with Teacher() as teacher, pytest.raises(CollectError) as error:
+        ask(engines(teacher, "math")).score([make_completion(make_prompt(7), [5])])
+    assert str(error.value) == "prompt 7 has no teacher: its 'data_source' is None"
+
+
 def test_scores_of_a_checkpoint_are_kept():
     completion = make_completion(tokens=[5], teacher_log_probs=np.array([-3.0], np.float32))
     with Teacher() as teacher:
