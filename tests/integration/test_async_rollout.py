@@ -185,7 +185,7 @@ def test_a_resumed_run_generates_what_was_in_flight(asynchronous_run, tiny_model
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("on_update", ["abort", "in-place"])
+@pytest.mark.parametrize("on_update", ["abort", pytest.param("in-place", marks=pytest.mark.slow)])
 def test_a_run_replays_the_routes_of_several_policies(tiny_model, tmp_path, on_update):
     """The engines' routes of all responses, also of those that a checkpoint holds unfinished."""
     questions = write_questions(tmp_path / "questions.jsonl", 64)
