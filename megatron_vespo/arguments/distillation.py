@@ -35,7 +35,7 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher-checkpoint [SOURCE=]DIR: a teacher scores the responses: see docs/guides/distillation.md",
     )
     add = group.add_argument
-    add("--teacher-checkpoint", nargs="+", action="extend", type=_checkpoint, metavar="[SOURCE=]DIR",
+    add("--teacher-checkpoint", nargs="+", action="extend", type=sourced_path, metavar="[SOURCE=]DIR",
         help="HF folder of a teacher, for all prompts or for those of one source")  # fmt: skip
     add("--teacher-url", nargs="+", action="extend", metavar="[SOURCE=]URL",
         help="the same for a teacher that an SGLang server elsewhere runs")  # fmt: skip
@@ -52,9 +52,16 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the rewards' advantage beside a teacher; 0: the teacher alone")  # fmt: skip
 
 
-def _checkpoint(text: str) -> str:
-    source, equals, folder = text.rpartition("=")
-    return source + equals + path_word(folder)
+def sourced_path(text: str) -> str:
+    """The argparse type of [SOURCE=]DIR, with the folder expanded."""
+    source, folder = _parts(text)
+    return path_word(folder) if source is None else f"{source}={path_word(folder)}"
+
+
+def _parts(text: str) -> tuple[str | None, str]:
+    """Source and value; a URL may have "=" behind "?", and a folder behind "/"."""
+    head, equals, tail = text.partition("=")
+    return (head, tail) if equals and "/" not in head else (None, text)
 
 
 def teachers_of(checkpoints: Sequence[str] | None, urls: Sequence[str] | None) -> tuple[Teacher, ...]:
@@ -78,10 +85,7 @@ def teachers_of(checkpoints: Sequence[str] | None, urls: Sequence[str] | None) -
 
 
 def _teacher(flag: str, text: str) -> Teacher:
-    # a URL may have "=" behind "?", and a folder behind "/"
-    head, equals, tail = text.partition("=")
-    named = bool(equals) and "/" not in head
-    source, value = (head, tail) if named else (None, text)
+    source, value = _parts(text)
     if not value or source == "":
         raise ValueError(f"{flag} {text!r}: must be [SOURCE=]{'URL' if flag.endswith('url') else 'DIR'}")
     if flag == "--teacher-url":

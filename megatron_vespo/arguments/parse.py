@@ -22,6 +22,7 @@ from unittest.mock import patch
 from megatron_vespo.algorithms.losses.table import METHODS
 from megatron_vespo.arguments.asynchronous import default_on_weight_update
 from megatron_vespo.arguments.checkpoint import check_checkpoints, check_megatron_saving
+from megatron_vespo.arguments.distillation import sourced_path
 from megatron_vespo.arguments.layout import check_layout, check_ranks_start, check_virtual_pipeline
 from megatron_vespo.arguments.parser import FlagParser
 from megatron_vespo.arguments.placement import check_colocation
@@ -218,7 +219,10 @@ def with_expanded_paths(argv: list[str]) -> list[str]:
     """Flags of train with their paths expanded on this machine. ValueError for a path that cannot be."""
     own = add_vespo_arguments(_parser("train"))._actions
     ours = {flag for action in own if action.type is user_path for flag in action.option_strings}
-    return expanded_flags(argv, lambda flag: flag in ours or names_a_path(flag))
+    sourced = {flag for action in own if action.type is sourced_path for flag in action.option_strings}
+    return expanded_flags(
+        argv, lambda flag: flag in ours or names_a_path(flag), dict.fromkeys(sourced, sourced_path)
+    )
 
 
 def _source(name: str) -> str:

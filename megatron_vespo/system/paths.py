@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
@@ -48,10 +48,15 @@ def names_a_path(flag: str) -> bool:
     return flag.endswith(_ENDINGS) or flag in _OTHERS
 
 
-def expanded_flags(argv: Sequence[str], is_path: Callable[[str], bool]) -> list[str]:
+def expanded_flags(
+    argv: Sequence[str],
+    is_path: Callable[[str], bool],
+    others: Mapping[str, Callable[[str], str]] | None = None,
+) -> list[str]:
     """`argv` with the values of path flags expanded, for both `--flag value` and `--flag=value`.
 
-    Raises ValueError like `expanded`, with the flag's name.
+    `others` are flags whose values contain a path, each with the argparse type that expands it. Raises
+    ValueError like `expanded`, with the flag's name.
     """
     words: list[str] = []
     flag = ""
@@ -61,7 +66,8 @@ def expanded_flags(argv: Sequence[str], is_path: Callable[[str], bool]) -> list[
             flag, equals, value = word.partition("=")
             before = flag + equals
         try:
-            words.append(before + expanded(value) if is_path(flag) else word)
-        except ValueError as error:
+            expand = expanded if is_path(flag) else (others or {}).get(flag)
+            words.append(before + expand(value) if expand else word)
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{flag} {error}") from error
     return words

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vespo.arguments.distillation import DistillationSettings, Teacher, teachers_of
+from megatron_vespo.arguments.parse import with_expanded_paths
 from megatron_vespo.arguments.training_flags import add_vespo_arguments, check_flags
 from tests.support.refusals import check_refusal
 
@@ -70,6 +71,17 @@ def test_paths_are_expanded_behind_the_source(parse, folder, monkeypatch):
         folder / "big",
         folder / "code",
     ]
+
+
+def test_a_queued_job_gets_the_paths_expanded(folder, monkeypatch):
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--lr", "1", "--teacher-checkpoint", "math=$MODELS/big", "code=~/step=3", "--teacher-url", "~"]
+    expected = ["--teacher-checkpoint", "math=/models/big", "code=/home/me/step=3", "--teacher-url", "~"]
+    assert with_expanded_paths(argv) == ["--lr", "1", *expected]
+    assert with_expanded_paths(["--teacher-checkpoint=~/big"]) == ["--teacher-checkpoint=/home/me/big"]
+    with pytest.raises(ValueError, match=r"--teacher-checkpoint \$NOWHERE/big: the variable NOWHERE"):
+        with_expanded_paths(["--teacher-checkpoint", "math=$NOWHERE/big"])
 
 
 def test_an_equals_sign_in_a_folder_or_url_names_no_source():
