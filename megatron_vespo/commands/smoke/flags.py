@@ -34,9 +34,10 @@ SIZES = {
 LAYOUT = {
     *SIZES.values(), "--sequence-parallel", "--colocate", "--sglang-tp-size", "--sglang-tensor-parallel-size",
 }  # fmt: skip
-# flags of a whole run: its model's depth, data, lengths, batches, steps, time limits, files, fault tolerance
+# flags of a whole run: its models, data, lengths, batches, steps, time limits, files, fault tolerance
 OF_THE_RUN = {
-    "--hf-checkpoint", "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
+    "--hf-checkpoint", "--reference-checkpoint",
+    "--prompt-data", "--prompt-key", "--answer-key", "--answer-pattern",
     "--no-chat-template", "--overlong-prompts", "--generate-function", "--turn-rewards",
     "--environment", "--max-turns", "--max-turn-tokens", "--environment-timeout",
     "--num-layers-per-virtual-pipeline-stage", "--decoder-first-pipeline-num-layers",
@@ -53,13 +54,16 @@ OF_THE_RUN = {
     "--engine-restarts", "--min-engines", "--trainer-restarts", "--preemption-deadline",
     "--sglang-context-length",
 }  # fmt: skip
-OF_THE_RUN_PREFIXES = ("--eval-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-")
+OF_THE_RUN_PREFIXES = (
+    "--eval-", "--reward-", "--overlong-", "--dynamic-sampling", "--lr-", "--teacher-", "--distillation-",
+)  # fmt: skip
 # features that only a GPU has, and flags that save its memory
 ON_GPUS_ONLY = {
     "--transformer-impl", "--distributed-backend", "--optimizer-cpu-offload",
     "--use-precision-aware-optimizer", "--moe-permute-fusion", "--moe-token-dispatcher-type",
     "--moe-flex-dispatcher-backend", "--moe-grouped-gemm", "--attention-backend",
     "--sglang-attention-backend", "--sglang-mem-fraction-static",
+    "--rollout-quantization",  # the model for CPUs is narrower than a block
     "--sglang-enable-fp32-lm-head",  # on CPUs with AMX its matmul does not support the weight's layout
 }  # fmt: skip
 

@@ -170,7 +170,12 @@ class SmokeRun:
     ) -> None:
         number = self._settings.rollout.steps_per_rollout
         size = len(samples) // number
-        _trainer(controller).prepare([samples[i * size : (i + 1) * size] for i in range(number)])
+        mini_batches = [samples[i * size : (i + 1) * size] for i in range(number)]
+        if self._settings.loss.kl_coef is not None:  # then `prepare` takes them from the samples
+            reference = _trainer(controller).reference_log_probs(mini_batches)
+            for sample, log_probs in zip(samples, reference, strict=True):
+                sample.reference_log_probs = log_probs
+        _trainer(controller).prepare(mini_batches)
         steps = [_trainer(controller).train_step(index) for index in range(number)]
         controller.state.iteration += number
         moved = differences(_trainer(controller).log_probs(samples), before).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from megatron_vespo.commands.smoke.fit import Nodes, Wanted, fit, nodes_of
 from megatron_vespo.commands.smoke.flags import kept, num_prompts, wanted_layout
 from megatron_vespo.commands.smoke.log_probs import BOUNDS_BF16, BOUNDS_FP32, compare
 from megatron_vespo.commands.smoke.model import config_for, write_config, write_weights
-from megatron_vespo.commands.smoke.run import all_stages
-from megatron_vespo.commands.smoke.stages import CheckFailed, Stages, Stopped
+from megatron_vespo.commands.smoke.run import SmokeRun, all_stages
+from megatron_vespo.commands.smoke.stages import CheckFailed, Stage, Stages, Stopped
 from megatron_vespo.observability.progress import RunDisplay
 from megatron_vespo.rollout.sglang_server import EngineError
+from tests.support.builders import make_sample
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples").glob("*/*.flags"))
 SYNCHRONOUS = Wanted(tp=2, ep=8, ranks=16, engines=8, engine_size=2)
@@ -113,6 +115,40 @@ def test_what_a_recipe_keeps():
     assert sorted({*kept(flags, on_gpus=True)} - {*on_cpus}) == [
         "--optimizer-cpu-offload", "--recompute-granularity", "--sglang-mem-fraction-static", "0.8", "full",
     ]  # fmt: skip
+
+
+def test_other_models_of_a_run_are_left_out():
+    """The reference is the small model, too; engines in FP8 need wider layers than those for CPUs."""
+    flags = (
+        "--teacher-checkpoint math=/m/a code=/m/b --teacher-tp-size 4 --reward-coefficient 0 "
+        "--distillation-clip 2 --reference-checkpoint /m/r --kl-coef 0.1 --kl-loss-coef 0.1 "
+        "--rollout-quantization fp8"
+    ).split()
+    kl = "--kl-coef 0.1 --kl-loss-coef 0.1".split()
+    assert kept(flags, on_gpus=False) == kl
+    assert kept(flags, on_gpus=True) == [*kl, "--rollout-quantization", "fp8"]
+    assert checked_layout(flags, cores(3), timeout_s=60).engines == 1
+
+
+def test_with_a_penalty_the_samples_have_the_references_log_probs(tmp_path):
+    """The loss may want them as well, and `prepare` does not compute them again."""
+    got = []
+    reference = [np.full(3, -float(i), np.float32) for i in range(4)]
+    trainer = SimpleNamespace(
+        reference_log_probs=lambda mini_batches: reference,
+        prepare=lambda mini_batches: got.extend(sample for batch in mini_batches for sample in batch),
+        train_step=lambda index: {"loss": 0.0, "grad_norm": 1.0},
+        log_probs=lambda samples: [np.ones(3)] * len(samples),
+    )
+    settings = SimpleNamespace(
+        rollout=SimpleNamespace(steps_per_rollout=2, seed=1), loss=SimpleNamespace(kl_coef=0.1),
+        trainer=SimpleNamespace(bf16=True),
+    )  # fmt: skip
+    controller = SimpleNamespace(trainer=trainer, state=SimpleNamespace(iteration=0))
+    smoke = SmokeRun(settings, 0, all_stages(False))
+    smoke._train(controller, [make_sample(2, 3) for _ in range(4)], [np.zeros(3)] * 4, Stage("train", ""))
+    found = [sample.reference_log_probs for sample in got]
+    assert all(one is other for one, other in zip(found, reference, strict=True))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
