@@ -104,6 +104,7 @@ def check_distillation(args: Namespace) -> None:
     for teacher in () if args.train_from else teachers:  # recorded batches have the scores
         if teacher.checkpoint is not None and not (teacher.checkpoint / "config.json").is_file():
             raise ValueError(f"--teacher-checkpoint {teacher.checkpoint}: not an HF folder, no config.json")
+    _refuse_without_effect(args, teachers)
     for name in ("distillation_coefficient", "reward_coefficient"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
@@ -145,6 +146,22 @@ def _refuse_without_teacher(args: Namespace) -> None:
                 f"{action.option_strings[0]} {shown} has no effect without a teacher: leave it out, or add "
                 "--teacher-checkpoint"
             )
+
+
+def _refuse_without_effect(args: Namespace, teachers: Sequence[Teacher]) -> None:
+    """ValueError for flags of other kinds of teachers than the run has."""
+    if all(teacher.checkpoint is None for teacher in teachers):
+        for name, default in (("teacher_engines", 1), ("teacher_tp_size", None)):
+            if (value := getattr(args, name)) != default:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value} has no effect without --teacher-checkpoint: the "
+                    "teachers of --teacher-url run elsewhere; leave it out"
+                )
+    if teachers[0].source is None and args.teacher_key != "data_source":
+        raise ValueError(
+            f"--teacher-key {args.teacher_key} has no effect: one teacher scores all prompts; leave it out, "
+            "or name the sources, SOURCE=..."
+        )
 
 
 @dataclass(frozen=True)
