@@ -880,8 +880,8 @@ MUTATIONS = [
     Mutation(
         "distillation: every source has the first teacher",
         "rollout/teachers.py",
-        "if pair[0].source in (None, source))",
-        "if True)",
+        "if pair[0].source in (None, source)]",
+        "if True]",
         (TEACHERS, "each_source"),
     ),
     Mutation(
