@@ -44,11 +44,14 @@ def check_teachers(settings: TrainSettings, tokenizer: Any, prompts: PromptSet) 
         theirs = load_tokenizer(folder, flag).get_vocab()
         if problem := different_vocabulary(vocabulary, theirs):
             raise ValueError(f"{flag} {folder}: its tokenizer is not the student's: {problem}")
-        _check_sizes(settings, read_unchecked(folder), f"{flag} {folder}")
+        flags = settings.engines.sglang_flags if teacher.url is None else ()  # not of engines elsewhere
+        _check_sizes(settings, read_unchecked(folder), flags, f"{flag} {folder}")
     return remarks
 
 
-def _check_sizes(settings: TrainSettings, config: Mapping[str, Any], where: str) -> None:
+def _check_sizes(
+    settings: TrainSettings, config: Mapping[str, Any], sglang_flags: Sequence[str], where: str
+) -> None:
     """ValueError if a teacher cannot read every token id, or the longest prompt and response."""
     size = config.get("vocab_size", settings.trainer.vocab_size)
     if size < settings.trainer.vocab_size:  # SGLang's scheduler would die of a larger token id
@@ -57,7 +60,7 @@ def _check_sizes(settings: TrainSettings, config: Mapping[str, Any], where: str)
             f"{settings.engines.hf_checkpoint} has {settings.trainer.vocab_size}"
         )
     longest = settings.rollout.max_prompt_tokens + settings.rollout.max_completion_tokens
-    given = flag_value(settings.engines.sglang_flags, "--context-length")
+    given = flag_value(sglang_flags, "--context-length")
     context = int(given or config.get("max_position_embeddings", longest + 1))
     if context <= longest:  # SGLang wants room for one token more
         raise ValueError(

@@ -136,3 +136,17 @@ def test_a_teacher_elsewhere_is_asked(student):
         assert server.url in line and "not compared" in line
     with pytest.raises(ValueError, match=f"--teacher-url {server.url}: /model_info did not answer"):
         check(student, Teacher(None, url=server.url))
+
+
+def test_the_runs_context_length_is_not_that_of_a_teacher_elsewhere(student):
+    config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 30}
+    (student / "config.json").write_text(json.dumps(config))
+
+    class Elsewhere(EngineStub):
+        def info(self):
+            return {"tokenizer_path": str(student)}
+
+    tokenizer = load_tokenizer(student, "--hf-checkpoint")
+    with Elsewhere() as server, pytest.raises(ValueError, match="it reads at most 29 tokens, .* allow 30"):
+        run = run_of(student, Teacher(None, url=server.url), flags=("--context-length", "64"))
+        check_teachers(run, tokenizer, prompts(None))
