@@ -210,8 +210,11 @@ def _check_pairs(args: Namespace) -> None:
 
 
 def check_group(args: Namespace) -> None:
-    """With one completion per prompt, a reward can only be compared with the rewards of other prompts."""
-    if args.group_size > 1:
+    """With one completion per prompt, a reward can only be compared with the rewards of other prompts.
+
+    Where a teacher alone trains, no reward is compared.
+    """
+    if args.group_size > 1 or args.reward_coefficient == 0:
         return
     if args.advantage_estimator != "global":
         raise ValueError(

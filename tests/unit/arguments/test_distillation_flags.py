@@ -48,6 +48,12 @@ def test_recorded_batches_need_no_teacher_on_this_machine(parse):
     check_flags(parse("--teacher-checkpoint elsewhere --train-from recorded"))
 
 
+def test_a_teacher_alone_needs_no_group(parse):
+    check_flags(parse("--teacher-checkpoint big --reward-coefficient 0 --group-size 1"))
+    with pytest.raises(ValueError, match="--group-size 1: --advantage-estimator group-mean compares"):
+        check_flags(parse("--teacher-checkpoint big --group-size 1"))
+
+
 def test_teachers_by_source(parse, folder):
     args = parse(
         "--teacher-checkpoint math=big code=./code --teacher-url chat=http://host:80/ --teacher-tp-size 2 "
