@@ -37,22 +37,27 @@ def advantages(
     estimator: AdvantageEstimator,
     lengths: np.ndarray | None = None,
     length_gap: float = LENGTH_GAP,
+    penalties: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """The advantage A of every completion: `rewards` [G, n] -> [G, n] float64.
 
     `lengths` [G, n], in sampled tokens, and `length_gap` are for equal-length-pairs. A group without variance
-    (for `global`, a batch without variance) gets exactly 0. ValueError names a reward that is not finite.
+    (for `global`, a batch without variance) gets exactly 0. `penalties` [G, n] are subtracted first. Where the
+    rewards have no variance without them, nothing is divided by a standard deviation: that would turn the
+    rounding of penalties into advantages of 1. ValueError names a reward that is not finite.
     """
     rewards = _finite(rewards)
+    penalised = _finite(rewards - penalties)
     if estimator == "equal-length-pairs":
         assert lengths is not None, "equal-length-pairs compares lengths"
-        return _of_pairs(rewards, _pairs(rewards, lengths, length_gap))
+        return _of_pairs(penalised, _pairs(penalised, lengths, length_gap))
     if estimator == "global":
-        return _normalized(rewards.reshape(1, -1), by_std=True).reshape(rewards.shape)
+        by_std = has_variance(rewards.reshape(1, -1))
+        return _normalized(penalised.reshape(1, -1), by_std).reshape(rewards.shape)
     if estimator == "leave-one-out":
         n = rewards.shape[1]
-        return _normalized(rewards, by_std=False) * (n / max(n - 1, 1))
-    return _normalized(rewards, by_std=estimator == "group-mean-std")
+        return _normalized(penalised) * (n / max(n - 1, 1))
+    return _normalized(penalised, has_variance(rewards) if estimator == "group-mean-std" else None)
 
 
 def has_variance(rewards: np.ndarray) -> np.ndarray:
@@ -110,15 +115,18 @@ def _rounding(rewards: np.ndarray) -> np.ndarray:
     return ROUNDING * np.maximum(np.abs(rewards).max(axis=1), 1.0)
 
 
-def _normalized(rewards: np.ndarray, by_std: bool) -> np.ndarray:
-    """Rows minus their mean, optionally over their standard deviation; rows without variance become 0."""
-    varied = has_variance(rewards)[:, None]
-    centered = np.where(varied, rewards - rewards.mean(axis=1, keepdims=True), 0.0)
-    if not by_std:
+def _normalized(rewards: np.ndarray, by_std: np.ndarray | None = None) -> np.ndarray:
+    """Rows minus their mean, and over their standard deviation where `by_std`, bool [rows], says so.
+
+    Rows without variance become 0.
+    """
+    varied = has_variance(rewards)
+    centered = np.where(varied[:, None], rewards - rewards.mean(axis=1, keepdims=True), 0.0)
+    if by_std is None:
         return centered
     degrees = max(rewards.shape[1] - 1, 1)
     std = np.sqrt(np.square(centered).sum(axis=1, keepdims=True) / degrees)
-    return centered / np.where(varied, std, 1.0)
+    return centered / np.where((varied & by_std)[:, None], std, 1.0)
 
 
 def _finite(rewards: np.ndarray) -> np.ndarray:

@@ -133,6 +133,11 @@ def check_distillation(args: Namespace) -> None:
             f"--kl-coef {args.kl_coef:g} changes the rewards, which --reward-coefficient 0 ignores: use "
             "--kl-loss-coef, or leave it out"
         )
+    if args.overlong_buffer and args.reward_coefficient == 0:
+        raise ValueError(
+            f"--overlong-buffer {args.overlong_buffer} changes the rewards, which --reward-coefficient 0 "
+            "ignores: leave it out"
+        )
 
 
 def _refuse_without_teacher(args: Namespace) -> None:

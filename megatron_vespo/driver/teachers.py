@@ -61,7 +61,7 @@ def _check_sizes(
         )
     longest = settings.rollout.max_prompt_tokens + settings.rollout.max_completion_tokens
     given = flag_value(sglang_flags, "--context-length")
-    context = int(given or config.get("max_position_embeddings", longest + 1))
+    context = int(given or config.get("max_position_embeddings") or longest + 1)
     if context <= longest:  # SGLang wants room for one token more
         raise ValueError(
             f"{where}: it reads at most {context - 1} tokens, --max-prompt-tokens and "
@@ -98,8 +98,8 @@ def _served_tokenizer(teacher: Teacher) -> Path | None:
         told = get_json(teacher.url, "/model_info", ANSWER_TIMEOUT_S)
     except EngineRequestError as error:
         raise ValueError(f"--teacher-url {teacher.url}: {error.reason}") from error
-    folder = Path(told.get("tokenizer_path", ""))
-    return folder if (folder / "config.json").is_file() else None
+    path = told.get("tokenizer_path")
+    return Path(path) if path and (Path(path) / "config.json").is_file() else None
 
 
 def teacher_servers(

@@ -90,7 +90,7 @@ def _advantages(
     """float64 [G, n], of the rewards minus `penalties`, of the same shape; with the weight of `weights`."""
     rewards = np.array([[completion.shaped_reward for completion in group] for group in groups])
     lengths = np.array([[completion.num_sampled for completion in group] for group in groups])
-    table = advantages(rewards - penalties, estimator, lengths, length_gap)
+    table = advantages(rewards, estimator, lengths, length_gap, penalties)
     return table if weights is None else weights.reward_coefficient * table
 
 

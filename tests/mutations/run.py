@@ -347,7 +347,7 @@ MUTATIONS = [
     ),
     Mutation(
         "reference: the penalty is a bonus",
-        "driver/training_samples.py",
+        "algorithms/advantages.py",
         "rewards - penalties",
         "rewards + penalties",
         ("tests/unit/driver/test_kl_penalty.py", "penalised"),
@@ -551,8 +551,8 @@ MUTATIONS = [
     Mutation(
         "advantages: leave-one-out keeps the completion's own reward",
         "algorithms/advantages.py",
-        "by_std=False) * (n / max(n - 1, 1))",
-        "by_std=False) * 1.0",
+        "_normalized(penalised) * (n / max(n - 1, 1))",
+        "_normalized(penalised) * 1.0",
         ("tests/unit/algorithms/test_advantages.py", "loops"),
     ),
     Mutation(

@@ -118,6 +118,7 @@ BIG = "--teacher-checkpoint big"
         (f"--rollout-temperature 0.7 {BIG}", "temperature 1"),
         (f"--dynamic-sampling --reward-coefficient 0 {BIG}", "--reward-coefficient 0"),
         (f"--kl-coef 0.1 --reward-coefficient 0 {BIG}", "--reward-coefficient 0", "--kl-loss-coef"),
+        (f"--overlong-buffer 4 --reward-coefficient 0 {BIG}", "--reward-coefficient 0", "leave it out"),
         ("--teacher-engines 2 --teacher-url http://host:80", "--teacher-checkpoint", "elsewhere"),
         ("--teacher-tp-size 2 --teacher-url http://host:80", "--teacher-checkpoint", "elsewhere"),
         (f"--teacher-key kind {BIG}", "all prompts", "SOURCE="),

@@ -29,6 +29,8 @@ def groups_and_reference():
         # R' = 1 - 0.04, 0 - 0.02; 1 - 0.03, 1 + 0.04
         ("group-mean", [0.49, -0.49, -0.035, 0.035]),
         ("leave-one-out", [0.98, -0.98, -0.07, 0.07]),
+        # the second group's rewards are equal: a penalty is not divided by the penalties' deviation
+        ("group-mean-std", [0.5**0.5, -(0.5**0.5), -0.035, 0.035]),
     ],
 )
 def test_advantages_are_of_penalised_rewards(estimator, expected):
@@ -42,6 +44,22 @@ def test_advantages_are_of_penalised_rewards(estimator, expected):
     assert [sample.reward for sample in samples] == [1.0, 0.0, 1.0, 1.0]
     for sample, values in zip(samples, reference, strict=True):
         assert sample.reference_log_probs is values
+
+
+@pytest.mark.parametrize("estimator", ["group-mean-std", "global"])
+def test_rounding_of_an_engine_is_no_advantage(estimator):
+    """Before the first step the penalties are what engine and trainer compute differently."""
+    groups, reference = groups_and_reference()
+    for group in groups:
+        for completion in group:
+            completion.reward = 1.0
+    rounded = [
+        completion.log_probs + np.float32(1e-6) * number
+        for number, completion in enumerate(completion for group in groups for completion in group)
+    ]
+    samples = training_samples(groups, estimator, None)
+    penalize(samples, groups, rounded, LossSettings(kl_coef=0.1, advantage_estimator=estimator))
+    assert max(abs(sample.advantage) for sample in samples) < 1e-5
 
 
 def test_no_distance_changes_nothing():

@@ -123,17 +123,19 @@ def test_every_prompt_needs_a_teacher(student):
         assert words in str(error.value) and "math, code" in str(error.value)
 
 
-def test_a_teacher_elsewhere_is_asked(student):
+def test_a_teacher_elsewhere_is_asked(student, monkeypatch):
     class Elsewhere(EngineStub):
         def info(self):
-            return {"tokenizer_path": where}
+            return answer
 
+    monkeypatch.chdir(student)  # a folder that is no teacher's, whose config.json nobody named
     with Elsewhere() as server:
-        where = str(student)
+        answer = {"tokenizer_path": str(student)}
         assert check(student, Teacher(None, url=server.url)) == []
-        where = "some/model"
-        [line] = check(student, Teacher(None, url=server.url))
-        assert server.url in line and "not compared" in line
+        for told in ({"tokenizer_path": "some/model"}, {"tokenizer_path": None}, {}):
+            answer = told
+            [line] = check(student, Teacher(None, url=server.url))
+            assert server.url in line and "not compared" in line
     with pytest.raises(ValueError, match=f"--teacher-url {server.url}: /model_info did not answer"):
         check(student, Teacher(None, url=server.url))
 
