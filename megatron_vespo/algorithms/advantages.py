@@ -42,8 +42,8 @@ def advantages(
     """The advantage A of every completion: `rewards` [G, n] -> [G, n] float64.
 
     `lengths` [G, n], in sampled tokens, and `length_gap` are for equal-length-pairs. A group without variance
-    (for `global`, a batch without variance) gets exactly 0. `penalties` [G, n] are subtracted first. Where the
-    rewards have no variance without them, nothing is divided by a standard deviation: that would turn the
+    (for `global`, a batch without variance) gets exactly 0. `penalties` [G, n] are subtracted first. Where
+    the rewards have no variance without them, nothing is divided by a standard deviation: that would turn the
     rounding of penalties into advantages of 1. ValueError names a reward that is not finite.
     """
     rewards = _finite(rewards)
