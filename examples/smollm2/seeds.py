@@ -1,6 +1,6 @@
 """Picture of several seeds: held-out accuracy and training reward against optimizer steps.
 
-cd examples/smollm2; python seeds.py work/run work/run-seed-2 --output curves.png
+Usage: python seeds.py curves.png work/run work/run-seed-2
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("output", type=Path, help="the picture, .png or .svg")
     parser.add_argument("runs", type=Path, nargs="+", help="output folders, seed 1 first, three at most")
-    parser.add_argument("--output", type=Path, required=True, help="the picture, .png or .svg")
     arguments = parser.parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
