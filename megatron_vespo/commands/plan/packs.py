@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from megatron_vespo.arguments.rollout import RolloutSettings
 from megatron_vespo.arguments.train_settings import TrainSettings
 from megatron_vespo.data.context_parallel import TokenLayout
 from megatron_vespo.data.micro_batch import build_micro_batch
-from megatron_vespo.types import TrainingSample, VersionSpans
+from megatron_vespo.types import TOKEN_ID, TokenSupports, TrainingSample, VersionSpans
 
 MEASURED_TOKENS = 1024
+SUPPORT_SIZE = 10  # assumed: tokens that truncated sampling leaves to choose from, at most --rollout-top-k
 
 
 def sample_bytes(settings: TrainSettings) -> float:
     """Bytes per token of a sample's arrays, as the trainer gets them."""
-    return sum(
-        value.nbytes for value in vars(_sample(settings)).values() if isinstance(value, np.ndarray)
-    ) / (MEASURED_TOKENS)
+    values = vars(_sample(settings)).values()
+    arrays = [value for value in values if isinstance(value, (np.ndarray, TokenSupports))]
+    return sum(array.nbytes for array in arrays) / MEASURED_TOKENS
 
 
 def pack_bytes(settings: TrainSettings, layers: int) -> float:
@@ -59,6 +61,9 @@ def _sample(settings: TrainSettings) -> TrainingSample:
         routes = np.zeros(
             (MEASURED_TOKENS - 1, settings.trainer.num_layers, settings.trainer.moe_router_topk), np.uint8
         )
+    sampling = RolloutSettings.sampling_of(settings.rollout)
+    size = SUPPORT_SIZE if sampling.top_k < 1 else min(SUPPORT_SIZE, sampling.top_k)
+    counts = np.full(completion, size, np.int32)
     return TrainingSample(
         token_ids=np.zeros(MEASURED_TOKENS, np.int32),
         prompt_length=prompt,
@@ -69,4 +74,6 @@ def _sample(settings: TrainSettings) -> TrainingSample:
         temperature=1.0,
         group_id=0,
         routed_experts=routes,
+        supports=TokenSupports(counts, np.zeros(counts.sum(), TOKEN_ID)) if sampling.truncates else None,
+        token_advantages=np.zeros(completion, np.float32) if settings.distillation.teachers else None,
     )

@@ -22,7 +22,7 @@ from megatron_vespo.commands.plan.command import parsed
 from megatron_vespo.commands.plan.engine_memory import engine_memory
 from megatron_vespo.commands.plan.host_memory import host_memory
 from megatron_vespo.commands.plan.layer_activations import kept_by_layer
-from megatron_vespo.commands.plan.packs import pack_bytes
+from megatron_vespo.commands.plan.packs import pack_bytes, sample_bytes
 from megatron_vespo.commands.plan.plan import memory_of, model_of
 from megatron_vespo.commands.plan.recomputation import margin, without_recomputation
 from megatron_vespo.commands.plan.speed import model_cost
@@ -187,6 +187,7 @@ def model(**changes) -> SimpleNamespace:
         "expert_model_parallel_size": 8, "num_layers": LAYERS, "max_prompt_tokens": 1024,
         "max_completion_tokens": 15360, "routing_replay": None, "ratio_denominator": "recomputed",
         "rollout_quantization": None,
+        "rollout_temperature": 1.0, "rollout_top_p": 1.0, "rollout_top_k": -1, "rollout_min_p": 0.0,
         "weight_sync_staging": False, "rollout_batch_size": 2048, "group_size": 8, "async_save": False,
         "old_policy": "current", "uses_reference": False, "reference_update_interval": None,
         "transformer_impl": "local", "trainer_ranks": 16, "old_policy_snapshots": 3,
@@ -291,6 +292,13 @@ def test_packs(replay, each):
             256 * (steps + 1) * 8 * 4096 * (4 + 15 / 16 * 4 + (each if replay == "R3" else 0)), rel=1e-2
         )
         assert host.node == 8 * host.packs + host.samples
+    # a count and ten ids of every sampled token, or as many as top-k leaves
+    for flags, ids in (({"rollout_top_p": 0.9}, 10), ({"rollout_top_k": 4}, 4)):
+        of_masks = 15 / 16 * (4 + 4 * ids)
+        assert pack_bytes(model(**flags), LAYERS) - pack_bytes(model(), LAYERS) == pytest.approx(
+            of_masks, rel=0.01
+        )
+        assert sample_bytes(model(**flags)) - sample_bytes(model()) == pytest.approx(of_masks, rel=0.01)
     virtual = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     # each of two chunks has its own copy of what is in flight
     waiting = in_flight(model(**virtual), 0)
