@@ -69,6 +69,8 @@ def call(sandbox, source: str, tests: dict, **settings) -> list[bool]:
     ],
 )
 def test_ordinary_scripts(sandbox, source, stdin, printed):
+    if "/tmp" in source and any(path.startswith("/tmp/") for path in (sys.prefix, sys.base_prefix)):
+        pytest.skip("Python lies in /tmp, which then is read-only to programs: see SCRATCH in jail/root.py")
     result = run(sandbox, source, stdin)
     assert (result.status, result.exit_status, result.stdout.decode()) == ("ended", 0, printed)
 

@@ -197,7 +197,9 @@ def test_an_index_that_is_deleted_while_it_is_used_comes_back(run, index, monkey
     index.start()
     wait_for(lambda: index.state()["responses"] == 18)
     if what == "folder":
-        shutil.rmtree(index.file.parent)
+        # at once: rmtree fails if the index writes a file meanwhile
+        gone = index.file.parent.rename(index.file.parent.with_name("gone"))
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         index.file.unlink()
 
