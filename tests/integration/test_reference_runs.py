@@ -19,8 +19,9 @@ def metric(points: list[dict], name: str) -> dict[int, float]:
     return {record["step"]: record[name] for record in points if name in record}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("more", [MOVING, pytest.param([], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [MOVING, []])
 def test_a_killed_run_goes_on_exactly(tiny_model, tmp_path, more: list[str]):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(command(tiny_model, whole, *KL, *more), tmp_path / "whole.log")
