@@ -140,32 +140,37 @@ def check_distillation(args: Namespace) -> None:
         )
 
 
-def _refuse_without_teacher(args: Namespace) -> None:
+def _given(args: Namespace) -> dict[str, str]:
+    """The flags that do not have their default, like {"teacher_engines": "--teacher-engines 2"}."""
     parser = argparse.ArgumentParser(add_help=False)
     add_distillation_arguments(parser)
+    found = {}
     for action in parser._actions:
         value = getattr(args, action.dest)
         if value != action.default:
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise ValueError(
-                f"{action.option_strings[0]} {shown} has no effect without a teacher: leave it out, or add "
-                "--teacher-checkpoint"
-            )
+            found[action.dest] = f"{action.option_strings[0]} {shown}"
+    return found
+
+
+def _refuse_without_teacher(args: Namespace) -> None:
+    for flag in _given(args).values():
+        raise ValueError(f"{flag} has no effect without a teacher: leave it out, or add --teacher-checkpoint")
 
 
 def _refuse_without_effect(args: Namespace, teachers: Sequence[Teacher]) -> None:
     """ValueError for flags of other kinds of teachers than the run has."""
-    if all(teacher.checkpoint is None for teacher in teachers):
-        for name, default in (("teacher_engines", 1), ("teacher_tp_size", None)):
-            if (value := getattr(args, name)) != default:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value} has no effect without --teacher-checkpoint: the "
-                    "teachers of --teacher-url run elsewhere; leave it out"
-                )
-    if teachers[0].source is None and args.teacher_key != "data_source":
+    given = _given(args)
+    of_engines = [given[name] for name in ("teacher_engines", "teacher_tp_size") if name in given]
+    if of_engines and all(teacher.checkpoint is None for teacher in teachers):
         raise ValueError(
-            f"--teacher-key {args.teacher_key} has no effect: one teacher scores all prompts; leave it out, "
-            "or name the sources, SOURCE=..."
+            f"{of_engines[0]} has no effect without --teacher-checkpoint: the teachers of --teacher-url run "
+            "elsewhere; leave it out"
+        )
+    if "teacher_key" in given and teachers[0].source is None:
+        raise ValueError(
+            f"{given['teacher_key']} has no effect: one teacher scores all prompts; leave it out, or name "
+            "the sources, SOURCE=..."
         )
 
 

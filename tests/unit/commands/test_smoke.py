@@ -130,7 +130,7 @@ def test_other_models_of_a_run_are_left_out():
     assert checked_layout(flags, cores(3), timeout_s=60).engines == 1
 
 
-def test_with_a_penalty_the_samples_have_the_references_log_probs(tmp_path):
+def test_with_a_penalty_the_samples_have_the_references_log_probs():
     """The loss may want them as well, and `prepare` does not compute them again."""
     got = []
     reference = [np.full(3, -float(i), np.float32) for i in range(4)]
